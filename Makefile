@@ -1,0 +1,34 @@
+# Two commands set everything up on a fresh Debian or Ubuntu machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv/bin
+STAMP := .venv/.pins
+
+.PHONY: demo test check ui stop
+
+demo: $(STAMP)  ## Release the demo model in both of its schemes, end to end.
+	$(VENV)/slipway doctor --fix
+	$(VENV)/slipway release demo
+
+test: $(STAMP)  ## Unit tests, stage tests against the real parts, and one whole release.
+	$(VENV)/slipway doctor --fix
+	$(VENV)/python -m pytest tests
+
+check: $(STAMP)  ## Lint, format and types.
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+	$(VENV)/mypy
+
+ui: $(STAMP)  ## Dagster and MLflow on loopback.
+	$(VENV)/slipway ui
+
+stop:  ## End the private container engine, if one was started.
+	$(VENV)/slipway stop
+
+$(STAMP): requirements/development.txt requirements/uv.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "slipway needs Python 3.11 or later: PYTHON=python3.11 make"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq python3-venv; } || { echo "install python3-venv"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(VENV)/pip install --quiet --require-hashes -r requirements/uv.txt
+	$(VENV)/uv pip install --compile-bytecode --python $(VENV)/python -r requirements/development.txt
+	$(VENV)/uv pip install --quiet --python $(VENV)/python --no-deps -e .
+	touch $(STAMP)

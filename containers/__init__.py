@@ -1,0 +1,1 @@
+"""What a release runs in: the engine, runtime profiles, image build, Trivy, the sandbox."""

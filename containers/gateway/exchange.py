@@ -1,0 +1,219 @@
+"""One request from its first byte to its last: who asks, for what, within which limits, answered by whom."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import httpx
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from containers.gateway import reading, trace
+from containers.gateway.errors import CLIENT_CLOSED, Refusal
+from containers.gateway.limiter import Grant
+from containers.gateway.protocol import abort
+from containers.gateway.router import Pool
+from containers.gateway.schema import ChatRequest, CompletionRequest, forwarded
+from containers.gateway.sse import StreamError, StreamMeter
+from containers.gateway.upstream import Call, Opened, metered
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+    from containers.gateway.gateway import Gateway
+
+_SLICE = 64 * 1024
+
+
+@dataclass
+class Account:
+    """What is known of a request, for its line in the log and for the metrics: everything but what it says."""
+
+    trace: trace.Trace
+    path: str
+    started: float = field(default_factory=time.monotonic)
+    key: str = "-"
+    model: str = "-"
+    replica: str = "-"
+    release: str = "-"
+    status: int = 0
+    code: str = "ok"
+    stream: bool = False
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    queued_s: float = 0.0
+    overhead_s: float = 0.0
+    first_s: float | None = None
+
+
+class Exchange(Response):
+    """The answer to a request for tokens; it reads the request itself, so that nobody unknown makes it read a body."""
+
+    def __init__(self, gateway: Gateway, kind: type[ChatRequest | CompletionRequest], path: str) -> None:
+        super().__init__()
+        self._gateway = gateway
+        self._kind = kind
+        self._path = path
+        self._begun = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer. Whatever happens, the client gets a whole answer or a closed connection, and the log its line."""
+        self._scope, self._send = scope, send
+        self._account = Account(trace.begin(dict(scope["headers"])), self._path)
+        try:
+            await self._answer(receive)
+        except Refusal as refusal:
+            self._account.status, self._account.code = refusal.status, refusal.code
+            with suppress(ClientDisconnect):
+                await self._refuse(refusal)
+        except ClientDisconnect:
+            self._account.status, self._account.code = CLIENT_CLOSED, "hung_up"
+            abort(scope)
+        finally:
+            self._gateway.tell(self._account)
+
+    async def _answer(self, receive: Receive) -> None:
+        gateway, account, settings = self._gateway, self._account, self._gateway.settings
+        gateway.refuse_when_draining()
+        headers = reading.headers(self._scope)
+        key = await gateway.authenticate(headers, self._scope.get("client"))
+        account.key = key.id
+        body = await reading.body(receive, headers, settings.max_body_bytes, settings.body_timeout_s)
+        async with _while_connected(receive):
+            request = reading.parsed(self._kind, body, headers)
+            pool = gateway.pool(request.model, key)
+            account.model, account.stream = request.model, request.stream
+            account.prompt_tokens = await reading.prompt_tokens(pool, request)
+            longest = reading.longest_answer(pool, request, account.prompt_tokens)
+            tokens = account.prompt_tokens + longest * request.prompts * request.n
+            async with gateway.limiter.grant(key, tokens) as grant:
+                account.overhead_s = time.monotonic() - account.started
+                opened = await self._relay(pool, self._call(pool, request, longest, tokens), request, grant)
+        # What was used is settled by now: whoever has the whole answer may ask the next thing at once.
+        await self._finish(opened)
+
+    def _call(self, pool: Pool, request: ChatRequest | CompletionRequest, longest: int, tokens: int) -> Call:
+        """The request for the engine: the client's keys, this release's name, no longer answer than reserved."""
+        changes: dict[str, Any] = {
+            "model": pool.route.served_as,
+            "max_tokens": longest,
+            "max_completion_tokens": None,
+            "stream_options": {"include_usage": True} if request.stream else None,
+        }
+        headers = {**self._account.trace.headers(), **self._gateway.engine_headers}
+        headers["accept"] = "text/event-stream" if request.stream else "application/json"
+        document = forwarded(request, changes)
+        return Call(self._path, document, headers, tokens, request.stream, request.model)
+
+    async def _relay(self, pool: Pool, call: Call, request: ChatRequest | CompletionRequest, grant: Grant) -> Opened:
+        """Pass the answer on, but for its end, and say what it used."""
+        account = self._account
+        meter = StreamMeter(hide_usage=not (request.stream_options and request.stream_options.include_usage))
+        try:
+            async with self._gateway.upstream.ask(pool, call) as opened:
+                self._name_replica(call)
+                if opened.rest is not None:
+                    await self._stream(opened, meter)
+                else:
+                    reading.check(opened, meter)
+                account.status = opened.status
+            return opened
+        finally:
+            account.queued_s = call.queued_s
+            self._name_replica(call)
+            if self._begun or account.status == httpx.codes.OK:
+                account.prompt_tokens = meter.prompt_tokens or account.prompt_tokens
+                account.completion_tokens = meter.completion_tokens
+                grant.used = account.prompt_tokens + account.completion_tokens
+            elif call.sent:
+                # Who left while the engine worked can't be told what that took: it is all that was reserved.
+                grant.used = grant.reserved
+
+    def _name_replica(self, call: Call) -> None:
+        if call.replica is not None:
+            self._account.replica, self._account.release = call.replica.name, call.replica.release
+
+    async def _stream(self, opened: Opened, meter: StreamMeter) -> None:
+        """Pass events on as they come; a stream that breaks ends in an event that says so."""
+        account = self._account
+        account.first_s = time.monotonic() - account.started
+        account.status = httpx.codes.OK
+        await self._start(httpx.codes.OK, b"text/event-stream; charset=utf-8", [(b"cache-control", b"no-store")])
+        try:
+            async for events in metered(opened, meter):
+                await self._write(events)
+        except (StreamError, httpx.HTTPError):
+            meter.whole = False
+        if not meter.whole:
+            account.code = "stream_broken"
+            self._gateway.metrics.broken.labels(account.model).inc()
+            broken = Refusal(
+                502, "stream_broken", "the model's server broke off; what was sent is not the whole answer"
+            )
+            await self._write(b"data: " + broken.body() + b"\n\n")
+
+    async def _finish(self, opened: Opened) -> None:
+        if opened.rest is None:
+            length = [(b"content-length", str(len(opened.body)).encode())]
+            await self._start(opened.status, b"application/json", length)
+            for start in range(0, len(opened.body), _SLICE):
+                await self._write(opened.body[start : start + _SLICE])
+        await self._write(b"", more=False)
+
+    async def _refuse(self, refusal: Refusal) -> None:
+        if self._begun:
+            await self._write(b"", more=False)
+            return
+        body = refusal.body()
+        length = (b"content-length", str(len(body)).encode())
+        await self._start(refusal.status, b"application/json", [length, *refusal.headers()])
+        await self._write(body, more=False)
+
+    async def _start(self, status: int, kind: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+        """Send the head: nothing of the engine's, whose name, version and cookies are nobody's business."""
+        account = self._account
+        self._begun = True
+        told = [(b"content-type", kind), (b"x-request-id", account.trace.request_id.encode()), *headers]
+        told.append((b"traceparent", account.trace.parent.encode()))
+        if account.release != "-":
+            told.append((b"x-slipway-release", account.release.encode()))
+        await self._send({"type": "http.response.start", "status": int(status), "headers": told})
+
+    async def _write(self, body: bytes, *, more: bool = True) -> None:
+        """Send a piece, once the client has read what it was sent before; who does not read for long has left."""
+        try:
+            async with asyncio.timeout(self._gateway.settings.stall_timeout_s):
+                await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        except TimeoutError:
+            raise ClientDisconnect from None
+
+
+@asynccontextmanager
+async def _while_connected(receive: Receive) -> AsyncIterator[None]:
+    """Cancel the block when the client hangs up; ``ClientDisconnect`` then."""
+    task = asyncio.current_task()
+    left = False
+
+    async def listen() -> None:
+        nonlocal left
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        left = True
+        if task is not None:
+            task.cancel()
+
+    listener = asyncio.ensure_future(listen())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if left and task is not None:
+            task.uncancel()
+            raise ClientDisconnect from None
+        raise
+    finally:
+        listener.cancel()

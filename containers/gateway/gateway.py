@@ -1,0 +1,219 @@
+"""The gateway as a whole: its files, its replicas, its limits, and what it tells about requests."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+
+from containers.gateway.config import Routes, Settings, Watched
+from containers.gateway.errors import ConfigurationError, Refusal
+from containers.gateway.keys import Key, Keyring
+from containers.gateway.limiter import Limiter
+from containers.gateway.metrics import Metrics
+from containers.gateway.router import Pool, Router
+from containers.gateway.schema import ModelCard, ModelList
+from containers.gateway.upstream import Upstream
+
+if TYPE_CHECKING:
+    from containers.gateway.exchange import Account
+
+log = logging.getLogger("slipway.gateway")
+requests_log = logging.getLogger("slipway.gateway.requests")
+# Engines close a connection that was idle for five seconds; one that is reused just then would break.
+_KEEP_ALIVE_S = 4.0
+_IDLE_CONNECTIONS = 256
+SOCKET_BUFFER = 256 * 1024
+
+
+class Gateway:
+    """Everything that requests share. `start` before use and `stop` after it, on one event loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.keys = Watched(settings.keys, Keyring.parse)
+        self.routes = Watched(settings.routes, Routes.model_validate_json)
+        self.client = _client(settings)
+        self.metrics = Metrics()
+        self.router = Router(settings, self.client)
+        self.upstream = Upstream(settings, self.client, self.metrics)
+        self.limiter = _limiter(settings)
+        self.engine_headers = _engine_headers(settings)
+        self.metrics.show(self.router, self.stale_files)
+        self.draining = False
+        self._route_error: str | None = None
+        self._applied = ""
+        self._refreshing: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Take the routes into use and watch the files.
+
+        Raises:
+            ConfigurationError: A file can't be used.
+        """
+        await self.router.apply(self.routes.value)
+        self._applied = self.routes.digest
+        self._refreshing = asyncio.ensure_future(self._refresh())
+
+    async def stop(self) -> None:
+        """Settle what ran and end what watches."""
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+        self.router.stop()
+        await self.limiter.close()
+        await self.client.aclose()
+
+    def refuse_when_draining(self) -> None:
+        """Send new requests elsewhere while this gateway ends."""
+        if self.draining:
+            raise Refusal(503, "draining", "this gateway is about to stop", retry_after=1, close=True)
+
+    async def authenticate(self, headers: Mapping[bytes, bytes], client: tuple[str, int] | None) -> Key:
+        """Return the request's key; ``Refusal`` 401, or 429 where an address tries too many."""
+        header = headers.get(b"authorization")
+        try:
+            return self.keys.value.authenticate(None if header is None else header.decode("latin-1"), datetime.now(UTC))
+        except Refusal as refusal:
+            if refusal.code == "invalid_api_key" and client is not None:
+                await self.limiter.refuse_guessing(client[0])
+            raise
+
+    def pool(self, model: str, key: Key) -> Pool:
+        """Return a model's replicas; ``Refusal`` 404 for a model that there is not, or not for this key."""
+        pool = self.router.pools.get(model)
+        if pool is None or not key.may_use(model):
+            raise Refusal(
+                404, "model_not_found", "there is no such model, or your key is not for it", parameter="model"
+            )
+        return pool
+
+    def models(self, key: Key) -> ModelList:
+        """The models that a key may use."""
+        cards = [
+            ModelCard(id=name, max_model_len=pool.route.context)
+            for name, pool in sorted(self.router.pools.items())
+            if key.may_use(name)
+        ]
+        return ModelList(data=cards)
+
+    def stale_files(self) -> Iterator[str]:
+        """Files that changed into something that can't be used."""
+        if self.keys.error:
+            yield "keys"
+        if self.routes.error or self._route_error:
+            yield "routes"
+
+    def state(self) -> dict[str, object]:
+        """What an operator, or `slipway serve`, looks at; ``routes`` is the digest of the routes in use."""
+        return {
+            "routes": self._applied,
+            "draining": self.draining,
+            "ready": self.router.is_ready,
+            "queues": {name: len(pool.waiting) for name, pool in self.router.pools.items()},
+            "replicas": [
+                {
+                    "name": replica.name, "release": replica.release, "url": replica.url,
+                    "state": "draining" if replica.draining else replica.state,
+                    "running": len(replica.running), "tokens": replica.tokens, "ejections": replica.ejections,
+                }
+                for replica in self.router.everyone()
+            ],
+        }  # fmt: skip
+
+    def tell(self, account: Account) -> None:
+        """Write a request's line and count it; neither holds a word of what was said."""
+        seconds = time.monotonic() - account.started
+        metrics, who = self.metrics, (account.model, account.key, account.replica)
+        metrics.requests.labels(account.model, account.key, account.status, account.code).inc()
+        if account.code == "hung_up":
+            metrics.hung_up.labels(account.model).inc()
+        elif account.status >= 400 and account.replica == "-":
+            metrics.refused.labels(account.code).inc()
+        if account.replica != "-":
+            metrics.latency.labels(*who).observe(seconds)
+            metrics.queued.labels(account.model).observe(account.queued_s)
+            metrics.overhead.labels(account.model).observe(account.overhead_s)
+            metrics.tokens.labels(*who, "prompt").inc(account.prompt_tokens)
+            metrics.tokens.labels(*who, "completion").inc(account.completion_tokens)
+        if account.first_s is not None:
+            metrics.first_token.labels(*who).observe(account.first_s)
+        if requests_log.isEnabledFor(logging.INFO):
+            requests_log.info(json.dumps({
+                "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+                "request": account.trace.request_id, "trace": account.trace.trace_id, "span": account.trace.span_id,
+                "path": account.path, "key": account.key, "model": account.model, "replica": account.replica,
+                "release": account.release, "status": account.status, "code": account.code, "stream": account.stream,
+                "prompt_tokens": account.prompt_tokens, "completion_tokens": account.completion_tokens,
+                "seconds": round(seconds, 4), "queued": round(account.queued_s, 4),
+                "first": None if account.first_s is None else round(account.first_s, 4),
+            }))  # fmt: skip
+
+    async def _refresh(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.reload_interval_s)
+            self.keys.refresh()
+            if self.routes.refresh():
+                try:
+                    await self.router.apply(self.routes.value)
+                except ConfigurationError as error:
+                    self._route_error = str(error)
+                    log.warning("kept the routes that were in use: %s", error)
+                else:
+                    self._route_error = None
+                    self._applied = self.routes.digest
+            self.router.forget_idle()
+
+
+def _client(settings: Settings) -> httpx.AsyncClient:
+    """What asks the replicas. A stream that its client does not read fills these buffers and then waits."""
+    return httpx.AsyncClient(
+        transport=httpx.AsyncHTTPTransport(
+            limits=httpx.Limits(
+                max_connections=None, max_keepalive_connections=_IDLE_CONNECTIONS, keepalive_expiry=_KEEP_ALIVE_S
+            ),
+            socket_options=[
+                (socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER),
+                (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+            ],
+            trust_env=False,
+        ),
+        timeout=httpx.Timeout(
+            settings.request_timeout_s, connect=settings.connect_timeout_s, write=settings.stall_timeout_s, pool=None
+        ),
+        headers={"user-agent": "slipway-gateway", "accept-encoding": "identity"},
+        # A cookie that a replica sets must not come back with another client's request.
+        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+        trust_env=False,
+        follow_redirects=False,
+    )
+
+
+def _limiter(settings: Settings) -> Limiter:
+    url = settings.redis
+    if settings.redis_file is not None:
+        url = _secret(settings.redis_file)
+    if url is None:
+        return Limiter.in_memory(lease_s=settings.request_timeout_s, wrong_keys=settings.wrong_keys_per_minute)
+    return Limiter.in_redis(url, lease_s=settings.request_timeout_s, wrong_keys=settings.wrong_keys_per_minute)
+
+
+def _engine_headers(settings: Settings) -> dict[str, str]:
+    if settings.engine_key_file is None:
+        return {}
+    return {"authorization": f"Bearer {_secret(settings.engine_key_file)}"}
+
+
+def _secret(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigurationError(f"can't read {path}: {error.strerror}") from error

@@ -1,0 +1,224 @@
+"""Tokens a minute, exactly: reserved before a request runs, settled when it has run.
+
+The law, at every moment and for every key:
+
+    (open reservations) + (amounts settled within the last minute) ≤ limit     whenever a reservation is granted
+
+A reservation counts in full until it is settled; what was used then counts for a minute from there. A gateway that dies
+leaves its reservations open: each has a lease, and one that outlives it counts as used in full at the lease's end. So
+nothing is granted twice and nothing is lost for ever. Settling is idempotent, and may charge more than was reserved
+where more was used: later requests wait for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+WINDOW_S = 60.0
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Not granted; ``wait_s`` is when it would be, if nothing else changed."""
+
+    wait_s: float
+
+
+class Ledger(Protocol):
+    """Where reservations are kept. ``reserve`` returns None where the amount was granted under the id."""
+
+    async def reserve(self, key: str, reservation: str, amount: int, limit: int) -> Refused | None:
+        """Take ``amount`` of ``limit`` until it is settled; ids are never used twice."""
+        ...
+
+    async def settle(self, key: str, reservation: str, used: int) -> bool:
+        """Replace the reservation by what was used; False where it was settled or had lapsed."""
+        ...
+
+    async def charged(self, key: str) -> int:
+        """What counts against the key now."""
+        ...
+
+
+@dataclass
+class _Account:
+    """``open`` holds amounts with the ends of their leases, the first end first, since all leases are equally long."""
+
+    open: dict[str, tuple[int, float]] = field(default_factory=dict)
+    settled: deque[tuple[float, int]] = field(default_factory=deque)
+    total: int = 0
+
+
+class MemoryLedger:
+    """For one gateway. No operation yields between reading and writing, so that on one event loop each is atomic."""
+
+    def __init__(self, lease_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lease_s = lease_s
+        self._clock = clock
+        self._accounts: dict[str, _Account] = {}
+
+    async def reserve(self, key: str, reservation: str, amount: int, limit: int) -> Refused | None:
+        """See `Ledger`."""
+        now = self._clock()
+        account = self._accounts.setdefault(key, _Account())
+        _advance(account, now)
+        if account.total + amount > limit:
+            return Refused(_wait(account, now, account.total + amount - limit))
+        account.open[reservation] = (amount, now + self._lease_s)
+        account.total += amount
+        return None
+
+    async def settle(self, key: str, reservation: str, used: int) -> bool:
+        """See `Ledger`."""
+        now = self._clock()
+        account = self._accounts.get(key)
+        if account is None:
+            return False
+        _advance(account, now)
+        if reservation not in account.open:
+            return False
+        amount, _ = account.open.pop(reservation)
+        account.total += used - amount
+        if used:
+            account.settled.append((now, used))
+        if not account.open and not account.settled:
+            del self._accounts[key]
+        return True
+
+    async def charged(self, key: str) -> int:
+        """See `Ledger`."""
+        account = self._accounts.get(key)
+        if account is None:
+            return 0
+        _advance(account, self._clock())
+        return account.total
+
+
+def _advance(account: _Account, now: float) -> None:
+    """Let leases lapse and a minute pass."""
+    lapsed = list(itertools.takewhile(lambda item: item[1][1] <= now, account.open.items()))
+    if lapsed:
+        for name, _ in lapsed:
+            del account.open[name]
+        account.settled = deque(sorted([*account.settled, *((lease, amount) for _, (amount, lease) in lapsed)]))
+    while account.settled and account.settled[0][0] + WINDOW_S <= now:
+        account.total -= account.settled.popleft()[1]
+
+
+def _wait(account: _Account, now: float, missing: int) -> float:
+    """Seconds until so much of what was settled is a minute old; a second where open reservations stand in the way."""
+    for when, amount in account.settled:
+        missing -= amount
+        if missing <= 0:
+            return when + WINDOW_S - now
+    return 1.0
+
+
+# The same in one atomic step of Redis, by its clock, in milliseconds. A member of `settled` is ID:AMOUNT. `closed` has
+# ids that were settled and not found: a reservation may arrive after its own settling, where Redis stood still and its
+# sender gave up, and would be open with nobody left to settle it.
+_ADVANCE = """
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local window = tonumber(ARGV[1])
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now)) do
+  redis.call('ZADD', KEYS[3], redis.call('ZSCORE', KEYS[1], id), id .. ':' .. redis.call('HGET', KEYS[2], id))
+  redis.call('ZREM', KEYS[1], id)
+  redis.call('HDEL', KEYS[2], id)
+end
+local total = tonumber(redis.call('GET', KEYS[4]) or '0')
+for _, entry in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', now - window)) do
+  total = total - tonumber(string.match(entry, ':(%d+)$'))
+  redis.call('ZREM', KEYS[3], entry)
+end
+redis.call('ZREMRANGEBYSCORE', KEYS[5], '-inf', now - 10 * window)
+local function keep(milliseconds)
+  for _, key in ipairs(KEYS) do
+    if redis.call('PTTL', key) < milliseconds then redis.call('PEXPIRE', key, milliseconds) end
+  end
+end
+"""
+_RESERVE = (
+    _ADVANCE
+    + """
+local amount, limit, lease = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
+if redis.call('ZSCORE', KEYS[5], ARGV[2]) then return 1000 end
+if total + amount > limit then
+  redis.call('SET', KEYS[4], total, 'KEEPTTL')
+  local missing = total + amount - limit
+  for _, entry in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do
+    missing = missing - tonumber(string.match(entry, ':(%d+)$'))
+    if missing <= 0 then return redis.call('ZSCORE', KEYS[3], entry) + window - now end
+  end
+  return 1000
+end
+redis.call('ZADD', KEYS[1], now + lease, ARGV[2])
+redis.call('HSET', KEYS[2], ARGV[2], amount)
+redis.call('SET', KEYS[4], total + amount, 'KEEPTTL')
+keep(lease + 2 * window)
+return -1
+"""
+)
+_SETTLE = (
+    _ADVANCE
+    + """
+local amount = redis.call('HGET', KEYS[2], ARGV[2])
+if amount then
+  redis.call('ZREM', KEYS[1], ARGV[2])
+  redis.call('HDEL', KEYS[2], ARGV[2])
+  total = total - tonumber(amount) + tonumber(ARGV[3])
+  if tonumber(ARGV[3]) > 0 then redis.call('ZADD', KEYS[3], now, ARGV[2] .. ':' .. ARGV[3]) end
+else
+  redis.call('ZADD', KEYS[5], now, ARGV[2])
+end
+redis.call('SET', KEYS[4], total, 'KEEPTTL')
+keep(11 * window)
+return amount and 1 or 0
+"""
+)
+_CHARGED = _ADVANCE + "redis.call('SET', KEYS[4], total, 'KEEPTTL')\nkeep(2 * window)\nreturn total\n"
+
+
+class RedisLedger:
+    """For many gateways. ``client`` is ``redis.asyncio``'s; ``window_s`` is a minute but in tests."""
+
+    def __init__(
+        self,
+        client: Redis,
+        lease_s: float,
+        *,
+        prefix: str = "slipway:tokens",
+        window_s: float = WINDOW_S,
+    ) -> None:
+        self._reserve = client.register_script(_RESERVE)
+        self._settle = client.register_script(_SETTLE)
+        self._charged = client.register_script(_CHARGED)
+        self._lease_ms = round(lease_s * 1000)
+        self._prefix = prefix
+        self._window_ms = round(window_s * 1000)
+
+    async def reserve(self, key: str, reservation: str, amount: int, limit: int) -> Refused | None:
+        """See `Ledger`."""
+        arguments: list[str | int] = [self._window_ms, reservation, amount, limit, self._lease_ms]
+        wait = int(await self._reserve(keys=self._keys(key), args=arguments))
+        return None if wait < 0 else Refused(wait / 1000)
+
+    async def settle(self, key: str, reservation: str, used: int) -> bool:
+        """See `Ledger`."""
+        return bool(await self._settle(keys=self._keys(key), args=[self._window_ms, reservation, used]))
+
+    async def charged(self, key: str) -> int:
+        """See `Ledger`."""
+        return int(await self._charged(keys=self._keys(key), args=[self._window_ms]))
+
+    def _keys(self, key: str) -> list[str]:
+        """All of one key's, in one slot of a Redis cluster."""
+        return [f"{self._prefix}:{{{key}}}:{part}" for part in ("open", "amounts", "settled", "total", "closed")]

@@ -1,0 +1,214 @@
+"""What a key may use in a minute: requests (the `limits` library's moving window) and tokens (`ledger`)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import redis.asyncio
+from limits import RateLimitItemPerMinute
+from limits.aio.storage import MemoryStorage, RedisStorage
+from limits.aio.strategies import MovingWindowRateLimiter
+from limits.errors import StorageError
+from redis.exceptions import RedisError
+
+from containers.gateway.errors import Refusal
+from containers.gateway.keys import Key
+from containers.gateway.ledger import Ledger, MemoryLedger, RedisLedger, Refused
+
+log = logging.getLogger("slipway.gateway")
+_LEASE_SLACK_S = 30.0
+_REDIS_SECONDS, _REDIS_CONNECTIONS = 2.0, 16
+_SETTLE_WAIT_S, _LONGEST_PAUSE_S = 0.5, 5.0
+_CLOSE_WAIT_S = 10.0
+_SWEEP_EVERY_S = 10.0
+
+
+class _Memory(MemoryStorage):
+    """The library's, but that it sweeps what is a minute old now and then, not in a thread after every request."""
+
+    STORAGE_SCHEME: ClassVar[list[str]] = ["async+slipway"]  # type: ignore[misc]
+    _swept = 0.0
+
+    async def _MemoryStorage__schedule_expiry(self) -> None:  # noqa: N802 - the library's own name for it
+        if time.monotonic() - self._swept > _SWEEP_EVERY_S:
+            self._swept = time.monotonic()
+            self.timer = asyncio.ensure_future(self._MemoryStorage__expire_events())  # type: ignore[attr-defined]
+
+
+@dataclass
+class Grant:
+    """Leave to run one request. ``used`` is what will be charged: nothing, until something ran."""
+
+    reserved: int
+    used: int = 0
+
+
+class Limiter:
+    """Grants requests within their key's limits.
+
+    ``lease_s``, where one is made, is the longest that a request may take: what a dead gateway left lapses soon after.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        requests: MovingWindowRateLimiter,
+        *,
+        lease_s: float,
+        wrong_keys: int = 60,
+        close: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        self._ledger = ledger
+        self._requests = requests
+        self._lease_s = lease_s
+        self._wrong_keys = RateLimitItemPerMinute(wrong_keys)
+        self._close = close
+        self._running: Counter[str] = Counter()
+        self._settling: set[asyncio.Task[Any]] = set()
+
+    @classmethod
+    def in_memory(cls, *, lease_s: float, wrong_keys: int = 60) -> Limiter:
+        """For one gateway."""
+        lease_s += _LEASE_SLACK_S
+        requests = MovingWindowRateLimiter(_Memory())
+        return cls(MemoryLedger(lease_s), requests, lease_s=lease_s, wrong_keys=wrong_keys)
+
+    @classmethod
+    def in_redis(cls, url: str, *, lease_s: float, wrong_keys: int = 60) -> Limiter:
+        """For many gateways that share ``url`` (``redis://``, ``rediss://``)."""
+        # A few connections, waited for: an operation takes a fraction of a millisecond, and Redis takes one at a time.
+        pool = redis.asyncio.BlockingConnectionPool.from_url(
+            url,
+            max_connections=_REDIS_CONNECTIONS,
+            timeout=_REDIS_SECONDS,
+            socket_timeout=_REDIS_SECONDS,
+            socket_connect_timeout=_REDIS_SECONDS,
+        )
+        client = redis.asyncio.Redis(connection_pool=pool)
+        options: dict[str, Any] = {"connection_pool": pool}  # the library's types have no room for a pool
+        storage = RedisStorage(
+            f"async+{url}", wrap_exceptions=True, implementation="redispy", key_prefix="slipway:requests", **options
+        )
+        lease_s += _LEASE_SLACK_S
+        requests = MovingWindowRateLimiter(storage)
+        return cls(RedisLedger(client, lease_s), requests, lease_s=lease_s, wrong_keys=wrong_keys, close=pool.aclose)
+
+    @contextlib.asynccontextmanager
+    async def grant(self, key: Key, tokens: int) -> AsyncIterator[Grant]:
+        """Let one request of ``tokens`` (prompt and longest answer) run; settle what it ``used`` after the block.
+
+        Settled however the block is left, cancelled among it. A request that is refused takes nothing.
+
+        Raises:
+            Refusal: 429 with the seconds to wait; 400 where the limit is below what is asked for; 503 where the shared
+                store does not answer.
+        """
+        limits = key.limits
+        if limits.tokens_per_minute is not None and tokens > limits.tokens_per_minute:
+            raise Refusal(
+                400, "request_too_large",
+                f"this request may take {tokens} tokens (prompt and longest answer); your key has "
+                f"{limits.tokens_per_minute} a minute: shorten the prompt or lower `max_tokens`",
+            )  # fmt: skip
+        if limits.parallel is not None and self._running[key.id] >= limits.parallel:
+            raise Refusal(429, "parallel_limit", f"your key has {limits.parallel} requests at a time", retry_after=1)
+        self._running[key.id] += 1
+        grant, reservation = Grant(tokens), secrets.token_hex(12)
+        try:
+            async with self._reserved(key, reservation, grant):
+                yield grant
+        finally:
+            self._running[key.id] -= 1
+            if not self._running[key.id]:
+                del self._running[key.id]
+
+    async def refuse_guessing(self, address: str) -> None:
+        """Raise ``Refusal`` 429 where too many wrong keys came from an address within a minute; else count this one."""
+        with _store():
+            allowed = await self._requests.hit(self._wrong_keys, "wrong-keys", address)
+        if not allowed:
+            raise Refusal(429, "too_many_wrong_keys", "too many wrong API keys from your address", retry_after=60)
+
+    async def close(self) -> None:
+        """Settle what ended, as far as the store answers, and leave it."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.settled(), _CLOSE_WAIT_S)
+        if self._close is not None:
+            await self._close()
+
+    async def settled(self) -> None:
+        """Wait until everything that ended is settled."""
+        while self._settling:
+            await asyncio.gather(*self._settling, return_exceptions=True)
+
+    @contextlib.asynccontextmanager
+    async def _reserved(self, key: Key, reservation: str, grant: Grant) -> AsyncIterator[None]:
+        """Reserve tokens first and count the request then: who is refused tokens has not used up a request."""
+        limit = key.limits.tokens_per_minute
+        if limit is None:
+            await self._count(key)
+            yield
+            return
+        # A task of its own: a client that hangs up meanwhile must not leave a reservation that nobody knows of.
+        reserving = asyncio.ensure_future(self._ledger.reserve(key.id, reservation, grant.reserved, limit))
+        try:
+            with _store():
+                refused = await asyncio.shield(reserving)
+            if refused is not None:
+                message = f"your key has {limit} tokens a minute, which are used or reserved"
+                raise Refusal(429, "token_limit", message, retry_after=refused.wait_s)
+            await self._count(key)
+            yield
+        finally:
+            task = asyncio.ensure_future(self._settle(reserving, key.id, reservation, grant.used))
+            self._settling.add(task)
+            task.add_done_callback(self._settling.discard)
+            # Settled before the answer ends, so that its client may go on; a store that is away is not waited for.
+            await asyncio.wait([task], timeout=_SETTLE_WAIT_S)
+
+    async def _count(self, key: Key) -> None:
+        if key.limits.requests_per_minute is None:
+            return
+        item = RateLimitItemPerMinute(key.limits.requests_per_minute)
+        with _store():
+            if await self._requests.hit(item, key.id):
+                return
+            reset = (await self._requests.get_window_stats(item, key.id)).reset_time
+        message = f"your key has {key.limits.requests_per_minute} requests a minute"
+        raise Refusal(429, "request_limit", message, retry_after=max(0.0, reset - time.time()))
+
+    async def _settle(
+        self, reserving: asyncio.Future[Refused | None], key_id: str, reservation: str, used: int
+    ) -> None:
+        """Settle what was reserved, if it was, as soon as the store answers; the lease bounds how long that matters."""
+        await asyncio.wait([reserving])
+        if not reserving.cancelled() and reserving.exception() is None and reserving.result() is not None:
+            return
+        deadline, pause = time.monotonic() + self._lease_s, 0.1
+        while time.monotonic() < deadline:
+            try:
+                await self._ledger.settle(key_id, reservation, used)
+            except (RedisError, OSError) as error:
+                log.warning("can't settle a reservation yet: %s", type(error).__name__)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+            else:
+                return
+
+
+@contextlib.contextmanager
+def _store() -> Iterator[None]:
+    """Say that the shared store is away: nothing runs uncounted."""
+    try:
+        yield
+    except (RedisError, StorageError, OSError) as error:
+        log.warning("the store of limits does not answer: %s", type(error).__name__)
+        raise Refusal(503, "limits_unavailable", "limits can't be checked just now", retry_after=1) from error

@@ -1,0 +1,138 @@
+"""Reading a request: its head, its body within bounds, its keys, its tokens; and reading the engine's whole answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import httpx
+from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
+
+from containers.gateway.errors import Refusal
+from containers.gateway.router import Pool
+from containers.gateway.schema import ChatRequest, CompletionRequest
+from containers.gateway.sse import StreamMeter
+from containers.gateway.upstream import Opened
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope
+
+# Sent twice, these would be read one way here and another way elsewhere.
+_ONCE = frozenset(
+    {b"authorization", b"content-length", b"content-type", b"content-encoding", b"transfer-encoding", b"host"}
+)
+_TOLD, _LONGEST_KEY = 3, 60
+
+
+def headers(scope: Scope) -> Mapping[bytes, bytes]:
+    """Return the request's headers; ``Refusal`` 400 where one that decides something is there twice."""
+    found: dict[bytes, bytes] = {}
+    for name, value in scope["headers"]:
+        if name in found and name in _ONCE:
+            raise Refusal(400, "ambiguous_header", f"`{name.decode()}` was sent twice", close=True)
+        found[name] = value
+    return found
+
+
+async def body(receive: Receive, head: Mapping[bytes, bytes], most: int, timeout_s: float) -> bytes:
+    """Read the body, no more than ``most`` bytes of it, in no more than ``timeout_s`` seconds.
+
+    Raises:
+        Refusal: 413, 415 or 408; the connection is closed, since the rest was not read.
+        ClientDisconnect: The client left.
+    """
+    too_large = Refusal(413, "body_too_large", f"a request has {most} bytes at most", close=True)
+    if int(head.get(b"content-length", b"0")) > most:
+        raise too_large
+    if head.get(b"content-encoding", b"identity").lower() != b"identity":
+        raise Refusal(415, "unsupported_encoding", "send the body without a content encoding", close=True)
+    parts: list[bytes] = []
+    size, more = 0, True
+    try:
+        async with asyncio.timeout(timeout_s):
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                part = message.get("body", b"")
+                size += len(part)
+                if size > most:
+                    raise too_large
+                parts.append(part)
+                more = message.get("more_body", False)
+    except TimeoutError:
+        raise Refusal(408, "body_too_slow", f"the body did not come within {timeout_s:g} s", close=True) from None
+    return b"".join(parts)
+
+
+def parsed(
+    kind: type[ChatRequest | CompletionRequest], data: bytes, head: Mapping[bytes, bytes]
+) -> ChatRequest | CompletionRequest:
+    """Read the JSON document; ``Refusal`` 415 or 400 that names every key that is wrong, never its value."""
+    media = head.get(b"content-type", b"").split(b";")[0].strip().lower()
+    if media != b"application/json":
+        raise Refusal(415, "unsupported_media_type", "send `Content-Type: application/json`")
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_context=False, include_input=False)
+    if problems[0]["type"] == "json_invalid":
+        raise Refusal(400, "invalid_json", "the body is no JSON document")
+    known = [(".".join(str(part)[:_LONGEST_KEY] for part in item["loc"][:3]), item) for item in problems]
+    told = [
+        f"unknown key `{path}`" if item["type"] == "extra_forbidden" else f"`{path or 'body'}`: {item['msg']}"
+        for path, item in known[:_TOLD]
+    ]
+    more = f"; and {len(known) - _TOLD} more" if len(known) > _TOLD else ""
+    raise Refusal(
+        400,
+        "invalid_request",
+        "; ".join(told) + more,
+        parameter=str(problems[0]["loc"][0])[:_LONGEST_KEY] if problems[0]["loc"] else None,
+    )
+
+
+async def prompt_tokens(pool: Pool, request: ChatRequest | CompletionRequest) -> int:
+    """Count all of a request's prompts with the release's tokenizer; ``Refusal`` 400 where one can't fit."""
+    context = pool.route.context
+    if isinstance(request, CompletionRequest):
+        return await pool.counter.completion(request.prompt, special=request.add_special_tokens, most=context)
+    options = request.chat_template_kwargs.model_dump(exclude_none=True) if request.chat_template_kwargs else {}
+    return await pool.counter.chat(request.plain_messages(), request.plain_tools(), options, context)
+
+
+def longest_answer(pool: Pool, request: ChatRequest | CompletionRequest, prompt: int) -> int:
+    """Tokens that one answer may have: as asked for, else the model's default as far as the context reaches.
+
+    Raises:
+        Refusal: 400 where prompt and answer don't fit into the context.
+    """
+    context = pool.route.context
+    # Of several prompts only the sum is known here; the engine checks each.
+    room = context - (prompt if request.prompts == 1 else 0)
+    wanted = request.longest_answer
+    if wanted is None:
+        wanted = max(1, min(pool.route.default_tokens, room))
+    if wanted > room:
+        raise Refusal(
+            400, "context_length_exceeded",
+            f"this model's context is {context} tokens; the prompt has {prompt} and the answer may have {wanted}",
+        )  # fmt: skip
+    return wanted
+
+
+def check(opened: Opened, meter: StreamMeter) -> None:
+    """Read what a whole answer used; ``Refusal`` 502 where it is no JSON object, or not for the client."""
+    if opened.status in {401, 403, 404, 405} or not (opened.status == 200 or 400 <= opened.status < 500):
+        raise Refusal(502, "replica_misconfigured", f"the model's server answered {opened.status}")
+    try:
+        document = json.loads(opened.body)
+    except ValueError:
+        document = None
+    if not isinstance(document, dict):
+        raise Refusal(502, "bad_answer", "the model's server sent no JSON")
+    if opened.status == httpx.codes.OK:
+        meter.read(document)

@@ -1,0 +1,271 @@
+"""The requests that are taken, key by key.
+
+A key that is not here is refused by name: what the engine takes beyond OpenAI's API (chat templates from the client,
+embeddings to unpickle, images to fetch, engine arguments) stays out by not being listed. Texts alone are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+
+from containers.gateway.tokens import Prompt
+
+
+def _whole(value: object) -> object:
+    """JSON Schema calls 4.0 an integer, so it is one here."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = BeforeValidator(_whole)  # outermost, or the bounds would not be in the schema
+Tokens = Annotated[StrictInt, Field(ge=1, le=10_000_000), Whole]
+TokenId = Annotated[StrictInt, Field(ge=0, le=2**31 - 1), Whole]
+Seed = Annotated[StrictInt, Field(ge=-(2**63), le=2**63 - 1), Whole]
+Number = StrictFloat
+Penalty = Annotated[Number, Field(ge=-2, le=2)]
+Word = Annotated[StrictStr, Field(min_length=1, max_length=256)]
+Short = Annotated[StrictStr, Field(max_length=256)]
+Bias = Annotated[Number, Field(ge=-100, le=100)]
+Biases = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias],
+    Field(max_length=1024, json_schema_extra={"additionalProperties": False}),
+]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class StreamOptions(_Part):
+    """What a stream carries beside the answer."""
+
+    include_usage: StrictBool = False
+
+
+class ResponseFormat(_Part):
+    """The form of the answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: dict[str, Any] | None = None
+
+
+class _Request(_Part):
+    """What both kinds of request have. The last block is the engine's own samplers."""
+
+    model: Word
+    stream: StrictBool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: Tokens | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=16), Whole] = 1
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    stop: Word | Annotated[list[Word], Field(max_length=16)] | None = None
+    seed: Seed | None = None
+    logit_bias: Biases | None = None
+    user: Short | None = None
+    response_format: ResponseFormat | None = None
+
+    top_k: Annotated[StrictInt, Field(ge=-1, le=2**31 - 1), Whole] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
+    min_tokens: Annotated[StrictInt, Field(ge=0, le=10_000_000), Whole] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    ignore_eos: StrictBool | None = None
+    skip_special_tokens: StrictBool | None = None
+    include_stop_str_in_output: StrictBool | None = None
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts are answered."""
+        return 1
+
+    @property
+    def longest_answer(self) -> int | None:
+        """Tokens of one answer at most, where the client says so."""
+        return self.max_tokens
+
+
+class CompletionRequest(_Request):
+    """``POST /v1/completions``."""
+
+    prompt: (
+        StrictStr
+        | Annotated[list[StrictStr], Field(min_length=1, max_length=256)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=256)]
+    )
+    echo: StrictBool = False
+    logprobs: Annotated[StrictInt, Field(ge=0, le=20), Whole] | None = None
+    add_special_tokens: StrictBool = True
+
+    @property
+    def given(self) -> Prompt:
+        """The prompts, as they were sent."""
+        return self.prompt
+
+    @property
+    def prompts(self) -> int:
+        """One for a text or a list of token ids, else as many as are listed."""
+        if isinstance(self.prompt, list) and not isinstance(self.prompt[0], int):
+            return len(self.prompt)
+        return 1
+
+
+class TextPart(_Part):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: StrictStr
+
+
+class FunctionCall(_Part):
+    """What a tool was called with; ``arguments`` is JSON in a string."""
+
+    name: Word
+    arguments: StrictStr
+
+
+class ToolCall(_Part):
+    """A call that the assistant made."""
+
+    id: Word
+    type: Literal["function"]
+    function: FunctionCall
+
+
+class Message(_Part):
+    """One turn of the conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: StrictStr | Annotated[list[TextPart], Field(min_length=1)] | None = None
+    name: Word | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
+    tool_call_id: Word | None = None
+    reasoning_content: StrictStr | None = None
+
+
+class Function(_Part):
+    """A tool's name, and its parameters as JSON Schema."""
+
+    name: Word
+    description: StrictStr | None = None
+    parameters: dict[str, Any] | None = None
+    strict: StrictBool | None = None
+
+
+class Tool(_Part):
+    """A tool that the model may call."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(_Part):
+    """The one tool to call."""
+
+    name: Word
+
+
+class NamedTool(_Part):
+    """The one tool to call."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class TemplateOptions(_Part):
+    """Switches that chat templates know."""
+
+    enable_thinking: StrictBool | None = None
+    thinking: StrictBool | None = None
+
+
+class ChatRequest(_Request):
+    """``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    max_completion_tokens: Tokens | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20), Whole] | None = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: StrictBool | None = None
+    reasoning_effort: Literal["none", "low", "medium", "high"] | None = None
+    chat_template_kwargs: TemplateOptions | None = None
+
+    @property
+    def longest_answer(self) -> int | None:
+        """Tokens of one answer at most: the newer name of the key wins, as with OpenAI."""
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    def plain_messages(self) -> list[dict[str, Any]]:
+        """The conversation for a chat template; pieces of text are joined."""
+        found = []
+        for message in self.messages:
+            plain = message.model_dump(exclude_none=True)
+            if isinstance(message.content, list):
+                plain["content"] = "".join(part.text for part in message.content)
+            found.append({"content": "", **plain})
+        return found
+
+    def plain_tools(self) -> list[dict[str, Any]] | None:
+        """The tools for a chat template."""
+        return None if self.tools is None else [tool.model_dump(exclude_none=True) for tool in self.tools]
+
+
+class Usage(BaseModel):
+    """What was counted."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+    total_tokens: int
+
+
+class Answer(BaseModel):
+    """What a request without ``stream`` gets; the engine's own keys are passed on as they are."""
+
+    object: str
+    choices: list[dict[str, Any]]
+    usage: Usage | None = None
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong; ``code`` is for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """Every answer that is none."""
+
+    error: ErrorDetail
+
+
+class ModelCard(BaseModel):
+    """One model of the API."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "slipway"
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    """``GET /v1/models``."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+def forwarded(request: _Request, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """What the engine is sent: the keys that the client set, with these changes; None takes a key out."""
+    document = {**request.model_dump(mode="json", exclude_unset=True), **changes}
+    return {name: value for name, value in document.items() if value is not None or name not in changes}

@@ -1,0 +1,76 @@
+"""A stream of server-sent events on its way through: forwarded at once, counted, and known to be whole or not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+DONE = b"data: [DONE]"
+_LONGEST_EVENT = 1024 * 1024
+
+
+class StreamError(Exception):
+    """The engine's stream is none: an event without an end, or one that is no JSON."""
+
+
+@dataclass
+class StreamMeter:
+    """Reads what passes. ``hide_usage`` keeps the closing event with the usage from a client that did not ask for it.
+
+    ``completion_tokens`` is the engine's own count once it said so, and before that one a piece of text: what a client
+    that hung up is charged.
+    """
+
+    hide_usage: bool = False
+    prompt_tokens: int | None = None
+    whole: bool = False
+    pieces: int = 0
+    _counted: int | None = None
+    _rest: bytes = b""
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of the answer so far."""
+        return self.pieces if self._counted is None else self._counted
+
+    def feed(self, data: bytes) -> bytes:
+        """Take what came from the engine, return what goes to the client: all events that are complete.
+
+        Raises:
+            StreamError: It is no stream of JSON events.
+        """
+        events = (self._rest + data).replace(b"\r\n", b"\n").split(b"\n\n")
+        self._rest = events.pop()
+        if len(self._rest) > _LONGEST_EVENT:
+            raise StreamError("an event without an end")
+        return b"".join(event + b"\n\n" for event in events if self._passes(event))
+
+    def _passes(self, event: bytes) -> bool:
+        if not event.startswith(b"data:"):
+            return True
+        if event.startswith(DONE):
+            self.whole = True
+            return True
+        try:
+            document = json.loads(event[5:])
+        except ValueError as error:
+            raise StreamError("an event that is no JSON") from error
+        if not isinstance(document, dict):
+            raise StreamError("an event that is no object")
+        self.read(document)
+        return bool(document.get("choices")) or "usage" not in document or not self.hide_usage
+
+    def read(self, document: Mapping[str, Any]) -> None:
+        """Take what an event, or a whole answer, says of its usage."""
+        choices = document.get("choices")
+        self.pieces += len(choices) if isinstance(choices, list) else 0
+        usage = document.get("usage")
+        if isinstance(usage, dict):
+            self._counted = _count(usage.get("completion_tokens"), self.pieces)
+            self.prompt_tokens = _count(usage.get("prompt_tokens"), 0) or None
+
+
+def _count(value: object, otherwise: int) -> int:
+    return value if isinstance(value, int) and value >= 0 else otherwise

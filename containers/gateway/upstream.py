@@ -1,0 +1,177 @@
+"""Asking a replica, and another one where that fails before anything reached the client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from containers.gateway.config import Settings
+from containers.gateway.errors import Refusal
+from containers.gateway.metrics import Metrics
+from containers.gateway.replicas import Replica
+from containers.gateway.router import Lease, Pool
+from containers.gateway.sse import StreamMeter
+
+# An answer with such a status is none: it is asked for again elsewhere, once.
+_AGAIN = frozenset({500, 502, 503, 504})
+# A request that reached a replica which then died may be what killed it: so it is delivered twice at most.
+DELIVERIES = 2
+# Connections that were refused cost nothing; this many replicas are tried before one gives up.
+_REFUSALS = 8
+
+
+class _Lost(Exception):
+    """The replica was taken for gone while this request waited for it."""
+
+
+@dataclass
+class Call:
+    """One request for the engine: ``tokens`` outstanding while it runs; ``sent`` says that a replica was given it."""
+
+    path: str
+    document: Mapping[str, Any]
+    headers: Mapping[str, str]
+    tokens: int
+    stream: bool
+    model: str
+    tried: list[Replica] = field(default_factory=list)
+    sent: bool = False
+    queued_s: float = 0.0
+    replica: Replica | None = None
+
+
+@dataclass
+class Opened:
+    """A replica's answer. ``body`` is all of it, or the first piece of a stream that ``rest`` goes on with."""
+
+    status: int
+    body: bytes
+    rest: AsyncIterator[bytes] | None
+
+
+class Upstream:
+    """The replicas as one server."""
+
+    def __init__(self, settings: Settings, client: httpx.AsyncClient, metrics: Metrics) -> None:
+        self._settings = settings
+        self._client = client
+        self._metrics = metrics
+
+    @asynccontextmanager
+    async def ask(self, pool: Pool, call: Call) -> AsyncIterator[Opened]:
+        """Give the first good answer; its place and its connection are given back after the block, however it ends.
+
+        A connection that can't be made, or breaks, or says 500, 502, 503 or 504 before the first byte of a stream, or
+        before the end of any other answer, sends the request elsewhere. Leaving the block early closes the connection,
+        which tells the engine to stop.
+
+        Raises:
+            Refusal: 502 where no replica answered, 503 where none had room in time.
+        """
+        deliveries = refusals = 0
+        while True:
+            lease = await self._place(pool, call)
+            answer: httpx.Response | None = None
+            try:
+                try:
+                    answer, opened = await self._try(lease, call)
+                except httpx.ConnectError:
+                    lease.replica.refused()
+                    refusals += 1
+                    problem = "refuses connections"
+                except (httpx.HTTPError, _Lost) as error:
+                    lease.replica.answered(0)
+                    deliveries += 1
+                    problem = "broke off" if not isinstance(error, httpx.TimeoutException) else "took too long"
+                else:
+                    lease.replica.answered(opened.status)
+                    deliveries += 1
+                    self._metrics.attempts.labels(lease.replica.name, opened.status).inc()
+                    if opened.status not in _AGAIN:
+                        yield opened
+                        return
+                    problem = f"answered {opened.status}"
+                if not problem.startswith("answered"):
+                    self._metrics.attempts.labels(lease.replica.name, "error").inc()
+            finally:
+                lease.release()
+                if answer is not None:
+                    await answer.aclose()
+            if deliveries >= DELIVERIES or refusals >= _REFUSALS:
+                raise Refusal(502, "replica_failed", f"the model's server {problem}; this request may be sent again")
+            call.tried.append(lease.replica)
+            self._metrics.retries.labels(call.model).inc()
+
+    async def _place(self, pool: Pool, call: Call) -> Lease:
+        started = time.monotonic()
+        lease = await pool.place(call.tokens, call.tried, self._settings.queue_size, self._settings.queue_timeout_s)
+        call.queued_s += time.monotonic() - started
+        call.replica = lease.replica
+        # The route may have changed while this request waited: the engine is told the name that this release knows.
+        return lease
+
+    async def _try(self, lease: Lease, call: Call) -> tuple[httpx.Response, Opened]:
+        """Ask one replica, up to the first piece of a stream or the end of another answer."""
+        request = self._client.build_request(
+            "POST",
+            f"{lease.replica.url}{call.path}",
+            content=json.dumps(call.document).encode(),
+            headers={"content-type": "application/json", **call.headers},
+        )
+        try:
+            call.sent = True
+            answer = await self._client.send(request, stream=True)
+            try:
+                opened = await self._open(answer, call)
+            except BaseException:
+                await answer.aclose()
+                raise
+        except httpx.HTTPError:
+            call.sent = False
+            raise
+        except asyncio.CancelledError:
+            if lease.running.lost and lease.running.task is not None:
+                lease.running.task.uncancel()
+                call.sent = False
+                raise _Lost from None
+            raise
+        finally:
+            lease.running.task = None  # what has begun to arrive is no longer waited for
+        call.sent = opened.status == httpx.codes.OK
+        return answer, opened
+
+    async def _open(self, answer: httpx.Response, call: Call) -> Opened:
+        if call.stream and answer.status_code == httpx.codes.OK:
+            pieces = answer.aiter_raw()
+            first = await anext(pieces, b"")
+            if not first:
+                raise httpx.RemoteProtocolError("a stream that ended before it began")
+            return Opened(answer.status_code, first, pieces)
+        parts, size = [], 0
+        async for part in answer.aiter_raw():
+            parts.append(part)
+            size += len(part)
+            if size > self._settings.max_answer_bytes:
+                raise Refusal(502, "answer_too_large", "the model's server sent more than this gateway passes on")
+        return Opened(answer.status_code, b"".join(parts), None)
+
+
+async def metered(opened: Opened, meter: StreamMeter) -> AsyncIterator[bytes]:
+    """The events of a stream as they come.
+
+    Raises:
+        StreamError, httpx.HTTPError: The stream broke.
+    """
+    if ready := meter.feed(opened.body):
+        yield ready
+    if opened.rest is not None:
+        async for piece in opened.rest:
+            if ready := meter.feed(piece):
+                yield ready

@@ -1,0 +1,251 @@
+"""Write a release's bundle: Kustomize base, components and overlays, from templates and the release's own evidence."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from containers.errors import ContainerError
+from containers.kubernetes.alerts import Alert, alerts, healthy, recordings
+from containers.kubernetes.dashboard import dashboard
+from containers.kubernetes.numbers import Evidence, Number, numbers
+
+TEMPLATES = Path(__file__).with_name("templates")
+NAMESPACE = "slipway"
+_MODEL_FOLDER = "/model"
+_TOKENIZER = "/srv/tokenizer"
+# Where a gateway's Redis is taken from; its tag is the newest of the line that its licence lets everybody use.
+_REDIS = ("docker.io/valkey/valkey", "8-alpine")
+
+
+class BundleError(ContainerError):
+    """A bundle can't be made, or its place is taken."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """What is run beside the engine: the gateway's image by ``REPOSITORY@sha256:…``, or None where it isn't known yet.
+
+    ``engine`` replaces the repository of the release's image, where it was copied elsewhere.
+    """
+
+    gateway: str | None = None
+    engine: str | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """A bundle on disk. ``warnings`` are what a person must do before it can be applied."""
+
+    folder: Path
+    files: tuple[str, ...]
+    numbers: Mapping[str, Number]
+    warnings: tuple[str, ...]
+
+
+def write_bundle(
+    evidence: Evidence,
+    image: Mapping[str, Any],
+    folder: Path,
+    *,
+    images: Images | None = None,
+    namespace: str = NAMESPACE,
+    monitoring_namespace: str = "monitoring",
+    more: Callable[[Mapping[str, Number]], Mapping[str, str]] = lambda _: {},
+) -> Written:
+    """Write the bundle into ``folder``, which must be empty or not there; it appears whole or not at all.
+
+    Args:
+        evidence: the release's manifest, load test and requests.
+        image: the release's ``image.json``.
+        folder: where to.
+        images: the images beside the engine's.
+        namespace: where it is to run.
+        monitoring_namespace: where Prometheus runs.
+        more: gives further files by path, from the numbers.
+
+    Raises:
+        BundleError: the folder holds something, or the evidence lacks what a bundle is made from.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BundleError(f"{folder} is not empty: name another folder, or remove it")
+    if not evidence.load.get("server", {}).get("start_seconds"):
+        raise BundleError("the load test has no start of a server in it: release again")
+    found = numbers(evidence)
+    values = _values(evidence, image, images or Images(), found)
+    values |= {"namespace": namespace, "monitoring_namespace": monitoring_namespace}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        files = _render(values)
+        files |= _documents(evidence, values, found, files["monitoring/rules.yaml"])
+        files |= more(found)
+        for name, text in files.items():
+            (part / name).parent.mkdir(parents=True, exist_ok=True)
+            (part / name).write_text(text, encoding="utf-8")
+        part.chmod(0o755)
+        if folder.exists():
+            folder.rmdir()
+        part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return Written(folder, tuple(sorted(files)), found, tuple(_warnings(values)))
+
+
+def _values(
+    evidence: Evidence, image: Mapping[str, Any], images: Images, found: Mapping[str, Number]
+) -> dict[str, Any]:
+    """What the templates are filled with beside the namespaces."""
+    manifest = evidence.manifest
+    name = f"{manifest['model']}-{manifest['scheme']}"
+    reference, digest = str(manifest["image"]["reference"]), str(manifest["image"]["digest"])
+    pushed = "@" in reference
+    repository = images.engine or (reference.partition("@")[0] if pushed else f"registry.invalid/{name}")
+    gateway, _, gateway_digest = (images.gateway or "registry.invalid/slipway-gateway").partition("@")
+    driver = str(manifest["image"]["minimum_driver"] or "0.0")
+    major, minor = [*(int(part) for part in driver.split(".")[:2]), 0][:2]
+    share = float(found["gpu_memory_share"].value)
+    return {
+        "name": name, "version": evidence.version, "digest": evidence.manifest_digest, "n": found,
+        "image": f"{repository}@{digest}", "pushed": pushed or images.engine is not None,
+        "user": int(image["user"]), "port": int(image["port"]), "model_folder": _MODEL_FOLDER,
+        "on_gpu": evidence.on_gpu, "driver": driver, "driver_major": major, "driver_minor": minor,
+        "gateway_name": gateway, "gateway_digest": gateway_digest, "gateway_known": bool(gateway_digest),
+        "redis_name": _REDIS[0], "redis_tag": _REDIS[1],
+        "gpu_target": f"{math.ceil(1000 * (share + (1 - share) / 2))}m",
+        "weights_limit": f"{math.ceil(1.5 * sum(file['size'] for file in manifest['files'].values()) / 2**20)}Mi",
+        "searched": evidence.searched, "recordings": recordings(name),
+        "alerts": [_Shown(each) for each in alerts(name, found)],
+    }  # fmt: skip
+
+
+class _Shown:
+    """An alert as the template reads it."""
+
+    def __init__(self, alert: Alert) -> None:
+        self.name, self.expr, self.wait, self.severity = alert.name, alert.expr, alert.wait, alert.severity
+        self.summary, self.why = alert.summary, alert.why
+        self.wait_why = "at once" if alert.wait == "0m" else "long enough to be no blip"
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,  # noqa: S701 - YAML is written, not HTML
+    )  # fmt: skip
+    environment.filters["quoted"] = json.dumps
+    return environment
+
+
+def _render(values: Mapping[str, Any]) -> dict[str, str]:
+    """Fill every template; its path is its file's."""
+    environment = _environment()
+    names = sorted(path.relative_to(TEMPLATES).as_posix() for path in TEMPLATES.rglob("*.j2"))
+    return {name.removesuffix(".j2"): environment.get_template(name).render(values) for name in names}
+
+
+def _documents(
+    evidence: Evidence, values: Mapping[str, Any], found: Mapping[str, Number], rules: str
+) -> dict[str, str]:
+    """The files that are data: the gateway's settings and routes, the operator's rules, their tests, the dashboard."""
+    name = str(values["name"])
+    return {
+        "base/gateway.json": json.dumps(_gateway(name, found), indent=1) + "\n",
+        "base/routes.json": json.dumps(_routes(evidence, name, found), indent=1) + "\n",
+        "base/discover.py": Path(__file__).with_name("discover.py").read_text(encoding="utf-8"),
+        "monitoring/prometheusrule.yaml": _prometheus_rule(name, rules),
+        "monitoring/rules_test.yaml": _rule_tests(name, found),
+        "monitoring/dashboard.json": dashboard(name, evidence.version, found),
+    }
+
+
+def _gateway(name: str, found: Mapping[str, Number]) -> dict[str, Any]:
+    return {
+        "keys": "/etc/slipway-keys/keys.json", "routes": "/run/slipway/routes.json", "host": "0.0.0.0",  # noqa: S104
+        "port": 8080, "admin_host": "0.0.0.0", "admin_port": 9090, "redis": f"redis://{name}-redis:6379/0",  # noqa: S104
+        "queue_size": found["queue_size"].value, "queue_timeout_s": found["queue_timeout"].value,
+        "request_timeout_s": found["request_timeout"].value, "drain_delay_s": found["drain_seconds"].value,
+        "drain_timeout_s": found["grace_seconds"].value,
+    }  # fmt: skip
+
+
+def _routes(evidence: Evidence, name: str, found: Mapping[str, Number]) -> dict[str, Any]:
+    model = str(evidence.manifest["model"])
+    backend = {"release": f"{name}@v{evidence.version}", "weight": 100, "replicas": []}
+    route = {
+        "served_as": model, "tokenizer": _TOKENIZER, "context": evidence.context,
+        "parallel": found["parallel"].value, "backends": [backend],
+    }  # fmt: skip
+    return {"models": {model: route}}
+
+
+def _prometheus_rule(name: str, rules: str) -> str:
+    """The same rules, comments and all, as the operator's object."""
+    head = f"apiVersion: monitoring.coreos.com/v1\nkind: PrometheusRule\nmetadata:\n  name: {name}\nspec:\n"
+    return head + "".join(f"  {line}\n" if line else "\n" for line in rules.splitlines())
+
+
+def _rule_tests(name: str, found: Mapping[str, Number]) -> str:
+    """For promtool: one test a recorded series and alert, and a healthy day on which none fires."""
+    well = healthy(name, found)
+    every = alerts(name, found)
+
+    def inputs(changed: Mapping[str, str]) -> list[dict[str, str]]:
+        return [{"series": series, "values": values} for series, values in {**well, **changed}.items()]
+
+    quiet = [{"eval_time": "90m", "alertname": alert.name, "exp_alerts": []} for alert in every]
+    pods = [f'{{namespace="slipway", pod="{name}-engine-{pod}"}}' for pod in ("a", "b")]
+    signals = [
+        {
+            "expr": series,
+            "eval_time": "60m",
+            "exp_samples": [{"labels": series + pod, "value": value} for pod in pods],
+        }
+        for series, value in (
+            ("slipway:requests_waiting", 1), ("slipway:requests_outstanding", 4), ("slipway:kv_cache_used", 0.3),
+        )
+    ]  # fmt: skip
+    tests: list[dict[str, Any]] = [
+        {"name": "a healthy day", "interval": "1m", "input_series": inputs({}), "alert_rule_test": quiet,
+         "promql_expr_test": signals},
+    ]  # fmt: skip
+    for alert in every:
+        expected = {
+            "exp_labels": {"severity": alert.severity, "release": name, **alert.labels},
+            "exp_annotations": {"summary": alert.summary},
+        }
+        tests.append({
+            "name": alert.name, "interval": "1m", "input_series": inputs(alert.firing),
+            "alert_rule_test": [
+                {"eval_time": f"{alert.at}m", "alertname": alert.name, "exp_alerts": [expected]},
+            ],
+        })  # fmt: skip
+    document = {"rule_files": ["rules.yaml"], "evaluation_interval": "1m", "tests": tests}
+    head = "# promtool test rules rules_test.yaml: each alert fires on a made series, and on a healthy day none does.\n"
+    return head + str(yaml.safe_dump(document, sort_keys=False, width=1000))
+
+
+def _warnings(values: Mapping[str, Any]) -> list[str]:
+    told = []
+    if not values["pushed"]:
+        told.append("the release's image was not pushed: set SLIPWAY_IMAGE_REGISTRY and release again, or give --image")
+    if not values["searched"]:
+        told.append(
+            "the capacity was not searched for (`load.capacity`): scaling starts at the traffic of the load test"
+        )
+    if not values["gateway_known"]:
+        told.append(
+            "the gateway's image is not known: set SLIPWAY_IMAGE_REGISTRY and run `slipway image gateway`, or give "
+            "--gateway-image REPOSITORY@sha256:…"
+        )
+    return told

@@ -1,0 +1,189 @@
+"""How much memory a container holds, sampled while it works: its cgroup, Docker's own figures, and the GPU by NVML."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from docker.models.containers import Container
+
+Reader = Callable[[], Mapping[str, int] | None]
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_PROC = Path("/proc")
+
+
+@dataclass
+class MemorySampler:
+    """Samples ``read`` every ``interval`` seconds in a thread, from `start` to `stop`.
+
+    ``read`` gives bytes by name, ``memory_bytes`` among them, or None where the container is gone; the samples until
+    then stay, an out-of-memory kill's among them. A sample is kept with the seconds since the start and the ``phase``
+    at that time.
+    """
+
+    read: Reader
+    source: str
+    interval: float = 0.1
+    phase: str = "start"
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    _ended: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to sample."""
+        self._thread = threading.Thread(target=self._run, name="memory-sampler", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Take a last sample and end; the samples stay."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def peak(self, name: str = "memory_bytes", outside: str | None = None) -> int | None:
+        """The highest sample of one name, but for a phase; None where there is none, which is not zero."""
+        values = [sample[name] for sample in list(self.samples) if name in sample and sample["phase"] != outside]
+        return max(values, default=None)
+
+    def peaks_by_phase(self, name: str = "memory_bytes") -> dict[str, int]:
+        """The highest sample of one name in each phase, in the order in which they came."""
+        peaks: dict[str, int] = {}
+        for sample in list(self.samples):
+            if name in sample:
+                peaks[sample["phase"]] = max(peaks.get(sample["phase"], 0), sample[name])
+        return peaks
+
+    def hertz(self) -> float | None:
+        """How many samples a second there were, in fact."""
+        samples = list(self.samples)
+        span = samples[-1]["seconds"] - samples[0]["seconds"] if samples else 0.0
+        return (len(samples) - 1) / span if span > 0 else None
+
+    def _run(self) -> None:
+        started = time.monotonic()
+        number = 0
+        ended = False
+        while not ended:
+            # Looked at before the sample, so that the last one comes after the end was asked for.
+            ended = self._ended.wait(max(0.0, started + number * self.interval - time.monotonic()))
+            values = self.read()
+            if values is not None:
+                self.samples.append({"seconds": time.monotonic() - started, "phase": self.phase, **values})
+            # What a busy machine made late is left out, not sent after in a burst.
+            number = max(number + 1, int((time.monotonic() - started) / self.interval))
+
+
+def container_reader(container: Container, gpu: str | None = None) -> tuple[Reader, str]:
+    """Return what reads the memory of a running container, and the name of where from.
+
+    That is its cgroup where the engine is on this machine, which it keeps when it is restarted, else Docker's own
+    figures (about one a second); with ``gpu`` also ``gpu_memory_bytes`` of that device and ``gpu_process_bytes``, what
+    the container's own processes hold of it, where the driver tells.
+    """
+    container.reload()
+    read, source = _cgroup_reader(container.attrs["State"]["Pid"], container.id) or (_stats_reader(container), "docker")
+    device = None if gpu is None else _gpu_reader(gpu, lambda: _pids(container))
+    if device is None:
+        return read, source
+
+    def both() -> Mapping[str, int] | None:
+        values = read()
+        return None if values is None else {**values, **device()}
+
+    return both, f"{source} and nvml"
+
+
+def _cgroup_reader(pid: int, container_id: str | None) -> tuple[Reader, str] | None:
+    """Find the container's memory cgroup through its first process; None where that process isn't on this machine."""
+    for folder, usage, source in _cgroups(pid, container_id):
+        if (folder / usage).exists():
+            return _file_reader(folder / usage, folder / "memory.stat"), source
+    return None
+
+
+def _cgroups(pid: int, container_id: str | None) -> Iterator[tuple[Path, str, str]]:
+    """The folders that may be the container's memory cgroup, each with the file of its usage and the kind's name."""
+    try:
+        lines = (_PROC / str(pid) / "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        hierarchy, controllers, path = line.split(":", 2)
+        if not container_id or container_id not in path:
+            continue
+        if "memory" in controllers.split(","):
+            yield _CGROUPS / "memory" / path.lstrip("/"), "memory.usage_in_bytes", "cgroup v1"
+        elif hierarchy == "0":
+            yield _CGROUPS / path.lstrip("/"), "memory.current", "cgroup v2"
+
+
+def _file_reader(usage: Path, stat: Path) -> Reader:
+    """Read what can't be reclaimed at will: usage without inactive page cache, as ``docker stats`` counts it."""
+
+    def read() -> Mapping[str, int] | None:
+        try:
+            total = int(usage.read_text())
+            fields = dict(line.split() for line in stat.read_text().splitlines())
+        except OSError:
+            return None
+        cache = int(fields.get("total_inactive_file", fields.get("inactive_file", 0)))
+        return {"memory_bytes": max(0, total - cache), "usage_bytes": total}
+
+    return read
+
+
+def _stats_reader(container: Container) -> Reader:
+    def read() -> Mapping[str, int] | None:
+        stats: Any = container.stats(stream=False)  # a dict, where it is no stream
+        memory = stats.get("memory_stats", {})
+        if "usage" not in memory:
+            return None
+        fields = memory.get("stats", {})
+        cache = fields.get("total_inactive_file", fields.get("inactive_file", 0))
+        return {"memory_bytes": max(0, memory["usage"] - cache), "usage_bytes": memory["usage"]}
+
+    return read
+
+
+def _pids(container: Container) -> set[int]:
+    """The container's processes, by their ids on this machine; none where its cgroup can't be seen."""
+    for folder, _, _ in _cgroups(container.attrs["State"]["Pid"], container.id):
+        with contextlib.suppress(OSError):
+            return {int(line) for line in (folder / "cgroup.procs").read_text().split()}
+    return set()
+
+
+def _gpu_reader(gpu: str, pids: Callable[[], set[int]]) -> Callable[[], Mapping[str, int]] | None:
+    """Memory in use on one device, by index or UUID, and by some processes; None where NVML doesn't know it."""
+    import pynvml  # noqa: PLC0415 - only where there is a GPU
+
+    try:
+        pynvml.nvmlInit()
+        handle = (
+            pynvml.nvmlDeviceGetHandleByIndex(int(gpu))
+            if gpu.isdecimal()
+            else pynvml.nvmlDeviceGetHandleByUUID(gpu.encode())
+        )
+    except pynvml.NVMLError:
+        return None
+
+    def read() -> Mapping[str, int]:
+        values = {"gpu_memory_bytes": int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)}
+        with contextlib.suppress(pynvml.NVMLError):
+            wanted = pids()
+            held = [
+                process.usedGpuMemory
+                for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+                if process.pid in wanted and process.usedGpuMemory is not None
+            ]
+            if held:
+                values["gpu_process_bytes"] = sum(held)
+        return values
+
+    return read

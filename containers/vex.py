@@ -1,0 +1,128 @@
+"""OpenVEX documents: what a supplier, or we ourselves, say of a vulnerability in a product, read strictly.
+
+The format is OpenVEX 0.2.0 (openvex.dev). A statement of ``not_affected`` gives its reason, as the specification asks;
+a document that is older than `OLDEST_DAYS` is refused, for nothing else in the format makes a statement end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from containers.errors import PolicyError
+from containers.purl import matches
+
+OLDEST_DAYS = 365
+_CONTEXT = "https://openvex.dev/ns"
+Status = Literal["not_affected", "affected", "fixed", "under_investigation"]
+Justification = Literal[
+    "component_not_present", "vulnerable_code_not_present", "vulnerable_code_not_in_execute_path",
+    "vulnerable_code_cannot_be_controlled_by_adversary", "inline_mitigations_already_exist",
+]  # fmt: skip
+Words = Annotated[str, Field(min_length=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class _Component(_Part):
+    id: Words = Field(alias="@id")
+    identifiers: Mapping[str, str] = {}
+    hashes: Mapping[str, str] = {}
+
+
+class _Product(_Component):
+    subcomponents: tuple[_Component, ...] = ()
+
+
+class _Vulnerability(_Part):
+    id: str | None = Field(default=None, alias="@id")
+    name: Words
+    description: str | None = None
+    aliases: tuple[str, ...] = ()
+
+
+class Statement(_Part):
+    """One statement: of which vulnerability, in which products, with which status and why."""
+
+    id: str | None = Field(default=None, alias="@id")
+    version: int | None = None
+    vulnerability: _Vulnerability
+    products: tuple[_Product, ...] = Field(min_length=1)
+    status: Status
+    status_notes: str | None = None
+    supplier: str | None = None
+    justification: Justification | None = None
+    impact_statement: str | None = None
+    action_statement: str | None = None
+    action_statement_timestamp: datetime | None = None
+    timestamp: datetime | None = None
+    last_updated: datetime | None = None
+    author: str = Field(default="", exclude=True)
+    source: str = Field(default="", exclude=True)
+
+    @model_validator(mode="after")
+    def _reasoned(self) -> Statement:
+        if self.status == "not_affected" and not (self.justification or self.impact_statement):
+            raise ValueError("`not_affected` needs a `justification` or an `impact_statement`")
+        if self.status == "affected" and not self.action_statement:
+            raise ValueError("`affected` needs an `action_statement`")
+        return self
+
+    @property
+    def clears(self) -> bool:
+        """Whether the statement takes a finding away."""
+        return self.status in {"not_affected", "fixed"}
+
+    @property
+    def reason(self) -> str:
+        """Why, in words."""
+        return self.impact_statement or (self.justification or self.status).replace("_", " ")
+
+    def covers(self, finding: Mapping[str, Any]) -> bool:
+        """Say whether this is the finding meant: the vulnerability, by name or alias, in this very package."""
+        if finding["id"] not in {self.vulnerability.name, *self.vulnerability.aliases}:
+            return False
+        named = [part for product in self.products for part in product.subcomponents or (product,)]
+        return any(matches(part.identifiers.get("purl", part.id), finding.get("purl")) for part in named)
+
+
+class _Document(_Part):
+    context: str = Field(alias="@context", pattern=rf"^{_CONTEXT}(/v0\.2\.\d+)?$")
+    id: Words = Field(alias="@id")
+    author: Words
+    role: str | None = None
+    timestamp: datetime
+    last_updated: datetime | None = None
+    version: int
+    tooling: str | None = None
+    statements: tuple[Statement, ...] = Field(min_length=1)
+
+
+def read_vex(path: Path, now: datetime | None = None) -> list[Statement]:
+    """Read a document's statements.
+
+    Raises:
+        PolicyError: it is no OpenVEX document, or too old to go by.
+    """
+    try:
+        document = _Document.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        wrong = [f"`{'.'.join(map(str, item['loc']))}`: {item['msg']}" for item in error.errors()]
+        raise PolicyError(f"{path.name} is no OpenVEX document: {'; '.join(wrong)}") from error
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"{path.name} is no OpenVEX document: {' '.join(str(error).split())}") from error
+    said = document.last_updated or document.timestamp
+    said = said if said.tzinfo else said.replace(tzinfo=UTC)
+    if (now or datetime.now(UTC)) - said > timedelta(days=OLDEST_DAYS):
+        raise PolicyError(f"{path.name} is of {said:%Y-%m-%d}, more than {OLDEST_DAYS} days old: look at it again")
+    return [
+        statement.model_copy(update={"author": document.author, "source": path.name})
+        for statement in document.statements
+    ]

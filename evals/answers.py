@@ -1,0 +1,182 @@
+"""What one model answered, item by item; it knows nothing of limits or of another model.
+
+FP16's answers are made once a (model, suite, engine) and compared with every scheme's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from evals.errors import AnswersError
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ChoiceAnswer(_Frozen):
+    """How a model weighed the choices of one item, in nats; None where it gave no finite number.
+
+    ``right`` is lm-eval's own score where the task's metric is another than the likeliest choice (`acc_norm` weighs by
+    length). ``group`` is what the item belongs to (mmlu's subject), ``question`` and ``choices`` what was shown, cut.
+    """
+
+    id: str
+    answer: Count
+    log_likelihoods: Annotated[tuple[float | None, ...], Field(min_length=2)]
+    right: bool | None = None
+    group: str = ""
+    question: str = ""
+    choices: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _answer_is_a_choice(self) -> ChoiceAnswer:
+        if self.answer >= len(self.log_likelihoods):
+            raise ValueError(f"`answer` of {self.id} is {self.answer}; it has {len(self.log_likelihoods)} choices")
+        return self
+
+    @property
+    def chosen(self) -> int | None:
+        """The choice with the highest log-likelihood, the first of equals; None if any of them is missing."""
+        scores = [score for score in self.log_likelihoods if score is not None]
+        return scores.index(max(scores)) if len(scores) == len(self.log_likelihoods) else None
+
+    @property
+    def hit(self) -> bool | None:
+        """Whether it answered right; None if it did not answer."""
+        if self.chosen is None:
+            return None
+        return self.chosen == self.answer if self.right is None else self.right
+
+    @property
+    def said(self) -> str:
+        """The answer as a person reads it."""
+        chosen = self.chosen
+        return "" if chosen is None else self.choices[chosen] if self.choices else f"choice {chosen}"
+
+    @property
+    def identity(self) -> tuple[int, ...]:
+        """What must be equal for two models to have been asked the same."""
+        return (self.answer, len(self.log_likelihoods))
+
+
+class GeneratedAnswer(_Frozen):
+    """What a model wrote, how many tokens that took, and whether it was right; None where it wrote nothing."""
+
+    id: str
+    right: bool | None
+    tokens: Count
+    said: str = ""
+    group: str = ""
+    question: str = ""
+    choices: tuple[str, ...] = ()
+
+    @property
+    def hit(self) -> bool | None:
+        """Whether it answered right; None if it did not answer."""
+        return self.right
+
+    @property
+    def identity(self) -> tuple[int, ...]:
+        """Nothing but its name tells one question from another."""
+        return ()
+
+
+class TextAnswer(_Frozen):
+    """The log-likelihood, in nats, a model gives one document of ``bytes`` UTF-8 bytes; None where it is not finite."""
+
+    id: str
+    bytes: Annotated[int, Field(gt=0)]
+    log_likelihood: float | None
+
+    @property
+    def identity(self) -> tuple[int, ...]:
+        """What must be equal for two models to have been asked the same."""
+        return (self.bytes,)
+
+
+class Again(_Frozen):
+    """A second asking of some items of one task by the same engine: the noise floor, A against A.
+
+    ``flips`` counts items that were right once and wrong once, ``changed`` those with another answer, ``largest`` the
+    largest difference of a log-likelihood, in nats.
+    """
+
+    items: Count
+    flips: Count
+    changed: Count
+    largest: float
+
+
+class ChoiceAnswers(_Frozen):
+    """A model's answers to one multiple-choice task."""
+
+    kind: Literal["choice"]
+    data_sha256: str
+    items: tuple[ChoiceAnswer, ...]
+    again: Again | None = None
+
+
+class GeneratedAnswers(_Frozen):
+    """A model's answers to one task that it writes."""
+
+    kind: Literal["generated"]
+    data_sha256: str
+    items: tuple[GeneratedAnswer, ...]
+    again: Again | None = None
+
+
+class TextAnswers(_Frozen):
+    """A model's log-likelihoods of one task's documents."""
+
+    kind: Literal["text"]
+    data_sha256: str
+    items: tuple[TextAnswer, ...]
+
+
+class AskedSuite(_Frozen):
+    """Which questions: the suite's name, the digest of its definition, and the lm-eval that asked them."""
+
+    name: str
+    digest: str
+    lm_eval: str
+
+
+AnyAnswers = ChoiceAnswers | GeneratedAnswers | TextAnswers
+
+
+class Answers(_Frozen):
+    """All that one checkpoint answered, and the engine (versions, device, precision) that computed it.
+
+    ``image`` is the id of the image that served it, where one did. It is no part of ``engine``: FP16 is mounted into
+    the runtime that the release's image is made of, and the runtime is.
+    """
+
+    schema_: Annotated[Literal["slipway.answers/2"], Field(alias="schema")]
+    engine: Mapping[str, str | int]
+    image: str | None = None
+    suite: AskedSuite
+    tasks: Mapping[str, Annotated[AnyAnswers, Field(discriminator="kind")]]
+
+
+def read_answers(folder: Path) -> Answers:
+    """Read ``answers.json`` in ``folder``.
+
+    Raises:
+        AnswersError: if it is missing, no answers, or of another schema.
+    """
+    path = folder / "answers.json"
+    try:
+        return Answers.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise AnswersError(f"{path} cannot be read ({error.strerror}): evaluate the model again") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise AnswersError(f"{path}: `{place}`: {first['msg']}: evaluate the model again") from error

@@ -1,0 +1,138 @@
+"""A checkpoint in lm-eval's HF backend, packed layers unpacked: beside the worker, for what no server answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packed import unpack_linear  # type: ignore[import-not-found]  # beside this script
+from slipway_worker import WorkerError
+
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
+    from transformers import PreTrainedModel
+
+BATCH_SIZE = 64
+# On a CPU float32 is both exact and the fastest; a GPU holds large models in half precision only.
+DTYPES = {"cpu": "float32", "cuda": "float16"}
+
+
+def load(folder: Path, request: dict[str, Any], report: Callable[[str], None]) -> tuple[HFLM, dict[str, Any]]:
+    """Load the checkpoint into lm-eval's HF backend; also return what identifies the engine.
+
+    Raises:
+        WorkerError: if the folder holds no checkpoint that this environment can load.
+    """
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    if request.get("threads"):
+        torch.set_num_threads(request["threads"])
+    torch.manual_seed(0)
+    device = request.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    report("loading the checkpoint")
+    dtype = DTYPES[device]
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        network = read(folder, dtype).to(device=device, dtype=getattr(torch, dtype)).eval()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise WorkerError(f"the checkpoint in {folder} cannot be loaded: {error}") from error
+    batch_size = request.get("batch_size") or BATCH_SIZE
+    model = _backend()(pretrained=network, tokenizer=tokenizer, batch_size=batch_size, device=device)
+    packages = {name: metadata.version(name) for name in ("transformers", "torch")}
+    return model, {"name": "hf", "device": device, "dtype": dtype, "batch_size": batch_size, **packages}
+
+
+def read(folder: Path, dtype: str = "float32") -> PreTrainedModel:
+    """Return the network of a checkpoint; of a quantized one with plain linear layers that hold the unpacked weights.
+
+    Raises:
+        OSError, ValueError, KeyError, RuntimeError: it cannot be loaded, or its packed format is unknown.
+    """
+    import torch
+    import transformers
+
+    configuration = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "quantization_config" in configuration:
+        return _unpacked(folder, configuration["quantization_config"])
+    found: PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True
+    )
+    return found
+
+
+def packed_layers(folder: Path) -> set[str]:
+    """Return the names of a checkpoint's packed layers, from its files' headers alone."""
+    from safetensors import safe_open
+
+    names: list[str] = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as tensors:
+            names += tensors.keys()
+    return {name.removesuffix(".qweight") for name in names if name.endswith(".qweight")}
+
+
+def _unpacked_weights(folder: Path, quantization: dict[str, Any]) -> dict[str, Any]:
+    """Return a quantized checkpoint's tensors, packed layers as plain float32 weights.
+
+    Raises:
+        FormatError: if the packed format is unknown.
+        KeyError: if a packed layer lacks a tensor.
+        WorkerError: nothing in it is packed.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    tensors = {
+        name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()
+    }
+    packed = packed_layers(folder)
+    if not packed:
+        raise WorkerError(f"{folder} says that it is quantized, but no packed layer is in it")
+    for layer in sorted(packed):
+        parts = {part: tensors.pop(f"{layer}.{part}", None) for part in ("qweight", "qzeros", "scales", "g_idx")}
+        arrays = {
+            part: (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+            for part, tensor in parts.items()
+            if tensor is not None
+        }
+        tensors[f"{layer}.weight"] = torch.from_numpy(unpack_linear(arrays, quantization))
+    return tensors
+
+
+def _unpacked(folder: Path, quantization: dict[str, Any]) -> PreTrainedModel:
+    import torch
+    import transformers
+
+    tensors = _unpacked_weights(folder, quantization)
+    configuration = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    del configuration.quantization_config
+    architecture = getattr(transformers, configuration.architectures[0])
+    network: PreTrainedModel = architecture.from_pretrained(
+        None, config=configuration, state_dict=tensors, dtype=torch.float32
+    )
+    return network
+
+
+def _backend() -> type[HFLM]:
+    """Return lm-eval's HF backend with what the divergence asks for."""
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    class Backend(HFLM):  # type: ignore[misc]  # lm-eval's classes are untyped here
+        """Lm-eval's own, able to tell the likeliest tokens."""
+
+        def top(self, prompts: Sequence[list[int]], count: int) -> list[list[tuple[list[int], list[float]]]]:
+            """Return for each prompt, at each place but the first, the likeliest tokens and their log-probabilities."""
+            found = []
+            for prompt in prompts:
+                logits = self._model_call(torch.tensor([prompt], device=self.device))[0, :-1]
+                values, tokens = torch.log_softmax(logits.float(), dim=-1).topk(count, dim=-1)
+                found.append(list(zip(tokens.tolist(), values.tolist(), strict=True)))
+            return found
+
+    return Backend

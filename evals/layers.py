@@ -1,0 +1,113 @@
+"""Worker: where it went wrong, each quantized linear layer's relative output error on calibration text.
+
+Request: `source`, `checkpoint` (folders), `texts`, `max_tokens`. Result: `layers`, each with its `name` and its
+`error`: || Y - Y' s || / || Y || in the Frobenius norm, Y the layer's output in FP16, Y' that of the unpacked weights.
+Every block of the quantized network is fed what flows into FP16's, so an error is not counted again in the blocks
+behind it. The scale s is the best one for each output channel: AWQ folds scales into neighbouring layers, which moves
+an output and loses nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import checkpoints  # type: ignore[import-not-found]  # beside this script
+from slipway_worker import WorkerError, main
+
+if TYPE_CHECKING:
+    import torch
+
+Report = Callable[[str], None]
+
+
+class Sums:
+    """Sums over tokens of each output channel's squares and products, in FP16 and in few bits."""
+
+    def __init__(self) -> None:
+        """Start at nothing."""
+        self.wanted: torch.Tensor | None = None
+        self.total: list[torch.Tensor | float] = [0.0, 0.0, 0.0]
+
+    def add(self, found: torch.Tensor) -> None:
+        """Count the quantized layer's output beside FP16's, which came before."""
+        assert self.wanted is not None  # noqa: S101 - FP16's block runs first
+        ours, theirs = self.wanted.double().flatten(0, -2), found.double().flatten(0, -2)
+        for number, product in enumerate((ours * ours, ours * theirs, theirs * theirs)):
+            self.total[number] = self.total[number] + product.sum(dim=0)
+        self.wanted = None
+
+    def error(self) -> float:
+        """What no scale of the channels explains, relative to FP16's output."""
+        import torch
+
+        own, both, other = (torch.as_tensor(value) for value in self.total)
+        explained = both.square() / other.clamp_min(1e-30)
+        return float((own - explained).clamp_min(0).sum().div(own.sum().clamp_min(1e-30)).sqrt())
+
+
+def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Measure every packed layer.
+
+    Raises:
+        WorkerError: a checkpoint that cannot be loaded or is not of the source.
+    """
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    # A server starts beside it: threads that wait for each other on taken cores take six times as long.
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
+    source, checkpoint = Path(request["source"]), Path(request["checkpoint"])
+    report("measuring each layer's error")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
+        first, second = checkpoints.read(source).eval(), checkpoints.read(checkpoint).eval()
+        packed = checkpoints.packed_layers(checkpoint)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise WorkerError(f"{checkpoint} cannot be held against {source}: {error}") from error
+    ours, theirs = dict(first.named_modules()), dict(second.named_modules())
+    absent = sorted(packed - ours.keys())
+    if absent:
+        raise WorkerError(f"{checkpoint} holds layers that {source} has not: {', '.join(absent[:3])}")
+    sums = {name: Sums() for name in ours if name in packed}
+    _watch(sums, ours, theirs)
+    with torch.inference_mode():
+        for text in request["texts"]:
+            tokens = tokenizer(text, return_tensors="pt", truncation=True, max_length=request["max_tokens"])
+            if tokens["input_ids"].shape[1]:
+                first(input_ids=tokens["input_ids"], use_cache=False)
+    return {"layers": [{"name": name, "error": each.error()} for name, each in sums.items()]}
+
+
+def _watch(sums: Mapping[str, Sums], ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Have each block of the one run after that of the other, on the same input, and both layers' outputs counted."""
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda _module, _inputs, output: setattr(sums[name], "wanted", output)
+
+    def count(name: str) -> Callable[..., None]:
+        return lambda _module, _inputs, output: sums[name].add(output)
+
+    def follow(name: str) -> Callable[..., None]:
+        return lambda _module, inputs, named, _output: theirs[name](*inputs, **named)
+
+    for name in sums:
+        ours[name].register_forward_hook(keep(name))
+        theirs[name].register_forward_hook(count(name))
+    for name in {_block(name) for name in sums}:
+        ours[name].register_forward_hook(follow(name), with_kwargs=True)
+
+
+def _block(name: str) -> str:
+    """Return the block that a layer is in: up to the first number of its name (``model.layers.3``)."""
+    parts = name.split(".")
+    place = next((number for number, part in enumerate(parts) if part.isdecimal()), len(parts) - 1)
+    return ".".join(parts[: place + 1])
+
+
+if __name__ == "__main__":
+    main(work)

@@ -1,0 +1,213 @@
+"""lm-eval's language model over a server that speaks OpenAI's completions API: vLLM, in the image that ships.
+
+Beside the worker that uses it. The requests are those of lm-eval's own `local-completions`; what differs is how many
+are under way. That asks rolling likelihood a document at a time, encodes every context anew for each of its choices,
+and by default sends one prompt a request.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+
+PROMPTS = 32  # a request
+CONNECTIONS = 4
+TIMEOUT_SECONDS = 600.0
+_CLAMPED = -9999.0  # how vLLM writes a log-probability that is no finite number
+
+Scored = tuple[float, bool]
+
+
+class ServerError(Exception):
+    """The server refused a request or went away; one line."""
+
+
+def wait_for_address(path: Path, patience: float = 3600.0) -> str:
+    """Return the URL that appears in a file once the server is healthy.
+
+    Raises:
+        ServerError: the file says that the server did not start, or nothing for too long.
+    """
+    deadline = time.monotonic() + patience
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise ServerError("no server was announced")
+        time.sleep(0.05)
+    address = path.read_text(encoding="utf-8").strip()
+    if not address.startswith("http"):
+        raise ServerError(address or "the server did not start")
+    return address
+
+
+def model(address: Callable[[], str], name: str, tokenizer_folder: Path) -> TemplateLM:
+    """Return the language model; ``address`` gives the server's URL, waiting for it if need be.
+
+    Raises:
+        OSError, ValueError: the folder holds no tokenizer.
+    """
+    import transformers
+    from lm_eval import utils
+    from lm_eval.api.model import TemplateLM
+
+    class Served(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped here
+        """Log-likelihoods and greedy answers of the served model."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+            configuration = json.loads((tokenizer_folder / "config.json").read_text(encoding="utf-8"))
+            # One token is the server's own to write, even where only the prompt is scored.
+            self.max_length = int(configuration.get("max_position_embeddings", 2048)) - 1
+            self._encoded: dict[str, list[int]] = {}
+            self._rank, self._world_size = 0, 1
+
+        @property
+        def eot_token_id(self) -> int:
+            return int(self.tokenizer.eos_token_id)
+
+        @property
+        def prefix_token_id(self) -> int:
+            begin = self.tokenizer.bos_token_id
+            return int(begin if begin is not None else self.tokenizer.eos_token_id)
+
+        @property
+        def tokenizer_name(self) -> str:
+            return str(self.tokenizer.name_or_path)
+
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
+                    continue_final_message=not add_generation_prompt,
+                )
+            )  # fmt: skip
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
+            # The choices of an item share their context: each text is encoded once.
+            if string not in self._encoded:
+                self._encoded[string] = self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens))
+            return self._encoded[string]
+
+        def _loglikelihood_tokens(self, requests: Sequence[Any], **_: object) -> list[Scored]:
+            prompts = []
+            for _, context, continuation in requests:
+                whole = (context + continuation)[-self.max_length :]
+                prompts.append((whole, max(1, len(whole) - len(continuation))))
+            return _in_order(prompts, self._score)
+
+        def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+            del disable_tqdm
+            windows, owners = [], []
+            for number, request in enumerate(requests):
+                rolling = utils.get_rolling_token_windows(
+                    token_list=self.tok_encode(request.args[0]), prefix_token=self.prefix_token_id,
+                    max_seq_len=self.max_length - 1, context_len=1,
+                )  # fmt: skip
+                for window in map(utils.make_disjoint_window, rolling):
+                    windows.append((None, *window))
+                    owners.append(number)
+            totals = [0.0] * len(requests)
+            for number, (score, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+                totals[number] += score
+            return totals
+
+        def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+            del disable_tqdm
+
+            def write(request: Instance) -> str:
+                text, options = request.args[0], dict(request.args[1])
+                options.pop("do_sample", None)
+                most = int(options.pop("max_tokens", options.pop("max_gen_toks", 256)))
+                until = options.pop("until", None) or []
+                stop = [until] if isinstance(until, str) else list(until)
+                prompt = self.tok_encode(text)[-(self.max_length - most) :]
+                options.setdefault("temperature", 0)
+                answer = self._post({"prompt": prompt, "max_tokens": most, "stop": stop, "seed": 1234, **options})
+                return str(answer["choices"][0]["text"] or "")
+
+            with ThreadPoolExecutor(PROMPTS) as pool:
+                return list(pool.map(write, requests))
+
+        def top(self, prompts: Sequence[list[int]], count: int) -> list[list[tuple[list[int], list[float]]]]:
+            """Return for each prompt, at each place but the first, the likeliest tokens and their log-probabilities."""
+
+            def ask(part: Sequence[tuple[list[int], int]]) -> list[list[tuple[list[int], list[float]]]]:
+                choices = self._echo([tokens for tokens, _ in part], count)
+                return [[_likeliest(place, count) for place in choice["top_logprobs"][1:]] for choice in choices]
+
+            return _in_order([(tokens, 1) for tokens in prompts], ask)
+
+        def _score(self, part: Sequence[tuple[list[int], int]]) -> list[Scored]:
+            scored = []
+            choices = self._echo([tokens for tokens, _ in part], 1)
+            for (_, start), choice in zip(part, choices, strict=True):
+                own, best = choice["token_logprobs"][start:], choice["top_logprobs"][start:]
+                finite = all(value is not None and value > _CLAMPED for value in own)
+                greedy = finite and all(value == max(top.values()) for value, top in zip(own, best, strict=True))
+                scored.append((sum(own) if finite else float("nan"), greedy))
+            return scored
+
+        def _echo(self, prompts: list[list[int]], count: int) -> list[dict[str, Any]]:
+            answer = self._post(
+                {
+                    "prompt": prompts, "max_tokens": 0, "echo": True, "logprobs": count, "temperature": 0, "seed": 1234,
+                    "return_tokens_as_token_ids": True,
+                }
+            )  # fmt: skip
+            return [choice["logprobs"] for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
+
+        def _post(self, body: dict[str, Any]) -> dict[str, Any]:
+            request = urllib.request.Request(  # noqa: S310 - the address of a server that was started for this
+                f"{address()}/v1/completions",
+                json.dumps({"model": name, **body}).encode(),
+                {"Content-Type": "application/json"},
+            )
+            try:
+                with _DIRECT.open(request, timeout=TIMEOUT_SECONDS) as answer:
+                    found: dict[str, Any] = json.load(answer)
+            except urllib.error.HTTPError as error:
+                told = error.read(500).decode(errors="replace").strip()
+                raise ServerError(f"the server answered {error.code}: {told}") from error
+            except (OSError, ValueError) as error:
+                raise ServerError(f"the server went away: {error}") from error
+            return found
+
+    return Served()
+
+
+# Straight to the server on this machine, whatever proxy the environment names.
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def _in_order(prompts: Sequence[tuple[list[int], int]], ask: Callable[..., list[Any]]) -> list[Any]:
+    """Ask in requests of many prompts, longest first, several under way; return the answers in the order given."""
+    order = sorted(range(len(prompts)), key=lambda number: (-len(prompts[number][0]), prompts[number][0]))
+    found: list[Any] = [None] * len(prompts)
+
+    def part(numbers: Sequence[int]) -> None:
+        for number, answer in zip(numbers, ask([prompts[number] for number in numbers]), strict=True):
+            found[number] = answer
+
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        list(pool.map(part, _parts(order)))
+    return found
+
+
+def _parts(order: Sequence[int]) -> Iterator[Sequence[int]]:
+    for start in range(0, len(order), PROMPTS):
+        yield order[start : start + PROMPTS]
+
+
+def _likeliest(place: dict[str, float], count: int) -> tuple[list[int], list[float]]:
+    ranked = sorted(place.items(), key=lambda entry: -entry[1])[:count]
+    return [int(token.removeprefix("token_id:")) for token, _ in ranked], [value for _, value in ranked]

@@ -1,0 +1,1 @@
+"""The release, in stage order."""

@@ -1,0 +1,184 @@
+"""Which releases would make something anew if they were run now: the stages' own recipes say, and nothing is made.
+
+A release is walked as a run would go through it, on a shelf that hands out what was made before and makes nothing. The
+first artifact that is not there is what has changed. A gate that refused what is there ends the walk: a verdict stands
+until its evidence or its limits are others. Where every artifact is there, the release is only to be registered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from containers import profile as profiles
+from containers.image import ImageRecord
+from pipeline import evaluation, promotion, stages
+from pipeline.errors import SlipwayError
+from pipeline.settings import CHECKOUT, Settings
+from pipeline.source_lock import read_lock
+from pipeline.spec import ModelSpec
+from pipeline.stages import Bench
+from pipeline.store import Artifact, Making, Recipe, Store, digest_json
+from registry import catalog
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class NotMade(SlipwayError):
+    """A recipe's artifact is not there; ``again`` where it is, and a run would make it once more."""
+
+    def __init__(self, recipe: Recipe, *, again: bool = False) -> None:
+        self.recipe = recipe
+        self.again = again
+        super().__init__(f"`{recipe.stage}` is not made")
+
+
+@dataclass(frozen=True)
+class Affected:
+    """A release that a run would change. ``key`` is another whenever the first thing to be made is another."""
+
+    model: str
+    scheme: str
+    stage: str
+    key: str
+    why: str
+
+
+class Shelf(Store):
+    """What was made, and nothing else: what is not there is `NotMade`."""
+
+    def obtain(self, recipe: Recipe, make: Callable[[Making], None]) -> Artifact:  # noqa: ARG002 - as the store's
+        """Return what was made by the recipe."""
+        found = self._scanned(recipe) if recipe.stage == "scan" else self.find(recipe.stage, recipe.key)
+        if found is None:
+            raise NotMade(recipe)
+        return found
+
+    def forget(self, recipe: Recipe) -> None:
+        """Say that a run would make this again."""
+        raise NotMade(recipe, again=True)
+
+    def _scanned(self, recipe: Recipe) -> Artifact | None:
+        """The image's newest scan, with whichever database: what is known today of a champion, the rescan looks up."""
+        for key, record in self.records(recipe.stage):
+            if record["recipe"]["inputs"] == recipe.inputs and record["recipe"]["code"] == recipe.code:
+                return self.find(recipe.stage, key)
+        return None
+
+
+@dataclass(frozen=True)
+class LookingBench(Bench):
+    """A bench at which nothing is made."""
+
+    @property
+    def store(self) -> Shelf:
+        """What was made."""
+        return Shelf(self.settings.home / "artifacts")
+
+    def has_image(self, record: ImageRecord) -> bool:  # noqa: ARG002 - as the bench's
+        """Take it for granted: no engine is asked, and what it has lost the stage builds again when it is run."""
+        return True
+
+
+def affected(spec: ModelSpec, scheme: str, settings: Settings) -> Affected | None:
+    """Return what a run of this release would change; None where it would change nothing.
+
+    Raises:
+        SlipwayError, ContainerError, EvaluationError, RegistryError: it can't be told; a run would fail of the same.
+    """
+    bench = LookingBench(spec, scheme, settings, lambda _: None)
+    try:
+        release = walk(bench)
+    except NotMade as lacking:
+        recipe = lacking.recipe
+        if recipe.stage == "load" and lacking.again:
+            return None  # it told nothing for sure, and was judged so: to measure again is for a person to ask
+        why = "to be made again" if lacking.again else _what_is_new(bench.store, recipe)
+        return Affected(spec.model, scheme, recipe.stage, recipe.key, f"{recipe.stage}: {why}")
+    if release is None:
+        return None
+    digest = f"sha256:{release.files['release/manifest.json']['sha256']}"
+    versions = catalog.current(settings.tracking_uri, f"{spec.model}-{scheme}")
+    if any(version.manifest_digest == digest for version in versions):
+        return None
+    return Affected(spec.model, scheme, "release", release.key, "release: signed, and not registered")
+
+
+def walk(bench: Bench) -> Artifact | None:
+    """Go through a release as its run does; return the signed release, or None where a gate refuses what is there."""
+    source = stages.source(bench)
+    quantized = stages.quantized(bench, source)
+    image = stages.image(bench, quantized)
+    baseline = evaluation.baseline(bench, source)
+    drift = evaluation.drift(bench, source, baseline, quantized, image)
+    if stages.verdict("drift", drift, bench.spec).blocks:
+        return None
+    scan = stages.scan(bench, image, quantized)
+    if stages.verdict("scan", scan, bench.spec).blocks:
+        return None
+    load = stages.load(bench, image, quantized)
+    if stages.verdict("load", load, bench.spec).blocks:
+        return None
+    return promotion.sealed(bench, source, quantized, drift, image, scan, load)
+
+
+def moved_upstream(spec: ModelSpec, settings: Settings) -> str | None:
+    """Return the commit that the model's branch or tag names now, where the lock holds it to another.
+
+    Raises:
+        SourceError: the hub can't be asked.
+    """
+    lock = read_lock(spec.lock)
+    uri, _, named = spec.source.uri.partition("@")
+    revision = named or spec.source.revision or "main"
+    if lock is None or not uri.startswith("hf://") or _COMMIT.fullmatch(revision):
+        return None
+    from pipeline.hub import Hub  # noqa: PLC0415 - the hub's client takes a tenth of a second to import
+
+    commit, _ = Hub(settings.hub_endpoint, settings.hub_token).revision(uri.removeprefix("hf://"), revision)
+    return None if commit == lock.revision else commit
+
+
+def touched(specs: Iterable[ModelSpec], settings: Settings) -> str:
+    """A digest that is another once any file that these models' releases are made from was written to.
+
+    It costs a look at each file's size and time, and tells where it is worth to look closer.
+    """
+    places = {settings.models, CHECKOUT / "requirements", profiles.RUNTIMES, CHECKOUT / "evals" / "suites"}
+    for spec in specs:
+        data = (spec.calibration.uri, spec.load.prompts, *(task.data for task in spec.evals.tasks.values()))
+        places |= {path for path in data if path is not None}
+        if spec.source.uri.startswith("file:"):
+            places.add(Path(spec.source.uri.removeprefix("file:")))
+    seen = {}
+    for place in places:
+        for path in [place, *place.rglob("*")]:
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile: the next look sees it so
+                stat = path.stat()
+                seen[str(path)] = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    return digest_json(seen)
+
+
+def _what_is_new(shelf: Shelf, recipe: Recipe) -> str:
+    """What sets a recipe apart from the one nearest to it of those that were made."""
+    wanted = _leaves(asdict(recipe))
+    others = [_leaves(record["recipe"]) for _, record in shelf.records(recipe.stage)]
+    if not others:
+        return "never made"
+    differing = [
+        sorted(name for name in wanted.keys() | made.keys() if wanted.get(name) != made.get(name)) for made in others
+    ]
+    names = [name.removeprefix("inputs.").removeprefix("parameters.") for name in min(differing, key=len)]
+    return f"{', '.join(names)} changed"
+
+
+def _leaves(document: Mapping[str, Any], above: str = "") -> dict[str, object]:
+    """A nested mapping as one, each leaf under its dotted path."""
+    found: dict[str, object] = {}
+    for name, value in document.items():
+        found |= _leaves(value, f"{above}{name}.") if isinstance(value, Mapping) else {f"{above}{name}": value}
+    return found

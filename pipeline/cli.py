@@ -1,0 +1,92 @@
+"""``slipway``: take a model from pinned weights to a signed, promoted release that deployments can pull.
+
+Progress goes to stderr, results to stdout. Exit status: 0 done, 1 a stage or the environment failed, 2 usage, 3 a gate
+refused.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from typing import Any, NoReturn
+
+import click
+from rich.markup import escape
+
+from pipeline.commands import (
+    aliases,
+    bundling,
+    images,
+    loading,
+    locking,
+    machine,
+    planning,
+    registered,
+    releasing,
+    scanning,
+    serving,
+)
+from pipeline.errors import SettingsError, SlipwayError, SpecError
+from pipeline.settings import Settings
+from pipeline.show import FAILED, INTERRUPTED, USAGE, progress
+
+
+class _Group(click.Group):
+    """Shows an expected error as one line and the exit status that the design gives it."""
+
+    def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - as click has it
+        """Run the command that was asked for."""
+        from containers.errors import ContainerError  # noqa: PLC0415 - `--help` stays instant
+        from evals.errors import EvaluationError  # noqa: PLC0415
+        from registry.errors import RegistryError  # noqa: PLC0415
+
+        try:
+            _sweep_what_was_left()
+            return super().invoke(ctx)
+        except (SpecError, SettingsError) as error:
+            _die(str(error), USAGE)
+        except (SlipwayError, ContainerError, EvaluationError, RegistryError) as error:
+            _die(str(error))
+        except OSError as error:
+            if error.errno == errno.EPIPE or error.filename is None:
+                raise
+            _die(f"can't use {error.filename}: {error.strerror}")
+        except KeyboardInterrupt:
+            _die("interrupted: what was started has been ended; the same command goes on from here", INTERRUPTED)
+
+
+def _sweep_what_was_left() -> None:
+    """Remove the containers of a run that was killed, whatever command comes next; nothing is imported for nothing."""
+    from containers.owner import left_behind  # noqa: PLC0415
+
+    settings = Settings.read()
+    if left_behind(settings.home):
+        from pipeline.release import sweep  # noqa: PLC0415
+
+        sweep(settings)
+
+
+def _die(message: str, status: int = FAILED) -> NoReturn:
+    progress.print(f"[red]error:[/] {escape(message)}")
+    sys.exit(status)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="slipway")
+def main() -> None:
+    """Release language models: quantize, measure, contain, scan, load-test, sign, promote.
+
+    State lives in $SLIPWAY_HOME (default: .slipway in the checkout). Exit status: 0 done, 1 a stage or the environment
+    failed, 2 usage (a wrong model file among it), 3 a gate refused.
+    """
+
+
+for _command in (
+    *(planning.plan, releasing.release, registered.status, registered.pull, registered.verify, registered.report),
+    *(aliases.promote, aliases.rollback, aliases.canary, aliases.history, aliases.gc),
+    *(loading.load, loading.compare, bundling.bundle, bundling.metrics),
+    *(serving.serve, serving.keys),
+    *(machine.doctor, machine.ui, machine.stop),
+    *(images.image, locking.lock, scanning.rescan),
+):
+    main.add_command(_command)

@@ -1,0 +1,87 @@
+"""``slipway bundle`` and ``slipway metrics``: what a release hands to the cluster that runs it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+from rich.markup import escape
+
+from pipeline.settings import Settings
+from pipeline.show import as_json, print_json, print_table, progress, results
+
+
+@click.command()
+@click.argument("name")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to write, empty or new.")
+@click.option("--namespace", default="slipway", show_default=True, help="Where it is to run.")
+@click.option("--monitoring", default="monitoring", show_default=True, help="The namespace of Prometheus.")
+@click.option("--image", metavar="REPOSITORY", help="Where the release's image was copied to.")
+@click.option(
+    "--gateway-image", metavar="REPOSITORY@DIGEST", help="The gateway's image, where it was pushed from elsewhere."
+)
+@as_json
+def bundle(
+    name: str,
+    out: Path,
+    namespace: str,
+    monitoring: str,
+    image: str | None,
+    gateway_image: str | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Write release NAME[@ALIAS] for Kubernetes: Kustomize base and overlays, every number from its own measurements.
+
+    Each number carries a comment that names its evidence. Alerts come with the tests that promtool runs.
+    """
+    from containers.kubernetes.bundle import Images, write_bundle  # noqa: PLC0415
+    from pipeline.bundle import gather, simulated  # noqa: PLC0415
+    from pipeline.gateways import pushed_image  # noqa: PLC0415
+
+    settings = Settings.read()
+    evidence, record = gather(name, settings)
+    written = write_bundle(
+        evidence,
+        record,
+        out,
+        images=Images(gateway=gateway_image or pushed_image(settings.home), engine=image),
+        namespace=namespace,
+        monitoring_namespace=monitoring,
+        more=lambda found: simulated(evidence, found),
+    )
+    for warning in written.warnings:
+        progress.print(f"[yellow]before it is applied:[/] {escape(warning)}")
+    if as_json:
+        found = {key: {"value": number.value, "why": number.why} for key, number in written.numbers.items()}
+        print_json({
+            "name": name, "folder": str(out), "files": list(written.files), "numbers": found,
+            "warnings": list(written.warnings),
+        })  # fmt: skip
+        return
+    rows = [(key.replace("_", " "), str(number), escape(number.why)) for key, number in written.numbers.items()]
+    print_table(("number", "value", "where it comes from"), rows)
+    results.print(
+        f"\n{len(written.files)} files in {escape(str(out))}: kubectl apply -k {escape(str(out))}/overlays/small"
+    )
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), help="Write there, whole, for node_exporter's textfile folder.")
+@as_json
+def metrics(out: Path | None, *, as_json: bool) -> None:
+    """Print what Prometheus should know: champions and rescans, runs, queue, verdicts, stages' seconds, store."""
+    from pipeline.instance import open_instance  # noqa: PLC0415
+    from pipeline.metrics import exposition, look  # noqa: PLC0415
+    from pipeline.store import write_whole  # noqa: PLC0415
+
+    settings = Settings.read()
+    with open_instance(settings) as instance:
+        found = look(settings, instance)
+    if out is not None:
+        write_whole(out, exposition(found))
+    if as_json:
+        print_json(asdict(found))
+    elif out is None:
+        click.echo(exposition(found), nl=False)

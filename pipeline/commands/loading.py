@@ -1,0 +1,216 @@
+"""``slipway load`` and ``slipway compare``: a release line under any traffic, and what quantization buys."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+import click
+from rich.live import Live
+from rich.markup import escape
+from rich.text import Text
+
+from pipeline.settings import Settings
+from pipeline.show import REFUSED, as_json, print_json, print_table, progress, results, say, styled
+
+if TYPE_CHECKING:
+    from pipeline.loading import Loaded
+
+_LINE_SECONDS = 5.0
+
+_rate = click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Requests a second.")
+_seconds = click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="How long requests arrive.")
+
+
+@click.command()
+@click.argument("name")
+@click.option(
+    "--profile",
+    "profiles",
+    multiple=True,
+    metavar="P",
+    help="A profile of evals/traffic, or several; default: the model's.",
+)
+@_rate
+@_seconds
+@click.option("--capacity", is_flag=True, help="Search for the highest rate that the service level allows.")
+@click.option("--faults", is_flag=True, help="Mistreat the server at the end: hang up, crowd it, kill it.")
+@as_json
+def load(
+    name: str,
+    profiles: Sequence[str],
+    rate: float | None,
+    seconds: float | None,
+    *,
+    capacity: bool,
+    faults: bool,
+    as_json: bool,
+) -> None:
+    """Put release line NAME (demo-awq; demo-fp16 is what it was made from) under traffic, with live figures.
+
+    Serves its image in the sandbox, sends the profiles (default: the model's) one after the other, and judges what it
+    saw against the limits of the model's file. Measures anew each time; nothing is promoted or refused. Exit status 3
+    if a limit is missed.
+
+    \b
+        slipway load demo-awq --profile chat
+        slipway load demo-awq --profile burst --rate 2 --seconds 60
+        slipway load demo-gptq --capacity --faults
+    """  # noqa: D301 - click's mark for a paragraph that is kept as it is
+    from pipeline import loading  # noqa: PLC0415
+    from pipeline.release import sweep  # noqa: PLC0415
+    from pipeline.stages import Bench  # noqa: PLC0415
+
+    settings = Settings.read()
+    spec, scheme = loading.find(name, settings)
+    asked: dict[str, Any] = {
+        "request_rate": rate, "seconds": seconds, "capacity": {} if capacity else None, "faults": faults or None,
+    }  # fmt: skip
+    plan = loading.changed(spec.load, profiles, {key: value for key, value in asked.items() if value is not None})
+    sweep(settings)
+    with Figures() as live:
+        done = loading.load_now(Bench(spec, scheme, settings, say), plan, live)
+    if as_json:
+        print_json({**_document(done), "evidence": done.evidence})
+    else:
+        _show(done)
+    sys.exit(REFUSED if done.verdict.blocks else 0)
+
+
+@click.command()
+@click.argument("model")
+@click.option("--scheme", "schemes", multiple=True, metavar="S", help="Only this scheme beside FP16; several times.")
+@click.option("--profile", metavar="P", help="A profile of evals/traffic; default: the model's first.")
+@_rate
+@_seconds
+@click.option("--capacity/--no-capacity", default=True, show_default=True, help="Search for each one's capacity.")
+@click.option("--step-seconds", type=click.FloatRange(min=2), default=8.0, show_default=True, help="Of the search.")
+@click.option("--price", type=click.FloatRange(min=0), help="Of the machine, an hour [the model's `cost`].")
+@as_json
+def compare(
+    model: str,
+    schemes: Sequence[str],
+    profile: str | None,
+    rate: float | None,
+    seconds: float | None,
+    *,
+    capacity: bool,
+    step_seconds: float,
+    price: float | None,
+    as_json: bool,
+) -> None:
+    """Show what quantization buys: MODEL's FP16 and each scheme under the same traffic, on one page.
+
+    Size, memory, tokens a second, latency at equal rate, capacity, and the cost of a million tokens. What was measured
+    under that traffic before is reused.
+    """
+    from pipeline import loading  # noqa: PLC0415
+    from pipeline.release import sweep  # noqa: PLC0415
+    from pipeline.spec import find  # noqa: PLC0415
+    from pipeline.spec import load as load_spec  # noqa: PLC0415
+
+    settings = Settings.read()
+    spec = load_spec(find(model, settings.models))
+    for scheme in schemes:
+        spec.scheme(scheme)
+    changes: dict[str, Any] = {"capacity": {"step_seconds": step_seconds} if capacity else None, "faults": False}
+    changes |= {key: value for key, value in {"request_rate": rate, "seconds": seconds}.items() if value is not None}
+    plan = loading.changed(spec.load, [profile] if profile else list(spec.load.profiles)[:1], changes)
+    sweep(settings)
+
+    def listener(scheme: str) -> Callable[[str], None]:
+        return lambda line: say(f"{scheme:10} {line}")
+
+    rows, page = loading.compare(
+        spec, list(schemes) or list(spec.schemes), plan, settings, listener,
+        loading.price_per_hour(spec) if price is None else price,
+    )  # fmt: skip
+    if as_json:
+        print_json({"model": spec.model, "rows": rows, "page": str(page)})
+        return
+    _show_comparison(rows)
+    results.print(f"\nthe picture: {escape(str(page))}")
+
+
+class Figures:
+    """Shows how the traffic goes: one line that is written over on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self) -> None:
+        shown = Live(console=progress, refresh_per_second=4, transient=True)
+        self._live = shown if progress.is_terminal else None
+        self._lock = threading.Lock()
+        self._told = 0.0
+        self._last = ""
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def __call__(self, told: Mapping[str, Any]) -> None:
+        """Show one report of the client (`evals.traffic.client.Watch`)."""
+        line = _figures(told)
+        with self._lock:
+            if self._live is not None:
+                self._live.update(Text.from_markup(line) if told["phase"] != "done" else Text(""))
+            elif (
+                told["phase"] == "load"
+                and line != self._last
+                and time.monotonic() - self._told > _LINE_SECONDS
+                and told["answered"]
+            ):
+                self._told, self._last = time.monotonic(), line
+                progress.print(line)
+
+
+def _figures(told: Mapping[str, Any]) -> str:
+    if told["phase"] != "load":
+        return f"[cyan]{told['purpose']}[/] {told['phase']}"
+    parts = [f"{told['answered']}/{told['total']} answered"]
+    parts += [f"[red]{told['errors']} errors[/]"] if told["errors"] else []
+    for name, words in (("p50_latency_ms", "p50"), ("p95_latency_ms", "p95"), ("p95_ttft_ms", "first token p95")):
+        if told[name] is not None:
+            parts.append(f"{words} {told[name]:,.0f} ms")
+    parts.append(f"{told['tokens_per_second']:,.0f} tokens/s")
+    return f"[cyan]{told['purpose']}[/] at {told['rate']:.3g}/s, {told['elapsed_s']:.0f} s: {', '.join(parts)}"
+
+
+def _document(done: Loaded) -> dict[str, Any]:
+    verdict = done.verdict.model_dump(mode="json")
+    return {"name": done.name, "verdict": verdict, "folder": str(done.folder), "page": str(done.page)}
+
+
+def _show(done: Loaded) -> None:
+    from evals.load_report import limit_row  # noqa: PLC0415
+
+    rows = [limit_row(name, done.verdict) for name in done.verdict.limits]
+    print_table(
+        ("limit", "measured", "allowed", "verdict"),
+        [(row["name"], row["measured"], row["limit"], styled(row["verdict"])) for row in rows],
+    )
+    for fault in done.evidence["faults"] or ():
+        results.print(f"{fault['name']}: {styled('pass' if fault['ok'] else 'fail')}, {escape(fault['seen'])}")
+    if done.evidence["capacity"]:
+        results.print(f"\ncapacity: {done.evidence['capacity']['reason']}")
+    for finding in done.evidence["findings"]:
+        results.print(f"[yellow]note:[/] {escape(finding)}")
+    results.print(f"\n{done.name} {styled(done.verdict.status)}: {escape(done.verdict.reason)}")
+    results.print(f"the page: {escape(str(done.page))}")
+
+
+def _show_comparison(rows: Sequence[Mapping[str, Any]]) -> None:
+    from evals.load_report import cell, label  # noqa: PLC0415
+
+    measures = [name for name in rows[0] if name not in {"name", "capacity_interval"}]
+    names = [name for name in measures if any(row[name] is not None for row in rows)]
+    print_table(
+        ("measure", *(str(row["name"]) for row in rows)),
+        [(label(name), *(cell(name, row[name]) for row in rows)) for name in names],
+    )

@@ -1,0 +1,52 @@
+"""What this machine has, and the servers that run on it."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+from rich.markup import escape
+
+from pipeline.settings import Settings
+from pipeline.show import FAILED, as_json, print_json, print_table, progress, say, styled
+
+
+@click.command()
+@click.option("--fix", is_flag=True, help="Install and start what is missing, as far as this machine allows.")
+@click.option("--ray", is_flag=True, help="With --fix: make the environment of a node of a Ray cluster too.")
+@as_json
+def doctor(*, fix: bool, ray: bool, as_json: bool) -> None:
+    """Show whether this machine can release: engine, GPU, Trivy, disk, environments, MLflow, each with its remedy."""
+    from pipeline import doctor as checks  # noqa: PLC0415
+    from pipeline.environments import ENVIRONMENTS  # noqa: PLC0415
+
+    settings = Settings.read()
+    if fix:
+        checks.repair(settings, say, [*ENVIRONMENTS, "ray"] if ray else ENVIRONMENTS)
+    findings = checks.examine(settings)
+    if as_json:
+        print_json([finding.__dict__ for finding in findings])
+    else:
+        rows = [(item.part, styled(item.status), escape(item.found), escape(item.remedy)) for item in findings]
+        print_table(("part", "status", "found", "remedy"), rows)
+    sys.exit(FAILED if any(finding.status == "missing" for finding in findings) else 0)
+
+
+@click.command()
+@click.option(
+    "--port", default=3000, show_default=True, help="Dagster's port on 127.0.0.1; MLflow takes the port after."
+)
+def ui(port: int) -> None:
+    """Serve Dagster and MLflow on loopback until Ctrl-C."""
+    from pipeline.ui import serve  # noqa: PLC0415
+
+    serve(Settings.read(), port, progress.print)
+
+
+@click.command()
+def stop() -> None:
+    """End the private container engine that `doctor --fix` started, if any."""
+    from containers.engine import stop as stop_engine  # noqa: PLC0415
+
+    if not stop_engine(Settings.read().home, progress.print):
+        progress.print("no private engine was running")

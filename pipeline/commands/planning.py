@@ -1,0 +1,235 @@
+"""``slipway plan``: what a model or a release needs and costs, before anything is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.markup import escape
+
+from pipeline.settings import Settings
+from pipeline.show import as_json, print_json, print_table, results
+
+if TYPE_CHECKING:
+    from containers.gpu_models import GpuModel
+    from pipeline.planner.memory import Workload
+    from pipeline.planner.plan import Placement, Plan
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--gpu", "gpus", multiple=True, metavar="NAME", help="Only this GPU (H100, L4, …); several times for more."
+)
+@click.option("--context", type=click.IntRange(1), metavar="N", help="Tokens a request, prompt and answer.")
+@click.option("--concurrency", type=click.IntRange(1), metavar="N", help="Requests at once.")
+@click.option(
+    "--kv-cache", type=click.Choice(["16", "8"]), default="16", show_default=True, help="Bits a number in it."
+)
+@click.option("--headroom", type=click.FloatRange(0, 0.9), default=0.2, show_default=True, help="Share left free.")
+@click.option("--driver", metavar="VERSION", help="The NVIDIA driver of the host that is planned for: 550.54.15.")
+@as_json
+def plan(
+    model: str,
+    gpus: Sequence[str],
+    context: int | None,
+    concurrency: int | None,
+    kv_cache: str,
+    headroom: float,
+    driver: str | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Say what MODEL takes: weights, KV cache, GPUs that hold it, speed, disk; and what its evaluation could see.
+
+    MODEL is a name in models/ or a path to such a file, hf://ORG/NAME, or a release NAME[@ALIAS], whose load test is
+    then set beside the prediction. Only config.json and the headers of the safetensors are read, also on a hub.
+    """
+    from dataclasses import replace  # noqa: PLC0415
+
+    from containers.gpu_models import find_gpu, known_gpus  # noqa: PLC0415
+
+    settings = Settings.read()
+    wanted = [find_gpu(name) for name in gpus] or list(known_gpus())
+
+    def workload(usual: Workload) -> Workload:
+        changed = {"context": context, "concurrency": concurrency}
+        said = {name: value for name, value in changed.items() if value is not None}
+        return replace(usual, **said, kv_number_bytes=int(kv_cache) // 8, headroom=headroom)
+
+    found, told = _asked(model, settings, wanted, workload)
+    found = replace(found, notes=[*found.notes, *_gate(model, settings, wanted, driver)])
+    asked = _evaluation(model, settings)
+    if as_json:
+        print_json({**found.document(), "measured": told, "evaluation": asked})
+        return
+    _show(found)
+    _show_measured(found, told)
+    if asked is not None:
+        _show_evaluation(asked)
+
+
+def _asked(model: str, settings: Settings, gpus: Sequence[Any], workload: Any) -> tuple[Plan, dict[str, Any]]:  # noqa: ANN401
+    """Find out what ``model`` names, and plan it; a release also with what it measured."""
+    from pipeline.errors import SpecError  # noqa: PLC0415
+    from pipeline.planner import asking  # noqa: PLC0415
+    from pipeline.spec import find, load  # noqa: PLC0415
+
+    if model.startswith(("hf://", "file:")):
+        return asking.plan_source(model, settings, gpus, workload), {}
+    if "@" not in model:
+        try:
+            path = find(model, settings.models)
+        except SpecError as error:
+            unknown = error
+        else:
+            return asking.plan_source(load(path), settings, gpus, workload), {}
+        if not _is_released(model, settings):
+            raise unknown
+    found = asking.look(model, settings)
+    return asking.plan_release(found, gpus, workload), asking.measured(found)
+
+
+def _evaluation(model: str, settings: Settings) -> dict[str, Any] | None:
+    """What its suite takes and can see, of a model that has a file; None of anything else."""
+    from pipeline.errors import SpecError  # noqa: PLC0415
+    from pipeline.planner.evaluation import evaluation  # noqa: PLC0415
+    from pipeline.spec import find, load  # noqa: PLC0415
+
+    if model.startswith(("hf://", "file:")) or "@" in model:
+        return None
+    try:
+        path = find(model, settings.models)
+    except SpecError:
+        return None  # a release: `_asked` has found it
+    return evaluation(load(path))
+
+
+def _show_evaluation(evaluation: dict[str, Any]) -> None:
+    """Print what is asked, and the smallest loss that each task would see at 80% power."""
+    results.print(
+        f"\nsuite {escape(evaluation['suite'])} ({evaluation['digest'][:19]}), engine {evaluation['engine']}:"
+        f" {evaluation['items']:,} items, about {evaluation['tokens']:,} tokens a model. What it sees at 80% power"
+        " where 2, 5 or 10% of the items flip, as is usual at four bits:"
+    )
+    rows = []
+    for task in evaluation["tasks"]:
+        unit = "%" if task["kind"] == "text" else "pp"
+        seen = [task["detectable"]] if task["kind"] == "text" else list(task["detectable"].values())
+        rows.append(
+            (
+                task["name"],
+                task["tier"],
+                f"{task['items']:,}",
+                f"{task['tokens']:,}",
+                f"{100 * task['limit']:.2f} {unit}",
+                " / ".join(f"{100 * value:.2f}" for value in seen) + f" {unit}",
+                "yes" if task["can_decide"] else f"[yellow]no: {task['items_wanted']:,} items would[/]",
+            )
+        )
+    print_table(("task", "tier", "items", "tokens", "allowed", "sees", "decides at 5% flips"), rows)
+
+
+def _gate(model: str, settings: Settings, gpus: Sequence[GpuModel], driver: str | None) -> list[str]:
+    """What the gate before a container's start will ask of a host, and which of these GPUs it would refuse."""
+    from containers import gate, profile  # noqa: PLC0415
+    from containers.gpu import Gpu  # noqa: PLC0415
+    from pipeline.errors import SpecError  # noqa: PLC0415
+    from pipeline.spec import find, load  # noqa: PLC0415
+
+    try:
+        runtime = profile.load(load(find(model, settings.models)).runtime)
+    except SpecError:
+        return []  # no model's file, so no runtime is chosen yet
+    needs = gate.needs_of({**gate.labels_of(runtime), gate.RUNTIME: runtime.name})
+    if needs.driver is None:
+        return [f"{runtime.name} runs on this machine's cores and asks for no driver"]
+    hosts = [Gpu(0, "", each.name, each.memory_bytes, driver or "", each.capability) for each in gpus]
+    refused = sorted({problem for host in hosts for problem in gate.problems(needs, host)})
+    known = ", ".join(needs.capabilities)
+    asks = f"{runtime.name} asks for NVIDIA driver {needs.driver}, CUDA {needs.cuda}, compute capability {known}"
+    return [asks, *(f"refused: {problem}" for problem in refused)]
+
+
+def _is_released(name: str, settings: Settings) -> bool:
+    from registry import catalog  # noqa: PLC0415
+
+    return name in catalog.names(settings.tracking_uri)
+
+
+def _show(found: Plan) -> None:
+    """Print the plan for a person."""
+    facts, work = found.facts, found.workload
+    results.print(
+        f"[bold]{escape(found.model)}[/]: {facts.architecture}, {len(facts.layers)} layers, {facts.attention}"
+    )
+    kept = facts.kv_bytes(work.context, work.kv_number_bytes)
+    results.print(
+        f"KV cache: {facts.kv_bytes_per_token(work.kv_number_bytes):,} bytes a token, {_size(kept)} a request of "
+        f"{work.context:,} tokens, {_size(work.concurrency * kept)} for {work.concurrency} at once"
+    )
+    results.print(f"to download {_size(found.download_bytes)}; on disk for all schemes {_size(found.disk_bytes)}\n")
+    print_table(
+        (
+            "scheme",
+            "weights",
+            "GPUs",
+            "on each",
+            "of",
+            "requests",
+            "tokens/s, one",
+            "tokens/s, all",
+            "$/h",
+            "$/M at least",
+        ),
+        [_row(scheme.weights, placement) for scheme in found.schemes for placement in scheme.placements],
+    )
+    results.print(
+        f"\nof: with {work.headroom:.0%} of the GPU left free; requests: how many of {work.context:,} tokens the cache "
+        f"then holds; tokens/s: bounds by memory bandwidth and arithmetic, at {work.concurrency} requests."
+    )
+    for note in found.notes:
+        results.print(f"[dim]{escape(note)}[/]")
+
+
+def _row(weights: Any, placement: Placement) -> tuple[str, ...]:  # noqa: ANN401 - as the plan has it
+    demand, speed = placement.demand, placement.speed
+    price, least = placement.dollars_per_hour, placement.dollars_per_million_at_least
+    where = f"{demand.tensor_parallel} x {placement.gpu.name}"
+    return (
+        escape(weights.scheme),
+        _size(weights.bytes),
+        where if placement.fits else f"[red]none[/]: not {where}",
+        _size(demand.total),
+        _size(placement.usable_bytes),
+        f"{placement.most_requests:,}" if placement.fits else "-",
+        f"{speed.one_request:,.0f}" if placement.fits else "-",
+        f"{speed.all_requests:,.0f}" if placement.fits else "-",
+        f"{price:.2f}" if price is not None and placement.fits else "-",
+        f"{least:.3g}" if least is not None and placement.fits else "-",
+    )
+
+
+def _show_measured(found: Plan, told: dict[str, Any]) -> None:
+    """Set what the load test measured beside what was predicted."""
+    if not told:
+        return
+    expected = told.get("expected")
+    peak = told.get("peak_memory_bytes")
+    if expected:
+        results.print(f"\nmeasured in the sandbox: {escape(expected['sentence'])}")
+    elif peak:
+        weights = found.schemes[0].weights.bytes
+        results.print(f"\nmeasured in the sandbox: {_size(peak)} at the peak, {_size(weights)} of it weights")
+    rate = told.get("output_tokens_per_second")
+    if rate:
+        where = "at its capacity" if told["at_capacity"] else "at the rate that was asked for"
+        results.print(f"measured: {rate:,.0f} tokens/s, {where}")
+
+
+def _size(value: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}" if value < 100 * size else f"{value / size:,.0f} {unit}"
+    return f"{value:.0f} B"

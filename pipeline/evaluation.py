@@ -1,0 +1,281 @@
+"""The stages that ask models questions: FP16 once, each candidate as it ships, and the two side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import docker
+
+from containers import image as images
+from containers import profile as profiles
+from containers import sandbox
+from containers.gpu import gpus
+from containers.runtime import build_runtime
+from evals import asking
+from evals.answers import Answers, read_answers
+from evals.divergence import read_top
+from evals.drift import is_clear as is_decided
+from evals.drift import judge
+from evals.pairs import Layer, compare, write_drift
+from evals.suite import questions
+from pipeline.environments import pins_digest
+from pipeline.errors import StoreError
+from pipeline.launchers.chosen import have_gpus
+from pipeline.stages import CODE, Bench
+from pipeline.store import Artifact, Making, Recipe, digest_file
+
+Serve = Callable[[], AbstractContextManager[sandbox.Server]]
+Part = tuple[float, float]
+FP16 = "fp16"  # in the place of an image's id
+
+
+def baseline(bench: Bench, source: Artifact) -> Artifact:
+    """What FP16 answers: once for a model, a suite and an engine, whatever the scheme and however many releases.
+
+    As served, it is mounted read-only into the runtime that every release of this profile is made of.
+    """
+    recipe = _recipe(bench, source, {"checkpoint": source.digest}, repeated=True)
+
+    def make(making: Making) -> None:
+        with bench.device():
+            answer(bench, making, source, lambda: serve_source(bench, source), FP16)
+
+    return bench.store.obtain(recipe, make)
+
+
+def drift(bench: Bench, source: Artifact, baseline: Artifact, quantized: Artifact, image: Artifact) -> Artifact:
+    """Ask the candidate what FP16 was asked, in the image that ships, and pair the answers.
+
+    Raises:
+        StoreError: the baseline is of another source than the one that was quantized.
+    """
+    if not baseline.inputs["checkpoint"] == quantized.inputs["source"] == source.digest:
+        raise StoreError("`baseline` is of another `source` than `quantized`: run both again")
+    with ThreadPoolExecutor(1) as beside:
+        # A server starts on half of two cores; what the layers take fits into the other half.
+        measuring = beside.submit(_layers, bench, source, quantized)
+        candidate = _candidate(bench, baseline, quantized, image)
+        layers = measuring.result()
+    calibration = bench.spec.calibration
+    recipe = Recipe(
+        "drift",
+        inputs={
+            "baseline": baseline.digest,
+            "candidate": candidate.digest,
+            "quantized": quantized.digest,
+            "image": image.digest,
+            "layers": layers.digest,
+        },
+        parameters={"calibration": digest_file(calibration.uri), "samples": calibration.samples},
+        code=CODE["drift"],
+    )
+
+    def make(making: Making) -> None:
+        answered = read_answers(candidate.folder)
+        compared = compare(
+            read_answers(baseline.folder),
+            answered,
+            fraction=candidate.notes.get("fraction", 1.0),
+            overlapping=asking.overlapping(answered, candidate.folder, _calibration(bench)),
+            tops=(read_top(baseline.folder), read_top(candidate.folder)),
+            layers=[Layer.model_validate(layer) for layer in layers.document("layers.json")],
+        )
+        write_drift(compared, making.folder)
+
+    made = bench.store.obtain(recipe, make)
+    # Beside each other, so that the longer of them is what the stage waited for.
+    asked = max((each.worker_seconds for each in (candidate, layers) if not each.cached), default=0.0)
+    return replace(made, worker_seconds=asked, cached=made.cached and candidate.cached and layers.cached)
+
+
+def _candidate(bench: Bench, baseline: Artifact, quantized: Artifact, image: Artifact) -> Artifact:
+    """What the candidate answers: in that very image, by its id, where it is served."""
+    limits = bench.spec.evals
+    inputs = {"checkpoint": quantized.digest, **({"image": image.digest} if limits.engine == "served" else {})}
+    recipe = _recipe(bench, quantized, inputs, repeated=False)
+    if limits.looks > 1:
+        # When to stop follows from the limits and from FP16's answers, so these are asked anew with other limits.
+        judged = {"looks": limits.looks, "limits": limits.model_dump(mode="json", exclude={"accept_inconclusive"})}
+        recipe = replace(
+            recipe, inputs={**inputs, "baseline": baseline.digest}, parameters={**recipe.parameters, **judged}
+        )
+    image_id = images.ImageRecord.model_validate(image.document("image.json")).image_id
+
+    def make(making: Making) -> None:
+        with bench.device():
+            against = baseline if limits.looks > 1 else None
+            answer(bench, making, quantized, lambda: serve_image(bench, image_id), image_id, against)
+
+    return bench.store.obtain(recipe, make)
+
+
+def _recipe(bench: Bench, checkpoint: Artifact, inputs: dict[str, str], *, repeated: bool) -> Recipe:
+    """What determines answers: the questions, the engine that is asked, and nothing of the limits."""
+    limits = bench.spec.evals
+    kept = None if limits.divergence is None else limits.divergence.model_dump(mode="json", exclude={"max_mean"})
+    parameters: dict[str, Any] = {**questions(limits), "engine": _engine(bench, checkpoint), "divergence": kept}
+    if repeated:
+        parameters["again"] = limits.again
+    return Recipe("answers", inputs, parameters, code=CODE["answers"], pins=pins_digest(asking.ENVIRONMENT))
+
+
+def _engine(bench: Bench, checkpoint: Artifact) -> dict[str, str]:
+    """What computes the answers, and with which arguments: the same for FP16 and candidate."""
+    if bench.spec.evals.engine == "hf":
+        return {"name": "hf", "device": "cuda" if have_gpus(bench.settings) else "cpu"}
+    gpu = next((found.name for found in gpus()), None)
+    profile = profiles.load(bench.spec.runtime)
+    device = gpu if profile.minimum_driver and gpu else "cpu"
+    arguments = " ".join(images.serving_arguments(profile, checkpoint.folder, bench.spec.model))
+    pins = profile.pins_digest()
+    return {"name": asking.SERVED, "runtime": profile.name, "pins": pins, "device": device, "arguments": arguments}
+
+
+def _served(
+    bench: Bench,
+    client: docker.DockerClient,
+    image: str,
+    **more: Any,  # noqa: ANN401 - as `sandbox.serve` takes it
+) -> AbstractContextManager[sandbox.Server]:
+    """Start an image as the load test does, but for its memory: what is asked here is whether it answers rightly."""
+    needs_gpu = profiles.load(bench.spec.runtime).minimum_driver is not None
+    return sandbox.serve(
+        client,
+        image,
+        name=f"slipway-evaluation-{bench.spec.model}",
+        home=bench.settings.home,
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        gpu=next((found.uuid for found in gpus()), None) if needs_gpu else None,
+        start_timeout_s=bench.spec.load.start_timeout_s,
+        progress=bench.progress,
+        **more,
+    )
+
+
+@contextmanager
+def serve_source(bench: Bench, source: Artifact) -> Iterator[sandbox.Server]:
+    """Serve FP16 as a release of it would be: mounted read-only into the runtime, with the arguments of an image."""
+    profile = profiles.load(bench.spec.runtime)
+    with bench.engine() as client:
+        runtime = build_runtime(client, profile, bench.settings.home, bench.progress)
+        command = images.serving_arguments(profile, source.folder, bench.spec.model)
+        with _served(bench, client, runtime.image_id, command=command, mounts={source.folder: "/model"}) as server:
+            yield server
+
+
+@contextmanager
+def serve_image(bench: Bench, image_id: str) -> Iterator[sandbox.Server]:
+    """Serve a release's own image.
+
+    Raises:
+        SandboxError: it does not start; says what to do where vLLM can't load such a scheme.
+    """
+    started = False
+    try:
+        with bench.engine() as client, _served(bench, client, image_id) as server:
+            started = True
+            yield server
+    except sandbox.SandboxError as error:
+        if started:
+            raise
+        remedy = "if vLLM can't load this scheme, ask it with `evals: {engine: hf}`"
+        raise sandbox.SandboxError(f"the image of `{bench.scheme_name}` can't be asked ({remedy}): {error}") from error
+
+
+def answer(
+    bench: Bench,
+    making: Making,
+    checkpoint: Artifact,
+    serve: Serve,
+    image: str,
+    looked_against: Artifact | None = None,
+) -> None:
+    """Fill an artifact with a checkpoint's answers; FP16's with some asked twice, a candidate's perhaps in looks."""
+    limits = bench.spec.evals
+    address = making.scratch / "address"
+    serving = (
+        asking.Serving(address, bench.spec.model, image, _engine(bench, checkpoint))
+        if limits.engine == "served"
+        else None
+    )
+
+    def ask_part(part: Part, output: Path) -> Answers:
+        return asking.ask(
+            checkpoint.folder,
+            limits,
+            output,
+            run_worker=bench.workers(making) if serving is None else bench.workers_here(making),
+            scratch=making.scratch,
+            progress=bench.progress,
+            serving=serving,
+            part=part,
+            divergence=limits.divergence if part[0] == 0 else None,
+            again=limits.again if image == FP16 else 0,
+            hub=asking.Hub(bench.settings.hub_endpoint, bench.settings.home / "hub"),
+        )
+
+    def ask() -> None:
+        if looked_against is None:
+            ask_part((0.0, 1.0), making.folder)
+            return
+        reference = looked_against
+
+        def is_clear(answers: Answers, folder: Path, fraction: float) -> bool:
+            tops = (read_top(reference.folder), read_top(folder))
+            looked = compare(read_answers(reference.folder), answers, fraction=fraction, tops=tops)
+            bench.progress(f"a look at {fraction:.0%} of the suite: {judge(looked, limits).reason}")
+            return is_decided(looked, limits)
+
+        asked = asking.in_looks(limits.fractions, ask_part, is_clear, making.scratch, making.folder)
+        making.notes["fraction"] = asked
+
+    if serving is None:
+        ask()
+    else:
+        asking.while_serving(serve, address, ask)
+
+
+def _layers(bench: Bench, source: Artifact, quantized: Artifact) -> Artifact:
+    """Where it went wrong, layer by layer, on the calibration text."""
+    calibration = bench.spec.calibration
+    recipe = Recipe(
+        "layers",
+        inputs={"quantized": quantized.digest, "source": source.digest},
+        parameters={
+            "calibration": digest_file(calibration.uri),
+            "samples": calibration.samples,
+            "max_tokens": calibration.max_tokens,
+            "measured": bench.spec.evals.layers,
+        },
+        code=CODE["layers"],
+        pins=pins_digest(asking.ENVIRONMENT),
+    )
+
+    def make(making: Making) -> None:
+        if not bench.spec.evals.layers:
+            (making.folder / "layers.json").write_text("[]")
+            return
+        layers = asking.measure_layers(
+            source.folder,
+            quantized.folder,
+            _calibration(bench),
+            max_tokens=calibration.max_tokens,
+            run_worker=bench.workers(making),
+            scratch=making.scratch,
+        )
+        (making.folder / "layers.json").write_text(json.dumps([layer.model_dump() for layer in layers]))
+
+    return bench.store.obtain(recipe, make)
+
+
+def _calibration(bench: Bench) -> list[str]:
+    """The texts that the quantizer looked at."""
+    lines = bench.spec.calibration.uri.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["text"] for line in lines if line][: bench.spec.calibration.samples]

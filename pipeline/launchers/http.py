@@ -1,0 +1,70 @@
+"""The HTTP interface of an engine, asked again for a while where it does not answer."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+
+from pipeline.errors import UnansweredError, WorkerFailed
+
+# What restarts is away for so long.
+_PATIENCE_SECONDS = 60.0
+_PAUSE_SECONDS = 1.0
+
+
+class Interface:
+    """What is asked at one address; ``name`` is what errors call it."""
+
+    def __init__(self, name: str, connect: Callable[[], httpx.Client]) -> None:
+        """Ask through what ``connect`` gives, which knows the address."""
+        self.name = name
+        self.connect = connect
+
+    def find(self, path: str, **parameters: str) -> httpx.Response | None:
+        """Get what is at a path; None where there is nothing.
+
+        Raises:
+            UnansweredError: nothing answers.
+            WorkerFailed: it refuses.
+        """
+        reply = self._asked("GET", path, params=parameters)
+        return None if reply.status_code == httpx.codes.NOT_FOUND else self._accepted(reply)
+
+    def send(self, method: str, path: str, **content: Any) -> httpx.Response:  # noqa: ANN401 - as httpx takes it
+        """Send something to a path.
+
+        Raises:
+            UnansweredError: nothing answers.
+            WorkerFailed: it refuses.
+        """
+        return self._accepted(self._asked(method, path, **content))
+
+    def end(self, method: str, path: str, **content: Any) -> None:  # noqa: ANN401 - as httpx takes it
+        """Have something ended; that there is none, or nobody answers, is as good."""
+        with contextlib.suppress(httpx.HTTPError), self.connect() as client:
+            client.request(method, path, **content)
+
+    def _asked(self, method: str, path: str, **content: Any) -> httpx.Response:  # noqa: ANN401 - as httpx takes it
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            try:
+                with self.connect() as client:
+                    reply = client.request(method, path, **content)
+                if not reply.is_server_error:
+                    return reply
+                why = " ".join(reply.text.split())[-300:]
+            except httpx.TransportError as error:
+                why = str(error)
+            if time.monotonic() > deadline:
+                raise UnansweredError(f"{self.name} does not answer: {why}")
+            time.sleep(_PAUSE_SECONDS)
+
+    def _accepted(self, reply: httpx.Response) -> httpx.Response:
+        if reply.is_error:
+            asked = f"{reply.request.method} {reply.request.url.path}"
+            raise WorkerFailed(f"{self.name} refused {asked}: {reply.text.strip()}")
+        return reply

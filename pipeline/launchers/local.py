@@ -1,0 +1,86 @@
+"""Workers as processes of this machine: each dies with the process that started it, however that ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from pipeline.environments import Progress, ensure_environment
+from pipeline.launchers.task import Ended, Task
+from pipeline.settings import Settings
+from pipeline.store import write_whole
+
+
+class Local:
+    """Runs workers here, in their pinned environments."""
+
+    def __init__(self, settings: Settings, progress: Progress) -> None:
+        """Take environments from the settings' home; they are made where they are not there."""
+        self.settings = settings
+        self.progress = progress
+
+    def __call__(self, task: Task) -> Ended:
+        """Run the worker in a process group of its own."""
+        folder = task.folder
+        python = ensure_environment(task.environment, self.settings, self.progress) / "bin" / "python"
+        write_whole(folder / "request.json", json.dumps(task.request, default=os.fspath))
+        command = [
+            *("setpriv", "--pdeathsig", "KILL"), str(python), str(task.script),
+            *("--request", str(folder / "request.json"), "--result", str(folder / "result.json")),
+        ]  # fmt: skip
+        started = time.monotonic()
+        with (folder / "output.log").open("wb") as log:
+            process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env={**worker_environment(self.settings, python, folder), **task.variables},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+            try:
+                process.wait()
+            finally:
+                _end_group(process)
+        return Ended(process.returncode, time.monotonic() - started)
+
+
+def worker_environment(settings: Settings, python: Path, folder: Path) -> dict[str, str]:
+    """The variables of a worker that runs with this interpreter in this folder: none of them a secret."""
+    inherited = dict(settings.child_environment)
+    temporary = folder / "tmp"
+    temporary.mkdir(exist_ok=True)
+    return {
+        **inherited,
+        "PATH": os.pathsep.join([str(python.parent), inherited.get("PATH", os.defpath)]),
+        "HOME": str(folder),
+        "TMPDIR": str(temporary),
+        "HF_HOME": str(folder / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONHASHSEED": "0",
+        "PYTHONNOUSERSITE": "1",
+    }
+
+
+def how_it_ended(status: int) -> str:
+    """Say in words what a child's exit status means."""
+    if status == -signal.SIGKILL:
+        return "was killed (by hand, or the machine ran out of memory)"
+    if status < 0:
+        return f"was ended by {signal.Signals(-status).name}"
+    return f"ended with status {status}"
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """Make sure that nothing of the worker's process group is left."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,76 @@
+"""Doing an errand on this machine: ``python -m pipeline.launchers.node s3://BUCKET/PREFIX SHA256 SIZE``.
+
+It fetches what the errand reads, runs its worker in its pinned environment as a process of this machine, puts what came
+of it into the store, and says on stdout, among what the worker reports through Dagster Pipes, where that is. As whom it
+reaches the store its own environment says (``AWS_…``), of which the worker sees nothing; environments are kept under
+``SLIPWAY_HOME``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from dagster_pipes import (
+    DAGSTER_PIPES_CONTEXT_ENV_VAR,
+    DAGSTER_PIPES_MESSAGES_ENV_VAR,
+    encode_param,
+)
+
+from pipeline.errors import SlipwayError
+from pipeline.launchers.errand import Errand, announced, get_document, pack, put_document, unpack
+from pipeline.launchers.local import Local
+from pipeline.settings import Settings
+from registry.errors import RegistryError
+from registry.manifest import FileRecord
+from registry.objects import ObjectStore
+
+
+def main() -> None:
+    """Do the errand that the arguments name."""
+    uri, sha256, size = sys.argv[1:]
+    # Whoever stops this process wants its worker and its files gone.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    settings = Settings.read()
+    scratch = settings.home / "scratch"
+    scratch.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix="errand-", dir=scratch) as folder:
+            outcome = do(FileRecord(sha256=sha256, size=int(size)), ObjectStore.opened(uri), Path(folder), settings)
+    except (SlipwayError, RegistryError) as error:
+        sys.exit(f"error: {error}")
+    print(announced(outcome), flush=True)
+
+
+def do(record: FileRecord, store: ObjectStore, folder: Path, settings: Settings) -> FileRecord:
+    """Do an errand in an empty folder, and return its outcome's record in the store.
+
+    Raises:
+        SlipwayError, RegistryError: it could not be done; that the worker failed is an outcome like any other.
+    """
+    errand = get_document(Errand, record, folder / "errand.json", store)
+    task = replace(unpack(errand, folder, store), variables=_reporting())
+    ended = Local(settings, _say)(task)
+    return put_document(pack(ended, task, folder, store), folder / "outcome.json", store)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _reporting() -> dict[str, str]:
+    """Have the worker report straight to this process's stdout, whole lines, whatever else it prints."""
+    if DAGSTER_PIPES_CONTEXT_ENV_VAR not in os.environ:
+        return {}
+    return {
+        DAGSTER_PIPES_CONTEXT_ENV_VAR: os.environ[DAGSTER_PIPES_CONTEXT_ENV_VAR],
+        DAGSTER_PIPES_MESSAGES_ENV_VAR: encode_param({"path": f"/proc/{os.getpid()}/fd/1"}),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""A Ray cluster as an engine of jobs, through Ray's own HTTP interface; nothing of Ray is installed here.
+
+Ray places a job where its resources are. The code goes along as a package, named by its content, that Ray keeps; what a
+node needs beside is in ``requirements/ray.txt``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zipfile
+from functools import cached_property
+
+import httpx
+
+from pipeline.errors import WorkerFailed
+from pipeline.launchers.http import Interface
+from pipeline.launchers.placement import Ray
+from pipeline.launchers.task import Task
+from pipeline.settings import CHECKOUT
+from registry.manifest import FileRecord
+
+_CODE = ("pipeline", "evals", "containers", "registry", "requirements")
+
+
+class RayCluster:
+    """The jobs of a cluster."""
+
+    def __init__(self, where: Ray) -> None:
+        """Speak to it only when asked something."""
+        self.where = where
+        self.name = f"the Ray cluster at {where.address}"
+        self.asked = Interface(self.name, lambda: httpx.Client(base_url=where.address, timeout=60, trust_env=False))
+
+    @cached_property
+    def package(self) -> bytes:
+        """The code that a node needs, as a zip file; the same code gives the same bytes."""
+        made = io.BytesIO()
+        with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
+            for path in sorted(path for folder in _CODE for path in (CHECKOUT / folder).rglob("*")):
+                if path.suffix in {".py", ".in", ".txt", ".yaml"} and "__pycache__" not in path.parts:
+                    archive.writestr(zipfile.ZipInfo(path.relative_to(CHECKOUT).as_posix()), path.read_bytes())
+        return made.getvalue()
+
+    @property
+    def does(self) -> str:
+        """The code's digest."""
+        return hashlib.sha256(self.package).hexdigest()
+
+    def running(self, job: str) -> bool | None:
+        """Whether a job waits or runs."""
+        found = self.asked.find(f"/api/jobs/{job}")
+        return None if found is None else found.json()["status"] in {"PENDING", "RUNNING"}
+
+    def log(self, job: str) -> str:
+        """What the job has printed on its node."""
+        found = self.asked.find(f"/api/jobs/{job}/logs")
+        return "" if found is None else str(found.json()["logs"])
+
+    def why(self, job: str) -> str:
+        """Ray's message."""
+        found = self.asked.find(f"/api/jobs/{job}")
+        return "it was deleted" if found is None else str(found.json().get("message"))
+
+    def submit(self, job: str, errand: FileRecord, task: Task) -> None:
+        """Give the cluster the code, where it has not got it, and the job."""
+        home = {"SLIPWAY_HOME": str(self.where.home)} if self.where.home else {}
+        document = {
+            "submission_id": job,
+            "entrypoint": f"python -m pipeline.launchers.node {self.where.store} {errand.sha256} {errand.size}",
+            "entrypoint_num_cpus": self.where.cpus,
+            "entrypoint_num_gpus": self.where.gpus,
+            "entrypoint_resources": dict(self.where.resources),
+            "runtime_env": {"working_dir": self._give_code(), "env_vars": {**task.variables, **home}},
+            "metadata": {"slipway.script": task.script.stem, "slipway.environment": task.environment},
+        }
+        try:
+            self.asked.send("POST", "/api/jobs/", json=document)
+        except WorkerFailed:
+            if self.running(job) is None:  # an answer that was lost is no refusal
+                raise
+
+    def stop(self, job: str) -> None:
+        """Stop the job."""
+        self.asked.end("POST", f"/api/jobs/{job}/stop")
+
+    def _give_code(self) -> str:
+        name = f"_ray_pkg_{self.does[:32]}.zip"
+        if self.asked.find(f"/api/packages/gcs/{name}") is None:
+            self.asked.send("PUT", f"/api/packages/gcs/{name}", content=self.package)
+        return f"gcs://{name}"

@@ -1,0 +1,47 @@
+"""One run of a worker, and what carries it out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+# The request's key under which a worker is given an empty folder to fill; every other path is one that it reads.
+OUTPUT = "output"
+# The file in a task's folder in which Dagster Pipes finds what its worker reports.
+MESSAGES = "messages.jsonl"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A script, the environment that it runs in, and what it is asked.
+
+    A `Path` in ``request`` names files: see `OUTPUT`. ``folder`` is the worker's own; ``variables`` are added to its
+    environment.
+    """
+
+    environment: str
+    script: Path
+    request: Mapping[str, Any]
+    folder: Path
+    variables: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A worker's exit status, negative where a signal ended it, and the seconds that it took."""
+
+    status: int
+    seconds: float
+
+
+class Launcher(Protocol):
+    """What runs a worker to its end."""
+
+    def __call__(self, task: Task) -> Ended:
+        """Leave ``output.log`` in the task's folder, ``result.json`` where there is one, and its output in its place.
+
+        Whatever is raised meanwhile, nothing of the worker is left.
+        """
+        ...

@@ -1,0 +1,151 @@
+"""What may be planned for: a model's file, a hub's model, or a release, with what its load test measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from containers.gpu_models import GpuModel
+from pipeline import source as sources
+from pipeline.errors import PlanError
+from pipeline.planner.facts import ModelFacts, read_facts
+from pipeline.planner.memory import Workload
+from pipeline.planner.plan import Plan, make_plan
+from pipeline.planner.sources import Described, describe, describe_folder
+from pipeline.planner.weights import Weights, quantized, unquantized
+from pipeline.quantize import Scheme
+from pipeline.settings import Settings
+from pipeline.source_lock import Lock, read_lock
+from pipeline.spec import ModelSpec
+from registry.manifest import EVIDENCE, Manifest
+from registry.pull import Glance, glance
+from registry.signing import load_trusted_keys
+
+# From the usual workload to the one that is asked for.
+Choose = Callable[[Workload], Workload]
+# For a model without a file of its own: what most checkpoints of that kind on the hubs are.
+_USUAL_SCHEMES = {
+    "awq": Scheme(method="awq", backend="autoawq", bits=4, group_size=128),
+    "gptq": Scheme(method="gptq", backend="gptqmodel", bits=4, group_size=128),
+}
+LOAD = f"{EVIDENCE}/load.json"
+# A context that fits most models and uses, where none is named.
+USUAL_CONTEXT = 4096
+
+
+def plan_source(
+    spec: ModelSpec | str,
+    settings: Settings,
+    gpus: Sequence[GpuModel],
+    workload: Choose = lambda usual: usual,
+    *,
+    pulled: Path | None = None,
+) -> Plan:
+    """Plan a model's file, or a source's URI with the usual schemes; where it is ``pulled`` already, from that folder.
+
+    Raises:
+        SourceError: the source can't be reached or is refused.
+        PlanError: its configuration or headers can't be read.
+    """
+    schemes: Mapping[str, Scheme] = _USUAL_SCHEMES if isinstance(spec, str) else spec.schemes
+    name = spec if isinstance(spec, str) else spec.model
+    described = describe_folder(pulled) if pulled is not None else _described(spec, settings)
+    facts = read_facts(described.config)
+    weights = [unquantized(described.tensors)]
+    weights += [quantized(scheme, schemes[scheme], described.tensors) for scheme in schemes]
+    return make_plan(name, facts, weights, gpus, workload(usual_workload(facts)), download_bytes=described.bytes)
+
+
+def plan_release(found: Glance, gpus: Sequence[GpuModel], workload: Choose = lambda usual: usual) -> Plan:
+    """Plan a release from its signed manifest: the checkpoint's own bytes, the source's numbers, its configuration.
+
+    Raises:
+        PlanError: its configuration can't be read.
+    """
+    manifest = found.manifest
+    facts = read_facts(_json(found, "config.json"))
+    return make_plan(
+        manifest.name,
+        facts,
+        [_released_weights(manifest, facts)],
+        gpus,
+        workload(usual_workload(facts)),
+        download_bytes=manifest.size_bytes,
+    )
+
+
+def look(reference: str, settings: Settings) -> Glance:
+    """Read what a plan needs of the release ``NAME[@ALIAS]``.
+
+    Raises:
+        RegistryError: there is no such release, or it is not what was signed.
+    """
+    return glance(
+        reference,
+        ("config.json", LOAD),
+        tracking_uri=settings.tracking_uri,
+        trusted_keys=load_trusted_keys(settings.trusted_keys),
+    )
+
+
+def measured(found: Glance) -> dict[str, Any]:
+    """What the release's load test measured of what a plan predicts; empty where it has no such evidence."""
+    if LOAD not in found.files:
+        return {}
+    evidence = _json(found, LOAD)
+    metrics, memory = evidence.get("metrics", {}), evidence.get("memory", {})
+    capacity = evidence.get("capacity") or {}
+    return {
+        "peak_memory_bytes": metrics.get("peak_memory_bytes"),
+        "peak": memory.get("peak", {}),
+        "expected": memory.get("expected"),
+        "output_tokens_per_second": capacity.get("output_tokens_per_second") or metrics.get("output_tokens_per_second"),
+        "requests_per_second": capacity.get("requests_per_second") or metrics.get("requests_per_second"),
+        "at_capacity": bool(capacity.get("output_tokens_per_second")),
+    }
+
+
+def usual_workload(facts: ModelFacts) -> Workload:
+    """Sixteen requests at once, of 4,096 tokens or the model's longest context."""
+    return Workload(context=min(USUAL_CONTEXT, facts.context), concurrency=16)
+
+
+def _described(spec: ModelSpec | str, settings: Settings) -> Described:
+    uri, revision, lock = _wanted(spec)
+    return describe(sources.resolve(uri, revision, endpoint=settings.hub_endpoint, token=settings.hub_token, lock=lock))
+
+
+def _wanted(spec: ModelSpec | str) -> tuple[str, str | None, Lock | None]:
+    if isinstance(spec, str):
+        return spec, None, None
+    return spec.source.uri, spec.source.revision, read_lock(spec.lock)
+
+
+def _released_weights(manifest: Manifest, facts: ModelFacts) -> Weights:
+    """The checkpoint's bytes as they are; how many numbers they are the source's bytes tell, at two a number."""
+    size = sum(file.size for name, file in manifest.files.items() if name.endswith(".safetensors"))
+    numbers = sum(file.size for name, file in manifest.source.files.items() if name.endswith(".safetensors")) // 2
+    kept = facts.embedding * (1 if facts.tied else 2)
+    parameters = manifest.quantizer.parameters
+    bits, group = parameters.get("bits"), parameters.get("group_size")
+    return Weights(
+        scheme=manifest.scheme,
+        bytes=size,
+        packed=max(0, size - 2 * kept),
+        numbers=numbers,
+        quantized=max(0, numbers - kept),
+        bits=int(bits) if isinstance(bits, int) else 4,
+        group_size=int(group) if isinstance(group, int) else None,
+    )
+
+
+def _json(found: Glance, name: str) -> dict[str, Any]:
+    try:
+        document = json.loads(found.files[name])
+    except (KeyError, ValueError) as error:
+        raise PlanError(f"{found.manifest.name} has no readable {name}: {error!r}") from error
+    if not isinstance(document, dict):
+        raise PlanError(f"{name} of {found.manifest.name} is no JSON object")
+    return document

@@ -1,0 +1,40 @@
+"""The evaluation's part of a plan: what is asked, and what loss it could see."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from evals import planning
+from pipeline.spec import ModelSpec
+
+
+def evaluation(spec: ModelSpec) -> dict[str, Any]:
+    """What is asked, how many tokens that takes a model, and what loss it could see at 80% power."""
+    limits = spec.evals
+    tasks = planning.plan(limits)
+    return {
+        "suite": limits.name,
+        "digest": limits.digest,
+        "engine": limits.engine,
+        "confidence": limits.confidence,
+        "power": planning.POWER,
+        "items": sum(task.items for task in tasks),
+        "tokens": sum(task.tokens for task in tasks),
+        "tasks": [
+            {
+                "name": task.name,
+                "tier": task.tier,
+                "kind": task.kind,
+                "items": task.items,
+                "groups": task.groups,
+                "tokens": task.tokens,
+                "limit": task.limit,
+                "detectable": dict(zip(map(str, planning.FLIPS), task.detectable, strict=True))
+                if task.kind != "text"
+                else task.detectable[0],
+                "items_wanted": task.wanted,
+                "can_decide": task.can_decide,
+            }
+            for task in tasks
+        ],
+    }

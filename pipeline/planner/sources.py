@@ -1,0 +1,94 @@
+"""Where a plan reads from: config.json and the headers of the safetensors, here or on a hub, never the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PlanError, SourceError
+from pipeline.safetensors_headers import HeaderError, Tensor, header_length, parse_header, read_model
+from pipeline.source import ResolvedSource, SourceFile
+
+# One request brings most headers whole: a file of 5 GB has some hundred tensors, described in ten kilobytes.
+_FIRST_READ = 128 * 1024
+_AT_ONCE = 8
+_LONGEST_CONFIG = 1 << 20
+
+
+@dataclass(frozen=True)
+class Described:
+    """A model as its files describe it: its configuration, its tensors by name, and the size of all files to pull."""
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    bytes: int
+
+
+def describe(resolved: ResolvedSource) -> Described:
+    """Read a source's configuration and headers: of a hub's model by ranges, a few hundred kilobytes in all.
+
+    Raises:
+        SourceError: the hub does not answer.
+        PlanError: what it holds can't be read.
+    """
+    if resolved.hub is None:
+        return describe_folder(Path(resolved.uri.removeprefix("file:")))
+    weights = [file for file in resolved.files if file.path.endswith(".safetensors")]
+    config = _range(resolved, "config.json", 0, _LONGEST_CONFIG)
+    tensors: dict[str, Tensor] = {}
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        try:
+            for found in pool.map(lambda file: _header(resolved, file), weights):
+                tensors |= found
+        except HeaderError as error:
+            raise PlanError(f"{resolved.uri}: {error}") from error
+    return Described(_document(config, resolved.uri), tensors, resolved.bytes)
+
+
+def describe_folder(folder: Path) -> Described:
+    """Read the configuration and the headers in a folder.
+
+    Raises:
+        PlanError: they are missing or damaged.
+    """
+    try:
+        tensors = read_model(folder)
+        config = (folder / "config.json").read_bytes()
+    except (HeaderError, OSError) as error:
+        raise PlanError(f"can't plan from {folder}: {error}") from error
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    return Described(_document(config, str(folder)), tensors, size)
+
+
+def _header(resolved: ResolvedSource, file: SourceFile) -> dict[str, Tensor]:
+    path = Path(file.path)
+    first = _range(resolved, file.path, 0, min(_FIRST_READ, file.size))
+    if len(first) < 8:
+        raise HeaderError(f"{path.name}: {len(first)} bytes are no safetensors file")
+    length = header_length(first, path, file.size)
+    if len(first) < 8 + length:
+        first += _range(resolved, file.path, len(first), 8 + length - len(first))
+    if len(first) < 8 + length:
+        raise HeaderError(f"{path.name}: the header did not come whole")
+    return parse_header(first[8 : 8 + length], path, file.size)
+
+
+def _range(resolved: ResolvedSource, name: str, start: int, length: int) -> bytes:
+    hub, commit = resolved.hub, resolved.revision
+    if hub is None or commit is None:
+        raise SourceError(f"{resolved.uri} is no hub's model")
+    return hub.read(resolved.uri.removeprefix("hf://"), commit, name, start=start, length=length)
+
+
+def _document(raw: bytes, what: str) -> dict[str, Any]:
+    try:
+        document = json.loads(raw)
+    except ValueError as error:
+        raise PlanError(f"config.json of {what} is no JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise PlanError(f"config.json of {what} is no JSON object")
+    return document

@@ -1,0 +1,95 @@
+"""What the weights take in each scheme, from the tensors' headers, exactly as the packed formats store them.
+
+A linear layer of [out, in] at b bits in groups of s takes, in bytes, with g = ceil(in / s):
+
+    AWQ    out*in*b/8  +  g*out*2 (scales)  +  g*out*b/8 (zeros)
+    GPTQ   the same    +  4*in (the group of each input)
+
+Everything else, embeddings, norms and the head among it, stays as it is, at 16 bits. So "4 bits" in groups of 128 are
+4.16 over the quantized layers, and more over the whole model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeline.checkpoint import is_linear, packed_layout
+from pipeline.planner.facts import ModelFacts
+from pipeline.quantize import Scheme
+from pipeline.safetensors_headers import Tensor
+
+FP16 = "fp16"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_DTYPE_BYTES = {"F16": 2, "I32": 4}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights in one scheme: ``bytes`` of all tensors, of which ``packed`` are those of the quantized layers.
+
+    ``numbers`` counts the model's weights, ``quantized`` those in quantized layers. ``bits`` is the scheme's.
+    """
+
+    scheme: str
+    bytes: int
+    packed: int
+    numbers: int
+    quantized: int
+    bits: int
+    group_size: int | None
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits a quantized weight takes, with its share of scales, zeros and indices; of a model that isn't, of all."""
+        return 8 * self.packed / self.quantized if self.quantized else 8 * self.bytes / self.numbers
+
+
+def unquantized(tensors: Mapping[str, Tensor]) -> Weights:
+    """The weights as served without a scheme: 16 bits a number, what is stored in less (FP8) as it is stored."""
+    size = sum(_at_16_bits(tensor) for tensor in tensors.values())
+    return Weights(FP16, size, 0, _numbers(tensors), 0, 16, None)
+
+
+def quantized(name: str, scheme: Scheme, tensors: Mapping[str, Tensor]) -> Weights:
+    """The weights as ``scheme`` packs them: every linear layer of the decoder, and nothing else."""
+    linears = {key: tensor for key, tensor in tensors.items() if is_linear(key, tensor)}
+    packed = sum(
+        math.prod(shape) * _DTYPE_BYTES[dtype]
+        for tensor in linears.values()
+        for dtype, shape in packed_layout(tensor, scheme).values()
+    )
+    rest = sum(_at_16_bits(tensor) for key, tensor in tensors.items() if key not in linears)
+    weights = sum(math.prod(tensor.shape) for tensor in linears.values())
+    return Weights(name, packed + rest, packed, _numbers(tensors), weights, scheme.bits, scheme.group_size)
+
+
+def bytes_per_step(weights: Weights, facts: ModelFacts, requests: int) -> float:
+    """Bytes of weights that one decoding step of so many requests reads.
+
+    The input embedding is looked up, not read through, unless it is the head too. Of routed experts only those are read
+    that some request is sent to: of E experts, with k a token and n requests that choose alike and by chance,
+    E (1 - (1 - k/E)^n).
+    """
+    looked_up = 0 if facts.tied else 2 * facts.embedding
+    if not facts.all_experts:
+        return weights.bytes - looked_up
+    number_bytes = weights.packed / weights.quantized if weights.quantized else weights.bytes / weights.numbers
+    idle = (1 - facts.experts_per_token / facts.experts) ** requests
+    return weights.bytes - looked_up - facts.all_experts * number_bytes * idle
+
+
+def active_numbers(weights: Weights, facts: ModelFacts) -> float:
+    """How many weights take part in a token: all but the input embedding and the experts that it isn't sent to."""
+    embedding = 0 if facts.tied else facts.embedding
+    unused = facts.all_experts * (1 - facts.experts_per_token / facts.experts) if facts.experts else 0
+    return max(0.0, weights.numbers - embedding - unused)
+
+
+def _numbers(tensors: Mapping[str, Tensor]) -> int:
+    return sum(math.prod(tensor.shape) for name, tensor in tensors.items() if not name.endswith("_scale_inv"))
+
+
+def _at_16_bits(tensor: Tensor) -> int:
+    return 2 * math.prod(tensor.shape) if tensor.dtype in _FLOATS else tensor.bytes

@@ -1,0 +1,281 @@
+"""Quantize a model: a scheme, its backend's worker in its own environment, and a checkpoint checked without its help.
+
+Four backends write two formats: AWQ by AutoAWQ or GPTQModel, GPTQ by GPTQModel or AutoGPTQ. The worker decides the
+weights and nothing else: configuration and tokenizer are the source's own, with the quantization written into it.
+The law: the same source, calibration and scheme give the same bytes on the same machine.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pipeline import checkpoint
+from pipeline.errors import QuantizeError
+from pipeline.store import digest_file
+
+RunWorker = Callable[[str, Path, Mapping[str, Any], Path], dict[str, Any]]
+Progress = Callable[[str], None]
+
+Method = Literal["awq", "gptq"]
+BackendName = Literal["autoawq", "gptqmodel", "autogptq"]
+
+_SCRIPTS = Path(__file__).parent / "quantizers"
+_SEED = 0
+# What each method's format and kernels know; -1 is one group over a whole input.
+_GROUP_SIZES: Mapping[str, tuple[int, ...]] = {"awq": (32, 64, 128), "gptq": (-1, 16, 32, 64, 128, 256)}
+_GPTQ_ONLY = ("symmetric", "desc_act")
+
+
+class Scheme(BaseModel):
+    """How a model is quantized.
+
+    ``bits`` a weight (AWQ 4; GPTQ 2, 3, 4 or 8) and ``group_size`` input weights that share a scale. GPTQ alone has
+    ``symmetric`` and ``desc_act`` (columns in order of activation). ``clone_saved_weights: false`` switches off the
+    remedy that AutoAWQ needs on CPU and so gives a spoiled checkpoint: only a test of the gates wants that.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Method
+    backend: BackendName
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+    desc_act: bool = False
+    clone_saved_weights: bool = Field(default=True, exclude_if=lambda value: value is True)
+
+    @model_validator(mode="after")
+    def _supported(self) -> Scheme:
+        supported = _BACKENDS.get((self.method, self.backend))
+        if supported is None:
+            able = sorted(backend for method, backend in _BACKENDS if method == self.method)
+            raise ValueError(f"backend `{self.backend}` can't do {self.method}: use {_either(able)}")
+        if self.bits not in supported.bits:
+            raise ValueError(f"{self.method} by `{self.backend}` has {_either(supported.bits)} `bits`, not {self.bits}")
+        if self.group_size not in _GROUP_SIZES[self.method]:
+            sizes = _either(_GROUP_SIZES[self.method])
+            raise ValueError(f"{self.method} has a `group_size` of {sizes}, not {self.group_size}")
+        if self.method == "awq" and (extra := [key for key in _GPTQ_ONLY if key in self.model_fields_set]):
+            raise ValueError(f"`{extra[0]}` means nothing to awq: remove it, or use `method: gptq`")
+        if self.backend != "autoawq" and "clone_saved_weights" in self.model_fields_set:
+            raise ValueError("`clone_saved_weights` means something to the backend `autoawq` alone: remove it")
+        return self
+
+
+class Backend(Protocol):
+    """What quantizes: where it runs, what it can do, and what it must be told."""
+
+    @property
+    def environment(self) -> str:
+        """The name of the requirements file of its environment."""
+        ...
+
+    @property
+    def code(self) -> tuple[Path, ...]:
+        """Its worker script, first, and what that imports of ours: together the code version of what it makes."""
+        ...
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """The bits a weight that it can write."""
+        ...
+
+    def view(self, source: Path, scratch: Path) -> Path:
+        """Return the folder to load the source from: itself, or one in ``scratch`` that this backend can read."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Current:
+    """A backend with a current version of transformers."""
+
+    environment: str
+    bits: tuple[int, ...]
+
+    @property
+    def code(self) -> tuple[Path, ...]:
+        return (_SCRIPTS / f"{self.environment}.py", _SCRIPTS / "quantizer_common.py")
+
+    def view(self, source: Path, scratch: Path) -> Path:  # noqa: ARG002 - the other kind of backend needs it
+        return source
+
+
+@dataclass(frozen=True)
+class _Archived(_Current):
+    """A backend that stopped at transformers 4.51, which overlooks what a newer version writes into config.json."""
+
+    def view(self, source: Path, scratch: Path) -> Path:
+        folder = scratch / "source"
+        folder.mkdir()
+        for path in source.iterdir():
+            if path.name != "config.json":
+                (folder / path.name).symlink_to(path.resolve())
+        (folder / "config.json").write_text(json.dumps(_older_config(_read_config(source))))
+        return folder
+
+
+_BACKENDS: Mapping[tuple[str, str], Backend] = {
+    ("awq", "autoawq"): _Archived("autoawq", (4,)),
+    ("awq", "gptqmodel"): _Current("gptqmodel", (4,)),
+    ("gptq", "gptqmodel"): _Current("gptqmodel", (2, 3, 4, 8)),
+    ("gptq", "autogptq"): _Archived("autogptq", (2, 3, 4, 8)),
+}
+
+
+def backend_of(scheme: Scheme) -> Backend:
+    """The backend of a scheme: its environment's pins and its code belong to the key of what it makes."""
+    return _BACKENDS[scheme.method, scheme.backend]
+
+
+def quantize(
+    source: Path,
+    calibration: Path,
+    samples: int,
+    max_tokens: int,
+    scheme: Scheme,
+    output: Path,
+    run_worker: RunWorker,
+    scratch: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Quantize the model in the folder ``source`` into the empty folder ``output``, and check what came out.
+
+    ``calibration`` holds JSON lines of ``{"text": …}``: the first ``samples`` are used, each cut to ``max_tokens``.
+    ``scratch`` is an empty folder for the worker. Returned is what a release records: backend, parameters, device,
+    calibration (sha256, samples, tokens), source and output bytes, bits a parameter and the layers that were quantized.
+
+    Raises:
+        QuantizeError: the calibration is too small, or the scheme doesn't fit the model.
+        CheckpointError: what the worker wrote is not what the scheme promises; lists every problem.
+        WorkerFailed: the worker failed; its own words.
+    """
+    config = _read_config(source)
+    _check_calibration(calibration, samples)
+    _check_fits(config, scheme, max_tokens)
+    backend = backend_of(scheme)
+    written = scratch / "checkpoint"
+    written.mkdir()
+    request = {
+        **scheme.model_dump(include={"method", "bits", "group_size", "symmetric", "desc_act"}),
+        "clone_saved_weights": scheme.clone_saved_weights,
+        "source": backend.view(source, scratch).absolute(),
+        "output": written.absolute(),
+        "calibration": calibration.absolute(),
+        "samples": samples,
+        "max_tokens": max_tokens,
+        "seed": _SEED,
+    }
+    progress(f"quantizing: {scheme.method} by {scheme.backend}, {scheme.bits} bits, groups of {scheme.group_size}")
+    result = run_worker(backend.environment, backend.code[0], request, scratch)
+    _assemble(written, source, config, result["quantization_config"], output)
+    found = checkpoint.check(output, source, scheme)
+    progress(f"checked: {found.layers} layers, {found.bytes / 1e6:.1f} MB, {found.bits_per_weight:.2f} bits a weight")
+    return {
+        "method": scheme.method,
+        "backend": scheme.backend,
+        "parameters": scheme.model_dump(exclude={"method", "backend", *(_GPTQ_ONLY if scheme.method == "awq" else ())}),
+        "device": result["device"],
+        "calibration": {
+            "sha256": digest_file(calibration),
+            "samples": samples,
+            "max_tokens": max_tokens,
+            "tokens": result["blocks"] * max_tokens,
+        },
+        "layers": found.layers,
+        "bytes": found.bytes,
+        "source_bytes": found.source_bytes,
+        "bits_per_weight": found.bits_per_weight,
+    }
+
+
+def _either(values: tuple[int, ...] | list[str]) -> str:
+    """``4``; ``2, 3 or 4``."""
+    words = [f"`{value}`" if isinstance(value, str) else str(value) for value in values]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _read_config(source: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((source / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise QuantizeError(f"can't read the model's configuration: {error}") from error
+    if not isinstance(config, dict):
+        raise QuantizeError(f"{source / 'config.json'} holds no mapping")
+    return config
+
+
+def _check_calibration(calibration: Path, samples: int) -> None:
+    """Read the lines that will be used; the worker judges their tokens, since it has the tokenizer."""
+    found = 0
+    try:
+        with calibration.open(encoding="utf-8") as lines:
+            for number, line in zip(range(1, samples + 1), lines, strict=False):
+                document = json.loads(line)
+                if not isinstance(document, dict) or not isinstance(document.get("text"), str):
+                    raise QuantizeError(f'{calibration}, line {number}: expected {{"text": "…"}}, found {line[:60]!r}')
+                found += 1
+    except (OSError, ValueError) as error:
+        raise QuantizeError(f"can't read the calibration text {calibration}: {error}") from error
+    if found < samples:
+        raise QuantizeError(
+            f"{calibration} holds {found} samples, and `calibration.samples` is {samples}: add text or ask for fewer"
+        )
+
+
+def _check_fits(config: Mapping[str, Any], scheme: Scheme, max_tokens: int) -> None:
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "some method")
+        raise QuantizeError(f"the source is already quantized ({method}): name the model that it was made from")
+    positions = config.get("max_position_embeddings")
+    if isinstance(positions, int) and max_tokens > positions:
+        raise QuantizeError(f"`calibration.max_tokens` is {max_tokens}, and the model ends at {positions} positions")
+    for key in ("hidden_size", "intermediate_size"):
+        width = config.get(key)
+        if isinstance(width, int) and scheme.group_size > 0 and width % scheme.group_size:
+            raise QuantizeError(
+                f"`group_size` {scheme.group_size} doesn't divide the model's `{key}` of {width}: choose a divisor"
+            )
+
+
+def _older_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Say what transformers 5 writes in the words of 4.51, which would take its default for what it doesn't find."""
+    older = dict(config)
+    if "dtype" in older:
+        older.setdefault("torch_dtype", older.pop("dtype"))
+    rope = older.pop("rope_parameters", None)
+    if rope is None:
+        return older
+    if not isinstance(rope, dict) or not isinstance(rope.get("rope_theta"), int | float):
+        raise QuantizeError("this backend can't read the model's `rope_parameters`: use `backend: gptqmodel`")
+    older["rope_theta"] = rope["rope_theta"]
+    if rope.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return older
+
+
+def _assemble(
+    written: Path,
+    source: Path,
+    config: Mapping[str, Any],
+    quantization: Mapping[str, Any],
+    output: Path,
+) -> None:
+    """Put the worker's weights beside the source's own configuration and tokenizer, all readable by anybody."""
+    for path in [*written.glob("*.safetensors"), *written.glob("*.safetensors.index.json")]:
+        shutil.move(path, output / path.name)
+    for path in source.iterdir():
+        if path.is_file() and path.name != "config.json" and ".safetensors" not in path.name:
+            shutil.copyfile(path, output / path.name)
+    merged = {**config, "quantization_config": dict(quantization), "torch_dtype": "float16"}
+    if "dtype" in config:
+        merged["dtype"] = "float16"
+    (output / "config.json").write_text(json.dumps(merged, indent=2, sort_keys=True) + "\n")
+    for path in output.iterdir():
+        path.chmod(0o644)

@@ -1,0 +1,102 @@
+"""What the quantizers' workers share: calibration tokens, seeds, and the type that weights are stored in."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from slipway_worker import WorkerError
+
+# Fewer tokens than this say nothing about what a layer sees.
+MINIMUM_TOKENS = 512
+
+
+def calibration_blocks(request: dict[str, Any]) -> list[list[int]]:
+    """Turn the calibration text into blocks of exactly ``max_tokens`` tokens, so that nothing is padded or dropped.
+
+    The first ``samples`` lines of the JSON lines file ``calibration`` (``{"text": …}``) are tokenized, each cut to
+    ``max_tokens``, joined in order, and split; what is left over at the end, less than one block, is not used.
+
+    Raises:
+        WorkerError: the text is too short.
+    """
+    samples, max_tokens = request["samples"], request["max_tokens"]
+    encode = _encoder(Path(request["source"]))
+    tokens: list[int] = []
+    with Path(request["calibration"]).open(encoding="utf-8") as lines:
+        for _, line in zip(range(samples), lines, strict=False):
+            tokens += encode(json.loads(line)["text"])[:max_tokens]
+    blocks = [tokens[at : at + max_tokens] for at in range(0, len(tokens) - max_tokens + 1, max_tokens)]
+    if len(blocks) * max_tokens < MINIMUM_TOKENS:
+        raise WorkerError(
+            f"the calibration text gives {len(tokens)} tokens, {len(blocks)} blocks of {max_tokens}: at least "
+            f"{MINIMUM_TOKENS} are needed; add text to {request['calibration']}, raise `calibration.samples` or "
+            "lower `calibration.max_tokens`"
+        )
+    return blocks
+
+
+def prepare(request: dict[str, Any]) -> str:
+    """Seed everything, ask for deterministic algorithms, and return the device: ``cuda`` or ``cpu``."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # OpenMP's threads spin while they wait: on busy processors that alone took 2.5 times the processor time.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    import torch
+
+    torch.manual_seed(request["seed"])
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def batch_size(max_tokens: int) -> int:
+    """How many blocks go through a layer at once: about 8,192 tokens, so that attention's memory stays bounded."""
+    return max(1, 8192 // max_tokens)
+
+
+def store_as_float16(folder: Path) -> None:
+    """Rewrite a checkpoint's other floating-point tensors as float16, file by file, and the index's total size.
+
+    On CPU the search runs in float32 or bfloat16, for which processors are made; float16 is what kernels load.
+
+    Raises:
+        WorkerError: a weight is too large for float16.
+    """
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    total = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in sorted(stored.keys())}
+            metadata = stored.metadata()
+        for name, tensor in tensors.items():
+            if tensor.dtype in {torch.float32, torch.bfloat16}:
+                tensors[name] = tensor.half()
+                if not tensors[name].isfinite().all():
+                    raise WorkerError(f"`{name}` holds values that float16 can't: this model can't be quantized on CPU")
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        save_file(tensors, path, metadata=metadata)
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        document = json.loads(index.read_text())
+        document["metadata"]["total_size"] = total
+        index.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
+
+
+def _encoder(source: Path) -> Callable[[str], list[int]]:
+    """Give ``text → token ids``, the same ones whatever version of transformers this environment has."""
+    if (source / "tokenizer.json").exists():
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return lambda text: list(tokenizer.encode(text).ids)
+    from transformers import AutoTokenizer
+
+    older = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    return lambda text: list(older.encode(text))

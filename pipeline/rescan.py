@@ -1,0 +1,166 @@
+"""What is released, looked at with today's database: marked where the policy forbids it, and rolled back if asked.
+
+The bill of materials that was signed with the release stands for the image: what is in it doesn't change, only what is
+known of it. Where the bill does not suffice the image itself is scanned.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from containers import judgement
+from containers import scan as scans
+from containers.engine import connect
+from containers.policy import ScanPolicy
+from pipeline.errors import SpecError
+from pipeline.settings import Settings
+from pipeline.spec import find, load
+from registry import catalog, load_trusted_keys
+from registry.backend import MODEL_TAG, Version, open_backend
+from registry.errors import NotFoundError, RegistryError
+from registry.manifest import EVIDENCE
+from registry.moves import CHAMPION, PREVIOUS, rollback
+from registry.pull import fetch_file
+from registry.verdict import Verdict
+
+Progress = Callable[[str], None]
+
+TAG = "slipway.rescan"
+# MLflow cuts a tag's value off at 5000 characters.
+_LONGEST_REASON = 2000
+
+
+@dataclass(frozen=True)
+class Rescanned:
+    """One champion as it stands today. ``by`` is how it was looked at; ``action`` what was done about it.
+
+    ``action`` is ``none``, ``marked``, ``rolled back`` or ``kept`` (a rollback was asked for, and what is before is no
+    better or is not there); ``why`` says more of it.
+    """
+
+    name: str
+    version: str
+    verdict: Verdict
+    by: str
+    action: str
+    why: str
+    seconds: float
+
+
+def rescan(settings: Settings, names: list[str], progress: Progress) -> list[Rescanned]:
+    """Scan the champions of the release lines ``names``, or of all; mark each version with what came out.
+
+    Raises:
+        NotFoundError: there is no such release line, or it has no champion.
+        ContainerError, RegistryError: one could not be looked at; those before it are marked.
+    """
+    return [_rescanned(settings, version, progress) for version in _champions(settings, names)]
+
+
+def _champions(settings: Settings, names: list[str]) -> Iterator[Version]:
+    known = catalog.names(settings.tracking_uri)
+    for name in names or known:
+        version = _holding(settings, name, CHAMPION)
+        if version is not None:
+            yield version
+        elif names:
+            hint = "it has no champion" if name in known else f"there is no such release{catalog.nearest(name, known)}"
+            raise NotFoundError(f"`{name}`: {hint}")
+
+
+def _holding(settings: Settings, name: str, alias: str) -> Version | None:
+    versions = catalog.current(settings.tracking_uri, name)
+    return next((version for version in versions if alias in version.aliases), None)
+
+
+def _rescanned(settings: Settings, version: Version, progress: Progress) -> Rescanned:
+    policy = policy_of(settings, version.tags.get(MODEL_TAG))
+    evidence, by = looked_at(settings, f"{version.name}@{CHAMPION}", progress)
+    verdict = judgement.judge(evidence, policy, now=datetime.now(UTC))
+    progress(f"{version.name} version {version.version}: {verdict.status}, {verdict.reason}")
+    for line in judgement.warnings(evidence, policy):
+        progress(f"warning: {line}")
+    _mark(settings, version, verdict, evidence)
+    action, why = ("none", "") if not verdict.blocks else ("marked", f"tag `{TAG}`")
+    if verdict.status == "fail" and policy.rescan == "rollback":
+        action, why = _gone_back(settings, version, policy, verdict, progress)
+    return Rescanned(version.name, version.version, verdict, by, action, why, float(evidence.get("seconds", 0.0)))
+
+
+def policy_of(settings: Settings, model: str | None) -> ScanPolicy:
+    """The policy of the model's file as it is now; that of every image where the file is gone or is not a file now."""
+    try:
+        return load(find(model or "", settings.models)).scan
+    except SpecError:
+        return ScanPolicy()
+
+
+def looked_at(settings: Settings, reference: str, progress: Progress) -> tuple[dict[str, Any], str]:
+    """Return a release's evidence under today's database, and by what it was had: ``sbom`` or ``image``.
+
+    Raises:
+        RegistryError: the release is not what was signed.
+        ContainerError: neither its bill of materials nor its image can be scanned.
+    """
+    trusted = load_trusted_keys(settings.trusted_keys)
+    scratch = settings.home / "scratch"
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch, prefix="rescan-") as name:
+        folder = Path(name)
+        for file in ("scan.json", "sbom.cdx.json", "image.json"):
+            fetch_file(
+                reference, f"{EVIDENCE}/{file}", folder / file,
+                tracking_uri=settings.tracking_uri, trusted_keys=trusted,
+            )  # fmt: skip
+        known = json.loads((folder / "scan.json").read_text())
+        try:
+            sbom = folder / "sbom.cdx.json"
+            return scans.scan_sbom(sbom, known, home=settings.home, folder=folder, progress=progress), "sbom"
+        except scans.ScanError as error:
+            progress(f"{error}: looking at the image itself")
+        record = json.loads((folder / "image.json").read_text())
+        client = connect(settings.docker_host, settings.home)
+        try:
+            if record["pushed"]:
+                client.images.pull(record["reference"])
+            image = record["reference"] if record["pushed"] else record["image_id"]
+            subject = scans.in_engine(client, image)
+            return scans.scan(subject, home=settings.home, folder=folder, progress=progress), "image"
+        finally:
+            client.close()
+
+
+def _mark(settings: Settings, version: Version, verdict: Verdict, evidence: dict[str, Any]) -> None:
+    told = {
+        "status": verdict.status, "blocks": verdict.blocks, "reason": verdict.reason[:_LONGEST_REASON],
+        "at": datetime.now(UTC).isoformat(timespec="seconds"), "database": evidence["database"]["digest"],
+    }  # fmt: skip
+    with open_backend(settings.tracking_uri) as backend:
+        backend.set_version_tag(version.name, version.version, TAG, json.dumps(told))
+
+
+def _gone_back(
+    settings: Settings, version: Version, policy: ScanPolicy, verdict: Verdict, progress: Progress
+) -> tuple[str, str]:
+    """Roll back, unless what was before has the same holes, or there is nothing before."""
+    before = _holding(settings, version.name, PREVIOUS)
+    if before is None:
+        return "kept", "there is no version before it"
+    evidence, _ = looked_at(settings, f"{version.name}@{PREVIOUS}", progress)
+    other = judgement.judge(evidence, policy, now=datetime.now(UTC))
+    _mark(settings, before, other, evidence)
+    if other.status == "fail":
+        return "kept", f"version {before.version} before it is refused too: {other.reason}"
+    why = f"rescan: {verdict.reason}"[:_LONGEST_REASON]
+    trusted = load_trusted_keys(settings.trusted_keys)
+    try:
+        moved = rollback(version.name, settings.tracking_uri, trusted, why=why, progress=progress)
+    except RegistryError as error:
+        return "kept", f"no rollback: {error}"
+    return "rolled back", f"version {moved.version} is champion again"

@@ -1,0 +1,185 @@
+"""The headers of safetensors files, read strictly and without the weights.
+
+The format: eight bytes, little-endian, of the header's length; the header, JSON, ``{name: {dtype, shape,
+data_offsets}, "__metadata__": {str: str}}``; then the tensors' bytes, to which the offsets count. The law that a file
+obeys here: the tensors cover those bytes exactly, without a hole or an overlap, each as many as dtype and shape say.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+INDEX = "model.safetensors.index.json"
+# Of safetensors itself: its reader refuses a longer header.
+_LONGEST_HEADER = 100_000_000
+# Bits an element, of the dtypes that safetensors names.
+_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+
+
+class HeaderError(ValueError):
+    """A safetensors file, or a folder of them, is damaged or incomplete."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor as a header describes it: ``start`` and ``end`` count in bytes from the beginning of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+    file: Path
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes it takes."""
+        return self.end - self.start
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of one file by name.
+
+    Raises:
+        HeaderError: the file is no whole safetensors file; the message says why.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        first = stream.read(8)
+        if len(first) < 8:
+            raise HeaderError(f"{path.name}: {size} bytes are no safetensors file")
+        raw = stream.read(header_length(first, path, size))
+    return parse_header(raw, path, size)
+
+
+def header_length(first: bytes, path: Path, size: int) -> int:
+    """Return how many bytes the header takes, from the ``first`` eight of a file of ``size``.
+
+    Raises:
+        HeaderError: no header can be that long in such a file.
+    """
+    (length,) = struct.unpack("<Q", first[:8])
+    if length > min(_LONGEST_HEADER, size - 8):
+        raise HeaderError(
+            f"{path.name}: a header of {length} bytes in a file of {size}: cut off, or no safetensors file"
+        )
+    return int(length)
+
+
+def parse_header(raw: bytes, path: Path, size: int) -> dict[str, Tensor]:
+    """Return the tensors that a header, ``raw``, describes: of the file ``path`` of ``size`` bytes, here or elsewhere.
+
+    Raises:
+        HeaderError: the header is none, or does not account for every byte of such a file.
+    """
+    data = 8 + len(raw)
+    try:
+        header = json.loads(raw, object_pairs_hook=_without_repetition)
+    except ValueError as error:
+        raise HeaderError(f"{path.name}: the header is no JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise HeaderError(f"{path.name}: the header is no JSON object")
+    header.pop("__metadata__", None)
+    tensors = {name: _tensor(path, name, entry, data) for name, entry in header.items()}
+    _check_cover(path, tensors, data, size)
+    return tensors
+
+
+def read_model(folder: Path) -> dict[str, Tensor]:
+    """Return every tensor of a model's folder: of ``model.safetensors``, or of all files that its index names.
+
+    Raises:
+        HeaderError: a file is damaged, or index and files disagree; the message lists every problem, one a line.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise HeaderError("there is no safetensors file")
+    tensors: dict[str, Tensor] = {}
+    problems: list[str] = []
+    for path in files:
+        try:
+            found = read_header(path)
+        except HeaderError as error:
+            problems.append(str(error))
+            continue
+        problems += [f"{path.name}: `{name}` is in {tensors[name].file.name} too" for name in found if name in tensors]
+        tensors.update(found)
+    if not problems:
+        problems = _index_problems(folder, files, tensors)
+    if problems:
+        raise HeaderError("\n".join(problems))
+    return tensors
+
+
+def read_bytes(tensor: Tensor) -> bytes:
+    """The bytes of one tensor: meant for small ones."""
+    with tensor.file.open("rb") as stream:
+        stream.seek(tensor.start)
+        return stream.read(tensor.bytes)
+
+
+def _index_problems(folder: Path, files: list[Path], tensors: Mapping[str, Tensor]) -> list[str]:
+    path = folder / INDEX
+    if not path.exists():
+        if [file.name for file in files] == ["model.safetensors"]:
+            return []
+        return [f"{', '.join(file.name for file in files)}: neither `model.safetensors` alone nor an index, {INDEX}"]
+    try:
+        placed = json.loads(path.read_text())["weight_map"]
+        pairs = {str(name): str(file) for name, file in placed.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{INDEX} has no readable `weight_map`: {error!r}"]
+    problems = [
+        f"{INDEX} names {file}, which is not there" for file in sorted(set(pairs.values()) - {f.name for f in files})
+    ]
+    for name in sorted(pairs.keys() | tensors.keys()):
+        found = tensors[name].file.name if name in tensors else None
+        if found is None and (folder / pairs[name]).exists():
+            problems.append(f"{INDEX} puts `{name}` into {pairs[name]}, which lacks it")
+        elif found is not None and pairs.get(name) != found:
+            problems.append(f"`{name}` is in {found}, and {INDEX} says {pairs.get(name, 'nothing of it')}")
+    return problems
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        raise HeaderError("a name stands twice")
+    return document
+
+
+def _tensor(path: Path, name: str, entry: Any, data: int) -> Tensor:  # noqa: ANN401 - JSON
+    try:
+        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        whole = all(type(number) is int and number >= 0 for number in (*shape, start, end))
+    except (KeyError, TypeError, ValueError) as error:
+        raise HeaderError(f"{path.name}: `{name}` has no proper dtype, shape and data_offsets") from error
+    if not whole:
+        raise HeaderError(f"{path.name}: `{name}` has a number that is no natural number")
+    if dtype not in _BITS:
+        raise HeaderError(f"{path.name}: `{name}` has the unknown dtype {dtype!r}")
+    expected, rest = divmod(math.prod(shape) * _BITS[dtype], 8)
+    if rest or end - start != expected:
+        raise HeaderError(
+            f"{path.name}: `{name}`, {dtype} of shape {list(shape)}, takes {expected} bytes, not {end - start}"
+        )
+    return Tensor(dtype, shape, data + start, data + end, path)
+
+
+def _check_cover(path: Path, tensors: Mapping[str, Tensor], data: int, size: int) -> None:
+    reached = data
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if tensor.start != reached:
+            what = "overlaps what is before it" if tensor.start < reached else "leaves a hole before it"
+            raise HeaderError(f"{path.name}: `{name}` {what} ({tensor.start} for {reached})")
+        reached = tensor.end
+    if reached != size:
+        raise HeaderError(f"{path.name}: the tensors end at byte {reached}, and the file at {size}")

@@ -1,0 +1,314 @@
+"""Where weights come from: resolve a revision, pull its files, check every one, and hold it to its lock.
+
+A source is a folder, ``file:FOLDER``, or a model on a hub, ``hf://ORG/NAME[@REVISION]``. Only safetensors, JSON and
+tokenizer files at its top are taken. A pickle can run code when it is loaded and is refused; a hub's model that has
+safetensors beside its pickles is taken without them. Code that comes with a model is never run.
+A lock (`pipeline.source_lock`) pins what the first good pull found.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import SourceError
+from pipeline.safetensors_headers import INDEX, HeaderError, read_model
+from pipeline.source_lock import Lock, LockedFile, portable, read_lock, write_lock
+from pipeline.store import digest_json
+
+if TYPE_CHECKING:
+    from pipeline.hub import Hub
+
+Progress = Callable[[str], None]
+
+_CHUNK = 4 * 1024 * 1024
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_HUB = re.compile(r"hf://(?P<repository>[^/@]+/[^/@]+)(?:@(?P<revision>.+))?")
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_TOKENIZER = re.compile(r"(tokenizer|spiece|sentencepiece|.+\.bpe)\.model|(merges|vocab)\.txt|.+\.(jinja|tiktoken)")
+_PICKLE = re.compile(r".+\.(bin|pt|pth|ckpt|pkl|pickle|joblib)")
+# Linux: let two files share their blocks until one is written to (btrfs, XFS).
+_FICLONE = 0x40049409
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file to pull, with the digests that a lock or the hub states (see `hub.HubFile`)."""
+
+    path: str
+    size: int
+    sha256: str | None = None
+    blob: str | None = None
+
+
+@dataclass(frozen=True)
+class ResolvedSource:
+    """What will be pulled, exactly. ``revision`` is a commit, or None for a folder, whose files decide.
+
+    ``fingerprint`` changes when the content may have: the commit, or each file's size and time of change. Of what
+    is not pulled, ``left_out`` has the names.
+    """
+
+    uri: str
+    revision: str | None
+    files: tuple[SourceFile, ...]
+    left_out: tuple[str, ...]
+    fingerprint: str
+    hub: Hub | None = None
+    lock: Lock | None = None
+
+    @property
+    def bytes(self) -> int:
+        """The size of all files."""
+        return sum(file.size for file in self.files)
+
+
+def resolve(
+    uri: str,
+    revision: str | None = None,
+    *,
+    endpoint: str = "https://huggingface.co",
+    token: str | None = None,
+    lock: Lock | None = None,
+) -> ResolvedSource:
+    """Find out what ``uri`` at ``revision`` (a commit, tag or branch; default ``main``) holds, without its weights.
+
+    Under a ``lock`` a hub is not asked: the lock has it all.
+
+    Raises:
+        SourceError: there is no such source, it can't be reached, it holds what is refused, or the lock is of another.
+    """
+    if uri.startswith("file:"):
+        if revision is not None:
+            raise SourceError(f"`source.revision` means nothing to {uri}: its lock pins a folder's files; remove it")
+        return _resolve_folder(uri, lock)
+    match = _HUB.fullmatch(uri)
+    if match is None:
+        raise SourceError(f"can't pull from `{uri}`: expected file:FOLDER or hf://ORG/NAME[@REVISION]")
+    named = match["revision"]
+    if named and revision and named != revision:
+        raise SourceError(f"`source.uri` says @{named} and `source.revision` says {revision}: keep one")
+    from pipeline.hub import Hub  # noqa: PLC0415 - the hub's client takes a third of a second to import
+
+    return _resolve_hub(match["repository"], named or revision or "main", Hub(endpoint, token), lock)
+
+
+def pull(resolved: ResolvedSource, folder: Path, downloads: Path, progress: Progress) -> dict[str, str]:
+    """Put the source's files into the empty ``folder``, each checked, and return their sha256 by path.
+
+    What a hub sends is kept in ``downloads`` until all of it is there, so that a broken pull goes on where it stopped.
+
+    Raises:
+        SourceError: a file is not what the lock or the hub says, or is damaged, or wants code run; lists them all.
+    """
+    for name in resolved.left_out:
+        progress(f"left out: {name}")
+    place = _copy_folder if resolved.hub is None else _download
+    digests = place(resolved, folder, downloads, progress)
+    _check_content(folder)
+    progress(f"pulled {len(digests)} files, {resolved.bytes / 1e6:.1f} MB")
+    return digests
+
+
+def hold_to_lock(path: Path, resolved: ResolvedSource, sha256: Mapping[str, str]) -> None:
+    """Compare what was pulled (path → sha256) with the lock in ``path``, or write it where there is none.
+
+    Raises:
+        SourceError: listing all that is different, missing or extra.
+    """
+    lock = read_lock(path)
+    if lock is None:
+        sizes = {file.path: file.size for file in resolved.files}
+        files = {name: LockedFile(size=sizes[name], sha256=digest) for name, digest in sorted(sha256.items())}
+        write_lock(Lock(path=path, uri=portable(resolved.uri, path), revision=resolved.revision, files=files))
+    else:
+        lock.refuse_difference(sha256)
+
+
+def revision_of(resolved: ResolvedSource, sha256: Mapping[str, str]) -> str:
+    """The revision that a release records: a hub's commit, or for a folder the digest over its files' digests."""
+    return resolved.revision or digest_json(dict(sha256))
+
+
+def _resolve_folder(uri: str, lock: Lock | None) -> ResolvedSource:
+    folder = Path(uri.removeprefix("file:"))
+    if not folder.is_dir():
+        raise SourceError(f"there is no folder {folder}")
+    visible = [path for path in sorted(folder.rglob("*")) if not _hidden(path.relative_to(folder))]
+    names = [path.relative_to(folder).as_posix() for path in visible if path.is_file()]
+    pickles = [name for name in names if _PICKLE.fullmatch(name)]
+    if pickles:
+        raise SourceError(
+            f"{uri} holds {_listed(pickles)}: a pickle can run code when it is loaded; convert it to safetensors "
+            "and remove it from the folder"
+        )
+    if code := [name for name in names if name.endswith(".py")]:
+        raise SourceError(f"{uri} holds {_listed(code)}: code that comes with a model is never run; remove it")
+    taken = [name for name in names if _is_taken(name)]
+    _require(uri, taken, names)
+    stats = {name: (folder / name).stat() for name in taken}
+    if lock is not None:
+        lock.refuse_other(uri, None)
+        lock.refuse_difference(dict.fromkeys(taken))
+    return ResolvedSource(
+        uri=uri,
+        revision=None,
+        files=tuple(SourceFile(name, stats[name].st_size) for name in taken),
+        left_out=tuple(name for name in names if name not in taken),
+        fingerprint=digest_json({name: [stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in stats.items()}),
+        lock=lock,
+    )
+
+
+def _resolve_hub(repository: str, revision: str, hub: Hub, lock: Lock | None) -> ResolvedSource:
+    uri = f"hf://{repository}"
+    if lock is not None:
+        lock.refuse_other(uri, revision if _COMMIT.fullmatch(revision) else None)
+        if lock.revision is None:
+            raise SourceError(f"{lock.path} names no commit: delete it to lock {uri} anew")
+        files = tuple(SourceFile(name, file.size, file.sha256) for name, file in sorted(lock.files.items()))
+        if outside := [file.path for file in files if not _is_taken(file.path)]:
+            raise SourceError(f"{lock.path} names {_listed(outside)}, which is never pulled: delete it to lock anew")
+        return ResolvedSource(uri, lock.revision, files, (), lock.revision, hub, lock)
+    commit, found = hub.revision(repository, revision)
+    names = [file.path for file in found]
+    taken = [file for file in found if _is_taken(file.path)]
+    _require(uri, [file.path for file in taken], names)
+    return ResolvedSource(
+        uri=uri,
+        revision=commit,
+        files=tuple(SourceFile(file.path, file.size, file.sha256, file.blob) for file in taken),
+        left_out=tuple(sorted(name for name in names if not _is_taken(name) and not _hidden(Path(name)))),
+        fingerprint=commit,
+        hub=hub,
+    )
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
+
+
+def _is_taken(name: str) -> bool:
+    if "/" in name or "\\" in name or name.startswith("."):
+        return False
+    if name.endswith(".json"):
+        return name == INDEX or not name.endswith(".index.json")
+    return _WEIGHTS.fullmatch(name) is not None or _TOKENIZER.fullmatch(name) is not None
+
+
+def _require(uri: str, taken: list[str], names: list[str]) -> None:
+    """A model has a configuration and safetensors; where it has pickles alone they are named."""
+    if "config.json" not in taken:
+        raise SourceError(f"{uri} has no config.json: it holds {_listed(names) if names else 'nothing'}")
+    if any(_WEIGHTS.fullmatch(name) for name in taken):
+        return
+    if pickles := [name for name in names if _PICKLE.fullmatch(name)]:
+        raise SourceError(
+            f"{uri} has no safetensors, only {_listed(pickles)}: a pickle can run code when it is loaded; "
+            "choose a revision with safetensors, or convert it"
+        )
+    raise SourceError(f"{uri} has no model.safetensors: it holds {_listed(names)}")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _copy_folder(resolved: ResolvedSource, folder: Path, _downloads: Path, progress: Progress) -> dict[str, str]:
+    source = Path(resolved.uri.removeprefix("file:"))
+    digests: dict[str, str] = {}
+    for file in resolved.files:
+        progress(f"{file.path}: {file.size / 1e6:.1f} MB")
+        digests[file.path] = _copy(source / file.path, folder / file.path)
+    if resolved.lock is not None:
+        resolved.lock.refuse_difference(digests)
+    return digests
+
+
+def _copy(source: Path, target: Path) -> str:
+    """Copy a file, or let it share the source's blocks, and return its sha256; its bytes are read once."""
+    total = hashlib.sha256()
+    with source.open("rb") as reader, target.open("w+b") as writer:
+        try:
+            fcntl.ioctl(writer, _FICLONE, reader.fileno())
+        except OSError:
+            while chunk := reader.read(_CHUNK):
+                total.update(chunk)
+                writer.write(chunk)
+        else:
+            while chunk := writer.read(_CHUNK):
+                total.update(chunk)
+    target.chmod(0o644)
+    return total.hexdigest()
+
+
+def _download(resolved: ResolvedSource, folder: Path, downloads: Path, progress: Progress) -> dict[str, str]:
+    hub, commit = resolved.hub, resolved.revision
+    if hub is None or commit is None:
+        raise SourceError(f"{resolved.uri} is no hub's model")
+    repository = resolved.uri.removeprefix("hf://")
+    kept = downloads / repository.replace("/", "--") / commit
+    kept.mkdir(parents=True, exist_ok=True)
+    digests: dict[str, str] = {}
+    problems: list[str] = []
+    for file in resolved.files:
+        part = kept / (file.path + ".part")
+        have = part.stat().st_size if part.exists() else 0
+        progress(f"{file.path}: {file.size / 1e6:.1f} MB" + (f", {have / 1e6:.1f} of them here" if have else ""))
+        hub.download(repository, commit, file.path, size=file.size, part=part, progress=progress)
+        digests[file.path], problem = _verify(part, file)
+        if problem:
+            part.unlink()
+            problems.append(problem)
+    if resolved.lock is not None:
+        resolved.lock.refuse_difference(digests)
+    if problems:
+        raise SourceError(f"{resolved.uri}@{commit} did not come as the hub promised, run again: {'; '.join(problems)}")
+    for file in resolved.files:
+        shutil.move(kept / (file.path + ".part"), folder / file.path)
+        (folder / file.path).chmod(0o644)
+    shutil.rmtree(kept)
+    return digests
+
+
+def _verify(path: Path, file: SourceFile) -> tuple[str, str | None]:
+    """Return a file's sha256, and what is wrong with it. Git's digest of a blob covers a head with its size."""
+    sha256, blob = hashlib.sha256(), hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            sha256.update(chunk)
+            blob.update(chunk)
+    found = sha256.hexdigest()
+    if file.sha256 and found != file.sha256:
+        return found, f"{file.path}: sha256 {found}, expected {file.sha256}"
+    if file.blob and blob.hexdigest() != file.blob:
+        return found, f"{file.path}: git blob {blob.hexdigest()}, expected {file.blob}"
+    return found, None
+
+
+def _check_content(folder: Path) -> None:
+    """Parse every header and configuration: weights complete, nothing that wants code run."""
+    problems: list[str] = []
+    try:
+        read_model(folder)
+    except HeaderError as error:
+        problems += str(error).splitlines()
+    for path in sorted(folder.glob("*.json")):
+        try:
+            document: Any = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            problems.append(f"{path.name} is no JSON: {error}")
+            continue
+        if isinstance(document, dict) and document.get("auto_map"):
+            problems.append(
+                f"{path.name} has `auto_map`: code that comes with a model is never run; choose another model"
+            )
+    if problems:
+        raise SourceError(f"the source can't be used: {'; '.join(problems)}")

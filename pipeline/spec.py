@@ -1,0 +1,205 @@
+"""A model's file, ``models/<name>.yaml``, as a frozen `ModelSpec`: unknown keys refused, every error with its path."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from containers import profile
+from containers.policy import ScanPolicy
+from evals.cost import CostPlan
+from evals.limits import DriftLimits
+from evals.load import LoadPlan
+from pipeline.errors import SpecError
+from pipeline.quantize import Scheme
+from pipeline.yaml_file import explain, hint, keys, read
+
+_NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
+# The keys that name a file of data, by their path; ``*`` is any key.
+_DATA = (("calibration", "uri"), ("evals", "tasks", "*", "data"), ("load", "prompts"))
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Source(_Section):
+    """Where the weights come from: ``file:FOLDER`` or ``hf://ORG/NAME``, with a commit, a tag or a branch."""
+
+    uri: str
+    revision: str | None = None
+
+
+class Calibration(_Section):
+    """Text that the quantizer looks at: JSON lines of ``{"text": …}``; the first ``samples``, cut to ``max_tokens``."""
+
+    uri: Path
+    samples: int = Field(default=128, ge=1)
+    max_tokens: int = Field(default=512, ge=16)
+
+
+class Registry(_Section):
+    """What happens to a release whose gates all passed: ``automatic`` makes it champion, ``manual`` a candidate.
+
+    ``cold_aliases`` lets `slipway gc --tier` move away even what an alias names; it is then fetched on demand.
+    """
+
+    champion: Literal["automatic", "manual"] = "automatic"
+    cold_aliases: bool = False
+
+
+class Automation(_Section):
+    """What happens to the model without anybody asking: nothing, unless it is named here.
+
+    ``release``: anew as soon as an input is another (``on-change``: revision, calibration, suite, pins, limits), or in
+    the night after (``nightly``). ``upstream``: ``follow`` lets the night move the lock to a branch's newer commit,
+    ``locked`` stays and says so. ``rescan`` and ``load`` look again at what is champion; a load test that is ``slower``
+    than the release's own by more than that fraction is reported.
+    """
+
+    release: Literal["by-hand", "nightly", "on-change"] = "by-hand"
+    upstream: Literal["locked", "follow"] = "locked"
+    rescan: Literal["by-hand", "nightly"] = "by-hand"
+    load: Literal["by-hand", "weekly"] = "by-hand"
+    slower: float = Field(default=0.25, gt=0)
+
+
+class ModelSpec(_Section):
+    """One model: where its weights come from, its schemes, and the limits that each gate holds it to."""
+
+    model: str
+    source: Source
+    license: str | None = None
+    calibration: Calibration
+    schemes: Mapping[str, Scheme] = Field(min_length=1)
+    evals: DriftLimits
+    runtime: str
+    scan: ScanPolicy = ScanPolicy()
+    load: LoadPlan
+    cost: CostPlan | None = None
+    registry: Registry = Registry()
+    automation: Automation = Automation()
+    path: Path = Field(exclude=True)
+
+    @field_validator("model")
+    @classmethod
+    def _plain(cls, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"`{name}` is no name: use lower-case letters, digits, `-` and `.`")
+        return name
+
+    @field_validator("schemes")
+    @classmethod
+    def _plain_schemes(cls, schemes: Mapping[str, Scheme]) -> Mapping[str, Scheme]:
+        for name in schemes:
+            cls._plain(name)
+        return schemes
+
+    @field_validator("runtime")
+    @classmethod
+    def _known_runtime(cls, name: str) -> str:
+        if name not in profile.names():
+            raise ValueError(f"there is no such runtime{hint(name, profile.names())}")
+        return name
+
+    @property
+    def lock(self) -> Path:
+        """The file beside this one that pins what the source resolved to."""
+        return self.path.with_suffix(".lock.json")
+
+    def scheme(self, name: str) -> Scheme:
+        """Return one scheme.
+
+        Raises:
+            SpecError: the model has no such scheme.
+        """
+        if name not in self.schemes:
+            raise SpecError(f"{self.path} has no scheme `{name}`{hint(name, self.schemes)}")
+        return self.schemes[name]
+
+
+def find(model: str, models: Path) -> Path:
+    """Return the file of ``model``: a path to a YAML file, or a name in the ``models`` folder.
+
+    Raises:
+        SpecError: there is none; the message suggests a near name.
+    """
+    given = Path(model)
+    if given.suffix in {".yaml", ".yml"}:
+        if not given.is_file():
+            raise SpecError(f"there is no file {given}")
+        return given.absolute()
+    path = models / f"{model}.yaml"
+    if not path.is_file():
+        known = sorted(item.stem for item in models.glob("*.yaml"))
+        raise SpecError(f"no model `{model}` in {models}{hint(model, known)}")
+    return path
+
+
+def load(path: Path) -> ModelSpec:
+    """Read a model's file; relative ``file:`` URIs count from its folder, and the data that they name must be there.
+
+    Raises:
+        SpecError: listing every key that is unknown, missing or wrong, by its path.
+    """
+    document = read(path)
+    # What the file can't say: where it is.
+    problems = [f"unknown key `path`{hint('path', _known_keys())}"] if "path" in document else []
+    resolved = _resolved(document, path.parent, problems)
+    try:
+        spec = ModelSpec.model_validate({**resolved, "path": path})
+    except ValidationError as error:
+        problems += [explain(detail, _known_keys()) for detail in error.errors()]
+    if problems:
+        raise SpecError("\n".join([f"{path} is not a model's file:", *(f"  {problem}" for problem in problems)]))
+    return spec
+
+
+def _resolved(document: Mapping[str, Any], folder: Path, problems: list[str]) -> dict[str, Any]:
+    """Replace the URIs of data by absolute paths, and make the source's absolute; add what is wrong to ``problems``."""
+    made: dict[str, Any] = copy.deepcopy(dict(document))
+    for pattern in _DATA:
+        for place, holder in _matching(made, pattern):
+            uri = holder[place[-1]]
+            key = ".".join(place)
+            if not isinstance(uri, str):
+                continue  # the schema says so
+            path = folder / uri.removeprefix("file:")
+            if not uri.startswith("file:"):
+                problems.append(f"`{key}`: expected file:PATH, counted from {folder} (found {uri!r})")
+            elif not path.is_file():
+                problems.append(f"`{key}`: there is no file {path}")
+            holder[place[-1]] = path
+    scan = made.get("scan")
+    if isinstance(scan, dict) and isinstance(scan.get("vex"), list):
+        scan["vex"] = [folder / str(uri).removeprefix("file:") for uri in scan["vex"]]
+    source = made.get("source")
+    if isinstance(source, dict) and str(source.get("uri", "")).startswith("file:"):
+        source["uri"] = f"file:{folder / source['uri'].removeprefix('file:')}"
+    return made
+
+
+def _matching(
+    document: Any,  # noqa: ANN401 - any YAML value
+    pattern: tuple[str, ...],
+    above: tuple[str, ...] = (),
+) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Yield the path of every key that the pattern matches, with the mapping that holds it."""
+    if not isinstance(document, dict):
+        return
+    first, *rest = pattern
+    for key in list(document) if first == "*" else [first] if first in document else []:
+        place = (*above, str(key))
+        if rest:
+            yield from _matching(document[key], tuple(rest), place)
+        else:
+            yield place, document
+
+
+def _known_keys() -> list[str]:
+    return sorted(set(keys(ModelSpec)) - {"path"})

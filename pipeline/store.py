@@ -1,0 +1,302 @@
+"""Content-addressed artifacts, written once.
+
+The law of the store: an artifact's *key* is the digest of what determines it (stage, inputs' digests, parameters,
+worker's pins, code version); its *digest* is that of what it holds (every file's path, size and sha256). A key is
+complete or absent: a stage writes beside, everything is synced, one rename publishes it. Files are read-only.
+
+    ROOT/<stage>/<key>/artifact.json    the record
+    ROOT/<stage>/<key>/files/…          what the stage made
+    ROOT/<stage>/<key>.lock             held while somebody makes it
+    ROOT/.making/<stage>-<key>/         half-made; swept by whoever holds the lock next
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PlanError, StoreError
+
+_CHUNK = 4 * 1024 * 1024
+
+
+def digest_json(document: object) -> str:
+    """``sha256:…`` of the document's canonical JSON (sorted keys, no white space, UTF-8, no NaN)."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """Sha256 of a file's bytes, as 64 hex digits, read in chunks."""
+    total = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            total.update(chunk)
+    return total.hexdigest()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What determines an artifact. Two equal recipes make the same artifact."""
+
+    stage: str
+    inputs: Mapping[str, str]
+    parameters: Mapping[str, Any]
+    code: str
+    pins: str = ""
+
+    @property
+    def key(self) -> str:
+        """64 hex digits."""
+        return digest_json(asdict(self)).removeprefix("sha256:")
+
+
+@dataclass(frozen=True)
+class Making:
+    """What a stage is given to fill: ``folder`` becomes the artifact, ``scratch`` is thrown away.
+
+    A stage that hashed files while it wrote them says so in ``sha256`` (path → 64 hex digits), so that no byte
+    is read again; it adds its workers' seconds to ``worker_seconds``, and puts into ``notes`` what later stages should
+    know and no digest should cover.
+    """
+
+    folder: Path
+    scratch: Path
+    sha256: dict[str, str] = field(default_factory=dict)
+    worker_seconds: list[float] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A complete artifact.
+
+    ``inputs`` are the digests of what it was made from; ``seconds`` is what making it took then, ``cached`` whether it
+    was there already.
+    """
+
+    stage: str
+    key: str
+    digest: str
+    folder: Path
+    files: Mapping[str, Mapping[str, Any]]
+    inputs: Mapping[str, str]
+    notes: Mapping[str, Any]
+    seconds: float
+    worker_seconds: float
+    created: str
+    cached: bool
+
+    def document(self, name: str) -> Any:  # noqa: ANN401 - JSON is what the caller expects it to be
+        """Parse one of the artifact's JSON files."""
+        return json.loads((self.folder / name).read_text())
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files together."""
+        return sum(int(entry["size"]) for entry in self.files.values())
+
+
+class Store:
+    """The artifacts under one folder; safe to share between processes."""
+
+    def __init__(self, root: Path, floor: int = 0) -> None:
+        """Use ``root``, made when the first artifact is; make nothing where fewer than ``floor`` bytes are free."""
+        self.root = root
+        self.floor = floor
+
+    def find(self, stage: str, key: str) -> Artifact | None:
+        """Return a stage's artifact under a key, or None.
+
+        Raises:
+            StoreError: a file is missing or has another size than when it was made.
+        """
+        place = self.root / stage / key
+        try:
+            record = json.loads((place / "artifact.json").read_text())
+        except FileNotFoundError:
+            return None
+        for name, entry in record["files"].items():
+            path = place / "files" / name
+            if not path.is_file() or path.stat().st_size != entry["size"]:
+                raise StoreError(
+                    f"artifact {place} is damaged: {name} is missing or not {entry['size']} bytes; "
+                    f"remove that folder and run again"
+                )
+        return _artifact(stage, place, record, cached=True)
+
+    def records(self, stage: str) -> list[tuple[str, Mapping[str, Any]]]:
+        """Every key of a stage that is made, with its record, the newest first."""
+        found = [
+            (path.parent.name, json.loads(path.read_text())) for path in (self.root / stage).glob("*/artifact.json")
+        ]
+        return sorted(found, key=lambda each: str(each[1]["created"]), reverse=True)
+
+    def with_digest(self, stage: str, digest: str) -> Artifact | None:
+        """Return a stage's artifact that holds exactly this, however it came to be; None where there is none."""
+        keys = (key for key, record in self.records(stage) if record["digest"] == digest)
+        return next((found for key in keys if (found := self.find(stage, key))), None)
+
+    def obtain(self, recipe: Recipe, make: Callable[[Making], None]) -> Artifact:
+        """Return the recipe's artifact, having ``make`` fill it if it is not there.
+
+        One process makes a key at a time; others wait for it. When ``make`` raises, or the process dies, nothing is
+        published and the next caller starts clean.
+        """
+        found = self.find(recipe.stage, recipe.key)
+        if found:
+            return found
+        place = self.root / recipe.stage / recipe.key
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with locked(place.with_name(place.name + ".lock")):
+            found = self.find(recipe.stage, recipe.key)
+            if found:
+                return found
+            return self._make(recipe, place, make)
+
+    def forget(self, recipe: Recipe) -> None:
+        """Drop an artifact whose record outlived what it stands for: an image that its engine has lost."""
+        place = self.root / recipe.stage / recipe.key
+        with locked(place.with_name(place.name + ".lock")):
+            shutil.rmtree(place, ignore_errors=True)
+
+    def _make(self, recipe: Recipe, place: Path, make: Callable[[Making], None]) -> Artifact:
+        require_room(self.root, 0, self.floor, f"`{recipe.stage}`")
+        beside = self.root / ".making" / f"{recipe.stage}-{recipe.key}"
+        shutil.rmtree(beside, ignore_errors=True)
+        making = Making(folder=beside / "artifact" / "files", scratch=beside / "scratch")
+        making.folder.mkdir(parents=True)
+        making.scratch.mkdir()
+        try:
+            started = time.monotonic()
+            make(making)
+            files = _seal(making)
+            record = {
+                "recipe": asdict(recipe),
+                "digest": digest_json(files),
+                "files": files,
+                "notes": making.notes,
+                "seconds": time.monotonic() - started,
+                "worker_seconds": sum(making.worker_seconds),
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+            write_whole(beside / "artifact" / "artifact.json", json.dumps(record, indent=1))
+            _sync_folder(beside / "artifact")
+            (beside / "artifact").rename(place)
+            _sync_folder(place.parent)
+        except OSError as error:
+            raise StoreError(f"can't write artifact {place}: {error.strerror or error}") from error
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+        return _artifact(recipe.stage, place, record, cached=False)
+
+    def sweep(self) -> None:
+        """Remove what processes that died had half made."""
+        for beside in (self.root / ".making").glob("*-*"):
+            stage, _, key = beside.name.rpartition("-")
+            with (self.root / stage / f"{key}.lock").open("w") as stream, contextlib.suppress(BlockingIOError):
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(beside, ignore_errors=True)
+
+
+def _artifact(stage: str, place: Path, record: Mapping[str, Any], *, cached: bool) -> Artifact:
+    return Artifact(
+        stage=stage,
+        key=place.name,
+        digest=record["digest"],
+        folder=place / "files",
+        files=record["files"],
+        inputs=record["recipe"]["inputs"],
+        notes=record["notes"],
+        seconds=record["seconds"],
+        worker_seconds=record["worker_seconds"],
+        created=record["created"],
+        cached=cached,
+    )
+
+
+def require_room(place: Path, needed: int, floor: int, what: str) -> None:
+    """Check that ``place``'s disk has ``needed`` bytes for ``what`` and ``floor`` bytes beside.
+
+    Raises:
+        PlanError: it has not.
+    """
+    there = next(path for path in (place, *place.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if needed + floor > free:
+        takes = f"takes {needed / 1e9:,.1f} GB" if needed else "is to be made"
+        raise PlanError(
+            f"{what} {takes}, {free / 1e9:,.1f} GB are free for {place}, and {floor / 1e9:,.1f} GB are to stay free: "
+            "make room (`slipway gc`), move SLIPWAY_HOME, or set SLIPWAY_DISK_FLOOR"
+        )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all: beside, synced, renamed."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with beside.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    beside.rename(path)
+
+
+def _seal(making: Making) -> dict[str, dict[str, Any]]:
+    """Hash what is not hashed yet, make files read-only, and push everything to the disk."""
+    files: dict[str, dict[str, Any]] = {}
+    for path in sorted(making.folder.rglob("*")):
+        if path.is_dir():
+            continue
+        name = path.relative_to(making.folder).as_posix()
+        if path.is_symlink() or not path.is_file():
+            raise StoreError(f"{name} is no plain file: an artifact holds nothing else")
+        path.chmod(0o444)
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+        files[name] = {"sha256": making.sha256.get(name) or digest_file(path), "size": path.stat().st_size}
+    return files
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(path: Path, waiting: Callable[[], None] = lambda: None, *, shared: bool = False) -> Iterator[None]:
+    """Hold a lock on a file, one that the kernel drops when the process ends, however it ends.
+
+    It is exclusive unless ``shared`` with others that say the same. ``waiting`` is called once where somebody else's
+    stands in the way.
+    """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    with path.open("w") as stream:
+        try:
+            fcntl.flock(stream, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(stream, kind)
+        yield
+
+
+@contextlib.contextmanager
+def timed(seconds: list[float]) -> Iterator[None]:
+    """Append the seconds that the block took, whether it ends well or not."""
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        seconds.append(time.monotonic() - started)

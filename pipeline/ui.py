@@ -1,0 +1,120 @@
+"""Dagster's and MLflow's web servers, side by side on loopback, until Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+
+from pipeline.errors import SpecError
+from pipeline.instance import bury_dead_runs, open_instance, storage_variables
+from pipeline.partitions import add_partitions
+from pipeline.release import sweep
+from pipeline.servers import Server, ServerError, run
+from pipeline.settings import CHECKOUT, Settings
+from pipeline.spec import load
+from registry.tracking import prepare, shown
+
+Progress = Callable[[str], None]
+
+# That `dagster dev` has a successor, and that its log handlers are not final, is for us to know, not for every log.
+_KNOWN = "ignore:Function `dev_command` is superseded,ignore:Handling yaml-defined logging"
+_LOCATIONS = """{ workspaceOrError { __typename ... on PythonError { message } ... on Workspace { locationEntries {
+    locationOrLoadError { __typename ... on PythonError { message } } } } } }"""
+
+
+def serve(settings: Settings, port: int, progress: Progress) -> None:
+    """Serve Dagster on ``port`` and MLflow on the next, until interrupted.
+
+    The partitions of every model whose file is right are known to Dagster when its page opens, and what died since the
+    last time is buried.
+    Where MLflow is a server already (`MLFLOW_TRACKING_URI`), its address is told and none is started.
+
+    Raises:
+        ServerError: a port is taken, or a server does not start or ends by itself.
+    """
+    with open_instance(settings) as instance:
+        for path in sorted(settings.models.glob("*.yaml")):
+            try:
+                add_partitions(instance, load(path))
+            except SpecError as error:
+                progress(f"left out: {error}")
+        sweep(settings)
+        bury_dead_runs(instance, settings)
+    prepare(settings.tracking_uri)
+    remote = settings.tracking_uri.startswith("http")
+    servers = [_dagster(settings, port), *([] if remote else [_mlflow(settings, port + 1)])]
+    mlflow = shown(settings.tracking_uri) if remote else f"http://127.0.0.1:{port + 1}"
+    told = f"Dagster  http://127.0.0.1:{port}\nMLflow   {mlflow}\nCtrl-C ends {'it' if remote else 'both'}"
+    run(servers, progress, lambda: progress(told))
+
+
+def _dagster(settings: Settings, port: int) -> Server:
+    address = f"http://127.0.0.1:{port}"
+    return Server(
+        "Dagster",
+        [
+            *(_program("dagster"), "dev", "-m", "pipeline.definitions", "--working-directory", str(CHECKOUT)),
+            *("-h", "127.0.0.1", "-p", str(port)),
+        ],
+        {
+            **os.environ,
+            "DAGSTER_HOME": str(CHECKOUT),
+            **storage_variables(settings),
+            "PYTHONWARNINGS": _KNOWN,
+        },
+        port,
+        settings.home / "logs" / "dagster.log",
+        lambda: _has_loaded(address),
+    )
+
+
+def _has_loaded(address: str) -> bool:
+    """Whether Dagster answers and knows the pipeline.
+
+    Raises:
+        ServerError: it answers, but the pipeline can't be loaded.
+    """
+    try:
+        reply = httpx.post(f"{address}/graphql", json={"query": _LOCATIONS}, timeout=30, trust_env=False)
+        workspace = reply.raise_for_status().json()["data"]["workspaceOrError"]
+    except httpx.HTTPError:
+        return False
+    places = [entry["locationOrLoadError"] for entry in workspace.get("locationEntries", [])]
+    for place in (workspace, *(place for place in places if place)):
+        if place["__typename"] == "PythonError":
+            raise ServerError(f"Dagster can't load the pipeline: {place['message'].strip()}")
+    return bool(places) and all(places)
+
+
+def _mlflow(settings: Settings, port: int) -> Server:
+    address = f"http://127.0.0.1:{port}/health"
+    folder = settings.home / "mlflow"
+    folder.mkdir(parents=True, exist_ok=True)
+    # It needs the store's credentials, and nothing of the hub's or of Slipway's.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "SLIPWAY_"))}
+    return Server(
+        "MLflow",
+        [
+            *(_program("mlflow"), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+            *("--backend-store-uri", settings.tracking_uri, "--default-artifact-root", str(folder / "artifacts")),
+        ],
+        {**inherited, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
+        port,
+        settings.home / "logs" / "mlflow.log",
+        lambda: _answers(address),
+    )
+
+
+def _answers(address: str) -> bool:
+    try:
+        return httpx.get(address, timeout=5, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _program(name: str) -> str:
+    return str(Path(sys.executable).parent / name)

@@ -1,0 +1,174 @@
+"""``slipway-registry``: what a deployment needs of Slipway, and nothing else: pull, watch, verify.
+
+Exit status: 0 done, 1 it could not be done now (no server, no disk), 2 usage, 3 refused (not what was signed, or not
+what the policy asks for), 4 no such release, 5 unchanged (``pull --if-changed``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from registry.errors import NotFoundError, PolicyError, PullError, RegistryError, TrackingError, VerificationError
+from registry.policy import Policy, Trust
+from registry.pull import Pulled, pull
+from registry.signing import load_trusted_keys
+from registry.tracking import with_credentials
+from registry.verify import verify
+from registry.watch import run, watch
+
+DONE, FAILED, USAGE, REFUSED, NOT_FOUND, UNCHANGED = range(6)
+
+
+def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> int:
+    """Run one command; return its exit status. Of this distribution, this alone reads the environment."""
+    options = _parser(environment).parse_args(arguments)
+    try:
+        command: Callable[[argparse.Namespace, Trust, str], int] = options.command
+        return command(options, _trust(options), with_credentials(options.tracking_uri, environment))
+    except RegistryError as error:
+        _say(f"error: {error}")
+        return status_of(error)
+
+
+def status_of(error: RegistryError) -> int:
+    """Return the exit status that tells a script what to do: try again, look, or give another name."""
+    if isinstance(error, NotFoundError):
+        return NOT_FOUND
+    if isinstance(error, (VerificationError, PullError)):
+        return REFUSED
+    return USAGE if isinstance(error, PolicyError) else FAILED
+
+
+def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("slipway-registry", description=__doc__, formatter_class=_Raw)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--tracking-uri", default=environment.get("MLFLOW_TRACKING_URI", ""), help="default: $MLFLOW_TRACKING_URI"
+    )
+    common.add_argument(
+        "--key", action="append", type=Path, metavar="FILE",
+        help="a trusted public key, or a folder of *.pub files; default: $SLIPWAY_TRUSTED_KEYS",
+    )  # fmt: skip
+    common.add_argument("--policy", type=Path, metavar="FILE", help="a policy (TOML), in place of --key")
+    common.add_argument("--json", action="store_true", help="print the result as one JSON document")
+    common.set_defaults(keys=[Path(item) for item in environment.get("SLIPWAY_TRUSTED_KEYS", "").split(":") if item])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    fetching = argparse.ArgumentParser(add_help=False)
+    fetching.add_argument("name", metavar="NAME[@ALIAS]", help="a release line; its champion where no alias is named")
+    fetching.add_argument("destination", type=Path)
+    fetching.add_argument(
+        "--cache", type=Path, help="a folder on the same file system that keeps files for other pulls"
+    )
+    one = commands.add_parser("pull", parents=[common, fetching], help="fetch a release, verified before it appears")
+    one.add_argument(
+        "--if-changed", action="store_true", help="replace another release; exit with 5 where it is the same"
+    )
+    one.set_defaults(command=_pull)
+    follow = commands.add_parser(
+        "watch", parents=[common, fetching], help="pull whenever the alias names another release"
+    )
+    follow.add_argument("--every", type=float, default=30.0, metavar="SECONDS")
+    follow.add_argument("--run", type=shlex.split, default=[], metavar="COMMAND", help="run as COMMAND FOLDER DIGEST")
+    follow.set_defaults(command=_watch)
+    check = commands.add_parser("verify", parents=[common], help="check a pulled release, offline")
+    check.add_argument("folder", type=Path)
+    check.set_defaults(command=_verify)
+    return parser
+
+
+class _Raw(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description."""
+
+
+def _trust(options: argparse.Namespace) -> Trust:
+    if options.policy is not None:
+        return Policy.load(options.policy)
+    return load_trusted_keys(options.key or options.keys)
+
+
+def _pull(options: argparse.Namespace, trust: Trust, tracking_uri: str) -> int:
+    pulled = pull(
+        options.name, options.destination,
+        tracking_uri=_given(tracking_uri), trusted_keys=trust, cache=options.cache, replace=options.if_changed,
+        progress=_say,
+    )  # fmt: skip
+    _tell(pulled, as_json=options.json)
+    return UNCHANGED if options.if_changed and pulled.already_there else DONE
+
+
+def _watch(options: argparse.Namespace, trust: Trust, tracking_uri: str) -> int:
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+    found = watch(
+        options.name, options.destination,
+        every=options.every, stopped=stopped, tracking_uri=_given(tracking_uri), trusted_keys=trust,
+        cache=options.cache, progress=_say,
+    )  # fmt: skip
+    for pulled in found:
+        _tell(pulled, as_json=options.json)
+        if options.run and (status := run(options.run, pulled)):
+            _say(f"`{shlex.join(options.run)}` ended with status {status}")
+    return DONE
+
+
+def _verify(options: argparse.Namespace, trust: Trust, _: str) -> int:
+    try:
+        report = verify(options.folder, trust)
+    except VerificationError as error:
+        for problem in error.problems:
+            _say(str(problem))
+        if options.json:
+            problems = [{"name": problem.what, "why": problem.why} for problem in error.problems]
+            _print({"verified": False, "problems": problems})
+        return REFUSED
+    if options.json:
+        _print({"verified": True, "manifest_digest": report.manifest_digest, "problems": []})
+    else:
+        sys.stdout.write(f"{options.folder} is {report.manifest.name}, {report.manifest_digest}\n")
+    return DONE
+
+
+def told(pulled: Pulled) -> dict[str, Any]:
+    """Return what ``--json`` prints of a pull."""
+    return {
+        "name": pulled.name, "version": pulled.version, "alias": pulled.alias, "folder": str(pulled.folder),
+        "manifest_digest": pulled.report.manifest_digest, "already_there": pulled.already_there,
+        "fetched_bytes": pulled.fetched_bytes,
+    }  # fmt: skip
+
+
+def _tell(pulled: Pulled, *, as_json: bool) -> None:
+    if as_json:
+        _print(told(pulled))
+    else:
+        sys.stdout.write(f"{pulled.name} version {pulled.version} is in {pulled.folder}\n")
+        sys.stdout.flush()
+
+
+def _given(tracking_uri: str) -> str:
+    if not tracking_uri:
+        raise TrackingError("where is MLflow? give `--tracking-uri`, or set `MLFLOW_TRACKING_URI`")
+    return tracking_uri
+
+
+def _print(document: Mapping[str, Any]) -> None:
+    sys.stdout.write(json.dumps(document) + "\n")
+    sys.stdout.flush()
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

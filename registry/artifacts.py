@@ -1,0 +1,203 @@
+"""The files of a registered version, wherever they are kept: listed, and opened from any byte on.
+
+A folder of this machine is read directly; what an MLflow server hands out comes by its REST API, or, where it can say
+where, straight from the object store behind it; S3 is read by presigned address. For every other store MLflow fetches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+from urllib.parse import unquote, urlsplit
+
+from registry.download import CHUNK, Broken, Open, Reader, local
+from registry.errors import PullError, TrackingError
+from registry.tracking import connected, local_folder
+
+if TYPE_CHECKING:
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
+
+    from registry.server import Server
+
+
+class Artifacts(Protocol):
+    """Read-only access to one version's files, by their paths in the release."""
+
+    def names(self) -> list[str]:
+        """List every file."""
+        ...
+
+    def open(self, name: str, start: int = 0) -> AbstractContextManager[tuple[Reader, int]]:
+        """Read the file from a byte on, as `registry.download.Open` has it."""
+        ...
+
+
+@contextmanager
+def open_artifacts(location: str, tracking_uri: str) -> Iterator[Artifacts]:
+    """Open what is at ``location``, a version's.
+
+    Raises:
+        TrackingError: It can't be reached.
+    """
+    folder, parts = local_folder(location), urlsplit(location)
+    if folder is not None:
+        yield LocalArtifacts(folder)
+    elif parts.scheme == "mlflow-artifacts" and urlsplit(tracking_uri).scheme in ("http", "https"):
+        from registry.server import Server  # noqa: PLC0415 - its HTTP client, for those who have a server
+
+        with Server(tracking_uri) as server:
+            yield ServerArtifacts(server, unquote(parts.path).strip("/"))
+    elif parts.scheme == "s3":
+        from registry.s3 import S3Artifacts  # noqa: PLC0415 - boto3, for those who have S3
+
+        with S3Artifacts.opened(parts.netloc, unquote(parts.path).strip("/")) as stored:
+            yield stored
+    else:
+        with connected(tracking_uri):
+            yield MlflowArtifacts(location)
+
+
+def fetch(stored: Artifacts, name: str, folder: Path, limit: int) -> Path:
+    """Write a small file to ``folder / name`` and return that; ``TrackingError`` where it is larger than ``limit``."""
+    target = folder / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    data = bytearray()
+    for chunk in _chunks(stored, name):
+        data += chunk
+        if len(data) > limit:
+            raise TrackingError(f"`{name}` is larger than {limit} bytes: no such file is")
+    target.write_bytes(data)
+    return target
+
+
+def sha256(stored: Artifacts, name: str) -> str:
+    """Return the SHA-256 of the stored bytes, in hexadecimal; empty where they can't be read."""
+    total = hashlib.sha256()
+    try:
+        for chunk in _chunks(stored, name):
+            total.update(chunk)
+    except (TrackingError, PullError):
+        return ""
+    return total.hexdigest()
+
+
+def _chunks(stored: Artifacts, name: str) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(CHUNK))
+    try:
+        with stored.open(name) as (reader, _):
+            while count := reader.readinto(buffer):
+                yield buffer[:count]
+    except Broken as error:
+        raise TrackingError(f"`{name}` can't be read: {error}") from error
+
+
+class LocalArtifacts:
+    """Files in a folder of this machine; those that are cold (`registry.tiers`) come from where they are kept."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def names(self) -> list[str]:
+        """List every file and link, and what is cold."""
+        # Asked before and after: whichever way a file moves meanwhile, it is in one of the three.
+        before = self._cold()
+        found = [path for path in self._folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+        here = {path.relative_to(self._folder).as_posix() for path in found}
+        return sorted(here | before.keys() | self._cold().keys())
+
+    @contextmanager
+    def open(self, name: str, start: int = 0) -> Iterator[tuple[Reader, int]]:
+        """Read the file where it is; ``TrackingError`` where it is a link, or can't be read."""
+        with ExitStack() as stack:
+            try:
+                opened = stack.enter_context(local(self._folder / name, start))
+            except TrackingError:
+                cold = self._cold()
+                if name in cold:
+                    opened = stack.enter_context(cold[name](start))
+                else:  # it may be back by now
+                    opened = stack.enter_context(local(self._folder / name, start))
+            yield opened
+
+    def _cold(self) -> Mapping[str, Open]:
+        """What opens each cold file."""
+        if not (self._folder.parent / "cold.json").exists():
+            return {}
+        from registry.objects import ObjectStore  # noqa: PLC0415 - for those who have a cold tier
+        from registry.tiers import cold_files  # noqa: PLC0415
+
+        uri, files = cold_files(self._folder)
+        if not files:
+            return {}
+        store = ObjectStore.opened(uri)
+        return {name: partial(store.open, record.sha256) for name, record in files.items()}
+
+
+class ServerArtifacts:
+    """Files that an MLflow server keeps, at ``root`` of its artifact store."""
+
+    def __init__(self, server: Server, root: str) -> None:
+        self._server, self._root = server, root
+        self._direct = True
+
+    def names(self) -> list[str]:
+        """List every file, folder by folder."""
+        found: list[str] = []
+        folders = [""]
+        while folders:
+            folder = folders.pop()
+            for entry in self._server.list_proxied(f"{self._root}/{folder}".rstrip("/")):
+                path = f"{folder}/{entry['path']}".lstrip("/")
+                (folders if entry["is_dir"] else found).append(path)
+        return sorted(found)
+
+    @contextmanager
+    def open(self, name: str, start: int = 0) -> Iterator[tuple[Reader, int]]:
+        """Read from the object store behind the server, where it says where that is; else through the server."""
+        from registry.stream import stream  # noqa: PLC0415 - its HTTP client, for those who have a server
+
+        path = f"{self._root}/{name}"
+        with ExitStack() as stack:
+            opened = None
+            direct = self._server.presigned(path) if self._direct else None
+            if direct is not None:
+                with suppress(Broken, TrackingError):  # a store that is out of reach from here: the server reaches it
+                    opened = stack.enter_context(stream(*direct, start))
+            if opened is None:
+                self._direct = False
+                proxied = stream(self._server.proxied(path), self._server.headers, start)
+                opened = stack.enter_context(proxied)
+            yield opened
+
+
+class MlflowArtifacts:
+    """Files in any other store, reached as MLflow reaches them: whole files only, by way of a temporary one."""
+
+    def __init__(self, location: str) -> None:
+        from mlflow.store.artifact.artifact_repository_registry import (  # noqa: PLC0415 - slow, see `connected`
+            get_artifact_repository,
+        )
+
+        self._repository: ArtifactRepository = get_artifact_repository(location)
+
+    def names(self) -> list[str]:
+        """List every file, folder by folder."""
+        found: list[str] = []
+        folders: list[str | None] = [None]
+        while folders:
+            for entry in self._repository.list_artifacts(folders.pop()):
+                (folders if entry.is_dir else found).append(entry.path)
+        return sorted(found)
+
+    @contextmanager
+    def open(self, name: str, start: int = 0) -> Iterator[tuple[Reader, int]]:
+        """Download the file, and read that; an ``MlflowException`` becomes a ``TrackingError`` in `connected`."""
+        with tempfile.TemporaryDirectory(prefix="slipway-") as folder:
+            self._repository.download_artifacts(name, folder)
+            with local(Path(folder) / name, start) as opened:
+                yield opened

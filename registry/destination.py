@@ -1,0 +1,153 @@
+"""The folder beside a destination in which a release is put together, until it is whole and takes its place.
+
+It is named after the destination and the release, and locked by who fills it; the kernel drops the lock with its
+process. What a killed pull left in it the next pull of the same release goes on with, and that of another sweeps away.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import glob
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from registry.errors import PullError
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+@contextmanager
+def beside(destination: Path, digest: str, progress: Callable[[str], None]) -> Iterator[Path]:
+    """Give the folder for the release ``digest``; on an error what is in it stays for the next try, if it is anything.
+
+    Raises:
+        PullError: Nothing can be written there.
+    """
+    made = [folder for folder in (destination.parent, *destination.parent.parents) if not folder.exists()]
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        part, descriptor = _locked(destination, digest, progress)
+        try:
+            yield part
+        finally:
+            if part.exists() and not any(path.is_file() for path in part.rglob("*")):
+                shutil.rmtree(part, ignore_errors=True)
+            os.close(descriptor)
+    except OSError as error:
+        raise PullError(f"can't write `{destination}`: {error.strerror or error}") from error
+    finally:
+        if not os.path.lexists(destination):
+            remove_empty(made)
+
+
+def discard(part: Path) -> None:
+    """Throw away what was put together."""
+    shutil.rmtree(part, ignore_errors=True)
+
+
+def take_place(part: Path, destination: Path, *, replace: bool) -> None:
+    """Let the finished folder appear under the destination's name, at once and whole.
+
+    With ``replace`` it changes places with what is there, in one step where the file system can (Linux,
+    ``RENAME_EXCHANGE``), and that is then removed; a process that has it open keeps what it has.
+    """
+    if replace and os.path.lexists(destination):
+        if not _exchange(part, destination):
+            aside = part.with_name(part.name + ".old")
+            shutil.rmtree(aside, ignore_errors=True)
+            destination.rename(aside)
+            part.rename(destination)
+            part = aside
+        sync(destination.parent)
+        shutil.rmtree(part, ignore_errors=True)
+        return
+    try:
+        part.rename(destination)
+    except OSError as error:
+        raise PullError(f"`{destination}` appeared meanwhile: {error.strerror}") from error
+    sync(destination.parent)
+
+
+def sync(path: Path) -> None:
+    """Push a file or a folder's list of names to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, the deepest first, up to one that is not empty."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether this is a folder, and nothing is in it."""
+    return folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
+
+
+def _locked(destination: Path, digest: str, progress: Callable[[str], None]) -> tuple[Path, int]:
+    """Make or find the folder and lock it; wait where another pull of the same release fills it."""
+    prefix = f".{destination.name}.part-"
+    part = destination.with_name(prefix + digest.rpartition(":")[2][:16])
+    told = False
+    while True:
+        parent = os.open(destination.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(parent, fcntl.LOCK_EX)  # nobody sweeps a folder between its making and its locking
+            for leftover in destination.parent.glob(f"{glob.escape(prefix)}*"):
+                if leftover != part:
+                    _remove_if_dead(leftover)
+            part.mkdir(mode=0o700, exist_ok=True)
+            descriptor = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                pass
+            else:
+                return part, descriptor
+        finally:
+            os.close(parent)
+        if not told:
+            progress("waiting for another pull of the same release to the same place")
+            told = True
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        os.close(descriptor)  # it may be another folder's by now: look again
+
+
+def _remove_if_dead(part: Path) -> None:
+    try:
+        descriptor = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+    except OSError:
+        return  # gone, or none of ours
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(part, ignore_errors=True)
+    except BlockingIOError:
+        pass  # another pull is filling it
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where the system or the file system can't."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))

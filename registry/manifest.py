@@ -1,0 +1,270 @@
+"""The manifest: one JSON document that says what a release is; what is not in it did not happen.
+
+The format, ``slipway.release/v1``:
+
+- *Canonical form.* UTF-8 JSON, object keys sorted by Unicode code point, no whitespace, no NaN or infinity, non-ASCII
+  characters as themselves, every field present (``null`` where there is nothing). It resembles RFC 8785 and differs
+  in two points: numbers are written as Python's ``repr`` writes them (``1.0``, ``1e-07``), and keys sort by code point
+  rather than by UTF-16 unit. A file that is not in this form is refused, so one release has one digest.
+- *Digest.* ``sha256:`` and the SHA-256 of the canonical bytes; those bytes are what is signed.
+- *Law.* ``Manifest.parse(m.canonical()) == m``, and ``Manifest.parse(b).canonical() == b`` for all bytes it accepts.
+- *Coverage.* ``files`` names every file of the release folder but ``release/manifest.json``, ``release/signature.json``
+  and ``release/provenance.json``, which is made from the manifest (`registry.provenance`) and covered by the signature.
+  Model files are at the folder's root, so that an engine loads the folder as it is.
+- *Compatibility.* Unknown keys are refused; a change of meaning is a new version. A field that came after the first
+  release is `Later`: it has a default, and is left out where it has that value, so that what was signed without it
+  keeps its digest for ever.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+
+from registry.errors import ManifestError
+from registry.verdict import Verdict
+
+SCHEMA = "slipway.release/v1"
+MANIFEST = "release/manifest.json"
+SIGNATURE = "release/signature.json"
+PROVENANCE = "release/provenance.json"
+DOCUMENTS = (MANIFEST, SIGNATURE, PROVENANCE)
+"""The files that a manifest does not list; releases signed by an Ed25519 key have no provenance."""
+EVIDENCE = "release/evidence"
+REPORT = "release/report.html"
+REQUIRED_GATES = ("drift", "scan", "load")
+"""The gates without which nothing is promoted."""
+
+
+def _relative(path: str) -> str:
+    """Accept a path that stays in its folder, written in the one way this format writes it."""
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or "\\" in path or ".." in parts or str(PurePosixPath(*parts)) != path:
+        raise ValueError(f"`{path}` is not a plain relative path: it may not leave the release's folder")
+    if any(unicodedata.category(character) == "Cc" for character in path):
+        raise ValueError(f"{path!r} holds a control character")
+    return path
+
+
+def _covered(path: str) -> str:
+    if path in DOCUMENTS:
+        raise ValueError(f"`{path}` can't be listed in the manifest that it holds or signs")
+    return _relative(path)
+
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=120)]
+Hex256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
+Text = Annotated[str, StringConstraints(min_length=1)]
+RelativePath = Annotated[str, AfterValidator(_relative)]
+CoveredPath = Annotated[str, AfterValidator(_covered)]
+Count = Annotated[int, Field(ge=0)]
+Scalar = str | bool | int | float | None
+Timestamp = Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+
+
+class Later:
+    """Marks a field that the first releases had not: ``measured: Annotated[Timestamp | None, Later()] = None``."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        document: dict[str, Any] = handler(self)
+        for name, field in type(self).model_fields.items():
+            if getattr(self, name) == field.default and any(isinstance(mark, Later) for mark in field.metadata):
+                document.pop(field.alias or name, None)
+        return document
+
+
+class FileRecord(_Part):
+    """One file: its SHA-256 in hexadecimal and its size in bytes."""
+
+    sha256: Hex256
+    size: Count
+
+
+class Source(_Part):
+    """Where the weights came from: ``revision`` is a commit or the digest of the files, never a branch."""
+
+    uri: Text
+    revision: Text
+    files: Mapping[RelativePath, FileRecord]
+
+
+class Calibration(_Part):
+    """The text that the quantizer looked at."""
+
+    uri: Text
+    digest: Digest
+    samples: Count
+    max_tokens: Count
+
+
+class Quantizer(_Part):
+    """What made the weights smaller; ``pins_digest`` is that of the locked environment it ran in."""
+
+    backend: Name
+    version: Text
+    method: Name
+    parameters: Mapping[str, Scalar]
+    calibration: Calibration | None
+    pins_digest: Digest
+
+
+class GateRecord(_Part):
+    """A gate's verdict, and the digest of each file of the release that it rests on."""
+
+    verdict: Verdict
+    evidence: Mapping[CoveredPath, Digest] = Field(min_length=1)
+
+
+class Image(_Part):
+    """The container that was scanned and loaded; ``minimum_driver`` is the GPU driver it needs, if any."""
+
+    reference: Text
+    digest: Digest
+    base_digest: Digest
+    pins_digest: Digest
+    runtime: Name
+    minimum_driver: Text | None
+
+
+class Sbom(_Part):
+    """A bill of materials, the image's (``sbom``) or the model's (``mlbom``): a file of the release."""
+
+    path: CoveredPath
+    digest: Digest
+
+
+class Accelerator(_Part):
+    """A GPU that took part in the tests."""
+
+    name: Text
+    memory_bytes: Count
+    driver: Text
+
+
+class Hardware(_Part):
+    """What the release was tested on."""
+
+    machine: Text
+    cpu: Text
+    cores: Count
+    memory_bytes: Count
+    accelerators: tuple[Accelerator, ...] = ()
+
+
+class Manifest(_Part):
+    """A release: one model in one quantization scheme, and everything that was found out about it."""
+
+    schema_version: Literal["slipway.release/v1"] = Field(alias="schema")
+    model: Name
+    scheme: Name
+    source: Source
+    quantizer: Quantizer
+    gates: tuple[GateRecord, ...]
+    image: Image
+    sbom: Sbom
+    mlbom: Annotated[Sbom | None, Later()] = None
+    hardware: Hardware
+    files: Mapping[CoveredPath, FileRecord]
+    created: Timestamp
+
+    @property
+    def name(self) -> str:
+        """The release line, and the name of the registered model: ``MODEL-SCHEME``."""
+        return f"{self.model}-{self.scheme}"
+
+    @property
+    def digest(self) -> str:
+        """``sha256:`` and the SHA-256 of the canonical bytes."""
+        return digest_of(self.canonical())
+
+    @property
+    def size_bytes(self) -> int:
+        """All files of the release, in bytes."""
+        return sum(record.size for record in self.files.values())
+
+    def canonical(self) -> bytes:
+        """Return the bytes that are stored, digested and signed."""
+        return canonical_json(self.model_dump(mode="json", by_alias=True))
+
+    @classmethod
+    def parse(cls, data: bytes) -> Self:
+        """Read a manifest from its canonical bytes.
+
+        Raises:
+            ManifestError: The bytes are no manifest of this version, or not in canonical form.
+        """
+        try:
+            document = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise ManifestError(f"`{MANIFEST}` is not JSON: {error}") from error
+        schema = document.get("schema") if isinstance(document, dict) else None
+        if schema != SCHEMA:
+            raise ManifestError(f"`schema` of the manifest is {schema!r}; this program reads `{SCHEMA}`")
+        try:
+            manifest = cls.model_validate_json(data)
+        except ValidationError as error:
+            raise ManifestError(f"`{MANIFEST}` is not a `{SCHEMA}`: {_explained(error)}") from error
+        if manifest.canonical() != data:
+            raise ManifestError(f"`{MANIFEST}` is not in canonical form: it was written or changed by something else")
+        return manifest
+
+    @model_validator(mode="after")
+    def _evidence_is_in_the_release(self) -> Self:
+        names = [gate.verdict.gate for gate in self.gates]
+        if len(set(names)) != len(names):
+            raise ValueError(f"`gates` holds one verdict a gate, not {', '.join(names)}")
+        cited = [(bill.path, bill.digest) for bill in (self.sbom, self.mlbom) if bill is not None]
+        cited += [item for gate in self.gates for item in gate.evidence.items()]
+        for path, digest in cited:
+            if path not in self.files:
+                raise ValueError(f"`{path}` is cited as evidence and is not among `files`")
+            if digest != f"sha256:{self.files[path].sha256}":
+                raise ValueError(f"`{path}` has another digest as evidence than among `files`")
+        return self
+
+
+def canonical_json(document: Any) -> bytes:  # noqa: ANN401 - any JSON value
+    """Write a JSON value in the canonical form that this module describes; ``ValueError`` for NaN."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode()
+
+
+def digest_of(data: bytes) -> str:
+    """Return ``sha256:`` and the SHA-256 of ``data``."""
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def utc_now() -> str:
+    """Return the time in the form of ``created``: UTC, whole seconds."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _explained(error: ValidationError) -> str:
+    """Name every bad key with its path: ``quantizer.bits: Extra inputs are not permitted``."""
+    found = (
+        f"`{'.'.join(str(part) for part in detail['loc']) or 'manifest'}`: {detail['msg']}" for detail in error.errors()
+    )
+    return "; ".join(found)

@@ -1,0 +1,125 @@
+"""Files in object storage, named by their content: stored and fetched whole, with their digest, or not at all.
+
+An object is `PREFIX/sha256/HEX`: what is there under a name is its content or damaged, and two that have the same share
+it. Releases that nobody uses (`registry.tiers`) and what goes to a worker elsewhere and back are kept so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from registry.download import CHUNK, Reader
+from registry.errors import TrackingError
+from registry.manifest import FileRecord
+
+_STORE = re.compile(r"s3://(?P<bucket>[^/]+)/?(?P<prefix>.*)")
+
+
+@dataclass(frozen=True)
+class ObjectStore:
+    """Files under ``s3://BUCKET/PREFIX``; where that is and as whom, boto3 reads from its own settings (``AWS_…``)."""
+
+    uri: str
+    client: Any
+
+    @classmethod
+    def opened(cls, uri: str) -> ObjectStore:
+        """Open ``s3://BUCKET/PREFIX``; ``TrackingError`` where that is none, or boto3 is absent."""
+        if _STORE.fullmatch(uri) is None:
+            raise TrackingError(f"`{uri}` is no object store: expected s3://BUCKET/PREFIX")
+        try:
+            import boto3  # noqa: PLC0415 - for those who have S3
+        except ImportError as error:
+            raise TrackingError("files are in S3: install boto3") from error
+        return cls(uri, boto3.client("s3"))
+
+    def place(self, sha256: str) -> tuple[str, str]:
+        """The bucket and the key of a content."""
+        match = _STORE.fullmatch(self.uri)
+        prefix = match["prefix"].strip("/") if match else ""
+        return urlsplit(self.uri).netloc, "/".join(filter(None, [prefix, "sha256", sha256]))
+
+    def has(self, record: FileRecord) -> bool:
+        """Whether something of this name and size is there; what it holds, whoever fetches it finds out."""
+        from botocore.exceptions import ClientError  # noqa: PLC0415 - with boto3
+
+        bucket, key = self.place(record.sha256)
+        try:
+            return bool(self.client.head_object(Bucket=bucket, Key=key)["ContentLength"] == record.size)
+        except ClientError:
+            return False
+
+    def put(self, path: Path, record: FileRecord) -> None:
+        """Store a file, and read it back; what is there already is read back alone.
+
+        Raises:
+            TrackingError: the store refuses, or holds something else.
+        """
+        bucket, key = self.place(record.sha256)
+        if not self.has(record):
+            self._asked(lambda: self.client.upload_file(str(path), bucket, key))
+        if self._digest(bucket, key) != record.sha256:
+            raise TrackingError(f"s3://{bucket}/{key} is not what was stored: nothing was removed here")
+
+    def get(self, record: FileRecord, target: Path) -> None:
+        """Fetch a file to ``target``, whole and with its digest, or raise ``TrackingError`` and leave nothing."""
+        bucket, key = self.place(record.sha256)
+        part = target.with_name(target.name + ".part")
+        try:
+            self._asked(lambda: self.client.download_file(bucket, key, str(part)))
+            if digest_of(part) != record.sha256:
+                raise TrackingError(f"s3://{bucket}/{key} has another sha256 than its name: it is damaged")
+            with part.open("rb") as stream:
+                os.fsync(stream.fileno())
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def open(self, sha256: str, start: int) -> AbstractContextManager[tuple[Reader, int]]:
+        """Read a content from a byte on, as `registry.download.Open` has it."""
+        from registry.s3 import S3Artifacts  # noqa: PLC0415 - boto3, for those who have S3
+
+        bucket, key = self.place(sha256)
+        root, _, name = key.rpartition("/")
+        return S3Artifacts(self.client, bucket, root).open(name, start)
+
+    def _digest(self, bucket: str, key: str) -> str:
+        total = hashlib.sha256()
+        body = self._asked(lambda: self.client.get_object(Bucket=bucket, Key=key)["Body"])
+        for chunk in body.iter_chunks(CHUNK):
+            total.update(chunk)
+        return total.hexdigest()
+
+    def _asked(self, act: Callable[[], Any]) -> Any:  # noqa: ANN401 - what boto3 gives
+        from boto3.exceptions import Boto3Error  # noqa: PLC0415 - with boto3
+        from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415
+
+        try:
+            return act()
+        except (Boto3Error, BotoCoreError, ClientError) as error:
+            raise TrackingError(f"{self.uri}: {error}") from error
+
+
+def digest_of(path: Path) -> str:
+    """Sha256 of a file's bytes, as 64 hex digits; ``TrackingError`` where it can't be read."""
+    total = hashlib.sha256()
+    for chunk in _chunks(path):
+        total.update(chunk)
+    return total.hexdigest()
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as stream:
+            while chunk := stream.read(CHUNK):
+                yield chunk
+    except OSError as error:
+        raise TrackingError(f"`{path}` can't be read: {error.strerror}") from error

@@ -1,0 +1,292 @@
+"""Promotion: from a signed release folder to a registered version that an alias names.
+
+The order makes every point of death harmless: upload, read back, READY, version, then the aliases, which the journal
+announces first (`registry.journal`). What a killed promotion left behind is either whole and verified, and then used,
+or unfinished, and then thrown away; no alias ever names it. One promoter of a line is at work at a time
+(`registry.turns`). Nothing is believed but the signed manifest: not the run that calls, nor a check that was skipped.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from registry import journal
+from registry.artifacts import open_artifacts
+from registry.backend import MANIFEST_TAG, MODEL_TAG, Embedded, Version, only_version
+from registry.catalog import current, line
+from registry.errors import Problem, PromotionError, PullError, RegistryError, VerificationError
+from registry.manifest import DOCUMENTS, Manifest
+from registry.moves import CANDIDATE, CHAMPION, Progress, appoint, recover
+from registry.policy import Trust
+from registry.signing import SigningKey
+from registry.stored import differences, verify_stored
+from registry.tracking import connected, database_path, local_folder
+from registry.turns import turn
+from registry.verify import VerificationReport, hash_files, verify
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
+
+EXPERIMENT = "slipway"
+Champion = Literal["automatic", "manual"]
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """A promoted version. ``reused`` says that it was registered before; ``replaced`` is the champion before it."""
+
+    name: str
+    version: str
+    aliases: tuple[str, ...]
+    manifest_digest: str
+    reused: bool
+    replaced: str | None
+
+
+def promote(
+    folder: Path,
+    tracking_uri: str,
+    trusted_keys: Trust,
+    *,
+    champion: Champion = "automatic",
+    required_gates: Sequence[str] | None = None,
+    artifact_root: str | None = None,
+    why: str = "every gate passed",
+    who: str | None = None,
+    key: SigningKey | None = None,
+    progress: Progress = lambda _: None,
+) -> Promotion:
+    """Verify the release in ``folder``, register it as a version of ``MODEL-SCHEME``, and move the aliases to it.
+
+    ``candidate`` always moves; ``champion`` does where ``champion`` is ``automatic``, and then ``previous`` names the
+    champion before. A release that is registered already is not uploaded again. ``artifact_root`` is where a new
+    experiment keeps its files; by default beside an SQLite database, or wherever the server says. ``why``, ``who`` and
+    ``key`` are for the audit trail, as in `registry.moves.promote_version`.
+
+    Raises:
+        PromotionError: The folder is not what was signed, a gate blocks or is absent, or what was uploaded differs.
+            No version was registered, and no alias moved.
+        TrackingError: MLflow can't be reached, or refused.
+    """
+    report = _verified(folder, trusted_keys, required_gates)
+    name, digest = report.manifest.name, report.manifest_digest
+    with turn(tracking_uri, name, progress) as held:
+        found = _registered(tracking_uri, name, digest)
+        wanted = {CANDIDATE, CHAMPION} if champion == "automatic" else {CANDIDATE}
+        if found is not None and wanted <= set(found.aliases) and not _pending(tracking_uri, name):
+            return Promotion(name, found.version, found.aliases, digest, reused=True, replaced=None)
+        with connected(tracking_uri) as client:
+            backend = Embedded(client)
+            recover(held, backend, name, progress)
+            release = _Release(client, tracking_uri, folder, report, progress)
+            if found is None:
+                number = release.register(_experiment(client, tracking_uri, artifact_root))
+            else:
+                _still_whole(found, tracking_uri, trusted_keys, required_gates)
+                number = found.version
+            now = backend.line(name)
+            if now is None:
+                raise PromotionError(f"not promoted: `{name}` was removed meanwhile")
+            entry = appoint(
+                held, backend, now, only_version(backend, name, number), digest,
+                action="promote", why=why, who=who, key=key, also=[CANDIDATE], champion=champion == "automatic",
+            )  # fmt: skip
+        aliases = next(version.aliases for version in current(tracking_uri, name) if version.version == number)
+    progress(f"{name} version {number} is {' and '.join(aliases)}")
+    replaced = next((move.before for move in entry.moves if move.alias == CHAMPION), None) if entry else None
+    return Promotion(name, number, aliases, digest, reused=found is not None, replaced=replaced)
+
+
+def _verified(folder: Path, trusted_keys: Trust, required_gates: Sequence[str] | None) -> VerificationReport:
+    try:
+        return verify(folder, trusted_keys, required_gates=required_gates)
+    except VerificationError as error:
+        raise PromotionError(f"not promoted: {'; '.join(str(problem) for problem in error.problems)}") from error
+
+
+def _still_whole(found: Version, tracking_uri: str, trusted_keys: Trust, required_gates: Sequence[str] | None) -> None:
+    """Verify what was registered before; it may be signed by another key than the folder, or at another time."""
+    try:
+        verify_stored(found, tracking_uri, trusted_keys, required_gates=required_gates)
+    except (VerificationError, PullError) as error:
+        problems = error.problems if isinstance(error, VerificationError) else [error]
+        why = "; ".join(str(problem) for problem in problems)
+        what = f"version {found.version} of `{found.name}`"
+        raise PromotionError(f"not promoted: {what} is not what was signed: {why}") from error
+
+
+def _registered(tracking_uri: str, name: str, digest: str) -> Version | None:
+    return next((found for found in current(tracking_uri, name) if found.manifest_digest == digest), None)
+
+
+def _pending(tracking_uri: str, name: str) -> bool:
+    found = line(tracking_uri, name)
+    return found is not None and journal.pending(journal.records(found)) is not None
+
+
+@dataclass(frozen=True)
+class _Release:
+    """A verified folder on its way into MLflow; nobody else promotes into its line meanwhile."""
+
+    client: MlflowClient
+    tracking_uri: str
+    folder: Path
+    report: VerificationReport
+    progress: Progress
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.report.manifest
+
+    def register(self, experiment: str) -> str:
+        """Upload unless an earlier promotion did, and register; return the version's number."""
+        model = self._left_behind(experiment) or self._upload(experiment)
+        name = self.manifest.name
+        if not self.client.search_registered_models(f"name = '{name}'"):
+            tags = {MODEL_TAG: self.manifest.model, "slipway.scheme": self.manifest.scheme}
+            Embedded(self.client).create_line(name, tags)
+        version = self.client.create_model_version(
+            name,
+            source=model.artifact_location,
+            run_id=model.source_run_id,
+            model_id=model.model_id,
+            tags=self._tags(),
+            description=self._description(),
+        )
+        return str(version.version)
+
+    def check(self, location: str, what: str) -> None:
+        """Compare what is stored with what was signed; ``PromotionError`` names each difference."""
+        problems = self._differences(location)
+        if problems:
+            found = "; ".join(str(problem) for problem in problems)
+            raise PromotionError(f"not promoted: {what} is not what was signed: {found}")
+
+    def _left_behind(self, experiment: str) -> LoggedModel | None:
+        """Return what a killed promotion had uploaded and verified; throw away what it had not."""
+        query = f"tags.`{MANIFEST_TAG}` = '{self.report.manifest_digest}'"
+        for model in self.client.search_logged_models([experiment], filter_string=query):
+            whole = str(model.status) == "READY" and not self._differences(model.artifact_location)
+            if whole:
+                self.progress("an earlier promotion had uploaded this release: registering it")
+                return model
+            self._discard(model)
+        return None
+
+    def _upload(self, experiment: str) -> LoggedModel:
+        manifest = self.manifest
+        self.progress(f"uploading {len(manifest.files)} files, {manifest.size_bytes / 1e6:.1f} MB")
+        run = self.client.create_run(experiment, run_name=f"{manifest.name} {manifest.created}", tags=self._tags())
+        model = self.client.create_logged_model(
+            experiment,
+            name=re.sub(r"[/:.%\"']", "_", manifest.name),  # MLflow allows these in no logged model's name
+            source_run_id=run.info.run_id,
+            tags=self._tags(),
+            params=_params(manifest),
+        )
+        try:
+            self.client.log_model_artifacts(model.model_id, str(self.folder))
+            self.progress("reading back what was uploaded")
+            self.check(model.artifact_location, "what was uploaded")
+            self._log_metrics(run.info.run_id, model.model_id)
+        except BaseException:  # whatever it was, nothing half-made stays where it can be found
+            self._discard(model)
+            raise
+        self.client.set_terminated(run.info.run_id)
+        return self.client.finalize_logged_model(model.model_id, "READY")
+
+    def _differences(self, location: str) -> list[Problem]:
+        own = hash_files(self.folder, [name for name in DOCUMENTS if (self.folder / name).exists()])
+        expected = {name: record.sha256 for name, record in self.manifest.files.items()} | own
+        with open_artifacts(location, self.tracking_uri) as stored:
+            found = set(stored.names())
+            extra = [Problem(name, "extra") for name in sorted(found - expected.keys())]
+            missing = [Problem(name, "missing") for name in sorted(expected.keys() - found)]
+            return (
+                extra
+                + missing
+                + differences(stored, {name: expected[name] for name in sorted(found & expected.keys())})
+            )
+
+    def _discard(self, model: LoggedModel) -> None:
+        """Delete a logged model that no version names, its run, and its files where they are on this machine."""
+        self.client.delete_logged_model(model.model_id)
+        if model.source_run_id:
+            self.client.delete_run(model.source_run_id)
+        files = local_folder(model.artifact_location)
+        if files is not None and files.parent.name == model.model_id:
+            shutil.rmtree(files.parent, ignore_errors=True)
+
+    def _log_metrics(self, run_id: str, model_id: str) -> None:
+        """Log each gate's metrics, so that MLflow's own pages compare versions."""
+        from mlflow.entities import Metric  # noqa: PLC0415 - slow, and imported by `connected` already
+
+        now = int(time.time() * 1000)
+        metrics = [
+            Metric(_metric_name(f"{record.verdict.gate}.{name}"), value, now, 0, model_id=model_id)
+            for record in self.manifest.gates
+            for name, value in record.verdict.metrics.items()
+        ]
+        metrics.append(Metric("size_bytes", float(self.manifest.size_bytes), now, 0, model_id=model_id))
+        self.client.log_batch(run_id, metrics=metrics)
+
+    def _tags(self) -> dict[str, str]:
+        manifest = self.manifest
+        return {
+            MANIFEST_TAG: self.report.manifest_digest,
+            MODEL_TAG: manifest.model,
+            "slipway.scheme": manifest.scheme,
+            "slipway.keyid": self.report.keyid,
+            "slipway.image": manifest.image.reference,
+            "slipway.image_digest": manifest.image.digest,
+            "slipway.source_revision": manifest.source.revision,
+            "slipway.created": manifest.created,
+            **{f"slipway.gate.{gate.verdict.gate}": gate.verdict.status for gate in manifest.gates},
+        }
+
+    def _description(self) -> str:
+        gates = "\n".join(
+            f"- {gate.verdict.gate}: {gate.verdict.status}. {gate.verdict.reason}" for gate in self.manifest.gates
+        )
+        return f"{self.manifest.model}, {self.manifest.scheme}, {self.manifest.created}\n\n{gates}"[:4900]
+
+
+def _params(manifest: Manifest) -> dict[str, str]:
+    quantizer = manifest.quantizer
+    return {
+        "source": manifest.source.uri,
+        "revision": manifest.source.revision,
+        "quantizer": f"{quantizer.backend} {quantizer.version}",
+        "method": quantizer.method,
+        **{f"quantizer.{name}": str(value) for name, value in quantizer.parameters.items()},
+        "runtime": manifest.image.runtime,
+    }
+
+
+def _metric_name(name: str) -> str:
+    return re.sub(r"[^\w\-. /:]", "_", name)
+
+
+def _experiment(client: MlflowClient, tracking_uri: str, artifact_root: str | None) -> str:
+    from mlflow.exceptions import MlflowException  # noqa: PLC0415 - slow, and imported by `connected` already
+
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is not None:
+        return str(found.experiment_id)
+    path = database_path(tracking_uri)
+    if artifact_root is None and path is not None:
+        artifact_root = (path.absolute().parent / "artifacts").as_uri()
+    try:
+        return str(client.create_experiment(EXPERIMENT, artifact_location=artifact_root))
+    except MlflowException as error:
+        found = client.get_experiment_by_name(EXPERIMENT)
+        if found is None:
+            raise RegistryError(f"the experiment `{EXPERIMENT}` can't be made: {error}") from error
+        return str(found.experiment_id)

@@ -1,0 +1,92 @@
+"""What was made from what: the manifest, told as SLSA provenance (v1) in an in-toto statement.
+
+It says nothing that the manifest does not, and is made from it by a pure function; so verification makes it again and
+compares. It is for those who read SLSA and not Slipway: policy engines, admission controllers. https://slsa.dev/spec/v1.0
+
+The function is frozen, since what was signed must be made again to the byte: another one is another `BUILD`, beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from registry.manifest import MANIFEST, Manifest, canonical_json, digest_of
+
+STATEMENT = "https://in-toto.io/Statement/v1"
+PREDICATE = "https://slsa.dev/provenance/v1"
+BUILD = "urn:slipway:release:v1"
+
+
+def statement(manifest: Manifest) -> bytes:
+    """Return the statement in canonical JSON.
+
+    Its subjects are the model's files, the image and the manifest; its dependencies the source, the calibration, the
+    image's base and the pins of both environments; its byproducts each gate's evidence, with the verdict, and the SBOM.
+    """
+    return canonical_json(
+        {
+            "_type": STATEMENT,
+            "subject": list(_subjects(manifest)),
+            "predicateType": PREDICATE,
+            "predicate": {
+                "buildDefinition": {
+                    "buildType": BUILD,
+                    "externalParameters": {
+                        "model": manifest.model,
+                        "scheme": manifest.scheme,
+                        "source": {"uri": manifest.source.uri, "revision": manifest.source.revision},
+                        "quantizer": {
+                            "backend": manifest.quantizer.backend,
+                            "version": manifest.quantizer.version,
+                            "method": manifest.quantizer.method,
+                            "parameters": dict(manifest.quantizer.parameters),
+                        },
+                        "runtime": manifest.image.runtime,
+                    },
+                    "internalParameters": {"hardware": manifest.hardware.model_dump(mode="json")},
+                    "resolvedDependencies": list(_dependencies(manifest)),
+                },
+                "runDetails": {
+                    "builder": {"id": BUILD},
+                    "metadata": {"finishedOn": manifest.created},
+                    "byproducts": list(_byproducts(manifest)),
+                },
+            },
+        }
+    )
+
+
+def _subjects(manifest: Manifest) -> Iterator[Mapping[str, Any]]:
+    for name, record in sorted(manifest.files.items()):
+        if not name.startswith("release/"):
+            yield {"name": name, "digest": {"sha256": record.sha256}}
+    yield {"name": manifest.image.reference, "digest": _digest(manifest.image.digest)}
+    yield {"name": MANIFEST, "digest": _digest(digest_of(manifest.canonical()))}
+
+
+def _dependencies(manifest: Manifest) -> Iterator[Mapping[str, Any]]:
+    source, quantizer, image = manifest.source, manifest.quantizer, manifest.image
+    yield {"name": "source", "uri": source.uri, "annotations": {"revision": source.revision}}
+    for name, record in sorted(source.files.items()):
+        yield {"name": f"source/{name}", "digest": {"sha256": record.sha256}}
+    if quantizer.calibration is not None:
+        calibration = quantizer.calibration
+        yield {"name": "calibration", "uri": calibration.uri, "digest": _digest(calibration.digest)}
+    yield {"name": "quantizer's pins", "digest": _digest(quantizer.pins_digest)}
+    yield {"name": "image's base", "digest": _digest(image.base_digest)}
+    yield {"name": "image's pins", "digest": _digest(image.pins_digest)}
+
+
+def _byproducts(manifest: Manifest) -> Iterator[Mapping[str, Any]]:
+    for gate in manifest.gates:
+        verdict = gate.verdict
+        told = {"gate": verdict.gate, "status": verdict.status, "reason": verdict.reason}
+        for name, digest in sorted(gate.evidence.items()):
+            yield {"name": name, "digest": _digest(digest), "annotations": told}
+    yield {"name": manifest.sbom.path, "digest": _digest(manifest.sbom.digest)}
+
+
+def _digest(digest: str) -> Mapping[str, str]:
+    algorithm, _, value = digest.partition(":")
+    return {algorithm: value}

@@ -1,0 +1,68 @@
+"""A file over HTTP, from a byte on, read from the socket straight into the caller's buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from urllib.parse import urlsplit
+
+from registry.download import Broken, Reader
+from registry.errors import TrackingError
+
+_SECONDS = 60.0  # without a byte
+_PASSING = (408, 425, 429, 500, 502, 503, 504)
+"""Statuses that say: not now."""
+
+
+class _Body:
+    """What is left of a response."""
+
+    def __init__(self, response: HTTPResponse) -> None:
+        self._response = response
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        """Fill the buffer, or some of it; 0 at the end."""
+        try:
+            return self._response.readinto(buffer)
+        except (HTTPException, OSError) as error:
+            raise Broken(_reason(error)) from error
+
+
+@contextmanager
+def stream(address: str, headers: Mapping[str, str], start: int) -> Iterator[tuple[Reader, int]]:
+    """Ask for the file at ``address`` from byte ``start`` on, over a connection of its own.
+
+    Raises:
+        Broken: The other side is busy or out of reach.
+        TrackingError: It refuses, or there is no such file.
+    """
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise TrackingError(f"`{parts.scheme}` addresses can't be read: {parts._replace(query='').geturl()}")
+    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+    connection = kind(parts.hostname, parts.port, timeout=_SECONDS)
+    asked = {**headers, "Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    try:
+        try:
+            connection.request("GET", f"{parts.path}?{parts.query}" if parts.query else parts.path, headers=asked)
+            response = connection.getresponse()
+        except (HTTPException, OSError) as error:
+            raise Broken(_reason(error)) from error
+        yield _Body(response), _start(response, parts._replace(query="").geturl(), start)
+    finally:
+        connection.close()
+
+
+def _start(response: HTTPResponse, place: str, start: int) -> int:
+    if response.status in _PASSING:
+        raise Broken(f"{place} answers {response.status}")
+    if response.status == 200:
+        return 0
+    if response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+        return start
+    raise TrackingError(f"{place} answers {response.status}, not with the file")
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip() or type(error).__name__

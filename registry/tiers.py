@@ -1,0 +1,219 @@
+"""Storage tiers: large files of versions that nobody uses, in object storage by digest instead of on the local disk.
+
+A version's folder is `…/m-ID/artifacts`; beside it, `cold.json` says which of its files are elsewhere::
+
+    {"schema": "slipway.cold/v1", "store": "s3://BUCKET/PREFIX", "files": {NAME: {"sha256": …, "size": …}}}
+
+The laws, which hold at every moment, so that an interrupted move loses nothing and a pull never fails for one:
+
+- a file that `cold.json` names is in the store, read back and found to have its digest, before it is named;
+- a local file goes only after it is named, and the name goes only after the local file is back, with its digest;
+- so each file is readable in one place at least; where it is in both, the local one is read.
+
+Objects are named by their content (`registry.objects`): two versions with the same file share one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from registry.backend import Version
+from registry.catalog import current, names
+from registry.errors import ManifestError, TrackingError
+from registry.manifest import MANIFEST, FileRecord, Manifest
+from registry.objects import ObjectStore, digest_of
+from registry.retention import referred
+from registry.tracking import local_folder
+from registry.turns import turn
+
+MARKER = "cold.json"
+SCHEMA = "slipway.cold/v1"
+# Smaller files stay: manifests, tokenizers and evidence are what one looks at.
+LEAST_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Move:
+    """One version to move: ``to`` is ``cold`` or ``hot``; ``bytes`` are what is freed here, or fetched."""
+
+    version: Version
+    to: str
+    why: str
+    bytes: int
+
+    @property
+    def name(self) -> str:
+        """The version, as a person names it."""
+        return f"{self.version.name} version {self.version.version}"
+
+
+def cold_files(folder: Path) -> tuple[str, Mapping[str, FileRecord]]:
+    """The store and the files that a version's folder has there; nothing where none are cold.
+
+    Raises:
+        TrackingError: `cold.json` can't be read.
+    """
+    path = folder.parent / MARKER
+    try:
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return "", {}
+    except (OSError, ValueError) as error:
+        raise TrackingError(f"`{path}` can't be read: {error}") from error
+    if document.get("schema") != SCHEMA:
+        raise TrackingError(f"`{path}` has schema {document.get('schema')!r}; this program reads `{SCHEMA}`")
+    return str(document["store"]), {
+        name: FileRecord.model_validate(record) for name, record in document["files"].items()
+    }
+
+
+def cool(version: Version, store: ObjectStore, progress: Callable[[str], None], least: int = LEAST_BYTES) -> int:
+    """Move a version's large files to the store; return how many bytes that freed here.
+
+    Raises:
+        TrackingError: a file is not what the manifest says, or the store refuses; nothing was removed.
+    """
+    folder = _folder(version)
+    _, before = cold_files(folder)
+    manifest = _manifest(version, folder)
+    chosen = {name: record for name, record in manifest.files.items() if record.size >= least}
+    for name, record in chosen.items():
+        path = folder / name
+        if name in before and not path.exists():
+            continue
+        if digest_of(path) != record.sha256:
+            raise TrackingError(f"`{path}` is not what the manifest says: it is not moved")
+        progress(f"{version.name} version {version.version}: {name}, {record.size / 1e6:.1f} MB")
+        store.put(path, record)
+    if not chosen:
+        return 0
+    _mark(folder, store.uri, chosen)
+    freed = 0
+    for name, record in chosen.items():
+        if (folder / name).exists():
+            (folder / name).unlink()
+            freed += record.size
+    return freed
+
+
+def warm(version: Version, store: ObjectStore, progress: Callable[[str], None]) -> int:
+    """Bring a version's cold files back; return how many bytes were fetched.
+
+    Raises:
+        TrackingError: the store refuses, or holds something else; what is cold stays so.
+    """
+    folder = _folder(version)
+    _, cold = cold_files(folder)
+    fetched = 0
+    for name, record in cold.items():
+        if (folder / name).exists():
+            continue
+        progress(f"{version.name} version {version.version}: {name}, {record.size / 1e6:.1f} MB")
+        # Beside the folder, whose files are all of the release: half a file there would be one too many.
+        beside = folder.parent / f"warming-{record.sha256}"
+        store.get(record, beside)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        beside.replace(folder / name)
+        fetched += record.size
+    (folder.parent / MARKER).unlink(missing_ok=True)
+    return fetched
+
+
+def plan_moves(
+    tracking_uri: str,
+    *,
+    unused_for: timedelta,
+    aliased: bool | Callable[[str], bool] = False,
+    now: datetime | None = None,
+    least: int = LEAST_BYTES,
+) -> list[Move]:
+    """Say which versions on this machine are to move: the unused to the cold, what an alias needs back.
+
+    The last use is the newest time at which a large file was read, as the file system keeps it (with `relatime`, to a
+    day), or the version's own. ``aliased`` says whether versions with an alias may be cold too, by their line's name.
+    """
+    at = now or datetime.now(UTC)
+    moves = []
+    for name in names(tracking_uri):
+        needed = referred(tracking_uri, name)
+        may = aliased if isinstance(aliased, bool) else aliased(name)
+        for version in current(tracking_uri, name):
+            folder = local_folder(version.location)
+            if folder is None or version.manifest_digest is None or not folder.is_dir():
+                continue
+            keep = version.version in needed and not may
+            cold = [record for file, record in cold_files(folder)[1].items() if not (folder / file).exists()]
+            if cold and keep:
+                moves.append(Move(version, "hot", "an alias names it", sum(record.size for record in cold)))
+                continue
+            large = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size >= least]
+            used = max([version.created, *(_used(path) for path in large)])
+            if large and not keep and at - used >= unused_for:
+                size = sum(path.stat().st_size for path in large)
+                moves.append(Move(version, "cold", f"last used {used:%Y-%m-%d}, no alias needs it here", size))
+    return moves
+
+
+def carry_out(
+    moves: list[Move], tracking_uri: str, store: ObjectStore, progress: Callable[[str], None], least: int = LEAST_BYTES
+) -> list[Move]:
+    """Make the moves, each line's in its turn, so that no alias moves meanwhile; return those that were made.
+
+    Raises:
+        TrackingError: a store refuses; what was not moved is as it was.
+    """
+    made = []
+    for move in moves:
+        with turn(tracking_uri, move.version.name, progress) as held:
+            held.check()
+            needed = move.version.version in referred(tracking_uri, move.version.name)
+            if move.to == "cold" and needed and "no alias" in move.why:
+                progress(f"{move.name} has an alias now: it stays")
+                continue
+            if move.to == "cold":
+                cool(move.version, store, progress, least)
+            else:
+                warm(move.version, store, progress)
+            made.append(move)
+    return made
+
+
+def _folder(version: Version) -> Path:
+    folder = local_folder(version.location)
+    if folder is None or not folder.is_dir():
+        raise TrackingError(f"{version.name} version {version.version} is not in a folder of this machine")
+    return folder
+
+
+def _manifest(version: Version, folder: Path) -> Manifest:
+    try:
+        manifest = Manifest.parse((folder / MANIFEST).read_bytes())
+    except (OSError, ManifestError) as error:
+        raise TrackingError(f"{version.name} version {version.version} has no readable manifest: {error}") from error
+    if manifest.digest != version.manifest_digest:
+        raise TrackingError(f"{version.name} version {version.version} is not what was registered: it is not moved")
+    return manifest
+
+
+def _mark(folder: Path, store: str, files: Mapping[str, FileRecord]) -> None:
+    """Write `cold.json` whole, on the disk before anything is removed."""
+    document = {
+        "schema": SCHEMA,
+        "store": store,
+        "files": {name: record.model_dump() for name, record in files.items()},
+    }
+    part = folder.parent / f"{MARKER}.part"
+    with part.open("w") as stream:
+        stream.write(json.dumps(document, indent=1))
+        stream.flush()
+        os.fsync(stream.fileno())
+    part.replace(folder.parent / MARKER)
+
+
+def _used(path: Path) -> datetime:
+    return datetime.fromtimestamp(path.stat().st_atime, UTC)

@@ -1,0 +1,220 @@
+"""Whether a folder is, to the byte, the release that a trusted key signed and whose gates all passed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from registry.bundle import files_of, is_bundle, open_bundle, payload_of
+from registry.errors import ManifestError, Problem, SigningError, VerificationError
+from registry.manifest import DOCUMENTS, MANIFEST, PROVENANCE, SIGNATURE, FileRecord, Manifest
+from registry.policy import Policy, Trust, policy_of
+from registry.provenance import statement as provenance_of
+from registry.signing import Signature, verify_signature
+
+_CHUNK = 1 << 20
+_DOCUMENT_LIMIT = 64 << 20  # no manifest is larger; a file that claims to be one is not read into memory
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """A folder that is what was signed: its manifest, who signed it, and how much was read."""
+
+    manifest: Manifest
+    manifest_digest: str
+    keyid: str
+    files: int
+    bytes: int
+
+
+def verify(folder: Path, trusted_keys: Trust, *, required_gates: Sequence[str] | None = None) -> VerificationReport:
+    """Check a release folder against its signed manifest and the policy, or the keys, that are given.
+
+    Raises:
+        VerificationError: It lists every file that is changed, missing, extra, or no plain file; a signature that is
+            absent, invalid or by an untrusted key; each gate that blocks, each required one that is absent, and
+            evidence that is too old.
+    """
+    policy = policy_of(trusted_keys, required_gates)
+    if not folder.is_dir():
+        raise VerificationError(folder, [Problem("release", "there is no such folder")])
+    if not any(os.path.lexists(folder / name) for name in (MANIFEST, SIGNATURE)):
+        raise VerificationError(folder, [Problem("release", f"this folder is none: it has no {MANIFEST}")])
+    found, problems = _walk(folder)
+    document, more = _signed_document(folder, policy)
+    problems += more
+    if document is None:
+        raise VerificationError(folder, _ordered(problems))
+    manifest, keyid = document.manifest, document.keyid
+    problems += policy.judge(manifest)
+    problems += compare_files(folder, manifest.files, found, blamed={problem.what for problem in problems})
+    if problems or keyid is None:
+        raise VerificationError(folder, _ordered(problems))
+    return VerificationReport(manifest, manifest.digest, keyid, len(manifest.files), manifest.size_bytes)
+
+
+def compare_files(
+    folder: Path, expected: Mapping[str, FileRecord], found: Mapping[str, int], blamed: set[str] | None = None
+) -> list[Problem]:
+    """Compare the files ``found`` (path → size) with those ``expected``; what is in ``blamed`` was reported already."""
+    blamed = blamed or set()
+    extra = [Problem(name, "extra: not in the manifest") for name in found if name not in expected]
+    missing = [Problem(name, "missing") for name in expected if name not in found and name not in blamed]
+    resized = {
+        name: Problem(name, f"changed: {found[name]} bytes, {record.size} in the manifest")
+        for name, record in expected.items()
+        if name in found and found[name] != record.size
+    }
+    to_hash = [name for name in expected if name in found and name not in resized]
+    digests = hash_files(folder, to_hash)
+    changed = [
+        Problem(name, "changed: another sha256 than in the manifest" if digests[name] else "can't be read")
+        for name in to_hash
+        if digests[name] != expected[name].sha256
+    ]
+    return [*extra, *missing, *resized.values(), *changed]
+
+
+def hash_files(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """Return the SHA-256 of each file in hexadecimal, read in parallel; empty where a file can't be read."""
+    workers = max(1, min(8, os.cpu_count() or 1, len(names)))
+    with ThreadPoolExecutor(workers, thread_name_prefix="sha256") as pool:
+        return dict(zip(names, pool.map(lambda name: _sha256(folder / name), names), strict=True))
+
+
+def plain_files(folder: Path) -> dict[str, int]:
+    """Return the files that a manifest covers (path → size); ``VerificationError`` where one is not a plain file."""
+    found, problems = _walk(folder)
+    if problems:
+        raise VerificationError(folder, _ordered(problems))
+    return found
+
+
+def _walk(folder: Path) -> tuple[dict[str, int], list[Problem]]:
+    """Find the files that a manifest covers (path → size), and what may not be in a release folder; follow no link."""
+    found: dict[str, int] = {}
+    problems: list[Problem] = []
+    for entry in _entries(folder):
+        name = Path(entry.path).relative_to(folder).as_posix()
+        mode = entry.stat(follow_symlinks=False).st_mode
+        if stat.S_ISLNK(mode):
+            problems.append(Problem(name, f"a symlink to `{Path(entry.path).readlink()}`: a release holds plain files"))
+        elif not stat.S_ISREG(mode):
+            problems.append(Problem(name, "not a plain file"))
+        elif name not in DOCUMENTS:
+            found[name] = entry.stat(follow_symlinks=False).st_size
+    return found, problems
+
+
+def _entries(folder: Path | str) -> Iterator[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _entries(entry.path)
+            else:
+                yield entry
+
+
+@dataclass
+class _Document:
+    """What the documents of a release say: ``keyid`` is None where no trusted signature covers them."""
+
+    manifest: Manifest
+    keyid: str | None
+
+
+def _signed_document(folder: Path, policy: Policy) -> tuple[_Document | None, list[Problem]]:
+    """Read the manifest and check its signature; one that is readable is returned whatever its signature says."""
+    data, problems = _read(folder, MANIFEST)
+    envelope, more = _read(folder, SIGNATURE)
+    problems += more
+    manifest = None
+    if data is not None:
+        try:
+            manifest = Manifest.parse(data)
+        except ManifestError as error:
+            problems.append(Problem(MANIFEST, str(error)))
+    keyid = None
+    if data is not None and envelope is not None:
+        try:
+            if is_bundle(envelope):
+                keyid, statement = open_bundle(envelope, policy.keys, policy.authorities)
+                problems += _uncovered(folder, data, manifest, files_of(statement))
+            else:
+                keyid = verify_signature(Signature.parse(envelope), data, policy.keys)
+                if os.path.lexists(folder / PROVENANCE):
+                    problems.append(Problem(PROVENANCE, "extra: not covered by the signature"))
+        except SigningError as error:
+            problems.append(Problem(SIGNATURE, str(error)))
+    return None if manifest is None else _Document(manifest, keyid), problems
+
+
+def _uncovered(folder: Path, data: bytes, manifest: Manifest | None, signed: Mapping[str, str]) -> list[Problem]:
+    """Hold manifest, provenance and the list of files to what was signed."""
+    if signed.get(MANIFEST) != hashlib.sha256(data).hexdigest():
+        return [Problem(SIGNATURE, "it is not over this manifest: one of the two was altered")]
+    if manifest is None:
+        return []
+    provenance, problems = _read(folder, PROVENANCE)
+    if provenance is not None:
+        if signed.get(PROVENANCE) != hashlib.sha256(provenance).hexdigest():
+            problems.append(Problem(PROVENANCE, "changed: another sha256 than was signed"))
+        elif payload_of(provenance) != provenance_of(manifest):
+            problems.append(Problem(PROVENANCE, "it says something else than the manifest"))
+    expected = {name: record.sha256 for name, record in manifest.files.items()}
+    if {name: digest for name, digest in signed.items() if name not in (MANIFEST, PROVENANCE)} != expected:
+        problems.append(Problem(SIGNATURE, "it covers other files than the manifest lists"))
+    return problems
+
+
+def _read(folder: Path, name: str) -> tuple[bytes | None, list[Problem]]:
+    try:
+        descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as file:
+            data = file.read(_DOCUMENT_LIMIT + 1)
+    except FileNotFoundError:
+        return None, [Problem(name, "missing")]
+    except OSError as error:
+        return None, [Problem(name, f"can't be read: {error.strerror}")]
+    if len(data) > _DOCUMENT_LIMIT:
+        return None, [Problem(name, f"larger than {_DOCUMENT_LIMIT} bytes: no manifest is")]
+    return data, []
+
+
+def _sha256(path: Path) -> str:
+    """Hash a file in chunks; empty where it can't be read or is no plain file any more."""
+    total = hashlib.sha256()
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb", buffering=0) as file:
+            while chunk := file.read(_CHUNK):
+                total.update(chunk)
+    except OSError:
+        return ""
+    return total.hexdigest()
+
+
+def _ordered(problems: Sequence[Problem]) -> list[Problem]:
+    """Say each thing once, what is wrong with the release as a whole first."""
+    unique = {str(problem): problem for problem in problems}
+    whole = ("release", *DOCUMENTS)
+    return sorted(unique.values(), key=lambda problem: (problem.what not in whole, problem.what))
+
+
+def check_documents(folder: Path, policy: Policy, expected_digest: str) -> VerificationReport:
+    """Check manifest, signature and policy, before anything large is fetched; ``VerificationError`` as `verify`."""
+    document, problems = _signed_document(folder, policy)
+    if document is not None:
+        problems += policy.judge(document.manifest)
+        digest = document.manifest.digest
+        if digest != expected_digest:
+            problems.append(Problem(MANIFEST, f"its digest is {digest}, not {expected_digest} as registered"))
+    if document is None or problems or document.keyid is None:
+        raise VerificationError(folder, _ordered(problems))
+    manifest = document.manifest
+    return VerificationReport(manifest, manifest.digest, document.keyid, len(manifest.files), manifest.size_bytes)

@@ -1,0 +1,70 @@
+"""What every test may use, and the rule that nothing skips for want of something that a machine can have."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import docker
+import pytest
+
+from containers.engine import connect
+from homes import make_home
+from pipeline.settings import Settings
+from pipeline.workers import Workers
+
+# The one thing that `make test` cannot install.
+_MAY_LACK = "needs a GPU"
+_skipped: list[str] = []
+
+
+def pytest_configure() -> None:
+    # A shell's background job is started deaf to Ctrl-C, and so is all that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and isinstance(report.longrepr, tuple) and _MAY_LACK not in report.longrepr[2]:
+        _skipped.append(f"{report.nodeid}: {report.longrepr[2]}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _skipped:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for line in _skipped:
+        terminalreporter.write_line(f"FAILED for skipping what this machine can have: {line}", red=True)
+
+
+@pytest.fixture(scope="session")
+def machine() -> Settings:
+    """The settings that `make test` prepared: its engine and environments are shared by all tests."""
+    return Settings.read()
+
+
+@pytest.fixture(scope="session")
+def engine(machine: Settings) -> Iterator[docker.DockerClient]:
+    """A real container engine."""
+    client = connect(machine.docker_host, machine.home)
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory, machine: Settings) -> dict[str, str]:
+    """The environment of an empty $SLIPWAY_HOME that this session's stage tests share."""
+    return make_home(tmp_path_factory.mktemp("slipway") / "home", machine)
+
+
+@pytest.fixture(scope="session")
+def settings(home: dict[str, str]) -> Settings:
+    """The settings of the session's home."""
+    return Settings.read(home)
+
+
+@pytest.fixture
+def run_worker(settings: Settings) -> Workers:
+    """Runs a worker script in its real environment."""
+    return Workers(settings, print)

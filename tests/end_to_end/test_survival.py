@@ -1,0 +1,147 @@
+"""Killed at any point: after the restart the release is whole, promoted once, and nothing is left of the dead."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import docker
+import pytest
+
+from containers.sandbox import home_digest
+from homes import Slipway, forget
+from pipeline.instance import open_instance
+from pipeline.settings import Settings
+from ui_server import RUNS, Ui, processes_of, workers_of
+
+
+@pytest.fixture
+def ui(slipway: Slipway, released: dict[str, Any]) -> Iterator[Callable[[], Ui]]:
+    """Starts the servers, and in the end ends the last ones that it started."""
+    started: list[Ui] = []
+
+    def start() -> Ui:
+        started.append(Ui(slipway))
+        started[-1].announced()
+        return started[-1]
+
+    yield start
+    if started[-1].process.poll() is None:
+        assert started[-1].end(signal.SIGTERM) == 0
+    assert processes_of(slipway.home) == {}
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(slipway: Slipway, engine: docker.DockerClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """After each test: no worker, no container, nothing half made, no slot, no run that goes on, one of each alias."""
+    for name in ("SLIPWAY_DAGSTER_STORAGE", "SLIPWAY_DAGSTER_POSTGRES"):
+        monkeypatch.setenv(name, "")  # put back afterwards: opening an instance sets it
+    yield
+    assert workers_of(slipway.home) == {}
+    label = f"slipway.home={home_digest(slipway.home)}"
+    assert engine.containers.list(all=True, filters={"label": label}) == []
+    assert list((slipway.home / "artifacts" / ".making").iterdir()) == []
+    assert list((slipway.home / "dagster" / "alive").iterdir()) == []
+    with open_instance(Settings.read(dict(slipway.variables))) as instance:
+        assert instance.event_log_storage.get_concurrency_info("gpu").active_run_ids == set()
+        assert [run for run in instance.get_runs() if not run.is_finished] == []
+    for versions in slipway.aliases().values():
+        held = [alias for aliases in versions.values() for alias in aliases]
+        assert len(held) == len(set(held))
+        assert {"candidate", "champion"} <= set(held)
+
+
+def kill(processes: dict[int, str], what: str = "") -> None:
+    """Kill those of the processes whose command has ``what`` in it."""
+    found = [pid for pid, command in processes.items() if what in command]
+    assert found, what
+    for pid in found:
+        with contextlib.suppress(ProcessLookupError):  # died of another's death
+            os.kill(pid, signal.SIGKILL)
+
+
+def cut_off(slipway: Slipway, ui: Ui, stage: str) -> str:
+    """Drop what a stage of the release has made, launch it, and return its run once it is in the middle of that."""
+    made = forget(slipway, stage)
+    run_id = ui.launch("gptq")
+    making = slipway.home / "artifacts" / ".making"
+    deadline = time.monotonic() + 120
+    while not list(making.glob(f"{made}-*")):
+        assert time.monotonic() < deadline, ui.status(run_id)
+        time.sleep(0.002)
+    return run_id
+
+
+def comes_to_its_end(ui: Ui, run_id: str) -> None:
+    """Wait until the run has gone well after all, or the daemon has taken it up by itself, once, and that went well."""
+    deadline = time.monotonic() + 300
+    while ui.status(run_id) != "SUCCESS":
+        runs = ui(RUNS)["runsOrError"]["results"]
+        again = [run for run in runs if {"key": "dagster/parent_run_id", "value": run_id} in run["tags"]]
+        if again and again[0]["status"] in {"SUCCESS", "FAILURE", "CANCELED"}:
+            assert [run["status"] for run in again] == ["SUCCESS"]
+            break
+        assert time.monotonic() < deadline, runs
+        time.sleep(0.5)
+
+
+def promoted_at_most_once(slipway: Slipway, before: dict[str, Any]) -> None:
+    assert len(slipway.aliases()["demo-gptq"]) - len(before["demo-gptq"]) <= 1
+
+
+def test_a_killed_worker_fails_its_run_which_goes_on_from_there_when_it_is_launched_again(
+    slipway: Slipway, ui: Callable[[], Ui]
+) -> None:
+    running = ui()
+    run_id = cut_off(slipway, running, "load")
+    deadline = time.monotonic() + 120
+    while not workers_of(slipway.home):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    kill(workers_of(slipway.home))
+    assert running.wait(run_id, seconds=60) == "FAILURE"
+    assert running.wait(running.launch("gptq"), seconds=300) == "SUCCESS"
+
+
+def test_a_run_whose_process_is_killed_is_taken_up_by_the_daemon(slipway: Slipway, ui: Callable[[], Ui]) -> None:
+    running = ui()
+    for stage in ("image", "scan", "release"):
+        before = slipway.aliases()
+        run_id = cut_off(slipway, running, stage)
+        kill(processes_of(slipway.home), "multiprocessing.spawn")
+        comes_to_its_end(running, run_id)
+        promoted_at_most_once(slipway, before)
+    wait_for_burial(slipway)
+
+
+def wait_for_burial(slipway: Slipway) -> None:
+    """Wait for the tick that sees to what a killed process has left."""
+    alive: Path = slipway.home / "dagster" / "alive"
+    deadline = time.monotonic() + 90
+    while list(alive.iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+@pytest.mark.parametrize(
+    ("what", "stages"), [("dagster._daemon", ("image", "scan", "release")), ("", ("image", "load", "release"))],
+    ids=["the daemon", "everything"],
+)  # fmt: skip
+def test_what_was_cut_off_is_taken_up_after_the_restart(
+    slipway: Slipway, ui: Callable[[], Ui], what: str, stages: tuple[str, ...]
+) -> None:
+    running = ui()
+    for stage in stages:
+        before = slipway.aliases()
+        run_id = cut_off(slipway, running, stage)
+        kill(processes_of(slipway.home), what)
+        assert running.process.wait(60) != 0
+        assert processes_of(slipway.home) == {}
+        running = ui()
+        comes_to_its_end(running, run_id)
+        promoted_at_most_once(slipway, before)

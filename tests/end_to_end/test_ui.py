@@ -1,0 +1,171 @@
+"""`slipway ui`: what a person sees and launches in a browser, and that command line and UI see the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from browser import chromium
+from homes import DEMO, Slipway, forget
+from pipeline.instance import open_instance
+from pipeline.settings import CHECKOUT, Settings
+from ui_server import RUNS, TERMINATE, Ui, processes_of, two_free_ports, workers_of
+
+
+def litter() -> set[str]:
+    """What is in the checkout, but for what tools keep there."""
+    return {path.name for path in CHECKOUT.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the demo's file, for a test to change."""
+    folder = tmp_path_factory.mktemp("models")
+    write_limit(folder, 2000)
+    return folder
+
+
+def write_limit(models: Path, p95_latency_ms: int) -> None:
+    """Write the demo's file with another limit; whatever was measured stands."""
+    spec = yaml.safe_load(DEMO.with_suffix(".yaml").read_text().replace("file:demo/", f"file:{DEMO}/"))
+    spec["load"]["slo"]["p95_latency_ms"] = p95_latency_ms
+    (models / "demo.yaml").write_text(yaml.safe_dump(spec))
+
+
+@pytest.fixture
+def ui(slipway: Slipway, released: dict[str, Any], models: Path) -> Iterator[Ui]:
+    found = Ui(Slipway({**slipway.variables, "SLIPWAY_MODELS": str(models)}))
+    yield found
+    if found.process.poll() is None:
+        found.end(signal.SIGTERM)
+    assert processes_of(slipway.home) == {}
+
+
+def test_a_person_launches_watches_reads_and_backfills_in_a_browser(
+    slipway: Slipway, ui: Ui, models: Path, machine: Settings
+) -> None:
+    before, versions = litter(), slipway.aliases()["demo-gptq"]
+    assert f"http://127.0.0.1:{ui.port}\n" in ui.announced()
+    assert httpx.get(f"http://127.0.0.1:{ui.port + 1}/health", timeout=10, trust_env=False).status_code == 200
+    with chromium(f"http://127.0.0.1:{ui.port}", machine.home / "test-artifacts" / "ui") as browser:
+        browser.open("/asset-groups")
+        browser.sees("source", "quantized", "image", "baseline", "drift", "scan", "load", "release")
+        browser.picture("1-graph")
+
+        # One partition, with something to do, but nothing that a browser's own work beside it would spoil.
+        forget(slipway, "scan")
+        run = browser.launch("gptq")
+        browser.open(run)
+        browser.sees("Executing (1)")
+        browser.picture("2-live-logs")
+        assert ui.wait(run.rpartition("/")[2], seconds=300) == "SUCCESS"
+        browser.sees("Success")
+        browser.picture("3-promoted")
+        after = slipway.aliases()["demo-gptq"]
+        (new,) = set(after) - set(versions)
+        assert after[new] == ("candidate", "champion")
+
+        for asset in ("drift", "scan", "load", "release"):
+            browser.open(f"/assets/{asset}?partition=demo%7Cgptq")
+            browser.sees("Owners", "ml-engineers", "Metadata")
+            browser.picture(f"4-{asset}")
+            if asset in {"drift", "load"}:
+                browser.shows_pictures()
+                browser.picture(f"4-{asset}-pictures")
+
+        # The same evidence against a limit that can't be met: refused in seconds, and said so where one looks first.
+        write_limit(models, 1)
+        refused = browser.launch("gptq")
+        assert ui.wait(refused.rpartition("/")[2], seconds=120) == "FAILURE"
+        browser.open(refused)
+        browser.filters_log("refuses")
+        browser.sees("the load gate refuses: fail, p95_latency_ms")
+        browser.picture("5-refused")
+        browser.open("/assets/load?view=checks&checkDetail=load_gate")
+        browser.sees("p95_latency_ms")
+        browser.picture("5-refused-gate")
+        write_limit(models, 2000)
+
+        backfill = browser.launch(None)
+        browser.open(backfill)
+        browser.sees("100% completed")
+        browser.picture("6-backfill")
+    runs = ui(RUNS)["runsOrError"]["results"]
+    of_backfill = {"key": "dagster/backfill", "value": backfill.rpartition("/")[2]}
+    assert [run["status"] for run in runs if of_backfill in run["tags"]] == ["SUCCESS", "SUCCESS"]
+    assert slipway.aliases()["demo-gptq"] == after
+
+    # The command line beside it reuses what the browser's runs made, and its run shows in the browser.
+    beside = json.loads(slipway("release", "demo", "--scheme", "gptq", "--json").stdout)
+    assert [entry["outcome"] for entry in beside["releases"]] == ["up-to-date"]
+    assert len(ui(RUNS)["runsOrError"]["results"]) == len(runs) + 1
+    assert litter() == before
+    assert ui.end(signal.SIGINT) == 0
+
+
+@pytest.fixture
+def unquantized(slipway: Slipway, released: dict[str, Any]) -> Iterator[None]:
+    """The checkpoints are put aside, so that a run has a worker to start, and back."""
+    there = slipway.home / "artifacts" / "quantized"
+    aside = there.with_name("aside")
+    there.rename(aside)
+    yield
+    shutil.rmtree(there, ignore_errors=True)
+    aside.rename(there)
+
+
+def test_a_terminated_run_leaves_no_worker_and_ending_the_servers_ends_their_runs(
+    slipway: Slipway, unquantized: None, ui: Ui, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ui.announced()
+    terminated = launch_and_wait_for_worker(ui, slipway)
+    ui(TERMINATE, id=terminated)
+    assert ui.wait(terminated, seconds=60) == "CANCELED"
+    assert workers_of(slipway.home) == {}
+
+    cut_off = launch_and_wait_for_worker(ui, slipway)
+    assert ui.end(signal.SIGTERM) == 0
+    assert processes_of(slipway.home) == {}
+    assert workers_of(slipway.home) == {}
+    # What a person terminated stays so; what the end of the servers cut off is taken up at their next start.
+    for name in ("SLIPWAY_DAGSTER_STORAGE", "SLIPWAY_DAGSTER_POSTGRES"):
+        monkeypatch.setenv(name, "")  # put back afterwards: opening an instance sets them
+    with open_instance(Settings.read(dict(slipway.variables))) as instance:
+        run = instance.get_run_by_id(cut_off)
+        assert run is not None
+        assert run.is_failure
+        assert run.tags["dagster/will_retry"] == "true"
+
+
+def launch_and_wait_for_worker(ui: Ui, slipway: Slipway) -> str:
+    run_id = ui.launch("awq")
+    deadline = time.monotonic() + 120
+    while not workers_of(slipway.home):
+        assert time.monotonic() < deadline
+        assert ui.status(run_id) not in {"SUCCESS", "FAILURE"}
+        time.sleep(0.2)
+    return run_id
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_taken_port_is_one_clear_line(slipway: Slipway, offset: int) -> None:
+    port = two_free_ports()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port + offset))
+        taken.listen()
+        done = slipway("ui", "--port", str(port))
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert str(port + offset) in line
+    assert "--port" in line
+    assert processes_of(slipway.home) == {}

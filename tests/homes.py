@@ -1,0 +1,73 @@
+"""Homes for tests: a $SLIPWAY_HOME of their own on what the machine already has, and the command in one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from containers.engine import connect
+from containers.trivy import engine_variables
+from pipeline.settings import Settings
+from registry import catalog
+
+DEMO = Path(__file__).parent.parent / "models" / "demo"
+SLIPWAY = str(Path(sys.executable).parent / "slipway")
+
+
+def make_home(folder: Path, machine: Settings) -> dict[str, str]:
+    """Prepare an empty $SLIPWAY_HOME that borrows the machine's environments, wheels, layers and engine.
+
+    Returns the environment in which `slipway` uses it.
+    """
+    folder.mkdir(parents=True)
+    for name in ("envs", "wheels", "images", "trivy"):
+        (machine.home / name).mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(machine.home / name)
+    client = connect(machine.docker_host, machine.home)
+    engine = engine_variables(client)
+    client.close()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLIPWAY_", "MLFLOW_"))}
+    return {**kept, "SLIPWAY_HOME": str(folder), **engine}
+
+
+@dataclass(frozen=True)
+class Slipway:
+    """The command, in a home of its own."""
+
+    variables: Mapping[str, str]
+
+    @property
+    def home(self) -> Path:
+        return Path(self.variables["SLIPWAY_HOME"])
+
+    def __call__(self, *words: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = {**self.variables, **variables}
+        return subprocess.run([SLIPWAY, *map(str, words)], env=environment, capture_output=True, text=True, check=False)
+
+    def start(self, *words: str | Path) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [SLIPWAY, *map(str, words)],
+            env=dict(self.variables),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def aliases(self) -> dict[str, dict[str, tuple[str, ...]]]:
+        """Every release line's versions with their aliases."""
+        uri = Settings.read(dict(self.variables)).tracking_uri
+        return {name: {v.version: v.aliases for v in catalog.current(uri, name)} for name in catalog.names(uri)}
+
+
+def forget(slipway: Slipway, stage: str, release: str = "demo@gptq") -> str:
+    """Drop what a stage of one release has made, and nothing else; return by what name the store keeps it."""
+    handle = json.loads((slipway.home / "dagster" / "handles" / stage / f"{release}.json").read_text())
+    shutil.rmtree(slipway.home / "artifacts" / handle["stage"] / handle["key"])
+    kept: str = handle["stage"]
+    return kept

@@ -1,0 +1,124 @@
+"""A stand-in for Kubernetes' API: takes jobs that its published schemas take, and runs them as processes here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import kubernetes_validate
+
+from pipeline.settings import CHECKOUT
+
+NAMESPACE, TOKEN = "models", "a token"
+_JOBS = f"/apis/batch/v1/namespaces/{NAMESPACE}/jobs"
+_PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
+
+
+@dataclass
+class Api:
+    """``jobs`` are the manifests that were taken, by name; what is deleted goes from ``processes`` alone."""
+
+    address: str
+    folder: Path
+    variables: Mapping[str, str]
+    jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def start(self, manifest: dict[str, Any]) -> None:
+        kubernetes_validate.validate(manifest, "1.37", strict=True)
+        name = manifest["metadata"]["name"]
+        (container,) = manifest["spec"]["template"]["spec"]["containers"]
+        python, *arguments = container["command"]
+        assert python == "python"
+        environment = {each["name"]: each["value"] for each in container["env"]} | dict(self.variables)
+        self.jobs[name] = manifest
+        with (self.folder / name).open("wb") as log:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, *arguments], cwd=CHECKOUT, env=environment, stdout=log, stderr=log
+            )
+
+    def stop(self, name: str) -> None:
+        process = self.processes.pop(name)
+        process.terminate()
+        process.wait(30)
+
+    def condition(self, name: str) -> list[dict[str, str]]:
+        status = self.processes[name].poll()
+        if status is None:
+            return []
+        reason = {} if status == 0 else {"reason": "BackoffLimitExceeded", "message": "Job has reached the limit"}
+        return [{"type": "Failed" if status else "Complete", "status": "True", **reason}]
+
+
+@contextmanager
+def kubernetes_api(folder: Path, variables: Mapping[str, str]) -> Iterator[Api]:
+    """Start it on loopback; ``variables`` are what a pod has of its secrets and volumes."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
+        python = {"PATH": os.environ["PATH"], "PYTHONPATH": str(CHECKOUT)}
+        api = Api(f"http://127.0.0.1:{server.server_port}", folder, {**python, **variables})
+        server.api = api  # type: ignore[attr-defined]
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield api
+        finally:
+            server.shutdown()
+            thread.join()
+            for name in list(api.processes):
+                api.stop(name)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        api, url = self._api(), urlsplit(self.path)
+        if url.path.startswith(f"{_JOBS}/") and (name := url.path.rsplit("/", 1)[1]) in api.processes:
+            self._reply({**api.jobs[name], "status": {"conditions": api.condition(name)}})
+        elif url.path == _PODS:
+            name = parse_qs(url.query)["labelSelector"][0].removeprefix("job-name=")
+            pod = {"metadata": {"name": f"{name}-x2b4c"}, "status": {"phase": "Running"}}
+            self._reply({"items": [pod] if name in api.processes else []})
+        elif found := re.fullmatch(rf"{_PODS}/(.+)-x2b4c/log", url.path):
+            self._reply((api.folder / found[1]).read_bytes())
+        else:
+            self._reply({"message": "not found"}, 404)
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.headers["Authorization"] != f"Bearer {TOKEN}":
+            self._reply({"message": "Unauthorized"}, 401)
+            return
+        try:
+            self._api().start(body)
+        except kubernetes_validate.ValidationError as error:
+            self._reply({"message": str(error)}, 422)
+        else:
+            self._reply(body, 201)
+
+    def do_DELETE(self) -> None:
+        self._api().stop(urlsplit(self.path).path.rsplit("/", 1)[1])
+        self._reply({})
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def _api(self) -> Api:
+        api: Api = self.server.api  # type: ignore[attr-defined]
+        return api
+
+    def _reply(self, content: dict[str, Any] | bytes, status: int = 200) -> None:
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)

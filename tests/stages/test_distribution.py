@@ -1,0 +1,130 @@
+"""A real registry, spoken to directly: what is sent, what is not, and what is attached."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from loopback_registry import serving
+
+from containers import base as bases
+from containers import mlbom
+from containers.blobs import BlobStore
+from containers.distribution import DistributionError, Registry, parse
+from containers.errors import ImageError
+from containers.image import model_layers, push_layers
+from containers.oci import OciImage, digest_of
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[str]:
+    """A registry on loopback."""
+    with serving(tmp_path / "registry") as served:
+        yield served
+
+
+def checkpoint(folder: Path, *shards: bytes, tokenizer: str = "{}") -> tuple[Path, dict[str, str]]:
+    folder.mkdir()
+    for number, data in enumerate(shards):
+        (folder / f"model-{number}.safetensors").write_bytes(data * 100_000)
+    (folder / "tokenizer.json").write_text(tokenizer)
+    known = {path.name: digest_of(path.read_bytes()).removeprefix("sha256:") for path in folder.iterdir()}
+    return folder, known
+
+
+def pushed(
+    address: str, store: BlobStore, name: str, folder: Path, known: dict[str, str]
+) -> tuple[OciImage, tuple[int, int, int]]:
+    with Registry(address) as registry:
+        blobs = push_layers(registry, name, (), model_layers(folder, known), store)
+        image = OciImage({"Labels": {}}, tuple(blobs), tuple("model" for _ in blobs), {})
+        registry.put_blob(name, image.config)
+        registry.put_manifest(name, "1", image.manifest)
+        traffic = registry.traffic
+    return image, (traffic.sent, traffic.skipped, traffic.mounted)
+
+
+def test_a_scheme_that_changes_one_shard_moves_that_shard_only(address: str, tmp_path: Path) -> None:
+    store = BlobStore(tmp_path / "images")
+    first, _ = pushed(address, store, "demo-awq", *checkpoint(tmp_path / "one", b"a", b"b", b"c"))
+    second, (sent, skipped, mounted) = pushed(
+        address, store, "demo-gptq", *checkpoint(tmp_path / "two", b"a", b"x", b"c")
+    )
+    assert [left.digest == right.digest for left, right in zip(first.layers, second.layers, strict=True)] == [
+        True, False, True, True,
+    ]  # fmt: skip
+    assert 100_000 < sent < 110_000
+    assert mounted == sum(layer.size for layer in second.layers) - second.layers[1].size
+    _, (sent, skipped, mounted) = pushed(address, store, "demo-gptq", *checkpoint(tmp_path / "again", b"a", b"x", b"c"))
+    assert (sent < 5000, skipped > 300_000, mounted) == (True, True, 0)
+
+
+def test_a_changed_tokenizer_moves_kilobytes(address: str, tmp_path: Path) -> None:
+    store = BlobStore(tmp_path / "images")
+    pushed(address, store, "demo", *checkpoint(tmp_path / "one", b"a", b"b"))
+    _, (sent, _, _) = pushed(address, store, "demo", *checkpoint(tmp_path / "two", b"a", b"b", tokenizer='{"new": 1}'))
+    assert sent < 10_000
+
+
+def test_what_is_not_known_by_digest_arrives_whole(address: str, tmp_path: Path) -> None:
+    folder, _ = checkpoint(tmp_path / "one", b"a")
+    image, _ = pushed(address, BlobStore(tmp_path / "images"), "demo", folder, {})
+    with Registry(address) as registry:
+        for layer in image.layers:
+            assert digest_of(b"".join(registry.blob("demo", layer.digest))) == layer.digest
+
+
+def test_a_base_comes_by_digest_blob_by_blob_and_is_not_fetched_twice(address: str, tmp_path: Path) -> None:
+    image, _ = pushed(address, BlobStore(tmp_path / "a"), "library/base", *checkpoint(tmp_path / "one", b"a"))
+    reference = f"{address}/library/base:1@{image.digest}"
+    store, said = BlobStore(tmp_path / "b"), list[str]()
+    base = bases._fetched(reference, store, said.append)
+    assert (base.digest, [layer.diff_id for layer in base.layers]) == (image.digest, image.diff_ids)
+    assert all(store.has(layer.digest, layer.size) for layer in base.layers)
+    assert bases._fetched(reference, store, said.append) == base or len(said) == 1
+    with pytest.raises(ImageError, match="is not in its registry"):
+        bases._fetched(f"{address}/library/base:1@sha256:{'0' * 64}", store, said.append)
+
+
+def test_bills_are_attached_once_and_found_by_the_image(address: str, tmp_path: Path) -> None:
+    image, _ = pushed(address, BlobStore(tmp_path / "images"), "demo", *checkpoint(tmp_path / "one", b"a"))
+    (tmp_path / "sbom.cdx.json").write_text('{"bomFormat": "CycloneDX"}')
+    (tmp_path / "mlbom.cdx.json").write_text('{"bomFormat": "CycloneDX", "ml": true}')
+    documents = {name: (mlbom.KIND, tmp_path / name) for name in ("sbom.cdx.json", "mlbom.cdx.json")}
+    reference = f"{address}/demo@{image.digest}"
+    attached = mlbom.attach(reference, documents)
+    assert mlbom.attach(reference, documents) == attached
+    with Registry(address) as registry:
+        found = registry.referrers("demo", image.digest)
+        assert {entry["digest"] for entry in found} == set(attached.values())
+        assert {entry["artifactType"] for entry in found} == {mlbom.KIND}
+        manifest = registry.manifest("demo", attached["mlbom.cdx.json"])
+        assert manifest is not None
+        document = json.loads(manifest[0])
+        assert document["subject"]["digest"] == image.digest
+        (layer,) = document["layers"]
+        assert json.loads(b"".join(registry.blob("demo", layer["digest"])))["ml"] is True
+
+
+def test_a_registry_that_is_not_there_is_named() -> None:
+    with (
+        Registry("127.0.0.1:9") as registry,
+        pytest.raises(DistributionError, match=r"127\.0\.0\.1:9 can't be reached"),
+    ):
+        registry.has("x", "sha256:" + "0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("reference", "parts"),
+    [
+        ("debian", ("docker.io", "library/debian", "")),
+        ("nvidia/cuda:13", ("docker.io", "nvidia/cuda", "13")),
+        ("nvidia/cuda:13@sha256:ab", ("docker.io", "nvidia/cuda", "sha256:ab")),
+        ("127.0.0.1:5000/slipway/demo-awq:x", ("127.0.0.1:5000", "slipway/demo-awq", "x")),
+        ("localhost/a", ("localhost", "a", "")),
+    ],
+)
+def test_references_are_read_as_docker_reads_them(reference: str, parts: tuple[str, str, str]) -> None:
+    assert parse(reference) == parts

@@ -1,0 +1,181 @@
+"""Workers as jobs of Kubernetes: what is asked is valid by its published schemas, and a stand-in of its API runs it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from kubernetes_api import NAMESPACE, TOKEN, Api, kubernetes_api
+from real_server import AWS, BUCKET, s3_server
+from test_ray import ENVIRONMENT, RUN, SLEEPS, wait_for, wait_until_gone, write
+
+from pipeline.errors import SettingsError, WorkerFailed
+from pipeline.launchers.chosen import launcher
+from pipeline.launchers.kubernetes import KubernetesCluster
+from pipeline.launchers.placement import Kubernetes, placement
+from pipeline.launchers.task import Task
+from pipeline.settings import CHECKOUT, Settings
+from pipeline.workers import Workers
+from registry.manifest import FileRecord
+
+IMAGE = "registry.example/slipway-worker@sha256:" + "a" * 64
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """The cluster, and how to run workers on it."""
+
+    api: Api
+    variables: dict[str, str]
+    file: Path
+
+    def configure(self, **changes: object) -> None:
+        placed = {
+            "launcher": "kubernetes", "address": self.api.address, "namespace": NAMESPACE, "image": IMAGE,
+            "store": f"s3://{BUCKET}/artifacts", "token": str(self.file.with_name("token")), "certificate": None,
+        }  # fmt: skip
+        self.file.write_text(yaml.safe_dump({**placed, **changes}))
+
+    def run(self, script: Path, folder: Path, **request: object) -> dict[str, Any]:
+        settings = Settings.read(self.variables)
+        return Workers(settings, print, launcher=launcher(settings, print))(ENVIRONMENT, script, request, folder)
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with s3_server(tmp_path_factory.mktemp("cloud")) as address:
+        yield {**AWS, "AWS_ENDPOINT_URL": address}
+
+
+@pytest.fixture
+def elsewhere(
+    tmp_path: Path, home: dict[str, str], s3: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Elsewhere]:
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "token").write_text(f"{TOKEN}\n")
+    with kubernetes_api(there, {**s3, "SLIPWAY_HOME": home["SLIPWAY_HOME"], "HOME": str(there)}) as api:
+        found = Elsewhere(api, {**home, **s3, "SLIPWAY_WORKERS": str(there / "workers.yaml")}, there / "workers.yaml")
+        found.configure()
+        yield found
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Iterator[Path]:
+    """A script beside the real ones, since a pod has the checkout's alone."""
+    path = CHECKOUT / "pipeline" / "quantizers" / f"of_a_test_{tmp_path.name}.py"
+    yield path
+    path.unlink(missing_ok=True)
+
+
+def test_a_worker_runs_on_the_nodes_and_with_the_gpus_that_are_configured(
+    elsewhere: Elsewhere, script: Path, tmp_path: Path
+) -> None:
+    elsewhere.configure(
+        gpus=2, node_selector={"nvidia.com/gpu.product": "NVIDIA-H200"}, secrets=["s3"], claim="environments",
+        tolerations=[{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}], memory="64Gi",
+    )  # fmt: skip
+    output = tmp_path / "output"
+    output.mkdir()
+    (tmp_path / "text.txt").write_text("text")
+    body = 'Path(request["output"], "o.txt").write_text(Path(request["text"]).read_text().upper())\nreturn {"n": 1}'
+    assert elsewhere.run(write(script, body), tmp_path, text=tmp_path / "text.txt", output=output) == {"n": 1}
+    assert (output / "o.txt").read_text() == "TEXT"
+    (job,) = elsewhere.api.jobs.values()
+    pod = job["spec"]["template"]["spec"]
+    assert job["spec"]["backoffLimit"] == 0
+    assert pod["containers"][0]["image"] == IMAGE
+    assert pod["containers"][0]["resources"]["limits"] == {"cpu": "4", "memory": "64Gi", "nvidia.com/gpu": "2"}
+    assert pod["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-H200"}
+    assert pod["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    assert "testing" not in str(job)  # S3's key comes from the secret
+
+
+def test_a_mistake_in_a_job_would_be_found(elsewhere: Elsewhere) -> None:
+    where = placement(elsewhere.file)
+    assert isinstance(where, Kubernetes)
+    errand = FileRecord(sha256="a" * 64, size=3)
+    manifest = KubernetesCluster(where).manifest("a-job", errand, Task("aiperf", Path("s.py"), {}, Path(), {}))
+    kubernetes_validate.validate(manifest, "1.37", strict=True)
+    manifest["spec"]["template"]["spec"]["nodeSelektor"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(manifest, "1.37", strict=True)
+
+
+def test_a_token_that_is_not_there_is_named(elsewhere: Elsewhere, script: Path, tmp_path: Path) -> None:
+    elsewhere.configure(token=str(tmp_path / "none"))
+    with pytest.raises(SettingsError, match=r"`token`.*none"):
+        elsewhere.run(write(script, "return {}"), tmp_path)
+
+
+def test_who_may_not_is_told_so_without_the_token(elsewhere: Elsewhere, script: Path, tmp_path: Path) -> None:
+    elsewhere.file.with_name("token").write_text("another token")
+    with pytest.raises(WorkerFailed, match=r"refused POST .*Unauthorized") as raised:
+        elsewhere.run(write(script, "return {}"), tmp_path)
+    assert "another" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [("raise WorkerError('no GPU here')", "no GPU here"), ("os.kill(os.getpid(), 9)", "was killed")],
+)
+def test_how_it_failed_is_told_as_if_it_had_run_here(
+    elsewhere: Elsewhere, script: Path, tmp_path: Path, body: str, told: str
+) -> None:
+    with pytest.raises(WorkerFailed, match=told):
+        elsewhere.run(write(script, body), tmp_path)
+
+
+def test_a_pod_that_dies_is_told_with_the_clusters_own_words(
+    elsewhere: Elsewhere, script: Path, tmp_path: Path
+) -> None:
+    write(script, SLEEPS.format(pid=str(tmp_path / "pid"), seconds=600))
+
+    def evict() -> None:
+        wait_for(tmp_path / "pid")
+        (process,) = elsewhere.api.processes.values()
+        process.kill()
+
+    evicting = threading.Thread(target=evict)
+    evicting.start()
+    with pytest.raises(WorkerFailed, match="BackoffLimitExceeded: Job has reached the limit"):
+        elsewhere.run(script, tmp_path)
+    evicting.join()
+    wait_until_gone(int((tmp_path / "pid").read_text()))
+
+
+def start(elsewhere: Elsewhere, script: Path, folder: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", RUN, ENVIRONMENT, str(script), str(folder)]
+    return subprocess.Popen(command, env=elsewhere.variables, cwd=CHECKOUT)
+
+
+def test_an_interrupted_run_deletes_its_job(elsewhere: Elsewhere, script: Path, tmp_path: Path) -> None:
+    process = start(elsewhere, write(script, SLEEPS.format(pid=str(tmp_path / "pid"), seconds=600)), tmp_path)
+    worker = wait_for(tmp_path / "pid")
+    process.send_signal(2)
+    process.wait(30)
+    wait_until_gone(worker)
+    assert elsewhere.api.processes == {}
+
+
+def test_after_a_killed_run_the_next_one_follows_the_same_job(
+    elsewhere: Elsewhere, script: Path, tmp_path: Path
+) -> None:
+    write(script, SLEEPS.format(pid=str(tmp_path / "pid"), seconds=4))
+    process = start(elsewhere, script, tmp_path)
+    wait_for(tmp_path / "pid")
+    process.kill()
+    process.wait()
+    (tmp_path / "again").mkdir()
+    assert elsewhere.run(script, tmp_path / "again") == {"slept": True}
+    assert len(elsewhere.api.jobs) == 1

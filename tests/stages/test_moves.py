@@ -1,0 +1,217 @@
+"""Rollback, promotion by hand, canary and the audit trail, against a real MLflow."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from release_folder import make_release
+
+from registry import canary, journal, promote_version, pull, rollback
+from registry.catalog import current, line
+from registry.errors import PromotionError, TrackingError
+from registry.promote import promote
+from registry.signing import SigningKey, load_or_create_key
+from registry.tracking import connected, local_folder
+
+CHECKOUT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def key(tmp_path_factory: pytest.TempPathFactory) -> SigningKey:
+    return load_or_create_key(tmp_path_factory.mktemp("keys") / "release.pem")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, key: SigningKey) -> Path:
+    """A store with three releases of one line, made once."""
+    folder = tmp_path_factory.mktemp("store")
+    for number in range(3):
+        make_release(folder / f"release-{number}", key, created=f"2026-11-24T01:02:0{number}Z")
+        promote(folder / f"release-{number}", f"sqlite:///{folder}/mlflow.db", [key.public], key=key)
+    return folder
+
+
+@pytest.fixture
+def uri(store: Path, tmp_path: Path) -> str:
+    """A copy of that store; the files are shared, which nothing here changes but by way of a copy of its own."""
+    shutil.copy(store / "mlflow.db", tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def by_alias(uri: str) -> dict[str, str]:
+    return {alias: version.version for version in current(uri, "demo-awq") for alias in version.aliases}
+
+
+def trail(uri: str) -> list[journal.Record]:
+    found = line(uri, "demo-awq")
+    assert found is not None
+    return journal.records(found)
+
+
+def test_a_rollback_swaps_and_a_second_one_swaps_back(uri: str, key: SigningKey, tmp_path: Path) -> None:
+    back = rollback("demo-awq", uri, [key.public], why="answers got worse", who="ann@host")
+    assert (back.version, back.replaced, back.aliases) == ("2", "3", ("champion",))
+    assert by_alias(uri) == {"candidate": "3", "champion": "2", "previous": "3"}
+    assert pull("demo-awq", tmp_path / "out", tracking_uri=uri, trusted_keys=[key.public]).version == "2"
+    again = rollback("demo-awq", uri, [key.public])
+    assert (again.version, again.replaced) == ("3", "2")
+    assert by_alias(uri) == {"candidate": "3", "champion": "3", "previous": "2"}
+
+
+def test_the_audit_trail_says_who_when_from_to_and_why_in_order_and_signed(uri: str, key: SigningKey) -> None:
+    rollback("demo-awq", uri, [key.public], why="answers got worse", who="ann@host", key=key)
+    found = trail(uri)
+    assert [record.entry.number for record in found] == [1, 2, 3, 4]
+    assert {record.state for record in found} == {"done"}
+    assert [record.entry.when for record in found] == sorted(record.entry.when for record in found)
+    last = found[-1].entry
+    assert (last.action, last.who, last.why) == ("rollback", "ann@host", "answers got worse")
+    assert [(move.alias, move.before, move.after) for move in last.moves] == [
+        ("champion", "3", "2"),
+        ("previous", "2", "3"),
+    ]
+    assert all(record.signed_by([key.public]) == key.public.keyid for record in found)
+
+
+def test_an_entry_that_was_altered_is_signed_no_more(uri: str, key: SigningKey, tmp_path: Path) -> None:
+    last = trail(uri)[-1]
+    forged = last.model_copy(update={"entry": last.entry.model_copy(update={"why": "another"})})
+    assert last.signed_by([key.public]) == key.public.keyid
+    assert forged.signed_by([key.public]) is None
+    assert last.signed_by([load_or_create_key(tmp_path / "other.pem").public]) is None
+    assert last.model_copy(update={"signature": "?"}).signed_by([key.public]) is None
+
+
+def test_a_version_is_made_champion_by_hand(uri: str, key: SigningKey) -> None:
+    moved = promote_version("demo-awq", "1", uri, [key.public])
+    assert (moved.version, moved.replaced) == ("1", "3")
+    assert by_alias(uri) == {"candidate": "3", "champion": "1", "previous": "3"}
+    assert promote_version("demo-awq", "1", uri, [key.public]).entry is None
+    assert len(trail(uri)) == 4
+
+
+def test_a_canary_is_recorded_pulled_and_ended(uri: str, key: SigningKey, tmp_path: Path) -> None:
+    canary("demo-awq", "1", 10, uri, [key.public])
+    found = line(uri, "demo-awq")
+    assert found is not None
+    assert json.loads(found.tags["slipway.canary"]) == {"version": "1", "weight": 10}
+    assert pull("demo-awq@canary", tmp_path / "out", tracking_uri=uri, trusted_keys=[key.public]).version == "1"
+    canary("demo-awq", "1", 0, uri, [key.public])
+    assert "canary" not in by_alias(uri)
+    canary("demo-awq", "1", 50, uri, [key.public])
+    promote_version("demo-awq", "1", uri, [key.public])
+    found = line(uri, "demo-awq")
+    assert found is not None
+    assert found.tags["slipway.canary"] == "{}"
+    assert "canary" not in found.aliases
+
+
+def test_what_makes_no_sense_is_refused_and_moves_nothing(uri: str, key: SigningKey) -> None:
+    before = by_alias(uri)
+    with pytest.raises(PromotionError, match="version 3 of `demo-awq` is champion"):
+        canary("demo-awq", "3", 10, uri, [key.public])
+    with pytest.raises(PromotionError, match="no share of the traffic"):
+        canary("demo-awq", "1", 101, uri, [key.public])
+    with pytest.raises(PromotionError, match="is no canary"):
+        canary("demo-awq", "1", 0, uri, [key.public])
+    with pytest.raises(TrackingError, match=r"no version 9 \(there is: 1, 2, 3\)"):
+        promote_version("demo-awq", "9", uri, [key.public])
+    with pytest.raises(PromotionError, match="did you mean `demo-awq`"):
+        rollback("demo-aqw", uri, [key.public])
+    assert by_alias(uri) == before
+    assert len(trail(uri)) == 3
+
+
+def test_the_first_champion_has_nothing_to_go_back_to(tmp_path: Path, store: Path, key: SigningKey) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    promote(store / "release-0", uri, [key.public])
+    with pytest.raises(PromotionError, match="nothing to go back to"):
+        rollback("demo-awq", uri, [key.public])
+
+
+def test_a_version_that_was_altered_becomes_champion_by_no_command(
+    tmp_path: Path, store: Path, key: SigningKey
+) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    for number in range(2):
+        promote(store / f"release-{number}", uri, [key.public])
+    older = next(version for version in current(uri, "demo-awq") if version.version == "1")
+    folder = local_folder(older.location)
+    assert folder is not None
+    (folder / "config.json").write_bytes(b"{}")
+    for command in (
+        lambda: rollback("demo-awq", uri, [key.public]),
+        lambda: promote_version("demo-awq", "1", uri, [key.public]),
+        lambda: canary("demo-awq", "1", 10, uri, [key.public]),
+    ):
+        with pytest.raises(PromotionError, match=r"config\.json: changed"):
+            command()
+    with pytest.raises(PromotionError, match="gate rescan: the release has no verdict"):
+        promote_version("demo-awq", "2", uri, [key.public], required_gates=["rescan"])
+    assert by_alias(uri) == {"candidate": "2", "champion": "2", "previous": "1"}
+    assert len(trail(uri)) == 2
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import mlflow
+from registry import rollback
+from registry.signing import load_trusted_keys
+
+name, call, uri, public = sys.argv[1:]
+left = int(call)
+method = getattr(mlflow.MlflowClient, name)
+
+def dying(*arguments, **options):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return method(*arguments, **options)
+
+setattr(mlflow.MlflowClient, name, dying)
+rollback("demo-awq", uri, load_trusted_keys([Path(public)]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "call"),
+    [
+        ("set_registered_model_alias", "1"),
+        ("set_registered_model_alias", "2"),
+        ("set_registered_model_tag", "2"),
+    ],
+)
+def test_a_killed_rollback_is_finished_and_not_done_twice(
+    uri: str, key: SigningKey, tmp_path: Path, step: str, call: str
+) -> None:
+    (tmp_path / "key.pub").write_bytes(key.public.pem())
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, step, call, uri, str(tmp_path / "key.pub")],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(CHECKOUT), "MLFLOW_DISABLE_TELEMETRY": "true"},
+        check=False,
+    )
+    assert killed.returncode == -9
+    assert trail(uri)[-1].state == "begun"
+    moved = rollback("demo-awq", uri, [key.public])
+    assert (moved.finished, moved.version) == (True, "2")
+    assert by_alias(uri) == {"candidate": "3", "champion": "2", "previous": "3"}
+    assert [record.state for record in trail(uri)] == ["done"] * 4
+
+
+def test_an_act_whose_version_is_gone_is_abandoned(uri: str, key: SigningKey) -> None:
+    record = trail(uri)[-1]
+    entry = record.entry.model_copy(update={"number": 4, "version": "7"})
+    entry = entry.model_copy(update={"moves": (journal.Move(alias="champion", before="3", after="7"),)})
+    begun = journal.Record(state="begun", entry=entry)
+    with connected(uri) as client:
+        client.set_registered_model_tag("demo-awq", "slipway.journal.000004", begun.model_dump_json())
+    assert rollback("demo-awq", uri, [key.public]).version == "2"
+    assert [found.state for found in trail(uri)] == ["done", "done", "done", "abandoned", "done"]

@@ -1,0 +1,81 @@
+"""What is removed, and above all what is not."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from release_folder import make_release
+
+from registry import journal, pull
+from registry.catalog import current, line
+from registry.promote import promote
+from registry.retention import plan, remove
+from registry.signing import SigningKey, load_or_create_key
+from registry.tracking import connected, local_folder
+
+LATER = datetime.now(UTC) + timedelta(days=60)
+
+
+@pytest.fixture(scope="module")
+def key(tmp_path_factory: pytest.TempPathFactory) -> SigningKey:
+    return load_or_create_key(tmp_path_factory.mktemp("keys") / "release.pem")
+
+
+@pytest.fixture
+def uri(tmp_path: Path, key: SigningKey) -> str:
+    """Five versions: 5 is champion and candidate, 4 previous."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    for number in range(5):
+        make_release(tmp_path / f"release-{number}", key, created=f"2026-11-24T01:02:0{number}Z")
+        promote(tmp_path / f"release-{number}", uri, [key.public])
+    return uri
+
+
+def test_what_nothing_refers_to_goes_with_its_files_and_the_rest_stays(
+    uri: str, key: SigningKey, tmp_path: Path
+) -> None:
+    with connected(uri) as client:
+        client.set_registered_model_alias("demo-awq", "pinned", "2")
+    assert plan(uri) == []  # too young, too few
+    assert plan(uri, keep=1, now=LATER) == plan(uri, keep=1, now=LATER)
+    doomed = plan(uri, keep=1, now=LATER)
+    assert [item.name for item in doomed] == ["demo-awq version 3", "demo-awq version 1"]
+    assert all(item.bytes > 10_000 for item in doomed)
+    folders = {version.version: local_folder(version.location) for version in current(uri, "demo-awq")}
+    assert remove(doomed, uri) == doomed
+    assert [version.version for version in current(uri, "demo-awq")] == ["5", "4", "2"]
+    assert {number for number, folder in folders.items() if folder is not None and folder.exists()} == {"5", "4", "2"}
+    found = line(uri, "demo-awq")
+    assert found is not None
+    assert len(journal.records(found)) == 5, "the audit trail stays"
+    assert pull("demo-awq@previous", tmp_path / "out", tracking_uri=uri, trusted_keys=[key.public]).version == "4"
+    assert remove(doomed, uri) == []
+
+
+def test_what_is_referred_to_by_the_time_it_is_to_go_stays(uri: str, key: SigningKey) -> None:
+    doomed = plan(uri, keep=1, now=LATER)
+    with connected(uri) as client:
+        client.set_registered_model_alias("demo-awq", "pinned", "3")
+    found = line(uri, "demo-awq")
+    assert found is not None
+    begun = journal.records(found)[-1]
+    entry = begun.entry.model_copy(
+        update={"number": 6, "moves": (journal.Move(alias="champion", before="5", after="1"),)}
+    )
+    with connected(uri) as client:
+        record = journal.Record(state="begun", entry=entry)
+        client.set_registered_model_tag("demo-awq", "slipway.journal.000006", record.model_dump_json())
+    assert [item.name for item in remove(doomed, uri)] == ["demo-awq version 2"]
+
+
+def test_cached_files_that_no_folder_shares_go(uri: str, key: SigningKey, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    pull("demo-awq", tmp_path / "one", tracking_uri=uri, trusted_keys=[key.public], cache=cache)
+    assert plan(uri, cache=cache) == []
+    (tmp_path / "one" / "config.json").unlink()
+    (doomed,) = plan(uri, cache=cache)
+    remove([doomed], uri)
+    assert doomed.path is not None
+    assert not doomed.path.exists()

@@ -1,0 +1,375 @@
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from bundle_evidence import DIGEST, GATEWAY, IMAGE, evidence, manifest, on_gpu, written
+
+from containers.gateway.config import Routes
+from containers.gateway.config import Settings as GatewaySettings
+from containers.kubernetes import discover
+from containers.kubernetes.autoscaling import (
+    Behaviour,
+    Day,
+    Replica,
+    make_day,
+    memory_gauge,
+    outstanding,
+    request_count,
+    simulate,
+)
+from containers.kubernetes.bundle import BundleError, write_bundle
+from containers.kubernetes.numbers import Evidence, numbers
+
+# Objects of operators, whose schemas are no part of Kubernetes.
+OPERATORS = {"ServiceMonitor", "PrometheusRule"}
+KUSTOMIZE = {"Kustomization", "Component"}
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    written(evidence() if request.param == "cpu" else on_gpu(), tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def objects(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for path in sorted(folder.rglob("*.yaml")):
+        for document in yaml.safe_load_all(path.read_text()):
+            yield path, document
+
+
+def one(folder: Path, kind: str, name: str) -> dict[str, Any]:
+    found = [each for _, each in objects(folder) if each.get("kind") == kind and each["metadata"]["name"] == name]
+    return found[0]
+
+
+# The files
+
+
+def test_every_object_is_what_kubernetes_has_published(folder: Path) -> None:
+    kinds = set()
+    for path, document in objects(folder):
+        kind = document.get("kind")
+        if kind in OPERATORS | KUSTOMIZE or kind is None or path.parent.name == "weights":
+            continue
+        kubernetes_validate.validate(document, "1.37", strict=True)
+        kinds.add(kind)
+    assert kinds == {
+        "Namespace", "ServiceAccount", "Deployment", "Service", "PodDisruptionBudget", "NetworkPolicy", "ConfigMap",
+        "HorizontalPodAutoscaler",
+    }  # fmt: skip
+
+
+def test_a_mistake_would_be_found(folder: Path) -> None:
+    broken = one(folder, "Deployment", "demo-awq-engine")
+    broken["spec"]["template"]["spec"]["terminationGracePeriod"] = 5
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(broken, "1.37", strict=True)
+
+
+def test_what_kustomize_is_pointed_at_is_there_and_nothing_is_forgotten(folder: Path) -> None:
+    named: set[Path] = set()
+    for path, document in objects(folder):
+        if document.get("kind") not in KUSTOMIZE:
+            continue
+        for entry in [*document.get("resources", ()), *document.get("components", ())]:
+            assert (path.parent / entry).exists()
+            named.add((path.parent / entry).resolve())
+        for generator in document.get("configMapGenerator", ()):
+            named |= {(path.parent / entry).resolve() for entry in generator["files"]}
+        for patch in document.get("patches", ()):
+            named |= {(path.parent / patch["path"]).resolve()} if "path" in patch else set()
+    assert all(path.exists() for path in named)
+    left = {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and path.resolve() not in named and path.name != "kustomization.yaml"
+    }
+    assert left == {"README.md", "monitoring/rules.yaml", "monitoring/rules_test.yaml"}
+
+
+def kustomized(place: Path) -> list[dict[str, Any]] | None:
+    """What kustomize makes of a folder; None where it is not installed (Debian's is too old to read components)."""
+    tool = shutil.which("kubectl")
+    if tool is None:
+        return None
+    done = subprocess.run([tool, "kustomize", str(place)], capture_output=True, text=True, check=True)
+    return list(yaml.safe_load_all(done.stdout))
+
+
+def test_weights_that_are_not_in_the_image_are_pulled_and_verified_first(folder: Path) -> None:
+    patch = yaml.safe_load((folder / "weights" / "pull.yaml").read_text())["spec"]["template"]["spec"]
+    (container,) = patch["initContainers"]
+    assert container["args"][:2] == ["pull", "demo-awq@v3"]
+    overlay = folder / "overlays" / "pulled"
+    overlay.mkdir()
+    (overlay / "kustomization.yaml").write_text(
+        "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources: [../../base]\n"
+        "components: [../../weights]\n"
+    )
+    for document in kustomized(overlay) or ():
+        kubernetes_validate.validate(document, "1.37", strict=True)
+        if document["kind"] == "Deployment" and document["metadata"]["name"] == "demo-awq-engine":
+            pod = document["spec"]["template"]["spec"]
+            assert [each["name"] for each in pod["initContainers"]] == ["pull"]
+            assert {"tmp", "shm", "weights", "trust"} <= {volume["name"] for volume in pod["volumes"]}
+            assert pod["containers"][0]["image"] == f"registry.example/demo@{DIGEST}"
+
+
+@pytest.mark.parametrize("overlay", ["production", "small"])
+def test_kustomize_builds_it_where_kustomize_is(folder: Path, overlay: str) -> None:
+    built = kustomized(folder / "overlays" / overlay)
+    if built is None:
+        return  # the tests around it hold what it is made of
+    for document in built:
+        if document["kind"] not in OPERATORS:
+            kubernetes_validate.validate(document, "1.37", strict=True)
+    engine = next(each for each in built if each["kind"] == "Deployment" and "engine" in each["metadata"]["name"])
+    assert engine["spec"].get("replicas") == (None if overlay == "production" else 1)
+    gateway = next(each for each in built if each["kind"] == "Deployment" and "gateway" in each["metadata"]["name"])
+    images = {container["image"] for container in gateway["spec"]["template"]["spec"]["containers"]}
+    assert images == {GATEWAY}
+
+
+def test_every_number_says_where_it_comes_from(folder: Path) -> None:
+    number = re.compile(r'[:,\[ ]\s*"?-?\d+(\.\d+)?(m|s|Mi|Gi)?"?\s*([,}\]].*)?$')
+    bare = []
+    for path in [*folder.rglob("*.yaml")]:
+        if path.name == "rules_test.yaml":
+            continue
+        for line in path.read_text().splitlines():
+            if line.lstrip().startswith("#"):
+                continue
+            code, mark, said = line.partition(" # ")
+            if number.search(code) and "apiVersion" not in code and "expr:" not in code and not (mark and said.strip()):
+                bare.append(f"{path.name}: {line.strip()}")
+    assert bare == []
+
+
+def test_the_image_is_run_by_digest_hardened_as_it_was_tested(folder: Path) -> None:
+    pod = one(folder, "Deployment", "demo-awq-engine")["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["image"] == f"registry.example/demo@{DIGEST}"
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert pod["securityContext"]["runAsUser"] == 65534
+    assert pod["automountServiceAccountToken"] is False
+    assert container["startupProbe"]["failureThreshold"] * container["startupProbe"]["periodSeconds"] >= 3 * 23.9
+
+
+def test_a_gpu_is_asked_for_with_its_driver(tmp_path: Path) -> None:
+    written(on_gpu(), tmp_path / "b")
+    pod = one(tmp_path / "b", "Deployment", "demo-awq-engine")["spec"]["template"]["spec"]
+    assert pod["runtimeClassName"] == "nvidia"
+    assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
+    terms = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+
+    def allows(major: int, minor: int) -> bool:
+        have = {"major": major, "minor": minor}
+
+        def holds(rule: dict[str, Any]) -> bool:
+            value = have[rule["key"].rpartition(".")[2]]
+            return value > int(rule["values"][0]) if rule["operator"] == "Gt" else str(value) in rule["values"]
+
+        return any(all(holds(rule) for rule in term["matchExpressions"]) for term in terms)
+
+    assert allows(580, 65)
+    assert allows(590, 1)
+    assert not allows(580, 64)
+    assert not allows(575, 99)
+
+
+def test_nobody_but_the_gateway_and_prometheus_reaches_the_engine(folder: Path) -> None:
+    policy = one(folder, "NetworkPolicy", "demo-awq-engine")["spec"]
+    senders = policy["ingress"][0]["from"]
+    assert [next(iter(sender)) for sender in senders] == ["podSelector", "namespaceSelector"]
+    assert policy["egress"] == []
+    assert one(folder, "NetworkPolicy", "demo-awq-nothing")["spec"]["podSelector"] == {}
+
+
+def test_the_gpus_memory_is_scaled_on_only_where_there_is_one_and_its_flatness_is_said(tmp_path: Path) -> None:
+    written(evidence(), tmp_path / "cpu")
+    written(on_gpu(), tmp_path / "gpu")
+
+    def metrics(kind: str) -> list[str]:
+        hpa = one(tmp_path / kind, "HorizontalPodAutoscaler", "demo-awq-engine")
+        return [metric["pods"]["metric"]["name"] for metric in hpa["spec"]["metrics"]]
+
+    assert set(metrics("gpu")) - set(metrics("cpu")) == {"slipway_gpu_memory_used"}
+    assert "the memory gauge alone stays flat" in (tmp_path / "gpu" / "autoscaling" / "hpa.yaml").read_text()
+
+
+def test_a_metric_of_the_autoscaler_is_one_that_the_rules_record(folder: Path) -> None:
+    hpa = one(folder, "HorizontalPodAutoscaler", "demo-awq-engine")
+    rules = yaml.safe_load((folder / "monitoring" / "rules.yaml").read_text())["groups"][0]["rules"]
+    recorded = {rule["record"].replace("slipway:", "slipway_") for rule in rules}
+    assert {metric["pods"]["metric"]["name"] for metric in hpa["spec"]["metrics"]} <= recorded
+    operator = one(folder, "PrometheusRule", "demo-awq")["spec"]
+    assert operator == yaml.safe_load((folder / "monitoring" / "rules.yaml").read_text())
+
+
+def test_the_dashboard_is_json_with_the_limits_and_their_evidence(folder: Path) -> None:
+    panels = json.loads((folder / "monitoring" / "dashboard.json").read_text())["panels"]
+    latency = next(panel for panel in panels if panel["title"] == "Latency")
+    assert latency["fieldConfig"]["defaults"]["thresholds"]["steps"][1]["value"] == 2.0
+    assert "gates.load.limits" in latency["description"]
+
+
+def test_the_place_is_taken_whole_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    with pytest.raises(BundleError, match="not empty"):
+        written(evidence(), tmp_path / "full")
+    broken = evidence(load={"server": {}, "memory": {"limit_bytes": 1}})
+    with pytest.raises(BundleError, match="release again"):
+        written(broken, tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+
+
+def test_what_is_missing_before_it_can_be_applied_is_said(tmp_path: Path) -> None:
+    image = {"reference": DIGEST, "digest": DIGEST, "minimum_driver": None}
+    made = write_bundle(evidence(manifest=manifest(image=image)), IMAGE, tmp_path / "b")
+    assert [warning.split(":")[0] for warning in made.warnings] == [
+        "the release's image was not pushed",
+        "the capacity was not searched for (`load.capacity`)",
+        "the gateway's image is not known",
+    ]
+    assert written(on_gpu(), tmp_path / "c").warnings == ()
+
+
+def test_the_gateway_takes_its_settings_and_its_routes(folder: Path) -> None:
+    read = GatewaySettings.model_validate_json((folder / "base" / "gateway.json").read_bytes())
+    assert read.redis == "redis://demo-awq-redis:6379/0"
+    assert read.drain_timeout_s >= 13
+    template = json.loads((folder / "base" / "routes.json").read_text())
+    routes = Routes.model_validate(discover.routes(template, ["10.0.0.1"], 8000))
+    (backend,) = routes.models["demo"].backends
+    assert (backend.release, backend.replicas[0].url) == ("demo-awq@v3", "http://10.0.0.1:8000")
+    (pod,) = [one(folder, "Deployment", "demo-awq-gateway")["spec"]["template"]["spec"]]
+    mounts = {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+    for path in (read.keys, read.routes, routes.models["demo"].tokenizer):
+        assert any(str(path).startswith(mount) for mount in mounts), path
+
+
+# The numbers
+
+
+def test_targets_are_the_measured_capacity_with_headroom() -> None:
+    found = numbers(on_gpu())
+    # Twelve requests a second of two seconds are 24 under way.
+    assert (found["capacity"].value, found["in_flight"].value, found["parallel"].value) == (12.0, 24.0, 24)
+    assert found["outstanding_target"].value == "16800m"
+    # Sixty a second in the busiest hour, half as much again, at 8.4 a replica.
+    assert found["most_replicas"].value == 11
+    assert found["gpu_memory_share"].value == round(73_000_000_000 / 85520809984, 3)
+
+
+def test_a_service_level_that_was_not_set_is_the_usual_one() -> None:
+    plain = manifest(gates=[{"verdict": {"gate": "load", "limits": {}}}])
+    found = numbers(evidence(manifest=plain))
+    assert found["p95_seconds"].value == 0.5
+    assert "the usual 500 ms" in found["p95_seconds"].why
+
+
+@pytest.mark.parametrize(("context", "seconds"), [(1024, 13), (1_000_000, 600)])
+def test_a_server_is_given_the_time_of_its_longest_answer(context: int, seconds: int) -> None:
+    assert numbers(evidence(context=context))["grace_seconds"].value == seconds
+
+
+def test_every_number_has_a_reason() -> None:
+    for given in (evidence(), on_gpu()):
+        assert all(len(number.why) > 10 for number in numbers(given).values())
+
+
+# The autoscaler's arithmetic
+
+REPLICA = Replica(capacity=10, in_flight=20, start_seconds=30, slack_seconds=1)
+BEHAVIOUR = Behaviour(least=2, most=20, up_seconds=30, down_window_seconds=300)
+
+
+def steady(rate: float, ticks: int = 960) -> Day:
+    return Day([rate] * ticks, [1.0] * ticks)
+
+
+def test_a_steady_load_gets_the_replicas_that_its_target_asks_for() -> None:
+    done = simulate(steady(55), REPLICA, BEHAVIOUR, [outstanding(0.7 * 20)])
+    # 55 requests a second at seven a replica.
+    assert done.replicas[-1] == 8
+    assert done.replicas[0] == 2
+    assert simulate(steady(55), REPLICA, BEHAVIOUR, [request_count(7)]).replicas[-1] == 8
+
+
+def test_replicas_at_most_double_in_the_time_of_a_start() -> None:
+    done = simulate(steady(150), REPLICA, BEHAVIOUR, [outstanding(14)])
+    assert [done.replicas[tick] for tick in (0, 1, 2, 3, 4)] == [2, 4, 4, 8, 8]
+
+
+def test_nothing_moves_within_a_tenth() -> None:
+    done = simulate(steady(14.5), REPLICA, BEHAVIOUR, [outstanding(14)])
+    assert set(done.replicas) == {2}
+
+
+def test_replicas_go_one_a_minute_after_the_window() -> None:
+    day = Day([100.0] * 200 + [7.0] * 200, [1.0] * 400)
+    done = simulate(day, REPLICA, BEHAVIOUR, [outstanding(14)])
+    high = done.replicas[199]
+    falls = [tick for tick in range(200, 400) if done.replicas[tick] < done.replicas[tick - 1]]
+    assert falls[0] >= 200 + 300 // 15
+    assert all(after - before >= 4 for before, after in itertools.pairwise(falls))
+    assert done.replicas[-1] == max(2, high - len(falls))
+
+
+def test_more_than_there_is_waits_and_is_late() -> None:
+    still = Behaviour(least=2, most=2, up_seconds=30, down_window_seconds=300)
+    assert simulate(steady(19), REPLICA, still, [outstanding(14)]).late == 0
+    assert simulate(steady(30), REPLICA, still, [outstanding(14)]).late_share > 0.9
+
+
+def test_a_count_of_requests_does_not_see_heavy_ones_and_the_memory_gauge_sees_nothing() -> None:
+    heavy = Day([30.0] * 960, [2.0] * 960)
+    assert simulate(heavy, REPLICA, BEHAVIOUR, [outstanding(14)]).late_share < 0.1
+    assert simulate(heavy, REPLICA, BEHAVIOUR, [request_count(7)]).late_share > 0.8
+    assert set(simulate(heavy, REPLICA, BEHAVIOUR, [memory_gauge()]).replicas) == {2}
+
+
+def test_a_day_has_its_requests_and_the_same_seed_the_same_day() -> None:
+    hourly = [float(10 + hour) for hour in range(24)]
+    day = make_day(hourly, [1.0] * 24, bursts=[11], seed=4)
+    assert day == make_day(hourly, [1.0] * 24, bursts=[11], seed=4)
+    assert sum(day.rates) * 15 == pytest.approx(3600 * sum(hourly) + 600 * 21, rel=0.01)
+
+
+# The replicas beside the gateway
+
+
+def test_the_routes_have_every_replica_that_the_service_names(tmp_path: Path) -> None:
+    backend = {"release": "demo-awq@v3", "weight": 100, "replicas": []}
+    template = {"models": {"demo": {"served_as": "demo", "backends": [backend]}}}
+    made = discover.routes(template, ["10.0.0.1", "fd00::1"], 8000)
+    assert made["models"]["demo"]["backends"][0]["replicas"] == [
+        {"name": "10.0.0.1", "url": "http://10.0.0.1:8000"},
+        {"name": "fd00--1", "url": "http://[fd00::1]:8000"},
+    ]
+    assert template["models"]["demo"]["backends"] == [backend]
+    discover.write(tmp_path / "routes.json", made)
+    assert json.loads((tmp_path / "routes.json").read_text()) == made
+    assert [path.name for path in tmp_path.iterdir()] == ["routes.json"]
+
+
+def test_a_name_is_looked_up_and_a_service_without_replicas_has_none() -> None:
+    assert "127.0.0.1" in (discover.addresses("localhost", 80) or [])
+    assert discover.addresses("nothing.invalid", 80) in ([], None)
+
+
+def test_evidence_without_answers_still_gives_numbers() -> None:
+    assert isinstance(numbers(evidence(requests=[{"error": "timeout"}]))["in_flight"].value, float)
+    assert isinstance(evidence(), Evidence)

@@ -1,0 +1,220 @@
+"""The scan's verdict: what fails, what proves nothing, and what passes."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from containers.judgement import judge
+from containers.policy import AllowedSecret, ScanPolicy, common
+from containers.scan import ScanError, _read_report, scan_key, summarize
+from containers.trivy_db import Database
+
+NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
+IMAGE = "sha256:" + "ab" * 32
+
+
+def database(hours: float = 1.0, buckets: tuple[str, ...] = ("debian 12", "pip::x")) -> Database:
+    built = NOW - timedelta(hours=hours)
+    return Database(
+        Path("trivy.db"),
+        "sha256:db",
+        built.isoformat(),
+        (built + timedelta(hours=24)).isoformat(),
+        (*buckets, "vulnerability"),
+    )
+
+
+def vulnerability(severity: str = "CRITICAL", fixed: str | None = "2.0", number: int = 1) -> dict[str, Any]:
+    item = {
+        "VulnerabilityID": f"CVE-2099-{number:04}",
+        "PkgName": "openssl",
+        "InstalledVersion": "1.0",
+        "Severity": severity,
+    }
+    return item if fixed is None else {**item, "FixedVersion": fixed}
+
+
+def evidence(
+    *vulnerabilities: dict[str, Any],
+    known: Database | None = None,
+    secrets: tuple[dict[str, Any], ...] = (),
+    wrong: tuple[dict[str, Any], ...] = (),
+) -> dict[str, Any]:
+    report = {
+        "SchemaVersion": 2,
+        "Metadata": {"ImageID": IMAGE, "OS": {"Family": "debian", "Name": "12.8"}},
+        "Results": [
+            {"Class": "os-pkgs", "Type": "debian", "Vulnerabilities": list(vulnerabilities), "Packages": [{}, {}]},
+            {"Class": "lang-pkgs", "Type": "python-pkg", "Packages": [{}]},
+            {"Class": "secret", "Target": "/etc/key.pem", "Secrets": list(secrets)},
+            {"Class": "config", "Target": "image", "Misconfigurations": list(wrong)},
+        ],
+    }
+    return summarize(report, known or database(), NOW, components=3)
+
+
+def test_a_clean_image_under_a_fresh_database_passes_and_says_what_was_looked_at() -> None:
+    verdict = judge(evidence(), ScanPolicy())
+    assert (verdict.status, verdict.cause) == ("pass", None)
+    assert "3 packages" in verdict.reason
+    assert verdict.metrics["vulnerabilities_counted"] == 0
+
+
+@pytest.mark.parametrize("severity", ["CRITICAL", "HIGH"])
+def test_a_grave_vulnerability_with_a_fix_fails_by_name(severity: str) -> None:
+    verdict = judge(evidence(vulnerability(severity)), ScanPolicy())
+    assert verdict.status == "fail"
+    assert f"CVE-2099-0001 {severity} in openssl 1.0 (fixed in 2.0)" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("severity", "fixed"), [("CRITICAL", None), ("MEDIUM", "2.0"), ("LOW", None), ("UNKNOWN", "2.0")]
+)
+def test_what_has_no_fix_or_is_not_grave_passes_by_default_and_is_counted(severity: str, fixed: str | None) -> None:
+    verdict = judge(evidence(vulnerability(severity, fixed)), ScanPolicy())
+    assert verdict.status == "pass"
+    assert verdict.metrics[f"vulnerabilities_{severity.lower()}"] == 1
+
+
+def test_what_has_no_fix_fails_where_the_policy_says_so() -> None:
+    verdict = judge(evidence(vulnerability(fixed=None)), ScanPolicy(unfixed="fail"))
+    assert (verdict.status, "(no fix)" in verdict.reason) == ("fail", True)
+
+
+def test_many_findings_are_named_in_part_and_counted_in_full() -> None:
+    verdict = judge(evidence(*(vulnerability(number=number) for number in range(8))), ScanPolicy())
+    assert verdict.reason.startswith("8 vulnerabilities that count")
+    assert verdict.reason.endswith("and 3 more")
+
+
+def test_a_secret_fails_and_is_never_quoted() -> None:
+    secret = {
+        "RuleID": "private-key",
+        "Severity": "LOW",
+        "Title": "key",
+        "StartLine": 3,
+        "Match": "hunter2",
+        "Code": {},
+    }
+    found = evidence(secrets=(secret,))
+    assert "hunter2" not in json.dumps(found)
+    verdict = judge(found, ScanPolicy())
+    assert (verdict.status, "private-key in /etc/key.pem:3" in verdict.reason) == ("fail", True)
+    assert judge(found, ScanPolicy(secrets="ignore")).status == "pass"
+
+
+def test_only_the_secret_that_is_allowed_by_rule_and_path_gets_through() -> None:
+    allowed = AllowedSecret(id="private-key", path="/etc/*", reason="a test's own key")
+    policy = ScanPolicy(allowed_secrets=(allowed,))
+    verdict = judge(evidence(secrets=({"RuleID": "private-key"},)), policy)
+    assert (verdict.status, verdict.metrics["secrets_allowed"]) == ("pass", 1)
+    assert "1 findings let through" in verdict.reason
+    assert judge(evidence(secrets=({"RuleID": "aws-access-key-id"},)), policy).status == "fail"
+    assert not allowed.covers({"id": "private-key", "target": "/srv/key.pem"})
+
+
+def test_the_common_exceptions_have_their_reasons() -> None:
+    assert all(exception.reason for exception in common().allowed_secrets)
+
+
+def test_a_misconfiguration_fails_by_severity() -> None:
+    root = {"ID": "DS-0002", "Severity": "HIGH", "Title": "root user", "Status": "FAIL"}
+    assert judge(evidence(wrong=(root,)), ScanPolicy()).status == "fail"
+    assert judge(evidence(wrong=({**root, "Severity": "LOW"},)), ScanPolicy()).status == "pass"
+
+
+@pytest.mark.parametrize(
+    ("known", "cause"),
+    [
+        (Database(Path("trivy.db")), "database-absent"),
+        (Database(Path("trivy.db"), "sha256:x", damage="4096 bytes of 8192"), "database-damaged"),
+        (database(buckets=()), "database-empty"),
+        (database(buckets=("debian 11", "pip::x")), "database-incomplete"),
+        (database(buckets=("debian 12",)), "database-incomplete"),
+        (database(hours=48.01), "database-stale"),
+        (database(hours=-2), "database-stale"),
+    ],
+)
+def test_a_database_that_can_not_know_makes_a_clean_scan_inconclusive(known: Database, cause: str) -> None:
+    verdict = judge(evidence(known=known), ScanPolicy())
+    assert (verdict.status, verdict.cause, verdict.blocks) == ("inconclusive", cause, True)
+
+
+def test_what_was_not_looked_for_is_no_metric() -> None:
+    verdict = judge(evidence(known=Database(Path("trivy.db"))), ScanPolicy())
+    assert not [name for name in verdict.metrics if name.startswith("vulnerabilities")]
+
+
+def test_what_was_found_fails_even_under_a_stale_database() -> None:
+    assert judge(evidence(vulnerability(), known=database(hours=99)), ScanPolicy()).status == "fail"
+
+
+def test_only_the_cause_that_is_accepted_in_writing_gets_through() -> None:
+    policy = ScanPolicy(accept_inconclusive={"database-absent": "no database can be had here"})
+    verdict = judge(evidence(known=Database(Path("trivy.db"))), policy)
+    assert (verdict.status, verdict.blocks) == ("inconclusive", False)
+    assert verdict.accepted_because == "no database can be had here"
+    assert judge(evidence(known=database(buckets=())), policy).blocks
+
+
+def test_the_database_ages_after_the_scan() -> None:
+    found = evidence(known=database(hours=1))
+    assert judge(found, ScanPolicy()).status == "pass"
+    assert judge(found, ScanPolicy(), now=NOW + timedelta(days=30)).cause == "database-stale"
+
+
+def test_the_age_limit_is_compared_unrounded() -> None:
+    policy = ScanPolicy(max_database_age_hours=1)
+    assert judge(evidence(known=database(hours=1)), policy).status == "pass"
+    assert judge(evidence(known=database(hours=1.001)), policy).status == "inconclusive"
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"fail_onn": ["HIGH"]},
+        {"fail_on": ["SEVERE"]},
+        {"accept_inconclusive": {"database-absnt": "why"}},
+        {"accept_inconclusive": {"database-absent": ""}},
+        {"max_database_age_hours": 0},
+    ],
+)
+def test_a_misspelt_policy_is_refused(section: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        ScanPolicy.model_validate(section)
+
+
+def test_another_database_is_another_scan() -> None:
+    keys = [
+        scan_key(IMAGE, known) for known in (database(), Database(Path("trivy.db")), Database(Path("t"), "sha256:2"))
+    ]
+    assert len({json.dumps(key) for key in keys}) == 3
+    assert scan_key(IMAGE, database(hours=1)) == scan_key(IMAGE, database(hours=2))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "not whole"),
+        ('{"SchemaVersion": 2, "Metadata": {"Ima', "not whole"),
+        ("[]", "not whole"),
+        ('{"SchemaVersion": 2}', "not whole"),
+        ('{"SchemaVersion": 3, "Metadata": {"ImageID": "' + IMAGE + '"}}', "schema 3"),
+        ('{"SchemaVersion": 2, "Metadata": {"ImageID": "sha256:other"}}', "sha256:other"),
+    ],
+)
+def test_a_report_that_is_cut_off_or_about_something_else_is_an_error(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "trivy.json").write_text(text)
+    with pytest.raises(ScanError, match=words):
+        _read_report(tmp_path / "trivy.json", IMAGE)
+
+
+def test_no_report_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ScanError, match="not whole"):
+        _read_report(tmp_path / "trivy.json", IMAGE)

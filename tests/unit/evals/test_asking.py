@@ -1,0 +1,126 @@
+"""Asking of a server that starts beside the worker: its address is handed over, and whatever dies is named."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from containers.memory import MemorySampler
+from containers.sandbox import SandboxError, Server
+from evals.answers import Answers
+from evals.asking import RUNS, in_looks, while_serving
+from evals.errors import AnswersError
+from evals.overlap import runs
+from evals.served import ServerError, wait_for_address
+
+
+def server(died: str | None = None) -> Server:
+    sampler = MemorySampler(lambda: None, "nowhere")
+    return Server("http://127.0.0.1:9", 1.0, 2**30, None, sampler, lambda: died)
+
+
+@contextmanager
+def serving(died: str | None = None, seconds: float = 0.0) -> Iterator[Server]:
+    time.sleep(seconds)
+    yield server(died)
+
+
+def test_the_worker_starts_at_once_and_gets_the_address_when_there_is_one(tmp_path: Path) -> None:
+    address, began = tmp_path / "address", []
+
+    def asking() -> str:
+        began.append(address.exists())
+        return wait_for_address(address, patience=10)
+
+    assert while_serving(lambda: serving(seconds=0.3), address, asking) == "http://127.0.0.1:9"
+    assert began == [False]
+
+
+def test_a_server_that_does_not_start_ends_the_worker_and_is_the_error(tmp_path: Path) -> None:
+    address, told = tmp_path / "address", []
+
+    @contextmanager
+    def refusing() -> Iterator[Server]:
+        raise SandboxError("the server ended with status 1 before it was healthy")
+        yield server()
+
+    def asking() -> None:
+        with pytest.raises(ServerError, match="did not start: the server ended") as caught:
+            wait_for_address(address, patience=10)
+        told.append(str(caught.value))
+
+    with pytest.raises(SandboxError, match="before it was healthy"):
+        while_serving(refusing, address, asking)
+    assert told
+
+
+def test_a_server_that_dies_under_way_is_named_and_not_what_it_left_behind(tmp_path: Path) -> None:
+    def asking() -> None:
+        raise ServerError("the server went away: connection reset")
+
+    with pytest.raises(AnswersError, match="ran out of memory while it was asked"):
+        while_serving(lambda: serving("ran out of memory"), tmp_path / "address", asking)
+
+
+def test_a_worker_s_own_error_is_its_own(tmp_path: Path) -> None:
+    def asking() -> None:
+        raise ServerError("the server answered 400: no such model")
+
+    with pytest.raises(ServerError, match="400"):
+        while_serving(serving, tmp_path / "address", asking)
+
+
+TEXTS = [f"item {number} " + " ".join(f"word{number}x{word}" for word in range(12)) for number in range(10)]
+
+
+def part(share: tuple[float, float], folder: Path) -> Answers:
+    """Ten documents, asked in parts, with what a worker leaves beside."""
+    numbers = range(round(10 * share[0]), round(10 * share[1]))
+    items = [{"id": f"d{number}", "bytes": 10, "log_likelihood": -float(number)} for number in numbers]
+    hashes = [(run, place) for place, number in enumerate(numbers) for run in sorted(runs(TEXTS[number]))]
+    arrays = {
+        "text.runs": np.array([run for run, _ in hashes], dtype=np.uint64),
+        "text.items": np.array([place for _, place in hashes]),
+    }
+    np.savez(folder / RUNS, **arrays)
+    if share[0] == 0:
+        (folder / "top.npz").write_bytes(b"distributions")
+    return Answers.model_validate(
+        {
+            "schema": "slipway.answers/2", "engine": {}, "suite": {"name": "s", "digest": "d", "lm_eval": "0"},
+            "tasks": {"text": {"kind": "text", "data_sha256": "x", "items": items}},
+        }
+    )  # fmt: skip
+
+
+def test_looks_stop_when_the_verdict_is_clear_and_keep_all_that_was_answered(tmp_path: Path) -> None:
+    from evals.answers import read_answers  # noqa: PLC0415 - beside its one use
+    from evals.asking import overlapping  # noqa: PLC0415 - the same
+
+    scratch, output, seen = tmp_path / "scratch", tmp_path / "output", []
+    scratch.mkdir()
+    output.mkdir()
+
+    def is_clear(answers: Answers, first: Path, fraction: float) -> bool:
+        assert (first / "top.npz").exists()
+        seen.append((len(answers.tasks["text"].items), fraction))
+        return fraction >= 0.5
+
+    assert in_looks((0.2, 0.5, 1.0), part, is_clear, scratch, output) == 0.5
+    assert seen == [(2, 0.2), (5, 0.5)]
+    answers = read_answers(output)
+    assert [item.id for item in answers.tasks["text"].items] == ["d0", "d1", "d2", "d3", "d4"]
+    assert (output / "top.npz").read_bytes() == b"distributions"
+    assert overlapping(answers, output, [TEXTS[3]]) == {"text": ["d3"]}
+
+
+def test_without_a_clear_look_everything_is_asked(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "output").mkdir()
+    asked = in_looks((0.5, 1.0), part, lambda *_: False, tmp_path / "scratch", tmp_path / "output")
+    assert asked == 1.0

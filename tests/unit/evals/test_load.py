@@ -1,0 +1,332 @@
+"""The load test's plan, its arrivals, its canary, and its verdict."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from scripted_server import Script, serving
+
+from containers.memory import MemorySampler
+from containers.sandbox import Server
+from evals.load import LoadPlan, is_conclusive, judge, load_key, measure, percentile, write_unhealthy
+
+GIB = 2**30
+LIMITS = {"p95_latency_ms": 500, "p95_ttft_ms": 200, "error_rate": 0.01, "min_output_tokens_per_second": 50}
+
+
+def plan(**changes: object) -> LoadPlan:
+    return LoadPlan.model_validate({
+        "prompts": "heldout.jsonl",
+        "request_rate": 2,
+        "seconds": 20,
+        "canary": {"prompt": "if __name__ == ", "expect": "the"},
+        "slo": LIMITS,
+        "memory": {"limit_bytes": "4GiB", "headroom": 0.25},
+        **changes,
+    })  # fmt: skip
+
+
+def evidence(
+    *,
+    canary: Mapping[str, Any] | None = None,
+    died: str | None = None,
+    traffic: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    others: Iterable[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    good_metrics: dict[str, Any] = {
+        "p95_latency_ms": 500.0, "p95_ttft_ms": 10.0, "error_rate": 0.0, "output_tokens_per_second": 50.0,
+        "peak_memory_bytes": 3.0 * GIB,
+    }  # fmt: skip
+    good_traffic = {"requests": 40, "sent": 40, "is_complete": True, "client_late_ms": {"p95": 3.0}}
+    measured = {**good_metrics, **(metrics or {})}
+    return {
+        "canary": {"prompt": "p", "expect": "e", "answer": "e", "error": None, "ok": True, **(canary or {})},
+        "server": {"died": died, "start_seconds": 20.0},
+        "profiles": [{"traffic": {**good_traffic, **each}} for each in (traffic or {}, *others)],
+        "faults": None,
+        "metrics": {name: value for name, value in measured.items() if value is not None},
+    }
+
+
+def test_what_meets_every_limit_exactly_passes_and_names_each() -> None:
+    verdict = judge(evidence(), plan())
+    assert verdict.status == "pass"
+    assert set(verdict.limits) == {
+        "p95_latency_ms", "p95_ttft_ms", "error_rate", "output_tokens_per_second", "peak_memory_bytes",
+    }  # fmt: skip
+    assert all(name in verdict.reason for name in verdict.limits)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("p95_latency_ms", math.nextafter(500.0, math.inf)),
+        ("p95_ttft_ms", 200.0001),
+        ("error_rate", 0.025),
+        ("output_tokens_per_second", math.nextafter(50.0, 0)),
+        ("peak_memory_bytes", 3.0 * GIB + 1),
+    ],
+)
+def test_a_limit_missed_by_a_hair_fails_by_name(name: str, value: float) -> None:
+    verdict = judge(evidence(metrics={name: value}), plan())
+    assert verdict.status == "fail"
+    assert verdict.reason.startswith(name)
+    assert verdict.metrics[name] == value
+
+
+@pytest.mark.parametrize("name", ["p95_latency_ms", "error_rate", "output_tokens_per_second", "peak_memory_bytes"])
+def test_a_metric_that_is_missing_fails(name: str) -> None:
+    verdict = judge(evidence(metrics={name: None}), plan())
+    assert (verdict.status, "could not be measured" in verdict.reason) == ("fail", True)
+
+
+def test_a_wrong_canary_fails_and_shows_both_texts() -> None:
+    canary = {"prompt": "if", "expect": "right", "answer": "wrong", "ok": False}
+    verdict = judge({**evidence(canary=canary), "profiles": [], "metrics": {}}, plan())
+    assert verdict.status == "fail"
+    assert "'right'" in verdict.reason
+    assert "'wrong'" in verdict.reason
+
+
+def test_a_dead_server_fails_and_says_how_it_died() -> None:
+    verdict = judge(evidence(died="ran out of memory (limit 4.00 GiB)"), plan())
+    assert (verdict.status, "ran out of memory" in verdict.reason) == ("fail", True)
+
+
+@pytest.mark.parametrize(
+    ("traffic", "cause"),
+    [
+        ({"client_late_ms": {"p95": 250.1}}, "client-late"),
+        ({"sent": 39}, "incomplete"),
+        ({"is_complete": False}, "incomplete"),
+        ({"requests": 39, "sent": 39}, "incomplete"),
+    ],
+)
+def test_other_traffic_than_asked_for_is_inconclusive(traffic: dict[str, Any], cause: str) -> None:
+    verdict = judge(evidence(traffic=traffic), plan())
+    assert (verdict.status, verdict.cause, verdict.blocks) == ("inconclusive", cause, True)
+    accepting = plan(accept_inconclusive={cause: "a shared machine"})
+    assert judge(evidence(traffic=traffic), accepting).accepted_because == "a shared machine"
+
+
+def test_a_late_client_explains_latency_but_no_errors() -> None:
+    late = {"client_late_ms": {"p95": 900.0}}
+    assert judge(evidence(traffic=late, metrics={"p95_latency_ms": 900.0}), plan()).status == "inconclusive"
+    assert judge(evidence(traffic=late, metrics={"error_rate": 0.5}), plan()).status == "fail"
+
+
+def test_only_what_the_next_run_would_see_again_is_worth_keeping() -> None:
+    assert is_conclusive(evidence(), plan())
+    assert is_conclusive(evidence(metrics={"p95_latency_ms": 9e9}), plan())
+    assert is_conclusive({**evidence(canary={"ok": False}), "profiles": []}, plan())
+    assert not is_conclusive(evidence(died="ended with status 137"), plan())
+    assert not is_conclusive(evidence(traffic={"client_late_ms": {"p95": 999.0}}), plan())
+    assert not is_conclusive({**evidence(canary={"ok": False, "error": "ReadTimeout"}), "profiles": []}, plan())
+
+
+def test_a_plan_without_limits_still_judges_errors_and_memory() -> None:
+    verdict = judge(evidence(), plan(slo={}))
+    assert (verdict.status, set(verdict.limits)) == ("pass", {"error_rate", "peak_memory_bytes"})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sloo": {}},
+        {"slo": {"p95_latncy_ms": 1}},
+        {"slo": {"p95_latency_ms": -1}},
+        {"slo": {"p95_latency_ms": math.inf}},
+        {"request_rate": 0},
+        {"request_rate": 0.01},
+        {"profiles": ["chatt"]},
+        {"profiles": []},
+        {"profiles": {"chat": {"rate": 1}}},
+        {"capacity": {"step_second": 1}},
+        {"canary": {"prompt": "x", "expect": ""}},
+        {"memory": {"limit_bytes": "much"}},
+        {"memory": {"limit_bytes": 1, "headroom": 1}},
+        {"accept_inconclusive": {"client-lat": "why"}},
+    ],
+)
+def test_a_misspelt_plan_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        plan(**changes)
+
+
+def test_only_what_is_measured_is_in_the_key() -> None:
+    assert load_key(plan()) == load_key(plan(slo={}, memory={"limit_bytes": 4 * GIB, "headroom": 0.9}, prompts="other"))
+    assert load_key(plan()) != load_key(plan(memory={"limit_bytes": "5GiB"}))
+    assert load_key(plan()) != load_key(plan(request_rate=3))
+    json.dumps(load_key(plan()))
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1), st.sampled_from([50, 90, 95, 99]))
+def test_a_percentile_is_the_least_value_that_enough_values_do_not_exceed(values: list[float], share: int) -> None:
+    found = percentile(values, share)
+    assert found in values
+    assert sum(value <= found for value in values) >= share / 100 * len(values)
+    assert sum(value < found for value in values) < share / 100 * len(values)
+
+
+@pytest.fixture
+def server() -> Iterator[Callable[..., Server]]:
+    """Make a Server of a URL, whose memory is always 1 GiB."""
+    samplers: list[MemorySampler] = []
+
+    def make(url: str, died: str | None = None) -> Server:
+        sampler = MemorySampler(lambda: {"memory_bytes": GIB}, "test", interval=0.01)
+        samplers.append(sampler)
+        sampler.start()
+        return Server(url, 1.5, 4 * GIB, None, sampler, lambda: died)
+
+    yield make
+    for sampler in samplers:
+        sampler.stop()
+
+
+def fake_worker(*drives: list[dict[str, Any]]) -> Callable[[str, Path, Mapping[str, Any], Path], dict[str, Any]]:
+    """Gives the rows of one drive after the other, and of the last for ever."""
+    waiting = list(drives)
+
+    def run(_environment: str, _script: Path, request: Mapping[str, Any], _folder: Path) -> dict[str, Any]:
+        rows = waiting.pop(0) if len(waiting) > 1 else waiting[0]
+        Path(request["output"], "requests.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return {"is_complete": True, "aiperf_version": "0", "warmup_errors": [], "prompts_used": 40}
+
+    return run
+
+
+def good(number: int, latency: float) -> dict[str, Any]:
+    return {
+        "number": number, "due_ms": 10 * number, "start_ms": 10 * number + 1.0, "late_ms": 1.0, "latency_ms": latency,
+        "ttft_ms": latency / 2, "tpot_ms": 1.0, "end_ms": 10 * number + latency, "input_tokens": 4, "output_tokens": 8,
+        "error": None,
+    }  # fmt: skip
+
+
+def run_measure(folder: Path, made: Server, load: LoadPlan, *drives: list[dict[str, Any]]) -> dict[str, Any]:
+    scratch, output = folder / "scratch", folder / "evidence"
+    scratch.mkdir()
+    output.mkdir()
+    return measure(
+        made, load, tokenizer=folder, folder=output, scratch=scratch, run_worker=fake_worker(*drives), progress=print
+    )
+
+
+def test_measure_counts_latency_errors_and_memory(tmp_path: Path, server: Callable[..., Server]) -> None:
+    rows = [good(number, 100.0 + number) for number in range(39)]
+    rows.append({"number": 39, "due_ms": 390, "start_ms": 391.0, "late_ms": 1.0, "error": "500 Internal Server Error"})
+    with serving(Script()) as (url, _):
+        found = run_measure(tmp_path, server(url), plan(), rows)
+    assert found["canary"]["ok"]
+    assert found["metrics"]["p95_latency_ms"] == 137.0
+    assert found["metrics"]["error_rate"] == 1 / 40
+    assert found["metrics"]["peak_memory_bytes"] == GIB
+    assert found["metrics"]["start_seconds"] == 1.5
+    # From the first request's start, 1 ms, to the last good answer, due at 380 ms and 138 ms later.
+    assert found["metrics"]["output_tokens_per_second"] == pytest.approx(39 * 8 / 0.517)
+    assert found["profiles"][0]["traffic"]["errors"] == {"500 Internal Server Error": 1}
+    assert json.loads((tmp_path / "evidence" / "load.json").read_text()) == found
+    assert {sample["phase"] for sample in json.loads((tmp_path / "evidence" / "memory.json").read_text())} >= {"after"}
+    assert judge(found, plan(slo={})).reason == "error_rate 2.50% > 0.00%"
+
+
+def test_where_the_generator_was_late_a_short_profile_is_sent_once_more(
+    tmp_path: Path, server: Callable[..., Server]
+) -> None:
+    punctual = [good(number, 100.0) for number in range(40)]
+    late = [{**row, "late_ms": 999.0, "latency_ms": 1099.0} for row in punctual]
+    with serving(Script()) as (url, _):
+        for name, drives in (("saved", (late, punctual)), ("lost", (late, late, punctual))):
+            (tmp_path / name).mkdir()
+            found = run_measure(tmp_path / name, server(url), plan(slo={}), *drives)
+            rows = (tmp_path / name / "evidence" / "requests.jsonl").read_text().splitlines()
+            assert len(rows) == 40
+            assert is_conclusive(found, plan(slo={})) == (name == "saved")
+
+
+def test_a_server_that_says_something_else_gets_no_traffic(tmp_path: Path, server: Callable[..., Server]) -> None:
+    def refuse(*_: object) -> dict[str, Any]:
+        raise AssertionError("no traffic was to be sent")
+
+    (tmp_path / "evidence").mkdir()
+    with serving(Script(text="something else")) as (url, _):
+        found = measure(
+            server(url), plan(), tokenizer=tmp_path, folder=tmp_path / "evidence", scratch=tmp_path,
+            run_worker=refuse, progress=print,
+        )  # fmt: skip
+    verdict = judge(found, plan())
+    assert (verdict.status, "something else" in verdict.reason) == ("fail", True)
+
+
+def test_a_server_that_died_under_load_is_told_from_a_slow_one(tmp_path: Path, server: Callable[..., Server]) -> None:
+    rows = [{"number": number, "due_ms": 10 * number, "error": "ClientConnectorError"} for number in range(40)]
+    with serving(Script()) as (url, _):
+        found = run_measure(tmp_path, server(url, "ended with status 137"), plan(), rows)
+    verdict = judge(found, plan())
+    assert (verdict.status, verdict.reason) == ("fail", "the server ended with status 137 during the load test")
+
+
+def test_what_the_time_per_token_was_called_first_still_names_it() -> None:
+    assert plan(slo={"p95_inter_token_ms": 5}).limits()["p95_tpot_ms"] == 5
+
+
+def test_a_profile_brings_limits_and_the_models_file_has_the_last_word() -> None:
+    changed = plan(profiles={"chat": {"slo": {"p95_latency_ms": 900}}, "rag": {}}, slo={"p95_ttft_ms": 100})
+    limits = changed.limits()
+    assert plan(profiles=["chat"], slo={}).limits()["p95_latency_ms"] == 500
+    assert (limits["p95_latency_ms"], limits["p95_ttft_ms"]) == (900, 100)
+    assert (limits["rag.p95_latency_ms"], limits["rag.p95_ttft_ms"]) == (6000, 100)
+    assert "rag.start_seconds" not in plan(profiles=["chat", "rag"], slo={"start_seconds": 9}).limits()
+
+
+def test_every_profile_must_have_been_sent_whole() -> None:
+    two = plan(profiles={"quick": {}, "burst": {}}, slo={})
+    sent = {"requests": two.traffic[1].requests, "sent": two.traffic[1].requests}
+    metrics = dict.fromkeys(two.limits(), 0.0)
+    assert judge(evidence(metrics=metrics, others=[sent]), two).status == "pass"
+    assert judge(evidence(metrics=metrics), two).cause == "incomplete"
+    late = {**sent, "client_late_ms": {"p95": 999.0}}
+    assert "`burst`" in judge(evidence(metrics=metrics, others=[late]), two).reason
+
+
+def test_a_limit_of_a_further_profile_fails_by_its_name() -> None:
+    two = plan(profiles={"quick": {}, "burst": {}}, slo={})
+    sent = {"requests": two.traffic[1].requests, "sent": two.traffic[1].requests}
+    metrics = {**dict.fromkeys(two.limits(), 0.0), "burst.p95_latency_ms": 5001.0}
+    assert judge(evidence(metrics=metrics, others=[sent]), two).reason == "burst.p95_latency_ms 5,001.0 ms > 5,000.0 ms"
+
+
+def test_a_leak_and_a_fault_are_told_by_what_they_are() -> None:
+    soak = plan(profiles=["soak"], slo={"p95_latency_ms": 1e9, "p99_latency_ms": 1e9}, faults=True)
+    leaking = {"leak_bytes_per_request": 2.0**20, "faults_failed": 1.0, "p99_latency_ms": 1.0}
+    failed = {"name": "malformed JSON", "seen": "HTTP 500", "ok": False}
+    verdict = judge({**evidence(metrics=leaking), "faults": [failed]}, soak)
+    assert verdict.status == "fail"
+    assert "memory leaks: at least 1.000 MiB a request > 0.062 MiB a request" in verdict.reason
+    assert "not survived: malformed JSON (HTTP 500)" in verdict.reason
+
+
+def test_a_server_that_never_got_healthy_fails_the_gate_and_is_tried_again(tmp_path: Path) -> None:
+    found = write_unhealthy("the server was not healthy within 5 s", plan(), tmp_path)
+    verdict = judge(found, plan())
+    assert (verdict.status, verdict.reason.splitlines()[0]) == (
+        "fail", "the server never got healthy: the server was not healthy within 5 s",
+    )  # fmt: skip
+    assert not is_conclusive(found, plan())
+    assert json.loads((tmp_path / "load.json").read_text()) == found
+
+
+def test_the_limits_steer_a_search_for_the_capacity_and_so_belong_to_its_key() -> None:
+    assert load_key(plan(capacity={})) != load_key(plan(capacity={}, slo={"p95_latency_ms": 400}))
+    assert plan(slo={"min_capacity_requests_per_second": 10}).search is not None
+    assert plan().search is None

@@ -1,0 +1,95 @@
+"""Homes in which releases are up to date: each artifact under its own recipe, filled by hand and not by a worker."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import yaml
+from release_evidence import DIGEST, IMAGE, LOAD, QUANTIZED_NOTES, SAMPLES, SCAN, drift_of
+
+from homes import DEMO
+from pipeline.affected import walk
+from pipeline.settings import Settings
+from pipeline.spec import ModelSpec, load
+from pipeline.stages import Bench
+from pipeline.store import Artifact, Making, Recipe, Store
+
+# What the stages leave behind, by stage; a release is sealed for real.
+_FILES: Mapping[str, Mapping[str, Any]] = {
+    "quantized": {"model.safetensors": "packed", "config.json": {}},
+    "image": {"image.json": {**IMAGE, "model_digest": DIGEST}},
+    "answers": {"answers.json": {}},
+    "layers": {"layers.json": []},
+    "drift": {"drift.json": drift_of(1).model_dump(mode="json", by_alias=True)},
+    "scan": {"scan.json": SCAN, "trivy.json": {}, "sbom.cdx.json": {}},
+    "load": {"load.json": LOAD, "requests.jsonl": "", "memory.json": SAMPLES},
+}
+
+
+class FillingStore(Store):
+    """Fills an artifact in place of the stage that would make it; in drift, ``lost`` items of the suite are."""
+
+    def __init__(self, root: Path, lost: int) -> None:
+        super().__init__(root)
+        self.lost = lost
+
+    def obtain(self, recipe: Recipe, make: Callable[[Making], None]) -> Artifact:
+        return super().obtain(recipe, make if recipe.stage in {"source", "release"} else self._filling(recipe.stage))
+
+    def _filling(self, stage: str) -> Callable[[Making], None]:
+        files = dict(_FILES[stage])
+        if stage == "drift":
+            files["drift.json"] = drift_of(self.lost).model_dump(mode="json", by_alias=True)
+
+        def fill(making: Making) -> None:
+            for name, content in files.items():
+                text = content if isinstance(content, str) else json.dumps(content)
+                (making.folder / name).write_text(text)
+            making.notes.update(QUANTIZED_NOTES if stage == "quantized" else {})
+
+        return fill
+
+
+@dataclass(frozen=True)
+class FillingBench(Bench):
+    """A bench at which every stage is done at once, and no engine is needed."""
+
+    lost: int = 1
+
+    @property
+    def store(self) -> Store:
+        return FillingStore(self.settings.home / "artifacts", self.lost)
+
+    def has_image(self, _record: object) -> bool:
+        return True
+
+
+class Models:
+    """A folder of models' files, and a home that has released them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.settings = Settings.read({"SLIPWAY_HOME": str(folder / "home"), "SLIPWAY_MODELS": str(folder / "models")})
+        self.settings.models.mkdir(parents=True)
+
+    def write(self, model: str = "demo", **changes: Any) -> ModelSpec:  # noqa: ANN401
+        """Write a model's file: the demo's with other sections, on a copy of its weights and data."""
+        folder = self.settings.models
+        if not (folder / model).exists():
+            shutil.copytree(DEMO, folder / model, ignore=shutil.ignore_patterns("*.py", "*.md"))
+        document = yaml.safe_load(DEMO.with_suffix(".yaml").read_text().replace("file:demo/", f"file:{model}/"))
+        (folder / f"{model}.yaml").write_text(yaml.safe_dump({**document, "model": model, **changes}))
+        return load(folder / f"{model}.yaml")
+
+    def release(self, spec: ModelSpec, lost: int = 1) -> dict[str, Artifact | None]:
+        """Make every scheme's artifacts, as far as the gates let it; return what was signed."""
+        signed = {}
+        with patch("os.fsync"):  # no test outlives a power cut
+            for scheme in spec.schemes:
+                signed[scheme] = walk(FillingBench(spec, scheme, self.settings, lambda _: None, lost=lost))
+        return signed

@@ -1,0 +1,147 @@
+"""The artifacts that a release adds up to, made by hand: a tiny checkpoint, and evidence within the demo's limits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from evals.answers import AskedSuite
+from evals.pairs import ChoicePairs, Divergence, DocumentPair, Drift, TextPairs
+from homes import DEMO
+from pipeline.settings import Settings
+from pipeline.spec import load
+from pipeline.stages import Bench
+from pipeline.store import Artifact, Making, Recipe, Store
+
+DIGEST = "sha256:" + "ab" * 32
+IMAGE = {
+    "reference": f"slipway/demo-gptq@{DIGEST}", "digest": DIGEST, "pushed": False, "tag": "slipway:demo-gptq",
+    "image_id": DIGEST, "base": "debian", "base_digest": DIGEST, "pins_digest": DIGEST, "wheels_digest": DIGEST,
+    "model_digest": DIGEST, "runtime": "vllm-cpu", "runtime_image_id": DIGEST, "minimum_cuda": None,
+    "minimum_driver": None, "size_bytes": 10**9, "model_bytes": 1000, "port": 8000, "user": 65534, "labels": {},
+    "manifest": "{}", "configuration": "{}",
+}  # fmt: skip
+NONE_FOUND = dict.fromkeys(("CRITICAL", "HIGH", "MEDIUM", "LOW", "UNKNOWN"), 0)
+SCAN = {
+    "schema": "slipway/scan/1", "image_id": DIGEST, "repo_digests": [],
+    "os": {"family": "debian", "name": "12.1", "end_of_life": False},
+    "scanned_at": "2026-11-24T00:00:00+00:00", "trivy": {"version": "0.76.0", "sha256": "ab" * 32},
+    "database": {
+        "state": "absent", "lacking": [], "damage": None, "digest": None, "updated_at": None, "next_update": None,
+    },
+    "packages": 261, "sbom_components": 262, "counts": NONE_FOUND, "fixable": NONE_FOUND,
+    "vulnerabilities": [], "secrets": [], "misconfigurations": [],
+}  # fmt: skip
+LATENCIES = {f"p{share}_{what}_ms": 50.0 for share in (50, 90, 95, 99) for what in ("latency", "ttft", "tpot")}
+LOAD = {
+    "schema": "slipway/load/2", "model": "demo",
+    "canary": {"prompt": "a", "expect": "b", "answer": "b", "error": None, "ok": True},
+    "profiles": [
+        {
+            "name": "quick", "requested": {"requests": 40, "rate": 4.0, "seconds": 10.0}, "shortened": False,
+            "queue": None, "leak": None, "metrics": LATENCIES,
+            "traffic": {
+                "is_complete": True, "exit_status": 0, "warmup_errors": [], "requests": 40, "sent": 40, "answered": 40,
+                "errors": {}, "client_late_ms": dict.fromkeys(("p50", "p90", "p95", "p99"), 1.0),
+            },
+        }
+    ],
+    "capacity": None, "faults": None, "findings": [],
+    "client": {"cpu_seconds": 4.5, "seconds": 14.0, "cores": 0.2},
+    "metrics": {
+        **LATENCIES, "start_seconds": 20.0, "peak_memory_bytes": 1e9, "error_rate": 0.0,
+        "output_tokens_per_second": 100.0, "requests_per_second": 4.0,
+    },
+    "memory": {
+        "limit_bytes": 2**32, "source": "cgroup v2", "samples": 1, "hertz": 10.0, "peak": {"memory_bytes": 10**9},
+        "phases": {"load": 10**9}, "leaks": {}, "expected": None,
+    },
+    "server": {
+        "died": None, "start_seconds": 20.0, "cpus": None, "gpu": None, "network": "internal",
+        "memory_limit_bytes": 2**32, "version": "0.32.0",
+    },
+}  # fmt: skip
+SAMPLES = [{"seconds": 1.0, "phase": "load", "memory_bytes": 10**9, "usage_bytes": 10**9}]
+QUANTIZED_NOTES = {
+    "method": "gptq", "backend": "gptqmodel", "parameters": {"bits": 4, "group_size": 64},
+    "calibration": {"sha256": "cd" * 32, "samples": 32, "max_tokens": 200}, "pins_digest": DIGEST,
+}  # fmt: skip
+
+
+def drift_of(lost: int) -> Drift:
+    """Paired answers of a candidate that lost so many of 800 items."""
+    return Drift(
+        engine={"transformers": "5"},
+        engine_differences=(),
+        suite=AskedSuite(name="demo", digest=load(DEMO.with_suffix(".yaml")).evals.digest, lm_eval="0.4.13"),
+        divergence=Divergence(
+            top=20, documents=((0.2, 100), (0.3, 100), (0.25, 100)), mean=0.0025, p99=0.02, agreement=0.97, covered=0.8,
+            buckets=(), curve=(),
+        ),
+        tasks={
+            "cloze": ChoicePairs(
+                items=800, baseline_missing=0, candidate_missing=0, baseline_right=680, candidate_right=680 - lost,
+                changed=lost, chance=0.25, lost_ids=tuple(map(str, range(lost))), gained_ids=(),
+            ),
+            "perplexity": TextPairs(
+                documents=tuple(
+                    DocumentPair(id=str(number), bytes=2000, baseline_nats=2000.0, candidate_nats=2001.0 + number / 100)
+                    for number in range(60)
+                ),
+                baseline_missing=0,
+                candidate_missing=0,
+            ),
+        },
+    )  # fmt: skip
+
+
+@dataclass
+class Made:
+    """Makes a release's artifacts in a home of its own."""
+
+    settings: Settings
+    lost: int = 1
+    told: list[str] = field(default_factory=list)
+
+    @property
+    def bench(self) -> Bench:
+        """Where the demo's gptq scheme is released."""
+        return Bench(load(DEMO.with_suffix(".yaml")), "gptq", self.settings, self.told.append)
+
+    def artifacts(self, weights: bytes = b"packed") -> dict[str, Artifact]:
+        """What comes before the release, each from the ones before, by stage."""
+        source = self.put("source", {}, {"model.safetensors": "weights" * 10, "config.json": "{}"}, revision="0" * 40)
+        checkpoint = {"model.safetensors": weights.decode(), "config.json": "{}"}
+        quantized = self.put("quantized", {"source": source.digest}, checkpoint, **QUANTIZED_NOTES)
+        of_checkpoint = {"quantized": quantized.digest}
+        # An image is of its checkpoint, and so differs with it.
+        image = self.put(
+            "image", of_checkpoint, {"image.json": json.dumps({**IMAGE, "model_digest": quantized.digest})}
+        )
+        of_image = {"image": image.digest}
+        paired = {"drift.json": drift_of(self.lost).model_dump_json(by_alias=True)}
+        drift = self.put("drift", {**of_checkpoint, **of_image}, paired)
+        scan = self.put("scan", of_image, {"scan.json": json.dumps(SCAN), "trivy.json": "{}", "sbom.cdx.json": "{}"})
+        measured = {"load.json": json.dumps(LOAD), "requests.jsonl": "", "memory.json": json.dumps(SAMPLES)}
+        load_test = self.put("load", {**of_image, **of_checkpoint}, measured)
+        made = (source, quantized, image, drift, scan, load_test)
+        return {artifact.stage: artifact for artifact in made}
+
+    def put(self, stage: str, inputs: Mapping[str, str], files: Mapping[str, str], **notes: Any) -> Artifact:  # noqa: ANN401
+        """Make one artifact that holds these files."""
+
+        def make(making: Making) -> None:
+            for name, text in files.items():
+                (making.folder / name).write_text(text)
+            making.notes.update(notes)
+
+        recipe = Recipe(stage, inputs=inputs, parameters={"files": dict(files)}, code="by hand")
+        return Store(self.settings.home / "artifacts").obtain(recipe, make)
+
+
+def settings_of(home: Path) -> Settings:
+    """The settings of an empty home."""
+    return Settings.read({"SLIPWAY_HOME": str(home)})

@@ -1,0 +1,194 @@
+"""Which releases a run would change: the stages' own recipes on a home that has released; no look makes any."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filled import Models
+from hub_server import COMMIT, REPOSITORY, serving
+
+from pipeline import affected as looking
+from pipeline.affected import affected, moved_upstream, touched
+from pipeline.errors import SourceError
+from pipeline.source_lock import Lock, LockedFile, write_lock
+from pipeline.spec import ModelSpec
+from pipeline.store import Artifact
+from registry.backend import Version
+
+SCHEMES = {"gptq": {"method": "gptq", "backend": "gptqmodel", "bits": 4, "group_size": 64}}
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Models:
+    return Models(tmp_path)
+
+
+@pytest.fixture
+def released(models: Models, monkeypatch: pytest.MonkeyPatch) -> ModelSpec:
+    """The demo, released in both of its schemes and registered."""
+    spec = models.write()
+    register(models.release(spec), monkeypatch)
+    return spec
+
+
+def register(signed: Mapping[str, Artifact | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the registry have what was signed."""
+
+    def current(_uri: str, name: str) -> list[Version]:
+        release = signed[name.removeprefix("demo-")]
+        assert release is not None
+        tags = {"slipway.manifest_digest": f"sha256:{release.files['release/manifest.json']['sha256']}"}
+        return [Version(name, "1", (), tags, "", datetime.now(UTC))]
+
+    monkeypatch.setattr(looking.catalog, "current", current)
+
+
+def told(models: Models, spec: ModelSpec) -> dict[str, str | None]:
+    found = {scheme: affected(spec, scheme, models.settings) for scheme in spec.schemes}
+    return {scheme: each and each.why for scheme, each in found.items()}
+
+
+def test_a_release_that_was_never_made_is_affected_at_its_first_stage(models: Models) -> None:
+    assert told(models, models.write()) == {"awq": "source: never made", "gptq": "source: never made"}
+
+
+def test_what_is_released_and_registered_is_not_affected_and_a_look_writes_nothing(
+    models: Models, released: ModelSpec
+) -> None:
+    def files() -> set[tuple[Path, int]]:
+        return {(path, path.stat().st_mtime_ns) for path in models.settings.home.rglob("*") if path.is_file()}
+
+    before = files()
+    assert told(models, released) == {"awq": None, "gptq": None}
+    assert files() == before
+
+
+def test_a_file_that_is_written_again_with_the_same_content_affects_nothing(
+    models: Models, released: ModelSpec
+) -> None:
+    before = touched([released], models.settings)
+    for path in (released.path, released.calibration.uri):
+        path.write_bytes(path.read_bytes())
+        os.utime(path, (1, 1))
+    assert touched([released], models.settings) != before
+    assert told(models, models.write()) == {"awq": None, "gptq": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"calibration": {"uri": "file:demo/calibration.jsonl", "samples": 16, "max_tokens": 200}},
+         {"awq": "quantized: samples changed", "gptq": "quantized: samples changed"}),
+        ({"schemes": {"awq": {"method": "awq", "backend": "autoawq", "bits": 4, "group_size": 32}, **SCHEMES}},
+         {"awq": "quantized: group_size changed", "gptq": None}),
+        ({"schemes": SCHEMES}, {"gptq": None}),
+        ({"license": "mit"}, {"awq": None, "gptq": None}),
+        ({"automation": {"release": "on-change"}}, {"awq": None, "gptq": None}),
+    ],
+    ids=["calibration", "one scheme", "a scheme less", "licence", "automation itself"],
+)  # fmt: skip
+def test_exactly_the_releases_whose_inputs_changed_are_affected(
+    models: Models, released: ModelSpec, changes: dict[str, Any], expected: dict[str, str | None]
+) -> None:
+    assert told(models, models.write(**changes)) == expected
+
+
+def test_new_calibration_text_under_the_same_name_affects_every_scheme(models: Models, released: ModelSpec) -> None:
+    with released.calibration.uri.open("a") as stream:
+        stream.write('{"text": "one more"}\n')
+    assert told(models, released) == {"awq": "quantized: calibration changed", "gptq": "quantized: calibration changed"}
+
+
+def test_new_weights_are_told_at_the_source(models: Models, released: ModelSpec) -> None:
+    weights = models.settings.models / "demo" / "model" / "model.safetensors"
+    os.utime(weights)
+    assert told(models, released) == {"awq": "source: content changed", "gptq": "source: content changed"}
+
+
+def test_new_pins_of_one_quantizer_affect_its_schemes_alone(
+    models: Models, released: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = looking.stages.pins_digest
+    monkeypatch.setattr(looking.stages, "pins_digest", lambda name: "new" if name == "autoawq" else real(name))
+    assert told(models, released) == {"awq": "quantized: pins changed", "gptq": None}
+
+
+def test_another_suite_is_a_reason_to_ask_again(models: Models, released: ModelSpec) -> None:
+    changed = released.model_copy(update={"evals": released.evals.model_copy(update={"seed": 7})})
+    assert told(models, changed) == {"awq": "answers: suite changed", "gptq": "answers: suite changed"}
+
+
+def test_a_refused_release_is_not_tried_again_until_its_limits_are_others(models: Models) -> None:
+    spec = models.write()
+    models.release(spec, lost=80)
+    assert told(models, spec) == {"awq": None, "gptq": None}
+
+
+def test_a_newer_vulnerability_database_is_the_rescans_business(
+    models: Models, released: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = looking.stages.trivy.database(models.settings.home)
+    monkeypatch.setattr(looking.stages.trivy, "database", lambda _: replace(real, digest="sha256:new"))
+    assert told(models, released) == {"awq": None, "gptq": None}
+
+
+def test_what_is_signed_and_not_registered_is_affected(models: Models) -> None:
+    spec = models.write()
+    models.release(spec)
+    assert told(models, spec) == dict.fromkeys(("awq", "gptq"), "release: signed, and not registered")
+
+
+def test_the_same_change_has_the_same_key_and_another_change_another(models: Models, released: ModelSpec) -> None:
+    def key(samples: int) -> str:
+        calibration = {"uri": "file:demo/calibration.jsonl", "samples": samples, "max_tokens": 200}
+        found = affected(models.write(calibration=calibration), "gptq", models.settings)
+        assert found is not None
+        return found.key
+
+    assert key(16) == key(16) != key(8)
+
+
+def test_a_source_that_its_lock_does_not_allow_is_said_and_not_guessed(models: Models, released: ModelSpec) -> None:
+    elsewhere = models.write(source={"uri": "hf://org/tiny", "revision": COMMIT})
+    with pytest.raises(SourceError, match="delete the lock file"):
+        affected(elsewhere, "gptq", models.settings)
+
+
+@pytest.mark.parametrize(
+    ("revision", "locked", "expected"),
+    [("main", "f" * 40, COMMIT), ("main", COMMIT, None), (COMMIT, "f" * 40, None)],
+    ids=["a branch that moved", "a branch that did not", "a commit"],
+)
+def test_a_branch_that_moved_upstream_is_seen_behind_its_lock(
+    models: Models, revision: str, locked: str, expected: str | None
+) -> None:
+    spec = models.write(source={"uri": f"hf://{REPOSITORY}", "revision": revision})
+    file = LockedFile(size=2, sha256="0" * 64)
+    write_lock(Lock(path=spec.lock, uri=f"hf://{REPOSITORY}", revision=locked, files={"config.json": file}))
+    with serving({"config.json": b"{}", "model.safetensors": b"weights"}) as hub:
+        settings = replace(models.settings, hub_endpoint=hub.endpoint)
+        assert moved_upstream(spec, settings) == expected
+
+
+def test_touching_anything_a_release_is_made_from_is_noticed(models: Models, released: ModelSpec) -> None:
+    def writes() -> list[Callable[[], object]]:
+        folder = models.settings.models
+        return [
+            lambda: os.utime(released.path),
+            lambda: os.utime(released.calibration.uri),
+            lambda: (folder / "other.yaml").write_text("model: other"),
+            (folder / "demo" / "model" / "config.json").unlink,
+        ]
+
+    seen = [touched([released], models.settings)]
+    assert touched([released], models.settings) == seen[0]
+    for write in writes():
+        write()
+        seen.append(touched([released], models.settings))
+    assert len(set(seen)) == len(seen)

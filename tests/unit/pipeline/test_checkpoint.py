@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import numpy as np
+import pytest
+
+from pipeline.checkpoint import check
+from pipeline.errors import CheckpointError
+from pipeline.quantize import Scheme
+
+LAYER = "model.layers.1.mlp.down_proj"
+
+
+def scheme(method: str = "awq", bits: int = 4, **more: object) -> Scheme:
+    backend = "autoawq" if method == "awq" else "gptqmodel"
+    return Scheme.model_validate({"method": method, "backend": backend, "bits": bits, "group_size": 32, **more})
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return checkpoints.write_source(tmp_path / "source")
+
+
+@pytest.mark.parametrize(("method", "bits"), [("awq", 4), ("gptq", 2), ("gptq", 3), ("gptq", 4), ("gptq", 8)])
+def test_a_sound_checkpoint_passes(tmp_path: Path, source: Path, method: str, bits: int) -> None:
+    folder = checkpoints.write_quantized(tmp_path / "made", method, bits)
+    found = check(folder, source, scheme(method, bits))
+    assert found.layers == len(checkpoints.linears())
+    assert found.bytes == (folder / "model.safetensors").stat().st_size
+    assert found.source_bytes == (source / "model.safetensors").stat().st_size
+    # A scale of 16 bits and a zero of `bits` for 32 weights; GPTQ's index besides.
+    at_least = bits + (16 + bits) / 32
+    assert at_least <= found.bits_per_weight <= at_least + 1
+
+
+def refused(tmp_path: Path, source: Path, change: Callable[[checkpoints.Tensors], Any], method: str = "awq") -> str:
+    tensors = checkpoints.quantized(method, 4, 32)
+    change(tensors)
+    document = checkpoints.config() | {"quantization_config": checkpoints.quantization_config(method, 4, 32)}
+    with pytest.raises(CheckpointError) as caught:
+        check(checkpoints.write(tmp_path / "made", tensors, document), source, scheme(method))
+    return str(caught.value)
+
+
+def test_a_layer_left_unquantized_is_named(tmp_path: Path, source: Path) -> None:
+    def leave(tensors: checkpoints.Tensors) -> None:
+        for part in ("qweight", "qzeros", "scales"):
+            del tensors[f"{LAYER}.{part}"]
+        tensors[f"{LAYER}.weight"] = np.zeros(checkpoints.linears()[LAYER], np.float16)
+
+    assert f"{LAYER} is not quantized" in refused(tmp_path, source, leave)
+
+
+def test_a_quantized_output_layer_is_refused(tmp_path: Path, source: Path) -> None:
+    def quantize(tensors: checkpoints.Tensors) -> None:
+        del tensors["lm_head.weight"]
+        tensors["lm_head.qweight"] = np.zeros((checkpoints.HIDDEN, 12), np.int32)
+
+    message = refused(tmp_path, source, quantize)
+    assert "lm_head is quantized and should not be" in message
+    assert "`lm_head.weight` of the source is missing" in message
+
+
+def test_wrong_shapes_and_groups_are_all_listed(tmp_path: Path, source: Path) -> None:
+    def spoil(tensors: checkpoints.Tensors) -> None:
+        tensors[f"{LAYER}.qweight"] = tensors[f"{LAYER}.qweight"].T.copy()
+        tensors[f"{LAYER}.scales"] = tensors[f"{LAYER}.scales"][:1].copy()
+        del tensors[f"{LAYER}.qzeros"]
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float32)
+
+    message = refused(tmp_path, source, spoil)
+    assert f"{LAYER}.qweight is I32 [8, 128], expected I32 [128, 8]" in message
+    assert f"{LAYER}.scales is F16 [1, 64], expected F16 [4, 64]" in message
+    assert f"{LAYER} lacks `qzeros`" in message
+    assert "`model.norm.weight` is F32, expected F16" in message
+
+
+def test_a_scale_that_is_no_number_is_refused(tmp_path: Path, source: Path) -> None:
+    def spoil(tensors: checkpoints.Tensors) -> None:
+        tensors[f"{LAYER}.scales"][0, 0] = np.nan
+
+    assert f"{LAYER}.scales holds a value that is no finite number" in refused(tmp_path, source, spoil)
+
+
+def test_group_indices_must_follow_the_group_size(tmp_path: Path, source: Path) -> None:
+    def shuffle(tensors: checkpoints.Tensors) -> None:
+        tensors[f"{LAYER}.g_idx"] = tensors[f"{LAYER}.g_idx"][::-1].copy()
+
+    assert f"{LAYER}.g_idx" in refused(tmp_path, source, shuffle, "gptq")
+
+
+def test_ordered_by_activation_the_indices_may_come_in_any_order(tmp_path: Path, source: Path) -> None:
+    tensors = checkpoints.quantized("gptq", 4, 32)
+    for name in checkpoints.linears():
+        tensors[f"{name}.g_idx"] = tensors[f"{name}.g_idx"][::-1].copy()
+    stated = checkpoints.quantization_config("gptq", 4, 32) | {"desc_act": True}
+    folder = checkpoints.write(tmp_path / "made", tensors, checkpoints.config() | {"quantization_config": stated})
+    assert check(folder, source, scheme("gptq", desc_act=True)).layers
+    with pytest.raises(CheckpointError, match="desc_act` is True, expected False"):
+        check(folder, source, scheme("gptq"))
+
+
+def test_one_group_over_a_whole_input(tmp_path: Path, source: Path) -> None:
+    tensors = checkpoints.quantized("gptq", 4, 32)
+    for name, (out, inputs) in checkpoints.linears().items():
+        tensors[f"{name}.qzeros"] = np.zeros((1, out // 8), np.int32)
+        tensors[f"{name}.scales"] = np.ones((1, out), np.float16)
+        tensors[f"{name}.g_idx"] = np.zeros(inputs, np.int32)
+    stated = checkpoints.quantization_config("gptq", 4, -1)
+    folder = checkpoints.write(tmp_path / "made", tensors, checkpoints.config() | {"quantization_config": stated})
+    assert check(folder, source, scheme("gptq", group_size=-1)).layers == len(checkpoints.linears())
+
+
+def test_a_configuration_that_says_another_thing_is_refused(tmp_path: Path, source: Path) -> None:
+    folder = checkpoints.write_quantized(tmp_path / "made")
+    document = json.loads((folder / "config.json").read_text())
+    document["quantization_config"]["group_size"] = 128
+    document["rope_theta"] = 1.0
+    document["torch_dtype"] = "bfloat16"
+    (folder / "config.json").write_text(json.dumps(document))
+    with pytest.raises(CheckpointError) as caught:
+        check(folder, source, scheme())
+    assert "`quantization_config.group_size` is 128, expected 32" in str(caught.value)
+    assert "`rope_theta` is 1.0, and None in the source" in str(caught.value)
+    assert "`torch_dtype` is 'bfloat16'" in str(caught.value)
+
+
+def test_files_must_be_readable_carried_over_and_no_pickles(tmp_path: Path, source: Path) -> None:
+    folder = checkpoints.write_quantized(tmp_path / "made")
+    (folder / "model.safetensors").chmod(0o600)
+    (folder / "tokenizer.json").unlink()
+    (folder / "training_args.bin").write_bytes(b"")
+    (folder / "link.json").symlink_to("/etc/hostname")
+    with pytest.raises(CheckpointError) as caught:
+        check(folder, source, scheme())
+    for problem in (
+        "model.safetensors has mode 0600",
+        "tokenizer.json of the source is missing",
+        "is a pickle",
+        "no plain",
+    ):
+        assert problem in str(caught.value)
+
+
+def test_a_tensor_the_source_does_not_have_is_refused(tmp_path: Path, source: Path) -> None:
+    def add(tensors: checkpoints.Tensors) -> None:
+        tensors["model.layers.0.extra"] = np.zeros(1_000_000, np.float16)
+
+    message = refused(tmp_path, source, add)
+    assert "`model.layers.0.extra` is not of the source" in message
+    assert "4 bits predict at most" in message
+
+
+def test_a_file_that_was_cut_off_is_refused(tmp_path: Path, source: Path) -> None:
+    folder = checkpoints.write_quantized(tmp_path / "made")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-10])
+    with pytest.raises(CheckpointError, match=r"the checkpoint: model\.safetensors: the tensors end at byte"):
+        check(folder, source, scheme())
+
+
+def test_routers_and_other_towers_stay_as_they_are(tmp_path: Path) -> None:
+    kept = {
+        "model.layers.0.mlp.gate.weight": np.zeros((8, 64), np.float16),
+        "vision_tower.encoder.layers.0.q_proj.weight": np.zeros((64, 64), np.float16),
+    }
+    source = checkpoints.write(tmp_path / "source", checkpoints.unquantized() | kept, checkpoints.config())
+    document = checkpoints.config() | {"quantization_config": checkpoints.quantization_config("awq", 4, 32)}
+    folder = checkpoints.write(tmp_path / "made", checkpoints.quantized("awq", 4, 32) | kept, document)
+    assert check(folder, source, scheme()).layers == len(checkpoints.linears())
+
+
+def test_a_tied_output_layer_may_be_left_out(tmp_path: Path) -> None:
+    config = checkpoints.config() | {"tie_word_embeddings": True}
+    source = checkpoints.write(tmp_path / "source", checkpoints.unquantized(), config)
+    tensors = checkpoints.quantized("awq", 4, 32)
+    del tensors["lm_head.weight"]
+    stated = config | {"quantization_config": checkpoints.quantization_config("awq", 4, 32)}
+    assert check(checkpoints.write(tmp_path / "made", tensors, stated), source, scheme()).layers

@@ -1,0 +1,91 @@
+"""Load tests outside of a release: which line is meant, which traffic, and how it is shown while it runs."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from evals.load_plan import LoadPlan
+from homes import DEMO
+from pipeline import loading
+from pipeline.commands.loading import Figures, _figures
+from pipeline.errors import SpecError
+from pipeline.settings import Settings
+from pipeline.spec import load
+
+TOLD = {
+    "purpose": "chat", "rate": 4.0, "phase": "load", "total": 480, "answered": 12, "errors": 0, "elapsed_s": 3.2,
+    "tokens_per_second": 96.4, "p50_latency_ms": 80.2, "p95_latency_ms": 120.0, "p95_ttft_ms": None,
+}  # fmt: skip
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    models = tmp_path / "models"
+    models.mkdir()
+    shutil.copy(DEMO.with_suffix(".yaml"), models)
+    (models / "demo").symlink_to(DEMO)
+    return Settings.read({"SLIPWAY_HOME": str(tmp_path / "home"), "SLIPWAY_MODELS": str(models)})
+
+
+def demo(**changes: Any) -> LoadPlan:  # noqa: ANN401 - YAML
+    document = yaml.safe_load(DEMO.with_suffix(".yaml").read_text())["load"]
+    return LoadPlan.model_validate({**document, **changes})
+
+
+@pytest.mark.parametrize("scheme", ["awq", "gptq", "fp16"])
+def test_a_release_line_is_found_by_its_name_and_so_is_what_it_was_made_from(settings: Settings, scheme: str) -> None:
+    spec, found = loading.find(f"demo-{scheme}", settings)
+    assert (spec.model, found) == ("demo", scheme)
+
+
+def test_a_line_that_is_not_there_is_answered_with_those_that_are(settings: Settings) -> None:
+    with pytest.raises(SpecError, match=r"`demo-aqw`: there are demo-awq, demo-gptq, demo-fp16"):
+        loading.find("demo-aqw", settings)
+
+
+def test_another_profile_comes_as_it_is_and_keeps_the_models_limits() -> None:
+    plan = loading.changed(demo(request_rate=9, input_tokens=32), ["chat"], {})
+    (profile,) = plan.traffic
+    assert (profile.name, profile.rate, profile.input_tokens.median) == ("chat", 4, 120)
+    assert (profile.slo.p95_latency_ms, profile.slo.p95_ttft_ms) == (2000, 1000)
+
+
+def test_the_models_own_profile_keeps_what_was_changed_of_it() -> None:
+    own = demo(profiles={"quick": {"output_tokens": 8}}, request_rate=9)
+    for profiles in ([], ["quick"]):
+        (profile,) = loading.changed(own, profiles, {"seconds": 3.0}).traffic
+        assert (profile.rate, profile.seconds, profile.output_tokens.median) == (9, 3, 8)
+
+
+def test_the_command_lines_rate_goes_over_the_profiles() -> None:
+    plan = loading.changed(demo(), ["burst"], {"request_rate": 2.0, "capacity": {}, "faults": True})
+    assert plan.traffic[0].rate == 2
+    assert plan.search is not None
+    assert "faults_failed" in plan.limits()
+
+
+def test_the_price_is_the_models_own() -> None:
+    spec = load(DEMO.with_suffix(".yaml"))
+    assert spec.cost is not None
+    assert loading.price_per_hour(spec) == spec.cost.cloud.dollars_per_hour  # type: ignore[union-attr]
+    assert loading.price_per_hour(spec.model_copy(update={"cost": None})) is None
+
+
+def test_live_figures_say_what_there_is() -> None:
+    line = _figures(TOLD)
+    assert "12/480 answered, p50 80 ms, p95 120 ms, 96 tokens/s" in line
+    assert "errors" not in line
+    assert "3 errors" in _figures({**TOLD, "errors": 3})
+
+
+def test_without_a_terminal_a_line_comes_every_few_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    with Figures() as live:
+        for answered in range(50):
+            live({**TOLD, "answered": answered})
+        live({**TOLD, "phase": "done"})
+    assert len(capsys.readouterr().err.splitlines()) == 1

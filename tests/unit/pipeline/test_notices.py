@@ -1,0 +1,130 @@
+"""Failures and refusals are told: over real HTTP and SMTP, with the reason and the link, and no address told."""
+
+from __future__ import annotations
+
+import socketserver
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from dagster import (
+    DagsterEventType,
+    DagsterInstance,
+    Failure,
+    build_run_status_sensor_context,
+    job,
+    op,
+)
+
+from pipeline import automation, notices
+from pipeline.notices import Notice, NoticeError, send
+from pipeline.settings import Settings
+from webhook_server import Webhook, listening
+
+NOTICE = Notice("demo|awq refused", "drift: accuracy < 0.9 & falling", "http://ui/runs/1")
+
+
+@pytest.fixture
+def webhook() -> Iterator[Webhook]:
+    with listening() as found:
+        yield found
+
+
+@pytest.fixture
+def mails() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def mail_server(mails: list[str]) -> Iterator[str]:
+    class Handler(socketserver.StreamRequestHandler):
+        """As much of SMTP as one plain message takes."""
+
+        def handle(self) -> None:
+            self.wfile.write(b"220 here\r\n")
+            for line in self.rfile:
+                word = line.split()[0].upper()
+                if word == b"DATA":
+                    self.wfile.write(b"354 go on\r\n")
+                    mails.append(b"".join(iter(self.rfile.readline, b".\r\n")).decode())
+                self.wfile.write(b"250 ok\r\n" if word != b"QUIT" else b"221 bye\r\n")
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        yield f"smtp://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    monkeypatch.setattr(notices, "_PAUSES_SECONDS", (0.0, 0.0))
+    return Settings.read({"SLIPWAY_HOME": str(tmp_path), "SLIPWAY_UI_ADDRESS": "https://slipway.example/"})
+
+
+def test_a_webhook_gets_slacks_format_with_its_special_characters_escaped(webhook: Webhook, settings: Settings) -> None:
+    send(NOTICE, replace(settings, webhook=webhook.url))
+    assert webhook.texts == ["demo|awq refused\ndrift: accuracy &lt; 0.9 &amp; falling\nhttp://ui/runs/1"]
+
+
+def test_a_mail_has_the_reason_and_the_link(mails: list[str], mail_server: str, settings: Settings) -> None:
+    send(NOTICE, replace(settings, mail_server=mail_server, mail_to=("a@example.org", "b@example.org")))
+    (mail,) = mails
+    assert "Subject: [slipway] demo|awq refused" in mail
+    assert "To: a@example.org, b@example.org" in mail
+    assert NOTICE.reason in mail
+    assert NOTICE.link in mail
+
+
+def test_who_is_busy_is_asked_again(webhook: Webhook, settings: Settings) -> None:
+    webhook.busy = 2
+    send(NOTICE, replace(settings, webhook=webhook.url))
+    assert len(webhook.texts) == 1
+
+
+def test_one_way_that_fails_keeps_no_other_from_being_taken_and_its_address_is_not_told(
+    webhook: Webhook, mails: list[str], mail_server: str, settings: Settings
+) -> None:
+    webhook.busy = 9
+    both = replace(settings, webhook=webhook.url, mail_server=mail_server, mail_to=("a@example.org",))
+    with pytest.raises(NoticeError, match="webhook: 503") as caught:
+        send(NOTICE, both)
+    assert len(mails) == 1
+    assert "secret" not in str(caught.value) + repr(both)
+
+
+Tell = Callable[[Callable[[], None]], None]
+
+
+@pytest.fixture
+def tell(webhook: Webhook, settings: Settings) -> Tell:
+    """Run a job of one step that fails so, and let the sensor hear of it."""
+
+    def run(step: Callable[[], None]) -> None:
+        @job
+        def small() -> None:
+            op(step, name="quantized")()
+
+        with DagsterInstance.ephemeral() as instance:
+            tags = {"dagster/partition": "demo|awq"}
+            result = small.execute_in_process(instance=instance, raise_on_error=False, tags=tags)
+            (failed,) = [event for event in result.all_events if event.event_type == DagsterEventType.RUN_FAILURE]
+            context = build_run_status_sensor_context(
+                "failures", failed, instance, result.dagster_run,
+                resources={"settings": replace(settings, webhook=webhook.url)},
+            )  # fmt: skip
+            automation.failures(context.for_run_failure())
+
+    return run
+
+
+def test_a_failed_run_is_told_with_its_reason_and_where_to_look(webhook: Webhook, tell: Tell) -> None:
+    def quantized() -> None:
+        raise Failure("the disk is full", allow_retries=False)
+
+    tell(quantized)
+    ((subject, reason, link),) = [text.splitlines() for text in webhook.texts]
+    assert subject == "demo|awq failed"
+    assert reason == "quantized: the disk is full"
+    assert link.startswith("https://slipway.example/runs/")

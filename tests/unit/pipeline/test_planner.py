@@ -1,0 +1,370 @@
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import checkpoints
+import hub_server
+import pytest
+from pydantic import ByteSize
+
+from containers.gpu_models import GpuDataError, find_gpu, known_gpus, price_source
+from evals.load import Memory
+from homes import DEMO
+from pipeline.errors import PlanError
+from pipeline.planner.before import foresee
+from pipeline.planner.facts import ModelFacts, read_facts
+from pipeline.planner.memory import (
+    Demand,
+    Workload,
+    activation_bytes,
+    demand,
+    most_requests,
+    smallest_fit,
+    tensor_parallel_sizes,
+    usable_bytes,
+)
+from pipeline.planner.plan import make_plan
+from pipeline.planner.sources import describe, describe_folder
+from pipeline.planner.speed import roofline
+from pipeline.planner.weights import Weights, active_numbers, bytes_per_step, quantized, unquantized
+from pipeline.quantize import Scheme
+from pipeline.safetensors_headers import Tensor, read_model
+from pipeline.settings import Settings
+from pipeline.source import resolve
+from pipeline.spec import ModelSpec, Source, load
+
+PUBLIC = json.loads((Path(__file__).parents[2] / "data" / "public_configurations.json").read_text())["models"]
+AWQ = Scheme(method="awq", backend="autoawq", group_size=128)
+
+
+def facts_of(name: str, **changes: object) -> ModelFacts:
+    return read_facts({**PUBLIC[name]["config"], **changes})
+
+
+def tensors_of(config: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a Llama, as its checkpoints' headers have them."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    kv = config["num_key_value_heads"] * hidden // config["num_attention_heads"]
+    layer = {
+        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner), "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
+    }  # fmt: skip
+    shapes: dict[str, tuple[int, ...]] = {
+        f"model.layers.{number}.{name}.weight": shape
+        for number in range(config["num_hidden_layers"])
+        for name, shape in layer.items()
+    }
+    shapes |= dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (config["vocab_size"], hidden))
+    shapes["model.norm.weight"] = (hidden,)
+    return {name: Tensor("BF16", shape, 0, 2 * math.prod(shape), Path("x")) for name, shape in shapes.items()}
+
+
+# The cache
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_token_takes_what_vllm_says_it_takes(name: str) -> None:
+    assert facts_of(name).kv_bytes_per_token() == PUBLIC[name]["kv_bytes_per_token"]
+
+
+def test_the_demo_takes_two_kilobytes_a_token_as_vllm_logged() -> None:
+    # vLLM 0.32: "CPU KV cache size: 524,288 tokens" in 1 GiB.
+    facts = read_facts(json.loads((DEMO / "model" / "config.json").read_text()))
+    assert facts.kv_bytes_per_token() == 2**30 // 524288
+
+
+def test_heads_are_divided_among_gpus_and_a_latent_is_not() -> None:
+    llama, deepseek = facts_of("llama-3.1-70b"), facts_of("deepseek-v3")
+    assert llama.kv_bytes_per_token(tensor_parallel=8) * 8 == llama.kv_bytes_per_token()
+    assert llama.kv_bytes_per_token(tensor_parallel=16) == llama.kv_bytes_per_token(tensor_parallel=8)
+    assert deepseek.kv_bytes_per_token(tensor_parallel=8) == deepseek.kv_bytes_per_token() == 61 * (512 + 64) * 2
+
+
+def test_a_window_bounds_what_a_request_keeps() -> None:
+    mistral, gemma = facts_of("mistral-7b-v0.1"), facts_of("gemma-3-1b")
+    assert mistral.kv_bytes(2000) == 2000 * 131072
+    assert mistral.kv_bytes(32768, batched_tokens=2048) == (4095 + 2048) * 131072
+    whole = sum(layer.window is None for layer in gemma.layers)
+    assert whole == 4
+    assert gemma.kv_bytes(32768) == (4 * 32768 + 22 * 512) * 1024
+    assert "sliding window of 512 in 22 of 26 layers" in gemma.attention
+
+
+@pytest.mark.parametrize(
+    ("changes", "windowed"),
+    [
+        ({"sliding_window": None}, 0),
+        ({"use_sliding_window": False}, 0),
+        ({"use_sliding_window": True, "max_window_layers": 28}, 4),
+        ({"model_type": "gemma2"}, 16),
+        ({"layer_types": ["sliding_attention", "full_attention"] * 16}, 16),
+    ],
+)
+def test_which_layers_slide_is_read_as_each_architecture_says_it(changes: dict[str, Any], windowed: int) -> None:
+    layers = facts_of("mistral-7b-v0.1", **changes).layers
+    assert sum(layer.window == 4096 for layer in layers) == windowed
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"layer_types": ["linear_attention"] * 32}, "`linear_attention`"),
+        ({"layer_types": ["full_attention"]}, "1 of them for 32 layers"),
+        ({"num_hidden_layers": None}, "`num_hidden_layers`"),
+        ({"mamba_d_state": 16}, "state instead of a cache"),
+    ],
+)
+def test_what_is_not_known_is_refused_instead_of_guessed(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(PlanError, match=reason):
+        facts_of("llama-3.1-8b", **changes)
+
+
+def test_a_multimodal_models_text_part_counts() -> None:
+    text = PUBLIC["llama-3.1-8b"]["config"]
+    assert read_facts({"architectures": ["X"], "text_config": text}).kv_bytes_per_token() == 131072
+
+
+# The weights
+
+
+def test_seventy_billion_weights_are_141_gb_at_16_bits_and_40_at_4() -> None:
+    tensors = tensors_of(PUBLIC["llama-3.1-70b"]["config"])
+    half, packed = unquantized(tensors), quantized("awq", AWQ, tensors)
+    assert half.numbers == 70_553_706_496
+    assert half.bytes == 141_107_412_992
+    bare = packed.quantized * 4 / 8
+    assert bare / 1e9 == pytest.approx(34.2, abs=0.1)
+    assert packed.bits_per_weight == pytest.approx(4 + 16 / 128 + 4 / 128)
+    # Known of the published AWQ checkpoints of this model: nine files, 39.8 GB.
+    assert packed.bytes / 1e9 == pytest.approx(39.8, abs=0.1)
+
+
+@pytest.mark.parametrize(("method", "backend"), [("awq", "autoawq"), ("gptq", "gptqmodel")])
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_a_scheme_takes_the_checkpoints_bytes_exactly(
+    tmp_path: Path, method: Literal["awq", "gptq"], backend: Literal["autoawq", "gptqmodel"], group_size: int
+) -> None:
+    source = read_model(checkpoints.write_source(tmp_path / "source"))
+    made = read_model(checkpoints.write_quantized(tmp_path / "made", method, 4, group_size))
+    planned = quantized("x", Scheme(method=method, backend=backend, group_size=group_size), source)
+    assert planned.bytes == sum(tensor.bytes for tensor in made.values())
+    assert unquantized(source).bytes == sum(tensor.bytes for tensor in source.values())
+
+
+def test_what_is_stored_in_8_bits_is_served_in_8_and_its_scales_are_no_weights() -> None:
+    tensors = {
+        "model.layers.0.mlp.up_proj.weight": Tensor("F8_E4M3", (64, 64), 0, 4096, Path("x")),
+        "model.layers.0.mlp.up_proj.weight_scale_inv": Tensor("F32", (1, 1), 4096, 4100, Path("x")),
+        "model.embed_tokens.weight": Tensor("BF16", (8, 64), 4100, 5124, Path("x")),
+    }
+    found = unquantized(tensors)
+    assert (found.bytes, found.numbers) == (4096 + 2 + 1024, 4096 + 512)
+
+
+def test_a_step_reads_the_experts_that_somebody_is_sent_to() -> None:
+    facts = facts_of("qwen3-235b-a22b")
+    experts = 94 * 128 * 3 * 4096 * 1536
+    assert facts.all_experts == experts
+    total = 235_093_634_560
+    weights = Weights("fp16", 2 * total, 0, total, 0, 16, None)
+    assert active_numbers(weights, facts) / 1e9 == pytest.approx(22.2 - 0.6, abs=0.2)
+    one, many = bytes_per_step(weights, facts, 1), bytes_per_step(weights, facts, 4096)
+    assert one == pytest.approx(2 * active_numbers(weights, facts))
+    assert many == pytest.approx(2 * (total - facts.embedding), rel=1e-6)
+
+
+# What fits
+
+
+def fit(name: str, gpu: str, weights: Weights, workload: Workload) -> tuple[Demand, bool]:
+    return smallest_fit(facts_of(name), weights, find_gpu(gpu), workload)
+
+
+def test_seventy_billion_weights_need_four_h100_at_16_bits_and_one_at_4() -> None:
+    tensors = tensors_of(PUBLIC["llama-3.1-70b"]["config"])
+    workload = Workload(context=4096, concurrency=8)
+    half, fits = fit("llama-3.1-70b", "H100", unquantized(tensors), workload)
+    assert (half.tensor_parallel, fits) == (4, True)
+    packed, fits = fit("llama-3.1-70b", "H100", quantized("awq", AWQ, tensors), workload)
+    assert (packed.tensor_parallel, fits) == (1, True)
+    none, fits = fit("llama-3.1-70b", "T4", unquantized(tensors), workload)
+    assert (none.tensor_parallel, fits) == (8, False)
+
+
+def test_no_size_divides_what_it_cannot() -> None:
+    tensors = tensors_of(PUBLIC["llama-3.1-8b"]["config"])
+    half, packed = unquantized(tensors), quantized("awq", AWQ, tensors)
+    assert list(tensor_parallel_sizes(facts_of("llama-3.1-8b"), half)) == [1, 2, 4, 8]
+    assert list(tensor_parallel_sizes(facts_of("llama-3.1-8b"), packed)) == [1, 2, 4, 8]
+    # Qwen2.5 72B: 29,568 = 231 * 128, so that groups of 128 can't be divided in two.
+    odd = facts_of("llama-3.1-70b", intermediate_size=29568)
+    assert list(tensor_parallel_sizes(odd, half)) == [1, 2, 4, 8]
+    assert list(tensor_parallel_sizes(odd, packed)) == [1]
+
+
+def test_the_activations_are_about_what_vllm_reported() -> None:
+    assert activation_bytes(facts_of("llama-3.1-8b"), 8192, 256, 1) / 2**30 == pytest.approx(1.2, rel=0.1)
+
+
+def test_the_cache_takes_what_the_rest_leaves_and_not_one_request_more() -> None:
+    facts, gpu = facts_of("llama-3.1-8b"), find_gpu("L4")
+    weights = quantized("awq", AWQ, tensors_of(PUBLIC["llama-3.1-8b"]["config"]))
+    workload = Workload(context=8192, concurrency=1)
+    most = most_requests(facts, demand(facts, weights, gpu, workload, 1), gpu, workload)
+    full = Workload(context=8192, concurrency=most)
+    assert most > 1
+    assert demand(facts, weights, gpu, full, 1).total <= usable_bytes(gpu, full)
+    over = Workload(context=8192, concurrency=most + 1)
+    assert demand(facts, weights, gpu, over, 1).total > usable_bytes(gpu, over)
+
+
+# Speed
+
+
+def test_one_request_is_bound_by_bandwidth_and_many_by_arithmetic() -> None:
+    facts, gpu = facts_of("llama-3.1-8b"), find_gpu("H100")
+    weights = unquantized(tensors_of(PUBLIC["llama-3.1-8b"]["config"]))
+    one = roofline(facts, weights, gpu, Workload(context=2, concurrency=1), 1)
+    # 3,350 GB/s over 15.0 GB that a step reads (the embedding is looked up).
+    assert one.one_request == pytest.approx(3350 / 15.01, rel=0.01)
+    assert one.bound == "memory bandwidth"
+    many = roofline(facts, weights, gpu, Workload(context=2, concurrency=4096), 1)
+    assert many.bound == "arithmetic"
+    assert many.all_requests == pytest.approx(989e12 / (2 * 7.505e9), rel=0.01)
+    two = roofline(facts, weights, gpu, Workload(context=2, concurrency=1), 2)
+    assert two.one_request == pytest.approx(2 * one.one_request)
+
+
+# The plan, its sources and the GPUs' data
+
+
+def test_a_plan_says_it_as_it_is() -> None:
+    tensors = tensors_of(PUBLIC["llama-3.1-70b"]["config"])
+    weights = [unquantized(tensors), quantized("awq", AWQ, tensors)]
+    plan = make_plan("m", facts_of("llama-3.1-70b"), weights, [find_gpu("H100")], Workload(4096, 16), download_bytes=1)
+    document = json.loads(json.dumps(plan.document()))
+    assert document["schemes"][0]["weights_bytes"] == 141_107_412_992
+    assert any("34.2 GB of 4-bit weights, 1.34 GB of scales and zeros, 4.21 GB" in note for note in document["notes"])
+    assert document["schemes"][0]["gpus"][0]["gpus"] == 4
+    found = document["schemes"][0]["gpus"][0]
+    assert found["dollars_per_hour"] == pytest.approx(4 * 4.76)
+    speed = found["tokens_per_second_at_most"]["all_requests"]
+    assert found["dollars_per_million_tokens_at_least"] == pytest.approx(4 * 4.76 / (3600 * speed) * 1e6)
+
+
+def test_a_hubs_model_is_planned_without_its_weights(tmp_path: Path) -> None:
+    folder = checkpoints.write_source(tmp_path / "model")
+    local = describe_folder(folder)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files["model.safetensors"] = padded(files["model.safetensors"])
+    with hub_server.serving(files) as hub:
+        found = describe(resolve(f"hf://{hub_server.REPOSITORY}", endpoint=hub.endpoint))
+        asked = [wanted for _, path, wanted, _ in hub.seen if path.endswith(".safetensors")]
+    assert {name: tensor.shape for name, tensor in found.tensors.items()} == {
+        **{name: tensor.shape for name, tensor in local.tensors.items()},
+        "big": (4_000_000,),
+    }
+    assert found.config == local.config
+    assert asked == ["bytes=0-131071"]
+
+
+def padded(data: bytes) -> bytes:
+    """A file with four more megabytes of weights, which nobody should ask for."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    end = len(data) - 8 - length
+    header["big"] = {"dtype": "U8", "shape": [4_000_000], "data_offsets": [end, end + 4_000_000]}
+    raw = json.dumps(header).encode()
+    return len(raw).to_bytes(8, "little") + raw + data[8 + length :] + bytes(4_000_000)
+
+
+def test_a_header_longer_than_the_first_read_is_fetched_whole(tmp_path: Path) -> None:
+    header = {
+        f"model.layers.{number}.{'x' * 100}": {"dtype": "U8", "shape": [1], "data_offsets": [number, number + 1]}
+        for number in range(1500)
+    }
+    raw = json.dumps(header).encode()
+    files = {
+        "model.safetensors": len(raw).to_bytes(8, "little") + raw + bytes(1500),
+        "config.json": json.dumps(checkpoints.config()).encode(),
+    }
+    with hub_server.serving(files) as hub:
+        found = describe(resolve(f"hf://{hub_server.REPOSITORY}", endpoint=hub.endpoint))
+    assert len(raw) > 131072
+    assert len(found.tensors) == 1500
+
+
+def test_a_damaged_header_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"\0" * 20)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(PlanError, match="can't plan"):
+        describe_folder(tmp_path)
+
+
+def test_the_gpus_data_is_whole() -> None:
+    gpus = known_gpus()
+    assert len({gpu.name for gpu in gpus}) == len(gpus) >= 8
+    for gpu in gpus:
+        assert gpu.source.startswith("https://")
+        assert 10 < gpu.memory_bytes / 2**30 < 300
+        assert gpu.flops["fp16"] > 10 * gpu.bandwidth_bytes_per_s
+        if gpu.price is not None:
+            address, dated = price_source(gpu.price)
+            assert address.startswith("https://")
+            assert dated >= "2026"
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [("h100", "H100"), ("l40s", "L40S"), ("A100-80GB", "A100 80GB"), ("NVIDIA H100 80GB HBM3", "H100"),
+     ("NVIDIA L4", "L4"), ("NVIDIA GeForce RTX 4090", "RTX 4090")],
+)  # fmt: skip
+def test_a_gpu_is_found_as_it_is_typed_or_reported(asked: str, found: str) -> None:
+    assert find_gpu(asked).name == found
+
+
+def test_an_unknown_gpu_is_named_with_a_near_one() -> None:
+    with pytest.raises(GpuDataError, match="did you mean `H200`"):
+        find_gpu("H201")
+
+
+# Before a release
+
+
+def spec_of(**changes: object) -> ModelSpec:
+    spec = load(DEMO.parent / "demo.yaml")
+    return spec.model_copy(update=changes)
+
+
+def test_a_release_says_first_what_it_will_take(tmp_path: Path) -> None:
+    lines: list[str] = []
+    planned = foresee(spec_of(), ["awq"], Settings.read({"SLIPWAY_HOME": str(tmp_path)}), lines.append)
+    assert planned is not None
+    assert lines == ["plan: awq takes 3.8 MB, 4.31 bits a weight"]
+
+
+def test_a_release_that_its_server_cannot_hold_is_refused_before_any_work(tmp_path: Path) -> None:
+    settings = Settings.read({"SLIPWAY_HOME": str(tmp_path)})
+    small = spec_of().load.model_copy(update={"memory": Memory(limit_bytes=ByteSize(1_000_000))})
+    with pytest.raises(PlanError, match=r"gives 0\.00 GiB"):
+        foresee(spec_of(load=small), ["awq"], settings, print)
+    assert not (tmp_path / "artifacts").exists()
+
+
+def test_a_release_that_the_disk_cannot_hold_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
+    with pytest.raises(PlanError, match="are free for"):
+        foresee(spec_of(), ["awq"], Settings.read({"SLIPWAY_HOME": str(tmp_path)}), print)
+
+
+def test_a_source_that_cannot_be_looked_at_is_left_to_its_stage(tmp_path: Path) -> None:
+    settings = Settings.read({"SLIPWAY_HOME": str(tmp_path)})
+    assert foresee(spec_of(source=Source(uri=f"file:{tmp_path}/none")), ["awq"], settings, print) is None

@@ -1,0 +1,115 @@
+"""The last stage: it believes the evidence before it and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from certificates import Signers
+from release_evidence import Made, settings_of
+
+from pipeline import promotion
+from pipeline.errors import StoreError
+from pipeline.store import Artifact
+from pipeline.trust import trust_of
+from registry.errors import PromotionError, SigningError
+from registry.signing import load_trusted_keys
+from registry.verify import verify
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Made:
+    return Made(settings_of(tmp_path / "home"))
+
+
+def seal(made: Made, artifacts: dict[str, Artifact]) -> Artifact:
+    return promotion.sealed(made.bench, *artifacts.values())
+
+
+def test_what_is_sealed_verifies_and_holds_every_gate_and_its_evidence(made: Made) -> None:
+    release = seal(made, made.artifacts())
+    verify(release.folder, load_trusted_keys(made.settings.trusted_keys))
+    manifest = release.document("release/manifest.json")
+    verdicts = {gate["verdict"]["gate"]: gate["verdict"] for gate in manifest["gates"]}
+    assert {name: verdict["status"] for name, verdict in verdicts.items()} == {
+        "drift": "pass", "scan": "inconclusive", "load": "pass",
+    }  # fmt: skip
+    assert verdicts["scan"]["accepted_because"].startswith("The demo must run")
+    assert {name for name in release.files if name.startswith("release/evidence/")} == {
+        f"release/evidence/{name}"
+        for name in (
+            "drift.json", "scan.json", "trivy.json", "sbom.cdx.json", "load.json", "requests.jsonl", "memory.json",
+            "image.json", "waived.json", "mlbom.cdx.json",
+        )
+    }  # fmt: skip
+    assert "<svg" in (release.folder / "release" / "report.html").read_text()
+
+
+def test_a_local_folder_is_named_without_its_place(made: Made) -> None:
+    release = seal(made, made.artifacts())
+    assert release.document("release/manifest.json")["source"]["uri"] == "file:model"
+    for name in ("manifest.json", "report.html"):
+        assert str(made.bench.spec.path.parent) not in (release.folder / "release" / name).read_text()
+
+
+def test_the_same_evidence_is_sealed_once(made: Made) -> None:
+    assert not seal(made, made.artifacts()).cached
+    assert seal(made, made.artifacts()).cached
+
+
+@pytest.mark.parametrize("stage", ["quantized", "drift", "image", "scan", "load"])
+def test_evidence_of_another_checkpoint_or_image_is_refused_by_name(made: Made, stage: str) -> None:
+    ours, theirs = made.artifacts(), made.artifacts(weights=b"other")
+    if stage == "quantized":
+        theirs["quantized"] = replace(theirs["quantized"], inputs={"source": "sha256:another"})
+    with pytest.raises(StoreError, match=f"`{stage}`.*run every stage again"):
+        seal(made, {**ours, stage: theirs[stage]})
+
+
+def test_evidence_that_says_not_what_it_was_made_from_is_refused(made: Made) -> None:
+    ours = made.artifacts()
+    with pytest.raises(StoreError, match="`scan` was not made from the `image`"):
+        seal(made, {**ours, "scan": replace(ours["scan"], inputs={})})
+
+
+def test_a_blocked_verdict_is_not_even_signed_where_the_gate_was_skipped(made: Made) -> None:
+    made.lost = 80
+    with pytest.raises(SigningError, match=r"drift \(fail\)"):
+        seal(made, made.artifacts())
+    assert not (made.settings.home / "mlflow" / "mlflow.db").exists()
+
+
+def test_a_release_that_was_changed_after_it_was_sealed_is_not_promoted(made: Made) -> None:
+    release = seal(made, made.artifacts())
+    weights = release.folder / "model.safetensors"
+    weights.chmod(0o644)
+    weights.write_bytes(b"packeD")
+    with pytest.raises(PromotionError, match=r"model\.safetensors"):
+        promotion.promoted(made.bench, release)
+
+
+def test_the_figures_of_a_release_are_its_verdicts_own(made: Made) -> None:
+    manifest = seal(made, made.artifacts()).document("release/manifest.json")
+    told = promotion._measured(manifest)
+    assert told["accuracy_change"] == pytest.approx(-1 / 800)
+    assert told["bits_per_byte_change"] > 0
+    assert told["size_bytes"] == len("packed") + len("{}")
+    assert told["size_ratio"] == told["size_bytes"] / (len("weights" * 10) + len("{}"))
+    assert told["p95_latency_ms"] == 50.0
+
+
+def test_a_release_is_signed_as_somebody_and_believed_as_a_policy_says(tmp_path: Path) -> None:
+    (tmp_path / "keys").mkdir()
+    signers = Signers(tmp_path / "keys")
+    signers.signer()
+    signers.policy("release@example.com")
+    settings = replace(
+        settings_of(tmp_path / "home"),
+        signing_key=signers.folder / "own.pem",
+        signing_certificate=signers.folder / "chain.pem",
+        policy=signers.folder / "policy.toml",
+    )
+    made = Made(settings)
+    release = seal(made, made.artifacts())
+    assert verify(release.folder, trust_of(settings)).keyid == "release@example.com"

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import pytest
+from pydantic import ValidationError
+
+from pipeline.errors import CheckpointError, QuantizeError
+from pipeline.quantize import Scheme, backend_of, quantize
+
+AWQ = {"method": "awq", "backend": "autoawq", "group_size": 32}
+GPTQ = {"method": "gptq", "backend": "gptqmodel", "group_size": 32}
+
+
+class Worker:
+    """Stands in for a worker: writes a checkpoint of the right shapes, as carelessly as the real ones do."""
+
+    def __init__(self, *, bits: int | None = None) -> None:
+        self.bits = bits
+        self.requests: list[dict[str, Any]] = []
+
+    def __call__(self, environment: str, script: Path, request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        assert script.is_file()
+        assert folder.is_dir()
+        self.requests.append({**request, "environment": environment})
+        method, bits = request["method"], self.bits or request["bits"]
+        output = checkpoints.write_quantized(Path(request["output"]), method, bits, request["group_size"])
+        (output / "quant_log.csv").write_text("seconds\n1.5\n")
+        (output / "config.json").write_text('{"transformers_version": "made up"}')
+        (output / "model.safetensors").chmod(0o600)
+        stated = checkpoints.quantization_config(method, request["bits"], request["group_size"])
+        return {"device": "cpu", "blocks": 4, "quantization_config": stated}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return checkpoints.write_source(tmp_path / "source")
+
+
+@pytest.fixture
+def calibration(tmp_path: Path) -> Path:
+    path = tmp_path / "calibration.jsonl"
+    path.write_text("".join(json.dumps({"text": f"line {n}"}) + "\n" for n in range(8)))
+    return path
+
+
+def run(
+    tmp_path: Path, source: Path, calibration: Path, scheme: dict[str, Any], worker: Worker, **more: int
+) -> dict[str, Any]:
+    output, scratch = tmp_path / "output", tmp_path / "scratch"
+    output.mkdir()
+    scratch.mkdir()
+    plan = {"samples": 8, "max_tokens": 256, **more}
+    return quantize(
+        source,
+        calibration,
+        plan["samples"],
+        plan["max_tokens"],
+        Scheme.model_validate(scheme),
+        output,
+        worker,
+        scratch,
+        lambda _: None,
+    )
+
+
+def test_the_checkpoint_is_the_sources_own_but_for_its_weights(tmp_path: Path, source: Path, calibration: Path) -> None:
+    record = run(tmp_path, source, calibration, AWQ, Worker())
+    output = tmp_path / "output"
+    assert sorted(path.name for path in output.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in output.iterdir())
+    config = json.loads((output / "config.json").read_text())
+    assert config.pop("quantization_config")["quant_method"] == "awq"
+    assert config == checkpoints.config()
+    assert record["calibration"]["tokens"] == 4 * 256
+    assert len(record["calibration"]["sha256"]) == 64
+    assert record["bytes"] < record["source_bytes"]
+    assert record["layers"] == len(checkpoints.linears())
+
+
+def test_a_worker_that_breaks_its_promise_is_caught(tmp_path: Path, source: Path, calibration: Path) -> None:
+    with pytest.raises(CheckpointError, match="at 4 bits in groups of 32"):
+        run(tmp_path, source, calibration, GPTQ, Worker(bits=8))
+
+
+def test_the_request_is_whole_and_seeded(tmp_path: Path, source: Path, calibration: Path) -> None:
+    worker = Worker()
+    run(tmp_path, source, calibration, GPTQ | {"bits": 2, "desc_act": False}, worker)
+    (request,) = worker.requests
+    assert request["environment"] == "gptqmodel"
+    assert request["seed"] == 0
+    assert request["bits"] == 2
+    assert request["symmetric"] is True
+    assert Path(request["source"]) == source
+    assert all(Path(request[key]).is_absolute() for key in ("source", "output", "calibration"))
+
+
+def test_the_remedy_for_autoawq_is_on_unless_it_is_switched_off(
+    tmp_path: Path, source: Path, calibration: Path
+) -> None:
+    worker = Worker()
+    (tmp_path / "with").mkdir()
+    (tmp_path / "without").mkdir()
+    run(tmp_path / "with", source, calibration, AWQ, worker)
+    run(tmp_path / "without", source, calibration, AWQ | {"clone_saved_weights": False}, worker)
+    assert [request["clone_saved_weights"] for request in worker.requests] == [True, False]
+
+
+def test_an_archived_backend_reads_a_new_configuration_in_its_own_words(tmp_path: Path, calibration: Path) -> None:
+    config = checkpoints.config()
+    config["dtype"] = config.pop("torch_dtype")
+    config["rope_parameters"] = {"rope_theta": 500000.0, "rope_type": "llama3", "factor": 8.0}
+    source = checkpoints.write(tmp_path / "source", checkpoints.unquantized(), config)
+    worker = Worker()
+    run(tmp_path, source, calibration, AWQ, worker)
+    view = Path(worker.requests[0]["source"])
+    seen = json.loads((view / "config.json").read_text())
+    assert seen["rope_theta"] == 500000.0
+    assert seen["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0}
+    assert seen["torch_dtype"] == "float16"
+    assert (view / "model.safetensors").samefile(source / "model.safetensors")
+    made = json.loads((tmp_path / "output" / "config.json").read_text())
+    assert made["rope_parameters"] == config["rope_parameters"]
+    assert "rope_theta" not in made
+
+
+@pytest.mark.parametrize(
+    ("text", "samples", "reason"),
+    [
+        ("", 8, "holds 0 samples"),
+        ('{"text": "a"}\n', 2, "holds 1 samples, and `calibration.samples` is 2"),
+        ('{"txt": "a"}\n', 1, 'line 1: expected {"text": "…"}'),
+        ("not json\n", 1, "can't read the calibration"),
+    ],
+)
+def test_calibration_that_will_not_do_is_refused_before_a_worker_starts(
+    tmp_path: Path, source: Path, text: str, samples: int, reason: str
+) -> None:
+    calibration = tmp_path / "calibration.jsonl"
+    calibration.write_text(text)
+    worker = Worker()
+    with pytest.raises(QuantizeError) as caught:
+        run(tmp_path, source, calibration, AWQ, worker, samples=samples)
+    assert reason in str(caught.value)
+    assert not worker.requests
+
+
+def test_longer_samples_than_the_model_has_positions_are_refused(
+    tmp_path: Path, source: Path, calibration: Path
+) -> None:
+    with pytest.raises(QuantizeError, match="the model ends at 512 positions"):
+        run(tmp_path, source, calibration, AWQ, Worker(), max_tokens=513)
+
+
+def test_a_group_size_that_does_not_divide_the_model_is_refused(
+    tmp_path: Path, source: Path, calibration: Path
+) -> None:
+    with pytest.raises(QuantizeError, match="`group_size` 128 doesn't divide the model's `hidden_size` of 64"):
+        run(tmp_path, source, calibration, AWQ | {"group_size": 128}, Worker())
+
+
+def test_a_quantized_source_is_refused(tmp_path: Path, calibration: Path) -> None:
+    source = checkpoints.write_quantized(tmp_path / "source")
+    with pytest.raises(QuantizeError, match="already quantized"):
+        run(tmp_path, source, calibration, AWQ, Worker())
+
+
+@pytest.mark.parametrize(
+    ("scheme", "reason"),
+    [
+        (AWQ | {"bits": 3}, "awq by `autoawq` has 4 `bits`, not 3"),
+        (GPTQ | {"bits": 5}, "2, 3, 4 or 8"),
+        (GPTQ | {"group_size": 48}, "`group_size`"),
+        (AWQ | {"backend": "autogptq"}, "use `autoawq` or `gptqmodel`"),
+        (GPTQ | {"backend": "autoawq"}, "use `autogptq` or `gptqmodel`"),
+        (AWQ | {"desc_act": True}, "`desc_act` means nothing to awq"),
+        (GPTQ | {"clone_saved_weights": False}, "backend `autoawq` alone"),
+        (AWQ | {"group_sise": 64}, "group_sise"),
+        ({"method": "awq"}, "backend"),
+    ],
+)
+def test_a_scheme_that_nothing_can_make_is_refused(scheme: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Scheme.model_validate(scheme)
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ["autoawq", "gptqmodel", "autogptq"])
+def test_every_backend_names_code_and_pins_that_exist(backend: str) -> None:
+    method = "awq" if backend == "autoawq" else "gptq"
+    found = backend_of(Scheme.model_validate({"method": method, "backend": backend}))
+    assert all(path.is_file() for path in found.code)
+    pins = Path(__file__).parents[3] / "requirements" / f"{found.environment}.txt"
+    assert "--hash=sha256:" in pins.read_text()
+
+
+def test_a_schemes_key_does_not_change_with_a_default_that_nobody_sets() -> None:
+    assert "clone_saved_weights" not in Scheme.model_validate(AWQ).model_dump()
+    assert Scheme.model_validate(AWQ | {"clone_saved_weights": False}).model_dump()["clone_saved_weights"] is False

@@ -1,0 +1,187 @@
+"""Releasing from the command line, with small programs that stand in for a scheme's run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.release import release, sweep
+from pipeline.settings import Settings
+
+STAGE = {"event": "stage", "name": "source", "seconds": 1.5, "cached": False, "worker_seconds": 1.0, "release": None}
+GATE = {"event": "gate", "name": "drift", "status": "fail", "reason": "too much lost", "metrics": {}, "blocks": True}
+RELEASED = {
+    "outcome": "promoted", "version": "3", "aliases": ["candidate", "champion"], "manifest_digest": "sha256:ab",
+    "image": "x@sha256:cd", "measured": {"size_ratio": 0.4},
+}  # fmt: skip
+GOOD = {"event": "end", "outcome": "promoted", "release": RELEASED, "error": None}
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings.read({"SLIPWAY_HOME": str(tmp_path / "home"), "DOCKER_HOST": f"unix://{tmp_path}/none.sock"})
+
+
+class Heard:
+    """Keeps what is shown."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
+
+    def __call__(self, scheme: str, event: dict[str, Any]) -> None:
+        self.events.append((scheme, event))
+
+
+def stand_in(tmp_path: Path, code: str) -> list[str]:
+    """A program that stands in for `pipeline.run`: it is given a model's file and a scheme."""
+    path = tmp_path / "stand_in.py"
+    path.write_text(f"import json, os, signal, sys, time\nmodel, scheme = sys.argv[1:]\n{code}")
+    return [sys.executable, str(path)]
+
+
+def say(*events: object) -> str:
+    return "".join(f"print({json.dumps(event)!r}, flush=True)\n" for event in events)
+
+
+def test_endings_are_gathered_in_the_order_asked_for(tmp_path: Path, settings: Settings) -> None:
+    program = stand_in(tmp_path, "time.sleep(0.3 if scheme == 'awq' else 0)\n" + say(STAGE, GOOD))
+    heard = Heard()
+    first, second = release(tmp_path / "m.yaml", ["awq", "gptq"], settings, heard, program)
+    assert (first["scheme"], second["scheme"]) == ("awq", "gptq")
+    assert first == {
+        "scheme": "awq", "outcome": "promoted", "version": "3", "aliases": ["candidate", "champion"],
+        "manifest_digest": "sha256:ab", "image": "x@sha256:cd",
+        "stages": [{"name": "source", "seconds": 1.5, "cached": False, "worker_seconds": 1.0}],
+        "gates": [], "measured": {"size_ratio": 0.4}, "error": None,
+    }  # fmt: skip
+    # Side by side: the quick one's events came first.
+    assert [scheme for scheme, _ in heard.events] == ["gptq", "gptq", "awq", "awq"]
+    assert list((settings.home / "logs").iterdir()) == []
+
+
+def test_a_refusal_is_told_with_its_gates(tmp_path: Path, settings: Settings) -> None:
+    end = {"event": "end", "outcome": "refused", "release": None, "error": "drift: too much lost"}
+    (entry,) = release(tmp_path / "m.yaml", ["awq"], settings, Heard(), stand_in(tmp_path, say(GATE, end)))
+    assert entry["outcome"] == "refused"
+    assert entry["gates"] == [{"name": "drift", "status": "fail", "reason": "too much lost"}]
+    assert (entry["version"], entry["aliases"], entry["measured"]) == (None, [], {})
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("print('out of cheese', file=sys.stderr); sys.exit(7)", ["ended with status 7", "out of cheese"]),
+        ("os.kill(os.getpid(), signal.SIGKILL)", ["was killed"]),
+        ("raise RuntimeError('boom')", ["RuntimeError: boom"]),
+        ("", ["ended with status 0"]),
+    ],
+    ids=["status", "killed", "traceback", "silent"],
+)
+def test_a_run_that_ends_without_a_word_has_failed_and_its_last_words_are_shown(
+    tmp_path: Path, settings: Settings, code: str, words: list[str]
+) -> None:
+    heard = Heard()
+    (entry,) = release(tmp_path / "m.yaml", ["awq"], settings, heard, stand_in(tmp_path, say(STAGE) + code))
+    assert entry["outcome"] == "failed"
+    assert [stage["name"] for stage in entry["stages"]] == ["source"]
+    (log,) = (settings.home / "logs").iterdir()
+    for word in [*words, str(log)]:
+        assert word in entry["error"]
+    assert heard.events[-1][1]["error"] == entry["error"]
+
+
+def test_what_a_library_prints_is_no_event(tmp_path: Path, settings: Settings) -> None:
+    code = "print('hello'); print(5); print('[1]'); print('{\"x\": 1}')\n" + say(GOOD)
+    heard = Heard()
+    (entry,) = release(tmp_path / "m.yaml", ["awq"], settings, heard, stand_in(tmp_path, code))
+    assert entry["outcome"] == "promoted"
+    assert len(heard.events) == 1
+
+
+def test_one_scheme_that_fails_leaves_the_other_alone(tmp_path: Path, settings: Settings) -> None:
+    program = stand_in(tmp_path, "if scheme == 'awq': sys.exit(1)\n" + say(GOOD))
+    entries = release(tmp_path / "m.yaml", ["awq", "gptq"], settings, Heard(), program)
+    assert [entry["outcome"] for entry in entries] == ["failed", "promoted"]
+
+
+# A command line in small: releases with a stand-in until it is interrupted.
+PARENT = """
+import sys
+from pathlib import Path
+from pipeline.release import release
+from pipeline.settings import Settings
+
+try:
+    release(Path("m.yaml"), ["awq", "gptq"], Settings.read(), lambda *_: None, sys.argv[1:])
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+# Says who it is, then waits; on SIGINT it tidies up as a run does.
+WAITING = """
+from pathlib import Path
+folder = Path(__file__).parent
+(folder / f"{scheme}.part").write_text(str(os.getpid()))
+(folder / f"{scheme}.part").rename(folder / f"{scheme}.pid")
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    (folder / f"{scheme}.tidied").touch()
+"""
+
+
+def interrupted(tmp_path: Path, settings: Settings, number: signal.Signals) -> tuple[int, list[int]]:
+    """Start a parent with two waiting runs, send it a signal, and return its status and the runs' process ids."""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, *stand_in(tmp_path, WAITING)],
+        env={"SLIPWAY_HOME": str(settings.home), "PATH": os.environ["PATH"]},
+    )
+    files = [tmp_path / "awq.pid", tmp_path / "gptq.pid"]
+    wait_until(lambda: all(file.exists() for file in files))
+    parent.send_signal(number)
+    return parent.wait(20), [int(file.read_text()) for file in files]
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_ctrl_c_lets_the_runs_tidy_up_and_ends_them(tmp_path: Path, settings: Settings) -> None:
+    status, runs = interrupted(tmp_path, settings, signal.SIGINT)
+    assert status == 130
+    assert (tmp_path / "awq.tidied").exists()
+    assert (tmp_path / "gptq.tidied").exists()
+    assert all(map(is_gone, runs))
+
+
+def test_a_parent_that_is_killed_takes_its_runs_along(tmp_path: Path, settings: Settings) -> None:
+    _, runs = interrupted(tmp_path, settings, signal.SIGKILL)
+    wait_until(lambda: all(map(is_gone, runs)))
+
+
+def test_sweep_drops_what_was_half_made_and_needs_no_engine(settings: Settings) -> None:
+    artifacts = settings.home / "artifacts"
+    half = artifacts / ".making" / "quantized-abc"
+    half.mkdir(parents=True)
+    (artifacts / "quantized").mkdir()
+    sweep(settings)
+    assert not half.exists()
+    sweep(settings)

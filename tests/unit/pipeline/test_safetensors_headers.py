@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from pipeline.safetensors_headers import HeaderError, read_bytes, read_header, read_model
+
+
+def put(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw) if length is None else length) + raw + data)
+    return path
+
+
+def entry(start: int, end: int, shape: list[Any], dtype: str = "F16") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+def test_reads_what_the_library_writes(tmp_path: Path) -> None:
+    tensors = checkpoints.unquantized()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found = read_header(tmp_path / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in found.items()} == {name: t.shape for name, t in tensors.items()}
+    norm = np.frombuffer(read_bytes(found["model.norm.weight"]), np.float16)
+    assert np.array_equal(norm, tensors["model.norm.weight"])
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "reason"),
+    [
+        (b"{not json", b"", "no JSON"),
+        ([1], b"", "no JSON object"),
+        (b'{"a": {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]}, "a": {}}', b"", "twice"),
+        ({"a": entry(0, 4, [2], "F17")}, b"1234", "unknown dtype"),
+        ({"a": entry(0, 4, [3])}, b"1234", "takes 6 bytes"),
+        ({"a": entry(0, 4, [-1, -2])}, b"1234", "natural"),
+        ({"a": entry(0, 4, [2.0])}, b"1234", "natural"),
+        ({"a": {"dtype": "F16", "shape": [2]}}, b"1234", "data_offsets"),
+        ({"a": entry(0, 4, [2]), "b": entry(2, 6, [2])}, b"123456", "overlaps"),
+        ({"a": entry(0, 4, [2]), "b": entry(6, 10, [2])}, b"1234567890", "hole"),
+        ({"a": entry(2, 6, [2])}, b"123456", "hole"),
+        ({"a": entry(0, 4, [2])}, b"123456", "end at byte"),
+        ({"a": entry(0, 4, [2])}, b"12", "end at byte"),
+    ],
+)
+def test_a_header_that_breaks_the_law_is_refused(tmp_path: Path, header: object, data: bytes, reason: str) -> None:
+    with pytest.raises(HeaderError, match=reason):
+        read_header(put(tmp_path / "model.safetensors", header, data))
+
+
+@pytest.mark.parametrize("length", [2**63, 100_000_001, 200])
+def test_a_length_beyond_the_file_is_refused_without_reading(tmp_path: Path, length: int) -> None:
+    with pytest.raises(HeaderError, match="cut off"):
+        read_header(put(tmp_path / "model.safetensors", {}, length=length))
+
+
+@given(st.binary(max_size=64))
+def test_noise_is_refused_and_nothing_else_happens(tmp_path_factory: pytest.TempPathFactory, noise: bytes) -> None:
+    path = tmp_path_factory.mktemp("noise") / "model.safetensors"
+    path.write_bytes(noise)
+    with contextlib.suppress(HeaderError):
+        assert read_header(path) == {}
+
+
+def test_an_index_must_be_complete_and_right(tmp_path: Path) -> None:
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    save_file({"a": np.zeros(2, np.float16)}, tmp_path / first)
+    save_file({"b": np.zeros(2, np.float16)}, tmp_path / second)
+    index = tmp_path / "model.safetensors.index.json"
+    with pytest.raises(HeaderError, match="nor an index"):
+        read_model(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"a": first, "b": second}}))
+    assert sorted(read_model(tmp_path)) == ["a", "b"]
+    index.write_text(json.dumps({"weight_map": {"a": second, "c": first, "d": "model-00003-of-00003.safetensors"}}))
+    with pytest.raises(HeaderError) as caught:
+        read_model(tmp_path)
+    message = str(caught.value)
+    assert "which is not there" in message
+    assert "`a` is in model-00001-of-00002.safetensors" in message
+    assert "says nothing of it" in message
+    assert "`c` into model-00001-of-00002.safetensors, which lacks it" in message
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        save_file({"a": np.zeros(2, np.float16)}, tmp_path / name)
+    with pytest.raises(HeaderError, match=r"`a` is in model-00001-of-00002\.safetensors too"):
+        read_model(tmp_path)

@@ -1,0 +1,352 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import checkpoints
+import hub_server
+import pytest
+
+from pipeline.errors import SourceError
+from pipeline.source import ResolvedSource, hold_to_lock, pull, resolve, revision_of
+from pipeline.source_lock import read_lock
+
+URI = f"hf://{hub_server.REPOSITORY}"
+
+
+def silent(_: str) -> None:
+    pass
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return checkpoints.write_source(tmp_path / "model")
+
+
+@pytest.fixture
+def hub(model: Path) -> Iterator[hub_server.StandInHub]:
+    files = {path.name: path.read_bytes() for path in sorted(model.iterdir())}
+    with hub_server.serving(files) as serving:
+        yield serving
+
+
+@pytest.fixture
+def into(tmp_path: Path) -> Callable[[ResolvedSource], dict[str, str]]:
+    """Pull into a fresh folder, keeping broken downloads from one pull to the next."""
+    numbers = iter(range(100))
+
+    def fetch(resolved: ResolvedSource) -> dict[str, str]:
+        folder = tmp_path / f"pulled-{next(numbers)}"
+        folder.mkdir()
+        found = pull(resolved, folder, tmp_path / "downloads", silent)
+        assert found == digests(folder)
+        return found
+
+    return fetch
+
+
+Fetch = Callable[[ResolvedSource], dict[str, str]]
+
+
+# A folder
+
+
+def test_a_folder_is_copied_whole_with_its_digests(model: Path, into: Fetch) -> None:
+    (model / "model.safetensors").chmod(0o600)
+    (model / "README.md").write_text("# a model")
+    resolved = resolve(f"file:{model}")
+    assert resolved.left_out == ("README.md",)
+    found = into(resolved)
+    assert sorted(found) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert found["model.safetensors"] == hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+    assert revision_of(resolved, found).startswith("sha256:")
+
+
+def test_a_folder_that_may_have_changed_has_another_fingerprint(model: Path) -> None:
+    before = resolve(f"file:{model}").fingerprint
+    assert resolve(f"file:{model}").fingerprint == before
+    os.utime(model / "config.json", ns=(1, 1))
+    assert resolve(f"file:{model}").fingerprint != before
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pt", "original/consolidated.00.pth", "optimizer.pkl"])
+def test_a_pickle_is_refused_by_name(model: Path, name: str) -> None:
+    (model / name).parent.mkdir(exist_ok=True)
+    (model / name).write_bytes(b"\x80\x04.")
+    with pytest.raises(SourceError) as caught:
+        resolve(f"file:{model}")
+    assert name in str(caught.value)
+    assert "pickle" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_code_in_a_folder_is_refused(model: Path) -> None:
+    (model / "modeling_tiny.py").write_text("print('hello')")
+    with pytest.raises(SourceError, match=r"modeling_tiny\.py"):
+        resolve(f"file:{model}")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_a_configuration_that_wants_code_is_refused(model: Path, into: Fetch, name: str) -> None:
+    (model / name).write_text(json.dumps({"auto_map": {"AutoModel": "modeling.Tiny"}}))
+    with pytest.raises(SourceError, match=f"{name} has `auto_map`"):
+        into(resolve(f"file:{model}"))
+
+
+def test_damaged_weights_and_json_are_refused_together(model: Path, into: Fetch) -> None:
+    whole = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(whole[:-1])
+    (model / "tokenizer.json").write_text("{")
+    with pytest.raises(SourceError) as caught:
+        into(resolve(f"file:{model}"))
+    assert "model.safetensors: the tensors end at byte" in str(caught.value)
+    assert "tokenizer.json is no JSON" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "revision", "reason"),
+    [
+        ("file:/nowhere/at/all", None, "there is no folder"),
+        ("s3://bucket/model", None, "expected file:FOLDER or hf://"),
+        ("hf://only-a-name", None, "expected file:FOLDER or hf://ORG/NAME"),
+        ("hf://org/name@one", "two", "keep one"),
+        ("file:/tmp", "main", "`source.revision` means nothing"),
+    ],
+)
+def test_a_source_that_cannot_be_is_refused(uri: str, revision: str | None, reason: str) -> None:
+    with pytest.raises(SourceError) as caught:
+        resolve(uri, revision)
+    assert reason in str(caught.value)
+
+
+def test_a_folder_without_weights_says_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SourceError, match=r"no model\.safetensors: it holds config\.json"):
+        resolve(f"file:{tmp_path}")
+
+
+# The lock
+
+
+def test_a_flipped_byte_is_refused_with_both_digests_and_the_way_out(tmp_path: Path, model: Path, into: Fetch) -> None:
+    path = tmp_path / "tiny.lock.json"
+    resolved = resolve(f"file:{model}", lock=read_lock(path))
+    good = into(resolved)
+    hold_to_lock(path, resolved, good)
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    with pytest.raises(SourceError) as caught:
+        into(resolve(f"file:{model}", lock=read_lock(path)))
+    message = str(caught.value)
+    assert f"model.safetensors has sha256 {hashlib.sha256(weights).hexdigest()}" in message
+    assert f"the lock says {good['model.safetensors']}" in message
+    assert f"{path} pins; if the change is meant, delete that file" in message
+    assert "\n" not in message
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    again = resolve(f"file:{model}", lock=read_lock(path))
+    hold_to_lock(path, again, into(again))
+
+
+def test_a_lock_names_what_is_missing_and_extra(tmp_path: Path, model: Path, into: Fetch) -> None:
+    path = tmp_path / "tiny.lock.json"
+    resolved = resolve(f"file:{model}")
+    hold_to_lock(path, resolved, into(resolved))
+    (model / "tokenizer.json").rename(model / "merges.txt")
+    with pytest.raises(SourceError) as caught:
+        resolve(f"file:{model}", lock=read_lock(path))
+    assert "tokenizer.json is missing" in str(caught.value)
+    assert "merges.txt is not in the lock" in str(caught.value)
+
+
+def test_a_lock_is_held_against_an_artifact_that_was_kept(tmp_path: Path, model: Path, into: Fetch) -> None:
+    path = tmp_path / "tiny.lock.json"
+    resolved = resolve(f"file:{model}")
+    good = into(resolved)
+    hold_to_lock(path, resolved, good)
+    with pytest.raises(SourceError, match=r"config\.json has sha256"):
+        hold_to_lock(path, resolved, good | {"config.json": "0" * 64})
+
+
+def test_a_lock_holds_in_another_checkout_and_not_for_another_source(tmp_path: Path, into: Fetch) -> None:
+    for checkout in ("one", "two"):
+        checkpoints.write_source(tmp_path / checkout / "tiny" / "model")
+    resolved = resolve(f"file:{tmp_path}/one/tiny/model")
+    hold_to_lock(tmp_path / "one" / "tiny.lock.json", resolved, into(resolved))
+    moved = tmp_path / "two" / "tiny.lock.json"
+    moved.write_bytes((tmp_path / "one" / "tiny.lock.json").read_bytes())
+    into(resolve(f"file:{tmp_path}/two/tiny/model", lock=read_lock(moved)))
+    with pytest.raises(SourceError, match=r"pins file:tiny/model, and the model's file says hf://org/tiny"):
+        resolve(URI, lock=read_lock(moved))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"schema": "slipway/lock/9"}', '{"schema": "slipway/lock/1", "files": {}}']
+)
+def test_what_is_no_lock_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "tiny.lock.json"
+    path.write_text(text)
+    with pytest.raises(SourceError, match=r"tiny\.lock\.json"):
+        read_lock(path)
+
+
+# A hub
+
+
+def test_a_branch_is_pulled_at_its_commit(hub: hub_server.StandInHub, model: Path, into: Fetch) -> None:
+    resolved = resolve(URI, endpoint=hub.endpoint)
+    assert resolved.revision == hub_server.COMMIT
+    assert into(resolved) == digests(model)
+    assert revision_of(resolved, {}) == hub_server.COMMIT
+
+
+def test_a_lock_holds_a_branch_to_its_commit_without_asking_the_hub(
+    tmp_path: Path, hub: hub_server.StandInHub, into: Fetch
+) -> None:
+    path = tmp_path / "tiny.lock.json"
+    resolved = resolve(URI, "main", endpoint=hub.endpoint)
+    hold_to_lock(path, resolved, into(resolved))
+    hub.branches["main"] = "f" * 40
+    hub.seen.clear()
+    locked = resolve(URI, "main", endpoint=hub.endpoint, lock=read_lock(path))
+    assert locked.revision == hub_server.COMMIT
+    assert hub.seen == []
+    into(locked)
+    with pytest.raises(SourceError, match=f"the model's file says {URI}@{'e' * 40}"):
+        resolve(URI, "e" * 40, endpoint=hub.endpoint, lock=read_lock(path))
+
+
+def test_a_broken_download_goes_on_where_it_stopped(hub: hub_server.StandInHub, into: Fetch, tmp_path: Path) -> None:
+    kept = tmp_path / "downloads" / "org--tiny" / hub_server.COMMIT
+    kept.mkdir(parents=True)
+    (kept / "model.safetensors.part").write_bytes(hub.files["model.safetensors"][:1000])
+    (kept / "config.json.part").write_bytes(hub.files["config.json"] + b"too long")
+    into(resolve(URI, endpoint=hub.endpoint))
+    ranges = {path.rsplit("/", 1)[-1]: wanted for _, path, wanted, _ in hub.seen if "/resolve/" in path}
+    assert ranges == {"model.safetensors": "bytes=1000-", "config.json": None, "tokenizer.json": None}
+    assert not kept.exists()
+
+
+def test_a_line_that_breaks_is_tried_again_and_gives_up_with_one_line(
+    hub: hub_server.StandInHub, into: Fetch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    resolved = resolve(URI, endpoint=hub.endpoint)
+    hub.cuts = 2
+    into(resolved)
+    hub.cuts = 1000
+    with pytest.raises(SourceError, match="what was downloaded is kept"):
+        into(resolved)
+    hub.cuts = 0
+    into(resolved)
+
+
+def test_what_is_not_what_the_hub_promised_is_refused_and_fetched_anew(hub: hub_server.StandInHub, into: Fetch) -> None:
+    weights, tokenizer = bytearray(hub.files["model.safetensors"]), hub.files["tokenizer.json"]
+    weights[-1] ^= 1
+    hub.served = {"model.safetensors": bytes(weights), "tokenizer.json": tokenizer.replace(b"1", b"2")}
+    resolved = resolve(URI, endpoint=hub.endpoint)
+    with pytest.raises(SourceError) as caught:
+        into(resolved)
+    assert f"model.safetensors: sha256 {hashlib.sha256(weights).hexdigest()}, expected" in str(caught.value)
+    assert "tokenizer.json: git blob" in str(caught.value)
+    hub.served = {}
+    into(resolved)
+
+
+def test_a_locked_file_that_the_hub_changed_is_refused(tmp_path: Path, hub: hub_server.StandInHub, into: Fetch) -> None:
+    path = tmp_path / "tiny.lock.json"
+    resolved = resolve(URI, endpoint=hub.endpoint)
+    hold_to_lock(path, resolved, into(resolved))
+    hub.served = {"config.json": hub.files["config.json"].replace(b"llama", b"llamb")}
+    with pytest.raises(SourceError, match=r"config\.json has sha256 .* the lock says"):
+        into(resolve(URI, endpoint=hub.endpoint, lock=read_lock(path)))
+
+
+def test_pickles_and_other_files_beside_safetensors_are_left_on_the_hub(
+    hub: hub_server.StandInHub, into: Fetch
+) -> None:
+    hub.files |= {"pytorch_model.bin": b"\x80", "original/model.safetensors": b"", "modeling.py": b"", "README.md": b""}
+    hub.files |= {"consolidated.safetensors": b"", "pytorch_model.bin.index.json": b"{}", ".gitattributes": b""}
+    resolved = resolve(URI, endpoint=hub.endpoint)
+    assert sorted(into(resolved)) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert "pytorch_model.bin" in resolved.left_out
+    assert not [path for _, path, _, _ in hub.seen if "pytorch_model" in path]
+
+
+def test_a_model_of_pickles_alone_is_refused_by_name(hub: hub_server.StandInHub) -> None:
+    del hub.files["model.safetensors"]
+    hub.files["pytorch_model.bin"] = b"\x80"
+    with pytest.raises(SourceError, match=r"no safetensors, only pytorch_model\.bin: a pickle"):
+        resolve(URI, endpoint=hub.endpoint)
+
+
+def test_names_that_lead_elsewhere_are_never_written(hub: hub_server.StandInHub, into: Fetch, tmp_path: Path) -> None:
+    hub.files |= {"../escaped.json": b"{}", "..\\escaped.json": b"{}", ".hidden.json": b"{}"}
+    into(resolve(URI, endpoint=hub.endpoint))
+    assert not list(tmp_path.rglob("*escaped*"))
+    assert not list(tmp_path.rglob("*hidden*"))
+
+
+def test_the_token_opens_and_is_shown_nowhere(hub: hub_server.StandInHub, into: Fetch) -> None:
+    hub.token = "hf_secret"  # noqa: S105 - a stand-in's
+    with pytest.raises(SourceError, match="HF_TOKEN is not set"):
+        resolve(URI, endpoint=hub.endpoint)
+    with pytest.raises(SourceError) as caught:
+        resolve(URI, endpoint=hub.endpoint, token="hf_wrong")  # noqa: S106 - a stand-in's
+    assert "hf_wrong" not in str(caught.value)
+    resolved = resolve(URI, endpoint=hub.endpoint, token=hub.token)
+    into(resolved)
+    assert "hf_secret" not in repr(resolved)
+
+
+def test_without_a_token_of_ours_the_machines_own_is_not_sent(
+    hub: hub_server.StandInHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_machine")
+    resolve(URI, endpoint=hub.endpoint)
+    assert [authorization for *_, authorization in hub.seen] == [None]
+
+
+def test_a_gated_model_says_how_to_get_in(hub: hub_server.StandInHub) -> None:
+    hub.gated = True
+    with pytest.raises(SourceError, match=r"gated.*accept its terms"):
+        resolve(URI, endpoint=hub.endpoint)
+
+
+@pytest.mark.parametrize(
+    ("uri", "revision", "reason"),
+    [
+        (URI, "no-such-branch", "has no revision `no-such-branch`"),
+        ("hf://org/other", None, "is not at http"),
+        ("hf://org/-bad-", None, "is no name of a model"),
+    ],
+)
+def test_what_the_hub_does_not_have_is_said(
+    hub: hub_server.StandInHub, uri: str, revision: str | None, reason: str
+) -> None:
+    with pytest.raises(SourceError) as caught:
+        resolve(uri, revision, endpoint=hub.endpoint)
+    assert reason in str(caught.value)
+
+
+def test_an_unreachable_hub_is_one_line_within_seconds(tmp_path: Path, hub: hub_server.StandInHub, into: Fetch) -> None:
+    started = time.monotonic()
+    with pytest.raises(SourceError, match=r"can't reach the hub at http://127\.0\.0\.1:9") as caught:
+        resolve(URI, endpoint="http://127.0.0.1:9")
+    assert "\n" not in str(caught.value)
+    path = tmp_path / "tiny.lock.json"
+    resolved = resolve(URI, endpoint=hub.endpoint)
+    hold_to_lock(path, resolved, into(resolved))
+    with pytest.raises(SourceError, match="can't reach the hub"):
+        into(resolve(URI, endpoint="http://127.0.0.1:9", lock=read_lock(path)))
+    assert time.monotonic() - started < 20

@@ -1,0 +1,46 @@
+"""A champion's load test beside its release's: what counts as slower, and when the two can be compared at all."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from release_evidence import LOAD
+
+from pipeline.loading import Loaded
+from pipeline.speed import Speed, slower
+from registry.verdict import Verdict
+
+
+def measured(**metrics: float) -> dict[str, Any]:
+    found: dict[str, Any] = copy.deepcopy(LOAD)
+    found["metrics"] |= metrics
+    return found
+
+
+def speed_of(shares: dict[str, float], status: Any = "pass") -> Speed:  # noqa: ANN401
+    verdict = Verdict(gate="load", status=status, reason="p95 latency is 50 ms")
+    return Speed("3", Loaded("demo-awq", verdict, {}, Path(), Path()), shares, allowed=0.25)
+
+
+def test_slower_is_a_fraction_of_what_it_was_whichever_way_is_worse() -> None:
+    now = measured(p95_latency_ms=75.0, p95_ttft_ms=25.0, output_tokens_per_second=50.0)
+    assert slower(LOAD, now) == pytest.approx(
+        {"p95_latency_ms": 0.5, "p95_ttft_ms": -0.5, "output_tokens_per_second": 1.0}
+    )
+
+
+def test_other_traffic_is_not_compared() -> None:
+    now = measured()
+    now["profiles"][0]["requested"]["rate"] = 8.0
+    assert slower(LOAD, now) == {}
+    assert speed_of({}).words == "version 3: pass, p95 latency is 50 ms; not comparable"
+
+
+def test_a_champion_holds_while_limits_hold_and_nothing_is_slower_than_allowed() -> None:
+    assert speed_of({"p95_latency_ms": 0.25}).holds
+    assert not speed_of({"p95_latency_ms": 0.26}).holds
+    assert not speed_of({}, "fail").holds
+    assert "p95_latency_ms +26% (25% allowed)" in speed_of({"p95_latency_ms": 0.26}).words
