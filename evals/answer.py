@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 
 SCHEMA = "slipway.answers/2"
 TASKS = Path(__file__).resolve().parent / "tasks"
-SHOWN = 2000  # characters of an item that count for overlap: a prompt's examples are every item's
-
 Report = Callable[[str], None]
 
 
@@ -48,7 +47,7 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
             server that refuses or goes away.
     """
     started = time.monotonic()
-    ours = {name: _rows(name, task, request.get("part")) for name, task in request["tasks"].items() if task["ours"]}
+    ours = {name: _rows(name, task) for name, task in request["tasks"].items() if task["ours"]}
     _prepare(request.get("hub"))
     report("loading lm-eval")
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
@@ -59,7 +58,7 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
         for name, task in request["tasks"].items():
             tasks[name], shown[name], texts = _ask(model, name, task, request, ours.get(name), report)
             wanted = request.get("divergence")
-            if wanted and tasks[name]["kind"] == "text" and not (Path(request["output"]) / "top.npz").exists():
+            if wanted and texts and not (Path(request["output"]) / "top.npz").exists():
                 _write_top(model, texts[: wanted["documents"]], wanted, Path(request["output"]))
     except served.ServerError as error:
         raise WorkerError(str(error)) from error
@@ -95,14 +94,15 @@ def _model(request: dict[str, Any], report: Report) -> tuple[LM, dict[str, Any]]
         return model, {**engine, **lm_eval}
     report("reading the questions while the server starts")
     try:
-        model = served.model(lambda: served.wait_for_address(Path(server["address"])), server["name"], folder)
+        address = Path(server["address"])
+        model = served.model(lambda: served.wait_for_address(address), server["name"], folder, report)
     except (OSError, ValueError) as error:
         raise WorkerError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
     return model, {**server["engine"], **lm_eval}
 
 
-def _rows(name: str, task: dict[str, Any], part: Sequence[float] | None) -> tuple[list[dict[str, Any]], str]:
-    """Read a task's data: the rows to ask, and the sha256 of the whole file.
+def _rows(name: str, task: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+    """Read a task's data: the rows to ask, in whatever parts, and the sha256 of the whole file.
 
     They are spread evenly over the file and asked in an order that no file's order shows through, so that any first
     part of them stands for all.
@@ -120,7 +120,7 @@ def _rows(name: str, task: dict[str, Any], part: Sequence[float] | None) -> tupl
     if len({row["id"] for row in chosen}) != wanted:
         raise WorkerError(f"`{name}`: ids in {path.name} are not unique")
     chosen.sort(key=lambda row: hashlib.sha256(row["id"].encode()).digest())
-    return _cut(chosen, part), hashlib.sha256(content).hexdigest()
+    return chosen, hashlib.sha256(content).hexdigest()
 
 
 def _cut(rows: list[dict[str, Any]], part: Sequence[float] | None) -> list[dict[str, Any]]:
@@ -137,24 +137,28 @@ def _ask(
     ours: tuple[list[dict[str, Any]], str] | None,
     report: Report,
 ) -> tuple[dict[str, Any], list[str], list[str]]:
-    """Return a task's answers, what of each item counts for overlap, and the texts of a likelihood task."""
+    """Return a task's answers, what of each item counts for overlap, and the texts of a likelihood task.
+
+    Those are all that the task has, whichever part of it is asked: what is kept of them is then of the same documents.
+    """
     began = time.monotonic()
-    report(f"{name}: {len(ours[0]) if ours else task.get('items') or 'all'} items")
-    rows = ours[0] if ours else None
+    rows = _cut(ours[0], request.get("part")) if ours else None
+    report(f"{name}: {len(rows) if rows else task.get('items') or 'all'} items")
     samples, kind = _evaluate(model, name, task, request, rows)
-    answered = [graded.item(kind, sample, task, rows[at] if rows else None, model) for at, sample in enumerate(samples)]
+    answered = graded.items(kind, samples, task, rows, model)
     digest = ours[1] if ours else hashlib.sha256("".join(s["doc_hash"] for _, s in samples).encode()).hexdigest()
     found: dict[str, Any] = {"kind": kind, "data_sha256": digest, "items": answered}
     again = request.get("again") or 0
     if again and kind != "text":
-        repeated, _ = _evaluate(model, name, task, request, rows[:again] if rows else None, limit=again)
-        second = [
-            graded.item(kind, sample, task, rows[at] if rows else None, model) for at, sample in enumerate(repeated)
-        ]
-        found["again"] = graded.again(answered, second)
+        # lm-eval's limit holds for each of a task's parts.
+        limit = math.ceil(again / len({part for part, _ in samples}))
+        repeated, _ = _evaluate(model, name, task, request, rows[:again] if rows else None, limit=limit)
+        found["again"] = graded.again(answered, graded.items(kind, repeated, task, rows, model))
     report(f"{name}: answered in {time.monotonic() - began:.1f} s")
-    texts = [str(sample["arguments"][0][0]) for _, sample in samples] if kind == "text" else []
-    return found, [graded.shown(sample)[-SHOWN:] for _, sample in samples], texts
+    texts = []
+    if kind == "text":
+        texts = [row["text"] for row in ours[0]] if ours else [graded.text(sample) for sample in samples]
+    return found, [graded.shown(kind, sample) for sample in samples], texts
 
 
 def _evaluate(
@@ -191,7 +195,7 @@ def _evaluate(
         asked = [{**graded.configuration(definition), "custom_dataset": lambda **_: {"test": data}}]
     try:
         results = lm_eval.simple_evaluate(model=model, tasks=asked, task_manager=manager, **options)
-    except (OSError, KeyError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ImportError, KeyError, ValueError, datasets.exceptions.DatasetsError) as error:
         if rows is not None:
             raise
         told = " ".join(str(error).split())[:300]
@@ -216,13 +220,13 @@ def _write_top(model: LM, texts: Sequence[str], wanted: Mapping[str, int], outpu
     )
 
 
-def _write_runs(shown: Mapping[str, Sequence[str]], output: Path) -> None:
+def _write_runs(shown: Mapping[str, Sequence[Sequence[str]]], output: Path) -> None:
     """Write each task's hashed runs of words, and the place of the item that each is of."""
     import numpy as np
 
     arrays: dict[str, Any] = {}
-    for name, texts in shown.items():
-        pairs = [(run, number) for number, text in enumerate(texts) for run in sorted(runs(text))]
+    for name, items in shown.items():
+        pairs = [(run, number) for number, texts in enumerate(items) for run in sorted(set().union(*map(runs, texts)))]
         arrays[f"{name}.runs"] = np.array([run for run, _ in pairs], dtype=np.uint64)
         arrays[f"{name}.items"] = np.array([number for _, number in pairs], dtype=np.int32)
     np.savez_compressed(output / "runs.npz", **arrays)

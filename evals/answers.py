@@ -24,10 +24,12 @@ class ChoiceAnswer(_Frozen):
     """How a model weighed the choices of one item, in nats; None where it gave no finite number.
 
     ``right`` is lm-eval's own score where the task's metric is another than the likeliest choice (`acc_norm` weighs by
-    length). ``group`` is what the item belongs to (mmlu's subject), ``question`` and ``choices`` what was shown, cut.
+    length). ``group`` is what the item belongs to (mmlu's subject), ``question`` and ``choices`` what was shown, cut;
+    ``asked`` is the digest of all of it, uncut and with the examples before it.
     """
 
     id: str
+    asked: str = ""
     answer: Count
     log_likelihoods: Annotated[tuple[float | None, ...], Field(min_length=2)]
     right: bool | None = None
@@ -61,16 +63,17 @@ class ChoiceAnswer(_Frozen):
         return "" if chosen is None else self.choices[chosen] if self.choices else f"choice {chosen}"
 
     @property
-    def identity(self) -> tuple[int, ...]:
+    def identity(self) -> tuple[str | int, ...]:
         """What must be equal for two models to have been asked the same."""
-        return (self.answer, len(self.log_likelihoods))
+        return (self.asked, self.answer, len(self.log_likelihoods))
 
 
 class GeneratedAnswer(_Frozen):
-    """What a model wrote, how many tokens that took, and whether it was right; None where it wrote nothing."""
+    """What a model wrote, perhaps nothing, how many tokens that took, and whether it was right."""
 
     id: str
-    right: bool | None
+    asked: str = ""
+    right: bool
     tokens: Count
     said: str = ""
     group: str = ""
@@ -78,27 +81,28 @@ class GeneratedAnswer(_Frozen):
     choices: tuple[str, ...] = ()
 
     @property
-    def hit(self) -> bool | None:
-        """Whether it answered right; None if it did not answer."""
+    def hit(self) -> bool:
+        """Whether it answered right; who writes nothing did not."""
         return self.right
 
     @property
-    def identity(self) -> tuple[int, ...]:
-        """Nothing but its name tells one question from another."""
-        return ()
+    def identity(self) -> tuple[str | int, ...]:
+        """What must be equal for two models to have been asked the same."""
+        return (self.asked,)
 
 
 class TextAnswer(_Frozen):
     """The log-likelihood, in nats, a model gives one document of ``bytes`` UTF-8 bytes; None where it is not finite."""
 
     id: str
+    asked: str = ""
     bytes: Annotated[int, Field(gt=0)]
     log_likelihood: float | None
 
     @property
-    def identity(self) -> tuple[int, ...]:
+    def identity(self) -> tuple[str | int, ...]:
         """What must be equal for two models to have been asked the same."""
-        return (self.bytes,)
+        return (self.asked, self.bytes)
 
 
 class Again(_Frozen):

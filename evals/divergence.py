@@ -40,14 +40,14 @@ def read_top(folder: Path) -> Top | None:
     """Read what a model answered; None where it was not asked.
 
     Raises:
-        AnswersError: the file is damaged.
+        AnswersError: the file is damaged, or a log-probability in it is no finite number.
     """
     path = folder / FILE
     if not path.is_file():
         return None
     try:
         with np.load(path, allow_pickle=False) as found:
-            return Top(
+            top = Top(
                 found["tokens"].astype(np.int64),
                 found["log_probabilities"].astype(np.float64),
                 found["document"].astype(np.int64),
@@ -55,6 +55,9 @@ def read_top(folder: Path) -> Top | None:
             )
     except (OSError, ValueError, KeyError) as error:
         raise AnswersError(f"{path} cannot be read ({error}): evaluate the model again") from error
+    if not np.isfinite(top.log_probabilities).all():
+        raise AnswersError(f"{path} holds a log-probability that is no finite number: evaluate the model again")
+    return top
 
 
 def kl(first: Top, second: Top) -> Floats:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +17,8 @@ KINDS = {
     "generate_until": "generated",
 }
 _QUESTION, _ANSWER = 500, 200  # characters that are kept of an item for a person to look at
+_COUNTED = 2000  # characters of a context that count for overlap
+_JOINT = 400  # of them before a choice: more than any run of words that ends in it
 
 Sample = tuple[str, dict[str, Any]]  # the part of the task that it is of, and lm-eval's record
 
@@ -56,20 +60,44 @@ def samples(results: dict[str, Any], task: dict[str, Any], name: str) -> tuple[l
     return found, KINDS[kinds.pop()]
 
 
-def shown(sample: dict[str, Any]) -> str:
-    """Return the text of an item: the context with the first thing that was scored behind it."""
-    return "".join(str(part) for part in sample["arguments"][0] if isinstance(part, str))
+def shown(kind: str, sample: Sample) -> list[str]:
+    """Return the texts of an item that count for overlap: a document, or the end of a context with each choice.
+
+    A context's end, since a prompt's examples are every item's.
+    """
+    _, record = sample
+    if kind == "text":
+        return [text(sample)]
+    contexts = dict.fromkeys(str(arguments[0])[-_COUNTED:] for arguments in record["arguments"])
+    choices = [str(arguments[0])[-_JOINT:] + str(arguments[1]) for arguments in record["arguments"] if kind == "choice"]
+    return [*contexts, *choices]
+
+
+def text(sample: Sample) -> str:
+    """Return the document of a likelihood task's item."""
+    return str(sample[1]["arguments"][0][0])
+
+
+def items(
+    kind: str,
+    found: Sequence[Sample],
+    task: dict[str, Any],
+    rows: Sequence[dict[str, Any]] | None,
+    model: Any,  # noqa: ANN401 - lm-eval's
+) -> list[dict[str, Any]]:
+    """Return the answers to a task, as `evals.answers` has them; ``rows`` are its lines of data, where it is ours."""
+    return [item(kind, sample, task, rows[at] if rows else None, model) for at, sample in enumerate(found)]
 
 
 def item(kind: str, sample: Sample, task: dict[str, Any], row: dict[str, Any] | None, model: Any) -> dict[str, Any]:  # noqa: ANN401 - lm-eval's
     """Return one item's answer, as `evals.answers` has it; ``row`` is its line of data, where the task is ours."""
     part, record = sample
-    named = {"id": row["id"] if row else f"{part}/{record['doc_id']}"}
+    named = {"id": row["id"] if row else f"{part}/{record['doc_id']}", "asked": _digest(record["arguments"])}
     if kind == "text":
-        text = row["text"] if row else str(record["arguments"][0][0])
         response = record["resps"][0]
         score = response[0] if isinstance(response, list | tuple) else response
-        return {**named, "bytes": max(1, len(text.encode("utf-8"))), "log_likelihood": _finite(score)}
+        document = row["text"] if row else text(sample)
+        return {**named, "bytes": max(1, len(document.encode("utf-8"))), "log_likelihood": _finite(score)}
     question = {"group": "" if row else part, "question": str(record["arguments"][0][0])[-_QUESTION:]}
     if kind == "choice":
         choices = [str(arguments[1]).strip()[:_ANSWER] for arguments in record["arguments"]]
@@ -78,7 +106,7 @@ def item(kind: str, sample: Sample, task: dict[str, Any], row: dict[str, Any] | 
         answer = row["answer"] if row else _answer(record["target"], choices)
         return {**named, **question, "answer": answer, "log_likelihoods": scores, "right": right, "choices": choices}
     said = str(record["resps"][0][0] if isinstance(record["resps"][0], list | tuple) else record["resps"][0])
-    right = _right(record, task.get("metric") or "exact_match") if said else None
+    right = _right(record, task.get("metric") or "exact_match")
     tokens = len(model.tok_encode(said)) if said else 0
     return {**named, **question, "right": right, "tokens": tokens, "said": said[:_ANSWER]}
 
@@ -127,6 +155,11 @@ def _answer(target: Any, choices: Sequence[str]) -> int:  # noqa: ANN401 - as th
     if text.isdecimal() and int(text) < len(choices):
         return int(text)
     return choices.index(text[:_ANSWER]) if text[:_ANSWER] in choices else 0
+
+
+def _digest(arguments: Sequence[Any]) -> str:
+    """Return what tells one prompt, with its examples and choices, from another."""
+    return hashlib.sha256(json.dumps(arguments, default=str).encode()).hexdigest()[:16]
 
 
 def _finite(value: float) -> float | None:

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +50,10 @@ def wait_for_address(path: Path, patience: float = 3600.0) -> str:
     return address
 
 
-def model(address: Callable[[], str], name: str, tokenizer_folder: Path) -> TemplateLM:
+def model(address: Callable[[], str], name: str, tokenizer_folder: Path, report: Callable[[str], None]) -> TemplateLM:
     """Return the language model; ``address`` gives the server's URL, waiting for it if need be.
+
+    ``report`` is told of prompts that are longer than what is served, and so lose their beginning.
 
     Raises:
         OSError, ValueError: the folder holds no tokenizer.
@@ -65,11 +68,14 @@ def model(address: Callable[[], str], name: str, tokenizer_folder: Path) -> Temp
         def __init__(self) -> None:
             super().__init__()
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-            configuration = json.loads((tokenizer_folder / "config.json").read_text(encoding="utf-8"))
-            # One token is the server's own to write, even where only the prompt is scored.
-            self.max_length = int(configuration.get("max_position_embeddings", 2048)) - 1
             self._encoded: dict[str, list[int]] = {}
             self._rank, self._world_size = 0, 1
+
+        @cached_property
+        def max_length(self) -> int:
+            """Tokens of a prompt, as the server has it; one of its own is to be written even where none is wanted."""
+            (served,) = self._ask("/v1/models")["data"]
+            return int(served["max_model_len"]) - 1
 
         @property
         def eot_token_id(self) -> int:
@@ -103,7 +109,16 @@ def model(address: Callable[[], str], name: str, tokenizer_folder: Path) -> Temp
             for _, context, continuation in requests:
                 whole = (context + continuation)[-self.max_length :]
                 prompts.append((whole, max(1, len(whole) - len(continuation))))
+            self._tell_cut(
+                sum(len(context) + len(continuation) > self.max_length for _, context, continuation in requests)
+            )
             return _in_order(prompts, self._score)
+
+        def _tell_cut(self, prompts: int) -> None:
+            if prompts:
+                report(
+                    f"{prompts} prompts are longer than the {self.max_length} tokens served: their start is left out"
+                )
 
         def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
             del disable_tqdm
@@ -124,19 +139,23 @@ def model(address: Callable[[], str], name: str, tokenizer_folder: Path) -> Temp
         def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
             del disable_tqdm
 
-            def write(request: Instance) -> str:
+            def write(request: Instance) -> tuple[str, bool]:
                 text, options = request.args[0], dict(request.args[1])
                 options.pop("do_sample", None)
                 most = int(options.pop("max_tokens", options.pop("max_gen_toks", 256)))
                 until = options.pop("until", None) or []
                 stop = [until] if isinstance(until, str) else list(until)
-                prompt = self.tok_encode(text)[-(self.max_length - most) :]
+                whole, room = self.tok_encode(text), self.max_length - most
+                if room < 1:
+                    raise ServerError(f"{most} tokens are to be written, and {self.max_length} are served in all")
                 options.setdefault("temperature", 0)
-                answer = self._post({"prompt": prompt, "max_tokens": most, "stop": stop, "seed": 1234, **options})
-                return str(answer["choices"][0]["text"] or "")
+                body = {"prompt": whole[-room:], "max_tokens": most, "stop": stop, "seed": 1234, **options}
+                return str(self._ask("/v1/completions", body)["choices"][0]["text"] or ""), len(whole) > room
 
             with ThreadPoolExecutor(PROMPTS) as pool:
-                return list(pool.map(write, requests))
+                written = list(pool.map(write, requests))
+            self._tell_cut(sum(cut for _, cut in written))
+            return [text for text, _ in written]
 
         def top(self, prompts: Sequence[list[int]], count: int) -> list[list[tuple[list[int], list[float]]]]:
             """Return for each prompt, at each place but the first, the likeliest tokens and their log-probabilities."""
@@ -158,19 +177,17 @@ def model(address: Callable[[], str], name: str, tokenizer_folder: Path) -> Temp
             return scored
 
         def _echo(self, prompts: list[list[int]], count: int) -> list[dict[str, Any]]:
-            answer = self._post(
-                {
-                    "prompt": prompts, "max_tokens": 0, "echo": True, "logprobs": count, "temperature": 0, "seed": 1234,
-                    "return_tokens_as_token_ids": True,
-                }
-            )  # fmt: skip
+            body = {
+                "prompt": prompts, "max_tokens": 0, "echo": True, "logprobs": count, "temperature": 0, "seed": 1234,
+                "return_tokens_as_token_ids": True,
+            }  # fmt: skip
+            answer = self._ask("/v1/completions", body)
             return [choice["logprobs"] for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
 
-        def _post(self, body: dict[str, Any]) -> dict[str, Any]:
+        def _ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+            data = None if body is None else json.dumps({"model": name, **body}).encode()
             request = urllib.request.Request(  # noqa: S310 - the address of a server that was started for this
-                f"{address()}/v1/completions",
-                json.dumps({"model": name, **body}).encode(),
-                {"Content-Type": "application/json"},
+                f"{address()}{path}", data, {"Content-Type": "application/json"}
             )
             try:
                 with _DIRECT.open(request, timeout=TIMEOUT_SECONDS) as answer:

@@ -23,6 +23,7 @@ from evals.answers import Answers, read_answers
 from evals.divergence import read_top
 from evals.drift import is_clear as is_decided
 from evals.drift import judge
+from evals.errors import AnswersError
 from evals.pairs import Layer, compare, write_drift
 from evals.suite import questions
 from pipeline.environments import pins_digest
@@ -79,14 +80,19 @@ def drift(bench: Bench, source: Artifact, baseline: Artifact, quantized: Artifac
 
     def make(making: Making) -> None:
         answered = read_answers(candidate.folder)
-        compared = compare(
-            read_answers(baseline.folder),
-            answered,
-            fraction=candidate.notes.get("fraction", 1.0),
-            overlapping=asking.overlapping(answered, candidate.folder, _calibration(bench)),
-            tops=(read_top(baseline.folder), read_top(candidate.folder)),
-            layers=[Layer.model_validate(layer) for layer in layers.document("layers.json")],
-        )
+        try:
+            compared = compare(
+                read_answers(baseline.folder),
+                answered,
+                fraction=candidate.notes.get("fraction", 1.0),
+                overlapping=asking.overlapping(answered, candidate.folder, _calibration(bench)),
+                tops=(read_top(baseline.folder), read_top(candidate.folder)),
+                layers=[Layer.model_validate(layer) for layer in layers.document("layers.json")],
+            )
+        except AnswersError as error:
+            # A data set that changed upstream gives its answers no other key.
+            kept = f"{baseline.folder.parent} and {candidate.folder.parent}"
+            raise AnswersError(f"{error} (what is kept is in {kept}: remove them, and run again)") from error
         write_drift(compared, making.folder)
 
     made = bench.store.obtain(recipe, make)

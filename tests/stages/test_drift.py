@@ -16,6 +16,7 @@ from evals.divergence import read_top
 from evals.drift import judge
 from evals.limits import DriftLimits
 from evals.pairs import compare
+from evals.suite import suite_names
 from pipeline.errors import WorkerFailed
 from pipeline.quantize import Scheme, quantize
 from pipeline.settings import Settings
@@ -177,6 +178,45 @@ def test_a_task_that_lm_eval_does_not_have_is_one_clear_line(asked: Ask) -> None
 
 def test_a_dataset_that_cannot_be_reached_is_one_clear_line(asked: Ask) -> None:
     _worker_says(asked, DEMO / "model", changed(data=None, task="arc_challenge"), "`arc_challenge`.*cannot be asked")
+
+
+def test_every_task_of_the_suites_can_be_asked_but_for_its_data(run_worker: Workers, tmp_path: Path) -> None:
+    """lm-eval has it, and the environment has what its own functions import."""
+    probe = tmp_path / "probe.py"
+    probe.write_text(
+        "from lm_eval.tasks import TaskManager\n"
+        "from lm_eval.tasks._yaml_loader import load_yaml\n"
+        "from slipway_worker import main\n"
+        "def work(request, report):\n"
+        "    index, names, found = TaskManager().task_index, list(request['tasks']), {}\n"
+        "    while names:\n"
+        "        name = names.pop()\n"
+        "        definition = load_yaml(index[name].yaml_path) if index[name].yaml_path else index[name].cfg\n"
+        "        found[name] = definition.get('output_type')\n"
+        "        members = definition['task'] if isinstance(definition.get('task'), list) else ()\n"
+        "        names += [each for each in members if isinstance(each, str)]\n"
+        "    return found\n"
+        "main(work)\n"
+    )
+    suites = [DriftLimits.model_validate({"suite": name}) for name in suite_names()]
+    theirs = {task.task or name for suite in suites for name, task in suite.tasks.items() if not task.is_ours(name)}
+    kinds = run_worker("lm-eval", probe, {"tasks": sorted(theirs)}, tmp_path)
+    assert theirs <= kinds.keys()
+    assert kinds["jsonschema_bench_easy"] == kinds["ifeval"] == "generate_until"
+
+
+def test_looks_keep_the_distributions_of_the_documents_that_fp16_was_asked(baseline: Asked, asked: Ask) -> None:
+    """Though the first part of the suite holds fewer documents than are compared."""
+    first = asked(DEMO / "model", part=(0.0, 0.2))
+    task = first.answers.tasks["perplexity"]
+    assert LIMITS.divergence is not None
+    assert len(task.items) < LIMITS.divergence.documents
+    looked = compare(
+        baseline.answers, first.answers, fraction=0.2, tops=(read_top(baseline.folder), read_top(first.folder))
+    )
+    assert looked.divergence is not None
+    assert len(looked.divergence.documents) == LIMITS.divergence.documents
+    assert looked.divergence.mean < 1e-4
 
 
 def test_a_packed_format_that_is_not_known_is_named(tmp_path: Path, asked: Ask) -> None:

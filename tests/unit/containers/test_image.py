@@ -54,7 +54,8 @@ def test_a_context_of_131072_tokens_is_capped(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, text_config={"max_position_embeddings": 131072})
     words = image.serving_arguments(profile.load("vllm-cuda13"), folder, "big")
     assert words[words.index("--max-model-len") + 1] == str(image.LONGEST_CONTEXT)
-    assert "--dtype" not in words
+    # FP16 is asked in the precision in which every scheme of it computes.
+    assert words[words.index("--dtype") + 1] == "float16"
 
 
 def test_a_folder_without_weights_is_no_checkpoint(tmp_path: Path) -> None:

@@ -110,3 +110,15 @@ def test_a_damaged_file_is_refused_and_none_is_none(tmp_path: Path) -> None:
     (tmp_path / "top.npz").write_bytes(b"no archive")
     with pytest.raises(AnswersError, match="evaluate the model again"):
         read_top(tmp_path)
+
+
+def test_a_log_probability_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    found = top(drawn(1, rows=4), 5)
+    values = found.log_probabilities.copy()
+    values[2, 1] = np.nan
+    np.savez(
+        tmp_path / "top.npz",
+        tokens=found.tokens, log_probabilities=values, document=found.document, position=found.position,
+    )  # fmt: skip
+    with pytest.raises(AnswersError, match="no finite number"):
+        read_top(tmp_path)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
+from evals import overlap
 from evals.answers import ChoiceAnswer, GeneratedAnswer, TextAnswer
 from pipeline import slipway_worker
 
@@ -66,11 +67,11 @@ def test_text_is_counted_in_bytes(items: ModuleType) -> None:
     assert (found.bytes, found.log_likelihood) == (5, -12.5)
 
 
-@pytest.mark.parametrize(("said", "hit", "tokens"), [("the answer is 4", True, 4), ("", None, 0)])
-def test_what_is_written_is_counted_and_nothing_written_is_no_answer(
-    items: ModuleType, said: str, hit: bool | None, tokens: int
+@pytest.mark.parametrize(("said", "hit", "tokens"), [("the answer is 4", True, 4), ("", False, 0)])
+def test_what_is_written_is_counted_and_nothing_written_is_scored_as_lm_eval_scores_it(
+    items: ModuleType, said: str, hit: bool, tokens: int
 ) -> None:
-    record = {"doc_id": 0, "arguments": [("2 + 2?", {"until": []})], "resps": [[said]], "exact_match": 1.0}
+    record = {"doc_id": 0, "arguments": [("2 + 2?", {"until": []})], "resps": [[said]], "exact_match": float(hit)}
     found = GeneratedAnswer.model_validate(items.item("generated", ("gsm8k", record), TASK, None, MODEL))
     assert (found.hit, found.tokens, found.said) == (hit, tokens, said)
 
@@ -105,3 +106,28 @@ def test_two_askings_are_compared_by_item(items: ModuleType) -> None:
     assert (found["items"], found["flips"], found["changed"]) == (1, 1, 1)
     assert found["largest"] == pytest.approx(1.1)
     assert TypeAdapter(int).validate_python(items.again(first, first)["flips"]) == 0
+
+
+def test_what_was_asked_is_told_apart_down_to_its_examples(items: ModuleType) -> None:
+    def asked(record: dict[str, Any]) -> str:
+        found: str = items.item("choice", ("a", record), TASK, None, MODEL)["asked"]
+        return found
+
+    others = [("Q: one and one?\nA: two\nQ: two and two?\nA:", f" {word}") for word in ("four", "five")]
+    assert asked(choice()) == asked(choice(target="1"))
+    assert asked(choice()) != asked(choice(arguments=others))
+
+
+def test_a_document_counts_for_overlap_from_its_beginning_and_an_item_with_each_of_its_choices(
+    items: ModuleType,
+) -> None:
+    words = " ".join(f"word{number}" for number in range(1000))
+    assert items.shown("text", ("a", {"arguments": [(words,)]})) == [words]
+    ends = [" ".join(f"{letter}{number}" for number in range(8)) for letter in "xy"]
+    shown = items.shown("choice", ("a", {"arguments": [(words, f" {end}") for end in ends]}))
+    for end in ends:
+        assert set(overlap.runs(f"word995 word996 word997 word998 word999 {end}")) & set().union(
+            *map(overlap.runs, shown)
+        )
+    # Not with the examples before it, which every item shares.
+    assert not overlap.runs(" ".join(words.split()[:20])) & set().union(*map(overlap.runs, shown))
