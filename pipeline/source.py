@@ -15,10 +15,12 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import SourceError
+from pipeline.file_digests import digests_of
 from pipeline.safetensors_headers import INDEX, HeaderError, read_model
 from pipeline.source_lock import Lock, LockedFile, portable, read_lock, write_lock
 from pipeline.store import digest_json
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from pipeline.hub import Hub
 
 Progress = Callable[[str], None]
+
+# The file of a home in which `resolve` remembers.
+DIGESTS = "digests.json"
 
 _CHUNK = 4 * 1024 * 1024
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -52,17 +57,28 @@ class SourceFile:
 class ResolvedSource:
     """What will be pulled, exactly. ``revision`` is a commit, or None for a folder, whose files decide.
 
-    ``fingerprint`` changes when the content may have: the commit, or each file's size and time of change. Of what
-    is not pulled, ``left_out`` has the names.
+    Of what is not pulled, ``left_out`` has the names. A folder's digests are remembered in the file ``memory``.
     """
 
     uri: str
     revision: str | None
     files: tuple[SourceFile, ...]
     left_out: tuple[str, ...]
-    fingerprint: str
     hub: Hub | None = None
     lock: Lock | None = None
+    memory: Path | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What changes with the content and with nothing else: the commit, or the digest over a folder's files."""
+        return self.revision or digest_json(self.sha256)
+
+    @cached_property
+    def sha256(self) -> dict[str, str]:
+        """A folder's files as they were when this was first asked, path → 64 hex digits."""
+        folder = Path(self.uri.removeprefix("file:"))
+        found = digests_of([folder / file.path for file in self.files], self.memory)
+        return {path.relative_to(folder).as_posix(): digest for path, digest in found.items()}
 
     @property
     def bytes(self) -> int:
@@ -77,10 +93,12 @@ def resolve(
     endpoint: str = "https://huggingface.co",
     token: str | None = None,
     lock: Lock | None = None,
+    memory: Path | None = None,
 ) -> ResolvedSource:
     """Find out what ``uri`` at ``revision`` (a commit, tag or branch; default ``main``) holds, without its weights.
 
-    Under a ``lock`` a hub is not asked: the lock has it all.
+    Under a ``lock`` a hub is not asked: the lock has it all. ``memory`` is where the digests of a folder's files are
+    remembered (`pipeline.file_digests`).
 
     Raises:
         SourceError: there is no such source, it can't be reached, it holds what is refused, or the lock is of another.
@@ -88,7 +106,7 @@ def resolve(
     if uri.startswith("file:"):
         if revision is not None:
             raise SourceError(f"`source.revision` means nothing to {uri}: its lock pins a folder's files; remove it")
-        return _resolve_folder(uri, lock)
+        return _resolve_folder(uri, lock, memory)
     match = _HUB.fullmatch(uri)
     if match is None:
         raise SourceError(f"can't pull from `{uri}`: expected file:FOLDER or hf://ORG/NAME[@REVISION]")
@@ -137,7 +155,7 @@ def revision_of(resolved: ResolvedSource, sha256: Mapping[str, str]) -> str:
     return resolved.revision or digest_json(dict(sha256))
 
 
-def _resolve_folder(uri: str, lock: Lock | None) -> ResolvedSource:
+def _resolve_folder(uri: str, lock: Lock | None, memory: Path | None) -> ResolvedSource:
     folder = Path(uri.removeprefix("file:"))
     if not folder.is_dir():
         raise SourceError(f"there is no folder {folder}")
@@ -153,17 +171,16 @@ def _resolve_folder(uri: str, lock: Lock | None) -> ResolvedSource:
         raise SourceError(f"{uri} holds {_listed(code)}: code that comes with a model is never run; remove it")
     taken = [name for name in names if _is_taken(name)]
     _require(uri, taken, names)
-    stats = {name: (folder / name).stat() for name in taken}
     if lock is not None:
         lock.refuse_other(uri, None)
         lock.refuse_difference(dict.fromkeys(taken))
     return ResolvedSource(
         uri=uri,
         revision=None,
-        files=tuple(SourceFile(name, stats[name].st_size) for name in taken),
+        files=tuple(SourceFile(name, (folder / name).stat().st_size) for name in taken),
         left_out=tuple(name for name in names if name not in taken),
-        fingerprint=digest_json({name: [stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in stats.items()}),
         lock=lock,
+        memory=memory,
     )
 
 
@@ -176,7 +193,7 @@ def _resolve_hub(repository: str, revision: str, hub: Hub, lock: Lock | None) ->
         files = tuple(SourceFile(name, file.size, file.sha256) for name, file in sorted(lock.files.items()))
         if outside := [file.path for file in files if not _is_taken(file.path)]:
             raise SourceError(f"{lock.path} names {_listed(outside)}, which is never pulled: delete it to lock anew")
-        return ResolvedSource(uri, lock.revision, files, (), lock.revision, hub, lock)
+        return ResolvedSource(uri, lock.revision, files, (), hub, lock)
     commit, found = hub.revision(repository, revision)
     names = [file.path for file in found]
     taken = [file for file in found if _is_taken(file.path)]
@@ -186,7 +203,6 @@ def _resolve_hub(repository: str, revision: str, hub: Hub, lock: Lock | None) ->
         revision=commit,
         files=tuple(SourceFile(file.path, file.size, file.sha256, file.blob) for file in taken),
         left_out=tuple(sorted(name for name in names if not _is_taken(name) and not _hidden(Path(name)))),
-        fingerprint=commit,
         hub=hub,
     )
 
@@ -229,6 +245,8 @@ def _copy_folder(resolved: ResolvedSource, folder: Path, _downloads: Path, progr
         digests[file.path] = _copy(source / file.path, folder / file.path)
     if resolved.lock is not None:
         resolved.lock.refuse_difference(digests)
+    if changed := [name for name, digest in digests.items() if digest != resolved.sha256[name]]:
+        raise SourceError(f"{resolved.uri}: {_listed(changed)} changed while it was pulled: run again")
     return digests
 
 

@@ -56,6 +56,11 @@ class Bench:
         return self.spec.scheme(self.scheme_name)
 
     @property
+    def release_name(self) -> str:
+        """The release line, as ``demo-awq``: what its image and its registered model are called."""
+        return f"{self.spec.model}-{self.scheme_name}"
+
+    @property
     def store(self) -> Store:
         """Where artifacts are."""
         return Store(self.settings.home / "artifacts", self.settings.disk_floor)
@@ -99,6 +104,10 @@ class Bench:
         """Whether the engine has an image that was built, or can pull it, and the home has its layers."""
         with self.engine() as client:
             return images.find(client, record) is not None and has_layers(record, self.settings.home)
+
+    def verdict(self, gate: str, evidence: Artifact) -> Verdict:
+        """Judge a gate's evidence against the model's limits, as they are now."""
+        return verdict(gate, evidence, self.spec)
 
     @contextlib.contextmanager
     def engine(self) -> Iterator[docker.DockerClient]:
@@ -174,6 +183,7 @@ def source(bench: Bench) -> Artifact:
         endpoint=settings.hub_endpoint,
         token=settings.hub_token,
         lock=read_lock(bench.spec.lock),
+        memory=settings.home / sources.DIGESTS,
     )
     recipe = source_recipe(resolved)
 
@@ -227,11 +237,16 @@ def quantized(bench: Bench, source: Artifact) -> Artifact:
 def image(bench: Bench, quantized: Artifact) -> Artifact:
     """Put the checkpoint into its pinned runtime; push the image where a registry is configured."""
     profile = profiles.load(bench.spec.runtime)
-    name = f"{bench.spec.model}-{bench.scheme_name}"
+    name, labels = bench.release_name, _image_labels(bench, quantized)
     recipe = Recipe(
         "image",
         inputs={"quantized": quantized.digest},
-        parameters={"name": name, "runtime": profile.name, "registry": bench.settings.image_registry},
+        parameters={
+            "name": name,
+            "runtime": profile.name,
+            "registry": bench.settings.image_registry,
+            "labels": labels,
+        },
         code=CODE["image"],
         pins=profile.pins_digest(),
     )
@@ -250,7 +265,7 @@ def image(bench: Bench, quantized: Artifact) -> Artifact:
                 progress=bench.progress,
                 registry=bench.settings.image_registry,
                 sha256=sha256_of(quantized),
-                labels=_image_labels(bench, quantized),
+                labels=labels,
             )
         (making.folder / "image.json").write_text(record.model_dump_json(indent=1))
 
@@ -275,7 +290,8 @@ def scan(bench: Bench, image: Artifact, quantized: Artifact) -> Artifact:
         laid_out = making.scratch / record.tag.partition(":")[2]
         with bench.cores(), timed(making.worker_seconds):
             write_layout(record, quantized.folder, sha256_of(quantized), home, laid_out)
-            subject = scans.in_layout(laid_out, digest_of(record.configuration.encode()))
+            purl = f"pkg:oci/{bench.release_name}@{record.digest}"
+            subject = scans.in_layout(laid_out, digest_of(record.configuration.encode()), purl)
             scans.scan(subject, home=home, folder=making.folder, progress=bench.progress)
 
     scanned = bench.store.obtain(recipe, make)
@@ -372,8 +388,9 @@ def _image_labels(bench: Bench, quantized: Artifact) -> dict[str, str]:
     source = bench.spec.source
     uri = f"file:{Path(source.uri).name}" if source.uri.startswith("file:") else source.uri
     labels = {"org.opencontainers.image.source": uri}
-    if source.revision:
-        labels["org.opencontainers.image.revision"] = source.revision
+    pulled = bench.store.with_digest("source", quantized.inputs.get("source", ""))
+    if pulled is not None:  # the commit that was pulled, whatever branch the model's file names
+        labels["org.opencontainers.image.revision"] = pulled.notes["revision"]
     if bench.spec.license:
         labels["org.opencontainers.image.licenses"] = bench.spec.license
     context = images.served_context(config)

@@ -88,6 +88,7 @@ def _pulled(spec: ModelSpec, settings: Settings) -> Path | None:
         endpoint=settings.hub_endpoint,
         token=settings.hub_token,
         lock=read_lock(spec.lock),
+        memory=settings.home / sources.DIGESTS,
     )
     found = Store(settings.home / "artifacts").find("source", source_recipe(resolved).key)
     return None if found is None else found.folder

@@ -73,7 +73,8 @@ def test_a_file_that_is_written_again_with_the_same_content_affects_nothing(
     models: Models, released: ModelSpec
 ) -> None:
     before = touched([released], models.settings)
-    for path in (released.path, released.calibration.uri):
+    weights = models.settings.models / "demo" / "model" / "model.safetensors"
+    for path in (released.path, released.calibration.uri, weights):
         path.write_bytes(path.read_bytes())
         os.utime(path, (1, 1))
     assert touched([released], models.settings) != before
@@ -107,7 +108,9 @@ def test_new_calibration_text_under_the_same_name_affects_every_scheme(models: M
 
 def test_new_weights_are_told_at_the_source(models: Models, released: ModelSpec) -> None:
     weights = models.settings.models / "demo" / "model" / "model.safetensors"
-    os.utime(weights)
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
     assert told(models, released) == {"awq": "source: content changed", "gptq": "source: content changed"}
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import checkpoints
 import hub_server
 import pytest
 
+from pipeline import file_digests
 from pipeline.errors import SourceError
 from pipeline.source import ResolvedSource, hold_to_lock, pull, resolve, revision_of
 from pipeline.source_lock import read_lock
@@ -70,11 +72,48 @@ def test_a_folder_is_copied_whole_with_its_digests(model: Path, into: Fetch) -> 
     assert revision_of(resolved, found).startswith("sha256:")
 
 
-def test_a_folder_that_may_have_changed_has_another_fingerprint(model: Path) -> None:
-    before = resolve(f"file:{model}").fingerprint
-    assert resolve(f"file:{model}").fingerprint == before
+def test_a_folders_fingerprint_is_its_content_and_not_when_or_where_it_was_written(model: Path, tmp_path: Path) -> None:
+    memory = tmp_path / "home" / "digests.json"
+    before = resolve(f"file:{model}", memory=memory).fingerprint
     os.utime(model / "config.json", ns=(1, 1))
-    assert resolve(f"file:{model}").fingerprint != before
+    shutil.copytree(model, tmp_path / "copy")
+    assert resolve(f"file:{model}", memory=memory).fingerprint == before
+    assert resolve(f"file:{tmp_path / 'copy'}").fingerprint == before
+    text = (model / "config.json").read_text()
+    (model / "config.json").write_text(text.replace("{", "{ ", 1))
+    assert resolve(f"file:{model}", memory=memory).fingerprint != before
+
+
+def test_a_file_is_read_once_until_it_is_written_to_even_if_its_time_is_put_back(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, weights = tmp_path / "home" / "digests.json", model / "model.safetensors"
+    for path in model.iterdir():
+        os.utime(path, (1, 1))
+    before = resolve(f"file:{model}", memory=memory).fingerprint
+    with monkeypatch.context() as patched:
+        patched.setattr(file_digests, "digest_file", lambda path: pytest.fail(f"read {path}"))
+        assert resolve(f"file:{model}", memory=memory).fingerprint == before
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, (1, 1))
+    assert resolve(f"file:{model}", memory=memory).fingerprint != before
+
+
+def test_a_memory_that_is_damaged_costs_a_look_at_each_file(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "digests.json").write_text("{")
+    assert (
+        resolve(f"file:{model}", memory=tmp_path / "digests.json").fingerprint == resolve(f"file:{model}").fingerprint
+    )
+
+
+def test_a_folder_that_changes_while_it_is_pulled_is_not_taken(model: Path, into: Fetch) -> None:
+    resolved = resolve(f"file:{model}")
+    assert resolved.fingerprint
+    (model / "tokenizer.json").write_text("{}")
+    with pytest.raises(SourceError, match=r"tokenizer\.json changed while it was pulled: run again"):
+        into(resolved)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pt", "original/consolidated.00.pth", "optimizer.pkl"])
