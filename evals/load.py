@@ -177,7 +177,7 @@ def measure(
     died, version = server.died(), _version(server)
     if plan.faults and canary["ok"] and died is None:
         server.memory.phase = "faults"
-        survived = faults.inflict(server, model, context, progress=progress)
+        survived = faults.inflict(server, model, context, recovery_s=plan.max_recovery_s, progress=progress)
     server.memory.stop()
     evidence: dict[str, Any] = {
         "schema": SCHEMA,

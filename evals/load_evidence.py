@@ -59,7 +59,7 @@ def all_metrics(
         for name in ("requests_per_second", "output_tokens_per_second"):
             metrics[f"capacity_{name}"] = found[name] or 0.0
     if survived is not None:
-        metrics["faults_failed"] = float(sum(not fault["ok"] for fault in survived))
+        metrics["faults_failed"] = float(sum(fault["ok"] is False for fault in survived))
     return metrics
 
 
@@ -114,6 +114,9 @@ def findings(evidence: Mapping[str, Any]) -> list[str]:
     expected = evidence["memory"]["expected"]
     if expected is not None and expected["off"]:
         found.append(expected["sentence"])
+    left_out = [fault["name"] for fault in evidence["faults"] or () if fault["ok"] is None]
+    if left_out:
+        found.append(f"not every fault could be inflicted: {', '.join(left_out)}")
     for each in evidence["profiles"]:
         if each["shortened"]:
             found.append(f"`{each['name']}` was shortened to the model's context: its figures are of shorter requests")

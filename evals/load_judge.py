@@ -68,7 +68,7 @@ def _outright(evidence: Mapping[str, Any]) -> list[str]:
 
 def _failure(name: str, metrics: Mapping[str, float], limits: Mapping[str, float], evidence: Mapping[str, Any]) -> str:
     if name == "faults_failed" and name in metrics:
-        failed = [f"{fault['name']} ({fault['seen']})" for fault in evidence["faults"] if not fault["ok"]]
+        failed = [f"{fault['name']} ({fault['seen']})" for fault in evidence["faults"] if fault["ok"] is False]
         return f"not survived: {', '.join(failed)}"
     if name == "leak_bytes_per_request" and name in metrics:
         return f"memory leaks: at least {sentence(name, metrics, limits).removeprefix(f'{name} ')}"

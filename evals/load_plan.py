@@ -66,7 +66,8 @@ class LoadPlan(Changes):
     ``profiles`` names profiles of ``evals/traffic``, a list or a mapping of each to what is changed of it; the same
     keys beside it change all of them. The first profile's metrics bear plain names, those of others their profile's
     (``rag.p95_ttft_ms``). ``capacity`` has the capacity searched for under the first profile's traffic; ``faults`` has
-    the server mistreated at the end. A load generator that is later than ``max_client_late_ms`` with one request in
+    the server mistreated at the end, after which it must answer again within ``max_recovery_s`` of its restart. A load
+    generator that is later than ``max_client_late_ms`` with one request in
     twenty can't keep up; one hiccup is counted, as all lateness is, as the server's latency.
     """
 
@@ -74,6 +75,7 @@ class LoadPlan(Changes):
     profiles: Mapping[str, Changes] = Field(default_factory=lambda: {"quick": Changes()}, min_length=1)
     request_timeout_s: Positive = 60.0
     start_timeout_s: Positive = 600.0
+    max_recovery_s: Positive = 300.0
     cpus: Positive | None = None
     max_client_late_ms: Positive = 250.0
     canary: Canary
@@ -147,7 +149,7 @@ def load_key(plan: LoadPlan) -> dict[str, Any]:
     return {
         "traffic": [profile.model_dump(mode="json", exclude=_LIMITS_ONLY) for profile in plan.traffic],
         "capacity": None if search is None else {**search.model_dump(), "limits": plan.traffic[0].slo.limits()},
-        "faults": plan.faults,
+        "faults": plan.max_recovery_s if plan.faults else None,
         "canary": plan.canary.model_dump(),
         "memory": int(plan.memory.limit_bytes),
         "cpus": plan.cpus,

@@ -23,7 +23,7 @@ def section(load: Mapping[str, Any], verdict: Verdict) -> dict[str, Any]:
     """What `load.html.j2` shows: ``limits``, ``faults``, ``findings``, ``facts``."""
     return {
         "limits": [limit_row(name, verdict) for name in verdict.limits],
-        "faults": load["faults"],
+        "faults": None if load["faults"] is None else [fault_row(fault) for fault in load["faults"]],
         "findings": load["findings"],
         "facts": _facts(load),
     }
@@ -40,6 +40,17 @@ def limit_row(name: str, verdict: Verdict) -> dict[str, str]:
         "verdict": "pass" if good else "fail",
         "tone": "good" if good else "bad",
     }
+
+
+def fault_row(fault: Mapping[str, Any]) -> dict[str, str]:
+    """One fault: what was done, what had to hold, what was seen, how long the recovery took of what it may take."""
+    taken, limit = fault["seconds"], fault.get("limit_seconds")
+    recovery = "" if taken is None else f"{taken:.1f} s" + ("" if limit is None else f" of {limit:g} s")
+    tone = "warn" if fault["ok"] is None else "good" if fault["ok"] else "bad"
+    return {
+        "name": fault["name"], "must": fault["must"], "seen": fault["seen"], "recovery": recovery, "tone": tone,
+        "verdict": {"warn": "not inflicted", "good": "held", "bad": "did not hold"}[tone],
+    }  # fmt: skip
 
 
 def _facts(load: Mapping[str, Any]) -> dict[str, str]:

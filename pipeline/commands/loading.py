@@ -188,15 +188,16 @@ def _document(done: Loaded) -> dict[str, Any]:
 
 
 def _show(done: Loaded) -> None:
-    from evals.load_report import limit_row  # noqa: PLC0415
+    from evals.load_report import fault_row, limit_row  # noqa: PLC0415
 
     rows = [limit_row(name, done.verdict) for name in done.verdict.limits]
     print_table(
         ("limit", "measured", "allowed", "verdict"),
         [(row["name"], row["measured"], row["limit"], styled(row["verdict"])) for row in rows],
     )
-    for fault in done.evidence["faults"] or ():
-        results.print(f"{fault['name']}: {styled('pass' if fault['ok'] else 'fail')}, {escape(fault['seen'])}")
+    for fault in map(fault_row, done.evidence["faults"] or ()):
+        recovery = f", recovery {fault['recovery']}" if fault["recovery"] else ""
+        results.print(f"{fault['name']}: {fault['verdict']}, {escape(fault['seen'])}{recovery}")
     if done.evidence["capacity"]:
         results.print(f"\ncapacity: {done.evidence['capacity']['reason']}")
     for finding in done.evidence["findings"]:

@@ -32,7 +32,22 @@ CAPACITY = {
 }  # fmt: skip
 FAULTS = [
     {"name": "malformed JSON", "must": "HTTP 400", "seen": "HTTP 400", "ok": True, "seconds": None},
-    {"name": "slow reader", "must": "others are answered", "seen": "they are <not>", "ok": False, "seconds": 30.0},
+    {
+        "name": "slow reader",
+        "must": "others are answered",
+        "seen": "they are <not>",
+        "ok": False,
+        "seconds": 30.5,
+        "limit_seconds": 30.0,
+    },
+    {
+        "name": "memory limit hit",
+        "must": "it lives",
+        "seen": "not inflicted: no memory",
+        "ok": None,
+        "seconds": None,
+        "limit_seconds": None,
+    },
 ]
 VERDICT = Verdict(
     gate="load", status="fail", reason="p95_latency_ms 50.0 ms > 40.0 ms",
@@ -64,7 +79,16 @@ def test_a_page_shows_faults_findings_and_the_curve_and_runs_nothing(tmp_path: P
     load = evidence(faults=FAULTS, findings=["memory was `far` off"])
     write_page(tmp_path / "load.html", "demo-awq", VERDICT, load, (), release_evidence.SAMPLES)
     html = (tmp_path / "load.html").read_text()
-    for words in ("did not hold", "they are &lt;not&gt;", "<code>far</code>", "p95 limit 500 ms", "capacity", "knee"):
+    for words in (
+        "did not hold",
+        "they are &lt;not&gt;",
+        "<code>far</code>",
+        "p95 limit 500 ms",
+        "capacity",
+        "knee",
+        "30.5 s of 30 s",
+        ">not inflicted<",
+    ):
         assert words in html, words
     assert "<script" not in html
     assert "http://www.w3.org/2000/svg" in html
