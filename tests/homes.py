@@ -14,6 +14,7 @@ from pathlib import Path
 from containers.engine import connect
 from containers.trivy import engine_variables
 from pipeline.settings import Settings
+from pipeline.store import Store
 from registry import catalog
 
 DEMO = Path(__file__).parent.parent / "models" / "demo"
@@ -66,8 +67,17 @@ class Slipway:
 
 
 def forget(slipway: Slipway, stage: str, release: str = "demo@gptq") -> str:
-    """Drop what a stage of one release has made, and nothing else; return by what name the store keeps it."""
+    """Drop what a stage of one release has made, and nothing else; return by what name the store keeps it.
+
+    Of `drift` that is what the candidate answered: all else of it is made of that in a second.
+    """
+    store = Store(slipway.home / "artifacts")
     handle = json.loads((slipway.home / "dagster" / "handles" / stage / f"{release}.json").read_text())
-    shutil.rmtree(slipway.home / "artifacts" / handle["stage"] / handle["key"])
-    kept: str = handle["stage"]
-    return kept
+    made = store.find(handle["stage"], handle["key"])
+    assert made is not None
+    shutil.rmtree(made.folder.parent)
+    if stage == "drift":
+        made = store.with_digest("answers", made.inputs["candidate"])
+        assert made is not None
+        shutil.rmtree(made.folder.parent)
+    return made.stage

@@ -19,8 +19,7 @@ import yaml
 from docker.models.containers import Container
 
 from containers.sandbox import home_digest
-from homes import DEMO, Slipway
-from pipeline.settings import Settings
+from homes import DEMO, Slipway, forget
 
 
 @pytest.fixture
@@ -260,17 +259,12 @@ def test_no_engine_is_a_failure_of_the_environment(
 
 @pytest.mark.parametrize("stage", ["source", "quantized", "drift", "image", "scan", "load", "release"])
 def test_killed_in_any_stage_the_same_command_completes(
-    slipway: Slipway,
-    released: dict[str, Any],
-    engine: docker.DockerClient,
-    stage: str,
-    machine: Settings,
-    tmp_path_factory: pytest.TempPathFactory,
+    slipway: Slipway, released: dict[str, Any], engine: docker.DockerClient, stage: str
 ) -> None:
-    """Everything of the stage is dropped, the run is killed in it, and the next run makes it whole."""
-    forget(slipway, stage)
+    """What the stage made is dropped, the run is killed in it, and the next run makes it whole."""
+    made = forget(slipway, stage)
     process = slipway.start("release", "demo", "--scheme", "gptq")
-    wait_for_stage(slipway, stage, process)
+    wait_until_being_made(slipway, made, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     done = slipway("release", "demo", "--scheme", "gptq", "--json")
@@ -280,16 +274,10 @@ def test_killed_in_any_stage_the_same_command_completes(
     assert not list((slipway.home / "artifacts" / ".making").iterdir())
 
 
-def forget(slipway: Slipway, stage: str) -> None:
-    recipes = {"drift": "answers"}.get(stage, stage)
-    shutil.rmtree(slipway.home / "artifacts" / recipes)
-
-
-def wait_for_stage(slipway: Slipway, stage: str, process: subprocess.Popen[bytes]) -> None:
+def wait_until_being_made(slipway: Slipway, made: str, process: subprocess.Popen[bytes]) -> None:
     """Wait until the stage is half-way: its folder is being made."""
-    name = {"drift": "answers"}.get(stage, stage)
     deadline = time.monotonic() + 300
-    while not list((slipway.home / "artifacts" / ".making").glob(f"{name}-*")):
+    while not list((slipway.home / "artifacts" / ".making").glob(f"{made}-*")):
         assert time.monotonic() < deadline
         assert process.poll() is None, "the run ended before the stage began"
         time.sleep(0.005)
