@@ -54,16 +54,29 @@ def reached(engine_server: Upstream) -> Iterator[collections.Counter[str]]:
 
 def raw(gate: Running, data: bytes, *, seconds: float = 5.0) -> bytes:
     """Send bytes as they are; give everything that comes back until the connection is closed."""
-    host, _, port = gate.url.removeprefix("http://").partition(":")
-    with socket.create_connection((host, int(port)), seconds) as connection:
-        connection.sendall(data)
+    with connected(gate) as connection:
+        connection.settimeout(seconds)
         parts = []
         try:
+            connection.sendall(data)
             while part := connection.recv(65536):
                 parts.append(part)
-        except (TimeoutError, ConnectionResetError):
+        except (TimeoutError, ConnectionResetError, BrokenPipeError):
             pass
     return b"".join(parts)
+
+
+def connected(gate: Running) -> socket.socket:
+    host, _, port = gate.url.removeprefix("http://").partition(":")
+    return socket.create_connection((host, int(port)), 5)
+
+
+def one_answer(connection: socket.socket) -> bytes:
+    """Read until an answer's JSON is whole; the connection stays open."""
+    found = b""
+    while not found.endswith(b"}"):
+        found += connection.recv(65536)
+    return found
 
 
 def statuses(answer: bytes) -> list[int]:
@@ -266,6 +279,91 @@ def test_two_requests_at_once_on_one_connection_are_two_requests(
     last = post(gate, f"Content-Length: {len(body)}", "Connection: close", body=body)
     assert statuses(raw(gate, one + one + last)) == [200, 200, 200]
     reached["/v1/completions"] += 3
+
+
+@pytest.mark.parametrize("line", ["POST /v1/completions", "GET /health", "POST /nowhere"])
+def test_who_is_answered_and_owes_the_rest_of_a_body_is_not_waited_for(
+    gate: Running, reached: collections.Counter[str], line: str
+) -> None:
+    with connected(gate) as connection:
+        connection.sendall(f"{line} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n".encode())
+        assert statuses(one_answer(connection))[0] in {200, 401, 404}
+        connection.sendall(b"x")
+        assert connection.recv(65536) == b"", "it is closed, and nothing more is said"
+
+
+def test_the_rest_of_a_body_that_was_answered_may_still_come(gate: Running, reached: collections.Counter[str]) -> None:
+    with connected(gate) as connection:
+        for _ in range(2):
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
+            assert statuses(one_answer(connection)) == [401]
+            connection.sendall(b"123456789")
+        assert connection.recv(65536) == b"", "and who asks nothing more is closed too"
+
+
+def test_requests_ahead_of_their_answers_are_bounded(gate: Running, reached: collections.Counter[str]) -> None:
+    found = statuses(raw(gate, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 5000))
+    assert len(found) < 50
+    assert set(found) <= {200, 400}
+
+
+def test_who_leaves_with_requests_ahead_stops_the_engine(
+    gate: Running, reached: collections.Counter[str], engine_server: Upstream
+) -> None:
+    engine_server.behave(token_ms=40)
+    before = engine_server.seen()["cancelled"]
+    body = json.dumps({**BODY, "max_tokens": 1000}).encode()
+    try:
+        with connected(gate) as connection:
+            connection.sendall(2 * post(gate, f"Content-Length: {len(body)}", body=body))
+            while not engine_server.seen()["running"]:
+                time.sleep(0.02)
+        deadline = time.monotonic() + 5
+        while engine_server.seen()["cancelled"] == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        engine_server.behave(token_ms=1)
+    reached["/v1/completions"] += 1
+
+
+def test_half_a_head_does_not_break_into_an_answer(
+    gate: Running, reached: collections.Counter[str], engine_server: Upstream
+) -> None:
+    """The answer takes longer than a head may."""
+    engine_server.behave(token_ms=40)
+    body = json.dumps({**BODY, "max_tokens": 40, "stream": True}).encode()
+    try:
+        answer = raw(gate, post(gate, f"Content-Length: {len(body)}", body=body) + b"GET /hea")
+    finally:
+        engine_server.behave(token_ms=1)
+    reached["/v1/completions"] += 1
+    assert statuses(answer) == [200, 408]
+    assert b"data: [DONE]" in answer.split(b"HTTP/1.1 408")[0]
+
+
+def test_trailers_are_bounded_and_no_headers(gate: Running, reached: collections.Counter[str]) -> None:
+    head = ("Transfer-Encoding: chunked",)
+    for trailer in (b"X-More: aaaaaaaaaa\r\n" * 50_000, b"X-Long: " + b"a" * MIB, b"X: " + b"a" * 100 + b"\r\n"):
+        assert statuses(raw(gate, post(gate, *head, body=b"2\r\n{}\r\n0\r\n" + trailer))) in ([431], [408], [])
+    assert statuses(raw(gate, post(gate, *head, body=b"2;" + b"a" * MIB))) in ([431], [])
+    key = f"Authorization: Bearer {gate.key}\r\n".encode()
+    hidden = post(gate, *head, "Connection: close", body=b"2\r\n{}\r\n0\r\n" + key + b"\r\n").replace(key, b"", 1)
+    assert key in hidden
+    assert statuses(raw(gate, hidden)) == [401]
+
+
+def test_who_reads_no_answers_is_dropped(gate: Running) -> None:
+    """Small answers to many requests; no application waits with a time-out of its own."""
+    host, _, port = gate.process.admin_url.removeprefix("http://").partition(":")
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect((host, int(port)))
+        deadline = time.monotonic() + 20
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            while time.monotonic() < deadline:
+                connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")
+                time.sleep(0.1)
 
 
 def test_absolute_targets_and_connect_lead_nowhere(gate: Running, reached: collections.Counter[str]) -> None:
