@@ -2,7 +2,9 @@
 
 A release is walked as a run would go through it, on a shelf that hands out what was made before and makes nothing. The
 first artifact that is not there is what has changed. A gate that refused what is there ends the walk: a verdict stands
-until its evidence or its limits are others. Where every artifact is there, the release is only to be registered.
+until its evidence or its limits are others. Where every artifact is there, the release is only to be promoted, unless
+it is the candidate: a run always makes its release that, and nothing else does. So a model's file that is as it was two
+releases ago is followed back, and a champion that a person has taken back stays so.
 """
 
 from __future__ import annotations
@@ -11,9 +13,11 @@ import contextlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from containers import judgement
 from containers import profile as profiles
 from containers.image import ImageRecord
 from pipeline import evaluation, promotion, stages
@@ -22,8 +26,10 @@ from pipeline.settings import CHECKOUT, Settings
 from pipeline.source_lock import read_lock
 from pipeline.spec import ModelSpec
 from pipeline.stages import Bench
+from pipeline.standing import acts, manifest_digest
 from pipeline.store import Artifact, Making, Recipe, Store, digest_json
 from registry import catalog
+from registry.verdict import Verdict
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -79,6 +85,13 @@ class LookingBench(Bench):
         """What was made."""
         return Shelf(self.settings.home / "artifacts")
 
+    def verdict(self, gate: str, evidence: Artifact) -> Verdict:
+        """Judge as a run would, but for how old a scan's database has got: a run scans with the one of its own day."""
+        if gate != "scan":
+            return super().verdict(gate, evidence)
+        scan = evidence.document("scan.json")
+        return judgement.judge(scan, self.spec.scan, database_at=datetime.fromisoformat(scan["scanned_at"]))
+
     def has_image(self, record: ImageRecord) -> bool:  # noqa: ARG002 - as the bench's
         """Take it for granted: no engine is asked, and what it has lost the stage builds again when it is run."""
         return True
@@ -101,11 +114,14 @@ def affected(spec: ModelSpec, scheme: str, settings: Settings) -> Affected | Non
         return Affected(spec.model, scheme, recipe.stage, recipe.key, f"{recipe.stage}: {why}")
     if release is None:
         return None
-    digest = f"sha256:{release.files['release/manifest.json']['sha256']}"
-    versions = catalog.current(settings.tracking_uri, f"{spec.model}-{scheme}")
-    if any(version.manifest_digest == digest for version in versions):
+    versions = catalog.current(settings.tracking_uri, bench.release_name)
+    registered = [version for version in versions if version.manifest_digest == manifest_digest(release)]
+    if any("candidate" in version.aliases for version in registered):
         return None
-    return Affected(spec.model, scheme, "release", release.key, "release: signed, and not registered")
+    why = "another is candidate" if registered else "not registered"
+    # What is signed can be asked for more than once, each time that the line has moved away from it.
+    moves = len(acts(bench))
+    return Affected(spec.model, scheme, "release", f"{release.key}-{moves}", f"release: signed, and {why}")
 
 
 def walk(bench: Bench) -> Artifact | None:
@@ -115,13 +131,13 @@ def walk(bench: Bench) -> Artifact | None:
     image = stages.image(bench, quantized)
     baseline = evaluation.baseline(bench, source)
     drift = evaluation.drift(bench, source, baseline, quantized, image)
-    if stages.verdict("drift", drift, bench.spec).blocks:
+    if bench.verdict("drift", drift).blocks:
         return None
     scan = stages.scan(bench, image, quantized)
-    if stages.verdict("scan", scan, bench.spec).blocks:
+    if bench.verdict("scan", scan).blocks:
         return None
     load = stages.load(bench, image, quantized)
-    if stages.verdict("load", load, bench.spec).blocks:
+    if bench.verdict("load", load).blocks:
         return None
     return promotion.sealed(bench, source, quantized, drift, image, scan, load)
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any
 
 import pytest
-from filled import Models
+from filled import _FILES, Models
 from hub_server import COMMIT, REPOSITORY, serving
+from release_evidence import SCAN
 
+from containers import judgement
 from pipeline import affected as looking
 from pipeline.affected import affected, moved_upstream, touched
 from pipeline.errors import SourceError
@@ -37,14 +39,18 @@ def released(models: Models, monkeypatch: pytest.MonkeyPatch) -> ModelSpec:
     return spec
 
 
-def register(signed: Mapping[str, Artifact | None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the registry have what was signed."""
+def register(
+    signed: Mapping[str, Artifact | None],
+    monkeypatch: pytest.MonkeyPatch,
+    aliases: tuple[str, ...] = ("candidate", "champion"),
+) -> None:
+    """Let the registry have what was signed, under such aliases."""
 
     def current(_uri: str, name: str) -> list[Version]:
         release = signed[name.removeprefix("demo-")]
         assert release is not None
         tags = {"slipway.manifest_digest": f"sha256:{release.files['release/manifest.json']['sha256']}"}
-        return [Version(name, "1", (), tags, "", datetime.now(UTC))]
+        return [Version(name, "1", aliases, tags, "", datetime.now(UTC))]
 
     monkeypatch.setattr(looking.catalog, "current", current)
 
@@ -89,7 +95,8 @@ def test_a_file_that_is_written_again_with_the_same_content_affects_nothing(
         ({"schemes": {"awq": {"method": "awq", "backend": "autoawq", "bits": 4, "group_size": 32}, **SCHEMES}},
          {"awq": "quantized: group_size changed", "gptq": None}),
         ({"schemes": SCHEMES}, {"gptq": None}),
-        ({"license": "mit"}, {"awq": None, "gptq": None}),
+        ({"license": "mit"},
+         dict.fromkeys(("awq", "gptq"), "image: labels.org.opencontainers.image.licenses changed")),
         ({"automation": {"release": "on-change"}}, {"awq": None, "gptq": None}),
     ],
     ids=["calibration", "one scheme", "a scheme less", "licence", "automation itself"],
@@ -141,10 +148,43 @@ def test_a_newer_vulnerability_database_is_the_rescans_business(
     assert told(models, released) == {"awq": None, "gptq": None}
 
 
+def test_a_database_that_has_got_old_since_hides_no_other_change(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = {"state": "ok", "updated_at": datetime.now(UTC).isoformat()}
+    scan = {**SCAN, "scanned_at": fresh["updated_at"], "database": {**SCAN["database"], **fresh}}
+    monkeypatch.setitem(_FILES, "scan", {**_FILES["scan"], "scan.json": scan})
+    spec = models.write()
+    register(models.release(spec), monkeypatch)
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Later:
+            return super().now(tz) + timedelta(days=30)
+
+    monkeypatch.setattr(judgement, "datetime", Later)
+    assert told(models, spec) == {"awq": None, "gptq": None}
+    shorter = spec.model_copy(update={"load": spec.load.model_copy(update={"cpus": 1.5})})
+    assert told(models, shorter) == dict.fromkeys(("awq", "gptq"), "load: cpus changed")
+
+
 def test_what_is_signed_and_not_registered_is_affected(models: Models) -> None:
     spec = models.write()
     models.release(spec)
     assert told(models, spec) == dict.fromkeys(("awq", "gptq"), "release: signed, and not registered")
+
+
+@pytest.mark.parametrize(
+    ("aliases", "why"),
+    [(("candidate", "previous"), None), (("previous",), "another is candidate"), ((), "another is candidate")],
+    ids=["taken back by hand", "replaced by a release", "replaced by two"],
+)
+def test_what_a_newer_release_has_replaced_is_followed_back_and_what_a_person_took_back_is_not(
+    models: Models, released: ModelSpec, monkeypatch: pytest.MonkeyPatch, aliases: tuple[str, ...], why: str | None
+) -> None:
+    register(models.release(released), monkeypatch, aliases)
+    expected = why and f"release: signed, and {why}"
+    assert told(models, released) == {"awq": expected, "gptq": expected}
 
 
 def test_the_same_change_has_the_same_key_and_another_change_another(models: Models, released: ModelSpec) -> None:

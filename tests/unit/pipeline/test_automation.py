@@ -106,7 +106,7 @@ def released(models: Models, monkeypatch: pytest.MonkeyPatch, says: dict[str, An
         made = signed[name]
         assert made is not None
         digest = f"sha256:{made.files['release/manifest.json']['sha256']}"
-        return [type("Version", (), {"manifest_digest": digest})]
+        return [type("Version", (), {"manifest_digest": digest, "aliases": ("candidate", "champion")})]
 
     monkeypatch.setattr("pipeline.affected.catalog.current", registered)
     return spec
