@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -59,11 +60,16 @@ def drift(bench: Bench, source: Artifact, baseline: Artifact, quantized: Artifac
     """
     if not baseline.inputs["checkpoint"] == quantized.inputs["source"] == source.digest:
         raise StoreError("`baseline` is of another `source` than `quantized`: run both again")
+    stop = threading.Event()
     with ThreadPoolExecutor(1) as beside:
         # A server starts on half of two cores; what the layers take fits into the other half.
-        measuring = beside.submit(_layers, bench, source, quantized)
-        candidate = _candidate(bench, baseline, quantized, image)
-        layers = measuring.result()
+        measuring = beside.submit(_layers, bench, source, quantized, stop)
+        try:
+            candidate = _candidate(bench, baseline, quantized, image)
+            layers = measuring.result()
+        except BaseException:  # an interrupt above all, which reaches this thread alone
+            stop.set()
+            raise
     calibration = bench.spec.calibration
     recipe = Recipe(
         "drift",
@@ -248,8 +254,8 @@ def answer(
         asking.while_serving(serve, address, ask)
 
 
-def _layers(bench: Bench, source: Artifact, quantized: Artifact) -> Artifact:
-    """Where it went wrong, layer by layer, on the calibration text."""
+def _layers(bench: Bench, source: Artifact, quantized: Artifact, stop: threading.Event) -> Artifact:
+    """Where it went wrong, layer by layer, on the calibration text; until ``stop`` is set."""
     calibration = bench.spec.calibration
     recipe = Recipe(
         "layers",
@@ -268,12 +274,14 @@ def _layers(bench: Bench, source: Artifact, quantized: Artifact) -> Artifact:
         if not bench.spec.evals.layers:
             (making.folder / "layers.json").write_text("[]")
             return
+        workers = bench.workers(making)
+        workers.stop = stop
         layers = asking.measure_layers(
             source.folder,
             quantized.folder,
             _calibration(bench),
             max_tokens=calibration.max_tokens,
-            run_worker=bench.workers(making),
+            run_worker=workers,
             scratch=making.scratch,
         )
         (making.folder / "layers.json").write_text(json.dumps([layer.model_dump() for layer in layers]))

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +28,7 @@ class Workers:
 
     ``launcher`` decides where: a process of this machine, if none is given. ``bootstrap`` is entered around each run,
     with its folder, and gives variables for the worker's environment (Dagster Pipes' session); each run adds its
-    seconds to ``seconds``.
+    seconds to ``seconds``. Who sets ``stop``, from another thread, has what runs ended.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Workers:
         self.seconds = seconds if seconds is not None else []
         self.bootstrap = bootstrap
         self.launcher = launcher or Local(settings, progress)
+        self.stop = threading.Event()
 
     def __call__(self, environment: str, script: Path, request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         """Run ``script`` in ``environment`` and return its result.
@@ -55,7 +57,7 @@ class Workers:
             WorkerFailed: it said what was wrong, or ended without a result.
         """
         with self.bootstrap(folder) as variables:
-            ended = self.launcher(Task(environment, script, request, folder, variables))
+            ended = self.launcher(Task(environment, script, request, folder, variables, self.stop))
         self.seconds.append(ended.seconds)
         return self._result(environment, script, ended.status, folder)
 

@@ -27,13 +27,18 @@ _PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
 
 @dataclass
 class Api:
-    """``jobs`` are the manifests that were taken, by name; what is deleted goes from ``processes`` alone."""
+    """``jobs`` are the manifests that were taken, by name; what is deleted goes from ``processes`` alone.
+
+    The next ``busy`` requests are sent away for a second; as long as it is ``lost``, what is asked is done unanswered.
+    """
 
     address: str
     folder: Path
     variables: Mapping[str, str]
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    busy: int = 0
+    lost: bool = False
 
     def start(self, manifest: dict[str, Any]) -> None:
         kubernetes_validate.validate(manifest, "1.37", strict=True)
@@ -82,6 +87,8 @@ def kubernetes_api(folder: Path, variables: Mapping[str, str]) -> Iterator[Api]:
 class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         api, url = self._api(), urlsplit(self.path)
+        if self._is_busy():
+            return
         if url.path.startswith(f"{_JOBS}/") and (name := url.path.rsplit("/", 1)[1]) in api.processes:
             self._reply({**api.jobs[name], "status": {"conditions": api.condition(name)}})
         elif url.path == _PODS:
@@ -95,6 +102,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self._is_busy():
+            return
         if self.headers["Authorization"] != f"Bearer {TOKEN}":
             self._reply({"message": "Unauthorized"}, 401)
             return
@@ -106,8 +115,19 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(body, 201)
 
     def do_DELETE(self) -> None:
-        self._api().stop(urlsplit(self.path).path.rsplit("/", 1)[1])
+        name = urlsplit(self.path).path.rsplit("/", 1)[1]
+        if name not in self._api().processes:
+            self._reply({"message": "not found"}, 404)
+            return
+        self._api().stop(name)
         self._reply({})
+
+    def _is_busy(self) -> bool:
+        api = self._api()
+        if busy := api.busy > 0:
+            api.busy -= 1
+            self._reply({"message": "too many requests"}, 429)
+        return busy
 
     def log_message(self, *_: object) -> None:
         pass
@@ -118,7 +138,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _reply(self, content: dict[str, Any] | bytes, status: int = 200) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        if self._api().lost:
+            status = 504
         self.send_response(status)
+        if status == 429:
+            self.send_header("Retry-After", "1")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)

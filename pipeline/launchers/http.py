@@ -11,7 +11,7 @@ import httpx
 
 from pipeline.errors import UnansweredError, WorkerFailed
 
-# What restarts is away for so long.
+# What restarts is away for so long, and what is busy may be for as long.
 _PATIENCE_SECONDS = 60.0
 _PAUSE_SECONDS = 1.0
 
@@ -54,17 +54,23 @@ class Interface:
             try:
                 with self.connect() as client:
                     reply = client.request(method, path, **content)
-                if not reply.is_server_error:
+                if not reply.is_server_error and reply.status_code != httpx.codes.TOO_MANY_REQUESTS:
                     return reply
-                why = " ".join(reply.text.split())[-300:]
+                why, pause = " ".join(reply.text.split())[-300:], _pause(reply)
             except httpx.TransportError as error:
-                why = str(error)
-            if time.monotonic() > deadline:
+                why, pause = str(error), _PAUSE_SECONDS
+            if time.monotonic() + pause > deadline:
                 raise UnansweredError(f"{self.name} does not answer: {why}")
-            time.sleep(_PAUSE_SECONDS)
+            time.sleep(pause)
 
     def _accepted(self, reply: httpx.Response) -> httpx.Response:
         if reply.is_error:
             asked = f"{reply.request.method} {reply.request.url.path}"
             raise WorkerFailed(f"{self.name} refused {asked}: {reply.text.strip()}")
         return reply
+
+
+def _pause(reply: httpx.Response) -> float:
+    """How long to leave who is busy alone: as it says in whole seconds, if it does."""
+    said = reply.headers.get("Retry-After", "")
+    return max(float(said), _PAUSE_SECONDS) if said.isdecimal() else _PAUSE_SECONDS

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import time
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -78,10 +77,10 @@ class Jobs:
         errand = send(task, store)
         stem = hashlib.sha256(f"{errand.sha256} {self.engine.does}".encode()).hexdigest()[:32]
         job, running = self._next(f"slipway-{stem}")
-        if not running:
-            self.engine.submit(job, errand, task)
-        self.progress(f"{self.engine.name} {'runs it already' if running else 'is given it'}, as {job}")
         try:
+            if not running:
+                self.engine.submit(job, errand, task)
+            self.progress(f"{self.engine.name} {'runs it already' if running else 'is given it'}, as {job}")
             outcome = self._follow(job, task)
         except BaseException:
             self.engine.stop(job)
@@ -101,7 +100,7 @@ class Jobs:
         """Hand on what the job reports until it has ended, and return where its outcome is."""
         outcome, other = None, []
         with (task.folder / MESSAGES).open("a") as messages:
-            for line in self._lines(job):
+            for line in self._lines(job, task):
                 said = message(line)
                 if said is None:
                     other.append(line)
@@ -114,7 +113,7 @@ class Jobs:
             raise WorkerFailed(f"the job {job} of {self.engine.name} ended without an outcome:\n{told}")
         return outcome
 
-    def _lines(self, job: str) -> Iterator[str]:
+    def _lines(self, job: str, task: Task) -> Iterator[str]:
         """Every line of a job's log as it comes, until the job has ended."""
         seen, ended = 0, False
         while not ended:
@@ -124,5 +123,5 @@ class Jobs:
             whole = len(log) if ended else log.rfind("\n") + 1
             yield from log[seen:whole].splitlines()
             seen = max(seen, whole)
-            if not ended:
-                time.sleep(_POLL_SECONDS)
+            if not ended and task.stop.wait(_POLL_SECONDS):
+                raise WorkerFailed(f"the job {job} of {self.engine.name} was stopped")

@@ -11,9 +11,13 @@ import time
 from pathlib import Path
 
 from pipeline.environments import Progress, ensure_environment
+from pipeline.errors import WorkerFailed
 from pipeline.launchers.task import Ended, Task
 from pipeline.settings import Settings
 from pipeline.store import write_whole
+
+# How often is looked whether a task is to stop.
+_LOOK_SECONDS = 0.5
 
 
 class Local:
@@ -25,7 +29,11 @@ class Local:
         self.progress = progress
 
     def __call__(self, task: Task) -> Ended:
-        """Run the worker in a process group of its own."""
+        """Run the worker in a process group of its own.
+
+        Raises:
+            WorkerFailed: the task was stopped.
+        """
         folder = task.folder
         python = ensure_environment(task.environment, self.settings, self.progress) / "bin" / "python"
         write_whole(folder / "request.json", json.dumps(task.request, default=os.fspath))
@@ -45,7 +53,7 @@ class Local:
                 start_new_session=True,
             )
             try:
-                process.wait()
+                _wait(process, task)
             finally:
                 _end_group(process)
         return Ended(process.returncode, time.monotonic() - started)
@@ -77,6 +85,14 @@ def how_it_ended(status: int) -> str:
     if status < 0:
         return f"was ended by {signal.Signals(-status).name}"
     return f"ended with status {status}"
+
+
+def _wait(process: subprocess.Popen[bytes], task: Task) -> None:
+    while not task.stop.is_set():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_LOOK_SECONDS)
+            return
+    raise WorkerFailed(f"worker {task.script.stem} was stopped")
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:

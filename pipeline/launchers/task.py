@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ class Task:
     """A script, the environment that it runs in, and what it is asked.
 
     A `Path` in ``request`` names files: see `OUTPUT`. ``folder`` is the worker's own; ``variables`` are added to its
-    environment.
+    environment. Who sets ``stop``, from another thread than the one that waits for the worker, has it ended.
     """
 
     environment: str
@@ -26,6 +27,7 @@ class Task:
     request: Mapping[str, Any]
     folder: Path
     variables: Mapping[str, str]
+    stop: threading.Event = field(default_factory=threading.Event, compare=False)
 
 
 @dataclass(frozen=True)

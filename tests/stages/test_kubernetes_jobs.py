@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from kubernetes_api import NAMESPACE, TOKEN, Api, kubernetes_api
 from real_server import AWS, BUCKET, s3_server
 from test_ray import ENVIRONMENT, RUN, SLEEPS, wait_for, wait_until_gone, write
 
-from pipeline.errors import SettingsError, WorkerFailed
+from pipeline.errors import SettingsError, UnansweredError, WorkerFailed
+from pipeline.launchers import http
 from pipeline.launchers.chosen import launcher
 from pipeline.launchers.kubernetes import KubernetesCluster
 from pipeline.launchers.placement import Kubernetes, placement
@@ -166,6 +168,46 @@ def test_an_interrupted_run_deletes_its_job(elsewhere: Elsewhere, script: Path, 
     process.wait(30)
     wait_until_gone(worker)
     assert elsewhere.api.processes == {}
+
+
+def test_what_another_thread_stops_is_ended_and_its_job_deleted(
+    elsewhere: Elsewhere, script: Path, tmp_path: Path
+) -> None:
+    write(script, SLEEPS.format(pid=str(tmp_path / "pid"), seconds=600))
+    settings = Settings.read(elsewhere.variables)
+    workers = Workers(settings, print, launcher=launcher(settings, print))
+    with ThreadPoolExecutor(1) as beside:
+        running = beside.submit(workers, ENVIRONMENT, script, {}, tmp_path)
+        worker = wait_for(tmp_path / "pid")
+        workers.stop.set()
+        with pytest.raises(WorkerFailed, match="was stopped"):
+            running.result()
+    wait_until_gone(worker)
+    assert elsewhere.api.processes == {}
+
+
+def test_a_job_that_was_taken_and_whose_taking_nobody_heard_of_is_deleted(
+    elsewhere: Elsewhere, script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "_PATIENCE_SECONDS", 0.0)
+    write(script, SLEEPS.format(pid=str(tmp_path / "pid"), seconds=600))
+    start_job = elsewhere.api.start
+
+    def start_and_fall_silent(manifest: dict[str, Any]) -> None:
+        start_job(manifest)
+        elsewhere.api.lost = True
+
+    monkeypatch.setattr(elsewhere.api, "start", start_and_fall_silent)
+    with pytest.raises(UnansweredError):
+        elsewhere.run(script, tmp_path)
+    assert len(elsewhere.api.jobs) == 1
+    assert elsewhere.api.processes == {}
+
+
+def test_a_cluster_that_is_busy_is_asked_again_when_it_says(elsewhere: Elsewhere, script: Path, tmp_path: Path) -> None:
+    elsewhere.api.busy = 2
+    assert elsewhere.run(write(script, "return {'n': 1}"), tmp_path) == {"n": 1}
+    assert len(elsewhere.api.jobs) == 1
 
 
 def test_after_a_killed_run_the_next_one_follows_the_same_job(

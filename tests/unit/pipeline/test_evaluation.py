@@ -1,0 +1,70 @@
+"""Stages that do two things beside each other: an interrupt ends both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from threading import Event
+
+import pytest
+from filled import FillingBench, FillingStore, Models
+
+from pipeline import evaluation, stages
+from pipeline.errors import WorkerFailed
+from pipeline.launchers.task import Ended, Task
+from pipeline.store import Artifact, Making, Recipe
+from pipeline.workers import Workers
+
+
+@dataclass
+class Endless:
+    """Runs a worker that never ends by itself."""
+
+    began: Event = field(default_factory=Event)
+    was_stopped: bool = False
+
+    def __call__(self, task: Task) -> Ended:
+        self.began.set()
+        self.was_stopped = task.stop.wait(60)
+        raise WorkerFailed("stopped")
+
+
+class Interrupted(FillingStore):
+    """Measures layers for real, and is interrupted once that has begun."""
+
+    def __init__(self, root: Path, endless: Endless) -> None:
+        super().__init__(root, lost=1)
+        self.endless = endless
+
+    def obtain(self, recipe: Recipe, make: Callable[[Making], None]) -> Artifact:
+        if recipe.stage == "layers":
+            return super(FillingStore, self).obtain(recipe, make)
+        if recipe.stage == "answers" and self.endless.began.wait(60):
+            raise KeyboardInterrupt
+        return super().obtain(recipe, make)
+
+
+@dataclass(frozen=True)
+class InterruptedBench(FillingBench):
+    endless: Endless = field(default_factory=Endless)
+
+    @property
+    def store(self) -> Interrupted:
+        return Interrupted(self.settings.home / "artifacts", self.endless)
+
+    def workers(self, making: Making) -> Workers:
+        return Workers(self.settings, self.progress, making.worker_seconds, launcher=self.endless)
+
+
+def test_an_interrupt_while_a_candidate_is_asked_stops_what_measures_its_layers(tmp_path: Path) -> None:
+    models = Models(tmp_path)
+    filling = FillingBench(models.write(), "gptq", models.settings, lambda _: None)
+    source = stages.source(filling)
+    quantized = stages.quantized(filling, source)
+    image = stages.image(filling, quantized)
+    baseline = replace(evaluation.baseline(filling, source), inputs={"checkpoint": source.digest})
+    bench = InterruptedBench(filling.spec, "gptq", models.settings, lambda _: None)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.drift(bench, source, baseline, quantized, image)
+    assert bench.endless.was_stopped
