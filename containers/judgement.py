@@ -35,18 +35,25 @@ class Waived:
         return f"{self.id} in {self.package} {until} ({self.owner})"
 
 
-def judge(evidence: Mapping[str, Any], policy: ScanPolicy, *, now: datetime | None = None) -> Verdict:
+def judge(
+    evidence: Mapping[str, Any],
+    policy: ScanPolicy,
+    *,
+    now: datetime | None = None,
+    database_at: datetime | None = None,
+) -> Verdict:
     """Decide from the evidence alone.
 
-    ``now`` is what the database's age counts to, the time of the scan by default, and the day on which waivers are
-    looked at, today by default: a waiver that has ended since the scan no longer holds.
+    ``now`` is the time by default. A waiver that has ended since the scan no longer holds, and a database that has got
+    too old since proves nothing any more; ``database_at`` is when its age is looked at, where that is not now. The
+    metric is its age at the scan: a verdict is the same from one day to the next while it holds.
 
     What was found fails whatever the database is; that nothing was found passes only with a database that is whole,
     fresh and knows the image's distribution and package kinds.
     """
+    now = now or datetime.now(UTC)
     found = _Found.of(evidence, policy, now)
-    age = _age_hours(evidence, now)
-    metrics = found.metrics(evidence, age)
+    metrics = found.metrics(evidence, _age_hours(evidence, datetime.fromisoformat(evidence["scanned_at"])))
     limits = {
         "vulnerabilities_counted": 0.0, "misconfigurations_counted": 0.0,
         "database_age_hours": policy.max_database_age_hours,
@@ -57,7 +64,7 @@ def judge(evidence: Mapping[str, Any], policy: ScanPolicy, *, now: datetime | No
     if words:
         words += [f"over since {waiver.expires}: the waiver of {waiver.id}" for waiver in found.ended]
         return Verdict(gate="scan", status="fail", reason="; ".join(words), metrics=metrics, limits=limits)
-    doubt = _doubt(evidence, policy, age)
+    doubt = _doubt(evidence, policy, _age_hours(evidence, database_at or now))
     if doubt is not None:
         cause, reason = doubt
         verdict = Verdict(
@@ -70,7 +77,7 @@ def judge(evidence: Mapping[str, Any], policy: ScanPolicy, *, now: datetime | No
         f"{evidence['packages']} packages: {counted(evidence['counts'])}; no secret"
         f"{f' ({allowed} findings let through by name)' if allowed else ''}, no misconfiguration that counts"
     )
-    reason = "; ".join([reason, *_first(let_through, "waived")])
+    reason = "; ".join([reason, *_end_of_life(evidence), *_first(let_through, "waived")])
     return Verdict(gate="scan", status="pass", reason=reason, metrics=metrics, limits=limits)
 
 
@@ -81,7 +88,7 @@ def waived(evidence: Mapping[str, Any], policy: ScanPolicy, *, now: datetime | N
 
 
 def warnings(evidence: Mapping[str, Any], policy: ScanPolicy, *, now: datetime | None = None) -> list[str]:
-    """Return a line for every waiver that ends soon, and for every one that covers nothing."""
+    """Return a line for a system without support, every waiver that ends soon, and every one that covers nothing."""
     found = _Found.of(evidence, policy, now)
     lines = [
         f"the waiver of {item.id} in {item.package} ends in {item.days_left} days, on {item.expires} ({item.owner})"
@@ -90,7 +97,11 @@ def warnings(evidence: Mapping[str, Any], policy: ScanPolicy, *, now: datetime |
     ]
     everything = [*evidence["vulnerabilities"], *evidence["misconfigurations"]]
     idle = [waiver for waiver in policy.waivers if not any(waiver.covers(item) for item in everything)]
-    return [*lines, *(f"the waiver of {waiver.id} covers nothing that was found: remove it" for waiver in idle)]
+    return [
+        *_end_of_life(evidence),
+        *lines,
+        *(f"the waiver of {waiver.id} covers nothing that was found: remove it" for waiver in idle),
+    ]
 
 
 @dataclass(frozen=True)
@@ -113,8 +124,8 @@ class _Found:
             if item["severity"] in policy.fail_on and (item["fixed"] or policy.unfixed == "fail")
         ]
         wrong = [item for item in evidence["misconfigurations"] if item["severity"] in policy.misconfigurations]
-        statements = policy.statements
-        through = {id(item): _let_through(item, policy, statements, day) for item in [*counts, *wrong]}
+        statements, image = policy.statements, evidence.get("purl")
+        through = {id(item): _let_through(item, policy, statements, day, image) for item in [*counts, *wrong]}
         secrets = [item for item in evidence["secrets"] if not any(each.covers(item) for each in policy.all_secrets)]
         ended = [
             waiver
@@ -147,18 +158,20 @@ class _Found:
 
 
 def _let_through(
-    item: Mapping[str, Any], policy: ScanPolicy, statements: Sequence[Statement], day: date
+    item: Mapping[str, Any], policy: ScanPolicy, statements: Sequence[Statement], day: date, image: str | None
 ) -> Waived | None:
-    """Who lets a finding through on that day: the waiver that lasts longest, else a VEX statement."""
+    """Who lets a finding through on that day: the waiver that lasts longest, else what VEX said last."""
     common = (item["id"], item["severity"], str(item.get("package") or item.get("target")))
     holding = [waiver for waiver in policy.all_waivers if waiver.covers(item) and waiver.days_left(day) >= 0]
     if holding:
         waiver = max(holding, key=lambda each: each.expires)
         return Waived(*common, "waiver", waiver.owner, waiver.reason, waiver.expires.isoformat(), waiver.days_left(day))
-    for statement in statements:
-        if statement.clears and statement.covers(item):
-            return Waived(*common, "vex", statement.author, f"{statement.reason} ({statement.source})", None, None)
-    return None
+    said = [statement for statement in statements if statement.covers(item, image)]
+    # Of two that were made at once, the one that clears nothing.
+    last = max(said, key=lambda statement: (statement.made, not statement.clears), default=None)
+    if last is None or not last.clears:
+        return None
+    return Waived(*common, "vex", last.author, f"{last.reason} ({last.source})", None, None)
 
 
 def _allowed(evidence: Mapping[str, Any], policy: ScanPolicy) -> list[Waived]:
@@ -172,12 +185,15 @@ def _allowed(evidence: Mapping[str, Any], policy: ScanPolicy) -> list[Waived]:
     ]
 
 
-def _age_hours(evidence: Mapping[str, Any], now: datetime | None) -> float | None:
+def _age_hours(evidence: Mapping[str, Any], until: datetime) -> float | None:
     updated = evidence["database"]["updated_at"]
-    if updated is None:
-        return None
-    until = now or datetime.fromisoformat(evidence["scanned_at"])
-    return (until - datetime.fromisoformat(updated)).total_seconds() / 3600
+    return None if updated is None else (until - datetime.fromisoformat(updated)).total_seconds() / 3600
+
+
+def _end_of_life(evidence: Mapping[str, Any]) -> list[str]:
+    """Say that the image's distribution gets no more fixes, where Trivy knows it."""
+    system = evidence["os"]
+    return [f"{system['family']} {system['name']} is past its end of life"] if system["end_of_life"] else []
 
 
 def _doubt(evidence: Mapping[str, Any], policy: ScanPolicy, age: float | None) -> tuple[Cause, str] | None:
@@ -198,9 +214,10 @@ def _doubt(evidence: Mapping[str, Any], policy: ScanPolicy, age: float | None) -
             lacking = ", ".join(database["lacking"])
             return "database-incomplete", f"the vulnerability database holds no advisories for {lacking}: {remedy}"
     if age is None or age > policy.max_database_age_hours or age < -1:
-        shown = "of unknown age" if age is None else f"{age:.1f} hours old"
+        # Its date, not its age: where this is accepted, the reason is the same from one day to the next.
+        shown = "of unknown age" if age is None else f"of {database['updated_at']}"
         return "database-stale", (
-            f"the vulnerability database is {shown}, limit {policy.max_database_age_hours:g} hours: {remedy}"
+            f"the vulnerability database is {shown}, and may be {policy.max_database_age_hours:g} hours old: {remedy}"
         )
     return None
 

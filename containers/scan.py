@@ -24,11 +24,13 @@ from containers.policy import SEVERITIES
 from containers.trivy_db import Database
 
 # Raised when the scan's evidence changes for the same inputs.
-EVIDENCE_VERSION = 1
+EVIDENCE_VERSION = 2
 _OFFLINE = (
     "--offline-scan", "--skip-version-check", "--skip-db-update", "--skip-java-db-update", "--ignorefile", "",
     "--no-progress", "--quiet",
 )  # fmt: skip
+# A bill of materials is looked at as closely as the image was.
+_ALL = ("--list-all-pkgs", "--detection-priority", "comprehensive")
 # States of the database in which no vulnerability can be found.
 BLIND = ("absent", "damaged", "empty")
 
@@ -38,41 +40,51 @@ class ScanError(ContainerError):
 
 
 def scan_key(image_id: str, database: Database) -> dict[str, Any]:
-    """Return what decides a scan's outcome: another image, another Trivy or another database is another scan."""
+    """Return what decides a scan's outcome: another image, another Trivy or another database is another scan.
+
+    A database that says the same of a later day is another, for evidence ages with its database.
+    """
     return {
         "evidence": EVIDENCE_VERSION,
         "image": image_id,
         "trivy": trivy.SHA256,
-        "database": {"digest": database.digest, "usable": database.is_usable},
+        "database": {"digest": database.digest, "usable": database.is_usable, "updated_at": database.updated_at},
     }
 
 
 @dataclass(frozen=True)
 class Subject:
-    """An image that is to be scanned, by its id (the digest of its configuration), and how Trivy gets at it."""
+    """An image that is to be scanned, by its id (the digest of its configuration), and how Trivy gets at it.
+
+    ``purl`` is what VEX documents call it, ``pkg:oci/NAME@DIGEST``, where it has a name.
+    """
 
     image_id: str
     arguments: tuple[str, ...]
     variables: Mapping[str, str]
     folder: Path | None = None
+    purl: str | None = None
 
 
-def in_engine(client: docker.DockerClient, image: str, certificates: Path | None = None) -> Subject:
+def in_engine(
+    client: docker.DockerClient, image: str, certificates: Path | None = None, purl: str | None = None
+) -> Subject:
     """An image of an engine, by id or digest; ``certificates`` is the folder of a remote engine's TLS certificates.
 
     Raises:
         ScanError: the engine has no such image.
     """
     image_id = _image_id(client, image)
-    return Subject(image_id, ("--image-src", "docker", image_id), trivy.engine_variables(client, certificates))
+    arguments = ("--image-src", "docker", image_id)
+    return Subject(image_id, arguments, trivy.engine_variables(client, certificates), purl=purl)
 
 
-def in_layout(folder: Path, image_id: str) -> Subject:
+def in_layout(folder: Path, image_id: str, purl: str | None = None) -> Subject:
     """An image that lies in a folder (`write_layout`): of its layers, Trivy reads those that it has not seen before.
 
     The report calls the image by the folder's name.
     """
-    return Subject(image_id, ("--input", folder.name), {}, folder.absolute().parent)
+    return Subject(image_id, ("--input", folder.name), {}, folder.absolute().parent, purl)
 
 
 def scan(
@@ -97,19 +109,19 @@ def scan(
         TrivyError: Trivy is missing, failed, was killed or took too long.
         ScanError: what Trivy wrote is not a whole report on that image.
     """
-    database = trivy.database(home)
-    scanners = ["secret", "misconfig", *(["vuln"] if database.is_usable else [])]
-    progress(f"Trivy looks for {', '.join(sorted(scanners))} in {subject.image_id[7:19]}")
     report_file, sbom_file = folder.absolute() / "trivy.json", folder.absolute() / "sbom.cdx.json"
     started = time.monotonic()
     with trivy.running(home, progress) as run:
+        database = trivy.database(home)  # under Trivy's lock: nobody puts another in its place meanwhile
+        scanners = ["secret", "misconfig", *(["vuln"] if database.is_usable else [])]
+        progress(f"Trivy looks for {', '.join(sorted(scanners))} in {subject.image_id[7:19]}")
         run(_arguments(subject, scanners, report_file, timeout_s), subject.variables, timeout_s, subject.folder)
         run(["convert", "--quiet", "--format", "cyclonedx", "--output", str(sbom_file), str(report_file)],
             {}, timeout_s)  # fmt: skip
     seconds = time.monotonic() - started
     report = _read_report(report_file, subject.image_id)
     evidence = summarize(report, database, datetime.now(UTC), components=_components(sbom_file))
-    evidence["seconds"] = seconds
+    evidence |= {"purl": subject.purl, "seconds": seconds}
     (folder / "scan.json").write_text(json.dumps(evidence, indent=1, allow_nan=False))
     progress(_summary(evidence))
     return evidence
@@ -128,20 +140,19 @@ def scan_sbom(
         TrivyError: Trivy failed.
         ScanError: the bill names other packages than the image's scan saw: scan the image itself.
     """
-    database = trivy.database(home)
     report_file = folder.absolute() / "rescan.trivy.json"
     evidence = {**known, "scanned_at": datetime.now(UTC).isoformat(timespec="seconds")}
     evidence["trivy"] = {"version": trivy.VERSION, "sha256": trivy.SHA256}
     started = time.monotonic()
-    if not database.is_usable:
-        evidence["database"] = _database(database, *database.state_for(None, None, ()))
-        return evidence
-    progress(f"Trivy looks for vulnerabilities in the bill of {known['packages']} packages")
     arguments = [
-        "sbom", "--scanners", "vuln", "--format", "json", "--output", str(report_file), "--list-all-pkgs",
+        "sbom", "--scanners", "vuln", "--format", "json", "--output", str(report_file), *_ALL,
         *_OFFLINE, "--timeout", f"{round(timeout_s)}s", str(sbom.absolute()),
     ]  # fmt: skip
     with trivy.running(home, progress) as run:
+        database = trivy.database(home)  # under Trivy's lock, as in `scan`
+        if not database.is_usable:
+            return {**evidence, "database": _database(database, *database.state_for(None, None, ()))}
+        progress(f"Trivy looks for vulnerabilities in the bill of {known['packages']} packages")
         run(arguments, {}, timeout_s)
     try:
         report = json.loads(report_file.read_text())
@@ -198,8 +209,7 @@ def summarize(
 def _arguments(subject: Subject, scanners: Sequence[str], report: Path, timeout_s: float) -> list[str]:
     return [
         "image", "--scanners", ",".join(scanners),
-        "--image-config-scanners", "misconfig,secret", "--format", "json", "--output", str(report), "--list-all-pkgs",
-        "--detection-priority", "comprehensive",
+        "--image-config-scanners", "misconfig,secret", "--format", "json", "--output", str(report), *_ALL,
         *_OFFLINE, "--skip-check-update", "--timeout", f"{round(timeout_s)}s", *subject.arguments,
     ]  # fmt: skip
 

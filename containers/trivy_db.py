@@ -96,6 +96,8 @@ class Database:
             if not any(bucket.lower() == distribution for bucket in self.buckets):
                 lacking.append(distribution)
         wanted = sorted({_ECOSYSTEMS[kind] for kind in kinds if kind in _ECOSYSTEMS})
+        if family is None and not wanted:
+            lacking.append("an image of which neither distribution nor packages were recognized")
         have = {bucket.partition("::")[0] + "::" for bucket in self.buckets}
         lacking += [start.removesuffix("::") for start in wanted if start not in have]
         return ("incomplete", lacking) if lacking else ("ok", [])

@@ -1,7 +1,8 @@
 """OpenVEX documents: what a supplier, or we ourselves, say of a vulnerability in a product, read strictly.
 
 The format is OpenVEX 0.2.0 (openvex.dev). A statement of ``not_affected`` gives its reason, as the specification asks;
-a document that is older than `OLDEST_DAYS` is refused, for nothing else in the format makes a statement end.
+a document that is older than `OLDEST_DAYS`, or of the future, is refused, for nothing else in the format makes a
+statement end. Of the statements about a finding, the latest counts.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from containers.errors import PolicyError
 from containers.purl import matches
 
 OLDEST_DAYS = 365
+# How far the clocks of those who write documents may be ahead of ours.
+_CLOCKS_APART = timedelta(hours=1)
 _CONTEXT = "https://openvex.dev/ns"
 Status = Literal["not_affected", "affected", "fixed", "under_investigation"]
 Justification = Literal[
@@ -35,6 +38,10 @@ class _Component(_Part):
     id: Words = Field(alias="@id")
     identifiers: Mapping[str, str] = {}
     hashes: Mapping[str, str] = {}
+
+    def is_(self, purl: str | None) -> bool:
+        """Say whether this names the package or image with that purl."""
+        return matches(self.identifiers.get("purl", self.id), purl)
 
 
 class _Product(_Component):
@@ -66,6 +73,7 @@ class Statement(_Part):
     last_updated: datetime | None = None
     author: str = Field(default="", exclude=True)
     source: str = Field(default="", exclude=True)
+    made: datetime = Field(default=datetime.min.replace(tzinfo=UTC), exclude=True)
 
     @model_validator(mode="after")
     def _reasoned(self) -> Statement:
@@ -85,12 +93,19 @@ class Statement(_Part):
         """Why, in words."""
         return self.impact_statement or (self.justification or self.status).replace("_", " ")
 
-    def covers(self, finding: Mapping[str, Any]) -> bool:
-        """Say whether this is the finding meant: the vulnerability, by name or alias, in this very package."""
+    def covers(self, finding: Mapping[str, Any], image: str | None = None) -> bool:
+        """Say whether this is the finding meant: the vulnerability, by name or alias, in this very package.
+
+        A product with ``subcomponents`` is an image with packages in it: it must be the one whose purl is ``image``.
+        """
         if finding["id"] not in {self.vulnerability.name, *self.vulnerability.aliases}:
             return False
-        named = [part for product in self.products for part in product.subcomponents or (product,)]
-        return any(matches(part.identifiers.get("purl", part.id), finding.get("purl")) for part in named)
+        return any(
+            any(part.is_(finding.get("purl")) for part in product.subcomponents) and product.is_(image)
+            if product.subcomponents
+            else product.is_(finding.get("purl"))
+            for product in self.products
+        )
 
 
 class _Document(_Part):
@@ -109,7 +124,7 @@ def read_vex(path: Path, now: datetime | None = None) -> list[Statement]:
     """Read a document's statements.
 
     Raises:
-        PolicyError: it is no OpenVEX document, or too old to go by.
+        PolicyError: it is no OpenVEX document, too old to go by, or of the future.
     """
     try:
         document = _Document.model_validate(json.loads(path.read_text(encoding="utf-8")))
@@ -118,11 +133,21 @@ def read_vex(path: Path, now: datetime | None = None) -> list[Statement]:
         raise PolicyError(f"{path.name} is no OpenVEX document: {'; '.join(wrong)}") from error
     except (OSError, ValueError) as error:
         raise PolicyError(f"{path.name} is no OpenVEX document: {' '.join(str(error).split())}") from error
-    said = document.last_updated or document.timestamp
-    said = said if said.tzinfo else said.replace(tzinfo=UTC)
-    if (now or datetime.now(UTC)) - said > timedelta(days=OLDEST_DAYS):
+    said, now = _zoned(document.last_updated or document.timestamp), now or datetime.now(UTC)
+    if now - said > timedelta(days=OLDEST_DAYS):
         raise PolicyError(f"{path.name} is of {said:%Y-%m-%d}, more than {OLDEST_DAYS} days old: look at it again")
-    return [
-        statement.model_copy(update={"author": document.author, "source": path.name})
+    made = [
+        _zoned(statement.last_updated or statement.timestamp or document.last_updated or document.timestamp)
         for statement in document.statements
     ]
+    if max(said, *made) - now > _CLOCKS_APART:
+        raise PolicyError(f"{path.name} is of {max(said, *made):%Y-%m-%d %H:%M} UTC, which is in the future")
+    return [
+        statement.model_copy(update={"author": document.author, "source": path.name, "made": when})
+        for statement, when in zip(document.statements, made, strict=True)
+    ]
+
+
+def _zoned(time: datetime) -> datetime:
+    """UTC, where the time names no zone."""
+    return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)

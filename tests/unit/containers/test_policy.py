@@ -18,6 +18,7 @@ from containers.purl import matches
 from containers.vex import read_vex
 
 TODAY = datetime.now(UTC).date()
+IMAGE = f"pkg:oci/demo-awq@sha256:{'ab' * 32}"
 OPENSSL = "pkg:deb/debian/openssl@3.0.15?arch=amd64&distro=debian-12"
 
 
@@ -44,7 +45,8 @@ def evidence(*found: dict[str, Any]) -> dict[str, Any]:
     for item in found:
         counts[item["severity"]] += 1
     return {
-        "packages": 3, "vulnerabilities": list(found), "secrets": [], "misconfigurations": [], "counts": counts,
+        "packages": 3, "purl": IMAGE, "os": {"family": "debian", "name": "12", "end_of_life": False},
+        "vulnerabilities": list(found), "secrets": [], "misconfigurations": [], "counts": counts,
         "scanned_at": datetime.now(UTC).isoformat(),
         "database": {"state": "ok", "updated_at": datetime.now(UTC).isoformat(), "damage": None, "lacking": []},
     }  # fmt: skip
@@ -183,6 +185,36 @@ def test_a_vex_statement_takes_a_finding_away_and_is_listed(tmp_path: Path) -> N
     assert judge(evidence(finding(package="libssl3", purl="pkg:deb/debian/libssl3@3")), allowed).status == "fail"
 
 
+@pytest.mark.parametrize(
+    ("product", "cleared"),
+    [("pkg:oci/demo-awq", True), (IMAGE, True), ("pkg:oci/another", False), ("pkg:oci/demo-awq@sha256:0", False)],
+)
+def test_a_statement_about_packages_in_an_image_is_about_that_image_alone(
+    tmp_path: Path, product: str, *, cleared: bool
+) -> None:
+    products = [{"@id": product, "subcomponents": [{"@id": "pkg:deb/debian/openssl"}]}]
+    allowed = ScanPolicy(vex=(vex(tmp_path, products=products),))
+    assert judge(evidence(finding()), allowed).status == ("pass" if cleared else "fail")
+    assert judge({**evidence(finding()), "purl": None}, allowed).status == "fail"
+
+
+@pytest.mark.parametrize("hours", [0, 1])
+def test_what_was_said_last_counts(tmp_path: Path, hours: int) -> None:
+    """Of two statements of one time, the one that clears nothing."""
+    (tmp_path / "later").mkdir()
+    now = datetime.now(UTC)
+    cleared = vex(tmp_path, timestamp=(now - timedelta(hours=2)).isoformat())
+    taken_back = vex(
+        tmp_path / "later", timestamp=(now - timedelta(hours=2 - hours)).isoformat(),
+        status="affected", justification=None, action_statement="update",
+    )  # fmt: skip
+    assert judge(evidence(finding()), ScanPolicy(vex=(cleared,))).status == "pass"
+    for both in ((cleared, taken_back), (taken_back, cleared)):
+        assert judge(evidence(finding()), ScanPolicy(vex=both)).status == "fail"
+    again = vex(tmp_path, timestamp=now.isoformat())
+    assert judge(evidence(finding()), ScanPolicy(vex=(taken_back, again))).status == "pass"
+
+
 @pytest.mark.parametrize("status", ["under_investigation", "affected"])
 def test_a_vex_statement_that_clears_nothing_changes_nothing(tmp_path: Path, status: str) -> None:
     path = vex(tmp_path, status=status, justification=None, action_statement="update")
@@ -193,7 +225,8 @@ def test_a_vex_statement_that_clears_nothing_changes_nothing(tmp_path: Path, sta
     "changes",
     [
         {"justification": None}, {"status": "not-affected"}, {"justifcation": "x"}, {"context": "https://other/"},
-        {"timestamp": "2020-01-01T00:00:00Z"}, {"products": []}, {"justification": "because"},
+        {"timestamp": "2020-01-01T00:00:00Z"}, {"timestamp": "2999-01-01T00:00:00Z"}, {"products": []},
+        {"justification": "because"},
     ],
 )  # fmt: skip
 def test_a_wrong_or_old_vex_document_is_refused(tmp_path: Path, changes: dict[str, object]) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from containers.judgement import judge
+from containers import judgement
 from containers.policy import AllowedSecret, ScanPolicy, common
 from containers.scan import ScanError, _read_report, scan_key, summarize
 from containers.trivy_db import Database
+from registry.verdict import Verdict
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
 IMAGE = "sha256:" + "ab" * 32
@@ -57,6 +58,10 @@ def evidence(
         ],
     }
     return summarize(report, known or database(), NOW, components=3)
+
+
+def judge(found: dict[str, Any], policy: ScanPolicy, now: datetime = NOW) -> Verdict:
+    return judgement.judge(found, policy, now=now)
 
 
 def test_a_clean_image_under_a_fresh_database_passes_and_says_what_was_looked_at() -> None:
@@ -167,6 +172,31 @@ def test_the_database_ages_after_the_scan() -> None:
     found = evidence(known=database(hours=1))
     assert judge(found, ScanPolicy()).status == "pass"
     assert judge(found, ScanPolicy(), now=NOW + timedelta(days=30)).cause == "database-stale"
+    assert judgement.judge(evidence(known=database(hours=24 * 365)), ScanPolicy()).cause == "database-stale"
+
+
+def test_a_verdict_is_the_same_whatever_the_hour_while_it_holds_and_once_it_does_not() -> None:
+    """Another verdict is another release: it would be signed and promoted every day."""
+    found = evidence(known=database(hours=1))
+    assert judge(found, ScanPolicy()) == judge(found, ScanPolicy(), now=NOW + timedelta(hours=40))
+    accepting = ScanPolicy(accept_inconclusive={"database-stale": "none comes here"})
+    stale = [judge(found, accepting, now=NOW + timedelta(days=days)) for days in (30, 31)]
+    assert stale[0] == stale[1]
+    assert (stale[0].cause, stale[0].blocks) == ("database-stale", False)
+
+
+def test_an_age_may_be_looked_at_as_it_was_at_the_scan() -> None:
+    found = evidence(known=database(hours=1))
+    later = NOW + timedelta(days=30)
+    assert judgement.judge(found, ScanPolicy(), now=later, database_at=NOW) == judge(found, ScanPolicy())
+
+
+def test_a_system_past_its_end_of_life_is_told() -> None:
+    found = evidence()
+    assert "end of life" not in judge(found, ScanPolicy()).reason
+    found["os"]["end_of_life"] = True
+    assert "debian 12.8 is past its end of life" in judge(found, ScanPolicy()).reason
+    assert judgement.warnings(found, ScanPolicy()) == ["debian 12.8 is past its end of life"]
 
 
 def test_the_age_limit_is_compared_unrounded() -> None:
@@ -195,7 +225,11 @@ def test_another_database_is_another_scan() -> None:
         scan_key(IMAGE, known) for known in (database(), Database(Path("trivy.db")), Database(Path("t"), "sha256:2"))
     ]
     assert len({json.dumps(key) for key in keys}) == 3
-    assert scan_key(IMAGE, database(hours=1)) == scan_key(IMAGE, database(hours=2))
+    assert scan_key(IMAGE, database(hours=1)) == scan_key(IMAGE, database(hours=1))
+
+
+def test_a_database_that_is_published_anew_makes_a_new_scan_whose_evidence_is_as_fresh() -> None:
+    assert scan_key(IMAGE, database(hours=1)) != scan_key(IMAGE, database(hours=2))
 
 
 @pytest.mark.parametrize(
