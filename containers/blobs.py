@@ -25,7 +25,10 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Blob:
-    """A layer as an image lists it. ``diff_id`` is the digest of the tar itself, ``digest`` that of what is sent."""
+    """A layer as an image lists it. ``diff_id`` is the digest of the tar itself, ``digest`` that of what is sent.
+
+    Whoever gets the ``chunks``, a registry or an engine, holds them to it.
+    """
 
     digest: str
     size: int
@@ -96,16 +99,20 @@ class BlobStore:
             digest = (self.root / "known" / key).read_text()
         except FileNotFoundError:
             return None
-        return Blob(digest, layer.size, digest, PLAIN, layer.chunks) if _DIGEST.fullmatch(digest) else None
+        return Blob(digest, layer.size, digest, PLAIN, layer.unchecked) if _DIGEST.fullmatch(digest) else None
 
     def learn(self, layer: FileLayer, digest: str) -> Blob:
-        """Keep in mind what a streamed layer's digest is."""
+        """Keep in mind what a streamed layer's digest is, once all of it came through its ``chunks``."""
         if layer.key is not None:
             _note(self.root / "known" / layer.key, digest)
-        return Blob(digest, layer.size, digest, PLAIN, layer.chunks)
+        return Blob(digest, layer.size, digest, PLAIN, layer.unchecked)
 
     def hashed(self, layer: FileLayer) -> Blob:
-        """Return a streamed layer with its digest, read through once where that is not known."""
+        """Return a streamed layer with its digest, read through once where that is not known.
+
+        Raises:
+            ImageError: a file is not the one whose sha256 the layer knows.
+        """
         blob = self.known(layer)
         if blob is not None:
             return blob

@@ -49,8 +49,8 @@ class Member:
 class FileLayer:
     """A layer of plain files, streamed from where they are; nothing is written beside them.
 
-    ``sha256`` (path of a member's content → hex digest) is what is known already of the files; with all of them known,
-    ``key`` names the layer's bytes before any is read.
+    ``sha256`` (path of a member's content → hex digest) is what is known already of the files, and what `chunks` holds
+    them to; with all of them known, ``key`` names the layer's bytes before any is read.
     """
 
     members: tuple[Member, ...]
@@ -77,16 +77,27 @@ class FileLayer:
         return hashlib.sha256(json.dumps([FORMAT, EPOCH, known]).encode()).hexdigest()
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield the tar in pieces of at most `CHUNK` bytes.
+        """Yield the tar in pieces of at most `CHUNK` bytes, each file hashed on its way.
 
         Raises:
-            ImageError: a file changed its length while it was read.
+            ImageError: a file changed its length while it was read, or is not the one that is known.
         """
+        return self._chunks(self.sha256)
+
+    def unchecked(self) -> Iterator[bytes]:
+        """Yield the same for whoever holds the whole tar to its digest."""
+        return self._chunks({})
+
+    def _chunks(self, sha256: Mapping[Path, str]) -> Iterator[bytes]:
         for name in _parents(self.members):
             yield _folder(name)
         for member in self.members:
             yield _header(member)
-            yield from _content(member)
+            if isinstance(member.content, bytes):
+                yield member.content
+            else:
+                yield from _content(member.content, sha256.get(member.content))
+            yield _padding(member.size)
         yield bytes(2 * _BLOCK)
 
 
@@ -162,12 +173,14 @@ def normalized_file(path: Path) -> Iterator[bytes]:
     """Turn a tar on disk, in whatever order, into a layer; numeric owners are kept, hard links name the first path.
 
     Raises:
-        ImageError: a path stands in it twice with different contents.
+        ImageError: a path other than a folder's stands in it twice.
     """
     with tarfile.open(path) as source:
         found: dict[tuple[str, ...], tarfile.TarInfo] = {}
         for member in source:
             parts = tuple(part for part in PurePosixPath(member.name).parts if part not in {".", "/"})
+            if parts and parts in found and not (member.isdir() and found[parts].isdir()):
+                raise ImageError(f"`{'/'.join(parts)}` stands twice in {path.name}")
             if parts:
                 found[parts] = member
         first: dict[str, str] = {}
@@ -223,21 +236,21 @@ def pieces(file: IO[bytes]) -> Iterator[bytes]:
         yield chunk
 
 
-def _content(member: Member) -> Iterator[bytes]:
-    if isinstance(member.content, bytes):
-        yield member.content
-        yield _padding(len(member.content))
-        return
+def _content(path: Path, sha256: str | None) -> Iterator[bytes]:
+    digest = hashlib.sha256()
     expected = read = 0
-    with member.content.open("rb", buffering=0) as file:
+    with path.open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         expected = os.fstat(file.fileno()).st_size
         while chunk := file.read(CHUNK):
             read += len(chunk)
+            if sha256 is not None:
+                digest.update(chunk)
             yield chunk
     if read != expected:
-        raise ImageError(f"{member.content} changed while it was read: {read} bytes of {expected}")
-    yield _padding(read)
+        raise ImageError(f"{path} changed while it was read: {read} bytes of {expected}")
+    if sha256 is not None and digest.hexdigest() != sha256:
+        raise ImageError(f"{path} is damaged: its sha256 is {digest.hexdigest()}, and {sha256} was recorded")
 
 
 def _header(member: Member) -> bytes:

@@ -166,7 +166,7 @@ def test_a_blob_is_named_by_a_digest_alone(tmp_path: Path, digest: str) -> None:
 def test_a_known_layer_is_not_read_again(tmp_path: Path) -> None:
     store, path = BlobStore(tmp_path / "images"), tmp_path / "w"
     path.write_bytes(b"weights")
-    layer = FileLayer((Member("model/w", path),), {path: "digest of w"})
+    layer = FileLayer((Member("model/w", path),), {path: hashlib.sha256(b"weights").hexdigest()})
     assert store.known(layer) is None
     digest = store.hashed(layer).digest
     assert digest == f"sha256:{hashlib.sha256(content(layer.chunks())).hexdigest()}"
@@ -174,6 +174,28 @@ def test_a_known_layer_is_not_read_again(tmp_path: Path) -> None:
     again = store.known(layer)
     assert again is not None
     assert again.digest == digest
+
+
+def test_a_file_that_is_not_the_one_recorded_is_refused_by_name_and_nothing_is_learnt(tmp_path: Path) -> None:
+    store, path = BlobStore(tmp_path / "images"), tmp_path / "w.safetensors"
+    path.write_bytes(b"weightS")
+    layer = FileLayer((Member("model/w", path),), {path: hashlib.sha256(b"weights").hexdigest()})
+    with pytest.raises(ImageError, match=r"w\.safetensors is damaged: its sha256 is"):
+        store.hashed(layer)
+    assert store.known(layer) is None
+    path.write_bytes(b"weights")
+    assert store.hashed(layer) == store.known(layer)
+
+
+def test_a_path_that_stands_twice_in_a_tar_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "base.tar"
+    path.write_bytes(
+        b"".join(given([info("./etc", type=tarfile.DIRTYPE), info("etc", type=tarfile.DIRTYPE), info("a")]))
+    )
+    content(normalized_file(path))
+    path.write_bytes(b"".join(given([info("./a", size=1), info("a", size=2)])))
+    with pytest.raises(ImageError, match=r"`a` stands twice in base\.tar"):
+        content(normalized_file(path))
 
 
 def image(tmp_path: Path) -> OciImage:
