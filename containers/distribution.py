@@ -18,7 +18,7 @@ from typing import Any, Self
 import docker.auth
 import httpx
 
-from containers.errors import ImageError
+from containers.errors import ImageError, UnreachableRegistryError
 from containers.layers import CHUNK
 from containers.oci import EMPTY, INDEX, MANIFEST, canonical, digest_of
 
@@ -33,6 +33,10 @@ _TIMEOUT = httpx.Timeout(30.0, read=600.0, write=600.0)
 
 class DistributionError(ImageError):
     """A registry can't be reached, refuses, or gave something else than was asked for."""
+
+
+class NoAnswerError(DistributionError, UnreachableRegistryError):
+    """A registry can't be reached."""
 
 
 @dataclass
@@ -235,7 +239,7 @@ class Registry:
 
     def _unreachable(self, error: Exception) -> DistributionError:
         words = " ".join(str(error).split()) or type(error).__name__
-        return DistributionError(f"the registry {self.host} can't be reached: {words}")
+        return NoAnswerError(f"the registry {self.host} can't be reached: {words}")
 
     def _refusal(self, answer: httpx.Response, path: str) -> DistributionError:
         words = " ".join(answer.text.split())[:200] or answer.reason_phrase

@@ -23,5 +23,9 @@ class ImageError(ContainerError):
     """A base, a runtime or a model's image could not be made, found or pushed."""
 
 
+class UnreachableRegistryError(ImageError):
+    """A container registry does not answer: the same may go well in a while."""
+
+
 class PolicyError(ContainerError):
     """The scan's policy, a waiver or a VEX document does not say what it must."""

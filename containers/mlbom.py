@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from containers.distribution import Registry, parse
+from containers.distribution import DistributionError, Registry, parse
 from registry.verdict import Verdict
 
 KIND = "application/vnd.cyclonedx+json"
@@ -100,8 +100,13 @@ def attach(reference: str, documents: Mapping[str, tuple[str, Path]]) -> dict[st
     host, repository, digest = parse(reference)
     with Registry(host) as registry:
         found = registry.manifest(repository, digest)
-        size, media_type = (len(found[0]), found[1]) if found else (0, "")
-        subject = {"mediaType": media_type, "digest": digest, "size": size}
+        if found is None:
+            raise DistributionError(
+                f"{host} has no image {repository}@{digest}: remove it from the engine too and release again, and "
+                "it is pushed anew"
+            )
+        manifest, media_type = found
+        subject = {"mediaType": media_type, "digest": digest, "size": len(manifest)}
         return {
             title: registry.attach(repository, subject, kind, path.read_bytes(), title)
             for title, (kind, path) in sorted(documents.items())

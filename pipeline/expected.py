@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from containers.errors import ContainerError, EngineError
+from containers.errors import ContainerError, EngineError, UnreachableRegistryError
 from evals.errors import EvaluationError
 from pipeline.errors import SlipwayError, UnansweredError, UnreachableError
 from registry.errors import RefusedError, RegistryError, TrackingError
@@ -11,6 +11,6 @@ EXPECTED = (SlipwayError, ContainerError, EvaluationError, RegistryError)
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether it is of the network, the container engine or MLflow: what a verdict, a model or a file never is."""
-    passing = UnreachableError | UnansweredError | EngineError | TrackingError
+    """Whether it is of the network, an engine, a registry or MLflow: what a verdict, a model or a file never is."""
+    passing = UnreachableError | UnansweredError | EngineError | UnreachableRegistryError | TrackingError
     return isinstance(error, passing) and not isinstance(error, RefusedError)

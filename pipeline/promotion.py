@@ -16,7 +16,7 @@ from evals import cost as costs
 from pipeline.environments import pinned_version
 from pipeline.errors import StoreError
 from pipeline.metadata import RELEASE
-from pipeline.stages import CODE, Bench, sha256_of, verdict
+from pipeline.stages import CODE, Bench, sha256_of
 from pipeline.store import Artifact, Making, Recipe, digest_file
 from pipeline.trust import signing_key, trust_of
 from registry import catalog, seal
@@ -54,7 +54,7 @@ def sealed(bench: Bench, *upstream: Artifact) -> Artifact:
     _check_chain(made)
     source, quantized, image = made["source"], made["quantized"], made["image"]
     evidence = {gate: made[gate] for gate in _EVIDENCE}
-    verdicts = {gate: verdict(gate, found, bench.spec) for gate, found in evidence.items()}
+    verdicts = {gate: bench.verdict(gate, found) for gate, found in evidence.items()}
     key = signing_key(bench.settings)
     recipe = Recipe(
         "release",
@@ -111,9 +111,11 @@ def sealed(bench: Bench, *upstream: Artifact) -> Artifact:
 def promoted(bench: Bench, release: Artifact, *, candidate_only: bool = False) -> dict[str, Any]:
     """Register the sealed release and move the aliases; return what the command line and the UI tell of it.
 
-    With ``candidate_only`` the champion stays, whatever the model's file says.
+    With ``candidate_only`` the champion stays, whatever the model's file says. The bills of materials are attached to
+    the image first: what an alias names has them.
 
     Raises:
+        DistributionError: the image's registry can't be reached, or has lost it; no alias moved.
         RegistryError: the release is not what was signed, a gate blocks, or MLflow can't be reached; no alias moved.
     """
     settings = bench.settings
@@ -122,6 +124,7 @@ def promoted(bench: Bench, release: Artifact, *, candidate_only: bool = False) -
     manifest = release.document("release/manifest.json")
     name = f"{bench.spec.model}-{bench.scheme_name}"
     before = {version.version: version.aliases for version in catalog.current(settings.tracking_uri, name)}
+    _attach(bench, release)
     promotion = promote(
         release.folder,
         settings.tracking_uri,
@@ -131,8 +134,6 @@ def promoted(bench: Bench, release: Artifact, *, candidate_only: bool = False) -
         progress=bench.progress,
     )
     held = before.get(promotion.version) == promotion.aliases
-    if not held:
-        _attach(bench, release)
     return {
         "name": promotion.name,
         "version": promotion.version,

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 from certificates import Signers
-from release_evidence import Made, settings_of
+from release_evidence import DIGEST, IMAGE, Made, settings_of
 
+from containers.distribution import DistributionError
 from pipeline import promotion
 from pipeline.errors import StoreError
+from pipeline.expected import is_transient
 from pipeline.store import Artifact
 from pipeline.trust import trust_of
 from registry.errors import PromotionError, SigningError
@@ -87,6 +89,19 @@ def test_a_release_that_was_changed_after_it_was_sealed_is_not_promoted(made: Ma
     weights.write_bytes(b"packeD")
     with pytest.raises(PromotionError, match=r"model\.safetensors"):
         promotion.promoted(made.bench, release)
+
+
+def test_no_alias_moves_while_the_bills_can_not_be_attached_to_the_image(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(IMAGE, "pushed", True)
+    monkeypatch.setitem(IMAGE, "reference", f"127.0.0.1:9/slipway/demo-gptq@{DIGEST}")
+    release = seal(made, made.artifacts())
+    for _ in range(2):  # the second time as the first: they are not forgotten
+        with pytest.raises(DistributionError, match=r"127\.0\.0\.1:9 can't be reached") as caught:
+            promotion.promoted(made.bench, release)
+        assert is_transient(caught.value)
+    assert not (made.settings.home / "mlflow" / "mlflow.db").exists()
 
 
 def test_the_figures_of_a_release_are_its_verdicts_own(made: Made) -> None:
