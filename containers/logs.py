@@ -25,16 +25,16 @@ def redacted(text: str) -> str:
 def keep(container: Container, folder: Path) -> Path | None:
     """Write what a container wrote, redacted, into ``folder``; the last lines of it, of the last containers.
 
-    None where it can't be had: a log is no reason to fail.
+    None where it can't be had, or not be written: a log is no reason to fail.
     """
     try:
         text = container.logs(tail=_KEEP_LINES, timestamps=True).decode(errors="replace")
-    except (docker.errors.APIError, requests.RequestException):
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{container.name}.container.log"
+        path.write_text(redacted(text) + "\n")
+        kept = sorted(folder.glob("*.container.log"), key=lambda each: each.stat().st_mtime)
+        for old in kept[:-_KEEP_FILES]:
+            old.unlink(missing_ok=True)
+    except (docker.errors.APIError, requests.RequestException, OSError):  # a full disk, or another who removes logs
         return None
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{container.name}.container.log"
-    path.write_text(redacted(text) + "\n")
-    kept = sorted(folder.glob("*.container.log"), key=lambda each: each.stat().st_mtime)
-    for old in kept[:-_KEEP_FILES]:
-        old.unlink(missing_ok=True)
     return path

@@ -167,8 +167,10 @@ def serve(
             finally:
                 sampler.stop()
         finally:
-            logs.keep(container, home / "logs")
-            remove(container)
+            try:
+                logs.keep(container, home / "logs")
+            finally:
+                remove(container)
 
 
 def sweep(client: docker.DockerClient, home: Path) -> list[str]:

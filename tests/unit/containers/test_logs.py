@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
-from containers.logs import redacted
+from containers.logs import keep, redacted
 
 
 @pytest.mark.parametrize(
@@ -33,3 +36,12 @@ def test_what_follows_the_word_prompt_is_left_out(line: str) -> None:
 )
 def test_what_a_person_needs_is_kept(line: str) -> None:
     assert redacted(line) == line
+
+
+def test_a_log_that_can_not_be_written_is_no_reason_to_fail(tmp_path: Path) -> None:
+    container = SimpleNamespace(name="one", logs=lambda **_: b"2026 started\n")
+    path = keep(container, tmp_path / "logs")  # type: ignore[arg-type]
+    assert path is not None
+    assert path.read_text() == "2026 started\n"
+    (tmp_path / "full").write_text("a file where the folder belongs: as unwritable as a full disk")
+    assert keep(container, tmp_path / "full" / "logs") is None  # type: ignore[arg-type]
