@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from dagster import DagsterInstance
+from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
 from pipeline.settings import CHECKOUT, Settings
 from pipeline.store import locked
+
+# A run takes its marker within a moment of its start, and ends within one of giving it back.
+_UNCLAIMED = "unclaimed"
+_CLAIM_SECONDS = 20.0
 
 
 def storage_variables(settings: Settings) -> dict[str, str]:
@@ -61,15 +66,37 @@ def alive(run_id: str, settings: Settings) -> Iterator[None]:
 
 
 def bury_dead_runs(instance: DagsterInstance, settings: Settings) -> list[str]:
-    """Mark runs whose process was killed as failed and free the pool slots that they held; return their ids."""
+    """Mark runs whose process was killed as failed and free the pool slots that they held; return their ids.
+
+    One that was killed before it took its marker is given one that nobody holds, and is buried by a later look.
+    """
     dead = []
     with locked(_burying(settings)):
+        _mark_unclaimed(instance, settings)
         for marker in _markers(settings).iterdir():
-            if not _is_held(marker):
+            if not _is_held(marker) and not _may_be_claimed(marker):
                 if _bury(instance, marker.name):
                     dead.append(marker.name)
                 marker.unlink(missing_ok=True)
     return dead
+
+
+def _mark_unclaimed(instance: DagsterInstance, settings: Settings) -> None:
+    """Give every run that has begun and has no marker one; in PostgreSQL such a run may be of another machine."""
+    if settings.dagster_postgres:
+        return
+    for run in instance.get_runs(RunsFilter(statuses=[DagsterRunStatus.STARTED])):
+        marker = _markers(settings) / run.run_id
+        if not marker.exists():
+            marker.write_text(_UNCLAIMED)
+
+
+def _may_be_claimed(marker: Path) -> bool:
+    """Whether nobody has held this marker yet, and somebody still may; who takes it empties it."""
+    try:
+        return marker.read_text() == _UNCLAIMED and time.time() - marker.stat().st_mtime < _CLAIM_SECONDS
+    except FileNotFoundError:
+        return False
 
 
 def _is_held(marker: Path) -> bool:

@@ -24,11 +24,13 @@ from dagster import (
     in_process_executor,
     validate_run_config,
 )
+from dagster._core.execution.api import create_execution_plan
+from dagster._core.execution.resources_init import get_required_resource_keys_to_init
 from release_evidence import Made, settings_of
 from sqlalchemy.exc import IntegrityError
 
 from homes import DEMO
-from pipeline import gates
+from pipeline import gates, jobs
 from pipeline.artifacts import ArtifactHandles
 from pipeline.ending import ending
 from pipeline.events import stream
@@ -104,6 +106,13 @@ def test_the_asset_graph_is_the_pipeline(defs: Definitions) -> None:
         found[key.to_user_string()] = (sorted(parent.to_user_string() for parent in node.parent_keys), pool)
     assert found == GRAPH
     assert set(found) == set(STAGES)
+
+
+def test_every_job_takes_the_marker_without_which_its_runs_are_buried(defs: Definitions) -> None:
+    for job in jobs.ALL:
+        definition = defs.resolve_job_def(job.name)
+        plan = create_execution_plan(definition)
+        assert "io_manager" in get_required_resource_keys_to_init(plan, definition), job.name
 
 
 def test_every_asset_is_of_one_model_in_one_scheme_and_knows_its_code(defs: Definitions) -> None:

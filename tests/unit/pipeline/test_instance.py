@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -135,6 +136,36 @@ def test_a_process_that_died_before_its_run_was_recorded_is_no_trouble(
     end(carry("00000000-0000-0000-0000-000000000000", settings), signal.SIGKILL)
     assert bury_dead_runs(instance, settings) == []
     assert list((settings.home / "dagster" / "alive").iterdir()) == []
+
+
+def test_a_run_that_was_killed_before_it_said_that_it_is_alive_is_buried_after_a_while(
+    instance: DagsterInstance, settings: Settings
+) -> None:
+    run_id = start_run(instance)
+    assert bury_dead_runs(instance, settings) == []
+    assert bury_dead_runs(instance, settings) == []
+    (marker,) = (settings.home / "dagster" / "alive").iterdir()
+    os.utime(marker, (1, 1))
+    assert bury_dead_runs(instance, settings) == [run_id]
+    assert holders(instance) == set()
+
+
+@pytest.mark.parametrize("finished", [False, True], ids=["goes on", "has ended"])
+def test_a_run_that_was_seen_before_it_said_that_it_is_alive_is_spared(
+    instance: DagsterInstance, settings: Settings, finished: bool
+) -> None:
+    run_id = start_run(instance)
+    assert bury_dead_runs(instance, settings) == []
+    (marker,) = (settings.home / "dagster" / "alive").iterdir()
+    os.utime(marker, (1, 1))
+    run = instance.get_run_by_id(run_id)
+    assert run is not None
+    if finished:
+        instance.report_run_canceled(run)
+        assert bury_dead_runs(instance, settings) == []
+    with alive(run_id, settings):
+        assert bury_dead_runs(instance, settings) == []
+    assert not list((settings.home / "dagster" / "alive").iterdir())
 
 
 def test_a_run_that_says_twice_that_it_is_alive_is_so_until_the_outer_block_ends(
