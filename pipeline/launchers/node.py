@@ -8,10 +8,14 @@ reaches the store its own environment says (``AWS_…``), of which the worker se
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,9 +29,12 @@ from pipeline.errors import SlipwayError
 from pipeline.launchers.errand import Errand, announced, get_document, pack, put_document, unpack
 from pipeline.launchers.local import Local
 from pipeline.settings import Settings
+from pipeline.store import locked
 from registry.errors import RegistryError
 from registry.manifest import FileRecord
 from registry.objects import ObjectStore
+
+_LOCK = "lock"
 
 
 def main() -> None:
@@ -36,14 +43,29 @@ def main() -> None:
     # Whoever stops this process wants its worker and its files gone.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     settings = Settings.read()
-    scratch = settings.home / "scratch"
-    scratch.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(prefix="errand-", dir=scratch) as folder:
-            outcome = do(FileRecord(sha256=sha256, size=int(size)), ObjectStore.opened(uri), Path(folder), settings)
+        with own_folder(settings.home / "scratch") as folder:
+            outcome = do(FileRecord(sha256=sha256, size=int(size)), ObjectStore.opened(uri), folder, settings)
     except (SlipwayError, RegistryError) as error:
         sys.exit(f"error: {error}")
     print(announced(outcome), flush=True)
+
+
+@contextlib.contextmanager
+def own_folder(scratch: Path) -> Iterator[Path]:
+    """Give an empty folder below ``scratch``, and remove it; what processes that were killed left there goes first."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        # Nobody may find the folder between its making and its lock: it would look like a dead process's.
+        with locked(scratch.with_suffix(".lock")):
+            for left in scratch.glob("errand-*"):
+                if _is_left(left):
+                    shutil.rmtree(left, ignore_errors=True)
+            made = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="errand-", dir=scratch)))
+            held.enter_context(locked(made / _LOCK))
+        folder = made / "errand"
+        folder.mkdir()
+        yield folder
 
 
 def do(record: FileRecord, store: ObjectStore, folder: Path, settings: Settings) -> FileRecord:
@@ -56,6 +78,18 @@ def do(record: FileRecord, store: ObjectStore, folder: Path, settings: Settings)
     task = replace(unpack(errand, folder, store), variables=_reporting())
     ended = Local(settings, _say)(task)
     return put_document(pack(ended, task, folder, store), folder / "outcome.json", store)
+
+
+def _is_left(folder: Path) -> bool:
+    """Whether no process holds the folder's lock."""
+    try:
+        with (folder / _LOCK).open("r+") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:
+        pass
+    return True
 
 
 def _say(text: str) -> None:
