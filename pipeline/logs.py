@@ -1,7 +1,7 @@
 """What runs tell, as JSON lines in ``logs/runs.jsonl`` of the home: with the run, and the release it is of.
 
 dagster.yaml gives it to every run, whoever started it. What the environment calls a token, a key, a password or a
-secret is taken out, should a library ever have said it.
+secret is taken out, should a library ever have said it, and so is the password of any address in it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import logging
 import logging.handlers
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import structlog
 
@@ -54,11 +55,23 @@ def _of_run(_logger: object, _name: str, event: structlog.typing.EventDict) -> s
 
 
 def _without_secrets(environment: Mapping[str, str]) -> structlog.typing.Processor:
-    """Make a processor that blots out the values of variables that are secrets by their names."""
+    """Make a processor that blots out the values of variables that are secrets by their names, and passwords."""
     values = [text for name, text in environment.items() if _SECRET.search(name) and len(text) >= _SHORTEST]
+    values += [text for address in environment.values() if "@" in address for text in _passwords(address)]
     found = re.compile("|".join(map(re.escape, sorted(values, key=len, reverse=True))) or r"(?!)")
 
     def blot(_logger: object, _name: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
         return {name: found.sub("***", text) if isinstance(text, str) else text for name, text in event.items()}
 
     return blot
+
+
+def _passwords(address: str) -> Iterator[str]:
+    """The password in an address, as it stands there and as it is meant; a short one only where it stands as one."""
+    try:
+        password = urlsplit(address).password
+    except ValueError:
+        return
+    if password:
+        yield f":{password}@"
+        yield from (text for text in (password, unquote(password)) if len(text) >= _SHORTEST)

@@ -16,6 +16,7 @@ from pipeline.release import sweep
 from pipeline.servers import Server, ServerError, run
 from pipeline.settings import CHECKOUT, Settings
 from pipeline.spec import load
+from pipeline.store import locked
 from registry.tracking import prepare, shown
 
 Progress = Callable[[str], None]
@@ -34,8 +35,19 @@ def serve(settings: Settings, port: int, progress: Progress) -> None:
     Where MLflow is a server already (`MLFLOW_TRACKING_URI`), its address is told and none is started.
 
     Raises:
-        ServerError: a port is taken, or a server does not start or ends by itself.
+        ServerError: the home is served already, a port is taken, or a server does not start or ends by itself.
     """
+
+    def refuse() -> None:
+        raise ServerError(f"another `slipway ui` serves {settings.home}: end it, or set SLIPWAY_HOME to another home")
+
+    settings.home.mkdir(parents=True, exist_ok=True)
+    # Two daemons on one home would take up the same runs twice.
+    with locked(settings.home / "ui.lock", waiting=refuse):
+        _serve(settings, port, progress)
+
+
+def _serve(settings: Settings, port: int, progress: Progress) -> None:
     with open_instance(settings) as instance:
         for path in sorted(settings.models.glob("*.yaml")):
             try:
@@ -100,9 +112,15 @@ def _mlflow(settings: Settings, port: int) -> Server:
         "MLflow",
         [
             *(_program("mlflow"), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
-            *("--backend-store-uri", settings.tracking_uri, "--default-artifact-root", str(folder / "artifacts")),
+            *("--default-artifact-root", str(folder / "artifacts")),
         ],
-        {**inherited, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
+        {
+            **inherited,
+            # Not an argument: it may hold a password, and everybody on this machine can read arguments.
+            "MLFLOW_BACKEND_STORE_URI": settings.tracking_uri,
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        },
         port,
         settings.home / "logs" / "mlflow.log",
         lambda: _answers(address),

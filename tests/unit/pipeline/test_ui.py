@@ -1,0 +1,27 @@
+"""The servers of `slipway ui`: one pair a home, and no password where everybody on the machine can read it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import ui
+from pipeline.servers import ServerError
+from pipeline.settings import Settings
+from pipeline.store import locked
+
+
+def test_a_home_that_is_served_is_not_served_twice(tmp_path: Path) -> None:
+    settings = Settings.read({"SLIPWAY_HOME": str(tmp_path)})
+    with locked(tmp_path / "ui.lock"), pytest.raises(ServerError) as refused:
+        ui.serve(settings, 3000, lambda _: None)
+    assert str(refused.value).startswith(f"another `slipway ui` serves {tmp_path}: end it")
+    assert list(tmp_path.iterdir()) == [tmp_path / "ui.lock"]
+
+
+def test_mlflows_store_is_no_argument_of_its_server(tmp_path: Path) -> None:
+    address = "postgresql://ann:password@db/mlflow"
+    server = ui._mlflow(Settings.read({"SLIPWAY_HOME": str(tmp_path), "MLFLOW_TRACKING_URI": address}), 3001)
+    assert "password" not in " ".join(server.command)
+    assert server.environment["MLFLOW_BACKEND_STORE_URI"] == address
