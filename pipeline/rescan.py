@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import docker
+import requests
+
 from containers import judgement
 from containers import scan as scans
 from containers.engine import connect
+from containers.errors import ContainerError
 from containers.policy import ScanPolicy
-from pipeline.errors import SpecError
+from pipeline.errors import SlipwayError, SpecError
 from pipeline.settings import Settings
 from pipeline.spec import find, load
-from registry import catalog, load_trusted_keys
+from pipeline.trust import signing_key_if_any, trust_of
+from registry import catalog
 from registry.backend import MODEL_TAG, Version, open_backend
 from registry.errors import NotFoundError, RegistryError
 from registry.manifest import EVIDENCE
@@ -53,14 +58,31 @@ class Rescanned:
     seconds: float
 
 
+class RescanError(SlipwayError):
+    """Champions that could not be looked at, each named with why. ``found`` are the others: they are marked."""
+
+    def __init__(self, failed: Mapping[str, str], found: Sequence[Rescanned]) -> None:
+        self.failed, self.found = failed, found
+        super().__init__("; ".join(f"{name} could not be looked at: {why}" for name, why in failed.items()))
+
+
 def rescan(settings: Settings, names: list[str], progress: Progress) -> list[Rescanned]:
     """Scan the champions of the release lines ``names``, or of all; mark each version with what came out.
 
     Raises:
-        NotFoundError: there is no such release line, or it has no champion.
-        ContainerError, RegistryError: one could not be looked at; those before it are marked.
+        NotFoundError: there is no such release line, or it has no champion; nothing was looked at.
+        RescanError: some could not be looked at; all others were.
     """
-    return [_rescanned(settings, version, progress) for version in _champions(settings, names)]
+    found, failed = [], {}
+    for version in list(_champions(settings, names)):
+        try:
+            found.append(_rescanned(settings, version, progress))
+        except (SlipwayError, ContainerError, RegistryError) as error:
+            failed[version.name] = " ".join(str(error).split())
+            progress(f"{version.name} version {version.version} could not be looked at: {failed[version.name]}")
+    if failed:
+        raise RescanError(failed, found)
+    return found
 
 
 def _champions(settings: Settings, names: list[str]) -> Iterator[Version]:
@@ -80,7 +102,7 @@ def _holding(settings: Settings, name: str, alias: str) -> Version | None:
 
 
 def _rescanned(settings: Settings, version: Version, progress: Progress) -> Rescanned:
-    policy = policy_of(settings, version.tags.get(MODEL_TAG))
+    policy = policy_of(settings, version.tags.get(MODEL_TAG), progress)
     evidence, by = looked_at(settings, f"{version.name}@{CHAMPION}", progress)
     verdict = judgement.judge(evidence, policy, now=datetime.now(UTC))
     progress(f"{version.name} version {version.version}: {verdict.status}, {verdict.reason}")
@@ -93,12 +115,18 @@ def _rescanned(settings: Settings, version: Version, progress: Progress) -> Resc
     return Rescanned(version.name, version.version, verdict, by, action, why, float(evidence.get("seconds", 0.0)))
 
 
-def policy_of(settings: Settings, model: str | None) -> ScanPolicy:
-    """The policy of the model's file as it is now; that of every image where the file is gone or is not a file now."""
+def policy_of(settings: Settings, model: str | None, progress: Progress) -> ScanPolicy:
+    """The policy of the model's file as it is now; that of every image, and told so, where the file is gone.
+
+    Raises:
+        SpecError: the file is there and is wrong, be it a VEX document that is too old: nothing weaker takes its place.
+    """
     try:
-        return load(find(model or "", settings.models)).scan
-    except SpecError:
+        path = find(model or "", settings.models)
+    except SpecError as error:
+        progress(f"warning: {error}: its champion is held to the policy of every image, and is not rolled back")
         return ScanPolicy()
+    return load(path).scan
 
 
 def looked_at(settings: Settings, reference: str, progress: Progress) -> tuple[dict[str, Any], str]:
@@ -108,7 +136,7 @@ def looked_at(settings: Settings, reference: str, progress: Progress) -> tuple[d
         RegistryError: the release is not what was signed.
         ContainerError: neither its bill of materials nor its image can be scanned.
     """
-    trusted = load_trusted_keys(settings.trusted_keys)
+    trusted = trust_of(settings)
     scratch = settings.home / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch, prefix="rescan-") as name:
@@ -127,13 +155,20 @@ def looked_at(settings: Settings, reference: str, progress: Progress) -> tuple[d
         record = json.loads((folder / "image.json").read_text())
         client = connect(settings.docker_host, settings.home)
         try:
-            if record["pushed"]:
-                client.images.pull(record["reference"])
             image = record["reference"] if record["pushed"] else record["image_id"]
-            subject = scans.in_engine(client, image)
+            if record["pushed"]:
+                _pull(client, image)
+            subject = scans.in_engine(client, image, purl=known.get("purl"))
             return scans.scan(subject, home=settings.home, folder=folder, progress=progress), "image"
         finally:
             client.close()
+
+
+def _pull(client: docker.DockerClient, reference: str) -> None:
+    try:
+        client.images.pull(reference)
+    except (docker.errors.APIError, requests.RequestException) as error:
+        raise scans.ScanError(f"the engine can't pull {reference}: {error}") from error
 
 
 def _mark(settings: Settings, version: Version, verdict: Verdict, evidence: dict[str, Any]) -> None:
@@ -152,15 +187,18 @@ def _gone_back(
     before = _holding(settings, version.name, PREVIOUS)
     if before is None:
         return "kept", "there is no version before it"
-    evidence, _ = looked_at(settings, f"{version.name}@{PREVIOUS}", progress)
+    try:
+        evidence, _ = looked_at(settings, f"{version.name}@{PREVIOUS}", progress)
+    except (ContainerError, RegistryError) as error:
+        return "kept", f"version {before.version} before it could not be looked at: {error}"
     other = judgement.judge(evidence, policy, now=datetime.now(UTC))
     _mark(settings, before, other, evidence)
     if other.status == "fail":
         return "kept", f"version {before.version} before it is refused too: {other.reason}"
     why = f"rescan: {verdict.reason}"[:_LONGEST_REASON]
-    trusted = load_trusted_keys(settings.trusted_keys)
+    key = signing_key_if_any(settings)
     try:
-        moved = rollback(version.name, settings.tracking_uri, trusted, why=why, progress=progress)
+        moved = rollback(version.name, settings.tracking_uri, trust_of(settings), why=why, key=key, progress=progress)
     except RegistryError as error:
         return "kept", f"no rollback: {error}"
     return "rolled back", f"version {moved.version} is champion again"

@@ -5,7 +5,7 @@ together: Dagster keeps one evaluation that no run made for a partition, for eve
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from dagster import (
     AssetCheckEvaluation,
@@ -21,7 +21,7 @@ from dagster import (
 )
 
 from pipeline.previews import known_previews
-from pipeline.rescan import TAG
+from pipeline.rescan import TAG, RescanError, Rescanned
 from pipeline.rescan import rescan as look_again
 from pipeline.settings import Settings
 from registry.catalog import lines
@@ -42,10 +42,17 @@ with known_previews():
         context: AssetCheckExecutionContext, config: Champions, settings: ResourceParam[Settings]
     ) -> AssetCheckResult:
         """Is every champion still free of what the policy forbids, by today's database?"""
-        for found in look_again(settings, config.lines, context.log.info):
+        try:
+            champions: Sequence[Rescanned] = look_again(settings, config.lines, context.log.info)
+            failure = None
+        except RescanError as error:
+            champions, failure = error.found, error
+        for found in champions:
             if found.verdict.blocks:
                 context.log.error("%s version %s is refused: %s", found.name, found.version, found.verdict.reason)
         passed, description, metadata = _standing(settings)
+        if failure is not None:
+            passed, description = False, f"{failure}; {description}"
         return AssetCheckResult(passed=passed, description=description, metadata=metadata)
 
 

@@ -15,10 +15,10 @@ from pipeline.errors import StoreError
 from pipeline.loading import Loaded, measure_now
 from pipeline.stages import Bench
 from pipeline.store import Artifact
+from pipeline.trust import trust_of
 from registry.manifest import EVIDENCE
 from registry.moves import CHAMPION
 from registry.pull import glance
-from registry.signing import load_trusted_keys
 
 # What is compared, and whether more of it is worse.
 _COMPARED = {"p95_latency_ms": True, "p95_ttft_ms": True, "output_tokens_per_second": False}
@@ -59,8 +59,7 @@ def look_again(bench: Bench) -> Speed:
     """
     settings, name = bench.settings, f"{bench.spec.model}-{bench.scheme_name}"
     names = (f"{EVIDENCE}/image.json", f"{EVIDENCE}/load.json")
-    trusted = load_trusted_keys(settings.trusted_keys)
-    champion = glance(f"{name}@{CHAMPION}", names, tracking_uri=settings.tracking_uri, trusted_keys=trusted)
+    champion = glance(f"{name}@{CHAMPION}", names, tracking_uri=settings.tracking_uri, trusted_keys=trust_of(settings))
     record, then = (json.loads(champion.files[each]) for each in names)
     checkpoint = _checkpoint(bench, name, str(record["model_digest"]))
     loaded = measure_now(bench, bench.spec.load, record, checkpoint, lambda _: None)

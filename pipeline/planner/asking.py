@@ -19,9 +19,9 @@ from pipeline.quantize import Scheme
 from pipeline.settings import Settings
 from pipeline.source_lock import Lock, read_lock
 from pipeline.spec import ModelSpec
+from pipeline.trust import trust_of
 from registry.manifest import EVIDENCE, Manifest
 from registry.pull import Glance, glance
-from registry.signing import load_trusted_keys
 
 # From the usual workload to the one that is asked for.
 Choose = Callable[[Workload], Workload]
@@ -86,7 +86,7 @@ def look(reference: str, settings: Settings) -> Glance:
         reference,
         ("config.json", LOAD),
         tracking_uri=settings.tracking_uri,
-        trusted_keys=load_trusted_keys(settings.trusted_keys),
+        trusted_keys=trust_of(settings),
     )
 
 

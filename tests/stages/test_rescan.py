@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import docker
 import pytest
 import yaml
+from release_evidence import SCAN
 from release_folder import FILES, make_release
 from synthetic_image import make_image
 from trivy_db.make_trivy_db import write_database
 
 from containers.scan import in_engine, scan
 from homes import DEMO, SLIPWAY, make_home
+from pipeline.rescan import TAG, RescanError, Rescanned, rescan
 from pipeline.settings import Settings
+from pipeline.trust import signing_key, trust_of
 from registry import catalog
 from registry.promote import promote
+from registry.pull import glance
 from registry.signing import load_or_create_key, load_trusted_keys, public_path
 
 ADVISORIES: list[dict[str, Any]] = json.loads((Path(__file__).parent / "trivy_db" / "advisories.json").read_text())
@@ -180,3 +185,84 @@ def test_a_line_that_is_not_there_is_named(variables: dict[str, str]) -> None:
     done = subprocess.run([SLIPWAY, "rescan", "demo-qwa"], env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "`demo-qwa`: there is no such release" in done.stderr
+
+
+SECRET = {"id": "private-key", "severity": "HIGH", "title": "key", "target": "/srv/key.pem", "line": 1}
+
+
+@dataclass
+class Home:
+    """A home without database and engine, whose champions' evidence stands for what is found in them."""
+
+    folder: Path
+    variables: dict[str, str] = field(default_factory=dict)
+    number: int = 0
+    told: list[str] = field(default_factory=list)
+
+    @property
+    def settings(self) -> Settings:
+        home = {"SLIPWAY_HOME": str(self.folder / "home"), "SLIPWAY_MODELS": str(self.folder / "models")}
+        return Settings.read({**home, **self.variables})
+
+    def release(self, model: str, *secrets: dict[str, Any]) -> None:
+        self.number += 1
+        evidence = {"scan.json": {**SCAN, "secrets": secrets}, "sbom.cdx.json": {}, "image.json": {"pushed": False}}
+        files = {**FILES, "config.json": json.dumps({"number": self.number}).encode()}
+        files |= {f"release/evidence/{name}": json.dumps(content).encode() for name, content in evidence.items()}
+        folder, key = self.folder / f"release-{self.number}", signing_key(self.settings)
+        make_release(folder, key, model=model, files=files, created=f"2026-11-2{self.number}T00:00:00Z")
+        promote(folder, self.settings.tracking_uri, trust_of(self.settings), champion="automatic", key=key)
+
+    def rescan(self) -> list[Rescanned]:
+        return rescan(self.settings, [], self.told.append)
+
+
+@pytest.fixture
+def quiet(tmp_path: Path) -> Home:
+    (tmp_path / "models").mkdir()
+    return Home(tmp_path)
+
+
+def test_a_champion_that_can_not_be_looked_at_stops_none_of_the_others(quiet: Home) -> None:
+    for model in ("a", "demo", "z"):
+        quiet.release(model)
+    (quiet.folder / "models" / "demo.yaml").write_text("scan: {fail_onn: [LOW]}")
+    with pytest.raises(RescanError, match=r"^demo-awq could not be looked at: .*unknown key `scan.fail_onn`") as caught:
+        quiet.rescan()
+    assert [found.name for found in caught.value.found] == ["a-awq", "z-awq"]
+    marked = {version.name for version in catalog.lines(quiet.settings.tracking_uri) if TAG in version.tags}
+    assert marked == {"a-awq", "z-awq"}
+    assert any("no model `a`" in line and "policy of every image" in line for line in quiet.told)
+
+
+def test_a_vex_document_that_got_too_old_does_not_end_a_rollback_in_silence(quiet: Home) -> None:
+    (quiet.folder / "models" / "old.json").write_text(
+        json.dumps(
+            {
+                "@context": "https://openvex.dev/ns/v0.2.0", "@id": "https://example.org/1", "author": "Example",
+                "timestamp": "2020-01-01T00:00:00Z", "version": 1,
+                "statements": [{"vulnerability": {"name": "CVE-2099-0001"}, "products": [{"@id": "pkg:deb/debian/tar"}],
+                                "status": "fixed"}],
+            }
+        )
+    )  # fmt: skip
+    model_file(quiet.folder / "models", rescan="rollback", vex=["file:old.json"])
+    quiet.release("demo")
+    quiet.release("demo", SECRET)
+    with pytest.raises(RescanError, match=r"old\.json is of 2020-01-01"):
+        quiet.rescan()
+
+
+def test_a_rollback_is_signed_and_its_champion_is_believed_as_the_policy_says(quiet: Home) -> None:
+    signing_key(quiet.settings)
+    public = public_path(quiet.settings.signing_key)
+    (quiet.folder / "policy.toml").write_text(f'[signers]\nkeys = ["{public}"]\nsigned_moves = true\n')
+    quiet.variables = {"SLIPWAY_POLICY": str(quiet.folder / "policy.toml")}
+    model_file(quiet.folder / "models", rescan="rollback")
+    quiet.release("demo")
+    quiet.release("demo", SECRET)
+    (found,) = quiet.rescan()
+    assert (found.version, found.verdict.status, found.action) == ("2", "fail", "rolled back"), found.why
+    settings = quiet.settings
+    champion = glance("demo-awq@champion", (), tracking_uri=settings.tracking_uri, trusted_keys=trust_of(settings))
+    assert champion.version == "1"
