@@ -11,7 +11,7 @@ demo: $(STAMP)  ## Release the demo model in both of its schemes, end to end.
 
 test: $(STAMP)  ## Unit tests, stage tests against the real parts, and one whole release.
 	$(VENV)/slipway doctor --fix
-	$(VENV)/python -m pytest tests
+	$(VENV)/python -m pytest
 
 check: $(STAMP)  ## Lint, format and types.
 	$(VENV)/ruff check .
