@@ -40,7 +40,7 @@ from pipeline.expected import EXPECTED
 from pipeline.instance import bury_dead_runs
 from pipeline.jobs import RELEASE_JOB, release_job, rescan_job
 from pipeline.metrics import champions
-from pipeline.notices import Notice, NoticeError, send
+from pipeline.notices import Notice, deliver, keep
 from pipeline.release import sweep
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec, load
@@ -97,7 +97,8 @@ def nightly(context: ScheduleEvaluationContext, settings: ResourceParam[Settings
         troubles |= _follow(context, spec, settings)
     found, unsure = _look(wanted, settings)
     troubles |= unsure
-    _tell_troubles(context, troubles, settings)
+    for name, why in troubles.items():
+        keep(Notice(f"{name} can't be looked at", why, f"{settings.ui_address}/automation"), settings)
     requests = [_request(context.instance, settings, each, _NIGHT, again=_day(context)) for each in found]
     started = [request for request in requests if request]
     yield from started
@@ -160,22 +161,28 @@ def the_dead(context: SensorEvaluationContext, settings: ResourceParam[Settings]
 
 @run_failure_sensor(default_status=_TOLD)
 def failures(context: RunFailureSensorContext, settings: ResourceParam[Settings]) -> None:
-    """Tell of every run that failed or was refused: why, and where to look."""
+    """Have told of every run of the queue that failed or was refused: why, and where to look."""
     run = context.dagster_run
     if run.tags.get("dagster/will_retry") == "true":
         return
     ended = ending(_events(context.instance, run), succeeded=False)
-    send(_notice(run, ended["outcome"], ended["error"], settings), settings)
+    keep(_notice(run, ended["outcome"], ended["error"], settings), settings)
 
 
 @run_status_sensor(run_status=DagsterRunStatus.SUCCESS, monitored_jobs=[rescan_job], default_status=_TOLD)
 def found_wanting(context: RunStatusSensorContext, settings: ResourceParam[Settings]) -> None:
-    """Tell of champions that a rescan refuses."""
+    """Have told of champions that a rescan refuses."""
     for words in findings(_events(context.instance, context.dagster_run)):
-        send(_notice(context.dagster_run, "found wanting", words, settings), settings)
+        keep(_notice(context.dagster_run, "found wanting", words, settings), settings)
 
 
-SENSORS = [models, the_dead, failures, found_wanting]
+@sensor(minimum_interval_seconds=15, default_status=_TOLD)
+def notices(settings: ResourceParam[Settings]) -> SkipReason:
+    """Tell what is to be told, and again what could not be told before."""
+    return SkipReason("; ".join(deliver(settings)) or "everybody has been told")
+
+
+SENSORS = [models, the_dead, failures, found_wanting, notices]
 SCHEDULES = [nightly, nightly_rescan, weekly_load]
 
 
@@ -202,15 +209,6 @@ def _look(specs: list[ModelSpec], settings: Settings) -> tuple[list[Affected], d
             else:
                 found += [changed] if changed else []
     return found, troubles
-
-
-def _tell_troubles(context: ScheduleEvaluationContext, troubles: dict[str, str], settings: Settings) -> None:
-    """Tell of what can't be looked at; who can't be told either keeps no release from being started."""
-    try:
-        for name, why in troubles.items():
-            send(Notice(f"{name} can't be looked at", why, f"{settings.ui_address}/automation"), settings)
-    except NoticeError as error:
-        context.log.warning(str(error))
 
 
 def _follow(context: ScheduleEvaluationContext, spec: ModelSpec, settings: Settings) -> dict[str, str]:

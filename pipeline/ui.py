@@ -23,6 +23,8 @@ Progress = Callable[[str], None]
 
 # That `dagster dev` has a successor, and that its log handlers are not final, is for us to know, not for every log.
 _KNOWN = "ignore:Function `dev_command` is superseded,ignore:Handling yaml-defined logging"
+# Seconds that a tick may take, which asks hubs that may not answer, and reads weights that were touched.
+_PATIENT = {"DAGSTER_SENSOR_GRPC_TIMEOUT_SECONDS": "600", "DAGSTER_SCHEDULE_GRPC_TIMEOUT_SECONDS": "600"}
 _LOCATIONS = """{ workspaceOrError { __typename ... on PythonError { message } ... on Workspace { locationEntries {
     locationOrLoadError { __typename ... on PythonError { message } } } } } }"""
 
@@ -76,6 +78,7 @@ def _dagster(settings: Settings, port: int) -> Server:
             **os.environ,
             "DAGSTER_HOME": str(CHECKOUT),
             **storage_variables(settings),
+            **_PATIENT,
             "PYTHONWARNINGS": _KNOWN,
         },
         port,

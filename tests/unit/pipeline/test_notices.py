@@ -19,7 +19,7 @@ from dagster import (
 )
 
 from pipeline import automation, notices
-from pipeline.notices import Notice, NoticeError, send
+from pipeline.notices import Notice, NoticeError, deliver, keep, send
 from pipeline.settings import Settings
 from webhook_server import Webhook, listening
 
@@ -94,6 +94,38 @@ def test_one_way_that_fails_keeps_no_other_from_being_taken_and_its_address_is_n
     assert "secret" not in str(caught.value) + repr(both)
 
 
+def test_what_could_not_be_told_is_told_later_and_only_by_the_way_that_failed(
+    webhook: Webhook, mails: list[str], mail_server: str, settings: Settings
+) -> None:
+    both = replace(settings, webhook=webhook.url, mail_server=mail_server, mail_to=("a@example.org",))
+    webhook.busy = 3
+    later = replace(NOTICE, subject="demo|gptq refused")
+    for notice in (NOTICE, later):
+        keep(notice, both)
+    assert deliver(both) == ["could not tell of `demo|awq refused`: webhook: 503"]
+    assert (len(mails), webhook.texts) == (2, [])
+    assert deliver(both) == []
+    assert len(mails) == 2
+    assert [text.splitlines()[0] for text in webhook.texts] == ["demo|awq refused", "demo|gptq refused"]
+    assert deliver(both) == []
+    assert len(webhook.texts) == 2
+
+
+def test_what_could_not_be_told_for_a_week_is_given_up(webhook: Webhook, settings: Settings) -> None:
+    told = replace(settings, webhook=webhook.url)
+    webhook.busy = 9
+    keep(NOTICE, told)
+    (kept,) = (settings.home / "notices").iterdir()
+    kept.rename(kept.with_stem("1"))
+    assert deliver(told) == ["could not tell of `demo|awq refused`: webhook: 503"]
+    assert list((settings.home / "notices").iterdir()) == []
+
+
+def test_where_nobody_is_to_be_told_nothing_is_kept(settings: Settings) -> None:
+    keep(NOTICE, settings)
+    assert not (settings.home / "notices").exists()
+
+
 Tell = Callable[[Callable[[], None]], None]
 
 
@@ -115,6 +147,7 @@ def tell(webhook: Webhook, settings: Settings) -> Tell:
                 resources={"settings": replace(settings, webhook=webhook.url)},
             )  # fmt: skip
             automation.failures(context.for_run_failure())
+            assert deliver(replace(settings, webhook=webhook.url)) == []
 
     return run
 

@@ -20,6 +20,12 @@ def test_a_home_that_is_served_is_not_served_twice(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "ui.lock"]
 
 
+def test_a_tick_may_wait_for_hubs_that_do_not_answer(tmp_path: Path) -> None:
+    server = ui._dagster(Settings.read({"SLIPWAY_HOME": str(tmp_path)}), 3000)
+    for kind in ("SENSOR", "SCHEDULE"):
+        assert server.environment[f"DAGSTER_{kind}_GRPC_TIMEOUT_SECONDS"] == "600"
+
+
 def test_mlflows_store_is_no_argument_of_its_server(tmp_path: Path) -> None:
     address = "postgresql://ann:password@db/mlflow"
     server = ui._mlflow(Settings.read({"SLIPWAY_HOME": str(tmp_path), "MLFLOW_TRACKING_URI": address}), 3001)
