@@ -12,9 +12,11 @@ from pipeline.settings import Settings
 from pipeline.show import as_json, print_json, print_table, results
 
 if TYPE_CHECKING:
+    from containers.gate import Needs
     from containers.gpu_models import GpuModel
     from pipeline.planner.memory import Workload
     from pipeline.planner.plan import Placement, Plan
+    from registry.pull import Glance
 
 
 @click.command()
@@ -49,6 +51,7 @@ def plan(
     from dataclasses import replace  # noqa: PLC0415
 
     from containers.gpu_models import find_gpu, known_gpus  # noqa: PLC0415
+    from pipeline.planner.asking import measured  # noqa: PLC0415
 
     settings = Settings.read()
     wanted = [find_gpu(name) for name in gpus] or list(known_gpus())
@@ -58,8 +61,9 @@ def plan(
         said = {name: value for name, value in changed.items() if value is not None}
         return replace(usual, **said, kv_number_bytes=int(kv_cache) // 8, headroom=headroom)
 
-    found, told = _asked(model, settings, wanted, workload)
-    found = replace(found, notes=[*found.notes, *_gate(model, settings, wanted, driver)])
+    found, release = _asked(model, settings, wanted, workload)
+    found = replace(found, notes=[*found.notes, *_gate(_needs(model, release, settings), wanted, driver)])
+    told = {} if release is None else measured(release)
     asked = _evaluation(model, settings)
     if as_json:
         print_json({**found.document(), "measured": told, "evaluation": asked})
@@ -70,25 +74,25 @@ def plan(
         _show_evaluation(asked)
 
 
-def _asked(model: str, settings: Settings, gpus: Sequence[Any], workload: Any) -> tuple[Plan, dict[str, Any]]:  # noqa: ANN401
-    """Find out what ``model`` names, and plan it; a release also with what it measured."""
+def _asked(model: str, settings: Settings, gpus: Sequence[Any], workload: Any) -> tuple[Plan, Glance | None]:  # noqa: ANN401
+    """Find out what ``model`` names, and plan it; give the release too, where it is one."""
     from pipeline.errors import SpecError  # noqa: PLC0415
     from pipeline.planner import asking  # noqa: PLC0415
     from pipeline.spec import find, load  # noqa: PLC0415
 
     if model.startswith(("hf://", "file:")):
-        return asking.plan_source(model, settings, gpus, workload), {}
+        return asking.plan_source(model, settings, gpus, workload), None
     if "@" not in model:
         try:
             path = find(model, settings.models)
         except SpecError as error:
             unknown = error
         else:
-            return asking.plan_source(load(path), settings, gpus, workload), {}
+            return asking.plan_source(load(path), settings, gpus, workload), None
         if not _is_released(model, settings):
             raise unknown
     found = asking.look(model, settings)
-    return asking.plan_release(found, gpus, workload), asking.measured(found)
+    return asking.plan_release(found, gpus, workload), found
 
 
 def _evaluation(model: str, settings: Settings) -> dict[str, Any] | None:
@@ -131,24 +135,37 @@ def _show_evaluation(evaluation: dict[str, Any]) -> None:
     print_table(("task", "tier", "items", "tokens", "allowed", "sees", "decides at 5% flips"), rows)
 
 
-def _gate(model: str, settings: Settings, gpus: Sequence[GpuModel], driver: str | None) -> list[str]:
-    """What the gate before a container's start will ask of a host, and which of these GPUs it would refuse."""
+def _needs(model: str, release: Glance | None, settings: Settings) -> Needs | None:
+    """What the runtime of a model's file asks of a host, or a release's own image; None where none is chosen yet."""
+    import json  # noqa: PLC0415
+
     from containers import gate, profile  # noqa: PLC0415
-    from containers.gpu import Gpu  # noqa: PLC0415
     from pipeline.errors import SpecError  # noqa: PLC0415
+    from pipeline.planner.asking import IMAGE  # noqa: PLC0415
     from pipeline.spec import find, load  # noqa: PLC0415
 
+    if release is not None:
+        return gate.needs_of(json.loads(release.files[IMAGE])["labels"]) if IMAGE in release.files else None
     try:
         runtime = profile.load(load(find(model, settings.models)).runtime)
     except SpecError:
-        return []  # no model's file, so no runtime is chosen yet
-    needs = gate.needs_of({**gate.labels_of(runtime), gate.RUNTIME: runtime.name})
+        return None
+    return gate.needs_of({**gate.labels_of(runtime), gate.RUNTIME: runtime.name})
+
+
+def _gate(needs: Needs | None, gpus: Sequence[GpuModel], driver: str | None) -> list[str]:
+    """What the gate before a container's start will ask of a host, and which of these GPUs it would refuse."""
+    from containers import gate  # noqa: PLC0415
+    from containers.gpu import Gpu  # noqa: PLC0415
+
+    if needs is None:
+        return []
     if needs.driver is None:
-        return [f"{runtime.name} runs on this machine's cores and asks for no driver"]
+        return [f"{needs.runtime} runs on this machine's cores and asks for no driver"]
     hosts = [Gpu(0, "", each.name, each.memory_bytes, driver or "", each.capability) for each in gpus]
     refused = sorted({problem for host in hosts for problem in gate.problems(needs, host)})
     known = ", ".join(needs.capabilities)
-    asks = f"{runtime.name} asks for NVIDIA driver {needs.driver}, CUDA {needs.cuda}, compute capability {known}"
+    asks = f"{needs.runtime} asks for NVIDIA driver {needs.driver}, CUDA {needs.cuda}, compute capability {known}"
     return [asks, *(f"refused: {problem}" for problem in refused)]
 
 

@@ -31,6 +31,7 @@ _USUAL_SCHEMES = {
     "gptq": Scheme(method="gptq", backend="gptqmodel", bits=4, group_size=128),
 }
 LOAD = f"{EVIDENCE}/load.json"
+IMAGE = f"{EVIDENCE}/image.json"
 # A context that fits most models and uses, where none is named.
 USUAL_CONTEXT = 4096
 
@@ -84,7 +85,7 @@ def look(reference: str, settings: Settings) -> Glance:
     """
     return glance(
         reference,
-        ("config.json", LOAD),
+        ("config.json", LOAD, IMAGE),
         tracking_uri=settings.tracking_uri,
         trusted_keys=trust_of(settings),
     )

@@ -12,10 +12,13 @@ import hub_server
 import pytest
 from pydantic import ByteSize
 
+from containers import gate, profile
 from containers.gpu_models import GpuDataError, find_gpu, known_gpus, price_source
 from evals.load import Memory
 from homes import DEMO
+from pipeline.commands import planning
 from pipeline.errors import PlanError
+from pipeline.planner import asking
 from pipeline.planner.before import foresee
 from pipeline.planner.facts import ModelFacts, read_facts
 from pipeline.planner.memory import (
@@ -37,6 +40,8 @@ from pipeline.safetensors_headers import Tensor, read_model
 from pipeline.settings import Settings
 from pipeline.source import resolve
 from pipeline.spec import ModelSpec, Source, load
+from registry.manifest import Manifest
+from registry.pull import Glance
 
 PUBLIC = json.loads((Path(__file__).parents[2] / "data" / "public_configurations.json").read_text())["models"]
 AWQ = Scheme(method="awq", backend="autoawq", group_size=128)
@@ -368,3 +373,15 @@ def test_a_release_that_the_disk_cannot_hold_is_refused_before_any_work(
 def test_a_source_that_cannot_be_looked_at_is_left_to_its_stage(tmp_path: Path) -> None:
     settings = Settings.read({"SLIPWAY_HOME": str(tmp_path)})
     assert foresee(spec_of(source=Source(uri=f"file:{tmp_path}/none")), ["awq"], settings, print) is None
+
+
+def test_a_release_is_held_to_the_driver_that_is_named_as_its_image_says(tmp_path: Path) -> None:
+    runtime = profile.load("vllm-cuda13")
+    labels = {**gate.labels_of(runtime), gate.RUNTIME: runtime.name, gate.MODEL_BYTES: str(30 << 30)}
+    release = Glance("1", Manifest.model_construct(), {asking.IMAGE: json.dumps({"labels": labels}).encode()})
+    needs = planning._needs("demo-awq@champion", release, Settings.read({"SLIPWAY_HOME": str(tmp_path)}))
+    told = planning._gate(needs, [find_gpu("H100"), find_gpu("L4")], "550.54.15")
+    assert told[0].startswith("vllm-cuda13 asks for NVIDIA driver 580.65.06, CUDA 13.0")
+    assert "refused: vllm-cuda13 needs NVIDIA driver 580.65.06 or later, and this host has 550.54.15" in told
+    assert any("of weights and 0.0 GiB of cache take a GPU of 37.5 GiB" in line and "L4 has" in line for line in told)
+    assert len(planning._gate(needs, [find_gpu("H100")], "580.65.06")) == 1
