@@ -39,12 +39,16 @@ LEAST_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Move:
-    """One version to move: ``to`` is ``cold`` or ``hot``; ``bytes`` are what is freed here, or fetched."""
+    """One version to move: ``to`` is ``cold`` or ``hot``; ``bytes`` are what is freed here, or fetched.
+
+    ``aliased`` says that it may be cold with an alias too.
+    """
 
     version: Version
     to: str
     why: str
     bytes: int
+    aliased: bool = False
 
     @property
     def name(self) -> str:
@@ -79,6 +83,9 @@ def cool(version: Version, store: ObjectStore, progress: Callable[[str], None], 
         TrackingError: a file is not what the manifest says, or the store refuses; nothing was removed.
     """
     folder = _folder(version)
+    where, _ = cold_files(folder)
+    if where not in {"", store.uri}:
+        warm(version, store, progress)  # what only another store has comes here first
     _, before = cold_files(folder)
     manifest = _manifest(version, folder)
     chosen = {name: record for name, record in manifest.files.items() if record.size >= least}
@@ -92,7 +99,7 @@ def cool(version: Version, store: ObjectStore, progress: Callable[[str], None], 
         store.put(path, record)
     if not chosen:
         return 0
-    _mark(folder, store.uri, chosen)
+    _mark(folder, store.uri, {**before, **chosen})
     freed = 0
     for name, record in chosen.items():
         if (folder / name).exists():
@@ -102,13 +109,15 @@ def cool(version: Version, store: ObjectStore, progress: Callable[[str], None], 
 
 
 def warm(version: Version, store: ObjectStore, progress: Callable[[str], None]) -> int:
-    """Bring a version's cold files back; return how many bytes were fetched.
+    """Bring a version's cold files back, from ``store`` or the one that they were moved to; return the bytes fetched.
 
     Raises:
         TrackingError: the store refuses, or holds something else; what is cold stays so.
     """
     folder = _folder(version)
-    _, cold = cold_files(folder)
+    where, cold = cold_files(folder)
+    if where not in {"", store.uri}:
+        store = ObjectStore.opened(where)
     fetched = 0
     for name, record in cold.items():
         if (folder / name).exists():
@@ -155,7 +164,8 @@ def plan_moves(
             used = max([version.created, *(_used(path) for path in large)])
             if large and not keep and at - used >= unused_for:
                 size = sum(path.stat().st_size for path in large)
-                moves.append(Move(version, "cold", f"last used {used:%Y-%m-%d}, no alias needs it here", size))
+                why = "no alias needs it here" if version.version not in needed else "aliased versions may be cold"
+                moves.append(Move(version, "cold", f"last used {used:%Y-%m-%d}, {why}", size, aliased=may))
     return moves
 
 
@@ -172,7 +182,7 @@ def carry_out(
         with turn(tracking_uri, move.version.name, progress) as held:
             held.check()
             needed = move.version.version in referred(tracking_uri, move.version.name)
-            if move.to == "cold" and needed and "no alias" in move.why:
+            if move.to == "cold" and needed and not move.aliased:
                 progress(f"{move.name} has an alias now: it stays")
                 continue
             if move.to == "cold":

@@ -226,6 +226,34 @@ def test_what_an_alias_needs_stays_and_comes_back_unless_it_is_allowed(uri: str,
     assert (folder_of(version(uri, "2")) / "model.safetensors").exists()
 
 
+def test_what_is_allowed_is_moved_with_its_alias(uri: str, store: ObjectStore) -> None:
+    later = datetime.now(UTC) + timedelta(days=90)
+    moves = plan_moves(uri, unused_for=timedelta(days=30), now=later, least=LEAST, aliased=True)
+    made = carry_out(moves, uri, store, print, LEAST)
+    assert sorted(move.version.version for move in made) == ["1", "2", "3"]
+    assert not (folder_of(version(uri, "3")) / "model.safetensors").exists()
+    assert {move.version.version: "no alias" in move.why for move in made} == {"1": True, "2": False, "3": False}
+
+
+def test_files_that_another_store_has_move_to_the_new_one(
+    uri: str, store: ObjectStore, key: SigningKey, tmp_path: Path
+) -> None:
+    one, new = version(uri, "1"), ObjectStore.opened(f"{store.uri}-new")
+    cool(one, store, print, 250_000)
+    assert not (folder_of(one) / "model.safetensors").exists()
+    cool(one, new, print, LEAST)
+    assert cold_files(folder_of(one))[0] == new.uri
+    assert pulled(uri, "1", tmp_path / "cold", key) == FILES
+    assert warm(one, store, print) == 500_000, "from where they are, whatever store is set now"
+
+
+def test_a_larger_bound_forgets_no_file(uri: str, store: ObjectStore, key: SigningKey, tmp_path: Path) -> None:
+    one = version(uri, "1")
+    cool(one, store, print, LEAST)
+    cool(one, store, print, 250_000)
+    assert pulled(uri, "1", tmp_path / "cold", key) == FILES
+
+
 def test_a_version_that_got_an_alias_since_the_plan_stays(uri: str, store: ObjectStore) -> None:
     stale = Move(version(uri, "3"), "cold", "last used long ago, no alias needs it here", 0)
     assert carry_out([stale], uri, store, print, LEAST) == []
