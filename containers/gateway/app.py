@@ -61,7 +61,7 @@ def api(gateway: Gateway) -> FastAPI:
 
     @app.get("/health", responses={503: {"description": "It is about to stop"}})
     async def health() -> JSONResponse:
-        """Whether this gateway takes requests; no key is needed."""
+        """Whether requests should be sent here; no key is needed."""
         return JSONResponse({"status": "draining" if gateway.draining else "ok"}, 503 if gateway.draining else 200)
 
     app.add_exception_handler(Refusal, _refused)

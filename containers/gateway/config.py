@@ -112,7 +112,7 @@ def read_settings(path: Path) -> Settings:
     Raises:
         ConfigurationError: It can't be read, or a key is unknown, missing or wrong.
     """
-    return _parse(path, TypeAdapter(Settings).validate_json)
+    return _parse(path, _read(path), TypeAdapter(Settings).validate_json)[0]
 
 
 class Watched(Generic[Parsed]):
@@ -125,28 +125,29 @@ class Watched(Generic[Parsed]):
         self.path = path
         self._parse = parse
         self._seen = self._stamp()
-        self.value = _parse(path, parse)
-        self.digest = _digest(path)
+        self.value, self.digest = _parse(path, _read(path), parse)
         self.error: str | None = None
 
     def refresh(self) -> bool:
         """Look at the file; return whether there is new content in use.
 
-        Cheap where nothing changed: one ``stat``. The file is to be replaced whole (`os.replace`).
+        Cheap where nothing changed: one ``stat``. The file is to be replaced whole (`os.replace`). One that
+        can't be read is tried again at the next look.
         """
         stamp = self._stamp()
         if stamp == self._seen:
             return False
-        self._seen = stamp
         try:
-            value = _parse(self.path, self._parse)
+            self._seen = None
+            data = _read(self.path)
+            self._seen = stamp
+            self.value, self.digest = _parse(self.path, data, self._parse)
         except ConfigurationError as error:
-            self.error = str(error)
-            log.warning("kept what was in use: %s", error)
+            if self.error != str(error):
+                self.error = str(error)
+                log.warning("kept what was in use: %s", error)
             return False
         self.error = None
-        self.value = value
-        self.digest = _digest(self.path)
         return True
 
     def _stamp(self) -> tuple[int, int, int] | None:
@@ -157,15 +158,17 @@ class Watched(Generic[Parsed]):
         return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def _digest(path: Path) -> str:
-    return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
-
-
-def _parse(path: Path, parse: Callable[[bytes], Parsed]) -> Parsed:
+def _read(path: Path) -> bytes:
     try:
-        return parse(path.read_bytes())
+        return path.read_bytes()
     except OSError as error:
         raise ConfigurationError(f"can't read {path}: {error.strerror}") from error
+
+
+def _parse(path: Path, data: bytes, parse: Callable[[bytes], Parsed]) -> tuple[Parsed, str]:
+    """The content and its digest."""
+    try:
+        return parse(data), f"sha256:{hashlib.sha256(data).hexdigest()}"
     except ValidationError as error:
         # Without the values: a key's hash or a password has no place in a message.
         found = "; ".join(f"`{'.'.join(map(str, item['loc'])) or 'file'}`: {item['msg']}" for item in error.errors())

@@ -79,12 +79,13 @@ class Exchange(Response):
 
     async def _answer(self, receive: Receive) -> None:
         gateway, account, settings = self._gateway, self._account, self._gateway.settings
-        gateway.refuse_when_draining()
         headers = reading.headers(self._scope)
         key = await gateway.authenticate(headers, self._scope.get("client"))
         account.key = key.id
         body = await reading.body(receive, headers, settings.max_body_bytes, settings.body_timeout_s)
         async with _while_connected(receive):
+            # Before the work of counting tokens: who asks too often must not have it done each time.
+            await gateway.limiter.refuse_early(key)
             request = reading.parsed(self._kind, body, headers)
             pool = gateway.pool(request.model, key)
             account.model, account.stream = request.model, request.stream
@@ -182,13 +183,16 @@ class Exchange(Response):
         told.append((b"traceparent", account.trace.parent.encode()))
         if account.release != "-":
             told.append((b"x-slipway-release", account.release.encode()))
-        await self._send({"type": "http.response.start", "status": int(status), "headers": told})
+        await self._put({"type": "http.response.start", "status": int(status), "headers": told})
 
     async def _write(self, body: bytes, *, more: bool = True) -> None:
+        await self._put({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def _put(self, message: dict[str, Any]) -> None:
         """Send a piece, once the client has read what it was sent before; who does not read for long has left."""
         try:
             async with asyncio.timeout(self._gateway.settings.stall_timeout_s):
-                await self._send({"type": "http.response.body", "body": body, "more_body": more})
+                await self._send(message)
         except TimeoutError:
             raise ClientDisconnect from None
 

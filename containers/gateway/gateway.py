@@ -49,6 +49,7 @@ class Gateway:
         self.limiter = _limiter(settings)
         self.engine_headers = _engine_headers(settings)
         self.metrics.show(self.router, self.stale_files)
+        # About to stop: said to whoever asks how it is, while it serves those who have not heard yet.
         self.draining = False
         self._route_error: str | None = None
         self._applied = ""
@@ -71,11 +72,6 @@ class Gateway:
         self.router.stop()
         await self.limiter.close()
         await self.client.aclose()
-
-    def refuse_when_draining(self) -> None:
-        """Send new requests elsewhere while this gateway ends."""
-        if self.draining:
-            raise Refusal(503, "draining", "this gateway is about to stop", retry_after=1, close=True)
 
     async def authenticate(self, headers: Mapping[bytes, bytes], client: tuple[str, int] | None) -> Key:
         """Return the request's key; ``Refusal`` 401, or 429 where an address tries too many."""

@@ -135,10 +135,12 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now)) do
   redis.call('HDEL', KEYS[2], id)
 end
 local total = tonumber(redis.call('GET', KEYS[4]) or '0')
-for _, entry in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', now - window)) do
+local gone = redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', now - window)
+for _, entry in ipairs(gone) do
   total = total - tonumber(string.match(entry, ':(%d+)$'))
   redis.call('ZREM', KEYS[3], entry)
 end
+if #gone > 0 then redis.call('SET', KEYS[4], total, 'KEEPTTL') end
 redis.call('ZREMRANGEBYSCORE', KEYS[5], '-inf', now - 10 * window)
 local function keep(milliseconds)
   for _, key in ipairs(KEYS) do
@@ -152,7 +154,6 @@ _RESERVE = (
 local amount, limit, lease = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 if redis.call('ZSCORE', KEYS[5], ARGV[2]) then return 1000 end
 if total + amount > limit then
-  redis.call('SET', KEYS[4], total, 'KEEPTTL')
   local missing = total + amount - limit
   for _, entry in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do
     missing = missing - tonumber(string.match(entry, ':(%d+)$'))
@@ -184,7 +185,7 @@ keep(11 * window)
 return amount and 1 or 0
 """
 )
-_CHARGED = _ADVANCE + "redis.call('SET', KEYS[4], total, 'KEEPTTL')\nkeep(2 * window)\nreturn total\n"
+_CHARGED = _ADVANCE + "keep(2 * window)\nreturn total\n"
 
 
 class RedisLedger:

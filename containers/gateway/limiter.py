@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import redis.asyncio
-from limits import RateLimitItemPerMinute
+from limits import RateLimitItem, RateLimitItemPerMinute
 from limits.aio.storage import MemoryStorage, RedisStorage
 from limits.aio.strategies import MovingWindowRateLimiter
 from limits.errors import StorageError
@@ -112,14 +112,13 @@ class Limiter:
                 store does not answer.
         """
         limits = key.limits
+        self._refuse_parallel(key)
         if limits.tokens_per_minute is not None and tokens > limits.tokens_per_minute:
             raise Refusal(
                 400, "request_too_large",
                 f"this request may take {tokens} tokens (prompt and longest answer); your key has "
                 f"{limits.tokens_per_minute} a minute: shorten the prompt or lower `max_tokens`",
             )  # fmt: skip
-        if limits.parallel is not None and self._running[key.id] >= limits.parallel:
-            raise Refusal(429, "parallel_limit", f"your key has {limits.parallel} requests at a time", retry_after=1)
         self._running[key.id] += 1
         grant, reservation = Grant(tokens), secrets.token_hex(12)
         try:
@@ -129,6 +128,11 @@ class Limiter:
             self._running[key.id] -= 1
             if not self._running[key.id]:
                 del self._running[key.id]
+
+    async def refuse_early(self, key: Key) -> None:
+        """Raise the ``Refusal`` that `grant` would for the number of a key's requests; nothing is taken."""
+        self._refuse_parallel(key)
+        await self._count(key, self._requests.test)
 
     async def refuse_guessing(self, address: str) -> None:
         """Raise ``Refusal`` 429 where too many wrong keys came from an address within a minute; else count this one."""
@@ -154,7 +158,7 @@ class Limiter:
         """Reserve tokens first and count the request then: who is refused tokens has not used up a request."""
         limit = key.limits.tokens_per_minute
         if limit is None:
-            await self._count(key)
+            await self._count(key, self._requests.hit)
             yield
             return
         # A task of its own: a client that hangs up meanwhile must not leave a reservation that nobody knows of.
@@ -165,7 +169,7 @@ class Limiter:
             if refused is not None:
                 message = f"your key has {limit} tokens a minute, which are used or reserved"
                 raise Refusal(429, "token_limit", message, retry_after=refused.wait_s)
-            await self._count(key)
+            await self._count(key, self._requests.hit)
             yield
         finally:
             task = asyncio.ensure_future(self._settle(reserving, key.id, reservation, grant.used))
@@ -174,12 +178,17 @@ class Limiter:
             # Settled before the answer ends, so that its client may go on; a store that is away is not waited for.
             await asyncio.wait([task], timeout=_SETTLE_WAIT_S)
 
-    async def _count(self, key: Key) -> None:
+    def _refuse_parallel(self, key: Key) -> None:
+        most = key.limits.parallel
+        if most is not None and self._running[key.id] >= most:
+            raise Refusal(429, "parallel_limit", f"your key has {most} requests at a time", retry_after=1)
+
+    async def _count(self, key: Key, take: Callable[[RateLimitItem, str], Awaitable[bool]]) -> None:
         if key.limits.requests_per_minute is None:
             return
         item = RateLimitItemPerMinute(key.limits.requests_per_minute)
         with _store():
-            if await self._requests.hit(item, key.id):
+            if await take(item, key.id):
                 return
             reset = (await self._requests.get_window_stats(item, key.id)).reset_time
         message = f"your key has {key.limits.requests_per_minute} requests a minute"

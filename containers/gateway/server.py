@@ -31,7 +31,7 @@ class _Quiet(uvicorn.Server):
 
 
 async def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT, then drain: readiness goes, new requests are refused, begun ones finish.
+    """Serve until SIGTERM or SIGINT, then drain: readiness goes, a while later the ports, and begun answers finish.
 
     Raises:
         ConfigurationError: A file can't be used, or a port is taken.

@@ -23,7 +23,7 @@ from containers.gateway.sse import StreamMeter
 _AGAIN = frozenset({500, 502, 503, 504})
 # A request that reached a replica which then died may be what killed it: so it is delivered twice at most.
 DELIVERIES = 2
-# Connections that were refused cost nothing; this many replicas are tried before one gives up.
+# Connections that were never made cost nothing; this many replicas are tried before one gives up.
 _REFUSALS = 8
 
 
@@ -86,6 +86,10 @@ class Upstream:
                     lease.replica.refused()
                     refusals += 1
                     problem = "refuses connections"
+                except httpx.ConnectTimeout:
+                    lease.replica.answered(0)
+                    refusals += 1
+                    problem = "takes no connections"
                 except (httpx.HTTPError, _Lost) as error:
                     lease.replica.answered(0)
                     deliveries += 1

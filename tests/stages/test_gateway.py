@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import os
 import signal
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -174,6 +177,41 @@ def test_a_request_that_kills_replicas_is_delivered_twice_at_most(start: Start) 
         assert sum(each.process.poll() is None for each in many) == 2
 
 
+def test_connections_that_are_never_made_are_no_deliveries(start: Start, two: list[Upstream]) -> None:
+    """Two replicas whose hosts answer no more: what asks them is answered by the third."""
+    with stuck() as first, stuck() as second:
+        silent = [Upstream(url, two[0].process) for url in (first, second)]
+        options = {"connect_timeout_s": 0.2, "health_interval_s": 60.0}
+        gate = start(routes(("v1", 100, silent), ("v2", 0, two[:1])), **options)
+        wait_until(lambda: all(each["state"] == "ready" for each in gate.process.state()["replicas"]))
+        for url in (first, second):
+            httpx.get(f"{url}/stop")
+        assert gate.ask().headers["x-slipway-release"] == "v2"
+
+
+@contextlib.contextmanager
+def stuck() -> Iterator[str]:
+    """A server that is well until it is asked to stop; then its queue of connections is full."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+
+        def answer() -> None:
+            asked = b""
+            while not asked.startswith(b"GET /stop"):
+                connection, _ = listener.accept()
+                with connection:
+                    asked = connection.recv(65536)
+                    if asked.startswith(b"GET /stop"):
+                        for _ in range(4):
+                            filler = stack.enter_context(socket.socket())
+                            filler.setblocking(False)
+                            filler.connect_ex(listener.getsockname())
+                    connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
 def test_a_stream_that_breaks_ends_in_an_error_that_clients_read(start: Start, two: list[Upstream]) -> None:
     two[0].behave(die_after=5)
     gate = start(routes(("v1", 100, two[:1])))
@@ -271,15 +309,28 @@ def test_a_replica_that_leaves_finishes_what_it_began(start: Start, two: list[Up
 
 def test_it_drains_on_sigterm(start: Start, two: list[Upstream]) -> None:
     two[0].behave(token_ms=20)
-    gate = start(routes(("v1", 100, two[:1])), drain_delay_s=0.5)
+    gate = start(routes(("v1", 100, two[:1])), drain_delay_s=1.5)
     with ThreadPoolExecutor(2) as pool:
-        begun = pool.submit(gate.ask, max_tokens=50, stream=True)
+        begun = pool.submit(gate.ask, max_tokens=150, stream=True)
         time.sleep(0.2)
         gate.process.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: httpx.get(f"{gate.process.admin_url}/ready").status_code == 503, 0.4)
-        assert gate.ask().json()["error"]["code"] == "draining"
+        wait_until(lambda: httpx.get(f"{gate.process.admin_url}/ready").status_code == 503, 1)
+        assert httpx.get(f"{gate.url}/health").status_code == 503
+        assert gate.ask().status_code == 200, "who has not heard yet that it is about to stop is served"
+        time.sleep(2)
+        assert not begun.done()
+        with pytest.raises(httpx.ConnectError):
+            gate.ask()
         assert begun.result().text.endswith("data: [DONE]\n\n")
     assert gate.process.process.wait(5) == 0
+
+
+def test_who_asks_too_often_is_refused_before_tokens_are_counted(start: Start, two: list[Upstream]) -> None:
+    gate = start(routes(("v1", 100, two[:1])))
+    key = gate.add_key(requests_per_minute=1)
+    assert gate.ask(key=key).status_code == 200
+    assert gate.ask("word " * 5000).status_code == 400, "it does not fit the context, which counting tells"
+    assert gate.ask("word " * 5000, key=key).status_code == 429
 
 
 def test_a_chat_is_counted_as_its_template_writes_it(start: Start, two: list[Upstream], tmp_path: Path) -> None:

@@ -359,11 +359,14 @@ def test_who_reads_no_answers_is_dropped(gate: Running) -> None:
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect((host, int(port)))
-        deadline = time.monotonic() + 20
-        with pytest.raises((BrokenPipeError, ConnectionResetError)):
-            while time.monotonic() < deadline:
+
+        def go_on() -> None:
+            for _ in range(200):
                 connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")
                 time.sleep(0.1)
+
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            go_on()
 
 
 def test_absolute_targets_and_connect_lead_nowhere(gate: Running, reached: collections.Counter[str]) -> None:

@@ -178,6 +178,23 @@ def test_requests_are_counted_exactly_and_refused_ones_are_not(limiters: Make) -
     run(made, story())
 
 
+def test_who_asks_too_often_is_told_before_tokens_are_counted_and_pays_nothing_for_it(limiters: Make) -> None:
+    made = limiters()
+    owner = key("5" * 12, requests_per_minute=2)
+
+    async def story() -> None:
+        for _ in range(5):
+            await made[0].refuse_early(owner)
+        for _ in range(2):
+            async with made[-1].grant(owner, 1):
+                pass
+        with pytest.raises(Refusal) as refused:
+            await made[0].refuse_early(owner)
+        assert (refused.value.status, refused.value.code) == (429, "request_limit")
+
+    run(made, story())
+
+
 def test_parallel_requests_are_bounded_and_give_their_place_back(limiters: Make) -> None:
     made = limiters()
     limiter = made[0]
@@ -218,6 +235,21 @@ def test_a_reservation_that_arrives_after_its_settling_is_not_granted(redis_url:
         ledger = RedisLedger(client, 600, prefix="late")
         assert not await ledger.settle("key", "a", 0)
         assert await ledger.reserve("key", "a", 10, 100) is not None
+        assert await ledger.charged("key") == 0
+        await client.aclose()
+
+    asyncio.run(story())
+
+
+def test_what_is_a_window_old_is_forgotten_whoever_looks_first(redis_url: str) -> None:
+    async def story() -> None:
+        client = redis.asyncio.Redis.from_url(redis_url)
+        ledger = RedisLedger(client, 600, prefix="old", window_s=0.3)
+        assert await ledger.reserve("key", "a", 60, 100) is None
+        assert await ledger.settle("key", "a", 60)
+        assert not await ledger.settle("key", "late", 0)
+        await asyncio.sleep(0.4)
+        assert await ledger.reserve("key", "late", 10, 100) is not None, "its settling came before it"
         assert await ledger.charged("key") == 0
         await client.aclose()
 
