@@ -16,11 +16,11 @@ from pathlib import Path
 from containers.distribution import DistributionError, Registry, parse
 from containers.errors import ProfileError
 from containers.oci import digest_of
-from containers.profile import RuntimeProfile, inputs, read_lock
+from containers.profile import RuntimeProfile, inputs, lock_digest, read_lock
 
 Progress = Callable[[str], None]
 
-SCHEMA = "slipway.runtime-lock/v1"
+SCHEMA = "slipway.runtime-lock/v2"
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,10 @@ def lock(profile: RuntimeProfile, progress: Progress, *, variables: Mapping[str,
         _compile(profile, made, variables)
         new = read_lock(made)
         text = made.read_bytes()
+        made_of, requirements = inputs(profile), f"sha256:{hashlib.sha256(text).hexdigest()}"
         document = {
-            "schema": SCHEMA, "made_of": inputs(profile), "base": base,
-            "requirements": f"sha256:{hashlib.sha256(text).hexdigest()}",
+            "schema": SCHEMA, "made_of": made_of, "base": base, "requirements": requirements,
+            "digest": lock_digest(made_of, base, requirements),
         }  # fmt: skip
         (Path(folder) / "lock.json").write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
         changes = (*_base_changes(before.get("base"), base), *_changes(old, new))

@@ -205,6 +205,12 @@ def inputs(profile: RuntimeProfile) -> dict[str, str]:
     return given
 
 
+def lock_digest(made_of: Mapping[str, str], base: str | None, requirements: str) -> str:
+    """Return the ``digest`` of a lock: over all else that it says, so that nobody edits it and is not noticed."""
+    text = json.dumps([made_of, base, requirements], sort_keys=True)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
 def held_to_lock(profile: RuntimeProfile) -> RuntimeProfile:
     """Return the profile with its base's digest, as its lock has it.
 
@@ -217,6 +223,7 @@ def held_to_lock(profile: RuntimeProfile) -> RuntimeProfile:
     try:
         lock = json.loads(path.read_text(encoding="utf-8"))
         made_of, base, requirements = lock["made_of"], lock["base"], lock["requirements"]
+        given = lock["digest"]
     except FileNotFoundError as error:
         raise ProfileError(f"the lock {path.name} is missing: {remedy}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -228,6 +235,8 @@ def held_to_lock(profile: RuntimeProfile) -> RuntimeProfile:
         raise ProfileError(f"the lock of {profile.name} was made of something else: {named} changed since: {remedy}")
     if profile.lock_path.is_file() and f"sha256:{_sha256(profile.lock_path)}" != requirements:
         raise ProfileError(f"{profile.lock} is not what {path.name} says: it was changed by hand: {remedy}")
+    if given != lock_digest(made_of, base, requirements):
+        raise ProfileError(f"{path.name} is not what was locked: it was changed by hand: {remedy}")
     if profile.base.image is None:
         return profile
     if not re.match(PINNED_IMAGE, str(base)):

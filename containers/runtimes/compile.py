@@ -27,7 +27,10 @@ def main(folder: Path) -> None:
 
 def _compile(folder: Path, name: str) -> None:
     command = [sys.executable, "-m", "compileall", *_OPTIONS, name]
-    subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONHASHSEED": "0"}, check=False)
+    done = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONHASHSEED": "0"}, check=False)
+    # 1 is a source for another Python. One that was killed, for want of memory, would leave other bytes than before.
+    if done.returncode not in {0, 1}:
+        raise SystemExit(f"compiling {name} ended with status {done.returncode}: is there memory enough?")
 
 
 if __name__ == "__main__":

@@ -29,9 +29,14 @@ def written(folder: Path, changes: dict[str, object], lock: str = f"torch==2.13.
     with contextlib.suppress(ProfileError):
         stated = profile.stated("some", folder)
         requirements = f"sha256:{hashlib.sha256(lock.encode()).hexdigest()}"
-        made = {"made_of": profile.inputs(stated), "base": f"u:1@sha256:{HASH}", "requirements": requirements}
-        (folder / "some.lock.json").write_text(json.dumps(made))
+        lock_document(folder, profile.inputs(stated), f"u:1@sha256:{HASH}", requirements)
     return folder
+
+
+def lock_document(folder: Path, made_of: dict[str, str], base: str, requirements: str) -> None:
+    digest = profile.lock_digest(made_of, base, requirements)
+    document = {"made_of": made_of, "base": base, "requirements": requirements, "digest": digest}
+    (folder / "some.lock.json").write_text(json.dumps(document))
 
 
 @pytest.mark.parametrize("name", profile.names())
@@ -143,7 +148,10 @@ def test_a_tag_gets_its_digest_from_the_lock_and_is_refused_without(tmp_path: Pa
     written(tmp_path, {"base": {"image": "u:1"}})
     assert profile.load("some", tmp_path).base.image == f"u:1@sha256:{HASH}"
     document = json.loads((tmp_path / "some.lock.json").read_text())
-    (tmp_path / "some.lock.json").write_text(json.dumps({**document, "base": "u:1"}))
+    (tmp_path / "some.lock.json").write_text(json.dumps({**document, "base": f"u:1@sha256:{'b' * 64}"}))
+    with pytest.raises(ProfileError, match=r"some\.lock\.json is not what was locked: it was changed by hand"):
+        profile.load("some", tmp_path)
+    lock_document(tmp_path, document["made_of"], "u:1", document["requirements"])
     with pytest.raises(ProfileError, match="names no digest for u:1"):
         profile.load("some", tmp_path)
     (tmp_path / "some.lock.json").unlink()
