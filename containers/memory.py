@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import docker
+import requests
 from docker.models.containers import Container
 
 Reader = Callable[[], Mapping[str, int] | None]
@@ -22,9 +25,9 @@ _PROC = Path("/proc")
 class MemorySampler:
     """Samples ``read`` every ``interval`` seconds in a thread, from `start` to `stop`.
 
-    ``read`` gives bytes by name, ``memory_bytes`` among them, or None where the container is gone; the samples until
-    then stay, an out-of-memory kill's among them. A sample is kept with the seconds since the start and the ``phase``
-    at that time.
+    ``read`` gives bytes by name, ``memory_bytes`` among them, or None where there is nothing to read: the container is
+    gone, or its engine did not answer this once. The samples until then stay, an out-of-memory kill's among them. A
+    sample is kept with the seconds since the start and the ``phase`` at that time.
     """
 
     read: Reader
@@ -32,11 +35,13 @@ class MemorySampler:
     interval: float = 0.1
     phase: str = "start"
     samples: list[dict[str, Any]] = field(default_factory=list)
+    _started: float = field(default_factory=time.monotonic)
     _ended: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin to sample."""
+        self._started = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="memory-sampler", daemon=True)
         self._thread.start()
 
@@ -65,8 +70,14 @@ class MemorySampler:
         span = samples[-1]["seconds"] - samples[0]["seconds"] if samples else 0.0
         return (len(samples) - 1) / span if span > 0 else None
 
+    def longest_gap(self, name: str = "memory_bytes") -> float:
+        """The longest time, from the start until now, without a sample of one name, in seconds: nobody looked then."""
+        times: list[float] = [sample["seconds"] for sample in list(self.samples) if name in sample]
+        ends = [0.0, *times, time.monotonic() - self._started]
+        return max(later - earlier for earlier, later in itertools.pairwise(ends))
+
     def _run(self) -> None:
-        started = time.monotonic()
+        started = self._started
         number = 0
         ended = False
         while not ended:
@@ -130,7 +141,7 @@ def _file_reader(usage: Path, stat: Path) -> Reader:
         try:
             total = int(usage.read_text())
             fields = dict(line.split() for line in stat.read_text().splitlines())
-        except OSError:
+        except (OSError, ValueError):
             return None
         cache = int(fields.get("total_inactive_file", fields.get("inactive_file", 0)))
         return {"memory_bytes": max(0, total - cache), "usage_bytes": total}
@@ -140,7 +151,10 @@ def _file_reader(usage: Path, stat: Path) -> Reader:
 
 def _stats_reader(container: Container) -> Reader:
     def read() -> Mapping[str, int] | None:
-        stats: Any = container.stats(stream=False)  # a dict, where it is no stream
+        try:
+            stats: Any = container.stats(stream=False)  # a dict, where it is no stream
+        except (docker.errors.DockerException, requests.RequestException, ValueError):
+            return None
         memory = stats.get("memory_stats", {})
         if "usage" not in memory:
             return None
@@ -174,8 +188,9 @@ def _gpu_reader(gpu: str, pids: Callable[[], set[int]]) -> Callable[[], Mapping[
         return None
 
     def read() -> Mapping[str, int]:
-        values = {"gpu_memory_bytes": int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)}
+        values: dict[str, int] = {}
         with contextlib.suppress(pynvml.NVMLError):
+            values["gpu_memory_bytes"] = int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
             wanted = pids()
             held = [
                 process.usedGpuMemory

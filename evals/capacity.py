@@ -24,6 +24,8 @@ _RESAMPLES = 200
 _BLOCKS = 10
 # A step is at least so many times as long as an answer took: else an empty server only fills.
 _ANSWERS_A_STEP = 8.0
+# The rate is not halved below this share of the one to begin at: a server that holds the level at none would take days.
+_LOWEST_SHARE = 1 / 32
 # Throughput that falls to this share of its peak while more is asked for is a collapse.
 _COLLAPSED = 0.85
 
@@ -42,6 +44,11 @@ class CapacitySearch(BaseModel):
     max_steps: Annotated[int, Field(ge=2, le=40)] = 12
     tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.1
     max_rate: Positive | None = None
+
+    def longest_step_s(self, start: float, answer_s: float) -> float:
+        """The longest that a step of a search from the rate ``start`` takes, where an answer takes ``answer_s``."""
+        lowest = _LOWEST_SHARE * min(start, self.max_rate or math.inf)
+        return max(self.step_seconds, self.min_requests / lowest, _ANSWERS_A_STEP * answer_s)
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,11 @@ def judge_step(
     client_late_ms: float,
     max_client_late_ms: float,
 ) -> Step:
-    """Say whether a rate holds, misses a limit, saturates the server, or can't be told: the client itself was late."""
+    """Say whether a rate holds, misses a limit, saturates the server, or can't be told: it was not sent in time.
+
+    A late client's traffic is of a lower rate. A server that was saturated by that is so at the full rate; nothing else
+    is told by it, but for errors.
+    """
     waiting = queue(rows, seconds)
     metrics = step_metrics(rows, seconds)
     missed = [name for name in limits if not met(name, metrics, limits)]
@@ -114,10 +125,13 @@ def judge_step(
     def made(status: Status, reason: str, *, clear: bool) -> Step:
         return Step(rate, seconds, len(rows), status, clear, reason, metrics, waiting, client_late_ms)
 
+    lost = sum("start_ms" not in row for row in rows)
+    if lost:
+        return made("unclear", f"the client did not send {lost} of {len(rows)} requests", clear=False)
     if waiting.growing:
         grown = f"the queue grew from {waiting.first:.1f} to {waiting.last:.1f} requests"
         return made("saturated", f"{grown}; it serves {waiting.served_per_second:.3g}/s", clear=True)
-    if client_late_ms > max_client_late_ms and set(missed) - {"error_rate"}:
+    if client_late_ms > max_client_late_ms and missed != ["error_rate"]:
         return made("unclear", f"the client itself was {client_late_ms:.0f} ms late at p95", clear=False)
     straddling = [name for name in limits if _straddles(name, rows, limits[name])]
     told = ", ".join(f"{name} {metrics[name]:,.4g}" for name in (missed or limits) if name in metrics)
@@ -174,6 +188,8 @@ def _next(steps: Sequence[Step], settings: CapacitySearch) -> float | None:
         again = len(steps) < 2 or steps[-2].status != "unclear"
         return steps[-1].rate if again else None
     low, high = _bracket(steps)
+    if low is None and steps[-1].rate <= _LOWEST_SHARE * steps[0].rate:
+        return None
     if high is None:
         rate = min(2 * steps[-1].rate, settings.max_rate or math.inf)
         return rate if rate > steps[-1].rate else None
@@ -188,7 +204,7 @@ def _within(steps: Sequence[Step], low: float | None, high: float, settings: Cap
     """
     served = max((_served(step) for step in steps if step.status == "saturated"), default=0.0)
     if low is None:
-        return min(high / 2, 0.9 * served) if served else high / 2
+        return max(_LOWEST_SHARE * steps[0].rate, min(high / 2, 0.9 * served) if served else high / 2)
     if high / low <= 1 + settings.tolerance:
         return low if sum(step.rate == low for step in steps) == 1 else None
     guess = 0.95 * served
@@ -223,7 +239,9 @@ def _conclude(steps: Sequence[Step], settings: CapacitySearch, limits: Mapping[s
         "served_when_saturated": max((_served(step) for step in failed if step.status == "saturated"), default=None),
         "knee": _knee(steps),
         "collapse": _collapse(steps),
-        "conclusive": low is not None and (high is not None or low == settings.max_rate),
+        "conclusive": steps[-1].status != "unclear"
+        and low is not None
+        and (high is not None or low == settings.max_rate),
         "reason": _sentence(steps, low, high, (surely, surely_not)),
         "steps": [step.document() for step in steps],
     }
@@ -255,10 +273,14 @@ def _served(step: Step) -> float:
 def _sentence(
     steps: Sequence[Step], low: float | None, high: float | None, interval: tuple[float | None, float | None]
 ) -> str:
+    late = steps[-1].status == "unclear"
+    if low is None and high is None:
+        return f"not found: at {steps[-1].rate:.3g} requests/s {steps[-1].reason}"
     if low is None:
         return f"the service level holds at no rate down to {min(step.rate for step in steps):.3g} requests/s"
     surely, surely_not = (f"{end:.3g}" if end is not None else "unknown" for end in interval)
     if high is None:
-        why = "the client can't send more in time" if steps[-1].status == "unclear" else "no higher rate was tried"
+        why = "the client can't send more in time" if late else "no higher rate was tried"
         return f"at least {low:.3g} requests/s: {why}"
-    return f"{low:.3g} requests/s (surely {surely}, surely not {surely_not})"
+    unsure = f"; not more closely, for at {steps[-1].rate:.3g}/s {steps[-1].reason}" if late else ""
+    return f"{low:.3g} requests/s (surely {surely}, surely not {surely_not}){unsure}"

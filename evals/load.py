@@ -33,7 +33,7 @@ from evals.trend import queue
 
 __all__ = [
     "GATE", "Canary", "LoadError", "LoadPlan", "Memory", "Slo", "is_conclusive", "judge", "load_key", "measure",
-    "percentile", "write_unhealthy",
+    "percentile", "write_unhealthy", "write_without_gpu",
 ]  # fmt: skip
 
 Progress = Callable[[str], None]
@@ -175,6 +175,7 @@ def measure(
     else:
         progress("the canary got another answer than it must: no traffic is sent")
     died, version = server.died(), _version(server)
+    unwatched = server.memory.longest_gap()
     if plan.faults and canary["ok"] and died is None:
         server.memory.phase = "faults"
         survived = faults.inflict(server, model, context, recovery_s=plan.max_recovery_s, progress=progress)
@@ -187,7 +188,7 @@ def measure(
         "capacity": found,
         "faults": survived,
         "metrics": load_evidence.all_metrics(server, measured, found, survived),
-        "memory": load_evidence.memory(server, measured, expected),
+        "memory": load_evidence.memory(server, measured, expected, unwatched),
         "client": load_evidence.client_cost(tester.client),
         "server": {
             "died": died, "start_seconds": server.started_seconds, "cpus": server.cpus, "gpu": server.gpu,
@@ -201,13 +202,28 @@ def measure(
 
 def write_unhealthy(reason: str, plan: LoadPlan, folder: Path) -> dict[str, Any]:
     """Write the evidence of a server that never got healthy, which is a failure of the release and not of the test."""
+    return _write_untested(plan, folder, died=reason)
+
+
+def write_without_gpu(plan: LoadPlan, folder: Path) -> dict[str, Any]:
+    """Write the evidence of an image that needs a GPU where there is none: nothing is known of it."""
+    lacking = "the image needs a GPU and this machine has none: run it on one that has"
+    return _write_untested(plan, folder, lacking=lacking)
+
+
+def _write_untested(
+    plan: LoadPlan, folder: Path, *, died: str | None = None, lacking: str | None = None
+) -> dict[str, Any]:
     evidence: dict[str, Any] = {
         "schema": SCHEMA, "model": None, "profiles": [], "capacity": None, "faults": None, "metrics": {},
         "canary": {**plan.canary.model_dump(), "answer": None, "error": "it was not asked", "ok": False},
-        "memory": {"limit_bytes": int(plan.memory.limit_bytes), "source": None, "samples": 0, "peak": {}},
-        "client": {}, "findings": [],
+        "memory": {
+            "limit_bytes": int(plan.memory.limit_bytes), "source": None, "samples": 0, "peak": {},
+            "unwatched_seconds": 0.0,
+        },
+        "client": {}, "findings": [], "lacking": lacking,
         "server": {
-            "died": reason, "start_seconds": None, "cpus": plan.cpus, "gpu": None, "network": None,
+            "died": died, "start_seconds": None, "cpus": plan.cpus, "gpu": None, "network": None,
             "memory_limit_bytes": int(plan.memory.limit_bytes), "version": None,
         },
     }  # fmt: skip
@@ -253,13 +269,17 @@ class _Died(Exception):
 
 
 def _capacity(tester: Tester, context: int | None) -> dict[str, Any] | None:
-    """Search for the capacity under the first profile's lengths and arrivals; None where the server died of it."""
+    """Search for the capacity under the first profile's lengths and arrivals; None where the server died of it.
+
+    Where those arrivals change their rate over the time, it is the mean rate that is searched for.
+    """
     first, search = tester.plan.traffic[0], tester.plan.search
     assert search is not None  # noqa: S101 - the caller asked
     base = first if context is None else first.fitted(context)
 
     def load(rate: float, seconds: float) -> tuple[list[dict[str, Any]], float]:
-        step = {"rate": rate, "seconds": seconds, "warmup_requests": 0, "seed": base.seed + tester.drives}
+        own = {"rate": rate / base.arrivals.mean, "seed": base.seed + tester.drives}
+        step = {**own, "seconds": seconds, "warmup_requests": 0}
         traffic, rows = tester.drive(TrafficProfile.model_validate({**dict(base), **step}), "capacity")
         if tester.server.died() is not None:
             raise _Died
@@ -267,7 +287,7 @@ def _capacity(tester: Tester, context: int | None) -> dict[str, Any] | None:
 
     try:
         return capacities.search(
-            search, first.slo.limits(), base.rate, load,
+            search, first.slo.limits(), base.mean_rate, load,
             max_client_late_ms=tester.plan.max_client_late_ms, progress=tester.progress,
         )  # fmt: skip
     except _Died:

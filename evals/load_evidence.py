@@ -57,7 +57,9 @@ def all_metrics(
         metrics["leak_bytes_per_request"] = max(leaks)
     if found is not None:
         for name in ("requests_per_second", "output_tokens_per_second"):
-            metrics[f"capacity_{name}"] = found[name] or 0.0
+            # None beside a rate that failed: the level holds at no rate. None alone: the search told nothing.
+            if found[name] is not None or found["first_failing"] is not None:
+                metrics[f"capacity_{name}"] = found[name] or 0.0
     if survived is not None:
         metrics["faults_failed"] = float(sum(fault["ok"] is False for fault in survived))
     return metrics
@@ -76,8 +78,13 @@ def leak(samples: Sequence[Mapping[str, Any]], profile: TrafficProfile) -> dict[
     return {"bytes_per_second": ends, "bytes_per_request": [end / rate for end in ends], "samples": len(settled)}
 
 
-def memory(server: Server, measured: Sequence[Mapping[str, Any]], expected: Expected | None) -> dict[str, Any]:
-    """The memory's peaks, by phase too, how densely it was sampled, its leaks, and the prediction beside it."""
+def memory(
+    server: Server, measured: Sequence[Mapping[str, Any]], expected: Expected | None, unwatched: float
+) -> dict[str, Any]:
+    """The memory's peaks, by phase too, how densely it was sampled, its leaks, and the prediction beside it.
+
+    ``unwatched`` is the longest time without a sample, in seconds, faults left out.
+    """
     sampler = server.memory
     names = sorted({name for sample in sampler.samples for name in sample} - {"seconds", "phase"})
     peaks = {name: sampler.peak(name, outside="faults") for name in names}
@@ -86,6 +93,7 @@ def memory(server: Server, measured: Sequence[Mapping[str, Any]], expected: Expe
         "source": sampler.source,
         "samples": len(sampler.samples),
         "hertz": sampler.hertz(),
+        "unwatched_seconds": unwatched,
         "peak": peaks,
         "phases": sampler.peaks_by_phase(),
         "leaks": {each["name"]: each["leak"] for each in measured if each["leak"]},

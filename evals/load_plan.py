@@ -13,7 +13,7 @@ from evals.slo import Positive, Slo
 from evals.traffic import profile as profiles
 from evals.traffic.profile import Lengths, TrafficProfile
 
-CAUSES = Literal["client-late", "incomplete"]
+CAUSES = Literal["client-late", "incomplete", "memory-unwatched", "no-gpu"]
 
 
 class _Section(BaseModel):
@@ -110,7 +110,10 @@ class LoadPlan(Changes):
     def lifetime_s(self) -> float:
         """When a container under this plan surely hangs: many times what its traffic and its start can take."""
         traffic = sum(profile.seconds + 4 * self.request_timeout_s for profile in self.traffic)
-        steps = 0.0 if self.search is None else self.search.max_steps * (self.search.step_seconds * 4 + 300)
+        steps = 0.0
+        if self.search is not None:
+            longest = self.search.longest_step_s(self.traffic[0].mean_rate, self.request_timeout_s)
+            steps = self.search.max_steps * (2 * longest + 300)
         return 3600 + 2 * traffic + steps + (4 * self.start_timeout_s if self.faults else 0)
 
     @property

@@ -60,7 +60,8 @@ class Queue:
     """The requests in a server over the time in which they arrived.
 
     ``growth`` is in requests a second, with its interval; ``first`` and ``last`` are the mean numbers in the server in
-    the first third and in the last tenth of the time; ``served_per_second`` is what it finished in that time.
+    the first third and in the last tenth of the time; ``served_per_second`` is what it answered, and not with an error,
+    in that time.
     """
 
     growth: Interval | None
@@ -81,28 +82,36 @@ class Queue:
 def queue(rows: Sequence[Mapping[str, Any]], seconds: float) -> Queue:
     """Tell a queue that grows, the mark of saturation, from one that is merely long.
 
-    ``rows`` are requests with ``due_ms`` and, where they came back, ``end_ms``. Three things must hold: the slope of
-    the number in the server is certainly positive; the last tenth of the time holds half as many again as the first
-    third; and the growth is more than 3% of the requests and more than chance makes of a busy server's queue, which
-    goes with the root of their number. The time in which an empty server fills is left out. As exactly rate times time
-    requests arrive (`schedule.arrivals`), growth is not mistaken from arrivals that were many by chance: at 1.1 times
-    what it can serve, a server has a tenth of that time's work left at the end, whatever the chance.
+    ``rows`` are requests with ``due_ms``, ``start_ms`` where they were sent and ``end_ms`` where they came back. They
+    are in the server from their start on, so that a client that sends late is not taken for a server's queue. Three
+    things must hold: the slope of the number in the server is certainly positive; the last tenth of the time holds half
+    as many again as the first third; and the growth is more than 3% of the requests and more than chance makes of a
+    busy server's queue, which goes with the root of their number. The time in which an empty server fills is left out.
+    As exactly rate times time requests arrive (`schedule.arrivals`), growth is not mistaken from arrivals that were
+    many by chance: at 1.1 times what it can serve, a server has a tenth of that time's work left at the end, whatever
+    the chance.
     """
-    due = np.sort(np.array([row["due_ms"] for row in rows], dtype=float)) / 1000
+    begun = np.sort(np.array([_begun(row) for row in rows], dtype=float)) / 1000
     ends = np.sort([row["end_ms"] / 1000 for row in rows if row.get("end_ms") is not None])
+    answered = [row for row in rows if row["error"] is None and row["end_ms"] <= 1000 * seconds]
     at = np.linspace(_filled(rows, seconds), seconds, 241)[1:]
-    inside = (np.searchsorted(due, at, "right") - np.searchsorted(ends, at, "right")).astype(float)
+    inside = (np.searchsorted(begun, at, "right") - np.searchsorted(ends, at, "right")).astype(float)
     first, last = float(inside[:80].mean()), float(inside[-24:].mean())
-    served = float(np.searchsorted(ends, seconds, "right")) / seconds
-    if len(due) < 2 * _BLOCKS:
+    served = len(answered) / seconds
+    if len(begun) < 2 * _BLOCKS:
         return Queue(None, first, last, served, growing=False)
     growth = slope(at.tolist(), inside.tolist())
-    material = max(_MATERIAL_REQUESTS, first / 2, _MATERIAL_SHARE * len(due), _CHANCE * math.sqrt(len(due)))
+    material = max(_MATERIAL_REQUESTS, first / 2, _MATERIAL_SHARE * len(begun), _CHANCE * math.sqrt(len(begun)))
     return Queue(growth, first, last, served, growing=growth.lower > 0 and last - first > material)
 
 
 def _filled(rows: Sequence[Mapping[str, Any]], seconds: float) -> float:
     """When a server that began empty holds what it will hold: twice the time that the first tenth's requests took."""
-    early = sorted(rows, key=lambda row: float(row["due_ms"]))[: max(5, len(rows) // 10)]
-    took = sorted((row["end_ms"] - row["due_ms"]) / 1000 for row in early if row.get("end_ms") is not None)
+    early = sorted(rows, key=_begun)[: max(5, len(rows) // 10)]
+    took = sorted((row["end_ms"] - _begun(row)) / 1000 for row in early if row.get("end_ms") is not None)
     return min(seconds / 2, 2 * float(took[int(0.9 * len(took))])) if took else 0.0
+
+
+def _begun(row: Mapping[str, Any]) -> float:
+    """When a request was sent; one that never was counts from when it was due."""
+    return float(row.get("start_ms", row["due_ms"]))

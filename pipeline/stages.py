@@ -334,7 +334,8 @@ def load_test(
 ) -> Mapping[str, Any]:
     """Serve an image in the sandbox, on a GPU of its own where it needs one, and measure it under a plan's traffic.
 
-    A server that never gets healthy is evidence like any other: the gate fails it, the stage does not.
+    A server that never gets healthy is evidence like any other: the gate fails it, the stage does not. An image that
+    needs a GPU is not started where there is none: that is inconclusive.
     """
     weights = sum(int(entry["size"]) for name, entry in quantized.files.items() if name.endswith(".safetensors"))
     with (
@@ -343,6 +344,8 @@ def load_test(
         gpu_pool.reserved(bench.progress) if record.minimum_driver else contextlib.nullcontext() as gpu,
         bench.engine() as client,
     ):
+        if record.minimum_driver and gpu is None:
+            return loads.write_without_gpu(plan, folder)
         try:
             with sandbox.serve(
                 client,

@@ -147,9 +147,14 @@ class TrafficProfile(_Section):
         return self
 
     @property
+    def mean_rate(self) -> float:
+        """Requests a second over all of the time: the rate, times its shape."""
+        return self.rate * self.arrivals.mean
+
+    @property
     def requests(self) -> int:
-        """How many requests the traffic holds: rate times time, and times its shape."""
-        return round(self.rate * self.seconds * self.arrivals.mean)
+        """How many requests the traffic holds: its mean rate times its time."""
+        return round(self.mean_rate * self.seconds)
 
     @property
     def longest(self) -> int:

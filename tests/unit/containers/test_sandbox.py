@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import cast
 
+import docker
 import pytest
+from docker.models.containers import Container
 
 from containers import memory
-from containers.memory import MemorySampler
+from containers.memory import MemorySampler, _stats_reader
 from containers.owner import OWNER_LABEL, home_digest, is_alive, left_behind, marked, ownership, start_time
 from containers.sandbox import terminated_by_exception
 
@@ -86,6 +89,32 @@ def test_a_sampler_keeps_phases_and_the_peak_and_survives_the_end_of_what_it_wat
     assert [sample["memory_bytes"] for sample in sampler.samples] == [5, 9, 7]
     assert sampler.peak() == 9
     assert sampler.peak("gpu_memory_bytes") is None
+
+
+def test_a_time_without_samples_is_told() -> None:
+    values = iter([{"memory_bytes": 5}, None, {"usage_bytes": 1}])
+    sampler = MemorySampler(lambda: next(values, None), "test", interval=0.001)
+    sampler.start()
+    time.sleep(0.2)
+    assert sampler.longest_gap() > 0.15
+    sampler.stop()
+
+
+def test_an_engine_that_does_not_answer_once_ends_no_sampler() -> None:
+    answers = [{"memory_stats": {"usage": 7}}, docker.errors.APIError("busy"), {"memory_stats": {"usage": 9}}]
+
+    class Busy:
+        def stats(self, **_: bool) -> object:
+            answer = answers.pop(0) if answers else {}
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    sampler = MemorySampler(_stats_reader(cast("Container", Busy())), "docker", interval=0.001)
+    sampler.start()
+    time.sleep(0.1)
+    sampler.stop()
+    assert [sample["memory_bytes"] for sample in sampler.samples] == [7, 9]
 
 
 def test_a_sampler_takes_its_last_sample_after_it_was_told_to_stop() -> None:

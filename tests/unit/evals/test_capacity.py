@@ -133,13 +133,68 @@ def test_the_knee_is_below_the_capacity_and_above_idleness() -> None:
     assert 16 <= found["knee"] <= 40
 
 
-def test_errors_and_lost_requests_are_counted_and_fail_a_step() -> None:
+def test_errors_are_counted_and_fail_a_step() -> None:
     made = rows([0.0, 100.0, 200.0, 300.0], [50.0] * 4, 2)
-    made[3] = {"number": 3, "due_ms": 300.0, "error": "500"}
+    made[3] = {"number": 3, "due_ms": 300.0, "start_ms": 300.0, "end_ms": 301.0, "error": "500"}
     assert step_metrics(made, 1.0)["error_rate"] == 0.25
     assert step_metrics(made, 1.0)["requests_per_second"] == 3
     step = judge_step(4, 1.0, made, {"error_rate": 0.0}, 1.0, 100.0)
     assert (step.status, step.clear) == ("misses", True)
+
+
+def test_a_request_that_the_client_never_sent_is_not_the_servers_fault() -> None:
+    made = rows([10.0 * n for n in range(100)], [5.0] * 100, 2)
+    made[50:] = [{"number": n, "due_ms": 10.0 * n, "error": "no record"} for n in range(50, 100)]
+    step = judge_step(100, 1.0, made, {"error_rate": 0.0}, 1.0, 100.0)
+    assert (step.status, step.queue.growing) == ("unclear", True)
+    assert "did not send 50 of 100" in step.reason
+
+
+def late_client(asked: float, sent: float, seconds: float, workers: int) -> list[dict[str, Any]]:
+    """The rows of a client that sends fewer requests a second than it should, to so many workers of 100 ms."""
+    count = round(asked * seconds)
+    starts = [1000 * n / min(asked, sent) for n in range(count)]
+    made = rows(starts, [SERVICE_MS] * count, workers)
+    for n, row in enumerate(made):
+        due = 1000 * n / asked
+        row |= {"due_ms": due, "late_ms": row["start_ms"] - due, "latency_ms": row["end_ms"] - due}
+    return made
+
+
+@pytest.mark.parametrize("limit_ms", [500.0, 60_000.0])
+def test_a_client_that_can_not_send_fast_enough_is_not_a_server_that_is_saturated(limit_ms: float) -> None:
+    made = late_client(128, 80, 20, workers=1000)
+    step = judge_step(128, 20, made, {"p95_latency_ms": limit_ms}, 7000.0, 100.0)
+    assert (step.status, "the client itself" in step.reason) == ("unclear", True)
+    # The 80 a second that it does send are too many for four workers.
+    made = late_client(128, 80, 20, workers=4)
+    assert judge_step(128, 20, made, {"p95_latency_ms": limit_ms}, 7000.0, 100.0).status == "saturated"
+
+
+def test_a_search_that_the_client_ended_between_two_rates_is_not_conclusive() -> None:
+    server, _ = fixed()
+
+    def stumbling(rate: float, seconds: float) -> tuple[Sequence[dict[str, Any]], float]:
+        made, late = server(rate, seconds)
+        return made, 900.0 if 32 < rate < 64 else late
+
+    found = find(stumbling)
+    assert (found["requests_per_second"], found["first_failing"], found["conclusive"]) == (32, 64, False)
+    assert "the client itself" in found["reason"]
+    never = find(lambda rate, seconds: (server(rate, seconds)[0], 900.0))
+    assert never["requests_per_second"] is None
+    assert never["reason"].startswith("not found: at 4 requests/s the client itself")
+
+
+def test_a_server_that_answers_nothing_does_not_hold_the_search_for_ever() -> None:
+    def dead(rate: float, seconds: float) -> tuple[Sequence[dict[str, Any]], float]:
+        made = rows([1000 * n / rate for n in range(round(rate * seconds))], [1.0] * round(rate * seconds), 4)
+        return [{**row, "error": "500 Internal Server Error"} for row in made], 0.0
+
+    found = find(dead, max_steps=40)
+    assert min(step["rate"] for step in found["steps"]) == 4 / 32
+    assert max(step["seconds"] for step in found["steps"]) <= CapacitySearch().longest_step_s(4, 1.0)
+    assert all(step["queue"]["served_per_second"] == 0 for step in found["steps"])
 
 
 def chosen(values: Callable[[int], float]) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import docker
 import pytest
 import scripted_server
-from docker.models.containers import Container
+from docker.models.containers import Container, ExecResult
 from scripted_server import Script, serving
 
 from containers.memory import MemorySampler
@@ -62,7 +62,7 @@ class Contained:
     def exec_run(self, _command: list[str]) -> Any:  # noqa: ANN401 - the SDK's
         if self._broken:
             raise docker.errors.APIError("the engine does not answer")
-        return docker.models.containers.ExecResult(127, b"")
+        return ExecResult(127, b"")
 
     def kill(self) -> None:
         assert self._process is not None

@@ -16,7 +16,7 @@ from scripted_server import Script, serving
 
 from containers.memory import MemorySampler
 from containers.sandbox import Server
-from evals.load import LoadPlan, is_conclusive, judge, load_key, measure, percentile, write_unhealthy
+from evals.load import LoadPlan, is_conclusive, judge, load_key, measure, percentile, write_unhealthy, write_without_gpu
 
 GIB = 2**30
 LIMITS = {"p95_latency_ms": 500, "p95_ttft_ms": 200, "error_rate": 0.01, "min_output_tokens_per_second": 50}
@@ -46,13 +46,15 @@ def evidence(
         "p95_latency_ms": 500.0, "p95_ttft_ms": 10.0, "error_rate": 0.0, "output_tokens_per_second": 50.0,
         "peak_memory_bytes": 3.0 * GIB,
     }  # fmt: skip
-    good_traffic = {"requests": 40, "sent": 40, "is_complete": True, "client_late_ms": {"p95": 3.0}}
+    good_traffic = {"requests": 40, "sent": 40, "answered": 40, "is_complete": True, "client_late_ms": {"p95": 3.0}}
     measured = {**good_metrics, **(metrics or {})}
     return {
         "canary": {"prompt": "p", "expect": "e", "answer": "e", "error": None, "ok": True, **(canary or {})},
         "server": {"died": died, "start_seconds": 20.0},
         "profiles": [{"traffic": {**good_traffic, **each}} for each in (traffic or {}, *others)],
         "faults": None,
+        "capacity": None,
+        "memory": {"unwatched_seconds": 0.2},
         "metrics": {name: value for name, value in measured.items() if value is not None},
     }
 
@@ -122,6 +124,76 @@ def test_a_late_client_explains_latency_but_no_errors() -> None:
     late = {"client_late_ms": {"p95": 900.0}}
     assert judge(evidence(traffic=late, metrics={"p95_latency_ms": 900.0}), plan()).status == "inconclusive"
     assert judge(evidence(traffic=late, metrics={"error_rate": 0.5}), plan()).status == "fail"
+
+
+def test_a_late_client_explains_throughput_too() -> None:
+    late = {"client_late_ms": {"p95": 900.0}}
+    slow = {"output_tokens_per_second": 30.0, "p95_latency_ms": 900.0}
+    assert judge(evidence(traffic=late, metrics=slow), plan()).cause == "client-late"
+    assert judge(evidence(traffic=late, metrics={"peak_memory_bytes": 3.9 * GIB}), plan()).status == "fail"
+
+
+def test_requests_that_never_went_out_are_no_errors_of_the_server() -> None:
+    lost = {"sent": 30, "answered": 30}
+    assert judge(evidence(traffic=lost, metrics={"error_rate": 0.25}), plan()).cause == "incomplete"
+    refused = {"sent": 30, "answered": 25}
+    verdict = judge(evidence(traffic=refused, metrics={"error_rate": 0.375}), plan())
+    assert (verdict.status, verdict.reason.startswith("error_rate")) == ("fail", True)
+
+
+def searched(rate: float | None, failing: float | None, last: str, *, conclusive: bool = False) -> dict[str, Any]:
+    return {
+        "requests_per_second": rate, "first_failing": failing, "conclusive": conclusive, "reason": "why",
+        "steps": [{"status": last}],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("capacity", "status", "cause"),
+    [
+        (searched(4.0, None, "unclear"), "inconclusive", "client-late"),
+        (searched(None, None, "unclear"), "inconclusive", "client-late"),
+        (searched(4.0, 64.0, "unclear"), "inconclusive", "client-late"),
+        (searched(4.0, None, "holds"), "inconclusive", "incomplete"),
+        (searched(4.0, 9.0, "unclear"), "fail", None),
+        (searched(4.0, 14.0, "holds", conclusive=True), "fail", None),
+        (searched(None, 0.5, "misses"), "fail", None),
+        (searched(32.0, None, "unclear"), "pass", None),
+    ],
+)
+def test_a_capacity_that_the_client_could_not_drive_to_is_inconclusive_and_not_kept(
+    capacity: dict[str, Any], status: str, cause: str | None
+) -> None:
+    held = plan(slo={**LIMITS, "min_capacity_requests_per_second": 12})
+    found = capacity["requests_per_second"]
+    metrics = {} if found is None else {"capacity_requests_per_second": found}
+    seen = {**evidence(metrics=metrics), "capacity": capacity}
+    verdict = judge(seen, held)
+    assert (verdict.status, verdict.cause) == (status, cause)
+    assert is_conclusive(seen, held) == (status != "inconclusive")
+
+
+def test_memory_that_nobody_watched_is_inconclusive() -> None:
+    gap = {"memory": {"unwatched_seconds": 31.0}}
+    for peak in (3.0 * GIB, None):
+        verdict = judge({**evidence(metrics={"peak_memory_bytes": peak}), **gap}, plan())
+        assert (verdict.status, verdict.cause) == ("inconclusive", "memory-unwatched")
+    assert judge({**evidence(metrics={"peak_memory_bytes": 3.9 * GIB}), **gap}, plan()).status == "fail"
+    assert judge({**evidence(metrics={"p95_latency_ms": 9e9}), **gap}, plan()).status == "fail"
+
+
+def test_an_image_without_the_gpu_that_it_needs_is_inconclusive_and_tried_again(tmp_path: Path) -> None:
+    found = write_without_gpu(plan(), tmp_path)
+    verdict = judge(found, plan())
+    assert (verdict.status, verdict.cause, verdict.blocks) == ("inconclusive", "no-gpu", True)
+    assert not is_conclusive(found, plan())
+    assert json.loads((tmp_path / "load.json").read_text()) == found
+
+
+def test_a_container_lives_as_long_as_the_slowest_search(tmp_path: Path) -> None:
+    slow = plan(request_rate=0.05, seconds=400, capacity={"max_steps": 4}, prompts=tmp_path)
+    # A hundred requests at that rate, at half of it, at a quarter, at an eighth.
+    assert slow.lifetime_s > sum(100 / (0.05 / 2**step) for step in range(4))
 
 
 def test_only_what_the_next_run_would_see_again_is_worth_keeping() -> None:
@@ -252,6 +324,28 @@ def test_where_the_generator_was_late_a_short_profile_is_sent_once_more(
             rows = (tmp_path / name / "evidence" / "requests.jsonl").read_text().splitlines()
             assert len(rows) == 40
             assert is_conclusive(found, plan(slo={})) == (name == "saved")
+
+
+def test_the_capacity_under_bursts_is_their_mean_rate(tmp_path: Path, server: Callable[..., Server]) -> None:
+    sent: list[int] = []
+
+    def punctual(_environment: str, _script: Path, request: Mapping[str, Any], _folder: Path) -> dict[str, Any]:
+        due = [each["due_ms"] for each in request["schedule"]["requests"]]
+        sent.append(len(due))
+        rows = [{**good(0, 20.0), "due_ms": at, "start_ms": at, "end_ms": at + 20.0, "late_ms": 0.0} for at in due]
+        Path(request["output"], "requests.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return {"is_complete": True, "aiperf_version": "0", "warmup_errors": [], "prompts_used": 40}
+
+    search = {"max_steps": 2, "step_seconds": 40, "min_requests": 20}
+    bursts = plan(profiles=["burst"], request_rate=2, seconds=40, capacity=search, slo={})
+    (tmp_path / "evidence").mkdir()
+    with serving(Script()) as (url, _):
+        found = measure(
+            server(url), bursts, tokenizer=tmp_path, folder=tmp_path / "evidence", scratch=tmp_path,
+            run_worker=punctual, progress=print,
+        )["capacity"]  # fmt: skip
+    assert [step["rate"] for step in found["steps"]] == pytest.approx([count / 40 for count in sent[1:]], rel=0.01)
+    assert found["requests_per_second"] == pytest.approx(sent[2] / 40, rel=0.01)
 
 
 def test_a_server_that_says_something_else_gets_no_traffic(tmp_path: Path, server: Callable[..., Server]) -> None:
