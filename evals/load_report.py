@@ -17,6 +17,7 @@ from evals.svg import page_colours
 from registry.verdict import Verdict
 
 _UNMEASURED = "not measured"
+_TONES = {"pass": "good", "fail": "bad", "inconclusive": "warn"}
 
 
 def section(load: Mapping[str, Any], verdict: Verdict) -> dict[str, Any]:
@@ -104,7 +105,7 @@ def write_page(
         title=name,
         subtitle="under load",
         headline=f"{verdict.status}: {verdict.reason}",
-        tone={"pass": "good", "fail": "bad", "inconclusive": "warn"}[verdict.status],
+        tone=_TONES[verdict.status],
         load=section(load, verdict),
         figures=_figures(drawn),
     )
@@ -116,21 +117,27 @@ def _figures(drawn: Sequence[tuple[str, str | None]]) -> list[tuple[str, Markup]
 
 
 def write_comparison(
-    path: Path, model: str, contenders: Sequence[Contender], price_per_hour: float | None
+    path: Path,
+    model: str,
+    contenders: Sequence[Contender],
+    verdicts: Mapping[str, Verdict],
+    price_per_hour: float | None,
 ) -> list[dict[str, Any]]:
-    """Write the page that holds FP16 and every scheme side by side; return its table."""
+    """Write the page that holds FP16 and every scheme side by side, each with its verdict; return its table."""
     rows = table(contenders, price_per_hour)
-    notes = [f"Not comparable: {why}." for why in incomparable(contenders)]
+    notes = [f"{name}, {verdict.status}: {verdict.reason}" for name, verdict in verdicts.items()]
+    notes += [f"Not comparable: {why}." for why in incomparable(contenders)]
     if price_per_hour is not None:
         notes.append(f"Cost of output tokens on a machine of {price_per_hour:g} an hour, kept at its capacity.")
     picture = load_pictures.comparison(rows)
+    seen = {verdict.status for verdict in verdicts.values()}
     searched = [(f"Capacity, {each.name}", each.load["capacity"]) for each in contenders if each.load["capacity"]]
     _write(
         path,
         title=model,
         subtitle="FP16 and what it was quantized to",
         headline=_headline(rows),
-        tone="good",
+        tone=next((_TONES[status] for status in ("fail", "inconclusive") if status in seen), "good"),
         picture=Markup(picture) if picture else None,  # noqa: S704 - our canvas escapes its text
         columns=[row["name"] for row in rows],
         rows=_lines(rows),

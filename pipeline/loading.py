@@ -56,14 +56,19 @@ def find(name: str, settings: Settings) -> tuple[ModelSpec, str]:
 def changed(plan: LoadPlan, profiles: Sequence[str], changes: Mapping[str, Any]) -> LoadPlan:
     """Return a plan with other profiles, each as it comes, and with ``changes`` of the section's own keys.
 
-    What the model's file changes of the profiles by name stays with those that it names; its rate and lengths go with
-    them, its limits stay for all.
+    What the model's file changes of the profiles by name stays with those that it names; what it changes of all of them
+    goes where one is asked for that it does not name, but for its limits, which stay for all. ``changes`` have the last
+    word, over what the file says of one profile too; those of ``capacity`` leave the rest of that section as it is.
     """
     document = dict(plan)
-    if profiles:
-        document |= {"profiles": {name: plan.profiles.get(name, Changes()) for name in profiles}}
-        if set(profiles) != set(plan.profiles):
-            document |= Changes().model_dump(exclude={"slo"})
+    if not set(profiles) <= set(plan.profiles):
+        document |= Changes().model_dump(exclude={"slo"})
+    said = dict.fromkeys(changes.keys() & Changes.model_fields.keys())
+    named = {name: plan.profiles.get(name, Changes()) for name in profiles or plan.profiles}
+    document["profiles"] = {name: own.model_copy(update=said) for name, own in named.items()}
+    search = changes.get("capacity")
+    if search is not None and plan.capacity is not None:
+        changes = {**changes, "capacity": {**plan.capacity.model_dump(), **search}}
     return LoadPlan.model_validate({**document, **changes})
 
 
@@ -104,20 +109,22 @@ def compare(
     settings: Settings,
     progress: Callable[[str], Progress],
     price_per_hour: float | None,
-) -> tuple[list[dict[str, Any]], Path]:
-    """Measure FP16 and each scheme under the same plan, one after the other; return the table and the page.
+) -> tuple[list[dict[str, Any]], dict[str, Verdict], Path]:
+    """Measure FP16 and each scheme under the same plan, one after the other; return the table, verdicts and the page.
 
     What was measured under that very plan before is reused. ``progress`` gives each scheme its own listener.
     """
     planned = spec.model_copy(update={"load": plan})
-    contenders = []
+    contenders, verdicts = [], {}
     for scheme in (BASELINE, *schemes):
         bench = Bench(planned, scheme, settings, progress(scheme))
         checkpoint, image = artifacts(bench)
         measured = stages.load(bench, image, checkpoint)
         contenders.append(Contender(scheme, checkpoint.size_bytes, measured.document("load.json")))
+        verdicts[scheme] = loads.judge(contenders[-1].load, plan)
     page = settings.home / "reports" / f"{spec.model}-comparison.html"
-    return load_report.write_comparison(page, spec.model, contenders, price_per_hour), page
+    rows = load_report.write_comparison(page, spec.model, contenders, verdicts, price_per_hour)
+    return rows, verdicts, page
 
 
 def price_per_hour(spec: ModelSpec) -> float | None:

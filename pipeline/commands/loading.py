@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pipeline.loading import Loaded
 
 _LINE_SECONDS = 5.0
+# Steps of a comparison's search, shorter than a release's: there are several to measure.
+_STEP_SECONDS = 8.0
 
 _rate = click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Requests a second.")
 _seconds = click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="How long requests arrive.")
@@ -87,7 +89,7 @@ def load(
 @_rate
 @_seconds
 @click.option("--capacity/--no-capacity", default=True, show_default=True, help="Search for each one's capacity.")
-@click.option("--step-seconds", type=click.FloatRange(min=2), default=8.0, show_default=True, help="Of the search.")
+@click.option("--step-seconds", type=click.FloatRange(min=2), help="Of the search [the model's, else 8].")
 @click.option("--price", type=click.FloatRange(min=0), help="Of the machine, an hour [the model's `cost`].")
 @as_json
 def compare(
@@ -98,14 +100,15 @@ def compare(
     seconds: float | None,
     *,
     capacity: bool,
-    step_seconds: float,
+    step_seconds: float | None,
     price: float | None,
     as_json: bool,
 ) -> None:
     """Show what quantization buys: MODEL's FP16 and each scheme under the same traffic, on one page.
 
     Size, memory, tokens a second, latency at equal rate, capacity, and the cost of a million tokens. What was measured
-    under that traffic before is reused.
+    under that traffic before is reused. Each is held to the limits of the model's file; exit status 3 if one misses
+    them.
     """
     from pipeline import loading  # noqa: PLC0415
     from pipeline.release import sweep  # noqa: PLC0415
@@ -116,7 +119,10 @@ def compare(
     spec = load_spec(find(model, settings.models))
     for scheme in schemes:
         spec.scheme(scheme)
-    changes: dict[str, Any] = {"capacity": {"step_seconds": step_seconds} if capacity else None, "faults": False}
+    if step_seconds is None and spec.load.capacity is None:
+        step_seconds = _STEP_SECONDS
+    search = {} if step_seconds is None else {"step_seconds": step_seconds}
+    changes: dict[str, Any] = {"capacity": search if capacity else None, "faults": False}
     changes |= {key: value for key, value in {"request_rate": rate, "seconds": seconds}.items() if value is not None}
     plan = loading.changed(spec.load, [profile] if profile else list(spec.load.profiles)[:1], changes)
     sweep(settings)
@@ -124,15 +130,19 @@ def compare(
     def listener(scheme: str) -> Callable[[str], None]:
         return lambda line: say(f"{scheme:10} {line}")
 
-    rows, page = loading.compare(
+    rows, verdicts, page = loading.compare(
         spec, list(schemes) or list(spec.schemes), plan, settings, listener,
         loading.price_per_hour(spec) if price is None else price,
     )  # fmt: skip
     if as_json:
-        print_json({"model": spec.model, "rows": rows, "page": str(page)})
-        return
-    _show_comparison(rows)
-    results.print(f"\nthe picture: {escape(str(page))}")
+        told = {scheme: verdict.model_dump(mode="json") for scheme, verdict in verdicts.items()}
+        print_json({"model": spec.model, "rows": rows, "verdicts": told, "page": str(page)})
+    else:
+        _show_comparison(rows)
+        for scheme, verdict in verdicts.items():
+            results.print(f"\n{scheme} {styled(verdict.status)}: {escape(verdict.reason)}")
+        results.print(f"\nthe picture: {escape(str(page))}")
+    sys.exit(REFUSED if any(verdict.blocks for verdict in verdicts.values()) else 0)
 
 
 class Figures:

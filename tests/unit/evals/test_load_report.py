@@ -105,7 +105,7 @@ def test_cost_is_price_over_tokens() -> None:
 def test_what_was_not_measured_is_said_and_not_drawn_as_zero(tmp_path: Path) -> None:
     bare = {**evidence(), "capacity": None}
     rows = write_comparison(
-        tmp_path / "c.html", "demo", [Contender("fp16", 9, evidence()), Contender("awq", 4, bare)], 2
+        tmp_path / "c.html", "demo", [Contender("fp16", 9, evidence()), Contender("awq", 4, bare)], {}, 2
     )
     assert rows[1]["cost_per_million_tokens"] is None
     assert (tmp_path / "c.html").read_text().count("not measured") >= 4
@@ -113,9 +113,16 @@ def test_what_was_not_measured_is_said_and_not_drawn_as_zero(tmp_path: Path) -> 
 
 def test_a_comparison_says_what_is_better_and_by_how_much(tmp_path: Path) -> None:
     contenders = [Contender("fp16", 1000, evidence()), Contender("awq", 400, evidence(1.5))]
-    write_comparison(tmp_path / "c.html", "demo", contenders, 2.0)
+    write_comparison(tmp_path / "c.html", "demo", contenders, {"awq": VERDICT}, 2.0)
     html = (tmp_path / "c.html").read_text()
-    for words in ("awq: 40% of the size, 1.50 times the capacity", "2.50 x", "1.50 x", "less is better", "the same"):
+    for words in (
+        "awq: 40% of the size, 1.50 times the capacity",
+        "2.50 x",
+        "1.50 x",
+        "less is better",
+        "the same",
+        "awq, fail: p95_latency_ms 50.0 ms",
+    ):
         assert words in html, words
 
 
@@ -126,6 +133,15 @@ def test_other_traffic_is_no_comparison() -> None:
     told = incomparable([Contender("fp16", 9, evidence()), Contender("awq", 9, other)])
     assert told == ["the traffic differs", "the engine's version differs"]
     assert incomparable([Contender("fp16", 9, evidence()), Contender("awq", 4, evidence(2.0))]) == []
+
+
+def test_the_peak_of_the_picture_is_the_one_that_is_judged(tmp_path: Path) -> None:
+    samples = [
+        {"seconds": 0.0, "phase": "load", "memory_bytes": 2 << 30},
+        {"seconds": 1.0, "phase": "faults", "memory_bytes": 3 << 30},
+    ]
+    write_page(tmp_path / "load.html", "demo-awq", VERDICT, evidence(), (), samples)
+    assert "peak 2.00 GiB" in (tmp_path / "load.html").read_text()
 
 
 def test_a_curve_needs_two_rates() -> None:

@@ -69,6 +69,28 @@ def test_the_command_lines_rate_goes_over_the_profiles() -> None:
     assert "faults_failed" in plan.limits()
 
 
+def test_what_was_typed_wins_over_what_the_file_says_of_one_profile() -> None:
+    own = demo(profiles={"quick": {"request_rate": 7, "seconds": 40, "output_tokens": 8}})
+    for profiles in ([], ["quick"]):
+        (profile,) = loading.changed(own, profiles, {"request_rate": 2.0, "seconds": 3.0}).traffic
+        assert (profile.rate, profile.seconds, profile.output_tokens.median) == (2, 3, 8)
+
+
+def test_a_search_that_is_asked_for_is_the_files_own() -> None:
+    own = demo(capacity={"max_rate": 20, "step_seconds": 5})
+    for asked, seconds in (({}, 5), ({"step_seconds": 9.0}, 9)):
+        search = loading.changed(own, [], {"capacity": asked}).search
+        assert search is not None
+        assert (search.max_rate, search.step_seconds) == (20, seconds)
+    assert loading.changed(own, [], {"capacity": None}).search is None
+
+
+def test_one_of_several_profiles_keeps_what_the_file_says_of_all() -> None:
+    own = demo(profiles=["quick", "chat"], request_rate=9, output_tokens=8)
+    (profile,) = loading.changed(own, ["quick"], {}).traffic
+    assert (profile.rate, profile.output_tokens.median) == (9, 8)
+
+
 def test_the_price_is_the_models_own() -> None:
     spec = load(DEMO.with_suffix(".yaml"))
     assert spec.cost is not None
