@@ -119,9 +119,12 @@ class Hybrid:
 def throughput(load: Mapping[str, Any], requests: Iterable[Mapping[str, Any]]) -> Throughput | None:
     """Read the throughput off a load test: its capacity at the service level where that was searched for.
 
-    ``load`` is ``load.json``, ``requests`` the rows of ``requests.jsonl``. None where no request was answered.
+    ``load`` is ``load.json``, ``requests`` the rows of ``requests.jsonl``. Rate, tokens and prompts are all those of
+    the first profile. None where none of its requests was answered.
     """
-    good = [row for row in requests if row.get("error") is None and row.get("output_tokens")]
+    first = next((each["name"] for each in load.get("profiles", ())), None)
+    sent = [row for row in requests if row.get("profile", first) == first]
+    good = [row for row in sent if row.get("error") is None and row.get("output_tokens")]
     found, metrics = load.get("capacity") or {}, load.get("metrics", {})
     at_slo = bool(found.get("requests_per_second") and found.get("output_tokens_per_second"))
     source = found if at_slo else metrics

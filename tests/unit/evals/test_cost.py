@@ -101,6 +101,15 @@ def test_the_throughput_is_the_capacity_where_that_was_searched_for() -> None:
     assert throughput({"metrics": {}}, rows) is None
 
 
+def test_prompts_are_those_of_the_profile_whose_rate_it_is() -> None:
+    prompts = {"chat": 60, "rag": 3000}
+    rows = [{"error": None, "profile": name, "input_tokens": prompts[name], "output_tokens": 16} for name in prompts]
+    metrics = {"requests_per_second": 4.0, "output_tokens_per_second": 64.0}
+    carried = throughput({"metrics": metrics, "profiles": [{"name": name} for name in prompts]}, rows)
+    assert carried is not None
+    assert carried.prompt_tokens == 60
+
+
 def test_the_document_is_json_and_says_what_it_rests_on() -> None:
     found = json.loads(json.dumps(document(PLAN, CARRIED), allow_nan=False))
     assert [row["what"] for row in found["rows"]] == [
