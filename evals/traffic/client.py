@@ -74,31 +74,30 @@ class Deck:
 
     So no request finds another's prompt in the server's prefix cache. They overlap where the text is short. The order
     is a walk in steps of about 0.618 of the text, coprime to its length: it comes everywhere before it comes anywhere
-    twice.
+    twice. It is one walk, whatever the lengths: a deck that is told to ``skip`` what another dealt of that text with
+    that seed goes on where that one ended.
     """
 
     def __init__(self, prompts: Path, tokenizer: Path, seed: int, skip: int) -> None:
         self.used = skip
         self._text = "\n".join(_texts(prompts))
         self._offsets = _offsets(self._text, tokenizer)
-        self._seed = seed
+        self._places = len(self._offsets)
+        first = max(1, int(self._places * 0.618))
+        self._step = next(n for n in range(first, self._places + 2) if math.gcd(n, self._places) == 1)
+        self._begin = random.Random(seed).randrange(max(1, self._places))  # noqa: S311 - it is no secret
         self._dealt: set[str] = set()
 
     def cut(self, lengths: Sequence[int]) -> list[str]:
         """Deal a stretch of each length, in tokens."""
-        if not lengths:
-            return []
-        places = len(self._offsets) - max(lengths) + 1
-        if places < self.used + len(lengths):
-            raise self._too_little(lengths)
-        step = next(n for n in range(max(1, int(places * 0.618)), places + 2) if math.gcd(n, places) == 1)
-        begin = random.Random(self._seed).randrange(places)  # noqa: S311 - which stretch comes first is no secret
-        return [self._next(length, begin, step, places, lengths) for length in lengths]
+        return [self._next(length, lengths) for length in lengths]
 
-    def _next(self, length: int, begin: int, step: int, places: int, lengths: Sequence[int]) -> str:
-        while self.used < places:
-            at = (begin + self.used * step) % places
+    def _next(self, length: int, lengths: Sequence[int]) -> str:
+        while self.used < self._places:
+            at = (self._begin + self.used * self._step) % self._places
             self.used += 1
+            if at + length > self._places:
+                continue
             stretch = self._text[self._offsets[at][0] : self._offsets[at + length - 1][1]]
             if stretch not in self._dealt:
                 self._dealt.add(stretch)
@@ -107,8 +106,8 @@ class Deck:
 
     def _too_little(self, lengths: Sequence[int]) -> WorkerError:
         return WorkerError(
-            f"the prompts' text has {len(self._offsets)} tokens, too few for {self.used + len(lengths)} different "
-            f"prompts of up to {max(lengths)}: hand in more text, or lower the profile's lengths, rate or seconds"
+            f"the prompts' text has {self._places} tokens, too few for all the different prompts that are sent, of up "
+            f"to {max(lengths)}: hand in more text, or lower the profile's lengths, rate or seconds"
         )
 
 
