@@ -86,12 +86,24 @@ class Fleet:
         """Begin to start all replicas.
 
         Raises:
-            FleetError: The engine has not this image and can't pull it.
+            FleetError: The engine has not this image and can't pull it, or does not answer.
         """
-        with contextlib.closing(self.engine()) as client:
-            self.image_id = _image(client, self._image.reference, self._image.digest)
+        try:
+            with contextlib.closing(self.engine()) as client:
+                self.image_id = _image(client, self._image.reference, self._image.digest)
+        except (docker.errors.DockerException, requests.RequestException) as error:
+            raise FleetError(f"the engine does not answer: {error}") from error
         for replica in self._replicas:
             replica.start()
+
+    def grow(self, count: int) -> bool:
+        """Begin to start more replicas, up to ``count``, and say whether any are; what runs stays."""
+        before = len(self._replicas)
+        for index in range(before, count):
+            replica = _Replica(self, index)
+            self._replicas.append(replica)
+            replica.start()
+        return count > before
 
     def wait_ready(self, check: Callable[[], None]) -> None:
         """Wait until every replica is well and warm; ``check`` may raise meanwhile.

@@ -31,6 +31,8 @@ Progress = Callable[[str], None]
 CHAMPION, CANARY = "champion", "canary"
 _DRAIN_SECONDS = 600.0
 _CHECK_SECONDS = 0.5
+# What could not be served is tried again after a pause that doubles.
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 5.0, 600.0
 
 
 class ServeError(SlipwayError):
@@ -118,7 +120,11 @@ class Serving:
         self._gateway: Gateway | None = None
         self._publishing = threading.Lock()
         self._looked = time.monotonic()
+        self._settled = True
+        self._routed = True
         self._refused: list[Wish] | None = None
+        self._pause_s = 0.0
+        self._not_before = 0.0
         self._told = ""
 
     @property
@@ -154,7 +160,9 @@ class Serving:
                 fleet.stop()
 
     def look(self) -> None:
-        """See whether the alias, or the canary's share, changed, and follow; what can't be served leaves what is.
+        """See whether the alias, or the canary's share, changed, and follow.
+
+        What can't be served leaves what is, and is tried again later.
 
         Raises:
             GatewayError: The gateway ended.
@@ -168,38 +176,58 @@ class Serving:
         except RegistryError as error:
             self._tell_once(f"the registry tells nothing now, all stays as it is: {error}")
             return
-        if wishes in (self.wishes, self._refused):
+        if wishes == self.wishes and self._settled and self._routed:
+            return
+        if wishes == self._refused and time.monotonic() < self._not_before:
             return
         try:
             self._move_to(wishes)
-        except GatewayError:
-            raise
         except (SlipwayError, RegistryError, ContainerError) as error:
-            self._refused = wishes
-            self._tell_once(f"what {self.name}@{self.alias} names now can't be served, what was is: {error}")
+            self.gateway.check()
+            first = wishes != self._refused
+            self._pause_s = _FIRST_PAUSE_S if first else min(2 * self._pause_s, _LONGEST_PAUSE_S)
+            self._refused, self._not_before = wishes, time.monotonic() + self._pause_s
+            self._tell_once(f"what {self.name}@{self.alias} names now can't be served yet, what was is: {error}")
 
     def _move_to(self, wishes: list[Wish]) -> None:
         """Start what is new beside what runs, switch once it is warm, then drain and end what is not wanted."""
-        new = [wish for wish in wishes if wish.digest not in self._fleets]
+        self._settled = False
+        known = [(wish, self._fleets[wish.digest]) for wish in wishes if wish.digest in self._fleets]
         started: list[Fleet] = []
         try:
-            for wish in new:
-                fleet = self._fleet(wish)
-                started.append(fleet)
-                fleet.start()
-            for fleet in started:
+            for wish in wishes:
+                if wish.digest not in self._fleets:
+                    started.append(self._fleet(wish))
+                    started[-1].start()
+            # A canary that became champion has one replica.
+            grown = [fleet for wish, fleet in known if fleet.grow(wish.replicas)]
+            for fleet in [*started, *grown]:
                 fleet.wait_ready(self.gateway.check)
+            self._switch(wishes, started)
         except BaseException:
             for fleet in started:
                 fleet.stop()
             raise
-        self._fleets.update({fleet.digest: fleet for fleet in started})
-        self.wishes, self._refused, self._told = wishes, None, ""
-        self._publish()
-        if self.wishes:
-            shown = ", ".join(f"version {wish.version} ({wish.weight}%)" for wish in wishes)
-            self._progress(f"{self.name}@{self.alias}: {shown}")
+        self._refused, self._told = None, ""
+        shown = ", ".join(f"version {wish.version} ({wish.weight}%)" for wish in wishes)
+        self._progress(f"{self.name}@{self.alias}: {shown}")
         self._end_unwanted()
+        self._settled = True
+
+    def _switch(self, wishes: list[Wish], started: list[Fleet]) -> None:
+        """Route to what is wished for; where the gateway does not take that, to what was."""
+        before = self.wishes
+        self._fleets.update({fleet.digest: fleet for fleet in started})
+        self.wishes = wishes
+        try:
+            self._publish()
+        except BaseException:
+            self.wishes = before
+            with contextlib.suppress(GatewayError):
+                self._publish()
+            for fleet in started:
+                del self._fleets[fleet.digest]
+            raise
 
     def _end_unwanted(self) -> None:
         wanted = {wish.digest for wish in self.wishes}
@@ -224,10 +252,15 @@ class Serving:
         if pulled.manifest.digest != wish.digest:
             raise ServeError(f"version {wish.version} of `{self.name}` is another release than the registry said")
         release = f"{self.name}@{wish.version}"
-        return Fleet(self._settings, release, pulled.manifest, folder, wish.replicas, self._publish, self._progress)
+        return Fleet(self._settings, release, pulled.manifest, folder, wish.replicas, self._changed, self._progress)
+
+    def _changed(self) -> None:
+        """A replica came or went, its thread says; `look` sees what the gateway did not take."""
+        with contextlib.suppress(GatewayError):
+            self._publish()
 
     def _publish(self) -> None:
-        """Route to the replicas that are well now; called from their threads as well."""
+        """Route to the replicas that are well now."""
         with self._publishing:
             if self._gateway is None or not self.wishes:
                 return
@@ -248,8 +281,9 @@ class Serving:
                 parallel=self.options.parallel,
                 backends=backends,
             )
-            with contextlib.suppress(GatewayError):  # that it ended is noticed by `look`, in the main thread
-                self._gateway.route(Routes(models={self.name: route}))
+            self._routed = False
+            self._gateway.route(Routes(models={self.name: route}))
+            self._routed = True
 
     def _tell_once(self, line: str) -> None:
         if line != self._told:

@@ -1,0 +1,178 @@
+"""What `slipway serve` does when a step to another release fails: engine, gateway and registry are scripted here."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import docker
+import pytest
+
+from containers.gateway.config import Routes
+from pipeline import fleet as fleets
+from pipeline import serving
+from pipeline.fleet import Fleet
+from pipeline.gateways import GatewayError
+from pipeline.serving import Options, Serving, Wish
+from pipeline.settings import Settings
+
+OLD, NEW = "sha256:" + "a" * 64, "sha256:" + "b" * 64
+
+
+class Gateway:
+    """Takes routes unless it is told not to; its queue is always empty."""
+
+    def __init__(self) -> None:
+        self.routes = Routes()
+        self.stubborn_about: set[str] = set()
+
+    def route(self, routes: Routes) -> None:
+        if self.stubborn_about & {backend.release for backend in routes.models["demo-awq"].backends}:
+            raise GatewayError("the gateway did not take the new routes within 10 s")
+        self.routes = routes
+
+    def check(self) -> None:
+        """It runs."""
+
+    def wait_idle(self, _names: set[str], _seconds: float) -> bool:
+        return True
+
+    def shares(self) -> dict[str, tuple[int, int]]:
+        """Weight and replicas of each release."""
+        return {each.release: (each.weight, len(each.replicas)) for each in self.routes.models["demo-awq"].backends}
+
+
+class ScriptedFleet(Fleet):
+    """Its containers are well at once, until they are stopped; ``images`` are those that the engine has."""
+
+    images: frozenset[str]
+    numbers = itertools.count(1)
+
+    def engine(self) -> Any:  # noqa: ANN401 - as much of a client as is used
+        def get(name: str) -> SimpleNamespace:
+            if name not in self.images:
+                raise docker.errors.DockerException("no engine")
+            return SimpleNamespace(id=name)
+
+        return SimpleNamespace(images=SimpleNamespace(get=get), close=lambda: None)
+
+    @contextlib.contextmanager
+    def serve(self, *_: object) -> Iterator[SimpleNamespace]:
+        url = f"http://10.0.0.{next(self.numbers)}:8000"
+        yield SimpleNamespace(url=url, memory=SimpleNamespace(stop=lambda: None), died=lambda: None)
+
+    def warm(self, url: str) -> None:  # noqa: ARG002 - it is well
+        self.served_as, self.context = "demo", 1024
+
+
+class Scripted(Serving):
+    """Serves what ``wished`` says; the images of ``absent`` can't be had."""
+
+    def __init__(self, folder: Path) -> None:
+        self.told: list[str] = []
+        options = Options(replicas=2, every=0.0)
+        super().__init__("demo-awq", "champion", options, Settings.read(), folder, self.told.append)
+        self.gate = Gateway()
+        self._gateway = self.gate  # type: ignore[assignment]
+        self.absent: set[str] = set()
+        self.wished: list[Wish] = []
+
+    def to(self, *wished: Wish) -> None:
+        """Wish for something else, and look."""
+        self.wished = list(wished)
+        self.look()
+
+    def running(self) -> set[str]:  # type: ignore[override]
+        """The releases that have replicas."""
+        return {fleet.release for fleet in self._fleets.values()}
+
+    def _fleet(self, wish: Wish) -> Fleet:
+        folder = self._folder / wish.version
+        (folder / "release" / "evidence").mkdir(parents=True, exist_ok=True)
+        (folder / "release" / "evidence" / "load.json").write_text("{}")
+        image = SimpleNamespace(reference=wish.digest, digest=wish.digest, minimum_driver=None)
+        manifest: Any = SimpleNamespace(digest=wish.digest, image=image)
+        release = f"{self.name}@{wish.version}"
+        made = ScriptedFleet(
+            self._settings, release, manifest, folder, wish.replicas, self._changed, self._progress
+        )  # fmt: skip
+        made.images = frozenset({wish.digest} - self.absent)
+        return made
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scripted]:
+    """Version 1 is served by two replicas."""
+    monkeypatch.setattr(fleets, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(fleets, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(serving, "_FIRST_PAUSE_S", 0.0)
+    made = Scripted(tmp_path)
+    monkeypatch.setattr(serving, "wished", lambda *_: made.wished)
+    made.to(Wish("1", OLD, 100, 2))
+    assert made.gate.shares() == {"demo-awq@1": (100, 2)}
+    yield made
+    for fleet in made._fleets.values():
+        fleet.stop()
+
+
+def test_routes_that_the_gateway_does_not_take_end_nothing_that_is_routed(served: Scripted) -> None:
+    served.gate.stubborn_about = {"demo-awq@2"}
+    served.to(Wish("2", NEW, 100, 2))
+    assert served.running() == {"demo-awq@1"}
+    assert served.gate.shares() == {"demo-awq@1": (100, 2)}
+    assert "did not take the new routes" in served.told[-1]
+    served.gate.stubborn_about = set()
+    served.look()
+    assert served.gate.shares() == {"demo-awq@2": (100, 2)}
+    assert served.running() == {"demo-awq@2"}
+
+
+def test_what_could_not_be_started_is_tried_again_though_nobody_wishes_anew(served: Scripted) -> None:
+    served.absent = {NEW}
+    served.to(Wish("2", NEW, 100, 2))
+    assert served.running() == {"demo-awq@1"}
+    assert "the engine does not answer" in served.told[-1]
+    served.absent = set()
+    served.look()
+    assert served.gate.shares() == {"demo-awq@2": (100, 2)}
+
+
+def test_tries_are_further_and_further_apart(served: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "_FIRST_PAUSE_S", 5.0)
+    clock = [0.0]
+    monkeypatch.setattr(serving, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    served._looked = -1.0
+    served.absent = {NEW}
+    tries = []
+    start = ScriptedFleet.start
+
+    def counted(fleet: Fleet) -> None:
+        tries.append(clock[0])
+        start(fleet)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ScriptedFleet, "start", counted)
+    for second in range(60):
+        clock[0] = float(second)
+        served.to(Wish("2", NEW, 100, 2))
+    assert tries == [0.0, 5.0, 15.0, 35.0]
+
+
+def test_a_canary_that_becomes_champion_gets_all_its_replicas(served: Scripted) -> None:
+    served.to(Wish("1", OLD, 90, 2), Wish("2", NEW, 10, 1))
+    assert served.gate.shares() == {"demo-awq@1": (90, 2), "demo-awq@2": (10, 1)}
+    served.to(Wish("2", NEW, 100, 2))
+    assert served.gate.shares() == {"demo-awq@2": (100, 2)}
+    assert served.running() == {"demo-awq@2"}
+
+
+def test_a_replica_that_came_while_the_gateway_did_not_listen_is_routed_later(served: Scripted) -> None:
+    served.gate.stubborn_about = {"demo-awq@1"}
+    served._changed()
+    served.gate.routes = Routes()
+    served.gate.stubborn_about = set()
+    served.look()
+    assert served.gate.shares() == {"demo-awq@1": (100, 2)}
