@@ -8,7 +8,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,17 @@ from typing import Any
 import docker
 import pytest
 from loopback_registry import serving
-from synthetic_image import make_image
+from synthetic_image import FILES, make_image
 from trivy_db.make_trivy_db import write_database
 from trivy_db.push_trivy_db import push_database
 
 from containers import trivy
+from containers.blobs import BlobStore
 from containers.judgement import judge, waived, warnings
+from containers.layers import Member, archive
+from containers.oci import OciImage, documents, place
 from containers.policy import ScanPolicy
-from containers.scan import ScanError, in_engine, scan, scan_key
+from containers.scan import ScanError, Subject, in_engine, in_layout, scan, scan_key, scan_sbom
 from containers.trivy import TrivyError, database, find_trivy, update_database
 
 ADVISORIES: list[dict[str, Any]] = json.loads((Path(__file__).parent / "trivy_db" / "advisories.json").read_text())
@@ -149,6 +152,38 @@ def test_what_is_waived_passes_with_a_warning_until_it_ends(
     assert {item.days_left for item in waived(evidence, under(1))} == {1}
     assert any("the waiver of CVE-2099-0001 in openssl ends in 1 days" in line for line in warnings(evidence, under(1)))
     assert judge(evidence, under(-1)).status == "fail"
+
+
+def laid_out(folder: Path, files: Mapping[str, str]) -> Subject:
+    """An image in a folder, that no engine has."""
+    members = [Member(name, text.encode()) for name, text in files.items()]
+    blob = BlobStore(folder / "images").plain(archive(members).chunks())
+    image = OciImage({"User": "65534"}, (blob,), ("files",), {})
+    layout = folder / "layout"
+    for name, data in {place(blob.digest): b"".join(blob.chunks()), **documents(image.manifest, image.config)}.items():
+        (layout / name).parent.mkdir(parents=True, exist_ok=True)
+        (layout / name).write_bytes(data)
+    return in_layout(layout, image.config_digest, f"pkg:oci/demo-awq@{image.digest}")
+
+
+def test_a_bill_of_materials_tells_what_its_image_tells(tmp_path: Path, folder: Path) -> None:
+    write_database(tmp_path / "trivy", ADVISORIES)
+    subject = laid_out(tmp_path, FILES)
+    evidence = scan(subject, home=tmp_path, folder=folder, progress=print)
+    assert (evidence["purl"], len(evidence["vulnerabilities"])) == (subject.purl, 4)
+    again = scan_sbom(folder / "sbom.cdx.json", evidence, home=tmp_path, folder=folder, progress=print)
+    changing = ("scanned_at", "seconds")
+    assert {name: again[name] for name in again if name not in changing} == {
+        name: evidence[name] for name in evidence if name not in changing
+    }
+
+
+def test_an_image_in_which_nothing_is_recognized_proves_nothing(tmp_path: Path, folder: Path) -> None:
+    write_database(tmp_path / "trivy", ADVISORIES)
+    evidence = scan(laid_out(tmp_path, {"hello": "world"}), home=tmp_path, folder=folder, progress=print)
+    verdict = judge(evidence, ScanPolicy())
+    assert (verdict.status, verdict.cause) == ("inconclusive", "database-incomplete")
+    assert "neither distribution nor packages were recognized" in verdict.reason
 
 
 def test_an_image_that_is_gone_is_an_error(engine: docker.DockerClient, tmp_path: Path, folder: Path) -> None:
