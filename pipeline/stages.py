@@ -342,24 +342,26 @@ def load_test(
         bench.device(),
         bench.cores(alone=True),
         gpu_pool.reserved(bench.progress) if record.minimum_driver else contextlib.nullcontext() as gpu,
-        bench.engine() as client,
     ):
         if record.minimum_driver and gpu is None:
             return loads.write_without_gpu(plan, folder)
         try:
-            with sandbox.serve(
-                client,
-                record.image_id,
-                name=f"slipway-{bench.spec.model}-{bench.scheme_name}",
-                home=bench.settings.home,
-                memory_bytes=plan.memory.limit_bytes,
-                cpus=plan.cpus,
-                gpu=None if gpu is None else gpu.uuid,
-                start_timeout_s=plan.start_timeout_s,
-                lifetime_s=plan.lifetime_s,
-                labels={sandbox.STAGE_LABEL: "load"},
-                progress=bench.progress,
-            ) as server:
+            with (
+                bench.engine() as client,
+                sandbox.serve(
+                    client,
+                    record.image_id,
+                    name=f"slipway-{bench.spec.model}-{bench.scheme_name}",
+                    home=bench.settings.home,
+                    memory_bytes=plan.memory.limit_bytes,
+                    cpus=plan.cpus,
+                    gpu=None if gpu is None else gpu.uuid,
+                    start_timeout_s=plan.start_timeout_s,
+                    lifetime_s=plan.lifetime_s,
+                    labels={sandbox.STAGE_LABEL: "load"},
+                    progress=bench.progress,
+                ) as server,
+            ):
                 return loads.measure(
                     server,
                     plan,

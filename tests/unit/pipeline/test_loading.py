@@ -7,15 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import release_evidence
 import yaml
 
+from containers import gpu_pool
+from containers.image import ImageRecord
+from evals import load as loads
 from evals.load_plan import LoadPlan
 from homes import DEMO
-from pipeline import loading
+from pipeline import loading, stages
 from pipeline.commands.loading import Figures, _figures
 from pipeline.errors import SpecError
 from pipeline.settings import Settings
 from pipeline.spec import load
+from pipeline.stages import Bench
+from pipeline.store import Artifact
 
 TOLD = {
     "purpose": "chat", "rate": 4.0, "phase": "load", "total": 480, "answered": 12, "errors": 0, "elapsed_s": 3.2,
@@ -89,6 +95,19 @@ def test_one_of_several_profiles_keeps_what_the_file_says_of_all() -> None:
     own = demo(profiles=["quick", "chat"], request_rate=9, output_tokens=8)
     (profile,) = loading.changed(own, ["quick"], {}).traffic
     assert (profile.rate, profile.output_tokens.median) == (9, 8)
+
+
+def test_an_image_that_needs_a_gpu_is_not_started_where_there_is_none(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_pool, "gpus", list)
+    settings.home.mkdir()
+    spec = load(DEMO.with_suffix(".yaml"))
+    record = ImageRecord.model_validate({**release_evidence.IMAGE, "minimum_driver": "580.65.06"})
+    checkpoint = Artifact("quantized", "0", "0", tmp_path, {}, {}, {}, 0.0, 0.0, "", cached=True)
+    bench = Bench(spec, "awq", settings, print)
+    found = stages.load_test(bench, spec.load, record, checkpoint, tmp_path, tmp_path)
+    assert loads.judge(found, spec.load).cause == "no-gpu"
 
 
 def test_the_price_is_the_models_own() -> None:
