@@ -91,6 +91,8 @@ def healthy(name: str, numbers: Mapping[str, Number]) -> dict[str, str]:
         f'slipway_gateway_requests_total{{{gateway},model="m",status="503"}}': "0+0x90",
         f'slipway_gateway_queue_length{{{gateway},model="m"}}': "0x90",
         f'slipway_release_marked{{release="{name}"}}': "0x90",
+        f"kube_deployment_spec_replicas{{{_deployment(name)}}}": "2x90",
+        f"kube_deployment_status_replicas_available{{{_deployment(name)}}}": "2x90",
     }
     for pod in ("a", "b"):
         of = f'namespace="slipway",pod="{name}-engine-{pod}"'
@@ -188,11 +190,20 @@ def _of_the_engine(name: str, numbers: Mapping[str, Number]) -> list[Alert]:
 def _of_replicas(name: str, numbers: Mapping[str, Number]) -> list[Alert]:
     gateway, start = f'job="{name}-gateway"', int(numbers["start_seconds"].value)
     wait = f"{max(1, -(-2 * start // 60))}m"
+    deployment, twice = _deployment(name), f"twice the start: {numbers['start_seconds'].why}"
+    wanted = f'max by (namespace) (kube_deployment_spec_replicas{{deployment="{name}-engine"}})'
+    there = f'max by (namespace) (kube_deployment_status_replicas_available{{deployment="{name}-engine"}})'
     lost = {f'slipway_gateway_replica_up{{{gateway},replica="a"}}': "1x10 0x80"}
     return [
+        # The gateway forgets a replica that its Service names no more: only Kubernetes knows how many there should be.
         Alert(
-            "SlipwayReplicaLost", f"max by (replica) (slipway_gateway_replica_up{{{gateway}}}) == 0", wait, "ticket",
-            "a replica is not coming back", f"twice the start: {numbers['start_seconds'].why}", lost,
+            "SlipwayReplicaLost", f"{there} < {wanted}", wait, "ticket", "a replica is not coming back", twice,
+            {f"kube_deployment_status_replicas_available{{{deployment}}}": "2x10 1x80"},
+            labels={"namespace": "slipway"},
+        ),
+        Alert(
+            "SlipwayReplicaEjected", f"max by (replica) (slipway_gateway_replica_up{{{gateway}}}) == 0", wait,
+            "ticket", "Kubernetes takes a replica for ready and no gateway does: look at its answers", twice, lost,
             labels={"replica": "a"},
         ),
         Alert(
@@ -207,6 +218,10 @@ def _of_replicas(name: str, numbers: Mapping[str, Number]) -> list[Alert]:
             {f'slipway_release_marked{{release="{name}"}}': "0x10 1x80"},
         ),
     ]  # fmt: skip
+
+
+def _deployment(name: str) -> str:
+    return f'namespace="slipway",deployment="{name}-engine"'
 
 
 def _burn(gateway: str, factor: float, numbers: Mapping[str, Number], long: str, short: str) -> str:

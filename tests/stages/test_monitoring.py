@@ -184,7 +184,7 @@ def test_prometheus_reads_vllm_and_the_gateway_and_judges_by_the_rules(
             assert up == {f"{NAME}-engine": "1", f"{NAME}-gateway": "1"}
             rules = [rule for group in ask("rules")["groups"] for rule in group["rules"]]
             assert {(rule["name"], rule["health"]) for rule in rules if rule["health"] != "ok"} == set()
-            assert len(rules) == 4 + 11
+            assert len(rules) == 4 + 12
             assert [alert["labels"]["alertname"] for alert in ask("alerts")["alerts"]] == []
             for signal in ("requests_waiting", "requests_outstanding", "kv_cache_used"):
                 (found,) = ask("query", query=f"slipway:{signal}")["result"]
