@@ -57,7 +57,7 @@ LOAD = {
     },
     "memory": {
         "limit_bytes": 2**32, "source": "cgroup v2", "samples": 1, "hertz": 10.0, "peak": {"memory_bytes": 10**9},
-        "phases": {"load": 10**9}, "leaks": {}, "expected": None,
+        "phases": {"load": 10**9}, "leaks": {}, "expected": None, "unwatched_seconds": 0.0,
     },
     "server": {
         "died": None, "start_seconds": 20.0, "cpus": None, "gpu": None, "network": "internal",
