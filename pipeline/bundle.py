@@ -13,9 +13,9 @@ from evals.svg import standalone
 from pipeline.errors import PlanError
 from pipeline.planner.facts import read_facts
 from pipeline.settings import Settings
+from pipeline.trust import trust_of
 from registry.manifest import EVIDENCE
 from registry.pull import Glance, glance
-from registry.signing import load_trusted_keys
 
 _FILES = ("load.json", "requests.jsonl", "image.json", "cost.json")
 
@@ -28,8 +28,7 @@ def gather(reference: str, settings: Settings) -> tuple[Evidence, Mapping[str, A
         PlanError: it has no load test, or can't be read.
     """
     names = ["config.json", *(f"{EVIDENCE}/{name}" for name in _FILES)]
-    trusted = load_trusted_keys(settings.trusted_keys)
-    found = glance(reference, names, tracking_uri=settings.tracking_uri, trusted_keys=trusted)
+    found = glance(reference, names, tracking_uri=settings.tracking_uri, trusted_keys=trust_of(settings))
     load, image, config = (_document(found, name) for name in (names[1], names[3], names[0]))
     rows = [json.loads(line) for line in found.files.get(f"{EVIDENCE}/requests.jsonl", b"").splitlines()]
     evidence = Evidence(
