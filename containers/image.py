@@ -312,8 +312,8 @@ def serving_arguments(profile: RuntimeProfile, checkpoint: Path, served_name: st
         raise ImageError(f"{checkpoint} holds no *.safetensors: it is no checkpoint")
     context = served_context(config)
     length = ("--max-model-len", str(context)) if context else ()
-    # One precision for a model and all its schemes: left to themselves, FP16's answers come in what the model was trained
-    # in and a scheme's in float16. A CPU emulates half precision: bfloat16 takes a fifth of the time.
+    # One precision for a model and all its schemes: left to themselves, FP16's answers come in what the model was
+    # trained in and a scheme's in float16. A CPU emulates half precision: bfloat16 takes a fifth of the time.
     precision = ("--dtype", "float16" if profile.minimum_driver else "bfloat16")
     return (
         "--model", "/model", "--served-model-name", served_name, "--host", "0.0.0.0", "--port", str(PORT),  # noqa: S104 - its own network
