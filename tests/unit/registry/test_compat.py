@@ -24,6 +24,9 @@ ROOT = Path(__file__).parent.parent.parent
 COMPAT = sorted(path for path in (ROOT / "compat").iterdir() if path.is_dir())
 GATES = ("drift", "scan", "load")  # those there were when these were signed
 DIGEST = "sha256:d14f4a5aef2acfe1601319b0feb463c9aee3cc419e6f89ffab34c1fc051d0997"
+LATER = {
+    "5-mlbom": "sha256:3ddd802b9358fdaa98d381d8e01e67527814a9f3bd88349e3acf91bc92bece34"
+}  # those that have a field that the first had not
 
 
 def trusted(folder: Path) -> Policy:
@@ -38,7 +41,7 @@ def trusted(folder: Path) -> Policy:
 
 @pytest.mark.parametrize("folder", COMPAT, ids=lambda folder: folder.name)
 def test_a_release_of_every_format_ever_written_verifies(folder: Path, tmp_path: Path) -> None:
-    assert verify(folder / "release", trusted(folder)).manifest_digest == DIGEST
+    assert verify(folder / "release", trusted(folder)).manifest_digest == LATER.get(folder.name, DIGEST)
     shutil.copytree(folder / "release", tmp_path / "copy")
     (tmp_path / "copy" / "model.safetensors").write_bytes(b"weights of another model, as it is")
     with pytest.raises(VerificationError, match="changed"):
