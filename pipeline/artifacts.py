@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from dagster import Failure, InitResourceContext, InputContext, IOManager, OutputContext, io_manager
+from dagster import DagsterInstance, Failure, InitResourceContext, InputContext, IOManager, OutputContext, io_manager
 
 from pipeline.instance import alive
 from pipeline.store import Artifact, Store, write_whole
@@ -49,5 +50,18 @@ def handles_of_run(context: InitResourceContext) -> Iterator[ArtifactHandles]:
     So a run of the UI that was killed is buried as one of the command line is, and does not keep the queue waiting.
     """
     settings = context.resources.settings
-    with alive(context.run_id, settings) if context.run_id else contextlib.nullcontext():
+    with (
+        alive(context.run_id, settings) if context.run_id else contextlib.nullcontext(),
+        partitions_stand(context.instance) if context.instance else contextlib.nullcontext(),
+    ):
         yield ArtifactHandles(settings.home / "dagster" / "handles", Store(settings.home / "artifacts"))
+
+
+@contextlib.contextmanager
+def partitions_stand(instance: DagsterInstance) -> Iterator[None]:
+    """Look a partition up once: Dagster does at each input, output and event of a run, which is hundreds of queries."""
+    instance.has_dynamic_partition = functools.cache(instance.has_dynamic_partition)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del instance.has_dynamic_partition  # type: ignore[method-assign]  # and so it is the class's again

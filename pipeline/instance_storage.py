@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from dagster import StringSource
 from dagster._core.storage.base_storage import DagsterStorage
+from dagster._core.storage.event_log import SqliteEventLogStorage
 from dagster._core.storage.sqlite_storage import DagsterSqliteStorage
 from dagster._serdes import ConfigurableClass, ConfigurableClassData
-from sqlalchemy import make_url
+from sqlalchemy import Connection, Engine, QueuePool, create_engine, event, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.errors import SettingsError
+
+# How long another process may write, as Dagster has it; and how many runs' files stay open.
+_BUSY_SECONDS, _MOST_OPEN = 30, 8
 
 
 class InstanceStorage(DagsterStorage, ConfigurableClass):
@@ -33,7 +39,7 @@ class InstanceStorage(DagsterStorage, ConfigurableClass):
         """
         address = config_value["postgres"]
         if not address:
-            return DagsterSqliteStorage(config_value["folder"], inst_data)
+            return _Sqlite(config_value["folder"], inst_data)
         from dagster_postgres import DagsterPostgresStorage  # noqa: PLC0415 - for those who have one
         from dagster_postgres.utils import DagsterPostgresException  # noqa: PLC0415
 
@@ -47,3 +53,57 @@ class InstanceStorage(DagsterStorage, ConfigurableClass):
                 f"Dagster's PostgreSQL can't be used: {url!r}: {str(cause).splitlines()[0]}; "
                 "see `SLIPWAY_DAGSTER_POSTGRES`"
             ) from error
+
+
+class _Sqlite(DagsterSqliteStorage):
+    """Dagster's own, but for its log of events."""
+
+    def __init__(self, base_dir: str, inst_data: ConfigurableClassData | None) -> None:
+        super().__init__(base_dir, inst_data)
+        self._event_log_storage = _EventLog(self._event_log_storage._base_dir)  # noqa: SLF001 - the base class's own
+
+
+class _EventLog(SqliteEventLogStorage):
+    """Keeps each file open that it has used lately.
+
+    Dagster opens one anew for every event, and so compiles its queries anew, and empties SQLite's journal into the file
+    behind each.
+    """
+
+    def __init__(self, base_dir: str) -> None:
+        super().__init__(base_dir)
+        self._engines: dict[str, Engine] = {}
+
+    def dispose(self) -> None:
+        """Close the files."""
+        super().dispose()
+        while self._engines:
+            self._engines.popitem()[1].dispose()
+
+    @contextmanager
+    def _connect(self, shard: str) -> Iterator[Connection]:
+        with self._db_lock:
+            engine = self._engine(shard)
+            if shard not in self._initialized_dbs:
+                self._initdb(engine)
+                self._initialized_dbs.add(shard)
+            with engine.begin() as connection:
+                yield connection
+
+    def _engine(self, shard: str) -> Engine:
+        engine = self._engines.pop(shard, None)
+        if engine is None:
+            arguments = {"timeout": _BUSY_SECONDS, "check_same_thread": False}
+            engine = create_engine(
+                self.conn_string_for_shard(shard), poolclass=QueuePool, pool_size=1, connect_args=arguments
+            )
+            event.listen(engine, "connect", _trust_the_journal)
+        self._engines[shard] = engine
+        if len(self._engines) > _MOST_OPEN:
+            self._engines.pop(next(iter(self._engines))).dispose()
+        return engine
+
+
+def _trust_the_journal(connection: sqlite3.Connection, _record: object) -> None:
+    """Wait for the disk where the journal is emptied, not at each event: a power cut costs the last ones, no more."""
+    connection.execute("PRAGMA synchronous=NORMAL")

@@ -25,6 +25,7 @@ from pipeline.store import Store
 
 Show = Callable[[str, dict[str, Any]], None]
 PROGRAM = (sys.executable, "-m", "pipeline.run")
+GO = "go"
 _GRACE_SECONDS = 30.0
 
 
@@ -87,13 +88,19 @@ class _Run:
 
 
 def release(
-    model_file: Path, schemes: Sequence[str], settings: Settings, show: Show, program: Sequence[str] = PROGRAM
+    model_file: Path,
+    schemes: Sequence[str],
+    settings: Settings,
+    show: Show,
+    program: Sequence[str] = PROGRAM,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Run the schemes side by side and return their part of the document, in the order given.
 
     ``show(scheme, event)`` is called from several threads as things happen. On Ctrl-C every run is asked to stop, which
     ends its worker and removes its container; what does not stop within 30 s is killed. ``program`` is what runs one:
-    it gets the model's file and the scheme, and prints events (`pipeline.run`).
+    it gets the model's file and the scheme, waits for the line ``go``, and prints events (`pipeline.run`). Until
+    ``meanwhile`` has been called it is only made ready; where that raises, no run begins.
     """
     logs = settings.home / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -103,6 +110,7 @@ def release(
         for scheme in schemes:
             log = logs / f"{stamp}-{scheme}.log"
             runs.append(_start([*program, str(model_file), scheme], scheme, log))
+        _until_ready(runs, meanwhile)
         readers = [threading.Thread(target=run.follow, args=(show,), daemon=True) for run in runs]
         for reader in readers:
             reader.start()
@@ -145,7 +153,7 @@ def _start(command: Sequence[str], scheme: str, log: Path) -> _Run:
     with log.open("w") as stderr:
         process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", *command],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
@@ -154,6 +162,22 @@ def _start(command: Sequence[str], scheme: str, log: Path) -> _Run:
             env={**os.environ, "PYTHONWARNINGS": "ignore"},
         )
     return _Run(scheme, process, log)
+
+
+def _until_ready(runs: Sequence[_Run], meanwhile: Callable[[], None]) -> None:
+    """Do what is to be done before the runs begin, and let them; or end them, who have not done anything yet."""
+    try:
+        meanwhile()
+    except BaseException:
+        for run in runs:
+            with run.process:
+                run.process.kill()
+            run.log.unlink()
+        raise
+    for run in runs:
+        assert run.process.stdin is not None  # noqa: S101 - opened as a pipe above
+        with contextlib.suppress(BrokenPipeError), run.process.stdin as line:  # who has ended already tells it
+            line.write(f"{GO}\n")
 
 
 def _stop(runs: Sequence[_Run]) -> None:

@@ -1,7 +1,8 @@
 """One release as one Dagster run in this process: ``python -m pipeline.run MODEL_FILE SCHEME``.
 
-The command line starts one such process a scheme. Events go to stdout as JSON lines (see ``pipeline.events``); the last
-says how it ended. The run is recorded in the same instance as the UI's, and shows there.
+The command line starts one such process a scheme, which begins once it is told to on stdin: all that it needs is
+imported while the command line still looks whether it may. Events go to stdout as JSON lines (see ``pipeline.events``);
+the last says how it ended. The run is recorded in the same instance as the UI's, and shows there.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from typing import Any
 
 from dagster import MultiPartitionKey
 
+import pipeline.instance_storage  # noqa: F401 - which Dagster would import when the run has begun
 from pipeline.definitions import defs
 from pipeline.ending import ending
 from pipeline.errors import SlipwayError
 from pipeline.instance import alive, bury_dead_runs, open_instance
 from pipeline.jobs import RELEASE_JOB
 from pipeline.partitions import MODEL_FILE_TAG, add_partitions
+from pipeline.release import GO
 from pipeline.settings import Settings
 from pipeline.spec import load
 
@@ -44,8 +47,10 @@ def release(model_file: Path, scheme: str, settings: Settings) -> dict[str, Any]
 
 
 def main() -> None:
-    """Run one release and print its ending."""
+    """Run one release, once told to, and print its ending."""
     model_file, scheme = sys.argv[1:]
+    if sys.stdin.readline().strip() != GO:
+        return
     try:
         ended = release(Path(model_file), scheme, Settings.read())
     except SlipwayError as error:

@@ -29,7 +29,6 @@ def release(model: str, schemes: Sequence[str], *, as_json: bool) -> None:
     Runs every stage whose inputs changed, reuses what is there, and promotes what passed every gate. A second run with
     nothing changed says `up-to-date` within seconds.
     """
-    from pipeline.planner.before import foresee  # noqa: PLC0415
     from pipeline.release import release as run  # noqa: PLC0415
     from pipeline.release import sweep  # noqa: PLC0415
     from pipeline.spec import find, load  # noqa: PLC0415
@@ -43,9 +42,15 @@ def release(model: str, schemes: Sequence[str], *, as_json: bool) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
     ticker = Ticker()
-    sweep(settings)
-    foresee(spec, list(schemes) or list(spec.schemes), settings, say)
-    releases = run(spec.path, list(dict.fromkeys(schemes)) or list(spec.schemes), settings, ticker)
+    wanted = list(dict.fromkeys(schemes)) or list(spec.schemes)
+
+    def look_ahead() -> None:
+        from pipeline.planner.before import foresee  # noqa: PLC0415 - takes a second to import, while the runs do too
+
+        sweep(settings)
+        foresee(spec, wanted, settings, say)
+
+    releases = run(spec.path, wanted, settings, ticker, meanwhile=look_ahead)
     document = {"model": spec.model, "seconds": round(ticker.seconds, 2), "releases": releases}
     if as_json:
         print_json(document)

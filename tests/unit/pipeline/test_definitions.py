@@ -31,7 +31,7 @@ from sqlalchemy.exc import IntegrityError
 
 from homes import DEMO
 from pipeline import gates, jobs
-from pipeline.artifacts import ArtifactHandles
+from pipeline.artifacts import ArtifactHandles, partitions_stand
 from pipeline.ending import ending
 from pipeline.events import stream
 from pipeline.jobs import RELEASE_JOB
@@ -106,6 +106,14 @@ def test_the_asset_graph_is_the_pipeline(defs: Definitions) -> None:
         found[key.to_user_string()] = (sorted(parent.to_user_string() for parent in node.parent_keys), pool)
     assert found == GRAPH
     assert set(found) == set(STAGES)
+
+
+def test_a_partition_is_looked_up_once_a_run_and_anew_after_it(instance: DagsterInstance) -> None:
+    with partitions_stand(instance):
+        assert instance.has_dynamic_partition("model", "demo")
+        instance.delete_dynamic_partition("model", "demo")
+        assert instance.has_dynamic_partition("model", "demo")
+    assert not instance.has_dynamic_partition("model", "demo")
 
 
 def test_every_job_takes_the_marker_without_which_its_runs_are_buried(defs: Definitions) -> None:

@@ -82,6 +82,24 @@ def test_the_instance_keeps_everything_under_the_home(instance: DagsterInstance,
     assert not instance.telemetry_enabled
 
 
+def test_what_one_process_logs_of_many_runs_another_reads_and_no_file_stays_open(settings: Settings) -> None:
+    def open_files() -> list[str]:
+        # One is that of the listing itself, which is closed by now.
+        found = [each.readlink() for each in list(Path("/proc/self/fd").iterdir()) if each.is_symlink()]
+        return [str(path) for path in found if path.is_relative_to(settings.home / "dagster" / "history" / "runs")]
+
+    with open_instance(settings) as writer, open_instance(settings) as reader:
+        runs = [start_run(writer) for _ in range(12)]
+        for run_id in runs * 2:
+            run = writer.get_run_by_id(run_id)
+            assert run is not None
+            writer.report_engine_event("layer 1 of 4", run)
+        assert [len(reader.all_logs(run_id)) for run_id in runs] == [2] * 12
+        # A daemon sees thousands of runs. A file, its journal and the journal's index are open, by either of the two.
+        assert len(open_files()) <= 2 * 3 * 8
+    assert open_files() == []
+
+
 def test_a_run_whose_process_was_killed_is_failed_and_its_slot_is_free(
     instance: DagsterInstance, settings: Settings
 ) -> None:

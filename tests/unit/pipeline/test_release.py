@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.errors import PlanError
 from pipeline.release import release, sweep
 from pipeline.settings import Settings
 
@@ -111,6 +112,31 @@ def test_one_scheme_that_fails_leaves_the_other_alone(tmp_path: Path, settings: 
     program = stand_in(tmp_path, "if scheme == 'awq': sys.exit(1)\n" + say(GOOD))
     entries = release(tmp_path / "m.yaml", ["awq", "gptq"], settings, Heard(), program)
     assert [entry["outcome"] for entry in entries] == ["failed", "promoted"]
+
+
+ONCE_TOLD = (
+    "from pathlib import Path\nassert sys.stdin.readline() == 'go\\n'\nPath(__file__).with_name(scheme).touch()\n"
+)
+
+
+def test_no_run_begins_before_what_comes_first_is_done(tmp_path: Path, settings: Settings) -> None:
+    def first() -> None:
+        assert not [name for name in ("awq", "gptq") if (tmp_path / name).exists()]
+
+    program = stand_in(tmp_path, ONCE_TOLD + say(GOOD))
+    entries = release(tmp_path / "m.yaml", ["awq", "gptq"], settings, Heard(), program, first)
+    assert [entry["outcome"] for entry in entries] == ["promoted", "promoted"]
+
+
+def test_no_run_begins_where_what_comes_first_refuses(tmp_path: Path, settings: Settings) -> None:
+    def refuse() -> None:
+        raise PlanError("does not fit")
+
+    program = stand_in(tmp_path, ONCE_TOLD + say(GOOD))
+    with pytest.raises(PlanError, match="does not fit"):
+        release(tmp_path / "m.yaml", ["awq"], settings, Heard(), program, refuse)
+    assert not (tmp_path / "awq").exists()
+    assert list((settings.home / "logs").iterdir()) == []
 
 
 # A command line in small: releases with a stand-in until it is interrupted.
