@@ -64,4 +64,4 @@ def partitions_stand(instance: DagsterInstance) -> Iterator[None]:
     try:
         yield
     finally:
-        del instance.has_dynamic_partition  # type: ignore[method-assign]  # and so it is the class's again
+        del instance.has_dynamic_partition  # and so it is the class's again

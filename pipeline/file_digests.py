@@ -5,6 +5,7 @@ A digest is remembered with the file's size, times and inode; who remembers none
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterable, Mapping
@@ -32,8 +33,9 @@ def digests_of(files: Iterable[Path], memory: Path | None = None) -> dict[Path, 
         if stat.st_mtime_ns < began - _SETTLED_NS:
             read[str(path)] = [*seen, found[path]]
     if memory is not None and read:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(memory, json.dumps({**known, **read}, indent=1))
+        with contextlib.suppress(OSError):  # a full disk, or another thread at it: what is not remembered is read again
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(memory, json.dumps({**known, **read}, indent=1))
     return found
 
 
