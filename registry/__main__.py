@@ -17,7 +17,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from registry.errors import NotFoundError, PolicyError, PullError, RegistryError, TrackingError, VerificationError
+from registry.errors import (
+    DiskError,
+    NotFoundError,
+    PolicyError,
+    PullError,
+    RegistryError,
+    TrackingError,
+    VerificationError,
+)
 from registry.policy import Policy, Trust
 from registry.pull import Pulled, pull
 from registry.signing import load_trusted_keys
@@ -43,6 +51,8 @@ def status_of(error: RegistryError) -> int:
     """Return the exit status that tells a script what to do: try again, look, or give another name."""
     if isinstance(error, NotFoundError):
         return NOT_FOUND
+    if isinstance(error, DiskError):
+        return FAILED
     if isinstance(error, (VerificationError, PullError)):
         return REFUSED
     return USAGE if isinstance(error, PolicyError) else FAILED
@@ -69,15 +79,17 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         "--cache", type=Path, help="a folder on the same file system that keeps files for other pulls"
     )
     one = commands.add_parser("pull", parents=[common, fetching], help="fetch a release, verified before it appears")
-    one.add_argument(
-        "--if-changed", action="store_true", help="replace another release; exit with 5 where it is the same"
-    )
+    one.add_argument("--replace", action="store_true", help="let another release there give way")
+    one.add_argument("--if-changed", action="store_true", help="the same, and exit with 5 where it is this one")
     one.set_defaults(command=_pull)
     follow = commands.add_parser(
         "watch", parents=[common, fetching], help="pull whenever the alias names another release"
     )
     follow.add_argument("--every", type=float, default=30.0, metavar="SECONDS")
-    follow.add_argument("--run", type=shlex.split, default=[], metavar="COMMAND", help="run as COMMAND FOLDER DIGEST")
+    follow.add_argument(
+        "--run", type=shlex.split, default=[], metavar="COMMAND",
+        help="run as COMMAND FOLDER DIGEST; again where it failed",
+    )  # fmt: skip
     follow.set_defaults(command=_watch)
     check = commands.add_parser("verify", parents=[common], help="check a pulled release, offline")
     check.add_argument("folder", type=Path)
@@ -98,8 +110,8 @@ def _trust(options: argparse.Namespace) -> Trust:
 def _pull(options: argparse.Namespace, trust: Trust, tracking_uri: str) -> int:
     pulled = pull(
         options.name, options.destination,
-        tracking_uri=_given(tracking_uri), trusted_keys=trust, cache=options.cache, replace=options.if_changed,
-        progress=_say,
+        tracking_uri=_given(tracking_uri), trusted_keys=trust, cache=options.cache,
+        replace=options.replace or options.if_changed, progress=_say,
     )  # fmt: skip
     _tell(pulled, as_json=options.json)
     return UNCHANGED if options.if_changed and pulled.already_there else DONE
@@ -109,15 +121,19 @@ def _watch(options: argparse.Namespace, trust: Trust, tracking_uri: str) -> int:
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
-    found = watch(
-        options.name, options.destination,
+
+    def tell(pulled: Pulled) -> bool:
+        _tell(pulled, as_json=options.json)
+        status = run(options.run, pulled) if options.run else 0
+        if status:
+            _say(f"`{shlex.join(options.run)}` ended with status {status}; it is run again at the next look")
+        return status == 0
+
+    watch(
+        options.name, options.destination, tell,
         every=options.every, stopped=stopped, tracking_uri=_given(tracking_uri), trusted_keys=trust,
         cache=options.cache, progress=_say,
     )  # fmt: skip
-    for pulled in found:
-        _tell(pulled, as_json=options.json)
-        if options.run and (status := run(options.run, pulled)):
-            _say(f"`{shlex.join(options.run)}` ended with status {status}")
     return DONE
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import unquote, urlsplit
 
-from registry.download import CHUNK, Broken, Open, Reader, local
+from registry.download import CHUNK, Broken, Open, Reader, local, pause
 from registry.errors import PullError, TrackingError
 from registry.tracking import connected, local_folder
 
@@ -76,24 +76,39 @@ def fetch(stored: Artifacts, name: str, folder: Path, limit: int) -> Path:
 
 
 def sha256(stored: Artifacts, name: str) -> str:
-    """Return the SHA-256 of the stored bytes, in hexadecimal; empty where they can't be read."""
+    """Return the SHA-256 of the stored bytes, in hexadecimal; empty where it is a link.
+
+    Raises:
+        TrackingError: They can't be read now, which says nothing about what they are.
+    """
     total = hashlib.sha256()
     try:
         for chunk in _chunks(stored, name):
             total.update(chunk)
-    except (TrackingError, PullError):
+    except PullError:
         return ""
     return total.hexdigest()
 
 
 def _chunks(stored: Artifacts, name: str) -> Iterator[memoryview]:
+    """Read a file to its end; where it breaks off it is opened anew, from there on."""
     buffer = memoryview(bytearray(CHUNK))
-    try:
-        with stored.open(name) as (reader, _):
-            while count := reader.readinto(buffer):
-                yield buffer[:count]
-    except Broken as error:
-        raise TrackingError(f"`{name}` can't be read: {error}") from error
+    at, attempt = 0, 1
+    while True:
+        before = at
+        try:
+            with stored.open(name, at) as (reader, start):
+                again = at - start  # where the other side knows no ranges
+                while count := reader.readinto(buffer):
+                    new = buffer[min(again, count) : count]
+                    again -= count - len(new)
+                    at += len(new)
+                    yield new
+                return
+        except Broken as error:
+            why = str(error)
+        attempt = 1 if at > before else attempt + 1
+        pause(name, attempt, why)
 
 
 class LocalArtifacts:

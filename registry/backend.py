@@ -125,7 +125,7 @@ class Embedded:
 
     def names(self) -> list[str]:
         """Every registered model's name, sorted."""
-        return sorted(model.name for model in _pages(self._client.search_registered_models, max_results=1000))
+        return sorted(model.name for model in pages(self._client.search_registered_models, max_results=1000))
 
     def line(self, name: str) -> Line | None:
         """The line, or None."""
@@ -141,7 +141,7 @@ class Embedded:
             return []
         aliases = aliases_by_version(line)
         search = self._client.search_model_versions
-        listed = _pages(search, filter_string=f"name = '{name}'", max_results=1000)
+        listed = pages(search, filter_string=f"name = '{name}'", max_results=1000)
         versions = [
             Version(
                 name=name,
@@ -213,7 +213,8 @@ def only_version(backend: Backend, name: str, number: str) -> Version:
     raise TrackingError(f"`{name}` has no version {number} (there is: {there})")
 
 
-def _pages(search: Any, **options: Any) -> list[Any]:  # noqa: ANN401 - MLflow ships no types to us
+def pages(search: Any, **options: Any) -> list[Any]:  # noqa: ANN401 - MLflow ships no types to us
+    """Return everything that one of MLflow's searches finds, page after page."""
     found: list[Any] = []
     token = None
     while True:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from registry.errors import PullError
+from registry.errors import DiskError, PullError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
@@ -26,7 +26,7 @@ def beside(destination: Path, digest: str, progress: Callable[[str], None]) -> I
     """Give the folder for the release ``digest``; on an error what is in it stays for the next try, if it is anything.
 
     Raises:
-        PullError: Nothing can be written there.
+        DiskError: Nothing can be written there.
     """
     made = [folder for folder in (destination.parent, *destination.parent.parents) if not folder.exists()]
     try:
@@ -39,7 +39,7 @@ def beside(destination: Path, digest: str, progress: Callable[[str], None]) -> I
                 shutil.rmtree(part, ignore_errors=True)
             os.close(descriptor)
     except OSError as error:
-        raise PullError(f"can't write `{destination}`: {error.strerror or error}") from error
+        raise DiskError(f"can't write `{destination}`: {error.strerror or error}") from error
     finally:
         if not os.path.lexists(destination):
             remove_empty(made)
@@ -54,21 +54,24 @@ def take_place(part: Path, destination: Path, *, replace: bool) -> None:
     """Let the finished folder appear under the destination's name, at once and whole.
 
     With ``replace`` it changes places with what is there, in one step where the file system can (Linux,
-    ``RENAME_EXCHANGE``), and that is then removed; a process that has it open keeps what it has.
+    ``RENAME_EXCHANGE``), and that is then removed; a process that has it open keeps what it has. Of a symlink the link
+    goes, and what it points at stays.
     """
     if replace and os.path.lexists(destination):
         if not _exchange(part, destination):
             aside = part.with_name(part.name + ".old")
-            shutil.rmtree(aside, ignore_errors=True)
+            _remove(aside)
             destination.rename(aside)
             part.rename(destination)
             part = aside
         sync(destination.parent)
-        shutil.rmtree(part, ignore_errors=True)
+        _remove(part)
         return
     try:
         part.rename(destination)
     except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
         raise PullError(f"`{destination}` appeared meanwhile: {error.strerror}") from error
     sync(destination.parent)
 
@@ -123,6 +126,13 @@ def _locked(destination: Path, digest: str, progress: Callable[[str], None]) -> 
             told = True
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         os.close(descriptor)  # it may be another folder's by now: look again
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove_if_dead(part: Path) -> None:

@@ -95,11 +95,16 @@ def _fill(name: str, descriptor: int, held: int, size: int, open_at: Open, moved
             why = str(error)
         if at < size:
             attempt = 1 if at > before else attempt + 1
-            if attempt > _ATTEMPTS:
-                raise TrackingError(f"`{name}` can't be fetched: {why}")
-            time.sleep(_FIRST_PAUSE * 2**attempt * random.uniform(0.5, 1.0))  # noqa: S311 - spreads those who wait
+            pause(name, attempt, why)
     os.ftruncate(descriptor, size)
     return total.hexdigest()
+
+
+def pause(name: str, attempt: int, why: str) -> None:
+    """Wait before the next attempt to read on; ``TrackingError`` where there were enough without a byte of progress."""
+    if attempt > _ATTEMPTS:
+        raise TrackingError(f"`{name}` can't be fetched: {why}")
+    time.sleep(_FIRST_PAUSE * 2**attempt * random.uniform(0.5, 1.0))  # noqa: S311 - spreads those who wait
 
 
 def hash_start(descriptor: int, count: int, buffer: memoryview) -> hashlib._Hash:

@@ -38,6 +38,10 @@ class NotFoundError(PullError):
     """No such release line, alias or version."""
 
 
+class DiskError(PullError):
+    """The destination or the cache can't be written now: no space, or no permission."""
+
+
 class PolicyError(RegistryError):
     """A policy that can't be read."""
 

@@ -7,7 +7,8 @@ its versions were verified before it was written.
 
 Law: for each alias, the last entry that moves it says where it points. Where it points elsewhere, something that is not
 Slipway moved it, and `registry.pull` refuses it. An entry may be signed; then it holds for those who trust the key,
-whoever can write to MLflow.
+whoever can write to MLflow. The signature is over the entry and not over its ``state``, which whoever can write to
+MLflow can set: where moves must be signed no state is believed (`proven`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ PREFIX = "slipway.journal."
 PAYLOAD_TYPE = "application/vnd.slipway.journal.v1+json"
 WEIGHT_TAG = "slipway.canary"
 Action = Literal["promote", "rollback", "canary"]
+State = Literal["begun", "done", "abandoned"]
 
 
 class Move(BaseModel):
@@ -73,7 +75,7 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    state: Literal["begun", "done", "abandoned"]
+    state: State
     entry: Entry
     signature: str | None = None
 
@@ -95,7 +97,7 @@ def records(line: Line) -> list[Record]:
         TrackingError: An entry can't be read, or says another number or line than its tag.
     """
     found = []
-    for key in sorted(key for key in line.tags if key.startswith(PREFIX)):
+    for key in (key for key in line.tags if key.startswith(PREFIX)):
         try:
             record = Record.model_validate_json(line.tags[key])
         except ValidationError as error:
@@ -103,20 +105,51 @@ def records(line: Line) -> list[Record]:
         if key != _key(record.entry.number) or record.entry.line != line.name:
             raise TrackingError(f"the audit trail of `{line.name}` was altered at `{key}`: its entry is another's")
         found.append(record)
-    return found
+    return sorted(found, key=lambda record: record.entry.number)
 
 
 def says(journal: Sequence[Record], alias: str) -> Record | None:
     """Return the last record that moves the alias; None where none does."""
     for record in reversed(journal):
-        if record.state != "abandoned" and any(move.alias == alias for move in record.entry.moves):
+        if record.state != "abandoned" and _moves(record, alias):
             return record
     return None
 
 
+def proven(journal: Sequence[Record], alias: str, trusted: Sequence[PublicKey]) -> tuple[Entry | None, str]:
+    """Return the last entry that moves the alias, held to signatures alone; else None, and what it lacks.
+
+    An act that was begun or abandoned counts as one that is done, so that no state that was set brings back what was
+    before. From that entry to the end none may be missing or unsigned: one that was taken out, or put in the place of
+    another, may have moved the alias too.
+    """
+    at = next((i for i in reversed(range(len(journal))) if _moves(journal[i], alias)), None)
+    if at is None:
+        return None, "no entry of the audit trail says so"
+    first = journal[at].entry.number
+    for number, record in enumerate(journal[at:], first):
+        if record.entry.number != number:
+            return None, f"entry {number} of the audit trail is missing"
+        if record.signed_by(trusted) is None:
+            return None, f"no trusted key signed entry {number} of the audit trail"
+    return journal[at].entry, ""
+
+
+def confirmed(line: Line, alias: str, version: str, signers: Sequence[PublicKey]) -> bool:
+    """Whether the alias names the version, as the audit trail says; by an entry of ``signers``, if any are given."""
+    if line.aliases.get(alias) != version:
+        return False
+    if signers:
+        entry, _ = proven(records(line), alias, signers)
+    else:
+        record = says(records(line), alias)
+        entry = record.entry if record is not None and record.state == "done" else None
+    return entry is not None and any((move.alias, move.after) == (alias, version) for move in entry.moves)
+
+
 def pending(journal: Sequence[Record]) -> Record | None:
-    """Return the act that was begun and not finished, if there is one."""
-    return next((record for record in journal if record.state == "begun"), None)
+    """Return the act that was begun and not finished, if there is one: the last, for whoever comes next finishes it."""
+    return journal[-1] if journal and journal[-1].state == "begun" else None
 
 
 def act(
@@ -171,10 +204,12 @@ def finish(turn: Turn, backend: Backend, line: Line, record: Record) -> Record:
     if whole and any(move.alias == "canary" for move in entry.moves):
         split = {"version": entry.version, "weight": entry.weight} if entry.weight else {}
         backend.set_line_tag(entry.line, WEIGHT_TAG, canonical_json(split).decode())
-    ended = record.model_copy(update={"state": "done" if whole else "abandoned"})
-    turn.check()
-    _write(backend, ended)
-    return ended
+    return _end(turn, backend, record, "done" if whole else "abandoned")
+
+
+def abandon(turn: Turn, backend: Backend, record: Record) -> None:
+    """Write down that a begun act is not to be finished; the aliases stay as they are."""
+    _end(turn, backend, record, "abandoned")
 
 
 def somebody() -> str:
@@ -184,6 +219,17 @@ def somebody() -> str:
     except KeyError:
         user = str(os.getuid())
     return f"{user}@{socket.gethostname()}"
+
+
+def _end(turn: Turn, backend: Backend, record: Record, state: State) -> Record:
+    ended = record.model_copy(update={"state": state})
+    turn.check()
+    _write(backend, ended)
+    return ended
+
+
+def _moves(record: Record, alias: str) -> bool:
+    return any(move.alias == alias for move in record.entry.moves)
 
 
 def _write(backend: Backend, record: Record) -> None:

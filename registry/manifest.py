@@ -69,6 +69,12 @@ def _covered(path: str) -> str:
     return _relative(path)
 
 
+def _moment(text: str) -> str:
+    """Accept a day that the calendar has, and a time that the clock has."""
+    datetime.fromisoformat(text)
+    return text
+
+
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=120)]
 Hex256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
@@ -77,7 +83,7 @@ RelativePath = Annotated[str, AfterValidator(_relative)]
 CoveredPath = Annotated[str, AfterValidator(_covered)]
 Count = Annotated[int, Field(ge=0)]
 Scalar = str | bool | int | float | None
-Timestamp = Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+Timestamp = Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$"), AfterValidator(_moment)]
 
 
 class Later:

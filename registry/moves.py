@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from registry import journal
 from registry.backend import Backend, Line, Version, only_version, open_backend
 from registry.catalog import current, names, nearest
-from registry.errors import PromotionError, RegistryError
-from registry.journal import Action, Entry
-from registry.policy import Trust
-from registry.signing import SigningKey
+from registry.errors import PromotionError, PullError, VerificationError
+from registry.journal import Action, Entry, Record
+from registry.policy import Policy, Trust, policy_of
+from registry.signing import PublicKey, SigningKey
 from registry.stored import verify_stored
 from registry.turns import Turn, turn
 
@@ -56,6 +56,9 @@ def promote_version(
 ) -> Moved:
     """Make a registered version champion; ``previous`` names the champion before. The canary, if it is this, ends.
 
+    Where it is champion already, and the audit trail does not say so, an entry is written that does: something else
+    than Slipway moved the alias, or nobody signed for it (which counts where there is a ``key``).
+
     Args:
         name: The release line, as ``demo-awq``.
         version: The version's number.
@@ -71,10 +74,14 @@ def promote_version(
         PromotionError: The stored version is not what was signed, a gate blocks or is absent; no alias moved.
         TrackingError: There is no such version, or MLflow can't be reached, or refused.
     """
-    with _opened(name, tracking_uri, progress) as (held, backend, line, _):
+    policy = policy_of(trusted_keys, required_gates)
+    with _opened(name, tracking_uri, policy, progress) as (held, backend, line, _):
         chosen = only_version(backend, name, version)
-        digest = _verified(chosen, tracking_uri, trusted_keys, required_gates, progress)
-        entry = appoint(held, backend, line, chosen, digest, action="promote", why=why, who=who, key=key)
+        digest = _verified(chosen, tracking_uri, policy, progress)
+        entry = appoint(
+            held, backend, line, chosen, digest,
+            action="promote", why=why, who=who, key=key, signers=signers(policy, key),
+        )  # fmt: skip
         return _told(tracking_uri, name, "promote", version, digest, entry)
 
 
@@ -94,13 +101,14 @@ def rollback(
     A rollback that was killed is finished, not done a second time. Arguments and errors are those of `promote_version`;
     a line without ``previous`` is a ``PromotionError``.
     """
-    with _opened(name, tracking_uri, progress) as (held, backend, line, finished):
+    policy = policy_of(trusted_keys, required_gates)
+    with _opened(name, tracking_uri, policy, progress) as (held, backend, line, finished):
         if finished is not None and finished.action == "rollback":
             return _told(tracking_uri, name, "rollback", finished.version, finished.digest, finished, finished=True)
         if PREVIOUS not in line.aliases:
             raise PromotionError(f"`{name}` has no version `{PREVIOUS}`: there is nothing to go back to")
         chosen = only_version(backend, name, line.aliases[PREVIOUS])
-        digest = _verified(chosen, tracking_uri, trusted_keys, required_gates, progress)
+        digest = _verified(chosen, tracking_uri, policy, progress)
         entry = appoint(held, backend, line, chosen, digest, action="rollback", why=why, who=who, key=key)
         return _told(tracking_uri, name, "rollback", chosen.version, digest, entry)
 
@@ -125,7 +133,8 @@ def canary(
     """
     if not 0 <= weight <= 100:
         raise PromotionError(f"a weight of {weight} is no share of the traffic: give 0 to 100 percent")
-    with _opened(name, tracking_uri, progress) as (held, backend, line, _):
+    policy = policy_of(trusted_keys, required_gates)
+    with _opened(name, tracking_uri, policy, progress) as (held, backend, line, _):
         chosen = only_version(backend, name, version)
         if weight and line.aliases.get(CHAMPION) == version:
             raise PromotionError(f"version {version} of `{name}` is champion: it gets all the traffic that is left")
@@ -133,7 +142,7 @@ def canary(
             raise PromotionError(f"version {version} of `{name}` is no canary")
         digest = chosen.manifest_digest or ""
         if weight:
-            digest = _verified(chosen, tracking_uri, trusted_keys, required_gates, progress)
+            digest = _verified(chosen, tracking_uri, policy, progress)
         moves = {CANARY: version if weight else None}
         entry = journal.act(
             held, backend, line,
@@ -153,16 +162,21 @@ def appoint(
     why: str,
     who: str | None,
     key: SigningKey | None,
+    signers: Sequence[PublicKey] = (),
     also: Sequence[str] = (),
     champion: bool = True,
 ) -> Entry | None:
-    """Let ``champion``, and the aliases ``also``, name a verified version; None where they do.
+    """Let ``champion``, and the aliases ``also``, name a verified version; None where they do, and it is `confirmed`.
 
     Where a version is promoted, the one that it replaces becomes ``previous`` first, so that there is a way back at
     every moment; in a rollback the champion moves first, since that is what it is for.
     """
     before, number = line.aliases.get(CHAMPION), chosen.version
-    moves: dict[str, str | None] = {alias: number for alias in also if line.aliases.get(alias) != number}
+    moves: dict[str, str | None] = {
+        alias: number for alias in also if not journal.confirmed(line, alias, number, signers)
+    }
+    if champion and before == number and not journal.confirmed(line, CHAMPION, number, signers):
+        moves[CHAMPION] = number
     if champion and before != number:
         appointed: dict[str, str | None] = {CHAMPION: number}
         if before is not None:
@@ -178,39 +192,69 @@ def appoint(
     )
 
 
-def recover(held: Turn, backend: Backend, name: str, progress: Progress) -> Entry | None:
-    """Finish the act that a killed process had begun, if there is one, and return it."""
+def signers(policy: Policy, key: SigningKey | None) -> tuple[PublicKey, ...]:
+    """Return whose signature on an entry is enough for whoever moves with ``key``; without one none is needed."""
+    return () if key is None else (*policy.keys, key.public)
+
+
+def recover(
+    held: Turn, backend: Backend, name: str, tracking_uri: str, policy: Policy, progress: Progress
+) -> Entry | None:
+    """Finish the act that a killed process had begun, if there is one, and return it.
+
+    Whoever can write to MLflow can write such an act: it is given up where a version that it moves an alias to is not
+    what was signed, or not what the policy asks for.
+    """
     line = backend.line(name)
     begun = journal.pending(journal.records(line)) if line is not None else None
     if line is None or begun is None:
         return None
     entry = begun.entry
-    progress(f"finishing the {entry.action} of version {entry.version} that {entry.who} began at {entry.when}")
+    what = f"the {entry.action} of version {entry.version} that {entry.who} began at {entry.when}"
+    unfit = _unfit(backend, line, begun, tracking_uri, policy)
+    if unfit is not None:
+        progress(f"giving up {what}: {unfit}")
+        journal.abandon(held, backend, begun)
+        return None
+    progress(f"finishing {what}")
     return entry if journal.finish(held, backend, line, begun).state == "done" else None
 
 
+def _unfit(backend: Backend, line: Line, begun: Record, tracking_uri: str, policy: Policy) -> str | None:
+    """Say why an act that was begun may not be finished; None where it may. A rollback verifies `previous` anew."""
+    if policy.signed_moves and begun.signed_by(policy.keys) is None:
+        return "no trusted key signed it"
+    left = [move for move in begun.entry.moves if line.aliases.get(move.alias) != move.after]
+    moving = {move.after for move in left if move.alias != PREVIOUS}
+    for version in backend.versions(line.name):
+        if version.version in moving:
+            try:
+                verify_stored(version, tracking_uri, policy)
+            except (VerificationError, PullError) as error:
+                return str(error)
+    return None
+
+
 @contextmanager
-def _opened(name: str, tracking_uri: str, progress: Progress) -> Iterator[tuple[Turn, Backend, Line, Entry | None]]:
+def _opened(
+    name: str, tracking_uri: str, policy: Policy, progress: Progress
+) -> Iterator[tuple[Turn, Backend, Line, Entry | None]]:
     """Give the turn, the store, the line as it is once everything is finished, and what was finished."""
     if not current(tracking_uri, name):
         raise PromotionError(f"there is no release `{name}`{nearest(name, names(tracking_uri))}")
     with turn(tracking_uri, name, progress) as held, open_backend(tracking_uri) as backend:
-        finished = recover(held, backend, name, progress)
+        finished = recover(held, backend, name, tracking_uri, policy, progress)
         line = backend.line(name)
         if line is None:
             raise PromotionError(f"`{name}` was removed meanwhile")
         yield held, backend, line, finished
 
 
-def _verified(
-    chosen: Version, tracking_uri: str, trusted: Trust, gates: Sequence[str] | None, progress: Progress
-) -> str:
+def _verified(chosen: Version, tracking_uri: str, policy: Policy, progress: Progress) -> str:
     progress(f"verifying what is stored of {chosen.name} version {chosen.version}")
     try:
-        return verify_stored(chosen, tracking_uri, trusted, required_gates=gates).digest
-    except PromotionError:
-        raise
-    except RegistryError as error:
+        return verify_stored(chosen, tracking_uri, policy).digest
+    except (VerificationError, PullError) as error:
         raise PromotionError(f"version {chosen.version} of `{chosen.name}` stays where it is: {error}") from error
 
 

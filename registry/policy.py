@@ -6,13 +6,16 @@ A policy can be kept beside a deployment as a TOML file; paths in it count from 
     keys = ["keys/release.pub"]          # PEM files, or folders whose *.pub files are taken
     certificates = ["keys/ca.pem"]       # authorities, whose certificates may sign …
     identities = ["release@example.com"] # … for these names; every name where this is left out
-    signed_moves = true                  # aliases count only as a signed entry of the audit trail says
+    signed_moves = true                  # aliases count only as entries of the audit trail say that `keys` signed
 
     [gates]
     required = ["drift", "scan", "load"]
 
     [evidence]
     maximum_age_days = 90
+
+The age counts from ``created`` in the manifest, which is when the release was sealed: the manifest holds no date of a
+measurement. Evidence that was taken over from an earlier run is older than that.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ _KEYS: Mapping[str, frozenset[str]] = {
 
 @dataclass(frozen=True)
 class Policy:
-    """Trusted keys and authorities, gates that must be there, and the greatest age of a release; None is any age."""
+    """Trusted keys and authorities, gates that must be there, and the greatest age since sealing; None is any age."""
 
     keys: tuple[PublicKey, ...]
     required_gates: tuple[str, ...] = REQUIRED_GATES
@@ -63,13 +66,22 @@ class Policy:
         days = document.get("evidence", {}).get("maximum_age_days")
         if days is not None and (not isinstance(days, (int, float)) or days <= 0):
             raise PolicyError(f"`evidence.maximum_age_days` in `{path}` is {days!r}: give a number of days above zero")
+        signed_moves = signers.get("signed_moves", False)
+        if not isinstance(signed_moves, bool):
+            raise PolicyError(f"`signers.signed_moves` in `{path}` is {signed_moves!r}: give true or false")
+        keys = load_trusted_keys([path.parent / item for item in _strings(path, signers, "keys", "signers")])
+        if signed_moves and not keys:
+            raise PolicyError(
+                f"`signers.signed_moves` in `{path}` needs `signers.keys`: an entry of the audit trail is signed by a"
+                " key, never by a certificate"
+            )
         return cls(
-            keys=load_trusted_keys([path.parent / item for item in _strings(path, signers, "keys", "signers")]),
+            keys=keys,
             required_gates=tuple(
                 _strings(path, document.get("gates", {}), "required", "gates", default=list(REQUIRED_GATES))
             ),
             maximum_age=None if days is None else timedelta(days=days),
-            signed_moves=signers.get("signed_moves", False) is True,
+            signed_moves=signed_moves,
             authorities=tuple(
                 Authority(certificate, tuple(_strings(path, signers, "identities", "signers")))
                 for item in _strings(path, signers, "certificates", "signers")

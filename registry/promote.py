@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,11 +20,19 @@ from registry import journal
 from registry.artifacts import open_artifacts
 from registry.backend import MANIFEST_TAG, MODEL_TAG, Embedded, Version, only_version
 from registry.catalog import current, line
-from registry.errors import Problem, PromotionError, PullError, RegistryError, VerificationError
+from registry.errors import (
+    Problem,
+    PromotionError,
+    PullError,
+    RegistryError,
+    TrackingError,
+    VerificationError,
+)
 from registry.manifest import DOCUMENTS, Manifest
-from registry.moves import CANDIDATE, CHAMPION, Progress, appoint, recover
-from registry.policy import Trust
-from registry.signing import SigningKey
+from registry.moves import CANDIDATE, CHAMPION, Progress, appoint, recover, signers
+from registry.policy import Policy, Trust, policy_of
+from registry.seal import place
+from registry.signing import PublicKey, SigningKey
 from registry.stored import differences, verify_stored
 from registry.tracking import connected, database_path, local_folder
 from registry.turns import turn
@@ -35,6 +43,7 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
 
 EXPERIMENT = "slipway"
+SCHEME_TAG = "slipway.scheme"
 Champion = Literal["automatic", "manual"]
 
 
@@ -75,28 +84,30 @@ def promote(
             No version was registered, and no alias moved.
         TrackingError: MLflow can't be reached, or refused.
     """
-    report = _verified(folder, trusted_keys, required_gates)
-    name, digest = report.manifest.name, report.manifest_digest
+    policy = policy_of(trusted_keys, required_gates)
+    report = _verified(folder, policy)
+    name, digest, known = report.manifest.name, report.manifest_digest, signers(policy, key)
     with turn(tracking_uri, name, progress) as held:
         found = _registered(tracking_uri, name, digest)
         wanted = {CANDIDATE, CHAMPION} if champion == "automatic" else {CANDIDATE}
-        if found is not None and wanted <= set(found.aliases) and not _pending(tracking_uri, name):
+        if found is not None and _settled(tracking_uri, found, wanted, known):
             return Promotion(name, found.version, found.aliases, digest, reused=True, replaced=None)
         with connected(tracking_uri) as client:
             backend = Embedded(client)
-            recover(held, backend, name, progress)
+            recover(held, backend, name, tracking_uri, policy, progress)
             release = _Release(client, tracking_uri, folder, report, progress)
             if found is None:
                 number = release.register(_experiment(client, tracking_uri, artifact_root))
             else:
-                _still_whole(found, tracking_uri, trusted_keys, required_gates)
+                _still_whole(found, tracking_uri, policy)
                 number = found.version
             now = backend.line(name)
             if now is None:
                 raise PromotionError(f"not promoted: `{name}` was removed meanwhile")
             entry = appoint(
                 held, backend, now, only_version(backend, name, number), digest,
-                action="promote", why=why, who=who, key=key, also=[CANDIDATE], champion=champion == "automatic",
+                action="promote", why=why, who=who, key=key, signers=known,
+                also=[CANDIDATE], champion=champion == "automatic",
             )  # fmt: skip
         aliases = next(version.aliases for version in current(tracking_uri, name) if version.version == number)
     progress(f"{name} version {number} is {' and '.join(aliases)}")
@@ -104,17 +115,17 @@ def promote(
     return Promotion(name, number, aliases, digest, reused=found is not None, replaced=replaced)
 
 
-def _verified(folder: Path, trusted_keys: Trust, required_gates: Sequence[str] | None) -> VerificationReport:
+def _verified(folder: Path, policy: Policy) -> VerificationReport:
     try:
-        return verify(folder, trusted_keys, required_gates=required_gates)
+        return verify(folder, policy)
     except VerificationError as error:
         raise PromotionError(f"not promoted: {'; '.join(str(problem) for problem in error.problems)}") from error
 
 
-def _still_whole(found: Version, tracking_uri: str, trusted_keys: Trust, required_gates: Sequence[str] | None) -> None:
+def _still_whole(found: Version, tracking_uri: str, policy: Policy) -> None:
     """Verify what was registered before; it may be signed by another key than the folder, or at another time."""
     try:
-        verify_stored(found, tracking_uri, trusted_keys, required_gates=required_gates)
+        verify_stored(found, tracking_uri, policy)
     except (VerificationError, PullError) as error:
         problems = error.problems if isinstance(error, VerificationError) else [error]
         why = "; ".join(str(problem) for problem in problems)
@@ -126,9 +137,12 @@ def _registered(tracking_uri: str, name: str, digest: str) -> Version | None:
     return next((found for found in current(tracking_uri, name) if found.manifest_digest == digest), None)
 
 
-def _pending(tracking_uri: str, name: str) -> bool:
-    found = line(tracking_uri, name)
-    return found is not None and journal.pending(journal.records(found)) is not None
+def _settled(tracking_uri: str, found: Version, wanted: Collection[str], known: Sequence[PublicKey]) -> bool:
+    """Whether the aliases name the version, as the audit trail says, and no act is to be finished."""
+    now = line(tracking_uri, found.name)
+    if now is None or journal.pending(journal.records(now)) is not None:
+        return False
+    return all(journal.confirmed(now, alias, found.version, known) for alias in wanted)
 
 
 @dataclass(frozen=True)
@@ -150,7 +164,7 @@ class _Release:
         model = self._left_behind(experiment) or self._upload(experiment)
         name = self.manifest.name
         if not self.client.search_registered_models(f"name = '{name}'"):
-            tags = {MODEL_TAG: self.manifest.model, "slipway.scheme": self.manifest.scheme}
+            tags = {MODEL_TAG: self.manifest.model, SCHEME_TAG: self.manifest.scheme}
             Embedded(self.client).create_line(name, tags)
         version = self.client.create_model_version(
             name,
@@ -170,14 +184,13 @@ class _Release:
             raise PromotionError(f"not promoted: {what} is not what was signed: {found}")
 
     def _left_behind(self, experiment: str) -> LoggedModel | None:
-        """Return what a killed promotion had uploaded and verified; throw away what it had not."""
+        """Return what an earlier promotion had uploaded whole and did not register; throw away what is not whole."""
         query = f"tags.`{MANIFEST_TAG}` = '{self.report.manifest_digest}'"
         for model in self.client.search_logged_models([experiment], filter_string=query):
-            whole = str(model.status) == "READY" and not self._differences(model.artifact_location)
-            if whole:
+            if not self._differences(model.artifact_location):
                 self.progress("an earlier promotion had uploaded this release: registering it")
-                return model
-            self._discard(model)
+                return model if str(model.status) == "READY" else self._finished(model)
+            discard_upload(self.client, model)
         return None
 
     def _upload(self, experiment: str) -> LoggedModel:
@@ -192,14 +205,30 @@ class _Release:
             params=_params(manifest),
         )
         try:
-            self.client.log_model_artifacts(model.model_id, str(self.folder))
+            self._put(model)
             self.progress("reading back what was uploaded")
             self.check(model.artifact_location, "what was uploaded")
-            self._log_metrics(run.info.run_id, model.model_id)
-        except BaseException:  # whatever it was, nothing half-made stays where it can be found
-            self._discard(model)
+            return self._finished(model)
+        except TrackingError:  # nobody knows that it is bad: the next promotion reads it back
             raise
-        self.client.set_terminated(run.info.run_id)
+        except BaseException:  # whatever it was, nothing half-made stays where it can be found
+            discard_upload(self.client, model)
+            raise
+
+    def _put(self, model: LoggedModel) -> None:
+        """Store the release's files; where that is a folder of this machine, by hard link if one can be made."""
+        folder = local_folder(model.artifact_location)
+        if folder is None:
+            self.client.log_model_artifacts(model.model_id, str(self.folder))
+            return
+        names = [*self.manifest.files, *(name for name in DOCUMENTS if (self.folder / name).exists())]
+        place({name: self.folder / name for name in names}, folder)
+
+    def _finished(self, model: LoggedModel) -> LoggedModel:
+        """Say of an upload that is whole what was measured, and that it is whole."""
+        if model.source_run_id:
+            self._log_metrics(model.source_run_id, model.model_id)
+            self.client.set_terminated(model.source_run_id)
         return self.client.finalize_logged_model(model.model_id, "READY")
 
     def _differences(self, location: str) -> list[Problem]:
@@ -209,20 +238,7 @@ class _Release:
             found = set(stored.names())
             extra = [Problem(name, "extra") for name in sorted(found - expected.keys())]
             missing = [Problem(name, "missing") for name in sorted(expected.keys() - found)]
-            return (
-                extra
-                + missing
-                + differences(stored, {name: expected[name] for name in sorted(found & expected.keys())})
-            )
-
-    def _discard(self, model: LoggedModel) -> None:
-        """Delete a logged model that no version names, its run, and its files where they are on this machine."""
-        self.client.delete_logged_model(model.model_id)
-        if model.source_run_id:
-            self.client.delete_run(model.source_run_id)
-        files = local_folder(model.artifact_location)
-        if files is not None and files.parent.name == model.model_id:
-            shutil.rmtree(files.parent, ignore_errors=True)
+            return extra + missing or differences(stored, expected)  # half an upload is not read back
 
     def _log_metrics(self, run_id: str, model_id: str) -> None:
         """Log each gate's metrics, so that MLflow's own pages compare versions."""
@@ -242,7 +258,7 @@ class _Release:
         return {
             MANIFEST_TAG: self.report.manifest_digest,
             MODEL_TAG: manifest.model,
-            "slipway.scheme": manifest.scheme,
+            SCHEME_TAG: manifest.scheme,
             "slipway.keyid": self.report.keyid,
             "slipway.image": manifest.image.reference,
             "slipway.image_digest": manifest.image.digest,
@@ -256,6 +272,25 @@ class _Release:
             f"- {gate.verdict.gate}: {gate.verdict.status}. {gate.verdict.reason}" for gate in self.manifest.gates
         )
         return f"{self.manifest.model}, {self.manifest.scheme}, {self.manifest.created}\n\n{gates}"[:4900]
+
+
+def line_of(model: LoggedModel) -> str:
+    """Return the release line that a logged model was uploaded for."""
+    return f"{model.tags.get(MODEL_TAG)}-{model.tags.get(SCHEME_TAG)}"
+
+
+def discard_upload(client: MlflowClient, model: LoggedModel) -> None:
+    """Delete a logged model that no version names: its files where they are on this machine, its run, and itself.
+
+    It goes last, so that whoever is killed here leaves something that the next one finds. Elsewhere MLflow holds the
+    files of a deleted logged model until its own ``mlflow gc`` is run.
+    """
+    files = local_folder(model.artifact_location)
+    if files is not None and files.parent.name == model.model_id:
+        shutil.rmtree(files.parent, ignore_errors=True)
+    if model.source_run_id and client.get_run(model.source_run_id).info.lifecycle_stage == "active":
+        client.delete_run(model.source_run_id)
+    client.delete_logged_model(model.model_id)
 
 
 def _params(manifest: Manifest) -> dict[str, str]:

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,12 +21,20 @@ from registry.cache import Cache
 from registry.catalog import names, nearest
 from registry.destination import beside, discard, is_empty, sync, take_place
 from registry.download import Moved, download
-from registry.errors import ManifestError, NotFoundError, Problem, PullError, TrackingError, VerificationError
+from registry.errors import (
+    DiskError,
+    ManifestError,
+    NotFoundError,
+    Problem,
+    PullError,
+    TrackingError,
+    VerificationError,
+)
 from registry.manifest import DOCUMENTS, MANIFEST, FileRecord, Manifest
 from registry.policy import Policy, Trust, policy_of
 from registry.stored import blamed, fetch_documents, reading
 from registry.tracking import shown
-from registry.verify import VerificationReport, verify
+from registry.verify import VerificationReport, look, verify
 
 DEFAULT_ALIAS = "champion"
 CONNECTIONS = 8
@@ -78,12 +87,13 @@ def pull(
         required_gates: The gates that must be there; the policy's where not given.
         cache: A folder, on the destination's file system, that keeps files for other pulls; they are linked.
         replace: Whether a destination that holds another release gives way to this one, in one step, once it is whole.
-            Then a changed release is told from its manifest, and one that is the same is not hashed again.
+            Then whether it is this one is told without hashing its files, by `registry.verify.look`.
         progress: Told what is being done.
 
     Raises:
         NotFoundError: No such release line, alias or version.
         PullError: The destination is taken, or the registry's entry is of another release than its files.
+        DiskError: Nothing can be written there now.
         VerificationError: What was fetched is not what was signed, or not what the policy asks for.
         TrackingError: The registry can't be reached or read.
     """
@@ -96,8 +106,9 @@ def pull(
         if not replace:
             return Pulled(name, version.version, alias, destination, True, _held(destination, version, policy))
         former = _former(destination)
-        if former.digest == version.manifest_digest:
-            return Pulled(name, version.version, alias, destination, True, _unread(former))
+        with suppress(VerificationError):  # another release, or one that is no more what was signed: fetched below
+            report = look(destination, policy, version.manifest_digest)
+            return Pulled(name, version.version, alias, destination, True, report)
     digest = version.manifest_digest or ""
     progress(f"{name}@{alias} is version {version.version}, {digest}")
     with reading(version, tracking_uri) as stored, beside(destination, digest, progress) as part:
@@ -171,12 +182,18 @@ def resolve(name: str, alias: str, tracking_uri: str, policy: Policy, cache: Pat
     pin = _PIN.fullmatch(alias)
     line, number = _settled(name, alias, pin[1] if pin else None, tracking_uri, policy)
     if cache is not None:
-        _remember(cache, line)
+        _remember(cache, line, policy)
     version = catalog.version(tracking_uri, name, number)
     if version is None:
         raise NotFoundError(f"`{name}` has no version {number}")
     if version.manifest_digest is None:
         raise PullError(f"version {number} of `{name}` was not registered by Slipway: it has no signed manifest")
+    other = _registered_otherwise(line, version, policy)
+    if other is not None:
+        raise PullError(
+            f"version {number} of `{name}` is registered as {version.manifest_digest}, and a signed entry of the audit"
+            f" trail says {other}: it was put in that one's place"
+        )
     return version
 
 
@@ -198,26 +215,49 @@ def _settled(name: str, alias: str, pinned: str | None, tracking_uri: str, polic
 
 
 def _unexplained(line: Line, alias: str, policy: Policy) -> str | None:
-    """Say how what the alias names differs from what the audit trail says; None where it does not."""
-    record = journal.says(journal.records(line), alias)
-    if record is None:
-        return "and no entry of the audit trail says so, which this policy asks for" if policy.signed_moves else None
-    move = next(move for move in record.entry.moves if move.alias == alias)
-    allowed = {move.after} if record.state == "done" else {move.before, move.after}
-    if line.aliases.get(alias) not in allowed:
-        return (
-            f"but the audit trail says {move.after}: something else than Slipway moved it;"
-            f" `slipway promote {line.name} --version N` says which it is to be"
-        )
-    if policy.signed_moves and record.signed_by(policy.keys) is None:
-        return f"by entry {record.entry.number} of the audit trail, which no trusted key signed"
+    """Say how what the alias names differs from what the audit trail says; None where it does not.
+
+    Where moves must be signed, an act that was begun and not finished is no excuse: anybody could have said so.
+    """
+    advice = f"`slipway promote {line.name} --version N` says which it is to be"
+    records = journal.records(line)
+    if policy.signed_moves:
+        entry, lacking = journal.proven(records, alias, policy.keys)
+        if entry is None:
+            return f"and {lacking}, which this policy asks for; {advice}"
+        begun = False
+    else:
+        record = journal.says(records, alias)
+        if record is None:
+            return None
+        entry, begun = record.entry, record.state == "begun"
+    move = next(move for move in entry.moves if move.alias == alias)
+    if line.aliases.get(alias) in ({move.before, move.after} if begun else {move.after}):
+        return None
+    return f"but the audit trail says {move.after}: something else than Slipway moved it; {advice}"
+
+
+def _registered_otherwise(line: Line, version: Version, policy: Policy) -> str | None:
+    """Return the digest that a signed entry has for the version, where that is not what it is registered with."""
+    for record in journal.records(line) if policy.signed_moves else ():
+        entry = record.entry
+        said = entry.version == version.version and entry.digest != version.manifest_digest
+        if said and record.signed_by(policy.keys) is not None:
+            return entry.digest
     return None
 
 
-def _remember(cache: Path, line: Line) -> None:
-    """Refuse an audit trail that is shorter than the one seen last; write down how long it is."""
-    entries = journal.records(line)
-    longest = entries[-1].entry.number if entries else 0
+def _remember(cache: Path, line: Line, policy: Policy) -> None:
+    """Refuse an audit trail that is shorter than the one seen last; write down how long it is.
+
+    Where moves must be signed, it is as long as its signed entries are: who has no key can't make it longer.
+    """
+    counted = (
+        record.entry.number
+        for record in reversed(journal.records(line))
+        if not policy.signed_moves or record.signed_by(policy.keys) is not None
+    )
+    longest = next(counted, 0)
     place = cache / "seen" / line.name
     try:
         seen = int(place.read_text())
@@ -229,10 +269,13 @@ def _remember(cache: Path, line: Line) -> None:
             f" back; where that is right, remove `{place}`"
         )
     if longest > seen:
-        place.parent.mkdir(parents=True, exist_ok=True)
         new = place.with_name(f".{line.name}.{os.getpid()}")
-        new.write_text(str(longest))
-        new.replace(place)
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            new.write_text(str(longest))
+            new.replace(place)
+        except OSError as error:
+            raise DiskError(f"can't write to the cache `{cache}`: {error.strerror}") from error
 
 
 def _parsed(reference: str) -> tuple[str, str]:
@@ -262,18 +305,23 @@ def _former(destination: Path) -> Manifest:
         raise PullError(f"`{destination}` exists and is no release: give another destination, or remove it") from error
 
 
-def _unread(manifest: Manifest) -> VerificationReport:
-    return VerificationReport(manifest, manifest.digest, "", len(manifest.files), manifest.size_bytes)
-
-
 def _gathered(
     stored: Artifacts, part: Path, version: Version, policy: Policy, have: Cache, progress: Callable[[str], None]
 ) -> tuple[VerificationReport, Moved]:
-    """Put the release together in ``part``, every byte held against the manifest; throw it away where one differs."""
+    """Put the release together in ``part``, every byte held against the manifest; throw it away where one differs.
+
+    Where it is the documents that differ, they alone go: what a killed pull left is none the worse for it.
+    """
     moved = Moved()
+    with blamed(version):
+        try:
+            report = fetch_documents(stored, part, version, policy)
+        except (VerificationError, PullError):
+            for name in DOCUMENTS:
+                (part / name).unlink(missing_ok=True)
+            raise
     try:
         with blamed(version):
-            report = fetch_documents(stored, part, version, policy)
             _sweep(part, report.manifest)
             wanted = _missing(report.manifest, part, have)
             left = sum(record.size for record in wanted.values())
@@ -309,7 +357,7 @@ def _fetch_files(stored: Artifacts, part: Path, wanted: dict[str, FileRecord], m
                     task.result()
                 except VerificationError as error:
                     problems += error.problems
-        except TrackingError:
+        except (TrackingError, OSError):
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     if problems:

@@ -1,13 +1,14 @@
 """What a registry keeps, and what may go: versions that no alias, no entry that is not done and no policy needs.
 
 `plan` only looks. `remove` takes the line's turn, looks again, and removes what is still in the plan: the version
-first, so that nothing names its files any more, then its logged model and the files. The audit trail stays.
+first, so that nothing names its files any more, then the files and the logged model that held them (the *upload*),
+unless another version has the same. Where it was killed in between, or something was uploaded and never promoted, there
+is an upload that no version has: it is in the next plan. The audit trail stays.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -15,25 +16,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from registry import journal
-from registry.backend import Embedded, Version
+from registry.backend import MANIFEST_TAG, Embedded, Version, pages
 from registry.cache import unused
-from registry.catalog import current, line, names
+from registry.catalog import current, line, lines, names
+from registry.promote import EXPERIMENT, discard_upload, line_of
 from registry.tracking import connected, local_folder
 from registry.turns import turn
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
 
 
 @dataclass(frozen=True)
 class Doomed:
-    """What would go: ``kind`` is ``version`` or ``cached file``; ``bytes`` is 0 where they are not on this machine."""
+    """What would go: ``kind`` is ``version``, ``upload`` or ``cached file``; ``bytes`` is 0 where they are elsewhere.
+
+    ``line`` is the release line of a version or an upload, ``model`` the upload's number in MLflow.
+    """
 
     kind: str
     name: str
     why: str
     bytes: int
+    line: str | None = None
     version: Version | None = None
+    model: str | None = None
     path: Path | None = None
 
 
@@ -47,16 +55,18 @@ def plan(
 ) -> list[Doomed]:
     """Return what may go: of each line, versions beyond the newest ``keep`` that are older and that nothing refers to.
 
-    A version stays that an alias names, that a begun act is about, or that something else than Slipway registered. Of
-    the ``cache`` (see `registry.pull.pull`) files go that no folder on this machine shares.
+    A version stays that an alias names, that a begun act is about, or that something else than Slipway registered. With
+    them go uploads that are older and that no version has. Of the ``cache`` (see `registry.pull.pull`) files go that no
+    folder on this machine shares.
 
     Raises:
         TrackingError: The registry can't be reached or read.
     """
-    at = now or datetime.now(UTC)
-    found = [
-        doomed for name in names(tracking_uri) for doomed in _doomed_versions(tracking_uri, name, keep, at - older_than)
-    ]
+    before = (now or datetime.now(UTC)) - older_than
+    known = names(tracking_uri)
+    found = [doomed for name in known for doomed in _doomed_versions(tracking_uri, name, keep, before)]
+    if known:
+        found += _doomed_uploads(tracking_uri, before)
     files = unused(cache) if cache is not None else []
     why = "no pulled release shares it"
     return found + [Doomed("cached file", path.name, why, path.stat().st_size, path=path) for path in files]
@@ -73,19 +83,17 @@ def remove(
     removed = []
     by_line: dict[str, list[Doomed]] = {}
     for item in doomed:
-        if item.version is not None:
-            by_line.setdefault(item.version.name, []).append(item)
+        if item.line is not None:
+            by_line.setdefault(item.line, []).append(item)
         elif item.path is not None and item.path.exists() and item.path.stat().st_nlink == 1:
             item.path.unlink()
             removed.append(item)
     for name, items in by_line.items():
         with turn(tracking_uri, name, progress) as held, connected(tracking_uri) as client:
             for item in items:
-                there = {version.version for version in current(tracking_uri, name)} - referred(tracking_uri, name)
-                if item.version is None or item.version.version not in there:
-                    continue
                 held.check()
-                _remove_version(client, item.version)
+                if not _removed(client, tracking_uri, item):
+                    continue
                 progress(f"removed {item.name}")
                 removed.append(item)
     return removed
@@ -99,11 +107,33 @@ def _doomed_versions(tracking_uri: str, name: str, keep: int, before: datetime) 
             "version",
             f"{name} version {version.version}",
             f"no alias names it, {keep} newer are kept, it is of {version.created:%Y-%m-%d}",
-            _size(version),
+            _size(version.location),
+            line=name,
             version=version,
         )
         for version in ours[keep:]
         if version.version not in needed and version.created < before
+    ]
+
+
+def _doomed_uploads(tracking_uri: str, before: datetime) -> list[Doomed]:
+    used = _uploads(tracking_uri)
+    with connected(tracking_uri) as client:
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        if experiment is None:
+            return []
+        listed = pages(client.search_logged_models, experiment_ids=[experiment.experiment_id])
+    return [
+        Doomed(
+            "upload",
+            f"{line_of(model)} {model.model_id}",
+            f"no version has it, it is of {_created(model):%Y-%m-%d}",
+            _size(model.artifact_location),
+            line=line_of(model),
+            model=model.model_id,
+        )
+        for model in listed
+        if MANIFEST_TAG in model.tags and model.model_id not in used and _created(model) < before
     ]
 
 
@@ -117,26 +147,37 @@ def referred(tracking_uri: str, name: str) -> set[str]:
     return set(found.aliases.values()) | {number for move in moves for number in (move.before, move.after) if number}
 
 
-def _remove_version(client: MlflowClient, version: Version) -> None:
-    """Remove the version, then its logged model and run, then its files where they are on this machine.
+def _removed(client: MlflowClient, tracking_uri: str, item: Doomed) -> bool:
+    """Remove a version, and an upload that no version has any more; False where it is gone, or needed by now."""
+    version, model = item.version, item.model
+    if version is not None:
+        there = {found.version for found in current(tracking_uri, version.name)} - referred(tracking_uri, version.name)
+        if version.version not in there:
+            return False
+        Embedded(client).delete_version(version.name, version.version)
+        model = _upload(version)
+    if model is None or model in _uploads(tracking_uri):
+        return version is not None
+    discard_upload(client, client.get_logged_model(model))
+    return True
 
-    Elsewhere MLflow holds the files of a deleted logged model until its own ``mlflow gc`` is run.
-    """
-    Embedded(client).delete_version(version.name, version.version)
+
+def _uploads(tracking_uri: str) -> set[str | None]:
+    """Return the uploads that versions have, of whatever line."""
+    return {_upload(version) for version in lines(tracking_uri)}
+
+
+def _upload(version: Version) -> str | None:
     found = re.search(r"/models/(m-[^/]+)/artifacts/?$", version.location)
-    if found is None:
-        return
-    logged = client.get_logged_model(found[1])
-    client.delete_logged_model(logged.model_id)
-    if logged.source_run_id:
-        client.delete_run(logged.source_run_id)
-    folder = local_folder(version.location)
-    if folder is not None:
-        shutil.rmtree(folder.parent, ignore_errors=True)
+    return found[1] if found else None
 
 
-def _size(version: Version) -> int:
-    folder = local_folder(version.location)
+def _created(model: LoggedModel) -> datetime:
+    return datetime.fromtimestamp(model.creation_timestamp / 1000, UTC)
+
+
+def _size(location: str) -> int:
+    folder = local_folder(location)
     if folder is None or not folder.is_dir():
         return 0
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

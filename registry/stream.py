@@ -24,9 +24,12 @@ class _Body:
     def readinto(self, buffer: memoryview, /) -> int:
         """Fill the buffer, or some of it; 0 at the end."""
         try:
-            return self._response.readinto(buffer)
+            count = self._response.readinto(buffer)
         except (HTTPException, OSError) as error:
             raise Broken(_reason(error)) from error
+        if not count and buffer and self._response.length:  # which `HTTPResponse` takes for an end like any other
+            raise Broken(f"it ended {self._response.length} bytes too soon")
+        return count
 
 
 @contextmanager

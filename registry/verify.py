@@ -58,6 +58,19 @@ def verify(folder: Path, trusted_keys: Trust, *, required_gates: Sequence[str] |
     return VerificationReport(manifest, manifest.digest, keyid, len(manifest.files), manifest.size_bytes)
 
 
+def look(folder: Path, policy: Policy, expected_digest: str | None) -> VerificationReport:
+    """Check what can be checked of a folder without hashing its files: documents, policy, names and sizes.
+
+    Raises:
+        VerificationError: As `verify`, and where it is another release than the one with this digest.
+    """
+    report = check_documents(folder, policy, expected_digest)
+    sizes = {name: record.size for name, record in report.manifest.files.items()}
+    if plain_files(folder) != sizes:
+        raise VerificationError(folder, [Problem("release", "it has other files, or of other sizes, than were signed")])
+    return report
+
+
 def compare_files(
     folder: Path, expected: Mapping[str, FileRecord], found: Mapping[str, int], blamed: set[str] | None = None
 ) -> list[Problem]:
@@ -206,7 +219,7 @@ def _ordered(problems: Sequence[Problem]) -> list[Problem]:
     return sorted(unique.values(), key=lambda problem: (problem.what not in whole, problem.what))
 
 
-def check_documents(folder: Path, policy: Policy, expected_digest: str) -> VerificationReport:
+def check_documents(folder: Path, policy: Policy, expected_digest: str | None) -> VerificationReport:
     """Check manifest, signature and policy, before anything large is fetched; ``VerificationError`` as `verify`."""
     document, problems = _signed_document(folder, policy)
     if document is not None:

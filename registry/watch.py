@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from registry.errors import NotFoundError, TrackingError
+from registry.errors import DiskError, NotFoundError, TrackingError
 from registry.policy import Trust
 from registry.pull import Pulled, pull
 
@@ -15,6 +15,7 @@ from registry.pull import Pulled, pull
 def watch(
     reference: str,
     destination: Path,
+    tell: Callable[[Pulled], bool],
     *,
     every: float,
     stopped: threading.Event,
@@ -23,16 +24,17 @@ def watch(
     required_gates: Sequence[str] | None = None,
     cache: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
-) -> Iterator[Pulled]:
-    """Yield each release that the destination comes to hold, the first one as soon as it is there; until ``stopped``.
+) -> None:
+    """Call ``tell`` with each release that the destination comes to hold, the first one as soon as it is there.
 
-    It looks every ``every`` seconds. What passes (no server, no such alias yet) is told to ``progress`` and looked at
-    again; a release that is not what was signed ends the watch, the destination as it was.
+    It looks every ``every`` seconds, until ``stopped``. A release of which ``tell`` says False, that it could not be
+    used, is told again at the next look. What passes (no server, no such alias yet, no space) is told to ``progress``
+    and looked at again; a release that is not what was signed ends the watch, the destination as it was.
 
     Raises:
         RegistryError: As `registry.pull.pull`, but for what passes.
     """
-    told, last = "", None
+    waiting, used = "", None
     while not stopped.is_set():
         try:
             pulled = pull(
@@ -40,15 +42,14 @@ def watch(
                 tracking_uri=tracking_uri, trusted_keys=trusted_keys, required_gates=required_gates,
                 cache=cache, replace=True, progress=progress,
             )  # fmt: skip
-        except (TrackingError, NotFoundError) as error:
-            if str(error) != told:
+        except (TrackingError, NotFoundError, DiskError) as error:
+            if str(error) != waiting:
                 progress(f"waiting: {error}")
-            told = str(error)
+            waiting = str(error)
         else:
-            told = ""
-            if pulled.report.manifest_digest != last:
-                last = pulled.report.manifest_digest
-                yield pulled
+            waiting, digest = "", pulled.report.manifest_digest
+            if not pulled.already_there or digest != used:
+                used = digest if tell(pulled) else None
         stopped.wait(every)
 
 

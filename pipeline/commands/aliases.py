@@ -30,7 +30,10 @@ _version = click.option("--version", required=True, metavar="N", help="The versi
 @_why
 @as_json
 def promote(name: str, version: str, why: str, *, as_json: bool) -> None:
-    """Make version N of release line NAME champion, verified anew; the champion before becomes `previous`."""
+    """Make version N of release line NAME champion, verified anew; the champion before becomes `previous`.
+
+    Where N is champion already and the audit trail does not say so, or unsigned, this writes that it is to be.
+    """
     from registry import promote_version  # noqa: PLC0415
 
     moved = promote_version(name, version, why=why, **_common())
@@ -75,16 +78,17 @@ def canary(name: str, version: str, weight: int, why: str, *, as_json: bool) -> 
 @as_json
 def history(name: str, *, as_json: bool) -> None:
     """Show the audit trail of release line NAME: who moved which alias, when, from what, to what, and why."""
-    from registry import load_trusted_keys  # noqa: PLC0415
+    from pipeline.trust import trust_of  # noqa: PLC0415
     from registry.catalog import line, names, nearest  # noqa: PLC0415
     from registry.journal import records  # noqa: PLC0415
+    from registry.policy import policy_of  # noqa: PLC0415
 
     settings = Settings.read()
     found = line(settings.tracking_uri, name)
     if found is None:
         progress.print(f"there is no release `{name}`{nearest(name, names(settings.tracking_uri))}")
     journal = [] if found is None else records(found)
-    trusted = load_trusted_keys(settings.trusted_keys)
+    trusted = policy_of(trust_of(settings)).keys
     if as_json:
         print_json(
             [
@@ -118,12 +122,15 @@ def history(name: str, *, as_json: bool) -> None:
 @click.option("--yes", is_flag=True, help="Remove it; without this, what would go is only shown.")
 @as_json
 def gc(keep: int, days: float, cache: Path | None, *, tier: bool, yes: bool, as_json: bool) -> None:
-    """Show, and with --yes remove, versions and cached files that no alias, no begun act and no limit here needs.
+    """Show, and with --yes remove, versions, uploads and cached files that no alias, no begun act and no limit needs.
 
-    The audit trail stays. Files that a server keeps are removed by `mlflow gc` there, once their version is. With
-    --tier nothing is removed: large files of versions that were not read for --older-than days and that no alias names
-    go to object storage by digest, and what an alias names comes back. A pull reads them wherever they are.
+    With them go stage artifacts of this home that are older than a day and that neither a version that stays nor the
+    last run of a release was made of, and their images. The audit trail stays. Files that a server keeps are removed by
+    `mlflow gc` there, once their version is. With --tier nothing is removed: large files of versions that were not read
+    for --older-than days and that no alias names go to object storage by digest, and what an alias names comes back. A
+    pull reads them wherever they are.
     """
+    from pipeline import retention  # noqa: PLC0415 - the engine's client, for those who ask
     from registry.retention import plan, remove  # noqa: PLC0415
 
     if tier:
@@ -131,10 +138,15 @@ def gc(keep: int, days: float, cache: Path | None, *, tier: bool, yes: bool, as_
 
         _tell_moves(move(Settings.read(), timedelta(days=days), say, yes=yes), yes=yes, as_json=as_json)
         return
-    uri = Settings.read().tracking_uri
-    found = plan(uri, keep=keep, older_than=timedelta(days=days), cache=cache)
+    settings = Settings.read()
+    uri = settings.tracking_uri
+    registered = plan(uri, keep=keep, older_than=timedelta(days=days), cache=cache)
     if yes:
-        found = remove(found, uri, say)
+        registered = remove(registered, uri, say)
+    made = retention.plan(settings, retention.kept_manifests(uri, registered), say)
+    if yes:
+        made = retention.remove(made, settings, say)
+    found = [*registered, *made]
     if as_json:
         items = [{"kind": one.kind, "name": one.name, "why": one.why, "bytes": one.bytes} for one in found]
         print_json({"removed": yes, "items": items})

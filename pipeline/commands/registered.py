@@ -39,17 +39,19 @@ def status(model: str | None, *, as_json: bool) -> None:
 @click.command()
 @click.argument("name")
 @click.argument("destination", type=click.Path(path_type=Path))
-@click.option("--if-changed", is_flag=True, help="Replace another release there; exit with 5 where it is this one.")
+@click.option("--replace", is_flag=True, help="Let another release there give way.")
+@click.option("--if-changed", is_flag=True, help="The same, and exit with 5 where it is this one.")
 @click.option(
     "--cache", type=click.Path(path_type=Path), help="Keep files for other pulls there, and take them by link."
 )
 @click.option("--watch", "every", type=float, metavar="SECONDS", help="Go on, looking that often for another release.")
-@click.option("--run", metavar="COMMAND", help="With --watch: run COMMAND FOLDER DIGEST after each change.")
+@click.option("--run", metavar="COMMAND", help="With --watch: run COMMAND FOLDER DIGEST, again where it failed.")
 @as_json
 def pull(
     name: str,
     destination: Path,
     *,
+    replace: bool,
     if_changed: bool,
     cache: Path | None,
     every: float | None,
@@ -72,7 +74,7 @@ def pull(
         arguments += ["--key", str(path)]
     for flag, value in (("--cache", cache), ("--every", every), ("--run", run)):
         arguments += [flag, str(value)] if value is not None else []
-    arguments += ["--if-changed"] * if_changed + ["--json"] * as_json
+    arguments += ["--replace"] * replace + ["--if-changed"] * if_changed + ["--json"] * as_json
     sys.exit(light(arguments, {}))
 
 

@@ -93,11 +93,11 @@ def test_the_container_pulls_as_an_init_container_does(
         with mlflow_server(tmp_path / "server", f"sqlite:///{tmp_path}/server.db", options, {}) as address:
             promote(tmp_path / "release", address, [key.public])
 
-            def run(name: str) -> bytes:
+            def run(name: str, flag: str = "--if-changed") -> bytes:
                 return bytes(
                     engine.containers.run(
                         image.id,
-                        ["pull", name, "/models/demo", "--if-changed", "--key", "/keys", "--json"],
+                        ["pull", name, "/models/demo", flag, "--key", "/keys", "--json"],
                         environment={"MLFLOW_TRACKING_URI": address},
                         volumes={
                             str(volume): {"bind": "/models", "mode": "rw"},
@@ -107,8 +107,9 @@ def test_the_container_pulls_as_an_init_container_does(
                     )
                 )  # fmt: skip
 
-            told = json.loads(run("demo-awq@champion"))
+            told = json.loads(run("demo-awq@champion", "--replace"))
             assert (told["version"], told["already_there"]) == ("1", False)
+            assert json.loads(run("demo-awq@champion", "--replace"))["already_there"]
             verify(volume / "demo", [key.public])
             for name, status in (("demo-awq@champion", 5), ("demo-awq@canary", 4)):
                 with pytest.raises(docker.errors.ContainerError) as caught:

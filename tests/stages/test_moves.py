@@ -7,14 +7,19 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from release_folder import make_release
 
+from pipeline.commands.aliases import history
 from registry import canary, journal, promote_version, pull, rollback
+from registry.backend import MANIFEST_TAG
 from registry.catalog import current, line
-from registry.errors import PromotionError, TrackingError
+from registry.errors import PromotionError, PullError, TrackingError
+from registry.policy import Policy
 from registry.promote import promote
 from registry.signing import SigningKey, load_or_create_key
 from registry.tracking import connected, local_folder
@@ -144,6 +149,7 @@ def test_a_version_that_was_altered_becomes_champion_by_no_command(
     older = next(version for version in current(uri, "demo-awq") if version.version == "1")
     folder = local_folder(older.location)
     assert folder is not None
+    (folder / "config.json").unlink()  # it is the release's own, by another name
     (folder / "config.json").write_bytes(b"{}")
     for command in (
         lambda: rollback("demo-awq", uri, [key.public]),
@@ -156,6 +162,155 @@ def test_a_version_that_was_altered_becomes_champion_by_no_command(
         promote_version("demo-awq", "2", uri, [key.public], required_gates=["rescan"])
     assert by_alias(uri) == {"candidate": "2", "champion": "2", "previous": "1"}
     assert len(trail(uri)) == 2
+
+
+def write(uri: str, record: journal.Record) -> None:
+    """Write an entry as whoever can write to MLflow can."""
+    with connected(uri) as client:
+        key = f"slipway.journal.{record.entry.number:06}"
+        client.set_registered_model_tag("demo-awq", key, record.model_dump_json())
+
+
+def point(uri: str, alias: str, number: str) -> None:
+    with connected(uri) as client:
+        client.set_registered_model_alias("demo-awq", alias, number)
+
+
+def _abandon(uri: str) -> None:
+    write(uri, trail(uri)[2].model_copy(update={"state": "abandoned"}))
+
+
+def _begin(uri: str) -> None:
+    write(uri, trail(uri)[2].model_copy(update={"state": "begun"}))
+
+
+def _take_out(uri: str) -> None:
+    with connected(uri) as client:
+        client.delete_registered_model_tag("demo-awq", "slipway.journal.000003")
+
+
+def _replace(uri: str) -> None:
+    third = trail(uri)[2]
+    moves = (journal.Move(alias="candidate", before="2", after="3"),)
+    write(uri, third.model_copy(update={"entry": third.entry.model_copy(update={"moves": moves})}))
+
+
+def _strip(uri: str) -> None:
+    write(uri, trail(uri)[2].model_copy(update={"signature": None}))
+
+
+@pytest.mark.parametrize("spoil", [_abandon, _begin, _take_out, _replace, _strip])
+def test_an_older_release_under_the_champions_name_is_refused_whatever_was_done_to_the_trail(
+    uri: str, key: SigningKey, tmp_path: Path, spoil: Callable[[str], None]
+) -> None:
+    policy = Policy((key.public,), signed_moves=True)
+    canary("demo-awq", "1", 10, uri, [key.public], key=key)  # so that an entry follows that moves another alias
+    assert pull("demo-awq", tmp_path / "before", tracking_uri=uri, trusted_keys=policy).version == "3"
+    spoil(uri)
+    point(uri, "champion", "2")
+    with pytest.raises(PullError, match="audit trail"):
+        pull("demo-awq", tmp_path / "after", tracking_uri=uri, trusted_keys=policy)
+    promote_version("demo-awq", "2", uri, policy, key=key)  # as the error says
+    assert pull("demo-awq", tmp_path / "after", tracking_uri=uri, trusted_keys=policy).version == "2"
+
+
+def test_a_version_that_became_another_release_is_refused(uri: str, key: SigningKey, tmp_path: Path) -> None:
+    policy = Policy((key.public,), signed_moves=True)
+    other = next(version for version in current(uri, "demo-awq") if version.version == "2")
+    with connected(uri) as client:
+        client.set_model_version_tag("demo-awq", "3", MANIFEST_TAG, other.manifest_digest)
+    with pytest.raises(PullError, match="put in that one's place"):
+        pull("demo-awq", tmp_path / "out", tracking_uri=uri, trusted_keys=policy)
+
+
+def test_a_champion_that_something_else_appointed_is_confirmed_by_hand(
+    uri: str, key: SigningKey, tmp_path: Path
+) -> None:
+    point(uri, "champion", "1")
+    with pytest.raises(PullError, match="`slipway promote demo-awq --version N` says which it is to be"):
+        pull("demo-awq", tmp_path / "out", tracking_uri=uri, trusted_keys=[key.public])
+    moved = promote_version("demo-awq", "1", uri, [key.public], key=key)
+    assert (moved.entry, moved.replaced) == (4, "1")
+    assert by_alias(uri) == {"candidate": "3", "champion": "1", "previous": "2"}
+    assert pull("demo-awq", tmp_path / "out", tracking_uri=uri, trusted_keys=[key.public]).version == "1"
+    assert promote_version("demo-awq", "1", uri, [key.public], key=key).entry is None
+
+
+def test_promoting_a_release_again_confirms_what_it_is(uri: str, store: Path, key: SigningKey, tmp_path: Path) -> None:
+    rollback("demo-awq", uri, [key.public], key=key)
+    point(uri, "champion", "3")
+    assert promote(store / "release-2", uri, [key.public], key=key).reused
+    assert pull("demo-awq", tmp_path / "out", tracking_uri=uri, trusted_keys=[key.public]).version == "3"
+    entries = len(trail(uri))
+    assert promote(store / "release-2", uri, [key.public], key=key).reused
+    assert len(trail(uri)) == entries
+
+
+def test_a_move_that_nobody_signed_is_signed_by_hand(uri: str, key: SigningKey, tmp_path: Path) -> None:
+    policy = Policy((key.public,), signed_moves=True)
+    rollback("demo-awq", uri, policy)
+    with pytest.raises(PullError, match="no trusted key signed entry 4"):
+        pull("demo-awq", tmp_path / "out", tracking_uri=uri, trusted_keys=policy)
+    promote_version("demo-awq", "2", uri, policy, key=key)
+    assert pull("demo-awq", tmp_path / "out", tracking_uri=uri, trusted_keys=policy).version == "2"
+
+
+def test_an_act_that_anybody_began_moves_no_alias_to_what_was_altered(
+    tmp_path: Path, store: Path, key: SigningKey
+) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    for number in range(2):
+        promote(store / f"release-{number}", uri, [key.public], key=key)
+    folder = local_folder(current(uri, "demo-awq")[1].location)
+    assert folder is not None
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_bytes(b"{}")
+    last = trail(uri)[-1].entry
+    moves = (journal.Move(alias="champion", before="2", after="1"),)
+    entry = last.model_copy(update={"number": 3, "version": "1", "moves": moves})
+    write(uri, journal.Record(state="begun", entry=entry))
+    assert promote_version("demo-awq", "2", uri, [key.public]).entry is None
+    assert by_alias(uri)["champion"] == "2"
+    assert trail(uri)[-1].state == "abandoned"
+
+
+def test_an_act_that_nobody_signed_is_not_finished_where_moves_must_be(uri: str, key: SigningKey) -> None:
+    last = trail(uri)[-1].entry
+    moves = (journal.Move(alias="champion", before="3", after="1"),)
+    entry = last.model_copy(update={"number": 4, "version": "1", "moves": moves})
+    write(uri, journal.Record(state="begun", entry=entry))
+    promote_version("demo-awq", "3", uri, Policy((key.public,), signed_moves=True), key=key)
+    assert by_alias(uri)["champion"] == "3"
+
+
+def test_an_act_that_was_done_long_ago_is_not_done_again(uri: str, key: SigningKey) -> None:
+    write(uri, trail(uri)[0].model_copy(update={"state": "begun"}))
+    promote_version("demo-awq", "3", uri, [key.public])
+    assert by_alias(uri) == {"candidate": "3", "champion": "3", "previous": "2"}
+
+
+def test_the_cache_remembers_no_entry_that_nobody_signed(uri: str, key: SigningKey, tmp_path: Path) -> None:
+    policy, cache = Policy((key.public,), signed_moves=True), tmp_path / "cache"
+    entry = trail(uri)[-1].entry.model_copy(update={"number": 999_999})
+    write(uri, journal.Record(state="done", entry=entry))
+    pull("demo-awq@v3", tmp_path / "one", tracking_uri=uri, trusted_keys=policy, cache=cache)
+    with connected(uri) as client:
+        client.delete_registered_model_tag("demo-awq", "slipway.journal.999999")
+    pull("demo-awq", tmp_path / "two", tracking_uri=uri, trusted_keys=policy, cache=cache)
+    _take_out(uri)
+    with pytest.raises(PullError, match="the registry was set back"):
+        pull("demo-awq@v2", tmp_path / "three", tracking_uri=uri, trusted_keys=policy, cache=cache)
+
+
+def test_history_says_who_signed_as_the_policy_has_it(uri: str, key: SigningKey, tmp_path: Path) -> None:
+    (tmp_path / "release.pub").write_bytes(key.public.pem())
+    (tmp_path / "policy.toml").write_text('[signers]\nkeys = ["release.pub"]\n')
+    environment = {
+        "SLIPWAY_HOME": str(tmp_path / "home"), "SLIPWAY_POLICY": str(tmp_path / "policy.toml"),
+        "MLFLOW_TRACKING_URI": uri, "SLIPWAY_TRUSTED_KEYS": None,
+    }  # fmt: skip
+    shown = CliRunner().invoke(history, ["demo-awq", "--json"], env=environment, catch_exceptions=False)
+    assert {entry["signed_by"] for entry in json.loads(shown.stdout)} == {key.public.keyid}
 
 
 KILLED = """

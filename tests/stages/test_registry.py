@@ -8,22 +8,27 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from release_folder import FILES, forged, make_release, passing
 
-from registry import VerificationError, fetch_file, pull, verify
+from registry import Pulled, VerificationError, fetch_file, pull, verify
+from registry.__main__ import main
 from registry.backend import Embedded
 from registry.catalog import Version, champion_digest, current, line, lines, names
-from registry.errors import PromotionError, PullError, RegistryError, TrackingError
+from registry.errors import DiskError, PromotionError, PullError, RegistryError, TrackingError
+from registry.policy import Policy, Trust
 from registry.promote import promote
 from registry.signing import SigningKey, load_or_create_key
 from registry.tracking import connected, local_folder
 from registry.verdict import Verdict
+from registry.watch import watch
 
 TESTS = Path(__file__).parent.parent
 CHECKOUT = TESTS.parent
@@ -80,6 +85,31 @@ def test_each_release_becomes_champion_and_the_one_before_is_kept(
     assert [version.version for version in lines(uri, "demo")] == ["3", "2", "1"]
     assert lines(uri) == lines(uri, "demo-awq") == lines(uri, "demo")
     assert lines(uri, "dem") == []
+
+
+def test_files_on_this_machine_are_registered_without_a_copy(uri: str, releases: list[Path], key: SigningKey) -> None:
+    promote(releases[0], uri, [key.public])
+    folder = stored(current(uri, "demo-awq")[0])
+    assert (folder / "model.safetensors").samefile(releases[0] / "model.safetensors")
+    assert verify(folder, [key.public]) == verify(releases[0], [key.public])
+
+
+def test_an_upload_that_is_whole_is_registered_by_the_next_promotion(
+    uri: str, releases: list[Path], key: SigningKey, tmp_path: Path
+) -> None:
+    (tmp_path / "key.pub").write_bytes(key.public.pem())
+    script = DIE.rpartition("print(")[0]
+    subprocess.run(
+        [sys.executable, "-c", script, str(releases[0]), uri, str(tmp_path / "key.pub"), "log_batch:1"],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(CHECKOUT), "MLFLOW_DISABLE_TELEMETRY": "true"},
+        check=True,
+    )
+    models = tmp_path / "mlflow/artifacts/models"
+    (uploaded,) = models.iterdir()
+    assert current(uri, "demo-awq") == []
+    promote(releases[0], uri, [key.public])
+    assert list(models.iterdir()) == [uploaded]
+    assert stored(current(uri, "demo-awq")[0]).parent == uploaded
 
 
 def test_promoting_again_registers_nothing_anew(uri: str, releases: list[Path], key: SigningKey) -> None:
@@ -166,7 +196,9 @@ def test_a_registered_version_that_was_altered_since_becomes_no_champion(
 ) -> None:
     promote(releases[0], uri, [key.public])
     promote(releases[1], uri, [key.public], champion="manual")
-    (stored(current(uri, "demo-awq")[0]) / "config.json").write_bytes(b"{}")
+    altered = stored(current(uri, "demo-awq")[0]) / "config.json"
+    altered.unlink()  # it is the release's own, by another name
+    altered.write_bytes(b"{}")
     with pytest.raises(PromotionError, match=r"version 2 of `demo-awq` is not what was signed: config\.json: changed"):
         promote(releases[1], uri, [key.public])
     assert by_alias(uri) == {"candidate": "2", "champion": "1"}
@@ -181,26 +213,25 @@ from registry.signing import load_trusted_keys
 
 folder, uri, public = sys.argv[1:4]
 
-class Dying:
-    def __init__(self, name, call, when):
-        self.method, self.left, self.when = getattr(mlflow.MlflowClient, name), int(call), when
-
-    def __get__(self, client, owner):
-        def call(*arguments, **options):
-            self.left -= 1
-            if self.left == 0 and self.when == "before":
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = self.method(client, *arguments, **options)
-            if self.left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-        return call
+def dying(method, call, when):
+    left = int(call)
+    def wrapped(*arguments, **options):
+        nonlocal left
+        left -= 1
+        if left == 0 and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = method(*arguments, **options)
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return wrapped
 
 def attempt(name=None, call=None, when=None):
     child = os.fork()
     if child == 0:
         if name:
-            setattr(mlflow.MlflowClient, name, Dying(name, call, when))
+            owner = os if name == "link" else mlflow.MlflowClient
+            setattr(owner, name, dying(getattr(owner, name), call, when))
         promote(Path(folder), uri, load_trusted_keys([Path(public)]))
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -211,7 +242,7 @@ for step in sys.argv[4:]:
 print("end", "end", attempt(), flush=True)
 """
 
-UPLOAD = ["create_run:1", "create_logged_model:1", "log_model_artifacts:1", "log_batch:1", "set_terminated:1"]
+UPLOAD = ["create_run:1", "create_logged_model:1", "link:3", "log_batch:1", "set_terminated:1"]
 REGISTER = ["finalize_logged_model:1", "create_model_version:1"]
 # The journal's entry, each alias, and the entry again as done.
 MOVE = ["set_registered_model_tag:1", "set_registered_model_alias:1", "set_registered_model_alias:2"]
@@ -513,6 +544,131 @@ def test_what_a_killed_pull_left_is_swept_and_never_used(
     pull("demo-awq", target, tracking_uri=uri, trusted_keys=[key.public])
     assert [entry.name for entry in target.parent.iterdir()] == ["here"]
     verify(target, [key.public])
+
+
+def test_what_a_killed_pull_left_outlives_a_manifest_that_could_not_be_read_whole(
+    uri: str, releases: list[Path], key: SigningKey, tmp_path: Path
+) -> None:
+    promote(releases[0], uri, [key.public])
+    version, target = current(uri, "demo-awq")[0], tmp_path / "pulled" / "here"
+    assert version.manifest_digest is not None
+    part = target.with_name(f".here.part-{version.manifest_digest.removeprefix('sha256:')[:16]}")
+    part.mkdir(parents=True)
+    (part / "model.safetensors").write_bytes(FILES["model.safetensors"][:10_000])
+    manifest = stored(version) / "release/manifest.json"
+    whole = manifest.read_bytes()
+    manifest.write_bytes(whole[:-10])
+    with pytest.raises(VerificationError):
+        pull("demo-awq", target, tracking_uri=uri, trusted_keys=[key.public])
+    manifest.write_bytes(whole)
+    pulled = pull("demo-awq", target, tracking_uri=uri, trusted_keys=[key.public])
+    assert pulled.fetched_bytes == pulled.manifest.size_bytes - 10_000
+
+
+def test_a_destination_that_lost_something_is_mended_and_evidence_that_expired_is_refused(
+    uri: str, releases: list[Path], key: SigningKey, tmp_path: Path
+) -> None:
+    promote(releases[0], uri, [key.public])
+    target = tmp_path / "here"
+
+    def again(trust: Trust) -> Pulled:
+        return pull("demo-awq", target, tracking_uri=uri, trusted_keys=trust, replace=True)
+
+    again([key.public])
+    assert again([key.public]).already_there
+    with (target / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    mended = again([key.public])
+    assert (mended.already_there, mended.fetched_bytes) == (False, len(FILES["model.safetensors"]))
+    verify(target, [key.public])
+    (target / "release/signature.json").write_bytes(b"{}")
+    assert not again([key.public]).already_there
+    verify(target, [key.public])
+    with pytest.raises(VerificationError, match="evidence: expired"):
+        again(Policy((key.public,), maximum_age=timedelta(seconds=1)))
+    with pytest.raises(VerificationError, match="not trusted"):
+        again([load_or_create_key(tmp_path / "stranger.pem").public])
+    verify(target, [key.public])
+
+
+def test_an_init_container_that_is_run_again_succeeds(
+    uri: str, releases: list[Path], key: SigningKey, tmp_path: Path
+) -> None:
+    (tmp_path / "key.pub").write_bytes(key.public.pem())
+    command = ["pull", "demo-awq@champion", str(tmp_path / "models" / "demo"), "--tracking-uri", uri]
+    command += ["--key", str(tmp_path / "key.pub")]
+    promote(releases[0], uri, [key.public])
+    assert [main([*command, "--replace"], {}) for _ in range(2)] == [0, 0]
+    promote(releases[1], uri, [key.public])
+    assert main(command, {}) == 3
+    assert main([*command, "--replace"], {}) == 0
+    assert main([*command, "--if-changed"], {}) == 5
+    verify(tmp_path / "models" / "demo", [key.public])
+
+
+def test_a_linked_destination_gives_way_and_what_it_points_at_stays(
+    uri: str, releases: list[Path], key: SigningKey, tmp_path: Path
+) -> None:
+    promote(releases[0], uri, [key.public])
+    place = tmp_path / "models"
+    pull("demo-awq", place / "one", tracking_uri=uri, trusted_keys=[key.public])
+    (place / "current").symlink_to("one")
+    for release in releases[1:]:
+        promote(release, uri, [key.public])
+        pull("demo-awq", place / "current", tracking_uri=uri, trusted_keys=[key.public], replace=True)
+        assert sorted(path.name for path in place.iterdir()) == ["current", "one"]
+        (place / "current").rename(place / "two")
+        (place / "current").symlink_to("two")
+        shutil.rmtree(place / "one")
+        (place / "two").rename(place / "one")
+        (place / "current").unlink()
+        (place / "current").symlink_to("one")
+
+
+def test_a_disk_that_is_full_is_no_refusal(uri: str, releases: list[Path], key: SigningKey, tmp_path: Path) -> None:
+    promote(releases[0], uri, [key.public])
+    (tmp_path / "key.pub").write_bytes(key.public.pem())
+    script = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000));"
+        "from registry.__main__ import main; sys.exit(main(sys.argv[1:], {}))"
+    )
+    command = [sys.executable, "-c", script, "pull", "demo-awq", str(tmp_path / "out" / "here"), "--tracking-uri", uri]
+    done = subprocess.run(
+        [*command, "--key", str(tmp_path / "key.pub")],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(CHECKOUT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.splitlines()[-1].split(" `")[0]) == (1, "error: can't write")
+    assert not (tmp_path / "out" / "here").exists()
+    (tmp_path / "cache").write_text("no folder")
+    with pytest.raises(DiskError, match="the cache"):
+        pull("demo-awq", tmp_path / "o", tracking_uri=uri, trusted_keys=[key.public], cache=tmp_path / "cache")
+
+
+def test_the_watcher_tells_each_release_and_again_what_could_not_be_used(
+    uri: str, releases: list[Path], key: SigningKey, tmp_path: Path
+) -> None:
+    stopped, told, waited = threading.Event(), [], []
+
+    def wait(line: str) -> None:
+        if line.startswith("waiting"):
+            waited.append(line)
+            promote(releases[0], uri, [key.public])
+
+    def tell(pulled: Pulled) -> bool:
+        told.append(pulled.version)
+        if told == ["1", "1"]:
+            promote(releases[1], uri, [key.public])
+        if len(told) == 4:
+            stopped.set()
+        return len(told) not in (1, 3)  # the first attempt at each release fails
+
+    watch(
+        "demo-awq", tmp_path / "out", tell,
+        every=0.01, stopped=stopped, tracking_uri=uri, trusted_keys=[key.public], progress=wait,
+    )  # fmt: skip
+    assert told == ["1", "1", "2", "2"]
+    assert len(waited) == 1
+    verify(tmp_path / "out", [key.public])
 
 
 @pytest.fixture(scope="module")

@@ -101,6 +101,7 @@ def _swap_signature(folder: Path, key: SigningKey) -> None:
         (lambda folder, _: (folder / "release/signature.json").write_bytes(b"{}"), "release/signature.json"),
         (_swap_signature, "release/signature.json"),
         (lambda folder, key: forged(folder, key, {"surprise": 1}), "release/manifest.json"),
+        (lambda folder, key: forged(folder, key, {"created": "2026-99-99T00:00:00Z"}), "release/manifest.json"),
         (
             lambda folder, key: forged(folder, key, {"files": {"../x": {"sha256": "0" * 64, "size": 1}}}),
             "release/manifest.json",
