@@ -15,6 +15,7 @@ from typing import Any
 
 import boto3
 import pytest
+import yaml
 from real_server import ADMIN, BUCKET, READER, RealServer, as_user, real_server
 from release_folder import FILES, make_release
 
@@ -115,6 +116,27 @@ def test_if_changed_answers_in_under_a_second(
         assert subprocess.run(command, env=environment, check=False).returncode == 5
         seconds.append(time.monotonic() - started)
     assert min(seconds) < 1
+
+
+def test_what_the_compose_file_starts_with_is_there(servers: RealServer, tmp_path: Path) -> None:
+    document = yaml.safe_load((CHECKOUT / "registry" / "compose.yaml").read_text())
+    _, *arguments = document["services"]["bucket"]["command"]
+    environment = {**os.environ, **servers.aws(), "BUCKET": "made-once"}
+    for _ in range(2):
+        subprocess.run([sys.executable, *arguments], env=environment, check=True)
+    assert boto3.resource("s3", endpoint_url=servers.s3).Bucket("made-once").creation_date is not None
+    content = document["configs"]["basic_auth"]["content"].replace("${DATABASE_PASSWORD}", "word")
+    (tmp_path / "basic_auth.ini").write_text(content)
+    script = (
+        "from mlflow.server.auth.config import read_auth_config as read; found = read()._asdict();"
+        "print(*(found[name] for name in ('admin_username', 'admin_password', 'default_permission', 'database_uri')))"
+    )
+    named = {"MLFLOW_AUTH_CONFIG_PATH": str(tmp_path / "basic_auth.ini"), "MLFLOW_AUTH_ADMIN_PASSWORD": "first"}
+    read = subprocess.check_output([sys.executable, "-c", script], env={**os.environ, **named}, text=True)
+    assert read.split() == ["admin", "first", "READ", "postgresql+psycopg2://mlflow:word@database/users"]
+    variables = document["services"]["mlflow"]["environment"]
+    assert variables.keys() >= {"MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_AUTH_CONFIG_PATH"}
+    assert variables["MLFLOW_AUTH_CONFIG_PATH"] == document["services"]["mlflow"]["configs"][0]["target"]
 
 
 def _objects(servers: RealServer) -> Any:  # noqa: ANN401 - boto3 makes its types at run time
