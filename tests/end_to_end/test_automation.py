@@ -117,6 +117,7 @@ def test_a_touch_starts_nothing_and_a_new_revision_exactly_its_models_releases_w
     asked = time.time()
     for name in ("remote", "local"):
         os.utime(yaml_of(models, name))
+    os.utime(models.settings.models / "local" / "model" / "model.safetensors")
     tick(ui, lambda each: each["timestamp"] > asked and each["skipReason"] == "nothing changed; releases looked at: 3")
     assert runs(ui) == {}
 
