@@ -29,11 +29,11 @@ class PromptCounter:
     def __init__(self, folder: Path) -> None:
         try:
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            # The longest token's text in bytes: a prompt of more than context times this can't fit.
+            self.longest = max(len(token.encode()) for token in self._tokenizer.get_vocab())
         except Exception as error:  # the library raises Exception itself
             raise ConfigurationError(f"{folder} has no tokenizer that can be read: {error}") from error
         self._folder = folder
-        # The longest token's text in bytes: a prompt of more than context times this can't fit.
-        self.longest = max(len(token.encode()) for token in self._tokenizer.get_vocab())
 
     async def completion(self, prompt: Prompt, *, special: bool, most: int) -> int:
         """Count all prompts of a request; ``Refusal`` 400 where one can't fit into ``most`` tokens."""
