@@ -17,7 +17,9 @@ from pipeline.show import as_json, print_json, print_table, progress, results, s
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pipeline.retention import Leftover
     from registry.moves import Moved
+    from registry.retention import Doomed
     from registry.tiers import Move
 
 _why = click.option("--why", default="by hand", show_default=True, help="What the audit trail says.")
@@ -124,10 +126,13 @@ def history(name: str, *, as_json: bool) -> None:
 def gc(keep: int, days: float, cache: Path | None, *, tier: bool, yes: bool, as_json: bool) -> None:
     """Show, and with --yes remove, versions, uploads and cached files that no alias, no begun act and no limit needs.
 
-    The audit trail stays. Files that a server keeps are removed by `mlflow gc` there, once their version is. With
-    --tier nothing is removed: large files of versions that were not read for --older-than days and that no alias names
-    go to object storage by digest, and what an alias names comes back. A pull reads them wherever they are.
+    With them go stage artifacts of this home that are older than a day and that neither a version that stays nor the
+    last run of a release was made of, and their images. The audit trail stays. Files that a server keeps are removed by
+    `mlflow gc` there, once their version is. With --tier nothing is removed: large files of versions that were not read
+    for --older-than days and that no alias names go to object storage by digest, and what an alias names comes back. A
+    pull reads them wherever they are.
     """
+    from pipeline import retention  # noqa: PLC0415 - the engine's client, for those who ask
     from registry.retention import plan, remove  # noqa: PLC0415
 
     if tier:
@@ -135,10 +140,15 @@ def gc(keep: int, days: float, cache: Path | None, *, tier: bool, yes: bool, as_
 
         _tell_moves(move(Settings.read(), timedelta(days=days), say, yes=yes), yes=yes, as_json=as_json)
         return
-    uri = Settings.read().tracking_uri
-    found = plan(uri, keep=keep, older_than=timedelta(days=days), cache=cache)
+    settings = Settings.read()
+    uri = settings.tracking_uri
+    registered = plan(uri, keep=keep, older_than=timedelta(days=days), cache=cache)
     if yes:
-        found = remove(found, uri, say)
+        registered = remove(registered, uri, say)
+    made = retention.plan(settings, retention.kept_manifests(uri, registered), say)
+    if yes:
+        made = retention.remove(made, settings, say)
+    found: list[Doomed | Leftover] = [*registered, *made]
     if as_json:
         items = [{"kind": one.kind, "name": one.name, "why": one.why, "bytes": one.bytes} for one in found]
         print_json({"removed": yes, "items": items})

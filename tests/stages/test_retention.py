@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import docker
 import pytest
 from release_folder import make_release
+from synthetic_image import make_image
 
+from homes import make_home
+from pipeline import retention
+from pipeline.retention import kept_manifests
+from pipeline.settings import Settings
+from pipeline.store import Artifact, Making, Recipe, Store
 from registry import journal, pull
 from registry.catalog import current, line
 from registry.promote import promote
@@ -91,6 +100,66 @@ def test_an_upload_that_no_version_has_goes_and_one_that_two_have_stays(uri: str
     assert remove([left], uri) == [left]
     assert folders["2"] is not None
     assert not folders["2"].exists()
+
+
+def test_the_manifests_of_versions_that_stay_are_kept(uri: str) -> None:
+    digests = {version.version: version.manifest_digest for version in current(uri, "demo-awq")}
+    assert kept_manifests(uri, []) == set(digests.values())
+    doomed = plan(uri, keep=1, now=LATER)
+    assert kept_manifests(uri, doomed) == {digests["5"], digests["4"]}
+    remove(doomed, uri)
+    assert kept_manifests(uri, doomed) == {digests["5"], digests["4"]}
+
+
+def test_images_go_that_no_artifact_that_stays_names_and_no_container_uses(
+    engine: docker.DockerClient, machine: Settings, tmp_path: Path
+) -> None:
+    settings = Settings.read(make_home(tmp_path / "home", machine))
+    store = Store(settings.home / "artifacts")
+    told: list[str] = []
+    names = ("runtime", "other-runtime", "kept", "gone", "used")
+    ids = {name: make_image(engine, f"slipway-retention-{name}", {"etc/name": name}) for name in names}
+
+    def put(name: str, runtime: str) -> Artifact:
+        layers = [{"digest": f"sha256:{name}", "size": 7, "holds": "model config.json"}]
+        record = {"image_id": ids[name], "tag": name, "runtime": runtime, "runtime_image_id": ids[runtime]}
+        text = json.dumps({**record, "layers": layers})
+
+        def make(making: Making) -> None:
+            (making.folder / "image.json").write_text(text)
+
+        return store.obtain(Recipe("image", inputs={}, parameters={}, code=name), make)
+
+    kept, gone, used = put("kept", "runtime"), put("gone", "other-runtime"), put("used", "runtime")
+    handle = settings.home / "dagster" / "handles" / "image" / "demo@awq.json"
+    handle.parent.mkdir(parents=True)
+    handle.write_text(json.dumps({"stage": "image", "key": kept.key}))
+    container = engine.containers.create(ids["used"], ["/none"])
+    try:
+        doomed = retention.plan(settings, [], told.append, now=LATER)
+        assert [(item.kind, item.name) for item in doomed] == [
+            ("image", "gone"), ("image", "runtime other-runtime"), ("artifact", f"image {gone.key[:12]}")
+        ]  # fmt: skip
+        assert doomed[0].bytes == 7
+        assert told == ["used stays: a container uses it"]
+        there = {image.id for image in engine.images.list()}
+        assert there >= set(ids.values())
+        removed = retention.remove(doomed, settings, told.append)
+        assert [item.name for item in removed] == [item.name for item in doomed], told
+        there = {image.id for image in engine.images.list()}
+        assert {name for name in names if ids[name] in there} == {"runtime", "kept", "used"}
+        container.remove()
+        doomed = retention.plan(settings, [], told.append, now=LATER)
+        assert [item.name for item in doomed] == ["used", f"image {used.key[:12]}"]
+        container = engine.containers.create(ids["used"], ["/none"])
+        assert retention.remove(doomed, settings, told.append) == []
+        assert told[-1].startswith("used stays: ")
+    finally:
+        with contextlib.suppress(docker.errors.NotFound):
+            container.remove()
+        for name in names:
+            with contextlib.suppress(docker.errors.ImageNotFound):
+                engine.images.remove(ids[name])
 
 
 def test_cached_files_that_no_folder_shares_go(uri: str, key: SigningKey, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_only_the_pipeline_knows_dagster(package: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["stages", "store", "workers", "spec", "settings", "source", "quantize", "promotion"]
+    "module", ["stages", "store", "workers", "spec", "settings", "source", "quantize", "promotion", "retention"]
 )
 def test_the_domain_does_not_know_dagster(module: str) -> None:
     program = f"import sys, pipeline.{module}; sys.exit('dagster' in sys.modules)"
