@@ -151,7 +151,7 @@ def weekly_load(
         yield SkipReason("no champion's file says `automation: {load: weekly}`")
 
 
-@sensor(minimum_interval_seconds=30, default_status=_ON)
+@sensor(minimum_interval_seconds=10, default_status=_ON)
 def the_dead(context: SensorEvaluationContext, settings: ResourceParam[Settings]) -> SkipReason:
     """Bury runs whose process was killed, and remove what they left: containers, slots, half-made artifacts."""
     dead = bury_dead_runs(context.instance, settings)
