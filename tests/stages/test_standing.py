@@ -9,7 +9,7 @@ from release_evidence import Made, settings_of
 from pipeline import describe, promotion
 from pipeline.standing import acts
 from pipeline.store import Artifact
-from pipeline.trust import trust_of
+from pipeline.trust import signing_key, trust_of
 from registry import rollback
 from registry.catalog import current
 
@@ -30,7 +30,7 @@ def test_a_cached_run_follows_its_file_back_and_leaves_a_rollback_as_it_is(tmp_p
         describe.release(made.bench, release)
     assert by_alias(made) == {"candidate": "2", "champion": "2", "previous": "1"}
 
-    rollback("demo-gptq", made.settings.tracking_uri, trust_of(made.settings))
+    rollback("demo-gptq", made.settings.tracking_uri, trust_of(made.settings), key=signing_key(made.settings))
     before = by_alias(made)
     assert before == {"candidate": "2", "champion": "1", "previous": "2"}
     assert describe.release(made.bench, second)["release"]["outcome"] == "up-to-date"
