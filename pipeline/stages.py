@@ -393,9 +393,10 @@ def _image_labels(bench: Bench, quantized: Artifact) -> dict[str, str]:
     source = bench.spec.source
     uri = f"file:{Path(source.uri).name}" if source.uri.startswith("file:") else source.uri
     labels = {"org.opencontainers.image.source": uri}
-    pulled = bench.store.with_digest("source", quantized.inputs.get("source", ""))
-    if pulled is not None:  # the commit that was pulled, whatever branch the model's file names
-        labels["org.opencontainers.image.revision"] = pulled.notes["revision"]
+    lock = read_lock(bench.spec.lock)
+    revision = source.revision if lock is None else lock.revision  # the commit, whatever branch the model's file names
+    if revision:
+        labels["org.opencontainers.image.revision"] = revision
     if bench.spec.license:
         labels["org.opencontainers.image.licenses"] = bench.spec.license
     context = images.served_context(config)

@@ -24,3 +24,20 @@ def test_an_image_bears_the_commit_that_was_pulled_and_its_recipe_covers_its_lab
     assert labels["org.opencontainers.image.revision"] == COMMIT
     assert labels["org.opencontainers.image.licenses"] == "mit"
     assert labels["org.opencontainers.image.source"] == f"hf://{REPOSITORY}"
+
+
+def test_another_model_of_the_same_weights_leaves_an_image_as_it_is(tmp_path: Path) -> None:
+    models = Models(tmp_path)
+    spec = models.write("remote", source={"uri": f"hf://{REPOSITORY}", "revision": "main"})
+    other = models.write("local")
+    files = {path.name: path.read_bytes() for path in (DEMO / "model").iterdir()}
+    with serving(files) as hub:
+        settings = replace(models.settings, hub_endpoint=hub.endpoint)
+
+        def image() -> str:
+            bench = FillingBench(spec, "awq", settings, lambda _: None)
+            return stages.image(bench, stages.quantized(bench, stages.source(bench))).key
+
+        before = image()
+        stages.source(FillingBench(other, "awq", settings, lambda _: None))
+        assert image() == before
