@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,18 +27,18 @@ def test_an_image_bears_the_commit_that_was_pulled_and_its_recipe_covers_its_lab
     assert labels["org.opencontainers.image.source"] == f"hf://{REPOSITORY}"
 
 
-def test_another_model_of_the_same_weights_leaves_an_image_as_it_is(tmp_path: Path) -> None:
+def test_another_model_of_the_same_weights_gives_an_image_no_label(tmp_path: Path) -> None:
     models = Models(tmp_path)
-    spec = models.write("remote", source={"uri": f"hf://{REPOSITORY}", "revision": "main"})
-    other = models.write("local")
+    specs = [models.write("remote", source={"uri": f"hf://{REPOSITORY}", "revision": "main"}), models.write("local")]
     files = {path.name: path.read_bytes() for path in (DEMO / "model").iterdir()}
+    revisions = {}
     with serving(files) as hub:
         settings = replace(models.settings, hub_endpoint=hub.endpoint)
-
-        def image() -> str:
-            bench = FillingBench(spec, "awq", settings, lambda _: None)
-            return stages.image(bench, stages.quantized(bench, stages.source(bench))).key
-
-        before = image()
-        stages.source(FillingBench(other, "awq", settings, lambda _: None))
-        assert image() == before
+        benches = [FillingBench(spec, "awq", settings, lambda _: None) for spec in specs]
+        sources = [stages.source(bench) for bench in benches]
+        assert sources[0].digest == sources[1].digest
+        for bench, source in zip(benches, sources, strict=True):
+            image = stages.image(bench, stages.quantized(bench, source))
+            recipe = json.loads((image.folder.parent / "artifact.json").read_text())["recipe"]
+            revisions[bench.spec.model] = recipe["parameters"]["labels"].get("org.opencontainers.image.revision")
+    assert revisions == {"remote": COMMIT, "local": None}
