@@ -43,7 +43,12 @@ def write_limit(models: Path, p95_latency_ms: int) -> None:
 
 
 @pytest.fixture
-def ui(slipway: Slipway, released: dict[str, Any], models: Path) -> Iterator[Ui]:
+def ui(slipway: Slipway, released: dict[str, Any], models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ui]:
+    for name in ("SLIPWAY_DAGSTER_STORAGE", "SLIPWAY_DAGSTER_POSTGRES"):
+        monkeypatch.setenv(name, "")  # put back afterwards: opening an instance sets them
+    with open_instance(Settings.read(dict(slipway.variables))) as instance:
+        for scheme in {*instance.get_dynamic_partitions("scheme")} - {"awq", "gptq"}:
+            instance.delete_dynamic_partition("scheme", scheme)  # another test's, of a file that is not in this folder
     found = Ui(Slipway({**slipway.variables, "SLIPWAY_MODELS": str(models)}))
     yield found
     if found.process.poll() is None:
@@ -125,7 +130,7 @@ def unquantized(slipway: Slipway, released: dict[str, Any]) -> Iterator[None]:
 
 
 def test_a_terminated_run_leaves_no_worker_and_ending_the_servers_ends_their_runs(
-    slipway: Slipway, unquantized: None, ui: Ui, monkeypatch: pytest.MonkeyPatch
+    slipway: Slipway, unquantized: None, ui: Ui
 ) -> None:
     ui.announced()
     terminated = launch_and_wait_for_worker(ui, slipway)
@@ -138,8 +143,6 @@ def test_a_terminated_run_leaves_no_worker_and_ending_the_servers_ends_their_run
     assert processes_of(slipway.home) == {}
     assert workers_of(slipway.home) == {}
     # What a person terminated stays so; what the end of the servers cut off is taken up at their next start.
-    for name in ("SLIPWAY_DAGSTER_STORAGE", "SLIPWAY_DAGSTER_POSTGRES"):
-        monkeypatch.setenv(name, "")  # put back afterwards: opening an instance sets them
     with open_instance(Settings.read(dict(slipway.variables))) as instance:
         run = instance.get_run_by_id(cut_off)
         assert run is not None
