@@ -67,8 +67,8 @@ def test_a_person_launches_watches_reads_and_backfills_in_a_browser(
         browser.sees("source", "quantized", "image", "baseline", "drift", "scan", "load", "release")
         browser.picture("1-graph")
 
-        # One partition, with something to do for as long as a page takes to open, and to release in the end, but nothing
-        # that a browser's own work beside it would spoil.
+        # One partition, with something to do for as long as a page takes to open, and something new in the end, but
+        # nothing that a browser's own work beside it would spoil.
         for stage in ("quantized", "scan"):
             forget(slipway, stage)
         run = browser.launch("gptq")
