@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from dagster import StringSource
+from dagster import EventLogEntry, StringSource
 from dagster._core.storage.base_storage import DagsterStorage
 from dagster._core.storage.event_log import SqliteEventLogStorage
 from dagster._core.storage.sqlite_storage import DagsterSqliteStorage
 from dagster._serdes import ConfigurableClass, ConfigurableClassData
-from sqlalchemy import Connection, Engine, QueuePool, create_engine, event, make_url
+from sqlalchemy import Connection, Engine, QueuePool, create_engine, make_url
+from sqlalchemy import event as hooks
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.errors import SettingsError
@@ -67,12 +69,17 @@ class _EventLog(SqliteEventLogStorage):
     """Keeps each file open that it has used lately.
 
     Dagster opens one anew for every event, and so compiles its queries anew, and empties SQLite's journal into the file
-    behind each.
+    behind each. Who follows a run, as its page does, watches for that: the file is touched instead.
     """
 
     def __init__(self, base_dir: str) -> None:
         super().__init__(base_dir)
         self._engines: dict[str, Engine] = {}
+
+    def store_event(self, event: EventLogEntry) -> None:
+        """Store an event, and let those who watch its run's file know."""
+        super().store_event(event)
+        os.utime(self.path_for_shard(event.run_id))
 
     def dispose(self) -> None:
         """Close the files."""
@@ -97,7 +104,7 @@ class _EventLog(SqliteEventLogStorage):
             engine = create_engine(
                 self.conn_string_for_shard(shard), poolclass=QueuePool, pool_size=1, connect_args=arguments
             )
-            event.listen(engine, "connect", _trust_the_journal)
+            hooks.listen(engine, "connect", _trust_the_journal)
         self._engines[shard] = engine
         if len(self._engines) > _MOST_OPEN:
             self._engines.pop(next(iter(self._engines))).dispose()

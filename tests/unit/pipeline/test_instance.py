@@ -6,11 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from dagster import DagsterInstance, DagsterRunStatus
+from dagster import DagsterInstance, DagsterRunStatus, EventLogEntry
 
 from pipeline.instance import alive, bury_dead_runs, open_instance
 from pipeline.settings import Settings
@@ -98,6 +99,24 @@ def test_what_one_process_logs_of_many_runs_another_reads_and_no_file_stays_open
         # A daemon sees thousands of runs. A file, its journal and the journal's index are open, by either of the two.
         assert len(open_files()) <= 2 * 3 * 8
     assert open_files() == []
+
+
+def test_who_follows_a_run_hears_of_each_event_while_its_writer_keeps_the_file_open(settings: Settings) -> None:
+    heard: list[str] = []
+    with open_instance(settings) as writing, open_instance(settings) as page:
+
+        def say(text: str) -> None:
+            entry = EventLogEntry(None, 20, text, "a-run", time.time(), job_name="release_model")
+            writing.event_log_storage.store_event(entry)
+
+        say("before")
+        page.watch_event_logs("a-run", None, lambda entry, _: heard.append(entry.user_message))
+        for text in ("first", "second"):
+            say(text)
+            deadline = time.monotonic() + 20
+            while text not in heard and time.monotonic() < deadline:
+                time.sleep(0.05)
+    assert heard[-2:] == ["first", "second"]
 
 
 def test_a_run_whose_process_was_killed_is_failed_and_its_slot_is_free(
