@@ -89,7 +89,7 @@ def measure_now(
     bench: Bench, plan: LoadPlan, image: Mapping[str, Any], checkpoint: Artifact, live: loads.Live
 ) -> Loaded:
     """Measure an image, by its ``image.json``, with the checkpoint that is in it."""
-    name = f"{bench.spec.model}-{bench.scheme_name}"
+    name = bench.release_name
     folder = bench.settings.home / "loads" / f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%S}"
     folder.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix="load-", dir=folder) as scratch:

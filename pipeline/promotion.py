@@ -122,7 +122,7 @@ def promoted(bench: Bench, release: Artifact, *, candidate_only: bool = False) -
     key = signing_key(settings)
     trusted = trust_of(settings)
     manifest = release.document("release/manifest.json")
-    name = f"{bench.spec.model}-{bench.scheme_name}"
+    name = bench.release_name
     before = {version.version: version.aliases for version in catalog.current(settings.tracking_uri, name)}
     _attach(bench, release)
     promotion = promote(
@@ -242,7 +242,7 @@ def _write_mlbom(bench: Bench, making: Making, made: Mapping[str, Artifact], ver
         if task.data is not None:
             data[task.data.name] = (f"evaluation: {name}", digest_file(task.data))
     model = mlbom.Model(
-        name=f"{spec.model}-{bench.scheme_name}",
+        name=bench.release_name,
         version=quantized.digest,
         base=_public(spec.source.uri),
         base_revision=source.notes["revision"],

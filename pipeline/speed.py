@@ -57,7 +57,7 @@ def look_again(bench: Bench) -> Speed:
         StoreError: it was not made in this home, or is gone from it.
         ContainerError: the engine has lost its image, or does not answer.
     """
-    settings, name = bench.settings, f"{bench.spec.model}-{bench.scheme_name}"
+    settings, name = bench.settings, bench.release_name
     names = (f"{EVIDENCE}/image.json", f"{EVIDENCE}/load.json")
     champion = glance(f"{name}@{CHAMPION}", names, tracking_uri=settings.tracking_uri, trusted_keys=trust_of(settings))
     record, then = (json.loads(champion.files[each]) for each in names)

@@ -351,7 +351,7 @@ def load_test(
                 sandbox.serve(
                     client,
                     record.image_id,
-                    name=f"slipway-{bench.spec.model}-{bench.scheme_name}",
+                    name=f"slipway-{bench.release_name}",
                     home=bench.settings.home,
                     memory_bytes=plan.memory.limit_bytes,
                     cpus=plan.cpus,
