@@ -12,7 +12,7 @@ from pathlib import Path
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
 from pipeline.settings import CHECKOUT, Settings
-from pipeline.store import locked
+from pipeline.store import is_locked, locked
 
 # A run takes its marker within a moment of its start, and ends within one of giving it back.
 _UNCLAIMED = "unclaimed"
@@ -74,7 +74,7 @@ def bury_dead_runs(instance: DagsterInstance, settings: Settings) -> list[str]:
     with locked(_burying(settings)):
         _mark_unclaimed(instance, settings)
         for marker in _markers(settings).iterdir():
-            if not _is_held(marker) and not _may_be_claimed(marker):
+            if not is_locked(marker) and not _may_be_claimed(marker):
                 if _bury(instance, marker.name):
                     dead.append(marker.name)
                 marker.unlink(missing_ok=True)
@@ -97,17 +97,6 @@ def _may_be_claimed(marker: Path) -> bool:
         return marker.read_text() == _UNCLAIMED and time.time() - marker.stat().st_mtime < _CLAIM_SECONDS
     except FileNotFoundError:
         return False
-
-
-def _is_held(marker: Path) -> bool:
-    try:
-        with marker.open("r+") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        pass  # its run has ended meanwhile
-    return False
 
 
 def _bury(instance: DagsterInstance, run_id: str) -> bool:

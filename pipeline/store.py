@@ -292,6 +292,18 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None, *, shared: bo
         yield
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock on a file; nobody does where there is none."""
+    try:
+        with path.open("r+") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass
+    return False
+
+
 @contextlib.contextmanager
 def timed(seconds: list[float]) -> Iterator[None]:
     """Append the seconds that the block took, whether it ends well or not."""

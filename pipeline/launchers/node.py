@@ -9,7 +9,6 @@ reaches the store its own environment says (``AWS_…``), of which the worker se
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import signal
@@ -29,7 +28,7 @@ from pipeline.errors import SlipwayError
 from pipeline.launchers.errand import Errand, announced, get_document, pack, put_document, unpack
 from pipeline.launchers.local import Local
 from pipeline.settings import Settings
-from pipeline.store import locked
+from pipeline.store import is_locked, locked
 from registry.errors import RegistryError
 from registry.manifest import FileRecord
 from registry.objects import ObjectStore
@@ -59,7 +58,7 @@ def own_folder(scratch: Path) -> Iterator[Path]:
         # Nobody may find the folder between its making and its lock: it would look like a dead process's.
         with locked(scratch.with_suffix(".lock")):
             for left in scratch.glob("errand-*"):
-                if _is_left(left):
+                if not is_locked(left / _LOCK):
                     shutil.rmtree(left, ignore_errors=True)
             made = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="errand-", dir=scratch)))
             held.enter_context(locked(made / _LOCK))
@@ -78,18 +77,6 @@ def do(record: FileRecord, store: ObjectStore, folder: Path, settings: Settings)
     task = replace(unpack(errand, folder, store), variables=_reporting())
     ended = Local(settings, _say)(task)
     return put_document(pack(ended, task, folder, store), folder / "outcome.json", store)
-
-
-def _is_left(folder: Path) -> bool:
-    """Whether no process holds the folder's lock."""
-    try:
-        with (folder / _LOCK).open("r+") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except FileNotFoundError:
-        pass
-    return True
 
 
 def _say(text: str) -> None:
