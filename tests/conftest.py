@@ -65,6 +65,13 @@ def settings(home: dict[str, str]) -> Settings:
 
 
 @pytest.fixture
+def instance_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts back after the test what opening a Dagster instance sets in the environment."""
+    for name in ("SLIPWAY_DAGSTER_STORAGE", "SLIPWAY_DAGSTER_POSTGRES"):
+        monkeypatch.setenv(name, "")
+
+
+@pytest.fixture
 def run_worker(settings: Settings) -> Workers:
     """Runs a worker script in its real environment."""
     return Workers(settings, print)

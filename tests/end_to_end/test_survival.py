@@ -37,10 +37,8 @@ def ui(slipway: Slipway, released: dict[str, Any]) -> Iterator[Callable[[], Ui]]
 
 
 @pytest.fixture(autouse=True)
-def nothing_left(slipway: Slipway, engine: docker.DockerClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def nothing_left(slipway: Slipway, engine: docker.DockerClient, instance_variables: None) -> Iterator[None]:
     """After each test: no worker, no container, nothing half made, no slot, no run that goes on, one of each alias."""
-    for name in ("SLIPWAY_DAGSTER_STORAGE", "SLIPWAY_DAGSTER_POSTGRES"):
-        monkeypatch.setenv(name, "")  # put back afterwards: opening an instance sets it
     yield
     assert workers_of(slipway.home) == {}
     label = f"slipway.home={home_digest(slipway.home)}"

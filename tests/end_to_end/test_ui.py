@@ -43,9 +43,7 @@ def write_limit(models: Path, p95_latency_ms: int) -> None:
 
 
 @pytest.fixture
-def ui(slipway: Slipway, released: dict[str, Any], models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ui]:
-    for name in ("SLIPWAY_DAGSTER_STORAGE", "SLIPWAY_DAGSTER_POSTGRES"):
-        monkeypatch.setenv(name, "")  # put back afterwards: opening an instance sets them
+def ui(slipway: Slipway, released: dict[str, Any], models: Path, instance_variables: None) -> Iterator[Ui]:
     with open_instance(Settings.read(dict(slipway.variables))) as instance:
         for scheme in {*instance.get_dynamic_partitions("scheme")} - {"awq", "gptq"}:
             instance.delete_dynamic_partition("scheme", scheme)  # another test's, of a file that is not in this folder

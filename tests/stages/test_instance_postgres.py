@@ -15,6 +15,8 @@ from pipeline.errors import SettingsError
 from pipeline.instance import bury_dead_runs, open_instance
 from pipeline.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("instance_variables")
+
 
 @pytest.fixture(scope="module")
 def database() -> Iterator[str]:
@@ -22,12 +24,6 @@ def database() -> Iterator[str]:
         Path(name).chmod(0o755)
         with postgres(Path(name), "dagster") as address:
             yield f"{address}/dagster"
-
-
-@pytest.fixture(autouse=True)
-def _variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SLIPWAY_DAGSTER_STORAGE", "SLIPWAY_DAGSTER_POSTGRES"):
-        monkeypatch.setenv(name, "")  # put back afterwards: opening an instance sets them
 
 
 def settings(home: Path, address: str) -> Settings:

@@ -86,9 +86,7 @@ def models(tmp_path: Path) -> Models:
 
 
 @pytest.fixture
-def ticks(models: Models, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ticks]:
-    for name in ("SLIPWAY_DAGSTER_STORAGE", "SLIPWAY_DAGSTER_POSTGRES"):
-        monkeypatch.setenv(name, "")  # put back afterwards: opening an instance sets it
+def ticks(models: Models, instance_variables: None) -> Iterator[Ticks]:
     with open_instance(models.settings) as instance:
         yield Ticks(models, instance)
 

@@ -29,9 +29,7 @@ with alive(sys.argv[1], Settings.read()):
 
 
 @pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    for name in ("SLIPWAY_DAGSTER_STORAGE", "SLIPWAY_DAGSTER_POSTGRES"):
-        monkeypatch.setenv(name, "")  # put back afterwards: opening an instance sets them
+def settings(tmp_path: Path, instance_variables: None) -> Settings:
     return Settings.read({"SLIPWAY_HOME": str(tmp_path / "home")})
 
 

@@ -13,10 +13,8 @@ from pipeline.settings import Settings
 
 
 def test_every_line_of_a_run_names_it_and_its_release_and_no_secret_gets_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instance_variables: None
 ) -> None:
-    for name in ("SLIPWAY_DAGSTER_STORAGE", "SLIPWAY_DAGSTER_POSTGRES"):
-        monkeypatch.setenv(name, "")  # put back afterwards: opening an instance sets it
     monkeypatch.setenv("SLIPWAY_HOME", str(tmp_path))
     monkeypatch.setenv("HF_TOKEN", "hf_0123456789abcdef")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://ann:pass%2Fword@db/mlflow")
