@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import release_evidence
 import yaml
+from click.testing import CliRunner
 
 from containers import gpu_pool
 from containers.image import ImageRecord
@@ -16,12 +17,14 @@ from evals import load as loads
 from evals.load_plan import LoadPlan
 from homes import DEMO
 from pipeline import loading, stages
+from pipeline.commands import loading as commands
 from pipeline.commands.loading import Figures, _figures
 from pipeline.errors import SpecError
 from pipeline.settings import Settings
 from pipeline.spec import load
 from pipeline.stages import Bench
 from pipeline.store import Artifact
+from registry.verdict import Status, Verdict
 
 TOLD = {
     "purpose": "chat", "rate": 4.0, "phase": "load", "total": 480, "answered": 12, "errors": 0, "elapsed_s": 3.2,
@@ -130,3 +133,21 @@ def test_without_a_terminal_a_line_comes_every_few_seconds(capsys: pytest.Captur
             live({**TOLD, "answered": answered})
         live({**TOLD, "phase": "done"})
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("status", "left"), [("pass", 0), ("fail", 3), ("inconclusive", 3)])
+def test_a_scheme_that_misses_its_limits_ends_the_commands_with_3(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: Status, left: int
+) -> None:
+    verdict = Verdict(gate="load", status=status, reason="as this test says", cause="late-client")
+    good = Verdict(gate="load", status="pass", reason="all limits were met")
+    rows, page = [{"name": "FP16", "tokens_per_second": 90.0}], tmp_path / "page.html"
+    evidence: dict[str, Any] = {"faults": None, "capacity": None, "findings": []}
+    measured = loading.Loaded("demo-awq", verdict, evidence, tmp_path, page)
+    monkeypatch.setattr(loading, "compare", lambda *_: (rows, {"fp16": good, "awq": verdict}, page))
+    monkeypatch.setattr(loading, "load_now", lambda *_: measured)
+    environment = {"SLIPWAY_HOME": str(settings.home), "SLIPWAY_MODELS": str(settings.models)}
+    for command, name in ((commands.compare, "demo"), (commands.load, "demo-awq")):
+        done = CliRunner().invoke(command, [name], env=environment)
+        assert done.exit_code == left, done.output
+        assert "as this test says" in done.output
