@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -137,6 +138,26 @@ def test_prompts_are_unique_and_as_long_as_asked_for(run_worker: Workers, text: 
     assert {name: {len(prompt) for prompt in each} for name, each in cut.items()} == {
         "first": {48}, "second": {32}, "later": {48},
     }  # fmt: skip
+
+
+def test_the_client_goes_first_and_nothing_else_does(run_worker: Workers, tmp_path: Path) -> None:
+    """As root: what it starts inherits it, and its session is its own."""
+    probe = tmp_path / "probe.py"
+    probe.write_text(
+        f"import sys; sys.path.append({str(Path(__file__).parents[2])!r})\n"
+        "import os, subprocess\nfrom pathlib import Path\nfrom slipway_worker import main\n"
+        "from evals.traffic.client import _go_first\n"
+        "def work(request, report):\n"
+        "    _go_first()\n"
+        "    child = subprocess.check_output(['sh', '-c', 'nice; cat /proc/self/autogroup'], text=True).split()\n"
+        "    return {'niceness': int(child[0]), 'autogroup': child[3:]}\n"
+        "main(work)\n"
+    )
+    found = run_worker("aiperf", probe, {}, tmp_path)
+    expected = -10 if os.geteuid() == 0 else 0
+    assert found["niceness"] == expected
+    assert found["autogroup"] in ([], [str(expected)])  # none: a kernel without autogroups
+    assert os.getpriority(os.PRIO_PROCESS, 0) == 0
 
 
 def test_the_tail_is_the_queues_own(run: Measure, text: Path) -> None:
