@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import socket
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 import httpx
 
 from containers.gateway.config import Routes, Settings, Watched
+from containers.gateway.connections import Connections
 from containers.gateway.errors import ConfigurationError, Refusal
 from containers.gateway.keys import Key, Keyring
 from containers.gateway.limiter import Limiter
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("slipway.gateway")
 requests_log = logging.getLogger("slipway.gateway.requests")
-# Engines close a connection that was idle for five seconds; one that is reused just then would break.
-_KEEP_ALIVE_S = 4.0
-_IDLE_CONNECTIONS = 256
 SOCKET_BUFFER = 256 * 1024
 
 
@@ -172,16 +169,7 @@ class Gateway:
 def _client(settings: Settings) -> httpx.AsyncClient:
     """What asks the replicas. A stream that its client does not read fills these buffers and then waits."""
     return httpx.AsyncClient(
-        transport=httpx.AsyncHTTPTransport(
-            limits=httpx.Limits(
-                max_connections=None, max_keepalive_connections=_IDLE_CONNECTIONS, keepalive_expiry=_KEEP_ALIVE_S
-            ),
-            socket_options=[
-                (socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER),
-                (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-            ],
-            trust_env=False,
-        ),
+        transport=Connections(SOCKET_BUFFER),
         timeout=httpx.Timeout(
             settings.request_timeout_s, connect=settings.connect_timeout_s, write=settings.stall_timeout_s, pool=None
         ),
