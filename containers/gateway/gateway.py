@@ -22,7 +22,7 @@ from containers.gateway.limiter import Limiter
 from containers.gateway.metrics import Metrics
 from containers.gateway.router import Pool, Router
 from containers.gateway.schema import ModelCard, ModelList
-from containers.gateway.upstream import Upstream
+from containers.gateway.upstream import HEADERS, Upstream, timeouts
 
 if TYPE_CHECKING:
     from containers.gateway.exchange import Account
@@ -39,10 +39,11 @@ class Gateway:
         self.settings = settings
         self.keys = Watched(settings.keys, Keyring.parse)
         self.routes = Watched(settings.routes, Routes.model_validate_json)
-        self.client = _client(settings)
+        connections = Connections(SOCKET_BUFFER)
+        self.client = _client(settings, connections)
         self.metrics = Metrics()
         self.router = Router(settings, self.client)
-        self.upstream = Upstream(settings, self.client, self.metrics)
+        self.upstream = Upstream(settings, connections, self.metrics)
         self.limiter = _limiter(settings)
         self.engine_headers = _engine_headers(settings)
         self.metrics.show(self.router, self.stale_files)
@@ -166,15 +167,13 @@ class Gateway:
             self.router.forget_idle()
 
 
-def _client(settings: Settings) -> httpx.AsyncClient:
-    """What asks the replicas. A stream that its client does not read fills these buffers and then waits."""
+def _client(settings: Settings, connections: Connections) -> httpx.AsyncClient:
+    """What asks the replicas how they are."""
     return httpx.AsyncClient(
-        transport=Connections(SOCKET_BUFFER),
-        timeout=httpx.Timeout(
-            settings.request_timeout_s, connect=settings.connect_timeout_s, write=settings.stall_timeout_s, pool=None
-        ),
-        headers={"user-agent": "slipway-gateway", "accept-encoding": "identity"},
-        # A cookie that a replica sets must not come back with another client's request.
+        transport=connections,
+        timeout=timeouts(settings),
+        headers=HEADERS,
+        # A cookie that a replica sets must not come back.
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
         trust_env=False,
         follow_redirects=False,

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import httpx
@@ -19,6 +20,8 @@ from containers.gateway.replicas import Replica
 from containers.gateway.router import Lease, Pool
 from containers.gateway.sse import StreamMeter
 
+# Said to every replica, whatever it is asked.
+HEADERS = {"user-agent": "slipway-gateway", "accept-encoding": "identity"}
 # An answer with such a status is none: it is asked for again elsewhere, once.
 _AGAIN = frozenset({500, 502, 503, 504})
 # A request that reached a replica which then died may be what killed it: so it is delivered twice at most.
@@ -59,9 +62,11 @@ class Opened:
 class Upstream:
     """The replicas as one server."""
 
-    def __init__(self, settings: Settings, client: httpx.AsyncClient, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, connections: httpx.AsyncBaseTransport, metrics: Metrics) -> None:
+        """Ask over ``connections`` itself: a client's cookies, redirects and logins are a sixth of the work."""
         self._settings = settings
-        self._client = client
+        self._connections = connections
+        self._timeouts = {"timeout": timeouts(settings).as_dict()}
         self._metrics = metrics
 
     @asynccontextmanager
@@ -123,15 +128,16 @@ class Upstream:
 
     async def _try(self, lease: Lease, call: Call) -> tuple[httpx.Response, Opened]:
         """Ask one replica, up to the first piece of a stream or the end of another answer."""
-        request = self._client.build_request(
+        request = httpx.Request(
             "POST",
-            f"{lease.replica.url}{call.path}",
+            _address(lease.replica.url, call.path),
             content=json.dumps(call.document).encode(),
-            headers={"content-type": "application/json", **call.headers},
+            headers={**HEADERS, "content-type": "application/json", **call.headers},
+            extensions=self._timeouts,
         )
         try:
             call.sent = True
-            answer = await self._client.send(request, stream=True)
+            answer = await self._connections.handle_async_request(request)
             try:
                 opened = await self._open(answer, call)
             except BaseException:
@@ -165,6 +171,18 @@ class Upstream:
             if size > self._settings.max_answer_bytes:
                 raise Refusal(502, "answer_too_large", "the model's server sent more than this gateway passes on")
         return Opened(answer.status_code, b"".join(parts), None)
+
+
+def timeouts(settings: Settings) -> httpx.Timeout:
+    """How long a replica may take to be reached, to take a request and to answer."""
+    return httpx.Timeout(
+        settings.request_timeout_s, connect=settings.connect_timeout_s, write=settings.stall_timeout_s, pool=None
+    )
+
+
+@lru_cache(maxsize=256)
+def _address(url: str, path: str) -> httpx.URL:
+    return httpx.URL(f"{url}{path}")
 
 
 async def metered(opened: Opened, meter: StreamMeter) -> AsyncIterator[bytes]:
