@@ -22,7 +22,7 @@ from containers.gateway.limiter import Limiter
 from containers.gateway.metrics import Metrics
 from containers.gateway.router import Pool, Router
 from containers.gateway.schema import ModelCard, ModelList
-from containers.gateway.upstream import HEADERS, Upstream, timeouts
+from containers.gateway.upstream import HEADERS, Upstream
 
 if TYPE_CHECKING:
     from containers.gateway.exchange import Account
@@ -40,7 +40,7 @@ class Gateway:
         self.keys = Watched(settings.keys, Keyring.parse)
         self.routes = Watched(settings.routes, Routes.model_validate_json)
         connections = Connections(SOCKET_BUFFER)
-        self.client = _client(settings, connections)
+        self.client = _client(connections)
         self.metrics = Metrics()
         self.router = Router(settings, self.client)
         self.upstream = Upstream(settings, connections, self.metrics)
@@ -167,11 +167,10 @@ class Gateway:
             self.router.forget_idle()
 
 
-def _client(settings: Settings, connections: Connections) -> httpx.AsyncClient:
-    """What asks the replicas how they are."""
+def _client(connections: Connections) -> httpx.AsyncClient:
+    """What asks the replicas how they are, each time with a limit in seconds."""
     return httpx.AsyncClient(
         transport=connections,
-        timeout=timeouts(settings),
         headers=HEADERS,
         # A cookie that a replica sets must not come back.
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),

@@ -66,7 +66,10 @@ class Upstream:
         """Ask over ``connections`` itself: a client's cookies, redirects and logins are a sixth of the work."""
         self._settings = settings
         self._connections = connections
-        self._timeouts = {"timeout": timeouts(settings).as_dict()}
+        timeout = httpx.Timeout(
+            settings.request_timeout_s, connect=settings.connect_timeout_s, write=settings.stall_timeout_s, pool=None
+        )
+        self._timeouts = {"timeout": timeout.as_dict()}
         self._metrics = metrics
 
     @asynccontextmanager
@@ -171,13 +174,6 @@ class Upstream:
             if size > self._settings.max_answer_bytes:
                 raise Refusal(502, "answer_too_large", "the model's server sent more than this gateway passes on")
         return Opened(answer.status_code, b"".join(parts), None)
-
-
-def timeouts(settings: Settings) -> httpx.Timeout:
-    """How long a replica may take to be reached, to take a request and to answer."""
-    return httpx.Timeout(
-        settings.request_timeout_s, connect=settings.connect_timeout_s, write=settings.stall_timeout_s, pool=None
-    )
 
 
 @lru_cache(maxsize=256)

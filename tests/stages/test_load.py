@@ -119,17 +119,25 @@ def test_too_little_text_for_unique_prompts_is_an_error(run: Measure, text: Path
         run(Script(), plan(text, prompts=tmp_path / "short.jsonl"))
 
 
-def test_prompts_are_unique_and_as_long_as_asked_for(run_worker: Workers, text: Path, tmp_path: Path) -> None:
-    probe = tmp_path / "probe.py"
-    probe.write_text(
+def in_the_clients_place(folder: Path, work: str) -> Path:
+    """Write a worker in the client's environment that does the lines of ``work`` with its parts."""
+    script = folder / "probe.py"
+    script.write_text(
         f"import sys; sys.path.append({str(Path(__file__).parents[2])!r})\n"
-        "from pathlib import Path\nfrom slipway_worker import main\nfrom evals.traffic.client import Deck\n"
-        "def work(request, report):\n"
+        "import subprocess\nfrom pathlib import Path\nfrom slipway_worker import main\n"
+        "from evals.traffic.client import Deck, _go_first\n"
+        f"def work(request, report):\n{work}main(work)\n"
+    )
+    return script
+
+
+def test_prompts_are_unique_and_as_long_as_asked_for(run_worker: Workers, text: Path, tmp_path: Path) -> None:
+    probe = in_the_clients_place(
+        tmp_path,
         "    deck = Deck(Path(request['prompts']), Path(request['tokenizer']), 1, 0)\n"
         "    first, second = deck.cut([48] * 250), deck.cut([32] * 100)\n"
         "    later = Deck(Path(request['prompts']), Path(request['tokenizer']), 1, deck.used)\n"
-        "    return {'first': first, 'second': second, 'later': later.cut([48] * 150)}\n"
-        "main(work)\n"
+        "    return {'first': first, 'second': second, 'later': later.cut([48] * 150)}\n",
     )
     request = {"prompts": str(text / "prompts.jsonl"), "tokenizer": str(text)}
     cut = run_worker("aiperf", probe, request, tmp_path)
@@ -142,16 +150,11 @@ def test_prompts_are_unique_and_as_long_as_asked_for(run_worker: Workers, text: 
 
 def test_the_client_goes_first_and_nothing_else_does(run_worker: Workers, tmp_path: Path) -> None:
     """As root: what it starts inherits it, and its session is its own."""
-    probe = tmp_path / "probe.py"
-    probe.write_text(
-        f"import sys; sys.path.append({str(Path(__file__).parents[2])!r})\n"
-        "import os, subprocess\nfrom pathlib import Path\nfrom slipway_worker import main\n"
-        "from evals.traffic.client import _go_first\n"
-        "def work(request, report):\n"
+    probe = in_the_clients_place(
+        tmp_path,
         "    _go_first()\n"
         "    child = subprocess.check_output(['sh', '-c', 'nice; cat /proc/self/autogroup'], text=True).split()\n"
-        "    return {'niceness': int(child[0]), 'autogroup': child[3:]}\n"
-        "main(work)\n"
+        "    return {'niceness': int(child[0]), 'autogroup': child[3:]}\n",
     )
     found = run_worker("aiperf", probe, {}, tmp_path)
     expected = -10 if os.geteuid() == 0 else 0

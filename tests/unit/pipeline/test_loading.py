@@ -139,7 +139,7 @@ def test_without_a_terminal_a_line_comes_every_few_seconds(capsys: pytest.Captur
 def test_a_scheme_that_misses_its_limits_ends_the_commands_with_3(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: Status, left: int
 ) -> None:
-    verdict = Verdict(gate="load", status=status, reason="as this test says", cause="late-client")
+    verdict = Verdict(gate="load", status=status, reason="as this test says", cause="client-late")
     good = Verdict(gate="load", status="pass", reason="all limits were met")
     rows, page = [{"name": "FP16", "tokens_per_second": 90.0}], tmp_path / "page.html"
     evidence: dict[str, Any] = {"faults": None, "capacity": None, "findings": []}
