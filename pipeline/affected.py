@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,27 +20,16 @@ from typing import Any
 from containers import judgement
 from containers import profile as profiles
 from containers.image import ImageRecord
-from pipeline import evaluation, promotion, stages
-from pipeline.errors import SlipwayError
 from pipeline.settings import CHECKOUT, Settings
 from pipeline.source_lock import read_lock
 from pipeline.spec import ModelSpec
-from pipeline.stages import Bench
 from pipeline.standing import acts, manifest_digest
-from pipeline.store import Artifact, Making, Recipe, Store, digest_json
+from pipeline.store import Artifact, Recipe, Store, digest_json
+from pipeline.walk import NotMade, Shelf, ShelfBench, signed
 from registry import catalog
 from registry.verdict import Verdict
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
-class NotMade(SlipwayError):
-    """A recipe's artifact is not there; ``again`` where it is, and a run would make it once more."""
-
-    def __init__(self, recipe: Recipe, *, again: bool = False) -> None:
-        self.recipe = recipe
-        self.again = again
-        super().__init__(f"`{recipe.stage}` is not made")
 
 
 @dataclass(frozen=True)
@@ -54,22 +43,13 @@ class Affected:
     why: str
 
 
-class Shelf(Store):
-    """What was made, and nothing else: what is not there is `NotMade`."""
+class LastScans(Shelf):
+    """What was made, and of scans the image's newest: what is known today of a champion, the rescan looks up."""
 
-    def obtain(self, recipe: Recipe, make: Callable[[Making], None]) -> Artifact:  # noqa: ARG002 - as the store's
-        """Return what was made by the recipe."""
-        found = self._scanned(recipe) if recipe.stage == "scan" else self.find(recipe.stage, recipe.key)
-        if found is None:
-            raise NotMade(recipe)
-        return found
-
-    def forget(self, recipe: Recipe) -> None:
-        """Say that a run would make this again."""
-        raise NotMade(recipe, again=True)
-
-    def _scanned(self, recipe: Recipe) -> Artifact | None:
-        """The image's newest scan, with whichever database: what is known today of a champion, the rescan looks up."""
+    def made_by(self, recipe: Recipe) -> Artifact | None:
+        """Return what was made by the recipe, in a scan with whichever database."""
+        if recipe.stage != "scan":
+            return super().made_by(recipe)
         for key, record in self.records(recipe.stage):
             if record["recipe"]["inputs"] == recipe.inputs and record["recipe"]["code"] == recipe.code:
                 return self.find(recipe.stage, key)
@@ -77,13 +57,13 @@ class Shelf(Store):
 
 
 @dataclass(frozen=True)
-class LookingBench(Bench):
-    """A bench at which nothing is made."""
+class LookingBench(ShelfBench):
+    """A bench at which nothing is made, nor asked that only a run has to know."""
 
     @property
-    def store(self) -> Shelf:
+    def store(self) -> Store:
         """What was made."""
-        return Shelf(self.settings.home / "artifacts")
+        return LastScans(self.settings.home / "artifacts")
 
     def verdict(self, gate: str, evidence: Artifact) -> Verdict:
         """Judge as a run would, but for how old a scan's database has got: a run scans with the one of its own day."""
@@ -105,7 +85,7 @@ def affected(spec: ModelSpec, scheme: str, settings: Settings) -> Affected | Non
     """
     bench = LookingBench(spec, scheme, settings, lambda _: None)
     try:
-        release = walk(bench)
+        release = signed(bench)
     except NotMade as lacking:
         recipe = lacking.recipe
         if recipe.stage == "load" and lacking.again:
@@ -122,24 +102,6 @@ def affected(spec: ModelSpec, scheme: str, settings: Settings) -> Affected | Non
     # What is signed can be asked for more than once, each time that the line has moved away from it.
     moves = len(acts(bench))
     return Affected(spec.model, scheme, "release", f"{release.key}-{moves}", f"release: signed, and {why}")
-
-
-def walk(bench: Bench) -> Artifact | None:
-    """Go through a release as its run does; return the signed release, or None where a gate refuses what is there."""
-    source = stages.source(bench)
-    quantized = stages.quantized(bench, source)
-    image = stages.image(bench, quantized)
-    baseline = evaluation.baseline(bench, source)
-    drift = evaluation.drift(bench, source, baseline, quantized, image)
-    if bench.verdict("drift", drift).blocks:
-        return None
-    scan = stages.scan(bench, image, quantized)
-    if bench.verdict("scan", scan).blocks:
-        return None
-    load = stages.load(bench, image, quantized)
-    if bench.verdict("load", load).blocks:
-        return None
-    return promotion.sealed(bench, source, quantized, drift, image, scan, load)
 
 
 def moved_upstream(spec: ModelSpec, settings: Settings) -> str | None:
@@ -179,7 +141,7 @@ def touched(specs: Iterable[ModelSpec], settings: Settings) -> str:
     return digest_json(seen)
 
 
-def _what_is_new(shelf: Shelf, recipe: Recipe) -> str:
+def _what_is_new(shelf: Store, recipe: Recipe) -> str:
     """What sets a recipe apart from the one nearest to it of those that were made."""
     wanted = _leaves(asdict(recipe))
     others = [_leaves(record["recipe"]) for _, record in shelf.records(recipe.stage)]

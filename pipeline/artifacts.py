@@ -4,43 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 from collections.abc import Iterator
-from pathlib import Path
 
 from dagster import DagsterInstance, Failure, InitResourceContext, InputContext, IOManager, OutputContext, io_manager
 
+from pipeline.handles import Handles
 from pipeline.instance import alive
-from pipeline.store import Artifact, Store, write_whole
+from pipeline.settings import Settings
+from pipeline.store import Artifact, Store
 
 
 class ArtifactHandles(IOManager):
     """Keeps, for every asset and partition, which artifact it last produced."""
 
-    def __init__(self, folder: Path, store: Store) -> None:
-        """Keep the handles in ``folder``; the artifacts are the store's."""
-        self.folder = folder
-        self.store = store
+    def __init__(self, settings: Settings) -> None:
+        """Use the home's handles; the artifacts are its store's."""
+        self.handles = Handles(settings)
+        self.store = Store(settings.home / "artifacts")
 
     def handle_output(self, context: OutputContext, obj: Artifact) -> None:
         """Note which artifact this asset's partition is."""
-        handle = self._handle(context)
-        handle.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(handle, json.dumps({"stage": obj.stage, "key": obj.key}))
+        self.handles.write(context.asset_key.to_user_string(), context.partition_key, (obj.stage, obj.key))
 
     def load_input(self, context: InputContext) -> Artifact:
         """Open the artifact that the upstream asset's partition is."""
-        handle = self._handle(context)
         name = context.asset_key.to_user_string()
-        if not handle.exists():
+        place = self.handles.read(name, context.partition_key)
+        if place is None:
             raise Failure(f"`{name}` has not been made for {context.partition_key}: materialize it first")
-        artifact = self.store.find(**json.loads(handle.read_text()))
+        artifact = self.store.find(*place)
         if artifact is None:
             raise Failure(f"`{name}` of {context.partition_key} was removed from the store: materialize it again")
         return artifact
-
-    def _handle(self, context: InputContext | OutputContext) -> Path:
-        return self.folder / context.asset_key.to_user_string() / f"{context.partition_key.replace('|', '@')}.json"
 
 
 @io_manager(required_resource_keys={"settings"})  # type: ignore[arg-type]  # a generator ends too
@@ -54,7 +49,7 @@ def handles_of_run(context: InitResourceContext) -> Iterator[ArtifactHandles]:
         alive(context.run_id, settings) if context.run_id else contextlib.nullcontext(),
         partitions_stand(context.instance) if context.instance else contextlib.nullcontext(),
     ):
-        yield ArtifactHandles(settings.home / "dagster" / "handles", Store(settings.home / "artifacts"))
+        yield ArtifactHandles(settings)
 
 
 @contextlib.contextmanager

@@ -106,15 +106,11 @@ def load(bench: Bench, made: Artifact) -> dict[str, Any]:
 def release(bench: Bench, made: Artifact, *, candidate_only: bool = False) -> dict[str, Any]:
     """Promote the release; tell where its report, its version and its image are, and its figures as numbers to plot.
 
-    One that a person has taken back from being champion stays a candidate: to run again what is made decides nothing.
-
     Raises:
         RegistryError: it may not be promoted, or can't be; no alias moved.
     """
-    taken_back = was_taken_back(bench, made)
-    if taken_back:
-        bench.progress("it was champion and was taken back by hand, which stays: `slipway promote` appoints it anew")
-    told = promotion.promoted(bench, made, candidate_only=candidate_only or taken_back)
+    candidate_only = was_taken_back(bench, made) or candidate_only
+    told = promotion.promoted(bench, made, candidate_only=candidate_only)
     released = told[RELEASE]
     page = f"{bench.settings.mlflow_address}/#/models/{told['name']}/versions/{told['version']}"
     return {

@@ -16,7 +16,7 @@ from dagster import (
 )
 
 from pipeline import stages
-from pipeline.metadata import VERDICT
+from pipeline.metadata import VERDICT, judged
 from pipeline.partitions import RELEASES, spec_of
 from pipeline.previews import known_previews
 from pipeline.settings import Settings
@@ -63,7 +63,6 @@ ALL = [drift_gate, scan_gate, load_gate]
 def _decide(context: AssetCheckExecutionContext, gate: str, evidence: Artifact, settings: Settings) -> AssetCheckResult:
     spec, _ = spec_of(context, settings)
     verdict = stages.verdict(gate, evidence, spec)
-    told = {"name": gate, **verdict.model_dump(mode="json"), "blocks": verdict.blocks}
     if verdict.blocks:
         # In the run's own log, where one looks first: Dagster's error names the check and not the reason.
         context.log.error("the %s gate refuses: %s, %s", gate, verdict.status, verdict.reason)
@@ -74,6 +73,6 @@ def _decide(context: AssetCheckExecutionContext, gate: str, evidence: Artifact, 
             "status": verdict.status,
             **{f"limit {name}": value for name, value in verdict.limits.items()},
             **verdict.metrics,
-            VERDICT: MetadataValue.json(told),
+            VERDICT: MetadataValue.json(judged(gate, verdict)),
         },
     )

@@ -21,7 +21,7 @@ from pipeline.store import Artifact, Making, Recipe, digest_file
 from pipeline.trust import signing_key, trust_of
 from registry import catalog, seal
 from registry.manifest import EVIDENCE, REPORT, Accelerator, Calibration, FileRecord, Image, Quantizer, Source, utc_now
-from registry.promote import promote
+from registry.promote import Champion, Promotion, promote, promoted_before
 from registry.verdict import Verdict
 
 # What goes with a release beside the checkpoint: each gate's evidence, and the SBOM.
@@ -119,18 +119,14 @@ def promoted(bench: Bench, release: Artifact, *, candidate_only: bool = False) -
         RegistryError: the release is not what was signed, a gate blocks, or MLflow can't be reached; no alias moved.
     """
     settings = bench.settings
-    key = signing_key(settings)
-    trusted = trust_of(settings)
-    manifest = release.document("release/manifest.json")
-    name = bench.release_name
-    before = {version.version: version.aliases for version in catalog.current(settings.tracking_uri, name)}
+    before = {v.version: v.aliases for v in catalog.current(settings.tracking_uri, bench.release_name)}
     _attach(bench, release)
     promotion = promote(
         release.folder,
         settings.tracking_uri,
-        trusted,
-        champion="manual" if candidate_only else bench.spec.registry.champion,
-        key=key,
+        trust_of(settings),
+        champion=_champion(bench, candidate_only=candidate_only),
+        key=signing_key(settings),
         progress=bench.progress,
     )
     held = before.get(promotion.version) == promotion.aliases
@@ -138,14 +134,40 @@ def promoted(bench: Bench, release: Artifact, *, candidate_only: bool = False) -
         "name": promotion.name,
         "version": promotion.version,
         "aliases": ", ".join(promotion.aliases),
-        RELEASE: {
-            "outcome": "up-to-date" if held else "promoted",
-            "version": promotion.version,
-            "aliases": list(promotion.aliases),
-            "manifest_digest": promotion.manifest_digest,
-            "image": manifest["image"]["reference"],
-            "measured": _measured(manifest),
-        },
+        RELEASE: _released(release, promotion, "up-to-date" if held else "promoted"),
+    }
+
+
+def settled(bench: Bench, release: Artifact, *, candidate_only: bool = False) -> dict[str, Any] | None:
+    """Return what `promoted` would tell of the release, where it would move nothing; None where it would.
+
+    Raises:
+        RegistryError: the release is not what was signed, or the registry can't be read.
+    """
+    settings = bench.settings
+    promotion = promoted_before(
+        release.folder,
+        settings.tracking_uri,
+        trust_of(settings),
+        champion=_champion(bench, candidate_only=candidate_only),
+        key=signing_key(settings),
+    )
+    return None if promotion is None else _released(release, promotion, "up-to-date")
+
+
+def _champion(bench: Bench, *, candidate_only: bool) -> Champion:
+    return "manual" if candidate_only else bench.spec.registry.champion
+
+
+def _released(release: Artifact, promotion: Promotion, outcome: str) -> dict[str, Any]:
+    manifest = release.document("release/manifest.json")
+    return {
+        "outcome": outcome,
+        "version": promotion.version,
+        "aliases": list(promotion.aliases),
+        "manifest_digest": promotion.manifest_digest,
+        "image": manifest["image"]["reference"],
+        "measured": _measured(manifest),
     }
 
 

@@ -23,7 +23,8 @@ from pipeline.metadata import STAGES
 from pipeline.settings import Settings
 from pipeline.store import Store
 
-Show = Callable[[str, dict[str, Any]], None]
+Event = dict[str, Any]
+Show = Callable[[str, Event], None]
 PROGRAM = (sys.executable, "-m", "pipeline.run")
 GO = "go"
 _GRACE_SECONDS = 30.0
@@ -38,7 +39,7 @@ class _Run:
     log: Path
     stages: list[dict[str, Any]] = field(default_factory=list)
     gates: list[dict[str, Any]] = field(default_factory=list)
-    ending: dict[str, Any] | None = None
+    ending: Event | None = None
 
     def follow(self, show: Show) -> None:
         """Read events until the process ends."""
@@ -46,21 +47,29 @@ class _Run:
         with self.process.stdout as lines:
             for line in lines:
                 event = _event(line)
-                if event is None:
-                    continue
-                if event["event"] == "stage":
-                    self.stages.append({name: event[name] for name in ("name", "seconds", "cached", "worker_seconds")})
-                elif event["event"] == "gate":
-                    self.gates.append(event)
-                elif event["event"] == "end":
-                    self.ending = event
-                show(self.scheme, event)
+                if event is not None:
+                    self.hear(event, show)
         self.process.wait()
         if self.ending is None:
-            self.ending = {"event": "end", "outcome": "failed", "release": None, "error": self._last_words()}
-            show(self.scheme, self.ending)
+            self.hear({"event": "end", "outcome": "failed", "release": None, "error": self._last_words()}, show)
         elif not self.log.read_bytes():
             self.log.unlink()
+
+    def hear(self, event: Event, show: Show) -> None:
+        """Keep what an event tells, and show it."""
+        if event["event"] == "stage":
+            self.stages.append({name: event[name] for name in ("name", "seconds", "cached", "worker_seconds")})
+        elif event["event"] == "gate":
+            self.gates.append(event)
+        elif event["event"] == "end":
+            self.ending = event
+        show(self.scheme, event)
+
+    def call_off(self) -> None:
+        """End the process, which has not done anything yet."""
+        with self.process:
+            self.process.kill()
+        self.log.unlink()
 
     def document(self) -> dict[str, Any]:
         """The scheme's part of `slipway release --json`."""
@@ -93,14 +102,15 @@ def release(
     settings: Settings,
     show: Show,
     program: Sequence[str] = PROGRAM,
-    meanwhile: Callable[[], None] = lambda: None,
+    meanwhile: Callable[[], Mapping[str, Sequence[Event]]] = dict,
 ) -> list[dict[str, Any]]:
     """Run the schemes side by side and return their part of the document, in the order given.
 
     ``show(scheme, event)`` is called from several threads as things happen. On Ctrl-C every run is asked to stop, which
     ends its worker and removes its container; what does not stop within 30 s is killed. ``program`` is what runs one:
     it gets the model's file and the scheme, waits for the line ``go``, and prints events (`pipeline.run`). Until
-    ``meanwhile`` has been called it is only made ready; where that raises, no run begins.
+    ``meanwhile`` has been called it is only made ready: it returns, by scheme, what there is to tell of those that need
+    no run, and where it raises, none begins.
     """
     logs = settings.home / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -110,8 +120,12 @@ def release(
         for scheme in schemes:
             log = logs / f"{stamp}-{scheme}.log"
             runs.append(_start([*program, str(model_file), scheme], scheme, log))
-        _until_ready(runs, meanwhile)
-        readers = [threading.Thread(target=run.follow, args=(show,), daemon=True) for run in runs]
+        told = _until_ready(runs, meanwhile)
+        for run in runs:
+            for event in told.get(run.scheme, ()):
+                run.hear(event, show)
+        begun = [run for run in runs if run.scheme not in told]
+        readers = [threading.Thread(target=run.follow, args=(show,), daemon=True) for run in begun]
         for reader in readers:
             reader.start()
         for reader in readers:
@@ -164,20 +178,24 @@ def _start(command: Sequence[str], scheme: str, log: Path) -> _Run:
     return _Run(scheme, process, log)
 
 
-def _until_ready(runs: Sequence[_Run], meanwhile: Callable[[], None]) -> None:
-    """Do what is to be done before the runs begin, and let them; or end them, who have not done anything yet."""
+def _until_ready(
+    runs: Sequence[_Run], meanwhile: Callable[[], Mapping[str, Sequence[Event]]]
+) -> Mapping[str, Sequence[Event]]:
+    """Do what is to be done before the runs begin, and let those begin that are needed; return what it told."""
     try:
-        meanwhile()
+        told = meanwhile()
     except BaseException:
         for run in runs:
-            with run.process:
-                run.process.kill()
-            run.log.unlink()
+            run.call_off()
         raise
     for run in runs:
+        if run.scheme in told:
+            run.call_off()
+            continue
         assert run.process.stdin is not None  # noqa: S101 - opened as a pipe above
         with contextlib.suppress(BrokenPipeError), run.process.stdin as line:  # who has ended already tells it
             line.write(f"{GO}\n")
+    return told
 
 
 def _stop(runs: Sequence[_Run]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ import requests
 
 from containers.engine import connect
 from containers.errors import EngineError
+from pipeline.handles import Handles, Place
 from pipeline.settings import Settings
 from pipeline.store import Store
 from registry.catalog import lines
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from registry import retention
 
 Progress = Callable[[str], None]
-Place = tuple[str, str]
-"""A stage, and an artifact's key."""
 
 _YOUNG = timedelta(days=1)
 _ENGINE_ERRORS = (docker.errors.DockerException, requests.RequestException)
@@ -77,8 +75,7 @@ def plan(
     """
     store = Store(settings.home / "artifacts")
     made = _made(store)
-    handles = _handles(settings.home / "dagster" / "handles")
-    kept = _reachable(made, {*handles, *_kept(made, manifests, (now or datetime.now(UTC)) - _YOUNG)})
+    kept = _reachable(made, {*Handles(settings), *_kept(made, manifests, (now or datetime.now(UTC)) - _YOUNG)})
     described = _described(store, made)
     gone = [record for place, record in described.items() if place not in kept]
     images: list[Leftover] = []
@@ -118,13 +115,6 @@ def _made(store: Store) -> dict[Place, Mapping[str, Any]]:
     """Every artifact's record. What is half-made lies in a hidden folder, and is none."""
     stages = sorted(path.name for path in store.root.glob("[!.]*") if path.is_dir())
     return {(stage, key): record for stage in stages for key, record in store.records(stage)}
-
-
-def _handles(folder: Path) -> Iterator[Place]:
-    """What each asset and partition last produced (see `pipeline.artifacts`)."""
-    for path in folder.glob("*/*.json"):
-        handle = json.loads(path.read_text())
-        yield handle["stage"], handle["key"]
 
 
 def _kept(made: Mapping[Place, Mapping[str, Any]], manifests: Collection[str], before: datetime) -> Iterator[Place]:

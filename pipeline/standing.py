@@ -26,9 +26,10 @@ def acts(bench: Bench) -> Sequence[journal.Record]:
 
 
 def was_taken_back(bench: Bench, release: Artifact) -> bool:
-    """Whether this very release was champion, and somebody made another the champion by hand since.
+    """Whether this very release was champion, and somebody made another the champion by hand since; tells so.
 
-    It is still the candidate then, for nothing was released after it.
+    It is still the candidate then, for nothing was released after it, and stays that: to run again what is made decides
+    nothing.
 
     Raises:
         TrackingError: the registry can't be read.
@@ -38,4 +39,7 @@ def was_taken_back(bench: Bench, release: Artifact) -> bool:
     if ours is None or CANDIDATE not in ours.aliases or CHAMPION in ours.aliases:
         return False
     moves = [move for record in acts(bench) if record.state == "done" for move in record.entry.moves]
-    return any(move.alias == CHAMPION and move.after == ours.version for move in moves)
+    taken_back = any(move.alias == CHAMPION and move.after == ours.version for move in moves)
+    if taken_back:
+        bench.progress("it was champion and was taken back by hand, which stays: `slipway promote` appoints it anew")
+    return taken_back

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -89,9 +89,8 @@ def promote(
     name, digest, known = report.manifest.name, report.manifest_digest, signers(policy, key)
     with turn(tracking_uri, name, progress) as held:
         found = _registered(tracking_uri, name, digest)
-        wanted = {CANDIDATE, CHAMPION} if champion == "automatic" else {CANDIDATE}
-        if found is not None and _settled(tracking_uri, found, wanted, known):
-            return Promotion(name, found.version, found.aliases, digest, reused=True, replaced=None)
+        if found is not None and _settled(tracking_uri, found, champion, known):
+            return _as_before(found, digest)
         with connected(tracking_uri) as client:
             backend = Embedded(client)
             recover(held, backend, name, tracking_uri, policy, progress)
@@ -113,6 +112,31 @@ def promote(
     progress(f"{name} version {number} is {' and '.join(aliases)}")
     replaced = next((move.before for move in entry.moves if move.alias == CHAMPION), None) if entry else None
     return Promotion(name, number, aliases, digest, reused=found is not None, replaced=replaced)
+
+
+def promoted_before(
+    folder: Path,
+    tracking_uri: str,
+    trusted_keys: Trust,
+    *,
+    champion: Champion = "automatic",
+    required_gates: Sequence[str] | None = None,
+    key: SigningKey | None = None,
+) -> Promotion | None:
+    """Return how the release in ``folder`` stands where `promote` would move nothing; None where it would.
+
+    Arguments and errors are those of `promote`.
+    """
+    policy = policy_of(trusted_keys, required_gates)
+    report = _verified(folder, policy)
+    found = _registered(tracking_uri, report.manifest.name, report.manifest_digest)
+    if found is None or not _settled(tracking_uri, found, champion, signers(policy, key)):
+        return None
+    return _as_before(found, report.manifest_digest)
+
+
+def _as_before(found: Version, digest: str) -> Promotion:
+    return Promotion(found.name, found.version, found.aliases, digest, reused=True, replaced=None)
 
 
 def _verified(folder: Path, policy: Policy) -> VerificationReport:
@@ -137,8 +161,9 @@ def _registered(tracking_uri: str, name: str, digest: str) -> Version | None:
     return next((found for found in current(tracking_uri, name) if found.manifest_digest == digest), None)
 
 
-def _settled(tracking_uri: str, found: Version, wanted: Collection[str], known: Sequence[PublicKey]) -> bool:
+def _settled(tracking_uri: str, found: Version, champion: Champion, known: Sequence[PublicKey]) -> bool:
     """Whether the aliases name the version, as the audit trail says, and no act is to be finished."""
+    wanted = {CANDIDATE, CHAMPION} if champion == "automatic" else {CANDIDATE}
     now = line(tracking_uri, found.name)
     if now is None or journal.pending(journal.records(now)) is not None:
         return False

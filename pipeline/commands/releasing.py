@@ -29,8 +29,8 @@ def release(model: str, schemes: Sequence[str], *, as_json: bool) -> None:
     Runs every stage whose inputs changed, reuses what is there, and promotes what passed every gate. A second run with
     nothing changed says `up-to-date` within seconds.
     """
+    from pipeline.release import Event, sweep  # noqa: PLC0415
     from pipeline.release import release as run  # noqa: PLC0415
-    from pipeline.release import sweep  # noqa: PLC0415
     from pipeline.spec import find, load  # noqa: PLC0415
 
     settings = Settings.read()
@@ -44,11 +44,16 @@ def release(model: str, schemes: Sequence[str], *, as_json: bool) -> None:
     ticker = Ticker()
     wanted = list(dict.fromkeys(schemes)) or list(spec.schemes)
 
-    def look_ahead() -> None:
-        from pipeline.planner.before import foresee  # noqa: PLC0415 - takes a second to import, while the runs do too
+    def look_ahead() -> dict[str, list[Event]]:
+        from pipeline.unchanged import unchanged  # noqa: PLC0415 - takes a second to import, while the runs do too
 
         sweep(settings)
-        foresee(spec, wanted, settings, say)
+        told = {scheme: events for scheme in wanted if (events := unchanged(spec, scheme, settings)) is not None}
+        if len(told) < len(wanted):
+            from pipeline.planner.before import foresee  # noqa: PLC0415 - as above
+
+            foresee(spec, [scheme for scheme in wanted if scheme not in told], settings, say)
+        return told
 
     releases = run(spec.path, wanted, settings, ticker, meanwhile=look_ahead)
     document = {"model": spec.model, "seconds": round(ticker.seconds, 2), "releases": releases}

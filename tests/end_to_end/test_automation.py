@@ -16,8 +16,8 @@ from hub_server import REPOSITORY, StandInHub, serving
 
 from homes import DEMO, Slipway, make_home
 from pipeline import promotion
-from pipeline.affected import walk
 from pipeline.settings import Settings
+from pipeline.walk import signed
 from ui_server import REPOSITORY as LOCATION
 from ui_server import RUNS, Ui, processes_of
 from webhook_server import Webhook, listening
@@ -55,9 +55,9 @@ def models(tmp_path_factory: pytest.TempPathFactory, machine: Settings, hub: Sta
     for spec in (models.write("remote", source=remote(hub)), models.write("local", schemes=gptq)):
         for scheme in spec.schemes:
             bench = FillingBench(spec, scheme, models.settings, lambda _: None)
-            signed = walk(bench)
-            assert signed is not None
-            promotion.promoted(bench, signed)
+            release = signed(bench)
+            assert release is not None
+            promotion.promoted(bench, release)
     return models
 
 

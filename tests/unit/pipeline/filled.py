@@ -14,11 +14,11 @@ import yaml
 from release_evidence import DIGEST, IMAGE, LOAD, QUANTIZED_NOTES, SAMPLES, SCAN, drift_of
 
 from homes import DEMO
-from pipeline.affected import walk
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec, load
 from pipeline.stages import Bench
 from pipeline.store import Artifact, Making, Recipe, Store
+from pipeline.walk import signed
 
 # What the stages leave behind, by stage; a release is sealed for real.
 _FILES: Mapping[str, Mapping[str, Any]] = {
@@ -88,8 +88,8 @@ class Models:
 
     def release(self, spec: ModelSpec, lost: int = 1) -> dict[str, Artifact | None]:
         """Make every scheme's artifacts, as far as the gates let it; return what was signed."""
-        signed = {}
+        made = {}
         with patch("os.fsync"):  # no test outlives a power cut
             for scheme in spec.schemes:
-                signed[scheme] = walk(FillingBench(spec, scheme, self.settings, lambda _: None, lost=lost))
-        return signed
+                made[scheme] = signed(FillingBench(spec, scheme, self.settings, lambda _: None, lost=lost))
+        return made

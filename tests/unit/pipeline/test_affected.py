@@ -16,6 +16,7 @@ from release_evidence import SCAN
 
 from containers import judgement
 from pipeline import affected as looking
+from pipeline import stages
 from pipeline.affected import affected, moved_upstream, touched
 from pipeline.errors import SourceError
 from pipeline.source_lock import Lock, LockedFile, write_lock
@@ -124,8 +125,8 @@ def test_new_weights_are_told_at_the_source(models: Models, released: ModelSpec)
 def test_new_pins_of_one_quantizer_affect_its_schemes_alone(
     models: Models, released: ModelSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = looking.stages.pins_digest
-    monkeypatch.setattr(looking.stages, "pins_digest", lambda name: "new" if name == "autoawq" else real(name))
+    real = stages.pins_digest
+    monkeypatch.setattr(stages, "pins_digest", lambda name: "new" if name == "autoawq" else real(name))
     assert told(models, released) == {"awq": "quantized: pins changed", "gptq": None}
 
 
@@ -143,8 +144,8 @@ def test_a_refused_release_is_not_tried_again_until_its_limits_are_others(models
 def test_a_newer_vulnerability_database_is_the_rescans_business(
     models: Models, released: ModelSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = looking.stages.trivy.database(models.settings.home)
-    monkeypatch.setattr(looking.stages.trivy, "database", lambda _: replace(real, digest="sha256:new"))
+    real = stages.trivy.database(models.settings.home)
+    monkeypatch.setattr(stages.trivy, "database", lambda _: replace(real, digest="sha256:new"))
     assert told(models, released) == {"awq": None, "gptq": None}
 
 

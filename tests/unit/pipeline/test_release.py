@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import PlanError
-from pipeline.release import release, sweep
+from pipeline.release import Event, release, sweep
 from pipeline.settings import Settings
 
 STAGE = {"event": "stage", "name": "source", "seconds": 1.5, "cached": False, "worker_seconds": 1.0, "release": None}
@@ -120,16 +120,31 @@ ONCE_TOLD = (
 
 
 def test_no_run_begins_before_what_comes_first_is_done(tmp_path: Path, settings: Settings) -> None:
-    def first() -> None:
+    def first() -> dict[str, list[Event]]:
         assert not [name for name in ("awq", "gptq") if (tmp_path / name).exists()]
+        return {}
 
     program = stand_in(tmp_path, ONCE_TOLD + say(GOOD))
     entries = release(tmp_path / "m.yaml", ["awq", "gptq"], settings, Heard(), program, first)
     assert [entry["outcome"] for entry in entries] == ["promoted", "promoted"]
 
 
+def test_what_there_is_to_tell_without_a_run_is_told_and_no_run_begins(tmp_path: Path, settings: Settings) -> None:
+    up_to_date = {**GOOD, "outcome": "up-to-date", "release": {**RELEASED, "outcome": "up-to-date"}}
+    events = [{**STAGE, "cached": True}, {**GATE, "status": "pass", "blocks": False}, up_to_date]
+    heard = Heard()
+    program = stand_in(tmp_path, ONCE_TOLD + say(GOOD))
+    entries = release(tmp_path / "m.yaml", ["awq", "gptq"], settings, heard, program, lambda: {"awq": events})
+    assert [entry["outcome"] for entry in entries] == ["up-to-date", "promoted"]
+    assert [stage["cached"] for stage in entries[0]["stages"]] == [True]
+    assert [gate["status"] for gate in entries[0]["gates"]] == ["pass"]
+    assert [event for scheme, event in heard.events if scheme == "awq"] == events
+    assert not (tmp_path / "awq").exists()
+    assert list((settings.home / "logs").iterdir()) == []
+
+
 def test_no_run_begins_where_what_comes_first_refuses(tmp_path: Path, settings: Settings) -> None:
-    def refuse() -> None:
+    def refuse() -> dict[str, list[Event]]:
         raise PlanError("does not fit")
 
     program = stand_in(tmp_path, ONCE_TOLD + say(GOOD))

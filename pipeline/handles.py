@@ -1,0 +1,47 @@
+"""Which artifact each asset's partition is: what Dagster last made of it, by the store's name and key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.settings import Settings
+from pipeline.store import write_whole
+
+Place = tuple[str, str]
+"""A stage, and an artifact's key."""
+
+
+class Handles:
+    """A file an asset and partition, written each time that a run has made it, or has found it made."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Use the home's."""
+        self.folder = settings.home / "dagster" / "handles"
+
+    def path(self, asset: str, partition: str) -> Path:
+        """Where it stands which artifact this is; ``partition`` is ``MODEL|SCHEME``."""
+        return self.folder / asset / f"{partition.replace('|', '@')}.json"
+
+    def write(self, asset: str, partition: str, place: Place) -> None:
+        """Note which artifact this asset's partition is now."""
+        path = self.path(asset, partition)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(dict(zip(("stage", "key"), place, strict=True))))
+
+    def read(self, asset: str, partition: str) -> Place | None:
+        """Return the stage and the key by which the store knows the artifact; None where none was made."""
+        try:
+            return _place(self.path(asset, partition))
+        except FileNotFoundError:
+            return None
+
+    def __iter__(self) -> Iterator[Place]:
+        """Go through all that are noted, of whichever asset and partition."""
+        return map(_place, self.folder.glob("*/*.json"))
+
+
+def _place(path: Path) -> Place:
+    handle = json.loads(path.read_text())
+    return handle["stage"], handle["key"]
