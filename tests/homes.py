@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -13,11 +12,14 @@ from pathlib import Path
 
 from containers.engine import connect
 from containers.trivy import engine_variables
+from pipeline.handles import Handles
 from pipeline.settings import Settings
 from pipeline.store import Store
 from registry import catalog
 
 DEMO = Path(__file__).parent.parent / "models" / "demo"
+# What `drift` is made of, each by a worker of its own.
+_PARTS = {"drift": ("answers", "candidate"), "layers": ("layers", "layers")}
 SLIPWAY = str(Path(sys.executable).parent / "slipway")
 
 
@@ -66,18 +68,22 @@ class Slipway:
         return {name: {v.version: v.aliases for v in catalog.current(uri, name)} for name in catalog.names(uri)}
 
 
-def forget(slipway: Slipway, stage: str, release: str = "demo@gptq") -> str:
+def forget(slipway: Slipway, stage: str, release: str = "demo|gptq") -> str:
     """Drop what a stage of one release has made, and nothing else; return by what name the store keeps it.
 
-    Of `drift` that is what the candidate answered: all else of it is made of that in a second.
+    Of `drift` that is what the candidate answered: all else of it is made of that in a second, and of what its layers
+    lost, which go as `layers`.
     """
-    store = Store(slipway.home / "artifacts")
-    handle = json.loads((slipway.home / "dagster" / "handles" / stage / f"{release}.json").read_text())
-    made = store.find(handle["stage"], handle["key"])
+    settings = Settings.read(dict(slipway.variables))
+    store = Store(settings.home / "artifacts")
+    place = Handles(settings).read("drift" if stage == "layers" else stage, release)
+    assert place is not None
+    made = store.find(*place)
     assert made is not None
     shutil.rmtree(made.folder.parent)
-    if stage == "drift":
-        made = store.with_digest("answers", made.inputs["candidate"])
+    if stage in _PARTS:
+        kept, part = _PARTS[stage]
+        made = store.with_digest(kept, made.inputs[part])
         assert made is not None
         shutil.rmtree(made.folder.parent)
     return made.stage

@@ -110,13 +110,14 @@ def test_a_killed_worker_fails_its_run_which_goes_on_from_there_when_it_is_launc
     slipway: Slipway, ui: Callable[[], Ui]
 ) -> None:
     running = ui()
-    run_id = cut_off(slipway, running, "load")
-    deadline = time.monotonic() + 120
-    while not workers_of(slipway.home):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    kill(workers_of(slipway.home))
-    assert running.wait(run_id, seconds=60) == "FAILURE"
+    for stage in ("quantized", "layers", "load"):  # a quantizer, an evaluation's, the load generator
+        run_id = cut_off(slipway, running, stage)
+        deadline = time.monotonic() + 120
+        while not workers_of(slipway.home):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        kill(workers_of(slipway.home))
+        assert running.wait(run_id, seconds=60) == "FAILURE"
     assert running.wait(running.launch("gptq"), seconds=300) == "SUCCESS"
 
 
