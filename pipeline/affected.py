@@ -24,7 +24,7 @@ from pipeline.settings import CHECKOUT, Settings
 from pipeline.source_lock import read_lock
 from pipeline.spec import ModelSpec
 from pipeline.standing import acts, manifest_digest
-from pipeline.store import Artifact, Recipe, Store, digest_json
+from pipeline.store import Artifact, Recipe, digest_json
 from pipeline.walk import NotMade, Shelf, ShelfBench, signed
 from registry import catalog
 from registry.verdict import Verdict
@@ -58,10 +58,10 @@ class LastScans(Shelf):
 
 @dataclass(frozen=True)
 class LookingBench(ShelfBench):
-    """A bench at which nothing is made, nor asked that only a run has to know."""
+    """A bench at which nothing is made, and no engine asked."""
 
     @property
-    def store(self) -> Store:
+    def store(self) -> Shelf:
         """What was made."""
         return LastScans(self.settings.home / "artifacts")
 
@@ -141,7 +141,7 @@ def touched(specs: Iterable[ModelSpec], settings: Settings) -> str:
     return digest_json(seen)
 
 
-def _what_is_new(shelf: Store, recipe: Recipe) -> str:
+def _what_is_new(shelf: Shelf, recipe: Recipe) -> str:
     """What sets a recipe apart from the one nearest to it of those that were made."""
     wanted = _leaves(asdict(recipe))
     others = [_leaves(record["recipe"]) for _, record in shelf.records(recipe.stage)]

@@ -23,6 +23,7 @@ from pydantic import Field
 
 from pipeline import describe, evaluation, promotion, stages
 from pipeline.expected import EXPECTED
+from pipeline.handles import Handles
 from pipeline.launchers.task import MESSAGES
 from pipeline.metadata import CACHED, SECONDS, WORKER_SECONDS
 from pipeline.partitions import RELEASES, spec_of
@@ -140,6 +141,7 @@ def _run(
 ) -> Output[Artifact]:
     """Run a stage at its bench and tell what it made; an expected error becomes a one-line failure."""
     started = time.monotonic()
+    Handles(settings).begin(context.partition_key)
     try:
         spec, scheme = spec_of(context, settings)
         bench = Bench(spec, scheme, settings, context.log.info, lambda folder: _pipes(context, folder))

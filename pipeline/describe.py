@@ -14,7 +14,7 @@ from evals.svg import as_markdown
 from pipeline import promotion
 from pipeline.metadata import RELEASE
 from pipeline.stages import Bench, verdict
-from pipeline.standing import was_taken_back
+from pipeline.standing import stays_taken_back
 from pipeline.store import Artifact
 from registry.manifest import REPORT
 from registry.verdict import Verdict
@@ -109,13 +109,15 @@ def release(bench: Bench, made: Artifact, *, candidate_only: bool = False) -> di
     Raises:
         RegistryError: it may not be promoted, or can't be; no alias moved.
     """
-    candidate_only = was_taken_back(bench, made) or candidate_only
+    candidate_only = stays_taken_back(bench, made) or candidate_only
     told = promotion.promoted(bench, made, candidate_only=candidate_only)
-    released = told[RELEASE]
+    released, report = told[RELEASE], told["report"]
     page = f"{bench.settings.mlflow_address}/#/models/{told['name']}/versions/{told['version']}"
     return {
         **told,
-        "report": MetadataValue.path(made.folder / REPORT),
+        "report": MetadataValue.url(f"{bench.settings.mlflow_address}/{report}")
+        if report
+        else MetadataValue.path(made.folder / REPORT),
         "MLflow": MetadataValue.url(page),
         "image": released["image"],
         **_figures(released["measured"]),

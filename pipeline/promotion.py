@@ -21,7 +21,7 @@ from pipeline.store import Artifact, Making, Recipe, digest_file
 from pipeline.trust import signing_key, trust_of
 from registry import catalog, seal
 from registry.manifest import EVIDENCE, REPORT, Accelerator, Calibration, FileRecord, Image, Quantizer, Source, utc_now
-from registry.promote import Champion, Promotion, promote, promoted_before
+from registry.promote import Champion, Promotion, in_place, promote
 from registry.verdict import Verdict
 
 # What goes with a release beside the checkpoint: each gate's evidence, and the SBOM.
@@ -134,25 +134,32 @@ def promoted(bench: Bench, release: Artifact, *, candidate_only: bool = False) -
         "name": promotion.name,
         "version": promotion.version,
         "aliases": ", ".join(promotion.aliases),
+        "report": promotion.report,
         RELEASE: _released(release, promotion, "up-to-date" if held else "promoted"),
     }
 
 
 def settled(bench: Bench, release: Artifact, *, candidate_only: bool = False) -> dict[str, Any] | None:
-    """Return what `promoted` would tell of the release, where it would move nothing; None where it would.
+    """Return what `promoted` would tell of a release whose aliases are in their places; None where one would move.
+
+    What is attached to the image is looked after as by `promoted`, and its bytes are not read again.
 
     Raises:
+        DistributionError: the image's registry can't be reached, or has lost it.
         RegistryError: the release is not what was signed, or the registry can't be read.
     """
     settings = bench.settings
-    promotion = promoted_before(
+    promotion = in_place(
         release.folder,
         settings.tracking_uri,
         trust_of(settings),
         champion=_champion(bench, candidate_only=candidate_only),
         key=signing_key(settings),
     )
-    return None if promotion is None else _released(release, promotion, "up-to-date")
+    if promotion is None:
+        return None
+    _attach(bench, release)
+    return _released(release, promotion, "up-to-date")
 
 
 def _champion(bench: Bench, *, candidate_only: bool) -> Champion:

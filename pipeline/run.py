@@ -1,8 +1,8 @@
 """One release as one Dagster run in this process: ``python -m pipeline.run MODEL_FILE SCHEME``.
 
 The command line starts one such process a scheme, which begins once it is told to on stdin: all that it needs is
-imported while the command line still looks whether it may. Events go to stdout as JSON lines (see ``pipeline.events``);
-the last says how it ended. The run is recorded in the same instance as the UI's, and shows there.
+imported while the command line still looks whether it must, and may. Events go to stdout as JSON lines (see
+``pipeline.events``); the last says how it ended. The run is recorded in the same instance as the UI's, and shows there.
 """
 
 from __future__ import annotations

@@ -25,11 +25,11 @@ def acts(bench: Bench) -> Sequence[journal.Record]:
     return [] if line is None else journal.records(line)
 
 
-def was_taken_back(bench: Bench, release: Artifact) -> bool:
-    """Whether this very release was champion, and somebody made another the champion by hand since; tells so.
+def stays_taken_back(bench: Bench, release: Artifact) -> bool:
+    """Say whether this very release was champion, and somebody made another the champion by hand since.
 
-    It is still the candidate then, for nothing was released after it, and stays that: to run again what is made decides
-    nothing.
+    It is still the candidate then, for nothing was released after it, and stays that, which is told: to run again what
+    is made decides nothing.
 
     Raises:
         TrackingError: the registry can't be read.

@@ -76,7 +76,8 @@ def _dagster(settings: Settings, port: int) -> Server:
         ],
         {
             **os.environ,
-            "DAGSTER_HOME": str(CHECKOUT),
+            "SLIPWAY_UI_ADDRESS": os.environ.get("SLIPWAY_UI_ADDRESS") or address,
+            "DAGSTER_HOME": str(_dagster_home(settings)),
             **storage_variables(settings),
             **_PATIENT,
             "PYTHONWARNINGS": _KNOWN,
@@ -85,6 +86,16 @@ def _dagster(settings: Settings, port: int) -> Server:
         settings.home / "logs" / "dagster.log",
         lambda: _has_loaded(address),
     )
+
+
+def _dagster_home(settings: Settings) -> Path:
+    """A folder with the checkout's dagster.yaml, in the home: Dagster makes folders beside that file."""
+    folder = settings.home / "dagster"
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / "dagster.yaml"
+    link.unlink(missing_ok=True)
+    link.symlink_to(CHECKOUT / "dagster.yaml")
+    return folder
 
 
 def _has_loaded(address: str) -> bool:

@@ -6,16 +6,16 @@ Dagster takes longer to be loaded than all the looks that say that nothing is to
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from pipeline import promotion
-from pipeline.expected import EXPECTED
 from pipeline.handles import Handles
 from pipeline.metadata import CACHED, SECONDS, WORKER_SECONDS, judged
 from pipeline.release import Event
 from pipeline.settings import Settings
+from pipeline.source_lock import read_lock
 from pipeline.spec import ModelSpec
-from pipeline.standing import was_taken_back
+from pipeline.standing import stays_taken_back
 from pipeline.store import Artifact
 from pipeline.walk import ShelfBench, walk
 
@@ -25,8 +25,8 @@ def unchanged(spec: ModelSpec, scheme: str, settings: Settings) -> list[Event] |
 
     It would do nothing where every artifact is made, as of today's vulnerability database; where the engine still has
     the image; where no gate refuses; where the registry's aliases are as the model's file wants them and the audit
-    trail has them; and where the last run that began went through all of that, so that Dagster shows no other. What
-    can't be looked at is no reason to stop: the run comes to it, and says where.
+    trail has them; and where the last run got to the end of all that, so that Dagster shows no other. What can't be
+    looked at is no reason to stop: the run comes to it, and says where.
     """
     said: list[str] = []
     bench = ShelfBench(spec, scheme, settings, said.append)
@@ -34,6 +34,8 @@ def unchanged(spec: ModelSpec, scheme: str, settings: Settings) -> list[Event] |
     made: dict[str, Artifact] = {}
     since = time.monotonic()
     try:
+        if read_lock(spec.lock) is None:
+            return None  # never released: the look at its source would write one
         for name, found in walk(bench):
             if isinstance(found, Artifact):
                 made[name] = found
@@ -42,24 +44,16 @@ def unchanged(spec: ModelSpec, scheme: str, settings: Settings) -> list[Event] |
                 events.append({"event": "gate", **judged(name, found)})
             since = time.monotonic()
         release = made.get("release")
-        if release is None or not _was_the_last(settings, bench, made):
+        places = {name: (artifact.stage, artifact.key) for name, artifact in made.items()}
+        if release is None or not Handles(settings).went_through(f"{spec.model}|{scheme}", places):
             return None
-        released = promotion.settled(bench, release, candidate_only=was_taken_back(bench, release))
-    except EXPECTED:
+        released = promotion.settled(bench, release, candidate_only=stays_taken_back(bench, release))
+    except Exception:  # noqa: BLE001 - whatever it is, the run meets it in its stage, where it fails one scheme alone
         return None
     if released is None:
         return None
     ending = {"event": "end", "outcome": released["outcome"], "release": released, "error": None}
     return [*events, *_progress("release", said), ending]
-
-
-def _was_the_last(settings: Settings, bench: ShelfBench, made: Mapping[str, Artifact]) -> bool:
-    """Whether the run of this release that began last made, or found, all of this: its last stage is the newest."""
-    handles, partition = Handles(settings), f"{bench.spec.model}|{bench.scheme_name}"
-    if any(handles.read(name, partition) != (found.stage, found.key) for name, found in made.items()):
-        return False
-    written = [handles.path(name, partition).stat().st_mtime_ns for name in made]
-    return written[-1] == max(written)
 
 
 def _progress(stage: str, said: list[str]) -> Iterator[Event]:

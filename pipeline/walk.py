@@ -45,7 +45,7 @@ class ShelfBench(Bench):
     """A bench at which nothing is made."""
 
     @property
-    def store(self) -> Store:
+    def store(self) -> Shelf:
         """What was made."""
         return Shelf(self.settings.home / "artifacts")
 

@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -28,7 +28,7 @@ from registry.errors import (
     TrackingError,
     VerificationError,
 )
-from registry.manifest import DOCUMENTS, Manifest
+from registry.manifest import DOCUMENTS, MANIFEST, REPORT, Manifest
 from registry.moves import CANDIDATE, CHAMPION, Progress, appoint, recover, signers
 from registry.policy import Policy, Trust, policy_of
 from registry.seal import place
@@ -36,7 +36,7 @@ from registry.signing import PublicKey, SigningKey
 from registry.stored import differences, verify_stored
 from registry.tracking import connected, database_path, local_folder
 from registry.turns import turn
-from registry.verify import VerificationReport, hash_files, verify
+from registry.verify import VerificationReport, hash_files, look, verify
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -44,12 +44,16 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "slipway"
 SCHEME_TAG = "slipway.scheme"
+REPORT_TAG = "slipway.report"
 Champion = Literal["automatic", "manual"]
 
 
 @dataclass(frozen=True)
 class Promotion:
-    """A promoted version. ``reused`` says that it was registered before; ``replaced`` is the champion before it."""
+    """A promoted version. ``reused`` says that it was registered before; ``replaced`` is the champion before it.
+
+    ``report`` is where MLflow's UI shows the release's report, from its address on; None where it has none.
+    """
 
     name: str
     version: str
@@ -57,6 +61,7 @@ class Promotion:
     manifest_digest: str
     reused: bool
     replaced: str | None
+    report: str | None
 
 
 def promote(
@@ -89,8 +94,8 @@ def promote(
     name, digest, known = report.manifest.name, report.manifest_digest, signers(policy, key)
     with turn(tracking_uri, name, progress) as held:
         found = _registered(tracking_uri, name, digest)
-        if found is not None and _settled(tracking_uri, found, champion, known):
-            return _as_before(found, digest)
+        if found is not None and _holds(tracking_uri, found, champion, known):
+            return _as_it_stands(found, digest)
         with connected(tracking_uri) as client:
             backend = Embedded(client)
             recover(held, backend, name, tracking_uri, policy, progress)
@@ -108,13 +113,13 @@ def promote(
                 action="promote", why=why, who=who, key=key, signers=known,
                 also=[CANDIDATE], champion=champion == "automatic",
             )  # fmt: skip
-        aliases = next(version.aliases for version in current(tracking_uri, name) if version.version == number)
-    progress(f"{name} version {number} is {' and '.join(aliases)}")
+        stands = next(version for version in current(tracking_uri, name) if version.version == number)
+    progress(f"{name} version {number} is {' and '.join(stands.aliases)}")
     replaced = next((move.before for move in entry.moves if move.alias == CHAMPION), None) if entry else None
-    return Promotion(name, number, aliases, digest, reused=found is not None, replaced=replaced)
+    return replace(_as_it_stands(stands, digest), reused=found is not None, replaced=replaced)
 
 
-def promoted_before(
+def in_place(
     folder: Path,
     tracking_uri: str,
     trusted_keys: Trust,
@@ -125,18 +130,21 @@ def promoted_before(
 ) -> Promotion | None:
     """Return how the release in ``folder`` stands where `promote` would move nothing; None where it would.
 
-    Arguments and errors are those of `promote`.
+    Its files are not hashed, for none of them is promoted here: what pulls get lies in the registry.
+    Arguments and errors are those of `promote`, and ``VerificationError``.
     """
     policy = policy_of(trusted_keys, required_gates)
-    report = _verified(folder, policy)
-    found = _registered(tracking_uri, report.manifest.name, report.manifest_digest)
-    if found is None or not _settled(tracking_uri, found, champion, signers(policy, key)):
+    digest = f"sha256:{hash_files(folder, [MANIFEST])[MANIFEST]}"
+    name = look(folder, policy, digest).manifest.name
+    found = _registered(tracking_uri, name, digest)
+    if found is None or not _holds(tracking_uri, found, champion, signers(policy, key)):
         return None
-    return _as_before(found, report.manifest_digest)
+    return _as_it_stands(found, digest)
 
 
-def _as_before(found: Version, digest: str) -> Promotion:
-    return Promotion(found.name, found.version, found.aliases, digest, reused=True, replaced=None)
+def _as_it_stands(version: Version, digest: str) -> Promotion:
+    report = version.tags.get(REPORT_TAG)
+    return Promotion(version.name, version.version, version.aliases, digest, reused=True, replaced=None, report=report)
 
 
 def _verified(folder: Path, policy: Policy) -> VerificationReport:
@@ -161,7 +169,7 @@ def _registered(tracking_uri: str, name: str, digest: str) -> Version | None:
     return next((found for found in current(tracking_uri, name) if found.manifest_digest == digest), None)
 
 
-def _settled(tracking_uri: str, found: Version, champion: Champion, known: Sequence[PublicKey]) -> bool:
+def _holds(tracking_uri: str, found: Version, champion: Champion, known: Sequence[PublicKey]) -> bool:
     """Whether the aliases name the version, as the audit trail says, and no act is to be finished."""
     wanted = {CANDIDATE, CHAMPION} if champion == "automatic" else {CANDIDATE}
     now = line(tracking_uri, found.name)
@@ -191,13 +199,14 @@ class _Release:
         if not self.client.search_registered_models(f"name = '{name}'"):
             tags = {MODEL_TAG: self.manifest.model, SCHEME_TAG: self.manifest.scheme}
             Embedded(self.client).create_line(name, tags)
+        report = self._report(model)
         version = self.client.create_model_version(
             name,
             source=model.artifact_location,
             run_id=model.source_run_id,
             model_id=model.model_id,
-            tags=self._tags(),
-            description=self._description(),
+            tags={**self._tags(), **({REPORT_TAG: report} if report else {})},
+            description=self._description(report),
         )
         return str(version.version)
 
@@ -219,6 +228,8 @@ class _Release:
         return None
 
     def _upload(self, experiment: str) -> LoggedModel:
+        from mlflow.entities import LoggedModelOutput  # noqa: PLC0415 - slow, and imported by `connected` already
+
         manifest = self.manifest
         self.progress(f"uploading {len(manifest.files)} files, {manifest.size_bytes / 1e6:.1f} MB")
         run = self.client.create_run(experiment, run_name=f"{manifest.name} {manifest.created}", tags=self._tags())
@@ -229,6 +240,7 @@ class _Release:
             tags=self._tags(),
             params=_params(manifest),
         )
+        self.client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step=0)])
         try:
             self._put(model)
             self.progress("reading back what was uploaded")
@@ -292,11 +304,18 @@ class _Release:
             **{f"slipway.gate.{gate.verdict.gate}": gate.verdict.status for gate in manifest.gates},
         }
 
-    def _description(self) -> str:
+    def _report(self, model: LoggedModel) -> str | None:
+        """The page of MLflow's UI that shows the release's report: its run's, whose files are its model's."""
+        if REPORT not in self.manifest.files or not model.source_run_id:
+            return None
+        return f"#/experiments/{model.experiment_id}/runs/{model.source_run_id}/artifacts/{REPORT}"
+
+    def _description(self, report: str | None) -> str:
         gates = "\n".join(
             f"- {gate.verdict.gate}: {gate.verdict.status}. {gate.verdict.reason}" for gate in self.manifest.gates
         )
-        return f"{self.manifest.model}, {self.manifest.scheme}, {self.manifest.created}\n\n{gates}"[:4900]
+        title = f"{self.manifest.model}, {self.manifest.scheme}, {self.manifest.created}"
+        return "\n\n".join([title, *([f"[The report]({report})"] if report else []), gates])[:4900]
 
 
 def line_of(model: LoggedModel) -> str:

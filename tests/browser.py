@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urljoin
 
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
@@ -43,6 +44,16 @@ class Browser:
         expect(drawn).to_be_visible()
         assert drawn.evaluate("image => image.naturalWidth") > 0
         self.page.wait_for_timeout(500)  # it fades in
+
+    def follows(self, link: str) -> None:
+        """Go where the link that has these words leads."""
+        path = self.page.get_by_role("link", name=link).first.get_attribute("href")
+        assert path is not None
+        self.page.goto(urljoin(self.page.url, path))
+
+    def reads(self, text: str) -> None:
+        """Wait until the page that is shown within the page has the text."""
+        expect(self.page.frame_locator("iframe").get_by_text(text).first).to_be_visible()
 
     def picture(self, name: str) -> None:
         path = self.folder / f"{name}.png"

@@ -15,7 +15,7 @@ import httpx
 import pytest
 import yaml
 
-from browser import chromium
+from browser import Browser, chromium
 from homes import DEMO, Slipway, forget
 from pipeline.instance import open_instance
 from pipeline.settings import CHECKOUT, Settings
@@ -25,6 +25,9 @@ from ui_server import RUNS, TERMINATE, Ui, processes_of, two_free_ports, workers
 def litter() -> set[str]:
     """What is in the checkout, but for what tools keep there."""
     return {path.name for path in CHECKOUT.iterdir()}
+
+
+BEFORE = litter()
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +57,29 @@ def ui(slipway: Slipway, released: dict[str, Any], models: Path, instance_variab
     assert processes_of(slipway.home) == {}
 
 
+def reads_what_was_made(browser: Browser) -> None:
+    """Each asset explains itself, and links to the release's report."""
+    for asset in ("drift", "scan", "load", "release"):
+        browser.open(f"/assets/{asset}?partition=demo%7Cgptq")
+        browser.sees("Owners", "ml-engineers", "Metadata")
+        browser.picture(f"4-{asset}")
+        if asset in {"drift", "load"}:
+            browser.shows_pictures()
+            browser.picture(f"4-{asset}-pictures")
+    # In MLflow, from the asset itself and from its version.
+    browser.follows("release/report.html")
+    browser.reads("let through in writing")
+    browser.picture("4-report")
+    browser.open("/assets/release?partition=demo%7Cgptq")
+    browser.follows("/#/models/demo-gptq/versions/")
+    browser.follows("The report")
+    browser.reads("let through in writing")
+
+
 def test_a_person_launches_watches_reads_and_backfills_in_a_browser(
     slipway: Slipway, ui: Ui, models: Path, machine: Settings
 ) -> None:
-    before, versions = litter(), slipway.aliases()["demo-gptq"]
+    versions = slipway.aliases()["demo-gptq"]
     assert f"http://127.0.0.1:{ui.port}\n" in ui.announced()
     assert httpx.get(f"http://127.0.0.1:{ui.port + 1}/health", timeout=10, trust_env=False).status_code == 200
     with chromium(f"http://127.0.0.1:{ui.port}", machine.home / "test-artifacts" / "ui") as browser:
@@ -80,13 +102,7 @@ def test_a_person_launches_watches_reads_and_backfills_in_a_browser(
         (new,) = set(after) - set(versions)
         assert after[new] == ("candidate", "champion")
 
-        for asset in ("drift", "scan", "load", "release"):
-            browser.open(f"/assets/{asset}?partition=demo%7Cgptq")
-            browser.sees("Owners", "ml-engineers", "Metadata")
-            browser.picture(f"4-{asset}")
-            if asset in {"drift", "load"}:
-                browser.shows_pictures()
-                browser.picture(f"4-{asset}-pictures")
+        reads_what_was_made(browser)
 
         # The same evidence against a limit that can't be met: refused in seconds, and said so where one looks first.
         write_limit(models, 1)
@@ -117,7 +133,7 @@ def test_a_person_launches_watches_reads_and_backfills_in_a_browser(
         beside = json.loads(slipway("release", "demo", "--scheme", "gptq", "--json").stdout)
         assert [entry["outcome"] for entry in beside["releases"]] == [("up-to-date", "promoted")[more]]
         assert len(ui(RUNS)["runsOrError"]["results"]) == len(runs) + more
-    assert litter() == before
+    assert litter() == BEFORE
     assert ui.end(signal.SIGINT) == 0
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import docker
 import pytest
 from filled import FillingBench, Models
 
@@ -37,6 +37,7 @@ class Released:
 
     def release(self, spec: ModelSpec, lost: int = 1) -> None:
         """As a run does: each asset's handle is written when it is made, the release's after its promotion."""
+        Handles(self.settings).begin("demo|gptq")
         bench = FillingBench(spec, "gptq", self.settings, lambda _: None, lost=lost)
         for name, found in walk(bench):
             if isinstance(found, Artifact):
@@ -51,9 +52,6 @@ class Released:
         another = self.spec.model_copy(update={"calibration": calibration, "registry": by_hand})
         self.release(another, lost=2)
         return another
-
-    def handle(self, stage: str) -> Path:
-        return Handles(self.settings).path(stage, "demo|gptq")
 
 
 @pytest.fixture
@@ -119,18 +117,40 @@ def test_a_run_is_needed_where_a_gate_refuses(released: Released) -> None:
     assert unchanged(released.spec.model_copy(update={"load": limited}), "gptq", released.settings) is None
 
 
-@pytest.mark.parametrize("stage", ["source", "load"])
-def test_a_run_is_needed_behind_one_that_did_not_get_to_its_end(released: Released, stage: str) -> None:
-    later = released.handle("release").stat().st_mtime_ns + 1
-    os.utime(released.handle(stage), ns=(later, later))
+def test_a_run_is_needed_where_the_engine_is_damaged(released: Released, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> bool:
+        raise docker.errors.APIError("500 Server Error")
+
+    monkeypatch.setattr(stages.Bench, "has_image", broken)
+    assert unchanged(released.spec, "gptq", released.settings) is None
+
+
+def test_a_run_is_needed_where_the_images_registry_has_lost_it(released: Released) -> None:
+    (record,) = (released.settings.home / "artifacts" / "release").glob("*/files/release/evidence/image.json")
+    pushed = record.read_text().replace('"pushed": false', '"pushed": true ')
+    record.chmod(0o644)
+    record.write_text(pushed.replace("slipway/demo-gptq@", "127.0.0.1:9/image@"))
+    assert unchanged(released.spec, "gptq", released.settings) is None
+
+
+def test_a_run_is_needed_where_there_is_no_lock_and_none_is_written(released: Released) -> None:
+    kept = released.spec.lock.read_bytes()
+    released.spec.lock.unlink()
+    try:
+        assert unchanged(released.spec, "gptq", released.settings) is None
+        assert not released.spec.lock.exists()
+    finally:
+        released.spec.lock.write_bytes(kept)
+
+
+def test_a_run_is_needed_behind_one_that_did_not_get_to_its_end(released: Released) -> None:
+    Handles(released.settings).begin("demo|gptq")
     assert unchanged(released.spec, "gptq", released.settings) is None
 
 
 @pytest.mark.parametrize("stage", ["quantized", "release"])
 def test_a_run_is_needed_where_dagster_last_saw_something_else(released: Released, stage: str) -> None:
-    at = released.handle(stage).stat().st_mtime_ns
     Handles(released.settings).write(stage, "demo|gptq", (stage, "0" * 64))
-    os.utime(released.handle(stage), ns=(at, at))
     assert unchanged(released.spec, "gptq", released.settings) is None
 
 
@@ -142,7 +162,6 @@ def test_a_run_is_needed_where_the_aliases_are_others_than_the_file_wants_and_no
     registry = settings.tracking_uri, trust_of(settings)
     candidate = released.release_another()
     champion = candidate.model_copy(update={"registry": released.spec.registry})
-    assert unchanged(released.spec, "gptq", settings) is None
     assert unchanged(champion, "gptq", settings) is None
     assert aliases(unchanged(candidate, "gptq", settings)) == ["candidate"]
 

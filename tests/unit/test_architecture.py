@@ -43,7 +43,8 @@ def test_only_the_pipeline_knows_dagster(package: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["stages", "store", "workers", "spec", "settings", "source", "quantize", "promotion", "retention"]
+    "module",
+    ["stages", "store", "workers", "spec", "settings", "source", "quantize", "promotion", "retention", "unchanged"],
 )
 def test_the_domain_does_not_know_dagster(module: str) -> None:
     program = f"import sys, pipeline.{module}; sys.exit('dagster' in sys.modules)"

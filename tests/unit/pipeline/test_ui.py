@@ -26,6 +26,19 @@ def test_a_tick_may_wait_for_hubs_that_do_not_answer(tmp_path: Path) -> None:
         assert server.environment[f"DAGSTER_{kind}_GRPC_TIMEOUT_SECONDS"] == "600"
 
 
+def test_runs_link_to_the_port_that_is_served_unless_others_find_it_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mlflow() -> str:
+        variables = ui._dagster(Settings.read({"SLIPWAY_HOME": str(tmp_path)}), 4000).environment
+        return Settings.read({**variables, "SLIPWAY_HOME": str(tmp_path)}).mlflow_address
+
+    monkeypatch.delenv("SLIPWAY_UI_ADDRESS", raising=False)
+    assert mlflow() == "http://127.0.0.1:4001"
+    monkeypatch.setenv("SLIPWAY_UI_ADDRESS", "https://slipway.example:8443")
+    assert mlflow() == "https://slipway.example:8444"
+
+
 def test_mlflows_store_is_no_argument_of_its_server(tmp_path: Path) -> None:
     address = "postgresql://ann:password@db/mlflow"
     server = ui._mlflow(Settings.read({"SLIPWAY_HOME": str(tmp_path), "MLFLOW_TRACKING_URI": address}), 3001)
