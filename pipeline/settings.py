@@ -31,10 +31,11 @@ class Settings:
     ``tracking_uri`` are None or the default where the environment is silent. ``signing_certificate`` (PEM, its own
     first) says whose the key is, and ``policy`` is what `registry.policy` reads. ``dagster_postgres`` is the address of
     the database that Dagster keeps its runs in, where that is not SQLite under the home; ``workers`` the file that says
-    where workers run, where that is not here (`pipeline.launchers.placement`). ``child_environment`` is what a worker
-    inherits, ``installer_environment`` what the package installer inherits. ``disk_floor`` is how many bytes of the
-    home's disk are left free whatever is made. Schedules keep the hours of ``timezone``. ``ui_address`` is where others
-    find the UI; failures and refusals are told to ``webhook`` (Slack's format) and, through ``mail_server``
+    where workers run, where that is not here (`pipeline.launchers.placement`); ``artifacts`` the object store through
+    which homes share what they make (`pipeline.shared_store`). ``child_environment`` is what a worker inherits,
+    ``installer_environment`` what the package installer inherits. ``disk_floor`` is how many bytes of the home's disk
+    are left free whatever is made. Schedules keep the hours of ``timezone``. ``ui_address`` is where others find the
+    UI; failures and refusals are told to ``webhook`` (Slack's format) and, through ``mail_server``
     (``smtp[s]://USER:PASSWORD@HOST:PORT``), to ``mail_to``.
     """
 
@@ -49,6 +50,7 @@ class Settings:
     policy: Path | None
     trivy_database: str | None
     cold_store: str | None
+    artifacts: str | None
     dagster_postgres: str | None = field(repr=False)
     workers: Path | None
     hub_endpoint: str
@@ -101,6 +103,7 @@ class Settings:
             policy=_path(environment.get("SLIPWAY_POLICY")),
             trivy_database=environment.get("SLIPWAY_TRIVY_DATABASE") or None,
             cold_store=environment.get("SLIPWAY_COLD_STORE") or None,
+            artifacts=environment.get("SLIPWAY_ARTIFACTS") or None,
             dagster_postgres=_postgres(environment.get("SLIPWAY_DAGSTER_POSTGRES")),
             workers=_path(environment.get("SLIPWAY_WORKERS")),
             hub_endpoint=environment.get("HF_ENDPOINT") or "https://huggingface.co",

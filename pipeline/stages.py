@@ -33,6 +33,7 @@ from pipeline.launchers import chosen as launchers
 from pipeline.planner.facts import read_facts
 from pipeline.quantize import Scheme
 from pipeline.settings import CHECKOUT, Settings
+from pipeline.shared_store import SharedStore
 from pipeline.source_lock import read_lock
 from pipeline.spec import ModelSpec
 from pipeline.store import Artifact, Making, Recipe, Store, digest_file, digest_json, locked, require_room, timed
@@ -63,7 +64,8 @@ class Bench:
     @property
     def store(self) -> Store:
         """Where artifacts are."""
-        return Store(self.settings.home / "artifacts", self.settings.disk_floor)
+        root, floor, shared = self.settings.home / "artifacts", self.settings.disk_floor, self.settings.artifacts
+        return Store(root, floor) if shared is None else SharedStore(root, floor, shared, self.progress)
 
     def workers(self, making: Making) -> Workers:
         """Give the runner of workers whose seconds count for ``making``."""

@@ -1,7 +1,8 @@
 """Files in object storage, named by their content: stored and fetched whole, with their digest, or not at all.
 
 An object is `PREFIX/sha256/HEX`: what is there under a name is its content or damaged, and two that have the same share
-it. Releases that nobody uses (`registry.tiers`) and what goes to a worker elsewhere and back are kept so.
+it. Releases that nobody uses (`registry.tiers`) and what goes to a worker elsewhere and back are kept so. A note is a
+text under a name of its own, `PREFIX/NAME`, and says what contents are for.
 """
 
 from __future__ import annotations
@@ -43,19 +44,28 @@ class ObjectStore:
 
     def place(self, sha256: str) -> tuple[str, str]:
         """The bucket and the key of a content."""
-        match = _STORE.fullmatch(self.uri)
-        prefix = match["prefix"].strip("/") if match else ""
-        return urlsplit(self.uri).netloc, "/".join(filter(None, [prefix, "sha256", sha256]))
+        return self._place(f"sha256/{sha256}")
+
+    def note(self, name: str, text: str) -> None:
+        """Write a note, in place of one that is there; ``TrackingError`` where the store refuses."""
+        bucket, key = self._place(name)
+        self._asked(lambda: self.client.put_object(Bucket=bucket, Key=key, Body=text.encode()))
+
+    def noted(self, name: str) -> str | None:
+        """Return the note under a name; None where there is none, ``TrackingError`` where the store can't be asked."""
+        bucket, key = self._place(name)
+        text: str | None = self._asked(lambda: self._text(bucket, key))
+        return text
 
     def has(self, record: FileRecord) -> bool:
-        """Whether something of this name and size is there; what it holds, whoever fetches it finds out."""
-        from botocore.exceptions import ClientError  # noqa: PLC0415 - with boto3
+        """Whether something of this name and size is there; what it holds, whoever fetches it finds out.
 
+        Raises:
+            TrackingError: the store can't be reached.
+        """
         bucket, key = self.place(record.sha256)
-        try:
-            return bool(self.client.head_object(Bucket=bucket, Key=key)["ContentLength"] == record.size)
-        except ClientError:
-            return False
+        size: int | None = self._asked(lambda: self._size(bucket, key))
+        return size == record.size
 
     def put(self, path: Path, record: FileRecord) -> None:
         """Store a file, and read it back; what is there already is read back alone.
@@ -90,6 +100,25 @@ class ObjectStore:
         bucket, key = self.place(sha256)
         root, _, name = key.rpartition("/")
         return S3Artifacts(self.client, bucket, root).open(name, start)
+
+    def _place(self, name: str) -> tuple[str, str]:
+        match = _STORE.fullmatch(self.uri)
+        prefix = match["prefix"].strip("/") if match else ""
+        return urlsplit(self.uri).netloc, "/".join(filter(None, [prefix, name]))
+
+    def _size(self, bucket: str, key: str) -> int | None:
+        from botocore.exceptions import ClientError  # noqa: PLC0415 - with boto3
+
+        try:
+            return int(self.client.head_object(Bucket=bucket, Key=key)["ContentLength"])
+        except ClientError:
+            return None
+
+    def _text(self, bucket: str, key: str) -> str | None:
+        try:
+            return str(self.client.get_object(Bucket=bucket, Key=key)["Body"].read().decode())
+        except self.client.exceptions.NoSuchKey:
+            return None
 
     def _digest(self, bucket: str, key: str) -> str:
         total = hashlib.sha256()

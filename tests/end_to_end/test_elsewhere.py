@@ -58,6 +58,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory, machine: Settings) -> It
             configured = {
                 **home, **s3, "SLIPWAY_DAGSTER_POSTGRES": f"{server}/dagster",
                 "SLIPWAY_WORKERS": str(cluster.workers(folder / "workers.yaml", f"s3://{BUCKET}/artifacts")),
+                "SLIPWAY_ARTIFACTS": f"s3://{BUCKET}/artifacts",
             }  # fmt: skip
             yield Elsewhere(Slipway(configured), cluster, f"{server}/dagster", address)
 
@@ -118,13 +119,14 @@ def test_what_could_run_elsewhere_did(elsewhere: Elsewhere) -> None:
     assert list((second / "scratch").iterdir()) == []
 
 
-def test_the_weights_went_through_object_storage_by_digest(elsewhere: Elsewhere) -> None:
+def test_the_weights_are_in_object_storage_by_digest_and_other_homes_can_have_them(elsewhere: Elsewhere) -> None:
     key = {"aws_access_key_id": "k", "aws_secret_access_key": "s"}
     client = boto3.client("s3", endpoint_url=elsewhere.s3, region_name="us-east-1", **key)
     stored = {item["Key"] for item in client.list_objects_v2(Bucket=BUCKET)["Contents"]}
     for stage in ("source", "quantized"):
         (weights,) = (elsewhere.slipway.home / "artifacts" / stage).glob("*/files/model.safetensors")
         assert f"artifacts/sha256/{digest_of(weights)}" in stored
+        assert f"artifacts/artifacts/{stage}/{weights.parent.parent.name}.json" in stored
 
 
 def test_the_run_and_what_its_workers_reported_are_in_the_database(elsewhere: Elsewhere) -> None:

@@ -52,10 +52,13 @@ def test_a_place_that_is_no_folder_is_refused_by_name(name: str, tmp_path: Path)
         Settings.read({name: ""})
 
 
-def test_a_cold_store_is_named_by_the_environment_or_there_is_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "setting"), [("SLIPWAY_COLD_STORE", "cold_store"), ("SLIPWAY_ARTIFACTS", "artifacts")]
+)
+def test_an_object_store_is_named_by_the_environment_or_there_is_none(tmp_path: Path, name: str, setting: str) -> None:
     home = {"SLIPWAY_HOME": str(tmp_path)}
-    assert Settings.read(home).cold_store is None
-    assert Settings.read({**home, "SLIPWAY_COLD_STORE": "s3://releases/cold"}).cold_store == "s3://releases/cold"
+    assert getattr(Settings.read(home), setting) is None
+    assert getattr(Settings.read({**home, name: "s3://bucket/prefix"}), setting) == "s3://bucket/prefix"
 
 
 def test_how_much_disk_stays_free_is_a_size() -> None:
