@@ -48,15 +48,17 @@ class SharedStore(Store):
         if not _is_shared(recipe):
             return super()._make(recipe, place, make)
         objects = ObjectStore.opened(self.uri)
+        mend = False
         try:
             record = _record(recipe, objects)
             if record is not None:
                 return super()._make(recipe, place, lambda making: self._fetch(record, making, objects))
         except TrackingError as error:
             self.progress(f"what others made of this can't be had: {error}")
+            mend = True
         made = super()._make(recipe, place, make)
         try:
-            self._share(recipe, made, objects)
+            self._share(recipe, made, objects, mend=mend)
         except TrackingError as error:
             self.progress(f"others can't have this: {error}")
         return made
@@ -72,11 +74,11 @@ class SharedStore(Store):
             making.sha256[name] = file.sha256
         making.notes.update(record.notes)
 
-    def _share(self, recipe: Recipe, made: Artifact, objects: ObjectStore) -> None:
+    def _share(self, recipe: Recipe, made: Artifact, objects: ObjectStore, *, mend: bool) -> None:
         self.progress(f"sharing {made.size_bytes / 1e6:,.1f} MB through {self.uri}")
         files = {name: FileRecord.model_validate(entry) for name, entry in made.files.items()}
         for name, file in files.items():
-            if not objects.has(file):
+            if mend or not objects.has(file):
                 objects.put(made.folder / name, file)
         objects.note(_name(recipe), _Record(files=files, notes=made.notes).model_dump_json(indent=1))
 

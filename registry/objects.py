@@ -68,14 +68,15 @@ class ObjectStore:
         return size == record.size
 
     def put(self, path: Path, record: FileRecord) -> None:
-        """Store a file, and read it back; what is there already is read back alone.
+        """Store a file, and read it back; what is there already is read back alone, and replaced where it is damaged.
 
         Raises:
             TrackingError: the store refuses, or holds something else.
         """
         bucket, key = self.place(record.sha256)
-        if not self.has(record):
-            self._asked(lambda: self.client.upload_file(str(path), bucket, key))
+        if self.has(record) and self._digest(bucket, key) == record.sha256:
+            return
+        self._asked(lambda: self.client.upload_file(str(path), bucket, key))
         if self._digest(bucket, key) != record.sha256:
             raise TrackingError(f"s3://{bucket}/{key} is not what was stored: nothing was removed here")
 
@@ -116,7 +117,7 @@ class ObjectStore:
 
     def _text(self, bucket: str, key: str) -> str | None:
         try:
-            return str(self.client.get_object(Bucket=bucket, Key=key)["Body"].read().decode())
+            return str(self.client.get_object(Bucket=bucket, Key=key)["Body"].read().decode(errors="replace"))
         except self.client.exceptions.NoSuchKey:
             return None
 

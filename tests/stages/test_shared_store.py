@@ -126,7 +126,12 @@ def lose(store: ObjectStore, sha256: str) -> None:
 
 
 @pytest.mark.parametrize("harm", [damage, lose])
-def test_what_is_damaged_or_lost_there_is_made_here(homes: tuple[Home, Home], store: ObjectStore, harm: Any) -> None:  # noqa: ANN401
+def test_what_is_damaged_or_lost_there_is_made_here_and_mended(
+    homes: tuple[Home, Home],
+    store: ObjectStore,
+    tmp_path: Path,
+    harm: Any,  # noqa: ANN401
+) -> None:
     one, other = homes
     first = one.obtain()
     harm(store, first.files["sub/weights"]["sha256"])
@@ -134,6 +139,8 @@ def test_what_is_damaged_or_lost_there_is_made_here(homes: tuple[Home, Home], st
     assert (other.made, second.digest) == (1, first.digest)
     assert other.told[1].startswith("what others made of this can't be had")
     assert list((other.folder / ".making").iterdir()) == []
+    third = Home(tmp_path / "third", store.uri)
+    assert (third.obtain().digest, third.made) == (first.digest, 0)
 
 
 @pytest.mark.parametrize(
