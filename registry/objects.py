@@ -67,16 +67,15 @@ class ObjectStore:
         size: int | None = self._asked(lambda: self._size(bucket, key))
         return size == record.size
 
-    def put(self, path: Path, record: FileRecord) -> None:
-        """Store a file, and read it back; what is there already is read back alone, and replaced where it is damaged.
+    def put(self, path: Path, record: FileRecord, *, anew: bool = False) -> None:
+        """Store a file, and read it back; what is there already is read back alone, or replaced ``anew``.
 
         Raises:
             TrackingError: the store refuses, or holds something else.
         """
         bucket, key = self.place(record.sha256)
-        if self.has(record) and self._digest(bucket, key) == record.sha256:
-            return
-        self._asked(lambda: self.client.upload_file(str(path), bucket, key))
+        if anew or not self.has(record):
+            self._asked(lambda: self.client.upload_file(str(path), bucket, key))
         if self._digest(bucket, key) != record.sha256:
             raise TrackingError(f"s3://{bucket}/{key} is not what was stored: nothing was removed here")
 
