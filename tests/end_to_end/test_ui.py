@@ -24,7 +24,8 @@ from ui_server import RUNS, TERMINATE, Ui, processes_of, two_free_ports, workers
 
 def litter() -> set[str]:
     """What is in the checkout, but for what tools keep there."""
-    return {path.name for path in CHECKOUT.iterdir()}
+    kept = {line.strip("/") for line in (CHECKOUT / ".gitignore").read_text().splitlines()}
+    return {path.name for path in CHECKOUT.iterdir()} - kept
 
 
 BEFORE = litter()
