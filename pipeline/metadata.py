@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from registry.verdict import Verdict
+if TYPE_CHECKING:
+    from registry.verdict import Verdict
 
 STAGES = ("source", "quantized", "image", "baseline", "drift", "scan", "load", "release")
 

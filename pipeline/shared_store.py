@@ -79,7 +79,7 @@ class SharedStore(Store):
         files = {name: FileRecord.model_validate(entry) for name, entry in made.files.items()}
         for name, file in files.items():
             if mend or not objects.has(file):
-                objects.put(made.folder / name, file, anew=mend)
+                objects.put(made.folder / name, file, anew=True)
         objects.note(_name(recipe), _Record(files=files, notes=made.notes).model_dump_json(indent=1))
 
 

@@ -171,6 +171,9 @@ def test_assets_are_thin() -> None:
 def test_an_artifact_passes_by_name_and_key(made: Made, handles: ArtifactHandles) -> None:
     artifact = made.artifacts()["quantized"]
     handles.handle_output(build_output_context(asset_key="quantized", partition_key=KEY), artifact)
+    folder = handles.handles.folder
+    (handle,) = folder.rglob("*.json")
+    assert handle.relative_to(folder) == Path("quantized/demo@gptq.json")
     found = handles.load_input(build_input_context(asset_key="quantized", partition_key=KEY))
     assert (found.digest, found.folder) == (artifact.digest, artifact.folder)
 
