@@ -73,6 +73,6 @@ def _decide(context: AssetCheckExecutionContext, gate: str, evidence: Artifact, 
             "status": verdict.status,
             **{f"limit {name}": value for name, value in verdict.limits.items()},
             **verdict.metrics,
-            VERDICT: MetadataValue.json(judged(gate, verdict)),
+            VERDICT: MetadataValue.json(judged(verdict)),
         },
     )

@@ -14,6 +14,6 @@ SECONDS, WORKER_SECONDS, CACHED = "seconds", "worker_seconds", "cached"
 RELEASE, VERDICT = "release", "verdict"
 
 
-def judged(gate: str, verdict: Verdict) -> dict[str, Any]:
+def judged(verdict: Verdict) -> dict[str, Any]:
     """What is told of a gate's verdict: all of it, and whether it stops what comes after."""
-    return {"name": gate, **verdict.model_dump(mode="json"), "blocks": verdict.blocks}
+    return {"name": verdict.gate, **verdict.model_dump(mode="json"), "blocks": verdict.blocks}

@@ -41,7 +41,7 @@ def unchanged(spec: ModelSpec, scheme: str, settings: Settings) -> list[Event] |
                 made[name] = found
                 events += [*_progress(name, said), _done(name, time.monotonic() - since)]
             else:
-                events.append({"event": "gate", **judged(name, found)})
+                events.append({"event": "gate", **judged(found)})
             since = time.monotonic()
         release = made.get("release")
         places = {name: (artifact.stage, artifact.key) for name, artifact in made.items()}
