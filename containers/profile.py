@@ -146,7 +146,9 @@ class RuntimeProfile(_Strict):
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
-_INSTALLER = tuple(RUNTIMES / name for name in ("assemble.sh", "compile.py", "describe_models.py", "installer.txt"))
+# What the assembly's script calls or puts into the runtime.
+SCRIPTS = ("compile.py", "describe_models.py", "slipway_torch.py")
+_INSTALLER = tuple(RUNTIMES / name for name in ("assemble.sh", *SCRIPTS, "installer.txt"))
 
 
 def names(folder: Path = RUNTIMES) -> list[str]:

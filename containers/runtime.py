@@ -26,7 +26,7 @@ from containers.blobs import Blob, BlobStore
 from containers.gate import labels_of
 from containers.layers import Member, archive, plain_files
 from containers.oci import OciImage, canonical, digest_of
-from containers.profile import RUNTIMES, RuntimeProfile
+from containers.profile import RUNTIMES, SCRIPTS, RuntimeProfile
 from containers.wheels import check_wheels, fetch_wheels, wheels_digest
 
 Progress = Callable[[str], None]
@@ -88,7 +88,7 @@ def build_runtime(
 
 
 def render(profile: RuntimeProfile) -> dict[str, str]:
-    """Return the scripts that the assembly runs: ``assemble.sh``, and the two that it calls."""
+    """Return the scripts that the assembly runs: ``assemble.sh``, and those that it calls or puts into the runtime."""
     describe = ""
     if profile.describe_models:
         environment = shlex.join(f"{name}={value}" for name, value in sorted(profile.full_environment.items()))
@@ -97,7 +97,7 @@ def render(profile: RuntimeProfile) -> dict[str, str]:
     # One that is not given is a KeyError; the shell's own `$name` stays.
     template = (RUNTIMES / "assemble.sh").read_text(encoding="utf-8")
     script = re.sub(r"\$\{([a-z_]+)\}", lambda match: values[match[1]], template)
-    others = {name: (RUNTIMES / name).read_text(encoding="utf-8") for name in ("compile.py", "describe_models.py")}
+    others = {name: (RUNTIMES / name).read_text(encoding="utf-8") for name in SCRIPTS}
     return {"assemble.sh": script, **others}
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from uv import find_uv_bin
 
+from containers.profile import RUNTIMES
 from pipeline.errors import WorkerFailed
 from pipeline.settings import CHECKOUT, Settings
 from pipeline.store import digest_file, digest_json
@@ -25,6 +26,7 @@ Progress = Callable[[str], None]
 REQUIREMENTS = CHECKOUT / "requirements"
 ENVIRONMENTS = ("autoawq", "gptqmodel", "autogptq", "lm-eval", "aiperf", "gateway")
 _HARNESS = Path(__file__).with_name("slipway_worker.py")
+_EXACT = RUNTIMES / "slipway_torch.py"
 _TAIL_LINES = 20
 
 
@@ -69,7 +71,7 @@ def ensure_environment(environment: str, settings: Settings, progress: Progress)
 def _pins(environment: str) -> list[Path]:
     """The files that decide what is installed."""
     pins = [REQUIREMENTS / f"{environment}.txt", REQUIREMENTS / "build.txt", _HARNESS]
-    return [REQUIREMENTS / "torch.txt", *pins] if _needs_torch(environment) else pins
+    return [REQUIREMENTS / "torch.txt", _EXACT, *pins] if _needs_torch(environment) else pins
 
 
 def _needs_torch(environment: str) -> bool:
@@ -99,4 +101,7 @@ def _install(environment: str, folder: Path, settings: Settings) -> None:
             raise WorkerFailed(f"can't make the {environment} environment (uv {step[0]} failed):\n{tail}")
     (site,) = beside.glob("lib/python*/site-packages")
     shutil.copyfile(_HARNESS, site / _HARNESS.name)
+    if _needs_torch(environment):
+        shutil.copyfile(_EXACT, site / _EXACT.name)
+        (site / _EXACT.with_suffix(".pth").name).write_text(f"import {_EXACT.stem}\n")
     beside.rename(folder)

@@ -18,6 +18,7 @@ from pipeline.store import Store
 from registry import catalog
 
 DEMO = Path(__file__).parent.parent / "models" / "demo"
+FIRST_CALLS = Path(__file__).with_name("first_calls.py")
 # What `drift` is made of, each by a worker of its own.
 _PARTS = {"drift": ("answers", "candidate"), "layers": ("layers", "layers")}
 SLIPWAY = str(Path(sys.executable).parent / "slipway")

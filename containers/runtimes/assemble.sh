@@ -13,6 +13,8 @@ rm -rf ${omit}
 # XTILEDATA (18). vLLM 0.32 asks too late, so that a short first prompt to an unquantized model ends the engine (SIGILL).
 # Where there is no AMX the call does nothing.
 echo 'import ctypes; ctypes.CDLL(None).syscall(158, 0x1023, 18)' > slipway_amx.pth
+cp /slipway_torch.py .
+echo 'import slipway_torch' > slipway_torch.pth
 # A read-only container can't keep what it compiles: without this every start compiles thousands of modules again.
 /opt/venv/bin/python /compile.py .
 ${describe}

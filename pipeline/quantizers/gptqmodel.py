@@ -12,8 +12,8 @@ from slipway_worker import Report, WorkerError, main
 
 def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Quantize ``source`` into the empty folder ``output``; see `pipeline.quantize.quantize` for the request."""
-    # Its default is half the processors, and at least one of two: slower, for no gain in the result.
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(len(os.sched_getaffinity(0))))
+    # Its default is half the processors: slower, for no gain in the result. With one it doesn't start.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, len(os.sched_getaffinity(0)))))
     os.environ["GPTQMODEL_OFFLINE"] = "1"
     # It would compile its packing loop in every run, where the machine has a compiler; no result may depend on that.
     os.environ["GPTQMODEL_DISABLE_PACK_EXT"] = "1"

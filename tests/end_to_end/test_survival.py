@@ -110,7 +110,7 @@ def test_a_killed_worker_fails_its_run_which_goes_on_from_there_when_it_is_launc
     slipway: Slipway, ui: Callable[[], Ui]
 ) -> None:
     running = ui()
-    for stage in ("quantized", "layers", "load"):  # a quantizer, an evaluation's, the load generator
+    for stage in ("layers", "quantized", "load"):  # an evaluation's, a quantizer, the load generator
         run_id = cut_off(slipway, running, stage)
         deadline = time.monotonic() + 120
         while not workers_of(slipway.home):

@@ -24,6 +24,7 @@ from containers.base import ensure_base
 from containers.errors import ImageError, WheelError
 from containers.layout import write_layout
 from containers.scan import in_engine, in_layout, scan
+from homes import FIRST_CALLS
 from pipeline.settings import Settings
 
 DEMO = Path(__file__).parents[2] / "models" / "demo" / "model"
@@ -120,6 +121,16 @@ def test_a_changed_checkpoint_is_not_laid_out(machine: Settings, record: image.I
     (changed / "config.json").write_text("{}")
     with pytest.raises(ImageError, match=r"model config\.json and 4 more.* is gone"):
         write_layout(record, changed, {}, machine.home, tmp_path / "image")
+
+
+def test_what_torch_computes_first_in_it_is_as_exact_as_the_rest(
+    engine: docker.DockerClient, record: image.ImageRecord
+) -> None:
+    command = ["-c", FIRST_CALLS.read_text()]
+    said = engine.containers.run(
+        record.reference, command, entrypoint="/opt/venv/bin/python", remove=True, network_mode="none"
+    )
+    assert said == b"0\n"
 
 
 def test_no_wheel_cache_compiler_or_machine_is_left_in_it(

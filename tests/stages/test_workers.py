@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from homes import FIRST_CALLS
 from pipeline.environments import ensure_environment, pins_digest
 from pipeline.errors import WorkerFailed
 from pipeline.settings import Settings
@@ -49,6 +50,11 @@ def test_a_worker_sees_no_secret_and_not_our_packages(
     assert "PYTHONPATH" not in seen["environment"]
     assert not [value for value in seen["environment"].values() if value in {"hf_secret", "aws_secret"}]
     assert seen["environment"]["PATH"].split(os.pathsep)[0].startswith(str(settings.home))
+
+
+def test_what_torch_computes_first_is_as_exact_as_the_rest(settings: Settings) -> None:
+    python = ensure_environment("gptqmodel", settings, print) / "bin" / "python"
+    assert subprocess.check_output([python, FIRST_CALLS], text=True) == "0\n"
 
 
 def test_an_expected_error_is_one_line(tmp_path: Path, run_worker: Workers) -> None:
