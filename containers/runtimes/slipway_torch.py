@@ -2,8 +2,7 @@
 
 oneMKL 2024.2, which is in torch's wheels, looks for the kernel of a vector function when that is first called. Threads
 that call it first together may get one that is less exact, that once: 1e-4 off in half of a rotary embedding's cosines,
-which then serve for good (issue 188792 of PyTorch). So one thread calls each of them when torch
-has been imported.
+which then serve for good (issue 188792 of PyTorch). So one thread calls each of them when torch has been imported.
 """
 # ruff: noqa: INP001 - a module that is copied into images and environments
 
