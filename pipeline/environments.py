@@ -16,7 +16,6 @@ from pathlib import Path
 
 from uv import find_uv_bin
 
-from containers.profile import RUNTIMES
 from pipeline.errors import WorkerFailed
 from pipeline.settings import CHECKOUT, Settings
 from pipeline.store import digest_file, digest_json
@@ -26,7 +25,7 @@ Progress = Callable[[str], None]
 REQUIREMENTS = CHECKOUT / "requirements"
 ENVIRONMENTS = ("autoawq", "gptqmodel", "autogptq", "lm-eval", "aiperf", "gateway")
 _HARNESS = Path(__file__).with_name("slipway_worker.py")
-_EXACT = RUNTIMES / "slipway_torch.py"
+_EXACT = CHECKOUT / "containers" / "runtimes" / "slipway_torch.py"
 _TAIL_LINES = 20
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import boto3
 import pytest
 from real_server import BUCKET
 
+from pipeline.environments import ensure_environment
 from pipeline.errors import WorkerFailed
 from pipeline.launchers import errand
 from pipeline.launchers.errand import announced, message, outcome_in, receive, send
@@ -135,15 +135,16 @@ def test_a_link_in_the_output_is_refused(task: Task, store: ObjectStore, setting
 
 
 def test_by_the_command_an_errand_says_where_its_outcome_is(
-    home: dict[str, str], task: Task, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+    home: dict[str, str], settings: Settings, task: Task, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the command line it is the real checkout's: a script that fails at once, in words."""
+    """On the command line, with what a node's image has, it is the real checkout's: a script that fails in words."""
     calibration = next(iter(task.request["deep"]))["text"]
     request = {"output": task.request["output"], "source": task.request["model"], "calibration": calibration}
     real = replace(task, script=CHECKOUT / "evals" / "traffic" / "client.py", request=request)
     monkeypatch.setattr(errand, "CHECKOUT", CHECKOUT)
     sent = send(real, store)
-    command = [sys.executable, "-m", "pipeline.launchers.node", store.uri, sent.sha256, str(sent.size)]
+    python = ensure_environment("node", settings, print) / "bin" / "python"
+    command = [python, "-m", "pipeline.launchers.node", store.uri, sent.sha256, str(sent.size)]
     aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     done = subprocess.run(command, env={**home, **aws}, cwd=CHECKOUT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
