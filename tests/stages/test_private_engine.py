@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import signal
 import subprocess
@@ -157,8 +156,6 @@ def step(private: docker.DockerClient, base: str, home: Path, *command: str) -> 
 
 
 # The SDK leaves its own socket open where it is refused (docker 7.1).
-@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_engine_that_is_stopped_in_a_build_is_a_clear_error_and_the_next_build_works(
     lair: Path, engine: docker.DockerClient, tmp_path: Path
 ) -> None:
@@ -169,7 +166,6 @@ def test_an_engine_that_is_stopped_in_a_build_is_a_clear_error_and_the_next_buil
         with pytest.raises(ContainerError, match=r"^[^\n]*went away[^\n]*$"):
             step(private, base, tmp_path, "sleep", "600")
         stopper.join()
-    gc.collect()  # the SDK's sockets, while their warnings are this test's own
     with contextlib.closing(engines.ensure(None, lair, print)) as private:
         for left in private.containers.list(all=True):  # its removal could not be asked for any more
             left.remove(force=True)
