@@ -155,7 +155,6 @@ def step(private: docker.DockerClient, base: str, home: Path, *command: str) -> 
         pass
 
 
-# The SDK leaves its own socket open where it is refused (docker 7.1).
 def test_an_engine_that_is_stopped_in_a_build_is_a_clear_error_and_the_next_build_works(
     lair: Path, engine: docker.DockerClient, tmp_path: Path
 ) -> None:
