@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import tempfile
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,18 +11,18 @@ from pathlib import Path
 import pynvml
 
 from containers.gpu import Gpu, gpus
+from containers.machine_locks import try_lock
 
 Progress = Callable[[str], None]
 
-# One place for all homes of this machine: two of them must not measure on one device.
-LOCKS = Path("/run/lock") if Path("/run/lock").is_dir() else Path(tempfile.gettempdir())
 _POLL_SECONDS = 1.0
 
 
 @contextlib.contextmanager
-def reserved(progress: Progress, locks: Path = LOCKS) -> Iterator[Gpu | None]:
+def reserved(progress: Progress, locks: Path) -> Iterator[Gpu | None]:
     """Take the GPU with the most free memory that nobody has reserved, for the time of the block; None without GPUs.
 
+    ``locks`` is the machine's folder of locks (`containers.machine_locks`): two homes must not measure on one device.
     Waits while all are taken. The kernel drops a reservation however its process ends.
     """
     found = gpus()
@@ -33,14 +32,14 @@ def reserved(progress: Progress, locks: Path = LOCKS) -> Iterator[Gpu | None]:
     told = False
     while True:
         for gpu in sorted(found, key=_free_bytes, reverse=True):
-            with contextlib.ExitStack() as stack:
-                file = stack.enter_context((locks / f"slipway-gpu-{gpu.uuid}.lock").open("w"))
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    continue
+            lock = try_lock(locks, f"slipway-gpu-{gpu.uuid}.lock")
+            if lock is None:
+                continue
+            try:
                 yield gpu
-                return
+            finally:
+                os.close(lock)
+            return
         if not told:
             progress("every GPU is reserved: waiting for one")
             told = True

@@ -34,7 +34,8 @@ class Settings:
     where workers run, where that is not here (`pipeline.launchers.placement`); ``artifacts`` the object store through
     which homes share what they make (`pipeline.shared_store`). ``child_environment`` is what a worker inherits,
     ``installer_environment`` what the package installer inherits. ``disk_floor`` is how many bytes of the home's disk
-    are left free whatever is made. Schedules keep the hours of ``timezone``. ``ui_address`` is where others find the
+    are left free whatever is made. ``locks`` is the folder of the locks that all homes of this machine share
+    (`containers.machine_locks`). Schedules keep the hours of ``timezone``. ``ui_address`` is where others find the
     UI; failures and refusals are told to ``webhook`` (Slack's format) and, through ``mail_server``
     (``smtp[s]://USER:PASSWORD@HOST:PORT``), to ``mail_to``.
     """
@@ -58,6 +59,7 @@ class Settings:
     child_environment: Mapping[str, str]
     installer_environment: Mapping[str, str] = field(repr=False)
     disk_floor: int
+    locks: Path
     timezone: str
     ui_address: str
     webhook: str | None = field(repr=False)
@@ -115,6 +117,7 @@ class Settings:
                 if name in _PASSED_ON or name.upper().startswith(_INSTALLER_PREFIXES)
             },
             disk_floor=_bytes(environment.get("SLIPWAY_DISK_FLOOR"), "SLIPWAY_DISK_FLOOR", default=2 * 2**30),
+            locks=_locks(environment.get("SLIPWAY_LOCKS")),
             timezone=_timezone(environment.get("SLIPWAY_TIMEZONE") or "UTC"),
             ui_address=(environment.get("SLIPWAY_UI_ADDRESS") or "http://127.0.0.1:3000").rstrip("/"),
             webhook=environment.get("SLIPWAY_NOTIFY_WEBHOOK") or None,
@@ -132,6 +135,15 @@ def _bytes(text: str | None, name: str, *, default: int) -> int:
         return int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError as error:
         raise SettingsError(f"`{name}` is {text!r}: expected a size such as 2GiB") from error
+
+
+def _locks(text: str | None) -> Path:
+    from containers.machine_locks import default_folder  # noqa: PLC0415 - see `_bytes`
+
+    folder = _path(text) or default_folder()
+    if not folder.is_dir():
+        raise SettingsError(f"`SLIPWAY_LOCKS` is {folder}, which is not a folder: make it, mode 1777 for several users")
+    return folder
 
 
 def _timezone(name: str) -> str:

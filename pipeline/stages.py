@@ -13,7 +13,7 @@ from typing import Any
 
 import docker
 
-from containers import gate, gpu_pool, judgement, sandbox, trivy
+from containers import gate, gpu_pool, judgement, machine_locks, sandbox, trivy
 from containers import image as images
 from containers import profile as profiles
 from containers import scan as scans
@@ -80,9 +80,11 @@ class Bench:
     def device(self) -> Iterator[None]:
         """Have what models run on, a GPU or this machine's cores, for one model: two at once may not fit.
 
-        The kernel drops the lock however the process ends, which Dagster's pool, that queues whole runs, does not.
+        All homes of this machine share the lock. The kernel drops it however the process ends, which Dagster's pool,
+        that queues whole runs, does not.
         """
-        with locked(self.settings.home / "device.lock", waiting=lambda: self.progress("waiting for the device")):
+        told = lambda: self.progress("waiting for the device, which another release of this machine uses")  # noqa: E731
+        with machine_locks.locked(self.settings.locks, machine_locks.DEVICE, told):
             yield
 
     def worker_device(self) -> contextlib.AbstractContextManager[None]:
@@ -93,13 +95,14 @@ class Bench:
     def cores(self, *, alone: bool = False) -> Iterator[None]:
         """Use this machine's cores for heavy work that runs no model, or have them ``alone`` to time one.
 
-        Answers are the same beside other work and latencies are not, unless a GPU gives them.
+        All homes of this machine share the lock. Answers are the same beside other work and latencies are not, unless
+        a GPU gives them.
         """
         if gpus():
             yield
             return
-        place = self.settings.home / "cores.lock"
-        with locked(place, lambda: self.progress("waiting for the cores"), shared=not alone):
+        told = lambda: self.progress("waiting for the cores, which other work of this machine uses")  # noqa: E731
+        with machine_locks.locked(self.settings.locks, machine_locks.CORES, told, shared=not alone):
             yield
 
     def has_image(self, record: images.ImageRecord) -> bool:
@@ -343,7 +346,9 @@ def load_test(
     with (
         bench.device(),
         bench.cores(alone=True),
-        gpu_pool.reserved(bench.progress) if record.minimum_driver else contextlib.nullcontext() as gpu,
+        gpu_pool.reserved(bench.progress, bench.settings.locks)
+        if record.minimum_driver
+        else contextlib.nullcontext() as gpu,
     ):
         if record.minimum_driver and gpu is None:
             return loads.write_without_gpu(plan, folder)

@@ -276,19 +276,17 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, waiting: Callable[[], None] = lambda: None, *, shared: bool = False) -> Iterator[None]:
+def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold a lock on a file, one that the kernel drops when the process ends, however it ends.
 
-    It is exclusive unless ``shared`` with others that say the same. ``waiting`` is called once where somebody else's
-    stands in the way.
+    ``waiting`` is called once where somebody else's stands in the way.
     """
-    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     with path.open("w") as stream:
         try:
-            fcntl.flock(stream, kind | fcntl.LOCK_NB)
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             waiting()
-            fcntl.flock(stream, kind)
+            fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
 
