@@ -122,7 +122,7 @@ def read_common(path: Path = _POLICY) -> CommonPolicy:
     """
     try:
         return CommonPolicy.model_validate(yaml.safe_load(path.read_text()))
-    except (ValidationError, yaml.YAMLError, OSError) as error:
+    except (ValidationError, yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise PolicyError(f"{path.name} is no scan policy: {explained(error)}") from error
 
 

@@ -181,7 +181,7 @@ def stated(name: str, folder: Path = RUNTIMES) -> RuntimeProfile:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ProfileError(f"no runtime `{name}`{_suggestion(name, names(folder))}: see {folder}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ProfileError(f"{path.name} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ProfileError(f"{path.name} holds {type(content).__name__}, expected keys and values")

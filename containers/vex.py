@@ -7,9 +7,8 @@ statement end. Of the statements about a finding, the latest counts.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import MAXYEAR, MINYEAR, UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,10 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from containers.errors import PolicyError
 from containers.purl import matches
+from registry.bounded_json import Bounds, read_json
 
 OLDEST_DAYS = 365
 # How far the clocks of those who write documents may be ahead of ours.
 _CLOCKS_APART = timedelta(hours=1)
+_BOUNDS = Bounds(bytes=16 << 20, values=500_000)
+_MOST_SHOWN = 5
 _CONTEXT = "https://openvex.dev/ns"
 Status = Literal["not_affected", "affected", "fixed", "under_investigation"]
 Justification = Literal[
@@ -127,9 +129,12 @@ def read_vex(path: Path, now: datetime | None = None) -> list[Statement]:
         PolicyError: it is no OpenVEX document, too old to go by, or of the future.
     """
     try:
-        document = _Document.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        with path.open("rb") as stream:
+            document = _Document.model_validate(read_json(stream.read(_BOUNDS.bytes + 1), _BOUNDS))
     except ValidationError as error:
-        wrong = [f"`{'.'.join(map(str, item['loc']))}`: {item['msg']}" for item in error.errors()]
+        problems = error.errors(include_url=False, include_input=False)
+        wrong = [f"`{'.'.join(map(str, item['loc']))[:200]}`: {item['msg']}" for item in problems[:_MOST_SHOWN]]
+        wrong += [f"and {len(problems) - _MOST_SHOWN} more"] * (len(problems) > _MOST_SHOWN)
         raise PolicyError(f"{path.name} is no OpenVEX document: {'; '.join(wrong)}") from error
     except (OSError, ValueError) as error:
         raise PolicyError(f"{path.name} is no OpenVEX document: {' '.join(str(error).split())}") from error
@@ -149,5 +154,7 @@ def read_vex(path: Path, now: datetime | None = None) -> list[Statement]:
 
 
 def _zoned(time: datetime) -> datetime:
-    """UTC, where the time names no zone."""
-    return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
+    """UTC, where the time names no zone; the first and the last day there is are not moved, which would overflow."""
+    if time.tzinfo is None or time.year in {MINYEAR, MAXYEAR}:
+        return time.replace(tzinfo=UTC)
+    return time.astimezone(UTC)

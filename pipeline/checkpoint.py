@@ -12,7 +12,6 @@ The packed layouts, for a source weight of [out, in], b bits, g = in / group_siz
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -24,6 +23,7 @@ import numpy as np
 
 from pipeline.errors import CheckpointError
 from pipeline.safetensors_headers import HeaderError, Tensor, read_bytes, read_model
+from registry.bounded_json import Bounds, DocumentError, read_json
 
 if TYPE_CHECKING:
     from pipeline.quantize import Scheme
@@ -36,6 +36,7 @@ _EXEMPT = re.compile(r"(^|\.)(gate|router|shared_expert_gate|[^.]*norm[^.]*|[^.]
 _OTHER_TOWER = re.compile(r"(^|\.)(vision|visual|audio|image|multi_modal)[^.]*\.")
 # Computed when a model is loaded; some sources store it nevertheless.
 _DERIVED = re.compile(r"\.inv_freq$")
+_DOCUMENT = Bounds(bytes=16 << 20, values=500_000)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -111,8 +112,8 @@ def _is_tied(source: Path) -> bool:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_text())
-    except (OSError, ValueError):
+        document = read_json(path.read_bytes(), _DOCUMENT)
+    except (OSError, DocumentError):
         return {}
     return document if isinstance(document, dict) else {}
 

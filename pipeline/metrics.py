@@ -152,5 +152,5 @@ def _is_marked(tag: str | None) -> bool:
         return False
     try:
         return bool(json.loads(tag)["blocks"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return True

@@ -204,7 +204,7 @@ def _either(values: tuple[int, ...] | list[str]) -> str:
 def _read_config(source: Path) -> dict[str, Any]:
     try:
         config = json.loads((source / "config.json").read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise QuantizeError(f"can't read the model's configuration: {error}") from error
     if not isinstance(config, dict):
         raise QuantizeError(f"{source / 'config.json'} holds no mapping")
@@ -221,7 +221,7 @@ def _check_calibration(calibration: Path, samples: int) -> None:
                 if not isinstance(document, dict) or not isinstance(document.get("text"), str):
                     raise QuantizeError(f'{calibration}, line {number}: expected {{"text": "…"}}, found {line[:60]!r}')
                 found += 1
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise QuantizeError(f"can't read the calibration text {calibration}: {error}") from error
     if found < samples:
         raise QuantizeError(

@@ -7,7 +7,6 @@ obeys here: the tensors cover those bytes exactly, without a hole or an overlap,
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Mapping
@@ -15,9 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from registry.bounded_json import Bounds, DocumentError, read_json
+
 INDEX = "model.safetensors.index.json"
-# Of safetensors itself: its reader refuses a longer header.
-_LONGEST_HEADER = 100_000_000
+# A tensor takes about 120 bytes and 8 values: this is room for 180,000 of them in one file. (safetensors itself reads
+# up to 100 MB, which would take gigabytes here.)
+_HEADER = Bounds(bytes=32 << 20, values=1_500_000, depth=3)
+_INDEX = Bounds(bytes=64 << 20, values=1_000_000, depth=4)
+# NumPy's and PyTorch's limit; a shape without one makes its product a number of millions of digits.
+_MOST_DIMENSIONS = 64
+# As safetensors has them: an unsigned number of 64 bits.
+_LARGEST = 2**64 - 1
+_MOST_PROBLEMS, _LONGEST_SHOWN = 20, 100
 # Bits an element, of the dtypes that safetensors names.
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
@@ -67,24 +75,28 @@ def header_length(first: bytes, path: Path, size: int) -> int:
         HeaderError: no header can be that long in such a file.
     """
     (length,) = struct.unpack("<Q", first[:8])
-    if length > min(_LONGEST_HEADER, size - 8):
+    if length > size - 8:
         raise HeaderError(
             f"{path.name}: a header of {length} bytes in a file of {size}: cut off, or no safetensors file"
         )
+    if length > _HEADER.bytes:
+        raise HeaderError(f"{path.name}: a header of {length} bytes; at most {_HEADER.bytes} are read")
     return int(length)
 
 
 def parse_header(raw: bytes, path: Path, size: int) -> dict[str, Tensor]:
     """Return the tensors that a header, ``raw``, describes: of the file ``path`` of ``size`` bytes, here or elsewhere.
 
+    It takes linear time, whatever the header says.
+
     Raises:
         HeaderError: the header is none, or does not account for every byte of such a file.
     """
     data = 8 + len(raw)
     try:
-        header = json.loads(raw, object_pairs_hook=_without_repetition)
-    except ValueError as error:
-        raise HeaderError(f"{path.name}: the header is no JSON: {error}") from error
+        header = read_json(raw, _HEADER, pairs_hook=_without_repetition)
+    except (DocumentError, HeaderError) as error:
+        raise HeaderError(f"{path.name}: the header can't be read: {error}") from error
     if not isinstance(header, dict):
         raise HeaderError(f"{path.name}: the header is no JSON object")
     header.pop("__metadata__", None)
@@ -110,12 +122,13 @@ def read_model(folder: Path) -> dict[str, Tensor]:
         except HeaderError as error:
             problems.append(str(error))
             continue
-        problems += [f"{path.name}: `{name}` is in {tensors[name].file.name} too" for name in found if name in tensors]
+        problems += [f"{path.name}: {_shown(n)} is in {tensors[n].file.name} too" for n in found if n in tensors]
         tensors.update(found)
     if not problems:
         problems = _index_problems(folder, files, tensors)
     if problems:
-        raise HeaderError("\n".join(problems))
+        more = [f"and {len(problems) - _MOST_PROBLEMS} more problems"] if len(problems) > _MOST_PROBLEMS else []
+        raise HeaderError("\n".join(problems[:_MOST_PROBLEMS] + more))
     return tensors
 
 
@@ -133,19 +146,20 @@ def _index_problems(folder: Path, files: list[Path], tensors: Mapping[str, Tenso
             return []
         return [f"{', '.join(file.name for file in files)}: neither `model.safetensors` alone nor an index, {INDEX}"]
     try:
-        placed = json.loads(path.read_text())["weight_map"]
+        with path.open("rb") as stream:
+            placed = read_json(stream.read(_INDEX.bytes + 1), _INDEX)["weight_map"]
         pairs = {str(name): str(file) for name, file in placed.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{INDEX} has no readable `weight_map`: {error!r}"]
-    problems = [
-        f"{INDEX} names {file}, which is not there" for file in sorted(set(pairs.values()) - {f.name for f in files})
-    ]
+    there = {file.name for file in files}
+    problems = [f"{INDEX} names {_shown(file)}, which is not there" for file in sorted(set(pairs.values()) - there)]
     for name in sorted(pairs.keys() | tensors.keys()):
         found = tensors[name].file.name if name in tensors else None
-        if found is None and (folder / pairs[name]).exists():
-            problems.append(f"{INDEX} puts `{name}` into {pairs[name]}, which lacks it")
+        if found is None and pairs[name] in there:
+            problems.append(f"{INDEX} puts {_shown(name)} into {pairs[name]}, which lacks it")
         elif found is not None and pairs.get(name) != found:
-            problems.append(f"`{name}` is in {found}, and {INDEX} says {pairs.get(name, 'nothing of it')}")
+            said = _shown(pairs[name]) if name in pairs else "nothing of it"
+            problems.append(f"{_shown(name)} is in {found}, and {INDEX} says {said}")
     return problems
 
 
@@ -157,21 +171,29 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _tensor(path: Path, name: str, entry: Any, data: int) -> Tensor:  # noqa: ANN401 - JSON
+    def problem(what: str) -> HeaderError:
+        return HeaderError(f"{path.name}: {_shown(name)} {what}")
+
     try:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        whole = all(type(number) is int and number >= 0 for number in (*shape, start, end))
     except (KeyError, TypeError, ValueError) as error:
-        raise HeaderError(f"{path.name}: `{name}` has no proper dtype, shape and data_offsets") from error
-    if not whole:
-        raise HeaderError(f"{path.name}: `{name}` has a number that is no natural number")
-    if dtype not in _BITS:
-        raise HeaderError(f"{path.name}: `{name}` has the unknown dtype {dtype!r}")
+        raise problem("has no proper dtype, shape and data_offsets") from error
+    if len(shape) > _MOST_DIMENSIONS:
+        raise problem(f"has {len(shape)} dimensions, of which at most {_MOST_DIMENSIONS} are read")
+    if not all(type(number) is int and 0 <= number <= _LARGEST for number in (*shape, start, end)):
+        raise problem("has a number that is no natural number of 64 bits")
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise problem(f"has the unknown dtype {str(dtype)[:_LONGEST_SHOWN]!r}")
     expected, rest = divmod(math.prod(shape) * _BITS[dtype], 8)
     if rest or end - start != expected:
-        raise HeaderError(
-            f"{path.name}: `{name}`, {dtype} of shape {list(shape)}, takes {expected} bytes, not {end - start}"
-        )
+        raise problem(f"of {dtype} and shape {list(shape)} takes {expected} bytes, not {end - start}")
     return Tensor(dtype, shape, data + start, data + end, path)
+
+
+def _shown(name: str) -> str:
+    """A name from a file as part of one line, whatever is in it."""
+    cut = name if len(name) <= _LONGEST_SHOWN else f"{name[:_LONGEST_SHOWN]}…"
+    return f"`{cut}`" if cut.isprintable() else repr(cut)
 
 
 def _check_cover(path: Path, tensors: Mapping[str, Tensor], data: int, size: int) -> None:
@@ -179,7 +201,7 @@ def _check_cover(path: Path, tensors: Mapping[str, Tensor], data: int, size: int
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if tensor.start != reached:
             what = "overlaps what is before it" if tensor.start < reached else "leaves a hole before it"
-            raise HeaderError(f"{path.name}: `{name}` {what} ({tensor.start} for {reached})")
+            raise HeaderError(f"{path.name}: {_shown(name)} {what} ({tensor.start} for {reached})")
         reached = tensor.end
     if reached != size:
         raise HeaderError(f"{path.name}: the tensors end at byte {reached}, and the file at {size}")

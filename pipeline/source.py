@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.errors import SourceError
 from pipeline.file_digests import digests_of
 from pipeline.safetensors_headers import INDEX, HeaderError, read_model
 from pipeline.source_lock import Lock, LockedFile, portable, read_lock, write_lock
 from pipeline.store import digest_json
+from registry.bounded_json import Bounds, DocumentError, read_json
 
 if TYPE_CHECKING:
     from pipeline.hub import Hub
@@ -34,6 +34,8 @@ Progress = Callable[[str], None]
 DIGESTS = "digests.json"
 
 _CHUNK = 4 * 1024 * 1024
+# A tokenizer of 262,144 words takes 35 MB and two million values.
+_DOCUMENT = Bounds(bytes=128 << 20, values=8_000_000, depth=64)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB = re.compile(r"hf://(?P<repository>[^/@]+/[^/@]+)(?:@(?P<revision>.+))?")
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
@@ -320,9 +322,10 @@ def _check_content(folder: Path) -> None:
         problems += str(error).splitlines()
     for path in sorted(folder.glob("*.json")):
         try:
-            document: Any = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            problems.append(f"{path.name} is no JSON: {error}")
+            with path.open("rb") as stream:
+                document = read_json(stream.read(_DOCUMENT.bytes + 1), _DOCUMENT)
+        except DocumentError as error:
+            problems.append(f"{path.name} can't be read: {error}")
             continue
         if isinstance(document, dict) and document.get("auto_map"):
             problems.append(

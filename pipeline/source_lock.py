@@ -15,7 +15,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.errors import SourceError
 from pipeline.store import write_whole
@@ -91,7 +91,7 @@ def read_lock(path: Path) -> Lock | None:
         if schema != _SCHEMA:
             raise SourceError(f"{path} has schema {schema!r}, and this version of Slipway knows {_SCHEMA!r}")
         return Lock.model_validate({**document, "path": path})
-    except (OSError, ValueError, AttributeError, TypeError, ValidationError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise SourceError(f"{path} is no lock file ({reason}): restore it, or delete it to lock anew") from error
 

@@ -142,9 +142,13 @@ def _python_files(place: Path) -> list[Path]:
 
 CODE: Mapping[str, str] = {
     "source": code_of(
-        "pipeline/source.py", "pipeline/source_lock.py", "pipeline/hub.py", "pipeline/safetensors_headers.py"
+        *("pipeline/source.py", "pipeline/source_lock.py", "pipeline/hub.py", "pipeline/safetensors_headers.py"),
+        "registry/bounded_json.py",
     ),
-    "quantized": code_of("pipeline/quantize.py", "pipeline/checkpoint.py", "pipeline/safetensors_headers.py"),
+    "quantized": code_of(
+        *("pipeline/quantize.py", "pipeline/checkpoint.py", "pipeline/safetensors_headers.py"),
+        "registry/bounded_json.py",
+    ),
     "answers": code_of(
         *("evals/asking.py", "evals/answer.py", "evals/items.py", "evals/served.py", "evals/checkpoints.py"),
         *("evals/packed.py", "evals/overlap.py", "evals/tasks"),

@@ -193,7 +193,7 @@ def _has_ended(maker: str) -> bool:
     try:
         told = json.loads(maker)
         return bool(told["machine"] == _machine() and _started(int(told["pid"])) != told["started"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

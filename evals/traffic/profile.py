@@ -201,8 +201,8 @@ def load(name: str, folder: Path = FOLDER) -> TrafficProfile:
         raise ProfileError(f"no traffic profile `{name}`: {hint}")
     try:
         return TrafficProfile.model_validate({**(yaml.safe_load(path.read_bytes()) or {}), "name": name})
-    except yaml.YAMLError as error:
-        raise ProfileError(f"{path.name} is no YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         told = "; ".join(f"`{'.'.join(map(str, each['loc']))}`: {each['msg']}" for each in error.errors())
         raise ProfileError(f"{path.name}: {told}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ProfileError(f"{path.name} is no YAML: {' '.join(str(error).split())}") from error

@@ -142,7 +142,7 @@ def message(line: str) -> dict[str, Any] | None:
     """The message of Dagster Pipes that a line of a log is, or None."""
     try:
         found = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) and PIPES_PROTOCOL_VERSION_FIELD in found else None
 

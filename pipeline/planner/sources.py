@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,11 +11,12 @@ from typing import Any
 from pipeline.errors import PlanError, SourceError
 from pipeline.safetensors_headers import HeaderError, Tensor, header_length, parse_header, read_model
 from pipeline.source import ResolvedSource, SourceFile
+from registry.bounded_json import Bounds, DocumentError, read_json
 
 # One request brings most headers whole: a file of 5 GB has some hundred tensors, described in ten kilobytes.
 _FIRST_READ = 128 * 1024
 _AT_ONCE = 8
-_LONGEST_CONFIG = 1 << 20
+_CONFIG = Bounds(bytes=1 << 20, values=100_000)
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def describe(resolved: ResolvedSource) -> Described:
     if resolved.hub is None:
         return describe_folder(Path(resolved.uri.removeprefix("file:")))
     weights = [file for file in resolved.files if file.path.endswith(".safetensors")]
-    config = _range(resolved, "config.json", 0, _LONGEST_CONFIG)
+    config = _range(resolved, "config.json", 0, _CONFIG.bytes)
     tensors: dict[str, Tensor] = {}
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         try:
@@ -86,9 +86,9 @@ def _range(resolved: ResolvedSource, name: str, start: int, length: int) -> byte
 
 def _document(raw: bytes, what: str) -> dict[str, Any]:
     try:
-        document = json.loads(raw)
-    except ValueError as error:
-        raise PlanError(f"config.json of {what} is no JSON: {error}") from error
+        document = read_json(raw, _CONFIG)
+    except DocumentError as error:
+        raise PlanError(f"config.json of {what} can't be read: {error}") from error
     if not isinstance(document, dict):
         raise PlanError(f"config.json of {what} is no JSON object")
     return document

@@ -86,7 +86,9 @@ def test_every_key_of_a_waiver_must_be_there(key: str) -> None:
         under(left)
 
 
-@pytest.mark.parametrize("text", ["fail_onn: []", "waivers: [{id: x}]", "[1]", "a: [", ""])
+@pytest.mark.parametrize(
+    "text", ["fail_onn: []", "waivers: [{id: x}]", "[1]", "a: [", "", "a: 2026-11-31", "a: " + "[" * 5000]
+)
 def test_a_wrong_policy_file_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "policy.yaml").write_text(text)
     with pytest.raises(PolicyError, match=r"policy\.yaml is no scan policy") as caught:
@@ -235,6 +237,32 @@ def test_a_wrong_or_old_vex_document_is_refused(tmp_path: Path, changes: dict[st
         read_vex(path)
     with pytest.raises(ValidationError, match="openvex"):
         ScanPolicy(vex=(path,))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"statements": ' + "[" * 50_000 + "]" * 50_000 + "}",
+        '{"statements": [' + "[]," * 600_000 + "[]]}",
+        '{"statements": [' + "{}," * 100_000 + "{}]}",
+        "[" * 50_000,
+        "9" * 5000,
+        "\ud800",
+    ],
+    ids=["deep", "many", "many problems", "unclosed", "a long number", "no UTF-8"],
+)
+def test_an_endless_vex_document_is_refused_in_one_short_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "some.openvex.json"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(PolicyError, match=r"some\.openvex\.json") as caught:
+        read_vex(path)
+    assert len(str(caught.value)) < 2000
+    assert "\n" not in str(caught.value)
+
+
+def test_a_vex_document_of_the_first_day_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match="days old|no OpenVEX"):
+        read_vex(vex(tmp_path, timestamp="0001-01-01T00:00:00+23:00"))
 
 
 def test_a_day_is_whole_days() -> None:

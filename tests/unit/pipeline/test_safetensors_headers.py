@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from pipeline.safetensors_headers import HeaderError, read_bytes, read_header, read_model
+from pipeline.safetensors_headers import HeaderError, parse_header, read_bytes, read_header, read_model
 
 
 def put(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
@@ -51,11 +51,55 @@ def test_reads_what_the_library_writes(tmp_path: Path) -> None:
         ({"a": entry(2, 6, [2])}, b"123456", "hole"),
         ({"a": entry(0, 4, [2])}, b"123456", "end at byte"),
         ({"a": entry(0, 4, [2])}, b"12", "end at byte"),
+        ({"a": {**entry(0, 4, [2]), "dtype": ["F16"]}}, b"1234", "unknown dtype"),
+        ({"a": entry(0, 4, [2**64])}, b"1234", "64 bits"),
+        ({"a": entry(0, 2**64, [2**63])}, b"1234", "64 bits"),
+        ({"a": entry(0, 4, [[2]])}, b"1234", "nested 4 deep"),
+        (b'{"a": ' + b"9" * 5000 + b"}", b"", "no JSON"),
+        (b"[" * 100_000, b"", "nested 100000 deep"),
+        ({"a": entry(0, 4, [2**64 - 1] * 65)}, b"1234", "65 dimensions"),
+        (b"{" + b'"a": 0, ' * 1_500_000 + b'"b": 0}', b"", "values"),
+        ({"a\n\x1b[2Kb": entry(0, 4, [3])}, b"1234", r"'a\\n\\x1b\[2Kb'"),
     ],
+    ids=str,
 )
 def test_a_header_that_breaks_the_law_is_refused(tmp_path: Path, header: object, data: bytes, reason: str) -> None:
     with pytest.raises(HeaderError, match=reason):
         read_header(put(tmp_path / "model.safetensors", header, data))
+
+
+@pytest.mark.parametrize("header", [{"a" * 10_000: entry(0, 4, [3])}, {"a": entry(0, 4, [2**64 - 1] * 64)}])
+def test_a_problem_is_one_short_line(tmp_path: Path, header: object) -> None:
+    with pytest.raises(HeaderError) as caught:
+        read_header(put(tmp_path / "model.safetensors", header, b"1234"))
+    assert len(str(caught.value)) < 3000
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_header_that_is_too_long_is_refused_without_reading(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", 40 << 20))
+        stream.truncate(64 << 20)
+    with pytest.raises(HeaderError, match="at most 33554432 are read"):
+        read_header(path)
+
+
+def test_a_shape_takes_linear_time() -> None:
+    # The product of a shape of 500,000 numbers of 64 bits took minutes; so did a message that held it.
+    raw = b'{"a": {"dtype": "F16", "shape": [' + b"9223372036854775807," * 500_000 + b'1], "data_offsets": [0, 0]}}'
+    with pytest.raises(HeaderError, match="500001 dimensions"):
+        parse_header(raw, Path("model.safetensors"), 8 + len(raw))
+
+
+def test_the_problems_of_a_folder_are_told_up_to_a_number(tmp_path: Path) -> None:
+    save_file({"a": np.zeros(2, np.float16)}, tmp_path / "model.safetensors")
+    placed = {"a": "model.safetensors", **{f"b{n}": f"../{n}\0" for n in range(1000)}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    with pytest.raises(HeaderError) as caught:
+        read_model(tmp_path)
+    assert len(str(caught.value).splitlines()) == 21
+    assert str(caught.value).endswith("and 980 more problems")
 
 
 @pytest.mark.parametrize("length", [2**63, 100_000_001, 200])

@@ -140,6 +140,12 @@ def test_a_configuration_that_wants_code_is_refused(model: Path, into: Fetch, na
         into(resolve(f"file:{model}"))
 
 
+def test_a_configuration_nested_without_end_is_refused(model: Path, into: Fetch) -> None:
+    (model / "generation_config.json").write_text('{"a":' * 50_000 + "1" + "}" * 50_000)
+    with pytest.raises(SourceError, match=r"generation_config\.json can't be read: nested 50000 deep"):
+        into(resolve(f"file:{model}"))
+
+
 def test_damaged_weights_and_json_are_refused_together(model: Path, into: Fetch) -> None:
     whole = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").write_bytes(whole[:-1])
@@ -147,7 +153,7 @@ def test_damaged_weights_and_json_are_refused_together(model: Path, into: Fetch)
     with pytest.raises(SourceError) as caught:
         into(resolve(f"file:{model}"))
     assert "model.safetensors: the tensors end at byte" in str(caught.value)
-    assert "tokenizer.json is no JSON" in str(caught.value)
+    assert "tokenizer.json can't be read: no JSON" in str(caught.value)
 
 
 @pytest.mark.parametrize(
