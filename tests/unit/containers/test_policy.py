@@ -261,7 +261,7 @@ def test_an_endless_vex_document_is_refused_in_one_short_line(tmp_path: Path, te
 
 
 def test_a_vex_document_of_the_first_day_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PolicyError, match="days old|no OpenVEX"):
+    with pytest.raises(PolicyError, match="days old"):
         read_vex(vex(tmp_path, timestamp="0001-01-01T00:00:00+23:00"))
 
 

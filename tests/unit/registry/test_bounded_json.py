@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import tracemalloc
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,13 +18,13 @@ VALUES = st.recursive(
 )
 
 
-def depth(value: Any) -> int:
+def depth(value: object) -> int:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
     return 0 if inner is None else 1 + max(map(depth, inner), default=0)
 
 
 @given(VALUES)
-def test_reads_what_json_reads_and_measures_its_depth(value: Any) -> None:
+def test_reads_what_json_reads_and_measures_its_depth(value: object) -> None:
     data = json.dumps(value).encode()
     generous = Bounds(bytes=len(data), values=10**6, depth=max(1, depth(value)))
     assert read_json(data, generous) == value
@@ -59,7 +58,7 @@ def test_brackets_and_commas_in_strings_do_not_count() -> None:
 
 
 def test_refuses_without_building_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*_: Any, **__: Any) -> None:
+    def never(*_: object, **__: object) -> None:
         raise AssertionError("parsed")
 
     monkeypatch.setattr(bounded_json.json, "loads", never)
