@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from pipeline import gates
 from pipeline.jobs import RELEASE_JOB
 from pipeline.metadata import CACHED, SECONDS, STAGES, VERDICT
-from pipeline.rescan import TAG
+from pipeline.rescan import TAG, Mark
 from pipeline.settings import Settings
 from pipeline.store import Store
 from registry import catalog
@@ -68,7 +67,7 @@ def champions(settings: Settings) -> Sequence[Mapping[str, Any]]:
             "release": version.name,
             "version": version.version,
             "manifest_digest": version.manifest_digest,
-            "marked": _is_marked(version.tags.get(TAG)),
+            "marked": TAG in version.tags and Mark.read(version.tags[TAG]).blocks,
         }
         for version in catalog.lines(settings.tracking_uri)
         if "champion" in version.aliases
@@ -144,13 +143,3 @@ def _store_bytes(store: Store) -> Mapping[str, int]:
 def _release(partition: str | None) -> str:
     """`demo|awq` as the registry names it."""
     return (partition or "").replace("|", "-")
-
-
-def _is_marked(tag: str | None) -> bool:
-    """Whether the tag says that the version is refused; one that can't be read is no reason to be quiet."""
-    if tag is None:
-        return False
-    try:
-        return bool(json.loads(tag)["blocks"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return True

@@ -30,8 +30,10 @@ from registry import catalog
 from registry.backend import MODEL_TAG, Version, open_backend
 from registry.errors import NotFoundError, RegistryError
 from registry.manifest import EVIDENCE
-from registry.moves import CHAMPION, PREVIOUS, rollback
+from registry.moves import rollback
+from registry.policy import policy_of as trust_policy
 from registry.pull import fetch_file
+from registry.resolve import CHAMPION, PREVIOUS, resolve
 from registry.verdict import Verdict
 
 Progress = Callable[[str], None]
@@ -58,6 +60,24 @@ class Rescanned:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Mark:
+    """What the tag of a version says of its latest rescan. Whoever can write to MLflow can write it: it is advisory."""
+
+    blocks: bool
+    status: str
+    reason: str
+
+    @classmethod
+    def read(cls, tag: str) -> Mark:
+        """Read the tag; one that can't be read blocks, for it is no reason to be quiet."""
+        try:
+            document = json.loads(tag)
+            return cls(bool(document["blocks"]), str(document.get("status", "")), str(document.get("reason", "")))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return cls(blocks=True, status="unreadable", reason=f"the tag `{TAG}` holds no result of a rescan")
+
+
 class RescanError(SlipwayError):
     """Champions that could not be looked at, each named with why. ``found`` are the others: they are marked."""
 
@@ -74,31 +94,31 @@ def rescan(settings: Settings, names: list[str], progress: Progress) -> list[Res
         RescanError: some could not be looked at; all others were.
     """
     found, failed = [], {}
-    for version in list(_champions(settings, names)):
+    for name in list(_with_champion(settings, names)):
         try:
-            found.append(_rescanned(settings, version, progress))
+            found.append(_rescanned(settings, _meant(settings, name, CHAMPION), progress))
         except (SlipwayError, ContainerError, RegistryError) as error:
-            failed[version.name] = " ".join(str(error).split())
-            progress(f"{version.name} version {version.version} could not be looked at: {failed[version.name]}")
+            failed[name] = " ".join(str(error).split())
+            progress(f"the champion of {name} could not be looked at: {failed[name]}")
     if failed:
         raise RescanError(failed, found)
     return found
 
 
-def _champions(settings: Settings, names: list[str]) -> Iterator[Version]:
+def _with_champion(settings: Settings, names: list[str]) -> Iterator[str]:
     known = catalog.names(settings.tracking_uri)
     for name in names or known:
-        version = _holding(settings, name, CHAMPION)
-        if version is not None:
-            yield version
+        line = catalog.line(settings.tracking_uri, name)
+        if line is not None and CHAMPION in line.aliases:
+            yield name
         elif names:
             hint = "it has no champion" if name in known else f"there is no such release{catalog.nearest(name, known)}"
             raise NotFoundError(f"`{name}`: {hint}")
 
 
-def _holding(settings: Settings, name: str, alias: str) -> Version | None:
-    versions = catalog.current(settings.tracking_uri, name)
-    return next((version for version in versions if alias in version.aliases), None)
+def _meant(settings: Settings, name: str, alias: str) -> Version:
+    """Return the version that a pull of the alias gets."""
+    return resolve(name, alias, settings.tracking_uri, trust_policy(trust_of(settings)))
 
 
 def _rescanned(settings: Settings, version: Version, progress: Progress) -> Rescanned:
@@ -184,9 +204,12 @@ def _gone_back(
     settings: Settings, version: Version, policy: ScanPolicy, verdict: Verdict, progress: Progress
 ) -> tuple[str, str]:
     """Roll back, unless what was before has the same holes, or there is nothing before."""
-    before = _holding(settings, version.name, PREVIOUS)
-    if before is None:
+    try:
+        before = _meant(settings, version.name, PREVIOUS)
+    except NotFoundError:
         return "kept", "there is no version before it"
+    except RegistryError as error:
+        return "kept", f"the version before it is not to be trusted: {error}"
     try:
         evidence, _ = looked_at(settings, f"{version.name}@{PREVIOUS}", progress)
     except (ContainerError, RegistryError) as error:

@@ -4,7 +4,6 @@ It is no part of a release: the release has its own scan, and the job leaves thi
 together: Dagster keeps one evaluation that no run made for a partition, for ever.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 
 from dagster import (
@@ -21,7 +20,7 @@ from dagster import (
 )
 
 from pipeline.previews import known_previews
-from pipeline.rescan import TAG, RescanError, Rescanned
+from pipeline.rescan import TAG, Mark, RescanError, Rescanned
 from pipeline.rescan import rescan as look_again
 from pipeline.settings import Settings
 from registry.catalog import lines
@@ -68,10 +67,10 @@ def report(instance: DagsterInstance, settings: Settings) -> None:
 def _standing(settings: Settings) -> tuple[bool, str, Mapping[str, MetadataValue]]:
     """How the champions stand, by the marks of their latest rescans: whether none is refused, in words, one by one."""
     champions = [version for version in lines(settings.tracking_uri) if "champion" in version.aliases]
-    marks = [(version, json.loads(version.tags[TAG])) for version in champions if TAG in version.tags]
-    refused = [f"{version.name} version {version.version}" for version, mark in marks if mark["blocks"]]
+    marks = [(version, Mark.read(version.tags[TAG])) for version in champions if TAG in version.tags]
+    refused = [f"{version.name} version {version.version}" for version, mark in marks if mark.blocks]
     metadata = {
-        f"{version.name} version {version.version}": MetadataValue.text(f"{mark['status']}: {mark['reason']}")
+        f"{version.name} version {version.version}": MetadataValue.text(f"{mark.status}: {mark.reason}")
         for version, mark in marks
     }
     words = f"refused: {', '.join(refused)}" if refused else f"{len(marks)} champions are free of what is forbidden"

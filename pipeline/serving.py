@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import threading
 import time
@@ -22,13 +21,13 @@ from pipeline.servers import interrupted_by_signals
 from pipeline.settings import Settings
 from pipeline.store import locked
 from pipeline.trust import trust_of
-from registry import catalog, pull
-from registry.errors import NotFoundError, RegistryError
-from registry.journal import WEIGHT_TAG
+from registry import pull
+from registry.errors import RegistryError
+from registry.policy import policy_of
+from registry.resolve import traffic
 
 Progress = Callable[[str], None]
 
-CHAMPION, CANARY = "champion", "canary"
 _DRAIN_SECONDS = 600.0
 _CHECK_SECONDS = 0.5
 # What could not be served is tried again after a pause that doubles.
@@ -61,25 +60,17 @@ class Options:
     redis: str | None = None
 
 
-def wished(name: str, alias: str, tracking_uri: str, replicas: int) -> list[Wish]:
-    """Return what is to be served now: what the alias names, and beside a champion its canary, if there is one.
+def wished(name: str, alias: str, settings: Settings, replicas: int) -> list[Wish]:
+    """Return what is to be served now: what the alias means, and beside a champion its canary, if there is one.
 
     Raises:
-        NotFoundError: There is no such release or alias.
-        TrackingError: The registry can't be read.
+        RegistryError: As `registry.resolve.traffic`: `pull` would refuse it, or the registry can't be read.
     """
-    line = catalog.line(tracking_uri, name)
-    number = None if line is None else line.aliases.get(alias)
-    versions = {version.version: version.manifest_digest for version in catalog.current(tracking_uri, name)}
-    digest = versions.get(number or "")
-    if line is None or number is None or digest is None:
-        raise NotFoundError(f"nothing is `{alias}` of `{name}`: `slipway status` shows what there is")
-    split = json.loads(line.tags.get(WEIGHT_TAG) or "{}") if alias == CHAMPION else {}
-    canary, weight = str(split.get("version", "")), int(split.get("weight", 0))
-    canary_digest = versions.get(canary)
-    if not weight or canary == number or canary_digest is None:
-        return [Wish(number, digest, 100, replicas)]
-    return [Wish(number, digest, 100 - weight, replicas), Wish(canary, canary_digest, weight, 1)]
+    first, *others = traffic(name, alias, settings.tracking_uri, policy_of(trust_of(settings)))
+    shares = [(first, replicas), *((share, 1) for share in others)]
+    return [
+        Wish(share.version.version, share.version.manifest_digest or "", share.weight, count) for share, count in shares
+    ]
 
 
 def serve(
@@ -145,7 +136,7 @@ class Serving:
             "drain_timeout_s": 30.0,
         }
         try:
-            wishes = wished(self.name, self.alias, self._settings.tracking_uri, options.replicas)
+            wishes = wished(self.name, self.alias, self._settings, options.replicas)
             routes = self._folder / "routes.json"
             routes.unlink(missing_ok=True)
             with gateway(self._settings, self._folder, self._progress, **chosen) as started:
@@ -172,9 +163,9 @@ class Serving:
             return
         self._looked = time.monotonic()
         try:
-            wishes = wished(self.name, self.alias, self._settings.tracking_uri, self.options.replicas)
+            wishes = wished(self.name, self.alias, self._settings, self.options.replicas)
         except RegistryError as error:
-            self._tell_once(f"the registry tells nothing now, all stays as it is: {error}")
+            self._tell_once(f"what is served stays as it is: {error}")
             return
         if wishes == self.wishes and self._settled and self._routed:
             return

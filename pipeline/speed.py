@@ -17,8 +17,8 @@ from pipeline.stages import Bench
 from pipeline.store import Artifact
 from pipeline.trust import trust_of
 from registry.manifest import EVIDENCE
-from registry.moves import CHAMPION
 from registry.pull import glance
+from registry.resolve import CHAMPION
 
 # What is compared, and whether more of it is worse.
 _COMPARED = {"p95_latency_ms": True, "p95_ttft_ms": True, "output_tokens_per_second": False}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pipeline.stages import Bench
 from pipeline.store import Artifact
 from registry import catalog, journal
-from registry.moves import CANDIDATE, CHAMPION
+from registry.resolve import CANDIDATE, CHAMPION
 
 
 def manifest_digest(release: Artifact) -> str:

@@ -9,6 +9,13 @@ Law: for each alias, the last entry that moves it says where it points. Where it
 Slipway moved it, and `registry.pull` refuses it. An entry may be signed; then it holds for those who trust the key,
 whoever can write to MLflow. The signature is over the entry and not over its ``state``, which whoever can write to
 MLflow can set: where moves must be signed no state is believed (`proven`).
+
+Chain: an entry holds in ``prior`` the running digest of all entries before it, and for each alias that it moves the
+digest of the manifest that the version was registered with. So a signature vouches for the whole trail before it and
+for the release behind each number: `broken` says where entries were removed, altered or put in between. An entry
+whose ``prior`` is `START` begins the trail: the first one, or the one with which `slipway promote` begins anew a trail
+that was broken. Entries of the first format have neither; they keep their signed bytes, and are covered by the
+``prior`` of the first entry that has one.
 """
 
 from __future__ import annotations
@@ -19,37 +26,48 @@ import pwd
 import socket
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Annotated, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from registry.backend import Backend, Line
-from registry.errors import SigningError, TrackingError
-from registry.manifest import canonical_json
+from registry.errors import PromotionError, SigningError, TrackingError
+from registry.manifest import Digest, canonical_json, digest_of
 from registry.signing import PublicKey, Signature, SigningKey, verify_signature
 from registry.turns import Turn
 
 PREFIX = "slipway.journal."
 PAYLOAD_TYPE = "application/vnd.slipway.journal.v1+json"
 WEIGHT_TAG = "slipway.canary"
+START = digest_of(b"")
+"""The ``prior`` of an entry with which a trail begins."""
 Action = Literal["promote", "rollback", "canary"]
 State = Literal["begun", "done", "abandoned"]
 
 
+class Target(NamedTuple):
+    """A version that an alias is to name: its number, and the digest of its manifest; None where nobody knows it."""
+
+    version: str
+    digest: str | None
+
+
 class Move(BaseModel):
-    """One alias: the version it named, and the one it names now; None is none."""
+    """One alias: the version it named, and the one it names now; None is none. ``digest`` is that of ``after``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     alias: str
     before: str | None
     after: str | None
+    digest: Digest | None = None
 
 
 class Entry(BaseModel):
     """One act. ``when`` is UTC with milliseconds; ``moves`` are in the order in which they are made.
 
-    ``digest`` is the manifest's digest of the version that the act is about; ``weight`` the canary's, in percent.
+    ``digest`` is the manifest's digest of the version that the act is about; ``weight`` the canary's, in percent;
+    ``prior`` the running digest of the trail before, None in entries of the first format.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,14 +78,31 @@ class Entry(BaseModel):
     version: str
     digest: str
     moves: tuple[Move, ...]
-    weight: int | None = None
+    weight: Annotated[int, Field(ge=0, le=100)] | None = None
     who: str
     when: str
     why: str
+    prior: Digest | None = None
+
+    @model_validator(mode="after")
+    def _digests_are_signed(self) -> Self:
+        if self.prior is None and any(move.digest is not None for move in self.moves):
+            raise ValueError("an entry of the first format has no digests of moves: they would not be signed")
+        return self
 
     def payload(self) -> bytes:
-        """Return the bytes that are signed."""
-        return canonical_json(self.model_dump(mode="json"))
+        """Return the bytes that are signed; of an entry of the first format those that it was signed with."""
+        document = self.model_dump(mode="json")
+        if self.prior is None:
+            del document["prior"]
+            for move in document["moves"]:
+                del move["digest"]
+        return canonical_json(document)
+
+    def digests(self) -> dict[str, str]:
+        """Return what the entry says of versions: number → digest of the manifest."""
+        said = {move.after: move.digest for move in self.moves if move.after is not None and move.digest is not None}
+        return {**said, self.version: self.digest}
 
 
 class Record(BaseModel):
@@ -135,6 +170,46 @@ def proven(journal: Sequence[Record], alias: str, trusted: Sequence[PublicKey]) 
     return journal[at].entry, ""
 
 
+def broken(journal: Sequence[Record], trusted: Sequence[PublicKey]) -> str | None:
+    """Say where the trail is not the one that its signed entries were written onto; None where it is.
+
+    What follows the last signed entry is vouched for by nobody, and is for `proven` to judge.
+    """
+    whole = _since_beginning(journal, trusted)
+    vouched = [record.signed_by(trusted) is not None for record in whole]
+    digest, chained = START, False
+    begins = whole[0].entry.number if vouched and vouched[0] and whole[0].entry.prior == START else 1
+    for number, (record, signed) in enumerate(zip(whole, vouched, strict=True), begins):
+        if not any(vouched[number - begins :]):
+            return None
+        entry = record.entry
+        if entry.number != number:
+            return f"entry {number} of the audit trail is missing"
+        if signed and entry.prior is None and chained:
+            return f"entry {number} of the audit trail is of an older format than one before it"
+        if signed and entry.prior not in (None, digest):
+            return f"the audit trail before entry {number} is not the one that it was written onto"
+        chained = chained or (signed and entry.prior is not None)
+        digest = _running(digest, entry)
+    return None
+
+
+def trail_digest(journal: Sequence[Record], trusted: Sequence[PublicKey]) -> str:
+    """Return the running digest of the trail, which the next entry has as its ``prior``."""
+    digest = START
+    for record in _since_beginning(journal, trusted):
+        digest = _running(digest, record.entry)
+    return digest
+
+
+def _since_beginning(journal: Sequence[Record], trusted: Sequence[PublicKey]) -> Sequence[Record]:
+    """Cut off what is before the last entry that begins a trail; an entry that nobody signed begins none."""
+    for at in reversed(range(len(journal))):
+        if journal[at].entry.prior == START and journal[at].signed_by(trusted) is not None:
+            return journal[at:]
+    return journal
+
+
 def confirmed(line: Line, alias: str, version: str, signers: Sequence[PublicKey]) -> bool:
     """Whether the alias names the version, as the audit trail says; by an entry of ``signers``, if any are given."""
     if line.aliases.get(alias) != version:
@@ -160,25 +235,49 @@ def act(
     action: Action,
     version: str,
     digest: str,
-    moves: Mapping[str, str | None],
+    moves: Mapping[str, Target | None],
     weight: int | None = None,
     who: str | None,
     why: str,
     key: SigningKey | None,
+    trusted: Sequence[PublicKey],
+    anew: bool = False,
 ) -> Entry:
-    """Write down what is about to be done, do it, and write down that it is done; ``line`` is as it is now."""
+    """Write down what is about to be done, do it, and write down that it is done; ``line`` is as it is now.
+
+    ``trusted`` signed the trail before it. ``anew`` begins the trail anew with this entry, where that is `broken`.
+
+    Raises:
+        PromotionError: The trail is broken, and is not to begin anew; nothing was written.
+    """
     journal = records(line)
+    damage = broken(journal, trusted)
+    if damage is not None and not anew:
+        raise PromotionError(
+            f"no alias of `{line.name}` was moved: {damage}. Restore the tags `{PREFIX}*` of the registered model from"
+            f" a backup, or begin the trail anew with `slipway promote {line.name} --version N`, where N is a release"
+            " whose digest you know"
+        )
     entry = Entry(
         number=journal[-1].entry.number + 1 if journal else 1,
         line=line.name,
         action=action,
         version=version,
         digest=digest,
-        moves=tuple(Move(alias=alias, before=line.aliases.get(alias), after=after) for alias, after in moves.items()),
+        moves=tuple(
+            Move(
+                alias=alias,
+                before=line.aliases.get(alias),
+                after=target.version if target else None,
+                digest=target.digest if target else None,
+            )
+            for alias, target in moves.items()
+        ),
         weight=weight,
         who=who or somebody(),
         when=datetime.now(UTC).isoformat(timespec="milliseconds"),
         why=why,
+        prior=START if damage is not None else trail_digest(journal, trusted),
     )
     signature = None
     if key is not None:
@@ -226,6 +325,10 @@ def _end(turn: Turn, backend: Backend, record: Record, state: State) -> Record:
     turn.check()
     _write(backend, ended)
     return ended
+
+
+def _running(digest: str, entry: Entry) -> str:
+    return digest_of(digest.encode() + entry.payload())
 
 
 def _moves(record: Record, alias: str) -> bool:

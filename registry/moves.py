@@ -14,13 +14,13 @@ from registry import journal
 from registry.backend import Backend, Line, Version, only_version, open_backend
 from registry.catalog import current, names, nearest
 from registry.errors import PromotionError, PullError, VerificationError
-from registry.journal import Action, Entry, Record
+from registry.journal import Action, Entry, Record, Target
 from registry.policy import Policy, Trust, policy_of
+from registry.resolve import CANARY, CHAMPION, PREVIOUS, Meaning, check, meaning, standing
 from registry.signing import PublicKey, SigningKey
 from registry.stored import verify_stored
 from registry.turns import Turn, turn
 
-CANDIDATE, CHAMPION, PREVIOUS, CANARY = "candidate", "champion", "previous", "canary"
 Progress = Callable[[str], None]
 
 
@@ -57,7 +57,8 @@ def promote_version(
     """Make a registered version champion; ``previous`` names the champion before. The canary, if it is this, ends.
 
     Where it is champion already, and the audit trail does not say so, an entry is written that does: something else
-    than Slipway moved the alias, or nobody signed for it (which counts where there is a ``key``).
+    than Slipway moved the alias, or nobody signed for it (which counts where there is a ``key``). Where the trail is
+    broken (`registry.journal.broken`) it begins anew with this entry, and there is no ``previous``.
 
     Args:
         name: The release line, as ``demo-awq``.
@@ -77,10 +78,15 @@ def promote_version(
     policy = policy_of(trusted_keys, required_gates)
     with _opened(name, tracking_uri, policy, progress) as (held, backend, line, _):
         chosen = only_version(backend, name, version)
+        damage = journal.broken(journal.records(line), signers(policy, key))
+        if damage is None:
+            _held_to_the_trail(line, chosen, Meaning(version, pinned=True), policy)
         digest = _verified(chosen, tracking_uri, policy, progress)
+        if damage is not None:
+            progress(f"warning: {damage}: the trail begins anew, and version {version} is {digest} from now on")
         entry = appoint(
             held, backend, line, chosen, digest,
-            action="promote", why=why, who=who, key=key, signers=signers(policy, key),
+            action="promote", why=why, who=who, key=key, policy=policy, anew=damage is not None,
         )  # fmt: skip
         return _told(tracking_uri, name, "promote", version, digest, entry)
 
@@ -107,9 +113,13 @@ def rollback(
             return _told(tracking_uri, name, "rollback", finished.version, finished.digest, finished, finished=True)
         if PREVIOUS not in line.aliases:
             raise PromotionError(f"`{name}` has no version `{PREVIOUS}`: there is nothing to go back to")
-        chosen = only_version(backend, name, line.aliases[PREVIOUS])
+        meant = _meant(line, PREVIOUS, policy)
+        chosen = only_version(backend, name, meant.version or "")
+        _held_to_the_trail(line, chosen, meant, policy)
         digest = _verified(chosen, tracking_uri, policy, progress)
-        entry = appoint(held, backend, line, chosen, digest, action="rollback", why=why, who=who, key=key)
+        entry = appoint(
+            held, backend, line, chosen, digest, action="rollback", why=why, who=who, key=key, policy=policy
+        )
         return _told(tracking_uri, name, "rollback", chosen.version, digest, entry)
 
 
@@ -128,8 +138,8 @@ def canary(
 ) -> Moved:
     """Record that ``weight`` percent of the traffic is for this version, and the rest for the champion; 0 ends it.
 
-    ``canary`` names the version, so that it can be pulled; `traffic` reads the split. Other arguments and errors are
-    those of `promote_version`.
+    ``canary`` names the version, so that it can be pulled; `registry.resolve.traffic` reads the split. Other
+    arguments and errors are those of `promote_version`.
     """
     if not 0 <= weight <= 100:
         raise PromotionError(f"a weight of {weight} is no share of the traffic: give 0 to 100 percent")
@@ -142,11 +152,13 @@ def canary(
             raise PromotionError(f"version {version} of `{name}` is no canary")
         digest = chosen.manifest_digest or ""
         if weight:
+            _held_to_the_trail(line, chosen, Meaning(version, pinned=True), policy)
             digest = _verified(chosen, tracking_uri, policy, progress)
-        moves = {CANARY: version if weight else None}
+        moves = {CANARY: Target(version, digest) if weight else None}
         entry = journal.act(
             held, backend, line,
             action="canary", version=version, digest=digest, moves=moves, weight=weight, who=who, why=why, key=key,
+            trusted=signers(policy, key),
         )  # fmt: skip
         return _told(tracking_uri, name, "canary", version, digest, entry)
 
@@ -162,39 +174,59 @@ def appoint(
     why: str,
     who: str | None,
     key: SigningKey | None,
-    signers: Sequence[PublicKey] = (),
+    policy: Policy,
     also: Sequence[str] = (),
     champion: bool = True,
+    anew: bool = False,
 ) -> Entry | None:
     """Let ``champion``, and the aliases ``also``, name a verified version; None where they do, and it is `confirmed`.
 
     Where a version is promoted, the one that it replaces becomes ``previous`` first, so that there is a way back at
-    every moment; in a rollback the champion moves first, since that is what it is for.
+    every moment; in a rollback the champion moves first, since that is what it is for. Which one it replaces the audit
+    trail says, not the alias. Where the trail begins ``anew`` nothing is known of it, and ``previous`` is taken away.
     """
-    before, number = line.aliases.get(CHAMPION), chosen.version
-    moves: dict[str, str | None] = {
-        alias: number for alias in also if not journal.confirmed(line, alias, number, signers)
+    number, known = chosen.version, signers(policy, key) if key is not None else ()
+    target = Target(number, digest)
+    moves: dict[str, Target | None] = {
+        alias: target for alias in also if anew or not journal.confirmed(line, alias, number, known)
     }
-    if champion and before == number and not journal.confirmed(line, CHAMPION, number, signers):
-        moves[CHAMPION] = number
+    before = line.aliases.get(CHAMPION)
+    if champion and before == number and (anew or not journal.confirmed(line, CHAMPION, number, known)):
+        moves[CHAMPION] = target
     if champion and before != number:
-        appointed: dict[str, str | None] = {CHAMPION: number}
-        if before is not None:
-            former: dict[str, str | None] = {PREVIOUS: before}
+        appointed: dict[str, Target | None] = {CHAMPION: target}
+        replaced = None if anew else _replaced(backend, line, policy)
+        if replaced is not None and replaced.version != number:
+            former: dict[str, Target | None] = {PREVIOUS: replaced}
             appointed = appointed | former if action == "rollback" else former | appointed
         moves |= appointed
         if line.aliases.get(CANARY) == number:
             moves[CANARY] = None
+    if anew:
+        moves |= {alias: None for alias in (PREVIOUS, CANARY) if alias in line.aliases and alias not in moves}
     if not moves:
         return None
     return journal.act(
-        held, backend, line, action=action, version=number, digest=digest, moves=moves, who=who, why=why, key=key
-    )
+        held, backend, line, action=action, version=number, digest=digest, moves=moves, who=who, why=why, key=key,
+        trusted=signers(policy, key), anew=anew,
+    )  # fmt: skip
+
+
+def _replaced(backend: Backend, line: Line, policy: Policy) -> Target | None:
+    """Return the version that has been champion, as the trail says; as the alias says where there is no entry of it."""
+    found, lacking = standing(journal.records(line), CHAMPION, policy)
+    if lacking:
+        return None
+    if found is not None:
+        number = next(move.after for move in found[0].moves if move.alias == CHAMPION)
+        return None if number is None else Target(number, found[0].digests().get(number))
+    number = line.aliases.get(CHAMPION)
+    return None if number is None else Target(number, only_version(backend, line.name, number).manifest_digest)
 
 
 def signers(policy: Policy, key: SigningKey | None) -> tuple[PublicKey, ...]:
-    """Return whose signature on an entry is enough for whoever moves with ``key``; without one none is needed."""
-    return () if key is None else (*policy.keys, key.public)
+    """Return whose signatures on the audit trail count for whoever moves with ``key``, if with any."""
+    return policy.keys if key is None else (*policy.keys, key.public)
 
 
 def recover(
@@ -226,8 +258,11 @@ def _unfit(backend: Backend, line: Line, begun: Record, tracking_uri: str, polic
         return "no trusted key signed it"
     left = [move for move in begun.entry.moves if line.aliases.get(move.alias) != move.after]
     moving = {move.after for move in left if move.alias != PREVIOUS}
+    said = begun.entry.digests()
     for version in backend.versions(line.name):
         if version.version in moving:
+            if said.get(version.version, version.manifest_digest) != version.manifest_digest:
+                return f"version {version.version} is another release than the entry says"
             try:
                 verify_stored(version, tracking_uri, policy)
             except (VerificationError, PullError) as error:
@@ -256,6 +291,20 @@ def _verified(chosen: Version, tracking_uri: str, policy: Policy, progress: Prog
         return verify_stored(chosen, tracking_uri, policy).digest
     except (VerificationError, PullError) as error:
         raise PromotionError(f"version {chosen.version} of `{chosen.name}` stays where it is: {error}") from error
+
+
+def _meant(line: Line, alias: str, policy: Policy) -> Meaning:
+    try:
+        return meaning(line, alias, policy)
+    except PullError as error:
+        raise PromotionError(str(error)) from error
+
+
+def _held_to_the_trail(line: Line, chosen: Version, meant: Meaning, policy: Policy) -> None:
+    try:
+        check(line, chosen, meant, policy)
+    except PullError as error:
+        raise PromotionError(f"version {chosen.version} of `{line.name}` stays where it is: {error}") from error
 
 
 def _told(

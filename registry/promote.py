@@ -29,8 +29,9 @@ from registry.errors import (
     VerificationError,
 )
 from registry.manifest import DOCUMENTS, MANIFEST, REPORT, Manifest
-from registry.moves import CANDIDATE, CHAMPION, Progress, appoint, recover, signers
+from registry.moves import Progress, appoint, recover, signers
 from registry.policy import Policy, Trust, policy_of
+from registry.resolve import CANDIDATE, CHAMPION
 from registry.seal import place
 from registry.signing import PublicKey, SigningKey
 from registry.stored import differences, verify_stored
@@ -91,7 +92,7 @@ def promote(
     """
     policy = policy_of(trusted_keys, required_gates)
     report = _verified(folder, policy)
-    name, digest, known = report.manifest.name, report.manifest_digest, signers(policy, key)
+    name, digest, known = report.manifest.name, report.manifest_digest, _needed_signers(policy, key)
     with turn(tracking_uri, name, progress) as held:
         found = _registered(tracking_uri, name, digest)
         if found is not None and _holds(tracking_uri, found, champion, known):
@@ -110,7 +111,7 @@ def promote(
                 raise PromotionError(f"not promoted: `{name}` was removed meanwhile")
             entry = appoint(
                 held, backend, now, only_version(backend, name, number), digest,
-                action="promote", why=why, who=who, key=key, signers=known,
+                action="promote", why=why, who=who, key=key, policy=policy,
                 also=[CANDIDATE], champion=champion == "automatic",
             )  # fmt: skip
         stands = next(version for version in current(tracking_uri, name) if version.version == number)
@@ -137,9 +138,14 @@ def in_place(
     digest = f"sha256:{hash_files(folder, [MANIFEST])[MANIFEST]}"
     name = look(folder, policy, digest).manifest.name
     found = _registered(tracking_uri, name, digest)
-    if found is None or not _holds(tracking_uri, found, champion, signers(policy, key)):
+    if found is None or not _holds(tracking_uri, found, champion, _needed_signers(policy, key)):
         return None
     return _as_it_stands(found, digest)
+
+
+def _needed_signers(policy: Policy, key: SigningKey | None) -> Sequence[PublicKey]:
+    """Whoever moves with a key asks for signed entries; without one none is needed."""
+    return signers(policy, key) if key is not None else ()
 
 
 def _as_it_stands(version: Version, digest: str) -> Promotion:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -14,17 +12,14 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from registry import catalog, journal
 from registry.artifacts import Artifacts
-from registry.backend import Line, Version
+from registry.backend import Version
 from registry.cache import Cache
-from registry.catalog import names, nearest
+from registry.catalog import nearest
 from registry.destination import beside, discard, is_empty, sync, take_place
 from registry.download import Moved, download
 from registry.errors import (
-    DiskError,
     ManifestError,
-    NotFoundError,
     Problem,
     PullError,
     TrackingError,
@@ -32,13 +27,11 @@ from registry.errors import (
 )
 from registry.manifest import DOCUMENTS, MANIFEST, FileRecord, Manifest
 from registry.policy import Policy, Trust, policy_of
+from registry.resolve import CHAMPION, resolve
 from registry.stored import blamed, fetch_documents, reading
-from registry.tracking import shown
 from registry.verify import VerificationReport, look, verify
 
-DEFAULT_ALIAS = "champion"
 CONNECTIONS = 8
-_PIN = re.compile(r"v([1-9]\d*)")
 
 
 @dataclass(frozen=True)
@@ -169,120 +162,11 @@ def glance(reference: str, names: Collection[str], *, tracking_uri: str, trusted
     return Glance(version.version, manifest, files)
 
 
-def resolve(name: str, alias: str, tracking_uri: str, policy: Policy, cache: Path | None = None) -> Version:
-    """Return the version that ``alias`` of the release line ``name`` points at, as the audit trail says it does.
-
-    ``v3`` is version 3, for which there is no such promise. With a ``cache`` an audit trail that is shorter than one
-    seen before is refused: it is the registry of an earlier day.
-
-    Raises:
-        NotFoundError: No such line, alias or version.
-        PullError: The version is no release of ours, or something else than Slipway moved the alias.
-    """
-    pin = _PIN.fullmatch(alias)
-    line, number = _settled(name, alias, pin[1] if pin else None, tracking_uri, policy)
-    if cache is not None:
-        _remember(cache, line, policy)
-    version = catalog.version(tracking_uri, name, number)
-    if version is None:
-        raise NotFoundError(f"`{name}` has no version {number}")
-    if version.manifest_digest is None:
-        raise PullError(f"version {number} of `{name}` was not registered by Slipway: it has no signed manifest")
-    other = _registered_otherwise(line, version, policy)
-    if other is not None:
-        raise PullError(
-            f"version {number} of `{name}` is registered as {version.manifest_digest}, and a signed entry of the audit"
-            f" trail says {other}: it was put in that one's place"
-        )
-    return version
-
-
-def _settled(name: str, alias: str, pinned: str | None, tracking_uri: str, policy: Policy) -> tuple[Line, str]:
-    """Return the line, and the number that is meant, once aliases and audit trail agree."""
-    for attempt in range(1, 6):
-        line = catalog.line(tracking_uri, name)
-        if line is None:
-            raise NotFoundError(f"no release `{name}` in {shown(tracking_uri)}{nearest(name, names(tracking_uri))}")
-        number = pinned or line.aliases.get(alias)
-        if number is None:
-            raise NotFoundError(f"no version of `{name}` is `{alias}`{nearest(alias, sorted(line.aliases))}")
-        # A server reads aliases and tags one after the other, so a promotion just then shows half: look again.
-        why = None if pinned else _unexplained(line, alias, policy)
-        if why is None:
-            return line, number
-        time.sleep(0.05 * 2**attempt)
-    raise PullError(f"`{name}@{alias}` names version {number}, {why}")
-
-
-def _unexplained(line: Line, alias: str, policy: Policy) -> str | None:
-    """Say how what the alias names differs from what the audit trail says; None where it does not.
-
-    Where moves must be signed, an act that was begun and not finished is no excuse: anybody could have said so.
-    """
-    advice = f"`slipway promote {line.name} --version N` says which it is to be"
-    records = journal.records(line)
-    if policy.signed_moves:
-        entry, lacking = journal.proven(records, alias, policy.keys)
-        if entry is None:
-            return f"and {lacking}, which this policy asks for; {advice}"
-        begun = False
-    else:
-        record = journal.says(records, alias)
-        if record is None:
-            return None
-        entry, begun = record.entry, record.state == "begun"
-    move = next(move for move in entry.moves if move.alias == alias)
-    if line.aliases.get(alias) in ({move.before, move.after} if begun else {move.after}):
-        return None
-    return f"but the audit trail says {move.after}: something else than Slipway moved it; {advice}"
-
-
-def _registered_otherwise(line: Line, version: Version, policy: Policy) -> str | None:
-    """Return the digest that a signed entry has for the version, where that is not what it is registered with."""
-    for record in journal.records(line) if policy.signed_moves else ():
-        entry = record.entry
-        said = entry.version == version.version and entry.digest != version.manifest_digest
-        if said and record.signed_by(policy.keys) is not None:
-            return entry.digest
-    return None
-
-
-def _remember(cache: Path, line: Line, policy: Policy) -> None:
-    """Refuse an audit trail that is shorter than the one seen last; write down how long it is.
-
-    Where moves must be signed, it is as long as its signed entries are: who has no key can't make it longer.
-    """
-    counted = (
-        record.entry.number
-        for record in reversed(journal.records(line))
-        if not policy.signed_moves or record.signed_by(policy.keys) is not None
-    )
-    longest = next(counted, 0)
-    place = cache / "seen" / line.name
-    try:
-        seen = int(place.read_text())
-    except (OSError, ValueError):
-        seen = 0
-    if longest < seen:
-        raise PullError(
-            f"the audit trail of `{line.name}` ends at entry {longest}, and was at {seen} before: the registry was set"
-            f" back; where that is right, remove `{place}`"
-        )
-    if longest > seen:
-        new = place.with_name(f".{line.name}.{os.getpid()}")
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            new.write_text(str(longest))
-            new.replace(place)
-        except OSError as error:
-            raise DiskError(f"can't write to the cache `{cache}`: {error.strerror}") from error
-
-
 def _parsed(reference: str) -> tuple[str, str]:
     name, at, alias = reference.partition("@")
     if not name or (at and not alias) or "@" in alias or set(name + alias) & set("/\\:'\"` "):
         raise PullError(f"`{reference}` names no release: write NAME or NAME@ALIAS, as in `demo-awq@champion`")
-    return name, alias or DEFAULT_ALIAS
+    return name, alias or CHAMPION
 
 
 def _held(destination: Path, version: Version, policy: Policy) -> VerificationReport:

@@ -15,11 +15,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from registry import journal
 from registry.backend import MANIFEST_TAG, Embedded, Version, pages
 from registry.cache import unused
 from registry.catalog import current, line, lines, names
 from registry.promote import EXPERIMENT, discard_upload, line_of
+from registry.resolve import needed
 from registry.tracking import connected, local_folder
 from registry.turns import turn
 
@@ -138,13 +138,9 @@ def _doomed_uploads(tracking_uri: str, before: datetime) -> list[Doomed]:
 
 
 def referred(tracking_uri: str, name: str) -> set[str]:
-    """Return the numbers of the line's versions that an alias names, now or once a begun act is finished."""
+    """Return the numbers of the line's versions that an alias names or should name (`registry.resolve.needed`)."""
     found = line(tracking_uri, name)
-    if found is None:
-        return set()
-    begun = journal.pending(journal.records(found))
-    moves = begun.entry.moves if begun is not None else ()
-    return set(found.aliases.values()) | {number for move in moves for number in (move.before, move.after) if number}
+    return set() if found is None else needed(found)
 
 
 def _removed(client: MlflowClient, tracking_uri: str, item: Doomed) -> bool:

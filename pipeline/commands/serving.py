@@ -44,6 +44,7 @@ def serve(
     from containers.gateway import keys as api_keys  # noqa: PLC0415
     from pipeline import serving  # noqa: PLC0415
     from pipeline.gateways import key_file  # noqa: PLC0415
+    from registry.resolve import CHAMPION  # noqa: PLC0415
 
     settings = Settings.read()
     model, _, alias = name.partition("@")
@@ -59,7 +60,7 @@ def serve(
         if not api_keys.read(key_file(settings.home)):
             progress.print("nobody has a key yet: `slipway keys add --owner NAME`")
 
-    serving.serve(model, alias or serving.CHAMPION, options, settings, say, announce)
+    serving.serve(model, alias or CHAMPION, options, settings, say, announce)
 
 
 @click.group()

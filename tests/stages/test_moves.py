@@ -8,13 +8,18 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from release_folder import make_release
 
+from pipeline.bundle import gather
 from pipeline.commands.aliases import history
+from pipeline.rescan import RescanError, rescan
+from pipeline.serving import wished
+from pipeline.settings import Settings
 from registry import canary, journal, promote_version, pull, rollback
 from registry.backend import MANIFEST_TAG
 from registry.catalog import current, line
@@ -370,3 +375,62 @@ def test_an_act_whose_version_is_gone_is_abandoned(uri: str, key: SigningKey) ->
         client.set_registered_model_tag("demo-awq", "slipway.journal.000004", begun.model_dump_json())
     assert rollback("demo-awq", uri, [key.public]).version == "2"
     assert [found.state for found in trail(uri)] == ["done", "done", "done", "abandoned", "done"]
+
+
+def test_a_signed_rollback_brings_back_no_release_that_was_put_in_anothers_place(
+    uri: str, key: SigningKey, tmp_path: Path
+) -> None:
+    policy = Policy((key.public,), signed_moves=True)
+    oldest = next(version for version in current(uri, "demo-awq") if version.version == "1")
+    with connected(uri) as client:
+        client.set_model_version_tag("demo-awq", "2", MANIFEST_TAG, oldest.manifest_digest)
+    with pytest.raises(PromotionError, match="put in that one's place"):
+        rollback("demo-awq", uri, policy, key=key)
+    with connected(uri) as client:
+        for number in (1, 2):
+            client.delete_registered_model_tag("demo-awq", f"slipway.journal.{number:06}")
+    for trusted in (policy, [key.public]):
+        with pytest.raises(PromotionError, match="entry 1 of the audit trail is missing"):
+            rollback("demo-awq", uri, trusted, key=key)
+        with pytest.raises(PromotionError, match="entry 1 of the audit trail is missing"):
+            canary("demo-awq", "1", 10, uri, trusted, key=key)
+    with pytest.raises(PullError, match="entry 1 of the audit trail is missing"):
+        pull("demo-awq@v2", tmp_path / "out", tracking_uri=uri, trusted_keys=policy)
+    assert by_alias(uri) == {"candidate": "3", "champion": "3", "previous": "2"}
+    told: list[str] = []
+    promote_version("demo-awq", "3", uri, policy, key=key, progress=told.append)
+    assert any("the trail begins anew, and version 3 is sha256:" in line for line in told)
+    assert by_alias(uri) == {"candidate": "3", "champion": "3"}, "there is no way back to what nobody vouches for"
+    assert pull("demo-awq", tmp_path / "out", tracking_uri=uri, trusted_keys=policy).version == "3"
+
+
+def test_a_champion_that_something_else_appointed_does_not_become_previous(
+    uri: str, store: Path, key: SigningKey
+) -> None:
+    policy = Policy((key.public,), signed_moves=True)
+    point(uri, "champion", "1")
+    promote_version("demo-awq", "2", uri, policy, key=key)
+    assert by_alias(uri) == {"candidate": "3", "champion": "2", "previous": "3"}
+
+
+def test_serve_and_pull_mean_the_same_version(uri: str, key: SigningKey, tmp_path: Path) -> None:
+    (tmp_path / "release.pub").write_bytes(key.public.pem())
+    (tmp_path / "policy.toml").write_text('[signers]\nkeys = ["release.pub"]\nsigned_moves = true\n')
+    settings = replace(Settings.read(), tracking_uri=uri, policy=tmp_path / "policy.toml")
+    assert [(wish.version, wish.weight) for wish in wished("demo-awq", "champion", settings, 2)] == [("3", 100)]
+    for junk in ('{"version":"1","weight":100}', "junk", '["1"]', '{"weight":"all"}', "{" * 5000):
+        with connected(uri) as client:
+            client.set_registered_model_tag("demo-awq", journal.WEIGHT_TAG, junk)
+        assert [(wish.version, wish.weight) for wish in wished("demo-awq", "champion", settings, 2)] == [("3", 100)]
+    canary("demo-awq", "1", 10, uri, Policy.load(tmp_path / "policy.toml"), key=key)
+    with connected(uri) as client:
+        client.set_registered_model_tag("demo-awq", journal.WEIGHT_TAG, '{"version":"1","weight":100}')
+    shares = [(wish.version, wish.weight, wish.replicas) for wish in wished("demo-awq", "champion", settings, 2)]
+    assert shares == [("3", 90, 2), ("1", 10, 1)]
+    point(uri, "champion", "2")
+    with pytest.raises(PullError, match="the audit trail says 3: something else than Slipway moved it"):
+        wished("demo-awq", "champion", settings, 2)
+    with pytest.raises(RescanError, match="something else than Slipway moved it"):
+        rescan(settings, ["demo-awq"], lambda _: None)
+    with pytest.raises(PullError, match="something else than Slipway moved it"):
+        gather("demo-awq", settings)

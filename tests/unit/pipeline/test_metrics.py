@@ -15,9 +15,9 @@ from dagster import (
 )
 from filled import Models
 
-from pipeline import metrics
 from pipeline.metadata import CACHED, SECONDS, VERDICT
 from pipeline.metrics import exposition, look
+from pipeline.rescan import Mark
 
 KEY = MultiPartitionKey({"model": "demo", "scheme": "gptq"})
 
@@ -62,7 +62,8 @@ def test_it_tells_what_the_store_holds_by_stage(models: Models) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tag", "marked"), [(None, False), ('{"blocks": false}', False), ('{"blocks": true}', True), ("{", True)]
+    ("tag", "marked"),
+    [('{"blocks": false}', False), ('{"blocks": true}', True), ("{", True), ("[]", True), ("[" * 4000, True)],
 )
-def test_a_mark_that_cannot_be_read_is_no_reason_to_be_quiet(tag: str | None, marked: bool) -> None:
-    assert metrics._is_marked(tag) == marked
+def test_a_mark_that_cannot_be_read_is_no_reason_to_be_quiet(tag: str, marked: bool) -> None:
+    assert Mark.read(tag).blocks == marked

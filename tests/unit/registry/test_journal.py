@@ -1,0 +1,244 @@
+"""The audit trail as a chain: what was removed, altered or put in between is seen, in trails of every format."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from registry import journal, trails
+from registry.backend import MANIFEST_TAG, Line, Version
+from registry.errors import PullError, TrackingError
+from registry.journal import PAYLOAD_TYPE, Entry, Move, Record
+from registry.policy import Policy
+from registry.resolve import UnexplainedError, check, meaning, needed
+from registry.signing import SigningKey, load_or_create_key, load_trusted_keys
+
+COMPAT = Path(__file__).parent.parent.parent / "compat_journal"
+DIGESTS = {number: f"sha256:{letter * 64}" for number, letter in (("1", "a"), ("2", "b"), ("3", "c"))}
+
+
+def line_of(trail: list[Record], aliases: Mapping[str, str]) -> Line:
+    return Line("demo-awq", aliases, {f"{journal.PREFIX}{one.entry.number:06}": one.model_dump_json() for one in trail})
+
+
+def version(number: str, digest: str) -> Version:
+    return Version("demo-awq", number, (), {MANIFEST_TAG: digest}, "/nowhere", datetime.now(UTC))
+
+
+def append(
+    trail: list[Record],
+    key: SigningKey | None,
+    number: str,
+    moves: Mapping[str, str | None],
+    **options: Any,  # noqa: ANN401 - fields of an entry
+) -> None:
+    """Write an entry as a promoter does, signed where there is a key."""
+    entry = Entry(
+        number=trail[-1].entry.number + 1 if trail else 1,
+        line="demo-awq",
+        action="promote",
+        version=number,
+        digest=DIGESTS[number],
+        moves=tuple(
+            Move(alias=alias, before=None, after=after, digest=DIGESTS[after] if after else None)
+            for alias, after in moves.items()
+        ),
+        who="ann@host",
+        when="2026-11-29T01:02:03.000+00:00",
+        why="by hand",
+        **{"prior": journal.trail_digest(trail, [key.public] if key else []), **options},
+    )
+    signature = None
+    if key is not None:
+        signature = base64.b64encode(key.sign(entry.payload(), kind=PAYLOAD_TYPE).to_bytes()).decode()
+    trail.append(Record(state="done", entry=entry, signature=signature))
+
+
+@pytest.fixture
+def trail(signing_key: SigningKey) -> list[Record]:
+    """Three releases, each champion in its turn."""
+    made: list[Record] = []
+    append(made, signing_key, "1", {"champion": "1"})
+    append(made, signing_key, "2", {"previous": "1", "champion": "2"})
+    append(made, signing_key, "3", {"previous": "2", "champion": "3"})
+    return made
+
+
+@pytest.fixture
+def policy(signing_key: SigningKey) -> Policy:
+    return Policy((signing_key.public,), signed_moves=True)
+
+
+def old() -> tuple[list[Record], Policy]:
+    """The trail that was written before entries were chained: two releases, a canary that nobody signed, a rollback."""
+    folder = COMPAT / "1-unchained"
+    found = Line("demo-awq", {}, json.loads((folder / "tags.json").read_text()))
+    return journal.records(found), Policy(load_trusted_keys([folder / "release.pub"]), signed_moves=True)
+
+
+def test_a_trail_of_the_first_format_is_read_and_its_signatures_hold() -> None:
+    found, policy = old()
+    assert [record.signed_by(policy.keys) is not None for record in found] == [True, True, False, True]
+    aliases = {"candidate": "2", "champion": "1", "previous": "2"}
+    assert meaning(line_of(found, aliases), "champion", policy).digest == DIGESTS["1"]
+    line = line_of(found, aliases)
+    previous = meaning(line, "previous", policy)
+    check(line, version("2", DIGESTS["2"]), previous, policy)
+    with pytest.raises(PullError, match="put in that one's place"):
+        check(line, version("2", DIGESTS["1"]), previous, policy)
+
+
+def test_what_follows_a_trail_of_the_first_format_covers_all_of_it(tmp_path: Path) -> None:
+    found, policy = old()
+    key = load_or_create_key(tmp_path / "new.pem")
+    append(found, key, "3", {"champion": "3"}, prior=journal.trail_digest(found, policy.keys))
+    trusted = (*policy.keys, key.public)
+    assert journal.broken(found, trusted) is None
+    # The entry that nobody signed, and that no later one moves against, could be altered until now.
+    other = found[2].model_copy(update={"entry": found[2].entry.model_copy(update={"weight": 90})})
+    assert journal.broken([*found[:2], other, *found[3:]], trusted) is not None
+    assert "entry 1 of the audit trail is missing" in (journal.broken(found[1:], trusted) or "")
+    assert "older format" in (journal.broken(_with_old_last(found, key), trusted) or "")
+
+
+def _with_old_last(found: list[Record], key: SigningKey) -> list[Record]:
+    last = found[1].entry.model_copy(update={"number": 6})
+    signature = base64.b64encode(key.sign(last.payload(), kind=PAYLOAD_TYPE).to_bytes()).decode()
+    return [*found, Record(state="done", entry=last, signature=signature)]
+
+
+def test_digests_of_moves_that_no_signature_covers_are_refused(trail: list[Record]) -> None:
+    document = trail[1].model_dump(mode="json")
+    document["entry"]["prior"] = None
+    line = replace(line_of(trail, {}), tags={f"{journal.PREFIX}000002": json.dumps(document)})
+    with pytest.raises(TrackingError, match="damaged"):
+        journal.records(line)
+
+
+def test_a_whole_trail_says_what_each_alias_means(trail: list[Record], policy: Policy) -> None:
+    line = line_of(trail, {"champion": "3", "previous": "2"})
+    assert meaning(line, "champion", policy).digest == DIGESTS["3"]
+    assert meaning(line, "previous", policy).digest == DIGESTS["2"]
+    check(line, version("2", DIGESTS["2"]), meaning(line, "previous", policy), policy)
+
+
+@pytest.mark.parametrize("signed_moves", [True, False])
+def test_an_older_release_under_previous_is_refused_once_the_oldest_entries_are_gone(
+    trail: list[Record], signing_key: SigningKey, signed_moves: bool
+) -> None:
+    policy = Policy((signing_key.public,), signed_moves=signed_moves)
+    line = line_of(trail, {"champion": "3", "previous": "2"})
+    previous = meaning(line, "previous", policy)
+    with pytest.raises(PullError, match="put in that one's place"):
+        check(line, version("2", DIGESTS["1"]), previous, policy)
+    cut = line_of(trail[2:], line.aliases)
+    with pytest.raises(UnexplainedError, match="entry 1 of the audit trail is missing"):
+        meaning(cut, "previous", policy)
+
+
+@pytest.mark.parametrize("kept", [(0, 2), (1, 2), (2,), (0, 0, 2)])
+def test_an_entry_that_is_missing_or_put_in_anothers_place_breaks_the_chain(
+    trail: list[Record], policy: Policy, kept: tuple[int, ...]
+) -> None:
+    spoiled = [trail[at] for at in kept]
+    if len(kept) == 3:
+        spoiled[1] = spoiled[1].model_copy(update={"entry": spoiled[1].entry.model_copy(update={"number": 2})})
+    assert journal.broken(spoiled, policy.keys) is not None
+    with pytest.raises(UnexplainedError, match="audit trail"):
+        meaning(line_of(spoiled, {"champion": "3"}), "champion", policy)
+    with pytest.raises(PullError, match="can't be held to the audit trail"):
+        check(line_of(spoiled, {}), version("2", DIGESTS["1"]), meaning(line_of([], {}), "x", Policy(())), policy)
+
+
+def test_an_entry_that_nobody_signed_begins_no_trail(
+    trail: list[Record], policy: Policy, signing_key: SigningKey
+) -> None:
+    forged: list[Record] = [trail[0], trail[1]]
+    append(forged, None, "1", {"champion": "1"}, prior=journal.START)
+    assert journal.trail_digest(forged, policy.keys) != journal.trail_digest(forged[2:], policy.keys)
+    append(forged, signing_key, "3", {"champion": "3"})
+    assert journal.broken(forged, policy.keys) is None
+    assert journal.broken(forged[2:], policy.keys) is not None
+
+
+def test_a_trail_that_begins_anew_is_whole_whatever_was_before(
+    trail: list[Record], policy: Policy, signing_key: SigningKey
+) -> None:
+    broken = trail[1:]
+    append(broken, signing_key, "2", {"champion": "2"}, prior=journal.START)
+    append(broken, signing_key, "3", {"champion": "3"})
+    assert journal.broken(broken, policy.keys) is None
+    assert journal.broken(broken[1:], policy.keys) is None
+    assert journal.broken([*broken[:1], *broken[3:]], policy.keys) is not None
+
+
+def test_junk_after_the_last_signed_entry_moves_nothing_and_breaks_no_chain(
+    trail: list[Record], policy: Policy, signing_key: SigningKey
+) -> None:
+    append(trail, None, "1", {"canary": "1"}, prior=DIGESTS["1"])
+    assert journal.broken(trail, policy.keys) is None
+    append(trail, signing_key, "2", {"champion": "2"})
+    assert journal.broken(trail, policy.keys) is None
+
+
+@pytest.mark.parametrize("weight", [-1, 101, "ten", None])
+def test_a_canarys_share_is_that_of_the_signed_entry_and_never_of_the_tag(
+    trail: list[Record], policy: Policy, signing_key: SigningKey, weight: object
+) -> None:
+    append(trail, signing_key, "1", {"canary": "1"}, weight=10)
+    line = line_of(trail, {"champion": "3", "canary": "1"})
+    junk = json.dumps({"version": "2", "weight": 100})
+    line = replace(line, tags={**line.tags, journal.WEIGHT_TAG: junk})
+    assert meaning(line, "canary", policy).weight == 10
+    document = trail[-1].model_dump(mode="json")
+    document["entry"]["weight"] = weight
+    spoiled = replace(line, tags={**line.tags, f"{journal.PREFIX}000004": json.dumps(document)})
+    with pytest.raises((TrackingError, UnexplainedError)):
+        meaning(spoiled, "canary", policy)
+
+
+def test_what_the_trail_names_stays_though_something_else_moved_the_alias(trail: list[Record]) -> None:
+    assert needed(line_of(trail, {"champion": "1"})) == {"1", "2", "3"}
+    assert needed(line_of(trail[:1], {})) == {"1"}
+
+
+def test_a_version_of_which_no_signed_entry_says_the_digest_is_not_what_an_alias_means(
+    trail: list[Record], policy: Policy, signing_key: SigningKey
+) -> None:
+    moves = (Move(alias="previous", before=None, after="7"),)
+    entry = trail[-1].entry.model_copy(
+        update={"number": 4, "moves": moves, "prior": journal.trail_digest(trail, policy.keys)}
+    )
+    signature = base64.b64encode(signing_key.sign(entry.payload(), kind=PAYLOAD_TYPE).to_bytes()).decode()
+    line = line_of([*trail, Record(state="done", entry=entry, signature=signature)], {"previous": "7"})
+    with pytest.raises(PullError, match=r"no signed entry .* says which release version 7 is"):
+        check(line, version("7", DIGESTS["1"]), meaning(line, "previous", policy), policy)
+
+
+def test_the_cache_remembers_each_registrys_trail_by_itself(
+    trail: list[Record], policy: Policy, tmp_path: Path
+) -> None:
+    line, shorter = line_of(trail, {}), line_of(trail[:1], {})
+    trails.remember(tmp_path, "https://user:word@staging.example.com", line, policy)
+    trails.remember(tmp_path, "https://production.example.com", shorter, policy)
+    trails.remember(tmp_path, "https://staging.example.com/", line, policy)
+    with pytest.raises(PullError, match="ends at entry 1, and was at 3 before: the registry was set back"):
+        trails.remember(tmp_path, "https://staging.example.com", shorter, policy)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and "word" in path.read_text()]
+
+
+def test_the_cache_remembers_which_entry_was_the_last(
+    trail: list[Record], policy: Policy, signing_key: SigningKey, tmp_path: Path
+) -> None:
+    trails.remember(tmp_path, "https://a.example.com", line_of(trail, {}), policy)
+    other = trail[:2]
+    append(other, signing_key, "1", {"champion": "1"})
+    with pytest.raises(PullError, match=r"entry 3 .* is another one than was there before"):
+        trails.remember(tmp_path, "https://a.example.com", line_of(other, {}), policy)
