@@ -34,6 +34,7 @@ def examine(settings: Settings) -> list[Finding]:
     """Look at everything that a release needs; changes nothing."""
     return [
         _engine(settings),
+        _cpu(settings),
         _gpu(),
         _trivy(settings),
         _database(settings),
@@ -67,6 +68,18 @@ def _engine(settings: Settings) -> Finding:
     found = f"Docker {version['Version']} at {trivy.engine_variables(client)['DOCKER_HOST']}"
     client.close()
     return Finding("engine", "ok", found)
+
+
+def _cpu(settings: Settings) -> Finding:
+    cpu = settings.cpu
+    told = f"{cpu.model}, {cpu.cores} logical CPUs; {cpu.meaning}"
+    if cpu.refusal is not None:
+        # A model with a GPU runtime does not care, nor does one whose engine is elsewhere.
+        elsewhere = bool(gpus()) or not settings.engine_is_here
+        return Finding("cpu", "warning" if elsewhere else "missing", told, cpu.refusal)
+    if cpu.bfloat16:
+        return Finding("cpu", "ok", told)
+    return Finding("cpu", "warning", told, "all schemes work; a CPU with AVX-512 and bfloat16 is faster")
 
 
 def _gpu() -> Finding:

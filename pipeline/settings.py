@@ -7,10 +7,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pipeline.errors import SettingsError
+
+if TYPE_CHECKING:
+    from containers.cpu import Cpu, InstructionSet
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -35,8 +39,9 @@ class Settings:
     which homes share what they make (`pipeline.shared_store`). ``child_environment`` is what a worker inherits,
     ``installer_environment`` what the package installer inherits. ``disk_floor`` is how many bytes of the home's disk
     are left free whatever is made. ``locks`` is the folder of the locks that all homes of this machine share
-    (`containers.machine_locks`). Schedules keep the hours of ``timezone``. ``ui_address`` is where others find the
-    UI; failures and refusals are told to ``webhook`` (Slack's format) and, through ``mail_server``
+    (`containers.machine_locks`). ``cpu_limit`` (``SLIPWAY_CPU_ISA``) has this machine's CPU behave as one without the
+    instruction sets above it, in containers too. Schedules keep the hours of ``timezone``. ``ui_address`` is where
+    others find the UI; failures and refusals are told to ``webhook`` (Slack's format) and, through ``mail_server``
     (``smtp[s]://USER:PASSWORD@HOST:PORT``), to ``mail_to``.
     """
 
@@ -60,6 +65,7 @@ class Settings:
     installer_environment: Mapping[str, str] = field(repr=False)
     disk_floor: int
     locks: Path
+    cpu_limit: InstructionSet | None
     timezone: str
     ui_address: str
     webhook: str | None = field(repr=False)
@@ -75,6 +81,18 @@ class Settings:
             return shown(self.tracking_uri).rstrip("/")
         place = urlsplit(self.ui_address)
         return place._replace(netloc=f"{place.hostname}:{(place.port or 80) + 1}").geturl()
+
+    @property
+    def cpu(self) -> Cpu:
+        """This machine's CPU, as it is to behave."""
+        from containers.cpu import this_cpu  # noqa: PLC0415 - the command line starts without it
+
+        return this_cpu(self.cpu_limit)
+
+    @property
+    def engine_is_here(self) -> bool:
+        """Whether the container engine runs on this machine, as far as its address tells."""
+        return self.docker_host is None or self.docker_host.startswith("unix://")
 
     @property
     def notifies(self) -> bool:
@@ -118,6 +136,7 @@ class Settings:
             },
             disk_floor=_bytes(environment.get("SLIPWAY_DISK_FLOOR"), "SLIPWAY_DISK_FLOOR", default=2 * 2**30),
             locks=_locks(environment.get("SLIPWAY_LOCKS")),
+            cpu_limit=_cpu_limit(environment.get("SLIPWAY_CPU_ISA")),
             timezone=_timezone(environment.get("SLIPWAY_TIMEZONE") or "UTC"),
             ui_address=(environment.get("SLIPWAY_UI_ADDRESS") or "http://127.0.0.1:3000").rstrip("/"),
             webhook=environment.get("SLIPWAY_NOTIFY_WEBHOOK") or None,
@@ -144,6 +163,14 @@ def _locks(text: str | None) -> Path:
     if not folder.is_dir():
         raise SettingsError(f"`SLIPWAY_LOCKS` is {folder}, which is not a folder: make it, mode 1777 for several users")
     return folder
+
+
+def _cpu_limit(text: str | None) -> InstructionSet | None:
+    if text in {None, ""}:
+        return None
+    if text != "avx2":
+        raise SettingsError(f"`SLIPWAY_CPU_ISA` is {text!r}: expected `avx2`, or nothing for what the CPU has")
+    return "avx2"
 
 
 def _timezone(name: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from containers.cpu import NODE_TERMS
 from containers.errors import ContainerError
 from containers.kubernetes.alerts import Alert, alerts, healthy, recordings
 from containers.kubernetes.dashboard import dashboard
@@ -119,7 +120,8 @@ def _values(
         "name": name, "version": evidence.version, "digest": evidence.manifest_digest, "n": found,
         "image": f"{repository}@{digest}", "pushed": pushed or images.engine is not None,
         "user": int(image["user"]), "port": int(image["port"]), "model_folder": _MODEL_FOLDER,
-        "on_gpu": evidence.on_gpu, "driver": driver, "driver_major": major, "driver_minor": minor,
+        "on_gpu": evidence.on_gpu, "cpu_terms": NODE_TERMS,
+        "driver": driver, "driver_major": major, "driver_minor": minor,
         "gateway_name": gateway, "gateway_digest": gateway_digest, "gateway_known": bool(gateway_digest),
         "redis_name": _REDIS[0], "redis_tag": _REDIS[1],
         "gpu_target": f"{math.ceil(1000 * (share + (1 - share) / 2))}m",

@@ -37,6 +37,7 @@ def release(model: str, schemes: Sequence[str], *, as_json: bool) -> None:
     spec = load(find(model, settings.models))
     for scheme in schemes:
         spec.scheme(scheme)
+    about_cpu = check_cpu(spec, settings)
     # A service manager's way to say Ctrl-C: containers are removed, not left for the next sweep. A shell's background
     # job is started deaf to Ctrl-C itself, and the runs that are started here would be too.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -52,6 +53,8 @@ def release(model: str, schemes: Sequence[str], *, as_json: bool) -> None:
         if len(told) < len(wanted):
             from pipeline.planner.before import foresee  # noqa: PLC0415 - as above
 
+            if about_cpu:
+                say(about_cpu)
             foresee(spec, [scheme for scheme in wanted if scheme not in told], settings, say)
         return told
 
@@ -62,6 +65,23 @@ def release(model: str, schemes: Sequence[str], *, as_json: bool) -> None:
     else:
         show_releases(spec, releases, ticker.seconds)
     sys.exit(exit_status([entry["outcome"] for entry in releases]))
+
+
+def check_cpu(spec: ModelSpec, settings: Settings) -> str | None:
+    """Return what this machine's CPU means for a release; None where the release is not served on it.
+
+    Raises:
+        PlanError: nothing can be served on it; says what to do.
+    """
+    from containers import profile  # noqa: PLC0415
+    from pipeline.errors import PlanError  # noqa: PLC0415
+
+    if profile.load(spec.runtime).minimum_driver is not None or not settings.engine_is_here:
+        return None
+    cpu = settings.cpu
+    if cpu.refusal is not None:
+        raise PlanError(f"`{spec.model}` is served by `{spec.runtime}`, but {cpu.refusal}")
+    return f"CPU: {cpu.model}, {cpu.cores} logical CPUs; {cpu.meaning}"
 
 
 def exit_status(outcomes: Collection[str]) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from containers.cpu import NODE_TERMS
 from pipeline.errors import SettingsError, WorkerFailed
 from pipeline.launchers.http import Interface
 from pipeline.launchers.placement import Kubernetes
@@ -22,6 +23,14 @@ from registry.manifest import FileRecord
 _KEPT_SECONDS = 24 * 3600
 _HOME = "/var/lib/slipway"
 _UNPRIVILEGED = 65534
+# Without a GPU a worker multiplies with AVX2.
+_CPU_AFFINITY = {
+    "nodeAffinity": {
+        "requiredDuringSchedulingIgnoredDuringExecution": {
+            "nodeSelectorTerms": [{"matchExpressions": list(term)} for term in NODE_TERMS]
+        }
+    }
+}
 
 
 class KubernetesCluster:
@@ -104,6 +113,7 @@ class KubernetesCluster:
             "automountServiceAccountToken": False,
             "serviceAccountName": where.service_account,
             "nodeSelector": dict(where.node_selector),
+            "affinity": {} if where.gpus else _CPU_AFFINITY,
             "tolerations": [toleration.model_dump(exclude_none=True) for toleration in where.tolerations],
             "securityContext": {
                 "runAsNonRoot": True,

@@ -114,6 +114,23 @@ def test_a_mistake_in_a_job_would_be_found(elsewhere: Elsewhere) -> None:
         kubernetes_validate.validate(manifest, "1.37", strict=True)
 
 
+def test_a_worker_without_a_gpu_states_the_cpu_that_it_needs(elsewhere: Elsewhere) -> None:
+    where = placement(elsewhere.file)
+    assert isinstance(where, Kubernetes)
+    errand = FileRecord(sha256="a" * 64, size=3)
+    manifests = [
+        KubernetesCluster(where.model_copy(update={"gpus": gpus})).manifest(
+            "a-job", errand, Task("aiperf", Path("s.py"), {}, Path(), {})
+        )
+        for gpus in (0, 2)
+    ]
+    for each in manifests:
+        kubernetes_validate.validate(each, "1.37", strict=True)
+    on_cpu, on_gpu = (each["spec"]["template"]["spec"]["affinity"] for each in manifests)
+    assert "feature.node.kubernetes.io/cpu-cpuid.AVX2" in str(on_cpu)
+    assert on_gpu == {}
+
+
 def test_a_token_that_is_not_there_is_named(elsewhere: Elsewhere, script: Path, tmp_path: Path) -> None:
     elsewhere.configure(token=str(tmp_path / "none"))
     with pytest.raises(SettingsError, match=r"`token`.*none"):

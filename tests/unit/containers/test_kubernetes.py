@@ -205,6 +205,26 @@ def test_a_gpu_is_asked_for_with_its_driver(tmp_path: Path) -> None:
     assert not allows(575, 99)
 
 
+def test_a_node_that_is_known_to_lack_avx2_gets_no_engine_on_cpu(tmp_path: Path) -> None:
+    written(evidence(), tmp_path / "b")
+    pod = one(tmp_path / "b", "Deployment", "demo-awq-engine")["spec"]["template"]["spec"]
+    terms = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    nfd = "feature.node.kubernetes.io"
+    vendor, avx2 = {f"{nfd}/cpu-model.vendor_id": "AMD"}, {f"{nfd}/cpu-cpuid.AVX2": "true"}
+    amd64, arm64 = {"kubernetes.io/arch": "amd64"}, {"kubernetes.io/arch": "arm64"}
+    nodes = [amd64 | vendor | avx2, amd64 | vendor, amd64, arm64, arm64 | vendor | avx2]
+    assert [any(fits(term, labels) for term in terms) for labels in nodes] == [True, False, True, False, False]
+
+
+def fits(term: dict[str, Any], labels: dict[str, str]) -> bool:
+    """Whether a node's labels are what a term asks for, as Kubernetes' scheduler has it."""
+    asked = {
+        "In": lambda each: labels.get(each["key"]) in each["values"],
+        "DoesNotExist": lambda each: each["key"] not in labels,
+    }
+    return all(asked[each["operator"]](each) for each in term["matchExpressions"])
+
+
 def test_nobody_but_the_gateway_and_prometheus_reaches_the_engine(folder: Path) -> None:
     policy = one(folder, "NetworkPolicy", "demo-awq-engine")["spec"]
     senders = policy["ingress"][0]["from"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -261,3 +262,18 @@ def test_the_last_lines_of_a_failure_send_to_the_doctor(capsys: pytest.CaptureFi
 )
 def test_the_worst_ending_is_the_exit_status(outcomes: list[str], status: int) -> None:
     assert exit_status(outcomes) == status
+
+
+@pytest.mark.parametrize(("flags", "machine"), [("sse4_2", "x86_64"), ("", "aarch64")])
+def test_a_release_that_no_cpu_here_can_serve_is_refused_before_anything_is_done(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str, machine: str
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"model name\t: A CPU\nflags\t\t: {flags}\n")
+    monkeypatch.setattr("containers.cpu._CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setenv("SLIPWAY_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("DOCKER_HOST", raising=False)
+    done = CliRunner().invoke(cli.main, ["release", "demo"])
+    assert done.exit_code == FAILED
+    assert re.search(r"error: `demo` is served by `vllm-cpu`, but .*: (use|release on) .*x86-64", done.output)
+    assert not (tmp_path / "home").exists()

@@ -35,7 +35,7 @@ def server() -> Iterator[str]:
 def test_every_part_is_looked_at_and_nothing_is_changed(tmp_path: Path) -> None:
     found = look(tmp_path / "home")
     workers = [f"worker {name}" for name in ENVIRONMENTS]
-    assert list(found) == ["engine", "gpu", "trivy", "trivy database", "disk", *workers, "mlflow"]
+    assert list(found) == ["engine", "cpu", "gpu", "trivy", "trivy database", "disk", *workers, "mlflow"]
     assert not (tmp_path / "home").exists()
 
 
@@ -97,3 +97,22 @@ def test_a_registry_that_does_not_answer_is_missing(tmp_path: Path, uri: str, wo
     assert found.status == "missing"
     assert words in found.found
     assert "secret" not in found.found
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "told"),
+    [
+        ("fma f16c avx2 avx512f avx512bw avx512dq avx512vl avx512_bf16", "ok", "at full speed"),
+        ("fma f16c avx2", "warning", "no AVX-512"),
+        ("sse4_2", "missing", "no AVX2"),
+    ],
+)
+def test_the_cpu_and_what_it_means_are_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str, status: str, told: str
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"model name\t: A CPU\nflags\t\t: {flags}\n")
+    monkeypatch.setattr("containers.cpu._CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("pipeline.doctor.gpus", list)
+    found = look(tmp_path)["cpu"]
+    assert (found.status, told in found.found, found.found.startswith("A CPU")) == (status, True, True)
+    assert look(tmp_path, DOCKER_HOST="ssh://elsewhere")["cpu"].status != "missing"

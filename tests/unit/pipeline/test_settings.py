@@ -97,3 +97,10 @@ def test_mlflow_is_found_beside_the_ui_or_where_its_server_is_and_never_with_a_p
     assert Settings.read({"SLIPWAY_UI_ADDRESS": "http://host:8000"}).mlflow_address == "http://host:8001"
     remote = Settings.read({"MLFLOW_TRACKING_URI": "https://me:secret@mlflow.example/"})
     assert remote.mlflow_address == "https://mlflow.example"
+
+
+def test_a_cpu_is_limited_to_avx2_or_not_at_all() -> None:
+    assert Settings.read({"SLIPWAY_CPU_ISA": "avx2"}).cpu.instruction_set in {"none", "avx2"}
+    assert Settings.read({"SLIPWAY_CPU_ISA": ""}).cpu_limit is None
+    with pytest.raises(SettingsError, match=r"`SLIPWAY_CPU_ISA` is 'sse2': expected `avx2`"):
+        Settings.read({"SLIPWAY_CPU_ISA": "sse2"})
