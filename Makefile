@@ -3,7 +3,10 @@ PYTHON ?= python3
 VENV := .venv/bin
 STAMP := .venv/.pins
 
-.PHONY: demo test check ui stop
+# Two workers; with more, servers would share cores. What asserts times runs after that, beside nothing.
+PARALLEL := $(VENV)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
+.PHONY: demo test test-unit test-long check ui stop
 
 demo: $(STAMP)  ## Release the demo model in both of its schemes, end to end.
 	$(VENV)/slipway doctor --fix
@@ -11,7 +14,15 @@ demo: $(STAMP)  ## Release the demo model in both of its schemes, end to end.
 
 test: $(STAMP)  ## Unit tests, stage tests against the real parts, and one whole release.
 	$(VENV)/slipway doctor --fix
-	$(VENV)/python -m pytest
+	$(PARALLEL) -m 'not long and not timed'
+	$(VENV)/python -m pytest -m 'timed and not long'
+
+test-unit: $(STAMP)  ## The unit tests alone, in under a minute.
+	$(PARALLEL) tests/unit
+
+test-long: $(STAMP)  ## What takes too long for every change: large transfers, a second runtime, a real model.
+	$(VENV)/slipway doctor --fix
+	$(VENV)/python -m pytest -m long
 
 check: $(STAMP)  ## Lint, format and types.
 	$(VENV)/ruff check .

@@ -6,21 +6,34 @@ import signal
 from collections.abc import Iterator
 
 import docker
+import hypothesis
 import pytest
 
 from containers.engine import connect
 from homes import make_home
 from pipeline.settings import Settings
 from pipeline.workers import Workers
+from schedule import arrange
 
 # The one thing that `make test` cannot install.
 _MAY_LACK = "needs a GPU"
 _skipped: list[str] = []
 
 
+# How long an example takes tells how busy the machine is.
+hypothesis.settings.register_profile("slipway", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("slipway")
+
+
 def pytest_configure() -> None:
     # A shell's background job is started deaf to Ctrl-C, and so is all that it starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("dist", "no") == "loadgroup":
+        arrange(items)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import uuid
 from collections.abc import Mapping
 
 import docker
@@ -25,9 +26,9 @@ FILES = {
 
 
 def make_image(
-    client: docker.DockerClient, tag: str, extra: Mapping[str, str] | None = None, user: str = "65534"
+    client: docker.DockerClient, repository: str, extra: Mapping[str, str] | None = None, user: str = "65534"
 ) -> str:
-    """Import the files as an image that runs as ``user``; give its id."""
+    """Import the files as an image that runs as ``user``, with a tag of its own in ``repository``; give its id."""
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
         for name, text in {**FILES, **(extra or {})}.items():
@@ -35,5 +36,6 @@ def make_image(
             member = tarfile.TarInfo(name)
             member.size, member.mode = len(data), 0o644
             tar.addfile(member, io.BytesIO(data))
-    client.api.import_image_from_data(archive.getvalue(), repository=tag, tag="test", changes=[f"USER {user}"])
-    return str(client.images.get(f"{tag}:test").id)
+    tag = uuid.uuid4().hex[:8]
+    client.api.import_image_from_data(archive.getvalue(), repository=repository, tag=tag, changes=[f"USER {user}"])
+    return str(client.images.get(f"{repository}:{tag}").id)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -25,6 +23,7 @@ from containers.profile import load
 from containers.sandbox import HOME_LABEL, SandboxError, Server, UnhealthyError, home_digest, serve, sweep
 from evals import faults
 from homes import Slipway
+from server_image import server_image
 
 MIB = 2**20
 SERVER = Path(__file__).parent.parent / "scripted_server.py"
@@ -34,20 +33,8 @@ SERVER = Path(__file__).parent.parent / "scripted_server.py"
 def image(engine: docker.DockerClient, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The scripted server on the base of the CPU runtime."""
     base = ensure_base(engine, load("vllm-cpu"), tmp_path_factory.mktemp("base"), print)
-    dockerfile = (
-        f"FROM {base.reference}\nCOPY scripted_server.py /\n"
-        'ENTRYPOINT ["python3", "/scripted_server.py", "--host", "0.0.0.0", "--port", "8000"]\n'
-    )
-    context = io.BytesIO()
-    with tarfile.open(fileobj=context, mode="w") as tar:
-        for name, data in {"Dockerfile": dockerfile.encode(), SERVER.name: SERVER.read_bytes()}.items():
-            member = tarfile.TarInfo(name)
-            member.size, member.mode = len(data), 0o644
-            tar.addfile(member, io.BytesIO(data))
-    context.seek(0)
-    built, _ = engine.images.build(fileobj=context, custom_context=True, rm=True, tag="slipway-test-server:test")
-    yield str(built.id)
-    engine.images.remove("slipway-test-server:test", force=True)
+    with server_image(engine, base.reference) as built:
+        yield built
 
 
 @pytest.fixture

@@ -36,7 +36,9 @@ def test_a_dead_process_owns_nothing() -> None:
     assert not is_alive(owner)
 
 
-@pytest.mark.parametrize("owner", ["", "1", "x:1", ":", f"{os.getpid()}:1", f"{2**22 + 1}:None"])
+@pytest.mark.parametrize(
+    "owner", ["", "1", "x:1", ":", pytest.param(f"{os.getpid()}:1", id="our own"), f"{2**22 + 1}:None"]
+)
 def test_a_process_id_that_someone_else_has_by_now_owns_nothing(owner: str) -> None:
     assert not is_alive(owner)
 
