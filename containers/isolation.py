@@ -35,7 +35,7 @@ def network(client: docker.DockerClient, name: str, labels: Mapping[str, str]) -
     reaches the container by its address. Where the engine's network is not this machine's (a remote engine, Docker
     Desktop, a rootless one) there is none, and the port is published on loopback instead.
     """
-    if not _is_local(client):
+    if not is_local(client):
         yield None
         return
     try:
@@ -70,7 +70,7 @@ def _has_default_route(pid: int) -> bool:
     return any(line.split()[1] == "00000000" for line in lines)
 
 
-def _is_local(client: docker.DockerClient) -> bool:
+def is_local(client: docker.DockerClient) -> bool:
     """Whether containers' addresses can be reached from this machine."""
     if client.api.base_url != _UNIX_SOCKET:
         return False

@@ -20,7 +20,8 @@ import requests
 from docker.models.containers import Container
 from docker.types import DeviceRequest
 
-from containers import gate, isolation, logs
+from containers import core_pool, gate, isolation, logs
+from containers.core_pool import CoreRequest, Cores
 from containers.errors import ContainerError
 from containers.memory import MemorySampler, container_reader
 from containers.owner import HOME_LABEL, HOST_LABEL, OWNER_LABEL, home_digest, is_alive, left_behind, marked, ownership
@@ -54,7 +55,7 @@ class Server:
 
     ``started_seconds`` counts from the container's creation to its first healthy answer. ``died`` says how it ended, in
     words, or None while it runs. ``network`` says how far the container can see. ``url`` may change when it is
-    restarted.
+    restarted. ``cores`` are those that it was given, where it was given some by number.
     """
 
     url: str
@@ -67,6 +68,7 @@ class Server:
     gpu: str | None = None
     network: str | None = None
     start_timeout_s: float = 300.0
+    cores: Cores | None = None
 
     def restart(self) -> None:
         """Start the container again, killed or not, and wait until it is healthy.
@@ -96,6 +98,7 @@ def serve(
     command: Sequence[str] | None = None,
     mounts: Mapping[Path, str] | None = None,
     gpu: str | None = None,
+    cores: CoreRequest | None = None,
     start_timeout_s: float = 300.0,
     lifetime_s: float | None = None,
     progress: Progress,
@@ -120,6 +123,7 @@ def serve(
         command: arguments in place of the image's own.
         mounts: folders of the engine's machine, by where they appear in the container, read-only.
         gpu: a device, by index or UUID, or None.
+        cores: which of this machine's cores to reserve for it, where the engine is this machine's; None for no choice.
         start_timeout_s: how long the server may take to get healthy.
         lifetime_s: when the container is killed, whatever it does; None for never.
         progress: told about the wait.
@@ -136,15 +140,17 @@ def serve(
         terminated_by_exception(),
         marked(home, full_name),
         isolation.network(client, full_name, ownership(home)) as network,
+        _reserved(client, cores, progress) as given,
     ):
         started = time.monotonic()
         container = create(client, image, {
             "name": full_name,
             "labels": {**(labels or {}), **ownership(home)},
-            "environment": {**_ENVIRONMENT, **(environment or {})},
+            "environment": {**_ENVIRONMENT, **_bound_to(given), **(environment or {})},
             "command": None if command is None else list(command),
             "volumes": {str(path): {"bind": place, "mode": "ro"} for path, place in (mounts or {}).items()},
             "device_requests": None if gpu is None else [DeviceRequest(device_ids=[gpu], capabilities=[["gpu"]])],
+            "cpuset_cpus": None if given is None else given.cpuset,
             "nano_cpus": None if cpus is None else round(cpus * 1e9),
             **hardening(memory_bytes),
             **_reached_by(network),
@@ -162,7 +168,7 @@ def serve(
                 with _ended_after(container, lifetime_s):
                     yield Server(
                         url, seconds, memory_bytes, cpus, sampler, lambda: _how_it_died(container), container, gpu,
-                        isolation.PUBLISHED if network is None else isolation.ISOLATED, start_timeout_s,
+                        isolation.PUBLISHED if network is None else isolation.ISOLATED, start_timeout_s, given,
                     )  # fmt: skip
             finally:
                 sampler.stop()
@@ -171,6 +177,19 @@ def serve(
                 logs.keep(container, home / "logs")
             finally:
                 remove(container)
+
+
+def _reserved(
+    client: docker.DockerClient, cores: CoreRequest | None, progress: Progress
+) -> contextlib.AbstractContextManager[Cores | None]:
+    """Reserve cores of this machine; of another machine's, behind a remote engine, nothing is known."""
+    if cores is None or not isolation.is_local(client):
+        return contextlib.nullcontext()
+    return core_pool.reserved(cores, progress)
+
+
+def _bound_to(cores: Cores | None) -> dict[str, str]:
+    return {} if cores is None else {"VLLM_CPU_OMP_THREADS_BIND": cores.cpuset}
 
 
 def sweep(client: docker.DockerClient, home: Path) -> list[str]:

@@ -62,7 +62,7 @@ def drift(bench: Bench, source: Artifact, baseline: Artifact, quantized: Artifac
         raise StoreError("`baseline` is of another `source` than `quantized`: run both again")
     stop = threading.Event()
     with ThreadPoolExecutor(1) as beside:
-        # A server starts on half of two cores; what the layers take fits into the other half.
+        # A server's start waits for disk and imports; the layers are measured meanwhile.
         measuring = beside.submit(_layers, bench, source, quantized, stop)
         try:
             candidate = _candidate(bench, baseline, quantized, image)
@@ -165,6 +165,7 @@ def _served(
         home=bench.settings.home,
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         gpu=next((found.uuid for found in gpus()), None) if needs_gpu else None,
+        cores=bench.server_cores(),
         start_timeout_s=bench.spec.load.start_timeout_s,
         progress=bench.progress,
         **more,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import os
 import threading
 import uuid
 from collections.abc import Callable, Mapping
@@ -16,6 +18,7 @@ import httpx
 import requests
 
 from containers import sandbox
+from containers.core_pool import CoreRequest
 from containers.engine import connect
 from containers.errors import ContainerError
 from containers.gpu import gpus
@@ -57,6 +60,7 @@ class Resources:
 class Fleet:
     """``count`` replicas of one release. `start`, then `wait_ready`; `stop` at the end, however it went.
 
+    ``of_all`` is how many replicas of all releases are served beside each other: so many share the machine's cores.
     ``changed`` is called, from any thread, whenever a replica came or went.
     """
 
@@ -67,6 +71,7 @@ class Fleet:
         manifest: Manifest,
         folder: Path,
         count: int,
+        of_all: int,
         changed: Callable[[], None],
         progress: Progress,
     ) -> None:
@@ -78,6 +83,7 @@ class Fleet:
         self._changed = changed
         self._progress = progress
         self._resources = Resources.tested(folder)
+        self._of_all = of_all
         self._needs_gpu = manifest.image.minimum_driver is not None
         self._image = manifest.image
         self._replicas = [_Replica(self, index) for index in range(count)]
@@ -149,9 +155,16 @@ class Fleet:
             cpus=self._resources.cpus,
             labels={sandbox.STAGE_LABEL: "serve", REPLICA_LABEL: name},
             gpu=found[index % len(found)].uuid if found else None,
+            cores=None if self._needs_gpu else self._share_of_cores(),
             start_timeout_s=self._resources.start_timeout_s,
             progress=lambda line: self._progress(f"{name}: {line}"),
         )
+
+    def _share_of_cores(self) -> CoreRequest:
+        """As many cores as it was tested with, and no more than an equal share of those that this process may use."""
+        share = max(1, len(os.sched_getaffinity(0)) // self._of_all)
+        tested = self._resources.cpus
+        return CoreRequest(self._settings.locks, share if tested is None else min(share, math.ceil(tested)))
 
     def warm(self, url: str) -> None:
         """Ask for a few tokens, so that no client pays for the first; learn the model's name and context on the way.

@@ -188,7 +188,7 @@ class Serving:
         try:
             for wish in wishes:
                 if wish.digest not in self._fleets:
-                    started.append(self._fleet(wish))
+                    started.append(self._fleet(wish, sum(each.replicas for each in wishes)))
                     started[-1].start()
             # A canary that became champion has one replica.
             grown = [fleet for wish, fleet in known if fleet.grow(wish.replicas)]
@@ -230,7 +230,7 @@ class Serving:
             shutil.rmtree(fleet.folder, ignore_errors=True)
             self._progress(f"{fleet.release} is drained and gone")
 
-    def _fleet(self, wish: Wish) -> Fleet:
+    def _fleet(self, wish: Wish, of_all: int) -> Fleet:
         """Pull and verify a release, and make its fleet."""
         folder = self._folder / wish.digest.removeprefix("sha256:")[:16]
         pulled = pull(
@@ -243,7 +243,8 @@ class Serving:
         if pulled.manifest.digest != wish.digest:
             raise ServeError(f"version {wish.version} of `{self.name}` is another release than the registry said")
         release = f"{self.name}@{wish.version}"
-        return Fleet(self._settings, release, pulled.manifest, folder, wish.replicas, self._changed, self._progress)
+        replicas = (wish.replicas, of_all)
+        return Fleet(self._settings, release, pulled.manifest, folder, *replicas, self._changed, self._progress)
 
     def _changed(self) -> None:
         """A replica came or went, its thread says; `look` sees what the gateway did not take."""

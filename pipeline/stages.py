@@ -6,6 +6,7 @@ Nothing here knows Dagster. A stage takes the `Bench` it works at and the artifa
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from containers import gate, gpu_pool, judgement, machine_locks, sandbox, trivy
 from containers import image as images
 from containers import profile as profiles
 from containers import scan as scans
+from containers.core_pool import CoreRequest
 from containers.engine import connect
 from containers.gpu import gpus
 from containers.layout import has_layers, write_layout
@@ -90,6 +92,12 @@ class Bench:
     def worker_device(self) -> contextlib.AbstractContextManager[None]:
         """Have the device to oneself where workers run on it; elsewhere whoever runs them sees to that."""
         return self.device() if launchers.are_here(self.settings) else contextlib.nullcontext()
+
+    def server_cores(self, count: float | None = None, *, with_client: bool = False) -> CoreRequest | None:
+        """Say which cores a server of the model's runtime is to get; None where it computes on a GPU."""
+        if profiles.load(self.spec.runtime).minimum_driver is not None:
+            return None
+        return CoreRequest(self.settings.locks, None if count is None else math.ceil(count), with_client)
 
     @contextlib.contextmanager
     def cores(self, *, alone: bool = False) -> Iterator[None]:
@@ -367,6 +375,7 @@ def load_test(
                     memory_bytes=plan.memory.limit_bytes,
                     cpus=plan.cpus,
                     gpu=None if gpu is None else gpu.uuid,
+                    cores=bench.server_cores(plan.cpus, with_client=True),
                     start_timeout_s=plan.start_timeout_s,
                     lifetime_s=plan.lifetime_s,
                     labels={sandbox.STAGE_LABEL: "load"},

@@ -18,6 +18,7 @@ import pytest
 from docker.models.containers import Container
 
 from containers.base import ensure_base
+from containers.core_pool import CoreRequest
 from containers.memory import _stats_reader
 from containers.profile import load
 from containers.sandbox import HOME_LABEL, SandboxError, Server, UnhealthyError, home_digest, serve, sweep
@@ -84,6 +85,20 @@ def test_a_server_is_hardened_and_reachable_from_here_alone_and_removed(
         assert server.container.exec_run(["touch", "/tmp/touched"]).exit_code == 0  # noqa: S108 - in the container
     assert containers(engine, tmp_path) == []
     assert networks(engine, tmp_path) == []
+
+
+def test_servers_run_on_cores_of_their_own(start: Callable[..., Any], tmp_path: Path) -> None:
+    probe = ["python3", "-c", "import os; print(*os.sched_getaffinity(0), os.environ['VLLM_CPU_OMP_THREADS_BIND'])"]
+    wanted = CoreRequest(tmp_path, 1)
+    with start(cores=wanted) as one, start(cores=wanted) as two:
+        seen = [server.container.exec_run(probe).output.decode().split() for server in (one, two)]
+        assert seen == [[server.cores.cpuset] * 2 for server in (one, two)]
+        assert set(one.cores.numbers) | set(two.cores.numbers) <= os.sched_getaffinity(0)
+        assert two.cores.shared == (one.cores.numbers == two.cores.numbers)
+        assert two.cores.shared == (len(os.sched_getaffinity(0)) == 1)
+    with start() as server:
+        assert server.cores is None
+        assert server.container.attrs["HostConfig"]["CpusetCpus"] == ""
 
 
 def test_nothing_gets_out_of_the_sandbox(start: Callable[..., Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import docker
 import pytest
 
-from containers.isolation import _has_default_route, _is_local
+from containers.isolation import _has_default_route, is_local
 
 
 def engine(base_url: str = "http+docker://localhost", **about: Any) -> docker.DockerClient:  # noqa: ANN401 - JSON
@@ -18,8 +18,8 @@ def engine(base_url: str = "http+docker://localhost", **about: Any) -> docker.Do
 
 
 def test_an_engine_behind_a_socket_of_this_machine_shares_its_network() -> None:
-    assert _is_local(engine())
-    assert _is_local(engine(SecurityOptions=None))
+    assert is_local(engine())
+    assert is_local(engine(SecurityOptions=None))
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_an_engine_behind_a_socket_of_this_machine_shares_its_network() -> None:
     ],
 )
 def test_one_that_runs_elsewhere_or_in_a_machine_of_its_own_does_not(elsewhere: docker.DockerClient) -> None:
-    assert not _is_local(elsewhere)
+    assert not is_local(elsewhere)
 
 
 def test_a_process_that_is_gone_has_no_route() -> None:

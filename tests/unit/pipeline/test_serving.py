@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,7 +92,7 @@ class Scripted(Serving):
         """The releases that have replicas."""
         return {fleet.release for fleet in self._fleets.values()}
 
-    def _fleet(self, wish: Wish) -> Fleet:
+    def _fleet(self, wish: Wish, of_all: int) -> Fleet:
         folder = self._folder / wish.version
         (folder / "release" / "evidence").mkdir(parents=True, exist_ok=True)
         (folder / "release" / "evidence" / "load.json").write_text("{}")
@@ -98,7 +100,7 @@ class Scripted(Serving):
         manifest: Any = SimpleNamespace(digest=wish.digest, image=image)
         release = f"{self.name}@{wish.version}"
         made = ScriptedFleet(
-            self._settings, release, manifest, folder, wish.replicas, self._changed, self._progress
+            self._settings, release, manifest, folder, wish.replicas, of_all, self._changed, self._progress
         )  # fmt: skip
         made.images = frozenset({wish.digest} - self.absent)
         return made
@@ -176,3 +178,17 @@ def test_a_replica_that_came_while_the_gateway_did_not_listen_is_routed_later(se
     served.gate.stubborn_about = set()
     served.look()
     assert served.gate.shares() == {"demo-awq@1": (100, 2)}
+
+
+@pytest.mark.parametrize(
+    ("tested", "of_all", "share"), [(None, 1, 8), (None, 2, 4), (None, 3, 2), (None, 20, 1), (1.5, 1, 2), (6.0, 2, 4)]
+)
+def test_replicas_share_the_cores_equally_and_take_no_more_than_they_were_tested_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tested: float | None, of_all: int, share: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    (tmp_path / "release" / "evidence").mkdir(parents=True)
+    (tmp_path / "release" / "evidence" / "load.json").write_text(json.dumps({"server": {"cpus": tested}}))
+    manifest: Any = SimpleNamespace(digest=OLD, image=SimpleNamespace(minimum_driver=None))
+    fleet = Fleet(Settings.read(), "demo-awq@1", manifest, tmp_path, 1, of_all, lambda: None, print)
+    assert fleet._share_of_cores().count == share
