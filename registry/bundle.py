@@ -6,8 +6,7 @@ the statement to both. ``model_signing verify`` checks the same file without Sli
 each other by tests. It is read here, and not by that library, since a release is hashed once, while it streams, and
 since the puller stays small.
 
-Who signed: a key on a curve, told by the hash of its PEM; or a certificate, whose chain ends in one that is trusted,
-valid when the signing certificate began to be, and whose subject or alternative name may be asked for.
+Who signed: a key on a curve, told by the hash of its PEM; or a certificate (`registry.certificates`).
 """
 
 from __future__ import annotations
@@ -16,16 +15,10 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import Any
 
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-
+from registry.certificates import Authority, signer_of
 from registry.errors import SigningError
 from registry.manifest import SIGNATURE, canonical_json
 from registry.provenance import STATEMENT
@@ -34,14 +27,6 @@ from registry.signing import PublicKey, SigningKey, encoded
 MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 IN_TOTO = "application/vnd.in-toto+json"
 PREDICATE = "https://model_signing/signature/v1.0"
-
-
-@dataclass(frozen=True)
-class Authority:
-    """A certificate that vouches for others; ``identities`` are the names it may vouch for, none is any."""
-
-    certificate: bytes
-    identities: tuple[str, ...] = ()
 
 
 def files_statement(name: str, digests: Mapping[str, str]) -> bytes:
@@ -162,7 +147,7 @@ def _signer(
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SigningError("not a signature: it does not say who signed") from error
     if chain:
-        return _certified(chain, authorities)
+        return signer_of(chain, authorities)
     if not keys:
         raise SigningError("no trusted public key was given to check it against")
     for key in keys:
@@ -170,68 +155,3 @@ def _signer(
             return key, hint
     trusted = ", ".join(f"key {key.keyid[:12]}" for key in keys)
     raise SigningError(f"signed by key {str(hint)[:12]}, which is not trusted (trusted: {trusted})")
-
-
-def _certified(chain: Sequence[bytes], authorities: Sequence[Authority]) -> tuple[PublicKey, str]:
-    """Follow the chain to a trusted authority; return the key of its first certificate, and whose that is."""
-    try:
-        certificates = [x509.load_der_x509_certificate(item) for item in chain]
-        trusted = [(x509.load_der_x509_certificate(one.certificate), one) for one in authorities]
-    except ValueError as error:
-        raise SigningError("a certificate in it can't be read") from error
-    own = certificates[0]
-    at = own.not_valid_before_utc
-    last = own
-    for following in certificates[1:]:
-        if not _vouches(following, last, at):
-            break
-        last = following
-    key, called = own.public_key(), names_of(own)
-    if not isinstance(key, ec.EllipticCurvePublicKey) or not _may_sign(own):
-        raise SigningError(f"the certificate of {called[0]} is not for signing")
-    for certificate, authority in trusted:
-        if not (certificate == last or _vouches(certificate, last, at)):
-            continue
-        if authority.identities and not set(called) & set(authority.identities):
-            wanted = " or ".join(authority.identities)
-            raise SigningError(f"signed by {' alias '.join(called)}, and not by {wanted}")
-        if own.not_valid_after_utc < datetime.now(UTC):
-            raise SigningError(f"the certificate of {called[0]} expired on {own.not_valid_after_utc:%Y-%m-%d}")
-        return PublicKey.of(key), called[0]
-    raise SigningError(f"signed by {called[0]}, for whom no trusted certificate vouches")
-
-
-def names_of(certificate: x509.Certificate) -> list[str]:
-    """Return the names a certificate goes by: alternative names, then the common name; at least one."""
-    found: list[str] = []
-    try:
-        extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        for kind in (x509.RFC822Name, x509.UniformResourceIdentifier, x509.DNSName):
-            found += extension.get_values_for_type(kind)
-    except x509.ExtensionNotFound:
-        pass
-    found += [str(name.value) for name in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
-    return found or [certificate.subject.rfc4514_string() or "somebody without a name"]
-
-
-def _vouches(issuer: x509.Certificate, subject: x509.Certificate, at: datetime) -> bool:
-    """Whether ``issuer`` is an authority, valid at the time, that signed ``subject``."""
-    try:
-        constraints = issuer.extensions.get_extension_for_class(x509.BasicConstraints).value
-        subject.verify_directly_issued_by(issuer)
-    except (x509.ExtensionNotFound, ValueError, TypeError, InvalidSignature):
-        return False
-    return constraints.ca and issuer.not_valid_before_utc <= at <= issuer.not_valid_after_utc
-
-
-def _may_sign(certificate: x509.Certificate) -> bool:
-    try:
-        if certificate.extensions.get_extension_for_class(x509.KeyUsage).value.digital_signature:
-            return True
-    except x509.ExtensionNotFound:
-        pass
-    try:
-        usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-    except x509.ExtensionNotFound:
-        return False
-    return ExtendedKeyUsageOID.CODE_SIGNING in usage

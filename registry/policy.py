@@ -27,7 +27,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from registry.bundle import Authority
+from registry.certificates import Authority
 from registry.errors import PolicyError, Problem
 from registry.manifest import REQUIRED_GATES, Manifest
 from registry.signing import PublicKey, load_certificates, load_trusted_keys

@@ -217,7 +217,10 @@ def with_certificates(key: SigningKey, path: Path) -> SigningKey:
         SigningError: The file can't be read, or its first certificate is of another key.
     """
     chain = load_certificates(path)
-    own = x509.load_der_x509_certificate(chain[0]).public_key()
+    try:
+        own = x509.load_der_x509_certificate(chain[0]).public_key()
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise SigningError(f"the first certificate in `{path}` has a key that can't be read") from error
     if not isinstance(own, ec.EllipticCurvePublicKey) or PublicKey.of(own) != key.public:
         raise SigningError(f"the first certificate in `{path}` is of another key than the one that signs")
     return replace(key, certificates=chain)

@@ -32,7 +32,7 @@ LATER = {
 def trusted(folder: Path) -> Policy:
     """Whoever signed this one."""
     if (folder / "root.pem").exists():
-        from registry.bundle import Authority  # noqa: PLC0415 - of later formats
+        from registry.certificates import Authority  # noqa: PLC0415 - of later formats
 
         authorities = tuple(map(Authority, load_certificates(folder / "root.pem")))
         return Policy((), required_gates=GATES, authorities=authorities)
