@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.compatibility.description import ModelDescription
 from pipeline.errors import CheckpointError
 from pipeline.safetensors_headers import HeaderError, Tensor, read_bytes, read_model
 from registry.bounded_json import Bounds, DocumentError, read_json
@@ -29,11 +30,6 @@ if TYPE_CHECKING:
     from pipeline.quantize import Scheme
 
 _PACKED = ("qweight", "qzeros", "scales", "g_idx")
-_LAYER = re.compile(r"(^|\.)\d+\.")
-# Inside numbered layers, but no linear layer that quantization is meant for: routers choose experts.
-_EXEMPT = re.compile(r"(^|\.)(gate|router|shared_expert_gate|[^.]*norm[^.]*|[^.]*embed[^.]*)\.weight$")
-# Other towers of a multimodal model: quantizing one is a known mistake.
-_OTHER_TOWER = re.compile(r"(^|\.)(vision|visual|audio|image|multi_modal)[^.]*\.")
 # Computed when a model is loaded; some sources store it nevertheless.
 _DERIVED = re.compile(r"\.inv_freq$")
 _DOCUMENT = Bounds(bytes=16 << 20, values=500_000)
@@ -63,12 +59,13 @@ def check(folder: Path, source: Path, scheme: Scheme) -> Found:
     before, after = _read(source, "the source", problems), _read(folder, "the checkpoint", problems)
     if not before or not after:
         _refuse(folder, problems)
-    linears = {name.removesuffix(".weight"): before[name] for name in sorted(before) if is_linear(name, before[name])}
+    model = ModelDescription(_json(source / "config.json"), before)
+    linears = model.linears
     if not linears:
         problems.append("the source has no linear layer in any numbered layer: nothing to quantize")
     for name, weight in linears.items():
         problems += _layer_problems(name, weight, after, scheme)
-    problems += _other_problems(before, after, linears, tied=_is_tied(source))
+    problems += _other_problems(before, after, linears, tied=model.tied)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     problems += _size_problems(size, before, after, linears, scheme)
     _refuse(folder, problems)
@@ -93,21 +90,6 @@ def _read(folder: Path, what: str, problems: list[str]) -> dict[str, Tensor]:
     except HeaderError as error:
         problems += [f"{what}: {line}" for line in str(error).splitlines()]
         return {}
-
-
-def is_linear(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor of the source is the weight of a linear layer that quantization is meant for."""
-    return (
-        name.endswith(".weight")
-        and len(tensor.shape) == 2
-        and _LAYER.search(name) is not None
-        and _EXEMPT.search(name) is None
-        and _OTHER_TOWER.search(name) is None
-    )
-
-
-def _is_tied(source: Path) -> bool:
-    return bool(_json(source / "config.json").get("tie_word_embeddings", False))
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -152,7 +134,7 @@ def _config_problems(folder: Path, source: Path, scheme: Scheme) -> Iterator[str
     for key, value in expected.items():
         if stated.get(key) != value:
             yield f"config.json: `quantization_config.{key}` is {stated.get(key)!r}, expected {value!r}"
-    ours = {"quantization_config", "dtype", "torch_dtype"}
+    ours = {"quantization_config", "dtype", "torch_dtype"} | ({"auto_map"} if "auto_map" not in config else set())
     before = _json(source / "config.json")
     for key in sorted((before.keys() | config.keys()) - ours):
         if before.get(key) != config.get(key):

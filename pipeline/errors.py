@@ -11,6 +11,10 @@ class SpecError(SlipwayError):
     """A model's file is not what it should be; the message carries the path of the key."""
 
 
+class UnsupportedModelError(SpecError):
+    """A model's file asks for a scheme that can't be made of the model; the message says which can."""
+
+
 class SettingsError(SlipwayError):
     """An environment variable or the place of the state is unusable."""
 

@@ -17,7 +17,11 @@ from typing import Any, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipeline import checkpoint
+from pipeline.compatibility import preflight
+from pipeline.compatibility.backends import GROUP_SIZES, older_config
+from pipeline.compatibility.description import ModelDescription
 from pipeline.errors import QuantizeError
+from pipeline.safetensors_headers import HeaderError, read_model
 from pipeline.store import digest_file
 
 RunWorker = Callable[[str, Path, Mapping[str, Any], Path], dict[str, Any]]
@@ -28,8 +32,9 @@ BackendName = Literal["autoawq", "gptqmodel", "autogptq"]
 
 _SCRIPTS = Path(__file__).parent / "quantizers"
 _SEED = 0
-# What each method's format and kernels know; -1 is one group over a whole input.
-_GROUP_SIZES: Mapping[str, tuple[int, ...]] = {"awq": (32, 64, 128), "gptq": (-1, 16, 32, 64, 128, 256)}
+# Of config.json, what the source's own loader may want and a backend's must not meet: a quantization that was never
+# applied (its weights have 16 bits, `preflight` has seen to that), and the names of code that came with the model.
+_LEFT_OUT = ("quantization_config", "auto_map")
 _GPTQ_ONLY = ("symmetric", "desc_act")
 
 
@@ -59,8 +64,8 @@ class Scheme(BaseModel):
             raise ValueError(f"backend `{self.backend}` can't do {self.method}: use {_either(able)}")
         if self.bits not in supported.bits:
             raise ValueError(f"{self.method} by `{self.backend}` has {_either(supported.bits)} `bits`, not {self.bits}")
-        if self.group_size not in _GROUP_SIZES[self.method]:
-            sizes = _either(_GROUP_SIZES[self.method])
+        if self.group_size not in GROUP_SIZES[self.method]:
+            sizes = _either(GROUP_SIZES[self.method])
             raise ValueError(f"{self.method} has a `group_size` of {sizes}, not {self.group_size}")
         if self.method == "awq" and (extra := [key for key in _GPTQ_ONLY if key in self.model_fields_set]):
             raise ValueError(f"`{extra[0]}` means nothing to awq: remove it, or use `method: gptq`")
@@ -103,22 +108,29 @@ class _Current:
     def code(self) -> tuple[Path, ...]:
         return (_SCRIPTS / f"{self.environment}.py", _SCRIPTS / "quantizer_common.py")
 
-    def view(self, source: Path, scratch: Path) -> Path:  # noqa: ARG002 - the other kind of backend needs it
-        return source
+    def view(self, source: Path, scratch: Path) -> Path:
+        config = _read_config(source)
+        readable = self._readable({key: value for key, value in config.items() if key not in _LEFT_OUT})
+        if readable == config:
+            return source
+        folder = scratch / "source"
+        folder.mkdir()
+        for path in source.iterdir():
+            if path.name != "config.json":
+                (folder / path.name).symlink_to(path.resolve())
+        (folder / "config.json").write_text(json.dumps(readable))
+        return folder
+
+    def _readable(self, config: dict[str, Any]) -> dict[str, Any]:
+        return config
 
 
 @dataclass(frozen=True)
 class _Archived(_Current):
     """A backend that stopped at transformers 4.51, which overlooks what a newer version writes into config.json."""
 
-    def view(self, source: Path, scratch: Path) -> Path:
-        folder = scratch / "source"
-        folder.mkdir()
-        for path in source.iterdir():
-            if path.name != "config.json":
-                (folder / path.name).symlink_to(path.resolve())
-        (folder / "config.json").write_text(json.dumps(_older_config(_read_config(source))))
-        return folder
+    def _readable(self, config: dict[str, Any]) -> dict[str, Any]:
+        return older_config(config)
 
 
 _BACKENDS: Mapping[tuple[str, str], Backend] = {
@@ -158,7 +170,7 @@ def quantize(
     """
     config = _read_config(source)
     _check_calibration(calibration, samples)
-    _check_fits(config, scheme, max_tokens)
+    _check_fits(source, config, scheme, max_tokens)
     backend = backend_of(scheme)
     written = scratch / "checkpoint"
     written.mkdir()
@@ -229,35 +241,15 @@ def _check_calibration(calibration: Path, samples: int) -> None:
         )
 
 
-def _check_fits(config: Mapping[str, Any], scheme: Scheme, max_tokens: int) -> None:
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "some method")
-        raise QuantizeError(f"the source is already quantized ({method}): name the model that it was made from")
-    positions = config.get("max_position_embeddings")
+def _check_fits(source: Path, config: Mapping[str, Any], scheme: Scheme, max_tokens: int) -> None:
+    try:
+        model = ModelDescription(config, read_model(source))
+    except HeaderError as error:
+        raise QuantizeError(f"can't read the source's headers: {error}") from error
+    preflight.check(model, scheme)
+    positions = model.text_config.get("max_position_embeddings")
     if isinstance(positions, int) and max_tokens > positions:
         raise QuantizeError(f"`calibration.max_tokens` is {max_tokens}, and the model ends at {positions} positions")
-    for key in ("hidden_size", "intermediate_size"):
-        width = config.get(key)
-        if isinstance(width, int) and scheme.group_size > 0 and width % scheme.group_size:
-            raise QuantizeError(
-                f"`group_size` {scheme.group_size} doesn't divide the model's `{key}` of {width}: choose a divisor"
-            )
-
-
-def _older_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Say what transformers 5 writes in the words of 4.51, which would take its default for what it doesn't find."""
-    older = dict(config)
-    if "dtype" in older:
-        older.setdefault("torch_dtype", older.pop("dtype"))
-    rope = older.pop("rope_parameters", None)
-    if rope is None:
-        return older
-    if not isinstance(rope, dict) or not isinstance(rope.get("rope_theta"), int | float):
-        raise QuantizeError("this backend can't read the model's `rope_parameters`: use `backend: gptqmodel`")
-    older["rope_theta"] = rope["rope_theta"]
-    if rope.get("rope_type", "default") != "default":
-        older["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-    return older
 
 
 def _assemble(
@@ -273,7 +265,8 @@ def _assemble(
     for path in source.iterdir():
         if path.is_file() and path.name != "config.json" and ".safetensors" not in path.name:
             shutil.copyfile(path, output / path.name)
-    merged = {**config, "quantization_config": dict(quantization), "torch_dtype": "float16"}
+    kept = {key: value for key, value in config.items() if key not in _LEFT_OUT}
+    merged = {**kept, "quantization_config": dict(quantization), "torch_dtype": "float16"}
     if "dtype" in config:
         merged["dtype"] = "float16"
     (output / "config.json").write_text(json.dumps(merged, indent=2, sort_keys=True) + "\n")

@@ -155,7 +155,7 @@ CODE: Mapping[str, str] = {
     ),
     "quantized": code_of(
         *("pipeline/quantize.py", "pipeline/checkpoint.py", "pipeline/safetensors_headers.py"),
-        "registry/bounded_json.py",
+        *("pipeline/compatibility/description.py", "pipeline/compatibility/backends.py", "registry/bounded_json.py"),
     ),
     "answers": code_of(
         *("evals/asking.py", "evals/answer.py", "evals/items.py", "evals/served.py", "evals/checkpoints.py"),

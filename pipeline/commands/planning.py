@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import click
 from rich.markup import escape
 
 from pipeline.settings import Settings
-from pipeline.show import as_json, print_json, print_table, results
+from pipeline.show import USAGE, as_json, print_json, print_table, results, styled
 
 if TYPE_CHECKING:
     from containers.gate import Needs
@@ -46,7 +47,8 @@ def plan(
     """Say what MODEL takes: weights, KV cache, GPUs that hold it, speed, disk; and what its evaluation could see.
 
     MODEL is a name in models/ or a path to such a file, hf://ORG/NAME, or a release NAME[@ALIAS], whose load test is
-    then set beside the prediction. Only config.json and the headers of the safetensors are read, also on a hub.
+    then set beside the prediction. Only config.json and the headers of the safetensors are read, also on a hub. Where
+    a scheme of a model's file can't be made of this model, the exit status is 2.
     """
     from dataclasses import replace  # noqa: PLC0415
 
@@ -67,11 +69,13 @@ def plan(
     asked = _evaluation(model, settings)
     if as_json:
         print_json({**found.document(), "measured": told, "evaluation": asked})
-        return
-    _show(found)
-    _show_measured(found, told)
-    if asked is not None:
-        _show_evaluation(asked)
+    else:
+        _show(found)
+        _show_measured(found, told)
+        if asked is not None:
+            _show_evaluation(asked)
+    if found.refused and not _is_uri(model):
+        sys.exit(USAGE)
 
 
 def _asked(model: str, settings: Settings, gpus: Sequence[Any], workload: Any) -> tuple[Plan, Glance | None]:  # noqa: ANN401
@@ -80,7 +84,7 @@ def _asked(model: str, settings: Settings, gpus: Sequence[Any], workload: Any) -
     from pipeline.planner import asking  # noqa: PLC0415
     from pipeline.spec import find, load  # noqa: PLC0415
 
-    if model.startswith(("hf://", "file:")):
+    if _is_uri(model):
         return asking.plan_source(model, settings, gpus, workload), None
     if "@" not in model:
         try:
@@ -101,7 +105,7 @@ def _evaluation(model: str, settings: Settings) -> dict[str, Any] | None:
     from pipeline.planner.evaluation import evaluation  # noqa: PLC0415
     from pipeline.spec import find, load  # noqa: PLC0415
 
-    if model.startswith(("hf://", "file:")) or "@" in model:
+    if _is_uri(model) or "@" in model:
         return None
     try:
         path = find(model, settings.models)
@@ -169,6 +173,11 @@ def _gate(needs: Needs | None, gpus: Sequence[GpuModel], driver: str | None) -> 
     return [asks, *(f"refused: {problem}" for problem in refused)]
 
 
+def _is_uri(model: str) -> bool:
+    """Whether a source is named by itself: its schemes are this program's proposal, and refusing one is no error."""
+    return model.startswith(("hf://", "file:"))
+
+
 def _is_released(name: str, settings: Settings) -> bool:
     from registry import catalog  # noqa: PLC0415
 
@@ -177,6 +186,8 @@ def _is_released(name: str, settings: Settings) -> bool:
 
 def _show(found: Plan) -> None:
     """Print the plan for a person."""
+    from pipeline.planner.asking import sentences  # noqa: PLC0415
+
     facts, work = found.facts, found.workload
     results.print(
         f"[bold]{escape(found.model)}[/]: {facts.architecture}, {len(facts.layers)} layers, {facts.attention}"
@@ -208,6 +219,8 @@ def _show(found: Plan) -> None:
     )
     for note in found.notes:
         results.print(f"[dim]{escape(note)}[/]")
+    for sentence in sentences(found.refused):
+        results.print(f"{styled('refused')}: {escape(sentence)}")
 
 
 def _row(weights: Any, placement: Placement) -> tuple[str, ...]:  # noqa: ANN401 - as the plan has it

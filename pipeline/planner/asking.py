@@ -9,7 +9,10 @@ from typing import Any
 
 from containers.gpu_models import GpuModel
 from pipeline import source as sources
-from pipeline.errors import PlanError
+from pipeline.compatibility import preflight
+from pipeline.compatibility.backends import METHODS
+from pipeline.compatibility.description import ModelDescription
+from pipeline.errors import PlanError, UnsupportedModelError
 from pipeline.planner.facts import ModelFacts, read_facts
 from pipeline.planner.memory import Workload
 from pipeline.planner.plan import Plan, make_plan
@@ -25,11 +28,6 @@ from registry.pull import Glance, glance
 
 # From the usual workload to the one that is asked for.
 Choose = Callable[[Workload], Workload]
-# For a model without a file of its own: what most checkpoints of that kind on the hubs are.
-_USUAL_SCHEMES = {
-    "awq": Scheme(method="awq", backend="autoawq", bits=4, group_size=128),
-    "gptq": Scheme(method="gptq", backend="gptqmodel", bits=4, group_size=128),
-}
 LOAD = f"{EVIDENCE}/load.json"
 IMAGE = f"{EVIDENCE}/image.json"
 # A context that fits most models and uses, where none is named.
@@ -41,22 +39,75 @@ def plan_source(
     settings: Settings,
     gpus: Sequence[GpuModel],
     workload: Choose = lambda usual: usual,
-    *,
-    pulled: Path | None = None,
 ) -> Plan:
-    """Plan a model's file, or a source's URI with the usual schemes; where it is ``pulled`` already, from that folder.
+    """Plan a model's file, or a source's URI with the usual schemes; those that can't be made are in ``refused``.
+
+    Raises:
+        SourceError: the source can't be reached or is refused.
+        PlanError: its configuration or headers can't be read.
+        UnsupportedModelError: it can't be planned for, and a scheme of it can't be made.
+    """
+    described = describe_source(spec, settings)
+    schemes = usual_schemes(described.model) if isinstance(spec, str) else spec.schemes
+    refused = refusals(described.model, schemes)
+    try:
+        return plan_described(spec, described, schemes, gpus, workload, refused)
+    except PlanError as error:
+        if not refused:
+            raise
+        raise UnsupportedModelError("; ".join([*sentences(refused), str(error)])) from error
+
+
+def plan_described(
+    spec: ModelSpec | str,
+    described: Described,
+    schemes: Mapping[str, Scheme],
+    gpus: Sequence[GpuModel],
+    workload: Choose,
+    refused: Mapping[str, Sequence[str]],
+) -> Plan:
+    """Plan a model that has been described, in its ``schemes`` but those ``refused``.
+
+    Raises:
+        PlanError: its configuration can't be read.
+    """
+    name = spec if isinstance(spec, str) else spec.model
+    facts = read_facts(described.model.config)
+    weights = [unquantized(described.model)]
+    weights += [quantized(scheme, schemes[scheme], described.model) for scheme in schemes if scheme not in refused]
+    wanted = workload(usual_workload(facts))
+    return make_plan(name, facts, weights, gpus, wanted, download_bytes=described.bytes, refused=refused)
+
+
+def describe_source(spec: ModelSpec | str, settings: Settings, pulled: Path | None = None) -> Described:
+    """Read a source's configuration and headers; where it is ``pulled`` already, from that folder.
 
     Raises:
         SourceError: the source can't be reached or is refused.
         PlanError: its configuration or headers can't be read.
     """
-    schemes: Mapping[str, Scheme] = _USUAL_SCHEMES if isinstance(spec, str) else spec.schemes
-    name = spec if isinstance(spec, str) else spec.model
-    described = describe_folder(pulled) if pulled is not None else _described(spec, settings)
-    facts = read_facts(described.config)
-    weights = [unquantized(described.tensors)]
-    weights += [quantized(scheme, schemes[scheme], described.tensors) for scheme in schemes]
-    return make_plan(name, facts, weights, gpus, workload(usual_workload(facts)), download_bytes=described.bytes)
+    return describe_folder(pulled) if pulled is not None else _described(spec, settings)
+
+
+def refusals(model: ModelDescription, schemes: Mapping[str, Scheme]) -> dict[str, list[str]]:
+    """Why schemes can't be made of a model, by their names; those that can be made are left out."""
+    found = {name: preflight.find_problems(model, scheme) for name, scheme in schemes.items()}
+    return {name: problems for name, problems in found.items() if problems}
+
+
+def sentences(refused: Mapping[str, Sequence[str]]) -> list[str]:
+    """The refusals in words, one for each problem."""
+    return [f"`schemes.{name}`: {problem}" for name, problems in refused.items() for problem in problems]
+
+
+def usual_schemes(model: ModelDescription) -> dict[str, Scheme]:
+    """What most checkpoints on the hubs are, each by the first backend that can make it of this model."""
+    schemes = {}
+    for method, backends in METHODS.items():
+        choices = [Scheme.model_validate({"method": method, "backend": backend}) for backend in backends]
+        able = (scheme for scheme in choices if not preflight.find_problems(model, scheme))
+        schemes[method] = next(able, choices[0])
+    return schemes
 
 
 def plan_release(found: Glance, gpus: Sequence[GpuModel], workload: Choose = lambda usual: usual) -> Plan:

@@ -9,8 +9,8 @@ from containers import profile as profiles
 from containers.gpu import Gpu, gpus
 from containers.gpu_models import GpuDataError, GpuModel, find_gpu
 from pipeline import source as sources
-from pipeline.errors import PlanError, SourceError
-from pipeline.planner.asking import plan_source
+from pipeline.errors import PlanError, SourceError, UnsupportedModelError
+from pipeline.planner.asking import describe_source, plan_described, refusals, sentences
 from pipeline.planner.memory import Workload
 from pipeline.planner.plan import Plan, SchemePlan
 from pipeline.settings import Settings
@@ -28,13 +28,21 @@ def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Ca
 
     Raises:
         PlanError: the disk is too small for what will be made, or what serves it can't hold a scheme.
+        UnsupportedModelError: a scheme can't be made of this model.
     """
-    machine = gpus()
+    machine = [_model_of(gpu) for gpu in gpus()[:1]]
     try:
         pulled = _pulled(spec, settings)
-        planned = plan_source(spec, settings, [_model_of(gpu) for gpu in machine[:1]], _as_tested, pulled=pulled)
+        described = describe_source(spec, settings, pulled)
     except SourceError:
         return None
+    except PlanError as error:
+        say(f"no plan: {error}")
+        return None
+    if refused := refusals(described.model, {name: spec.scheme(name) for name in schemes}):
+        raise UnsupportedModelError("; ".join(sentences(refused)))
+    try:
+        planned = plan_described(spec, described, spec.schemes, machine, _as_tested, {})
     except PlanError as error:
         # A model that the planner does not know yet may still be released.
         say(f"no plan: {error}")

@@ -13,11 +13,13 @@ vLLM itself for them.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.compatibility.description import ModelDescription, text_config
 from pipeline.errors import PlanError
 
 # Other names that older architectures have for the same.
@@ -29,8 +31,13 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
 }
 _EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
 _WINDOWED = ("sliding_attention", "chunked_attention")
-# Layers that keep a state of fixed size, or what nobody has told this program about.
 _FULL = "full_attention"
+# Every how many layers the experts stand.
+_EXPERT_STEPS = ("decoder_sparse_step", "moe_layer_freq", "interleave_moe_layer_step")
+# Keys of architectures whose layers keep a state of fixed size, or caches of more than one kind (MiMo V2).
+_STATES = ("ssm_cfg", "mamba_d_state", "linear_num_key_heads", "hybrid_layer_pattern")
+# More than any model has; a number from outside makes no list longer than this.
+_MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -108,90 +115,147 @@ class ModelFacts:
 
 
 def read_facts(config: Mapping[str, Any]) -> ModelFacts:
-    """Read a config.json.
+    """Read a config.json, in which any number may be one for all layers or a list with one for each.
 
     Raises:
-        PlanError: it lacks what the cache's size follows from, or has layers that this program knows nothing of.
+        PlanError: it lacks what the cache's size follows from, or has what this program knows nothing of.
     """
-    config = {**config, **config["text_config"]} if isinstance(config.get("text_config"), Mapping) else dict(config)
-    layers, hidden, heads = (_number(config, name) for name in ("layers", "hidden", "heads"))
-    kv_heads = _kv_heads(config, heads)
-    head_dim = int(config.get("head_dim") or hidden // heads)
-    latent = bool(config.get("kv_lora_rank")) and bool(config.get("qk_rope_head_dim"))
-    if latent:
-        one = LayerCache(1, int(config["kv_lora_rank"]) + int(config["qk_rope_head_dim"]))
-    else:
-        one = LayerCache(kv_heads, 2 * head_dim)
-    caches = tuple(LayerCache(one.heads, one.numbers, window) for window in _windows(config, layers))
-    experts = next((int(config[name]) for name in _EXPERTS if config.get(name)), 0)
-    expert_hidden = int(config.get("moe_intermediate_size") or config.get("intermediate_size") or 0)
+    tied = ModelDescription(config, {}).tied
+    config = text_config(config)
+    layers = _required(config, "layers")
+    if layers > _MOST_LAYERS:
+        raise PlanError(f"config.json has {layers:,} layers: expected at most {_MOST_LAYERS:,}")
+    hidden, heads = _required(config, "hidden", layers), _required(config, "heads", layers)
+    kv_heads = _kv_heads(config, layers, heads)
+    head_dim = _per_layer(config, "head_dim", layers) or [max(1, hidden // heads)] * layers
+    rank, rotary = _largest(config, "kv_lora_rank", layers), _largest(config, "qk_rope_head_dim", layers)
+    latent = bool(rank and rotary)
+    shared = _largest(config, "num_kv_shared_layers", layers)  # the last layers, which read an earlier one's cache
+    caches = []
+    for layer, window in enumerate(_windows(config, layers)):
+        own_heads = 0 if layer >= layers - shared else 1 if latent else kv_heads[layer]
+        caches.append(LayerCache(own_heads, rank + rotary if latent else 2 * head_dim[layer], window))
+    experts = next((count for name in _EXPERTS if (count := _largest(config, name, layers))), 0)
+    intermediate = _largest(config, "intermediate_size", layers)
+    expert_hidden = _largest(config, "moe_intermediate_size", layers) or intermediate
     return ModelFacts(
-        architecture=str((config.get("architectures") or [config.get("model_type", "unknown")])[0]),
-        layers=caches,
+        architecture=_architecture(config),
+        layers=tuple(caches),
         hidden=hidden,
         heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
+        kv_heads=max(kv_heads),
+        head_dim=max(head_dim),
         latent=latent,
-        intermediate=int(config.get("intermediate_size") or config.get("n_inner") or 4 * hidden),
-        vocabulary=int(config.get("vocab_size") or 0),
-        context=_number(config, "context", default=2048),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        intermediate=intermediate or _largest(config, "n_inner", layers) or 4 * hidden,
+        vocabulary=_largest(config, "vocab_size", layers),
+        context=_required(config, "context", layers, default=2048),
+        tied=tied,
         experts=experts,
-        experts_per_token=int(config.get("num_experts_per_tok") or 0) if experts else 0,
+        experts_per_token=_largest(config, "num_experts_per_tok", layers) if experts else 0,
         expert_layers=_expert_layers(config, layers) if experts else 0,
         # A gated network: up, gate and down.
         expert_numbers=3 * hidden * expert_hidden if experts else 0,
     )
 
 
-def _number(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+def _architecture(config: Mapping[str, Any]) -> str:
+    named = config.get("architectures")
+    return str(named[0] if isinstance(named, list) and named else config.get("model_type", "unknown"))
+
+
+def _required(config: Mapping[str, Any], name: str, layers: int = 1, default: int | None = None) -> int:
+    """The number that architectures give under one of several keys; the largest, where each layer has its own."""
     for key in _NAMES[name]:
-        if isinstance(config.get(key), int) and config[key] > 0:
-            return int(config[key])
+        if found := _largest(config, key, layers):
+            return found
     if default is not None:
         return default
     raise PlanError(f"config.json has no `{_NAMES[name][0]}`: what this model keeps for a token can't be told")
 
 
-def _kv_heads(config: Mapping[str, Any], heads: int) -> int:
+def _largest(config: Mapping[str, Any], key: str, layers: int) -> int:
+    """The number under a key, the largest of a list; 0 where there is none."""
+    return max(_per_layer(config, key, layers), default=0)
+
+
+def _per_layer(config: Mapping[str, Any], key: str, layers: int) -> list[int]:
+    """The number under ``key`` for each layer; empty where the key is missing, null or 0 for all."""
+    value = config.get(key)
+    if value is None or value is False or value == 0:
+        return []
+    if type(value) is int and value > 0:
+        return [value] * layers
+    if isinstance(value, list) and len(value) == layers and all(_is_natural(number) for number in value):
+        return list(value)
+    found = json.dumps(value, default=repr)
+    raise PlanError(
+        f"config.json has `{key}` {found[:60]}: expected a number, or a list of {layers} with one for each layer"
+    )
+
+
+def _indices(config: Mapping[str, Any], key: str) -> set[int]:
+    """The layers that a list names by their numbers; empty where there is none."""
+    value = config.get(key)
+    if value is None:
+        return set()
+    if not isinstance(value, list) or not all(_is_natural(number) for number in value):
+        raise PlanError(f"config.json has `{key}` {json.dumps(value, default=repr)[:60]}: expected a list of layers")
+    return set(value)
+
+
+def _is_natural(value: object) -> bool:
+    return (type(value) is int and value >= 0) or type(value) is bool
+
+
+def _kv_heads(config: Mapping[str, Any], layers: int, heads: int) -> list[int]:
     for key in ("num_key_value_heads", "n_head_kv", "num_kv_heads"):
-        if config.get(key):
-            return int(config[key])
-    return 1 if config.get("multi_query") else heads
+        if found := _per_layer(config, key, layers):
+            return found
+    return [1 if config.get("multi_query") else heads] * layers
 
 
 def _expert_layers(config: Mapping[str, Any], layers: int) -> int:
     """How many layers have routed experts: the first ones and some others may be dense."""
-    dense = set(config.get("mlp_only_layers") or ()) | set(range(int(config.get("first_k_dense_replace") or 0)))
-    step = int(config.get("decoder_sparse_step") or config.get("moe_layer_freq") or 1)
+    if isinstance(config.get("moe_layer_freq"), list):
+        return sum(bool(has) for has in _per_layer(config, "moe_layer_freq", layers))
+    if named := _indices(config, "moe_layers"):
+        return len(named)
+    dense = _indices(config, "mlp_only_layers") | set(range(_largest(config, "first_k_dense_replace", layers)))
+    step = next((found for key in _EXPERT_STEPS if (found := _largest(config, key, layers))), 1)
     return sum(layer not in dense and (layer + 1) % step == 0 for layer in range(layers))
 
 
 def _windows(config: Mapping[str, Any], layers: int) -> Sequence[int | None]:
     """The window of each layer, None where it sees everything."""
     kinds = config.get("layer_types")
-    window = config.get("sliding_window") or config.get("attention_chunk_size")
+    window = _largest(config, "sliding_window", layers) or _largest(config, "attention_chunk_size", layers)
     if kinds is not None:
-        unknown = sorted(set(kinds) - {_FULL, *_WINDOWED})
-        if unknown or len(kinds) != layers:
-            what = ", ".join(f"`{kind}`" for kind in unknown) or f"{len(kinds)} of them for {layers} layers"
+        listed = [str(kind) for kind in kinds] if isinstance(kinds, list) else []
+        unknown = sorted(set(listed) - {_FULL, *_WINDOWED})
+        if unknown or len(listed) != layers:
+            what = ", ".join(f"`{kind}`" for kind in unknown) or f"{len(listed)} of them for {layers} layers"
             raise PlanError(f"config.json has `layer_types` with {what}: what such a layer keeps is not known here")
-        return [int(window) if window and kind in _WINDOWED else None for kind in kinds]
-    if any(config.get(key) for key in ("ssm_cfg", "mamba_d_state", "linear_num_key_heads")):
-        raise PlanError("config.json describes layers with a state instead of a cache: that is not known here")
+        return [window if window and kind in _WINDOWED else None for kind in listed]
+    if state := next((key for key in _STATES if config.get(key)), None):
+        raise PlanError(
+            f"config.json has `{state}`, of layers with a state or caches of their own: that is not known here"
+        )
     if not window or config.get("use_sliding_window") is False:
         return [None] * layers
-    return [int(window) if _slides(config, layer) else None for layer in range(layers)]
+    return [window if _slides(config, layer, layers) else None for layer in range(layers)]
 
 
-def _slides(config: Mapping[str, Any], layer: int) -> bool:
+def _slides(config: Mapping[str, Any], layer: int, layers: int) -> bool:
     """Whether a layer has the model's window, in the architectures that say so by a rule instead of a list."""
     kind = str(config.get("model_type", ""))
     if kind.startswith("gemma3"):
-        return (layer + 1) % int(config.get("sliding_window_pattern") or 6) != 0
+        return (layer + 1) % (_largest(config, "sliding_window_pattern", layers) or 6) != 0
+    if kind.startswith("llama4"):
+        # 1 where a layer has rotary positions, and with them chunks; an empty list is the class's own rule.
+        rotary = _per_layer(config, "no_rope_layers", layers) if config.get("no_rope_layers") else []
+        return bool(rotary[layer]) if rotary else (layer + 1) % 4 != 0
     if kind == "gemma2":
         return layer % 2 == 0
     if config.get("use_sliding_window"):
-        return layer >= int(config.get("max_window_layers") or 0)
+        return layer >= _largest(config, "max_window_layers", layers)
     return True

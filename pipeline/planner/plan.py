@@ -75,7 +75,10 @@ class SchemePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A model's plan. ``download_bytes`` is what is pulled, ``disk_bytes`` what its releases take here."""
+    """A model's plan. ``download_bytes`` is what is pulled, ``disk_bytes`` what its releases take here.
+
+    ``refused`` has the schemes that can't be made of this model, with the reasons.
+    """
 
     model: str
     facts: ModelFacts
@@ -84,6 +87,7 @@ class Plan:
     download_bytes: int
     disk_bytes: int
     notes: Sequence[str] = field(default_factory=tuple)
+    refused: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
         """As JSON."""
@@ -100,6 +104,7 @@ class Plan:
             "download_bytes": self.download_bytes,
             "disk_bytes": self.disk_bytes,
             "schemes": [scheme.document() for scheme in self.schemes],
+            "refused": {name: list(problems) for name, problems in self.refused.items()},
             "notes": list(self.notes),
         }
 
@@ -112,6 +117,7 @@ def make_plan(
     workload: Workload,
     *,
     download_bytes: int,
+    refused: Mapping[str, Sequence[str]] | None = None,
 ) -> Plan:
     """Plan every scheme on every GPU; nothing is read or asked."""
     packed = [each for each in weights if each.scheme != FP16]
@@ -123,6 +129,7 @@ def make_plan(
         download_bytes=download_bytes,
         disk_bytes=download_bytes + _COPIES * sum(each.bytes for each in packed),
         notes=list(_notes(facts, weights, workload)),
+        refused=refused or {},
     )
 
 

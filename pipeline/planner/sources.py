@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.compatibility.description import ModelDescription
 from pipeline.errors import PlanError, SourceError
 from pipeline.safetensors_headers import HeaderError, Tensor, header_length, parse_header, read_model
 from pipeline.source import ResolvedSource, SourceFile
@@ -21,10 +21,9 @@ _CONFIG = Bounds(bytes=1 << 20, values=100_000)
 
 @dataclass(frozen=True)
 class Described:
-    """A model as its files describe it: its configuration, its tensors by name, and the size of all files to pull."""
+    """A model as its files describe it, and the size of all files to pull."""
 
-    config: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
+    model: ModelDescription
     bytes: int
 
 
@@ -46,7 +45,7 @@ def describe(resolved: ResolvedSource) -> Described:
                 tensors |= found
         except HeaderError as error:
             raise PlanError(f"{resolved.uri}: {error}") from error
-    return Described(_document(config, resolved.uri), tensors, resolved.bytes)
+    return Described(ModelDescription(_document(config, resolved.uri), tensors), resolved.bytes)
 
 
 def describe_folder(folder: Path) -> Described:
@@ -61,7 +60,7 @@ def describe_folder(folder: Path) -> Described:
     except (HeaderError, OSError) as error:
         raise PlanError(f"can't plan from {folder}: {error}") from error
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-    return Described(_document(config, str(folder)), tensors, size)
+    return Described(ModelDescription(_document(config, str(folder)), tensors), size)
 
 
 def _header(resolved: ResolvedSource, file: SourceFile) -> dict[str, Tensor]:

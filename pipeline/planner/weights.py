@@ -15,13 +15,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.checkpoint import is_linear, packed_layout
+from pipeline.checkpoint import packed_layout
+from pipeline.compatibility.description import FLOATS, ModelDescription
 from pipeline.planner.facts import ModelFacts
 from pipeline.quantize import Scheme
 from pipeline.safetensors_headers import Tensor
 
 FP16 = "fp16"
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _DTYPE_BYTES = {"F16": 2, "I32": 4}
 
 
@@ -46,23 +46,23 @@ class Weights:
         return 8 * self.packed / self.quantized if self.quantized else 8 * self.bytes / self.numbers
 
 
-def unquantized(tensors: Mapping[str, Tensor]) -> Weights:
+def unquantized(model: ModelDescription) -> Weights:
     """The weights as served without a scheme: 16 bits a number, what is stored in less (FP8) as it is stored."""
-    size = sum(_at_16_bits(tensor) for tensor in tensors.values())
-    return Weights(FP16, size, 0, _numbers(tensors), 0, 16, None)
+    size = sum(_at_16_bits(tensor) for tensor in model.tensors.values())
+    return Weights(FP16, size, 0, _numbers(model.tensors), 0, 16, None)
 
 
-def quantized(name: str, scheme: Scheme, tensors: Mapping[str, Tensor]) -> Weights:
+def quantized(name: str, scheme: Scheme, model: ModelDescription) -> Weights:
     """The weights as ``scheme`` packs them: every linear layer of the decoder, and nothing else."""
-    linears = {key: tensor for key, tensor in tensors.items() if is_linear(key, tensor)}
+    linears = {f"{key}.weight": tensor for key, tensor in model.linears.items()}
     packed = sum(
         math.prod(shape) * _DTYPE_BYTES[dtype]
         for tensor in linears.values()
         for dtype, shape in packed_layout(tensor, scheme).values()
     )
-    rest = sum(_at_16_bits(tensor) for key, tensor in tensors.items() if key not in linears)
+    rest = sum(_at_16_bits(tensor) for key, tensor in model.tensors.items() if key not in linears)
     weights = sum(math.prod(tensor.shape) for tensor in linears.values())
-    return Weights(name, packed + rest, packed, _numbers(tensors), weights, scheme.bits, scheme.group_size)
+    return Weights(name, packed + rest, packed, _numbers(model.tensors), weights, scheme.bits, scheme.group_size)
 
 
 def bytes_per_step(weights: Weights, facts: ModelFacts, requests: int) -> float:
@@ -92,4 +92,4 @@ def _numbers(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _at_16_bits(tensor: Tensor) -> int:
-    return 2 * math.prod(tensor.shape) if tensor.dtype in _FLOATS else tensor.bytes
+    return 2 * math.prod(tensor.shape) if tensor.dtype in FLOATS else tensor.bytes

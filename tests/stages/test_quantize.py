@@ -13,6 +13,7 @@ import pytest
 from containers.gpu import gpus
 from homes import DEMO
 from pipeline.errors import WorkerFailed
+from pipeline.planner.sources import describe_folder
 from pipeline.planner.weights import quantized
 from pipeline.quantize import Scheme, quantize
 from pipeline.safetensors_headers import read_model
@@ -54,7 +55,7 @@ def make(tmp_path: Path, run_worker: Workers) -> Make:
             lines.append,
         )
         # What the planner says of the scheme, from the source's headers alone: all but the file's own header.
-        planned = quantized("x", Scheme.model_validate(scheme), read_model(DEMO / "model"))
+        planned = quantized("x", Scheme.model_validate(scheme), describe_folder(DEMO / "model").model)
         assert planned.bytes == sum(tensor.bytes for tensor in read_model(output).values())
         assert planned.bytes == pytest.approx((output / "model.safetensors").stat().st_size, rel=0.01)
         log = (scratch / "output.log").read_text(errors="replace").replace("\r", "\n")

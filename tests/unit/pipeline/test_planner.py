@@ -17,6 +17,7 @@ from containers.gpu_models import GpuDataError, find_gpu, known_gpus, price_sour
 from evals.load import Memory
 from homes import DEMO
 from pipeline.commands import planning
+from pipeline.compatibility.description import ModelDescription
 from pipeline.errors import PlanError
 from pipeline.planner import asking
 from pipeline.planner.before import foresee
@@ -51,8 +52,8 @@ def facts_of(name: str, **changes: object) -> ModelFacts:
     return read_facts({**PUBLIC[name]["config"], **changes})
 
 
-def tensors_of(config: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a Llama, as its checkpoints' headers have them."""
+def model_of(config: dict[str, Any]) -> ModelDescription:
+    """A Llama, as its checkpoints' headers describe it."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     kv = config["num_key_value_heads"] * hidden // config["num_attention_heads"]
     layer = {
@@ -67,7 +68,8 @@ def tensors_of(config: dict[str, Any]) -> dict[str, Tensor]:
     }
     shapes |= dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (config["vocab_size"], hidden))
     shapes["model.norm.weight"] = (hidden,)
-    return {name: Tensor("BF16", shape, 0, 2 * math.prod(shape), Path("x")) for name, shape in shapes.items()}
+    tensors = {name: Tensor("BF16", shape, 0, 2 * math.prod(shape), Path("x")) for name, shape in shapes.items()}
+    return ModelDescription(config, tensors)
 
 
 # The cache
@@ -122,12 +124,64 @@ def test_which_layers_slide_is_read_as_each_architecture_says_it(changes: dict[s
         ({"layer_types": ["linear_attention"] * 32}, "`linear_attention`"),
         ({"layer_types": ["full_attention"]}, "1 of them for 32 layers"),
         ({"num_hidden_layers": None}, "`num_hidden_layers`"),
-        ({"mamba_d_state": 16}, "state instead of a cache"),
+        ({"mamba_d_state": 16}, "`mamba_d_state`, of layers with a state"),
+        ({"hybrid_layer_pattern": [0, 1] * 16}, "`hybrid_layer_pattern`"),
+        ({"num_key_value_heads": [8, 8]}, "`num_key_value_heads` .*expected a number, or a list of 32"),
+        ({"intermediate_size": {"0": 256}}, "`intermediate_size` .*expected a number"),
+        ({"num_attention_heads": "32"}, "`num_attention_heads` .*expected a number"),
+        ({"num_local_experts": 4, "mlp_only_layers": 3}, "`mlp_only_layers` 3: expected a list"),
+        ({"sliding_window": 1.5}, "`sliding_window` 1.5"),
+        ({"layer_types": "full_attention"}, "0 of them for 32 layers"),
+        ({"num_hidden_layers": 10**9}, "1,000,000,000 layers"),
     ],
 )
 def test_what_is_not_known_is_refused_instead_of_guessed(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(PlanError, match=reason):
         facts_of("llama-3.1-8b", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "numbers"),
+    [
+        ({"num_key_value_heads": [8] * 16 + [4] * 16}, 16 * (8 + 4) * 2 * 128),
+        ({"num_key_value_heads": None}, 32 * 32 * 2 * 128),
+        ({"intermediate_size": [8192] * 32}, 32 * 8 * 2 * 128),
+        ({"head_dim": None, "sliding_window": None, "layer_types": None}, 32 * 8 * 2 * 128),
+        ({"num_kv_shared_layers": 12}, 20 * 8 * 2 * 128),
+    ],
+)
+def test_numbers_may_be_null_or_one_for_each_layer(changes: dict[str, Any], numbers: int) -> None:
+    assert facts_of("llama-3.1-8b", **changes).kv_bytes_per_token() == 2 * numbers
+
+
+@pytest.mark.parametrize(
+    ("changes", "expert_layers"),
+    [
+        ({"moe_layer_freq": [0] + [1] * 31}, 31),
+        ({"moe_layer_freq": 2, "first_k_dense_replace": None}, 16),
+        ({"moe_layers": [1, 3, 5]}, 3),
+        ({"interleave_moe_layer_step": 2, "decoder_sparse_step": 0}, 16),
+        ({"mlp_only_layers": None}, 32),
+    ],
+)
+def test_the_layers_with_experts_are_counted_as_each_architecture_lists_them(
+    changes: dict[str, Any], expert_layers: int
+) -> None:
+    facts = facts_of("llama-3.1-8b", num_local_experts=4, num_experts_per_tok=2, **changes)
+    assert facts.expert_layers == expert_layers
+
+
+@pytest.mark.parametrize("rotary", [[1, 1, 1, 0] * 8, [], None])
+def test_llama_4_chunks_the_layers_with_rotary_positions(rotary: list[int] | None) -> None:
+    changes = {"model_type": "llama4_text", "attention_chunk_size": 8192, "no_rope_layers": rotary}
+    layers = facts_of("llama-3.1-8b", **changes).layers
+    assert [layer.window for layer in layers] == [8192, 8192, 8192, None] * 8
+
+
+def test_a_head_is_tied_where_the_class_ties_it() -> None:
+    config = {key: value for key, value in PUBLIC["gemma-3-1b"]["config"].items() if key != "tie_word_embeddings"}
+    assert read_facts(config).tied is True
+    assert read_facts({**config, "tie_word_embeddings": False}).tied is False
 
 
 def test_a_multimodal_models_text_part_counts() -> None:
@@ -139,8 +193,8 @@ def test_a_multimodal_models_text_part_counts() -> None:
 
 
 def test_seventy_billion_weights_are_141_gb_at_16_bits_and_40_at_4() -> None:
-    tensors = tensors_of(PUBLIC["llama-3.1-70b"]["config"])
-    half, packed = unquantized(tensors), quantized("awq", AWQ, tensors)
+    model = model_of(PUBLIC["llama-3.1-70b"]["config"])
+    half, packed = unquantized(model), quantized("awq", AWQ, model)
     assert half.numbers == 70_553_706_496
     assert half.bytes == 141_107_412_992
     bare = packed.quantized * 4 / 8
@@ -155,11 +209,11 @@ def test_seventy_billion_weights_are_141_gb_at_16_bits_and_40_at_4() -> None:
 def test_a_scheme_takes_the_checkpoints_bytes_exactly(
     tmp_path: Path, method: Literal["awq", "gptq"], backend: Literal["autoawq", "gptqmodel"], group_size: int
 ) -> None:
-    source = read_model(checkpoints.write_source(tmp_path / "source"))
+    source = describe_folder(checkpoints.write_source(tmp_path / "source")).model
     made = read_model(checkpoints.write_quantized(tmp_path / "made", method, 4, group_size))
     planned = quantized("x", Scheme(method=method, backend=backend, group_size=group_size), source)
     assert planned.bytes == sum(tensor.bytes for tensor in made.values())
-    assert unquantized(source).bytes == sum(tensor.bytes for tensor in source.values())
+    assert unquantized(source).bytes == sum(tensor.bytes for tensor in source.tensors.values())
 
 
 def test_what_is_stored_in_8_bits_is_served_in_8_and_its_scales_are_no_weights() -> None:
@@ -168,7 +222,7 @@ def test_what_is_stored_in_8_bits_is_served_in_8_and_its_scales_are_no_weights()
         "model.layers.0.mlp.up_proj.weight_scale_inv": Tensor("F32", (1, 1), 4096, 4100, Path("x")),
         "model.embed_tokens.weight": Tensor("BF16", (8, 64), 4100, 5124, Path("x")),
     }
-    found = unquantized(tensors)
+    found = unquantized(ModelDescription({}, tensors))
     assert (found.bytes, found.numbers) == (4096 + 2 + 1024, 4096 + 512)
 
 
@@ -192,19 +246,19 @@ def fit(name: str, gpu: str, weights: Weights, workload: Workload) -> tuple[Dema
 
 
 def test_seventy_billion_weights_need_four_h100_at_16_bits_and_one_at_4() -> None:
-    tensors = tensors_of(PUBLIC["llama-3.1-70b"]["config"])
+    model = model_of(PUBLIC["llama-3.1-70b"]["config"])
     workload = Workload(context=4096, concurrency=8)
-    half, fits = fit("llama-3.1-70b", "H100", unquantized(tensors), workload)
+    half, fits = fit("llama-3.1-70b", "H100", unquantized(model), workload)
     assert (half.tensor_parallel, fits) == (4, True)
-    packed, fits = fit("llama-3.1-70b", "H100", quantized("awq", AWQ, tensors), workload)
+    packed, fits = fit("llama-3.1-70b", "H100", quantized("awq", AWQ, model), workload)
     assert (packed.tensor_parallel, fits) == (1, True)
-    none, fits = fit("llama-3.1-70b", "T4", unquantized(tensors), workload)
+    none, fits = fit("llama-3.1-70b", "T4", unquantized(model), workload)
     assert (none.tensor_parallel, fits) == (8, False)
 
 
 def test_no_size_divides_what_it_cannot() -> None:
-    tensors = tensors_of(PUBLIC["llama-3.1-8b"]["config"])
-    half, packed = unquantized(tensors), quantized("awq", AWQ, tensors)
+    model = model_of(PUBLIC["llama-3.1-8b"]["config"])
+    half, packed = unquantized(model), quantized("awq", AWQ, model)
     assert list(tensor_parallel_sizes(facts_of("llama-3.1-8b"), half)) == [1, 2, 4, 8]
     assert list(tensor_parallel_sizes(facts_of("llama-3.1-8b"), packed)) == [1, 2, 4, 8]
     # Qwen2.5 72B: 29,568 = 231 * 128, so that groups of 128 can't be divided in two.
@@ -219,7 +273,7 @@ def test_the_activations_are_about_what_vllm_reported() -> None:
 
 def test_the_cache_takes_what_the_rest_leaves_and_not_one_request_more() -> None:
     facts, gpu = facts_of("llama-3.1-8b"), find_gpu("L4")
-    weights = quantized("awq", AWQ, tensors_of(PUBLIC["llama-3.1-8b"]["config"]))
+    weights = quantized("awq", AWQ, model_of(PUBLIC["llama-3.1-8b"]["config"]))
     workload = Workload(context=8192, concurrency=1)
     most = most_requests(facts, demand(facts, weights, gpu, workload, 1), gpu, workload)
     full = Workload(context=8192, concurrency=most)
@@ -234,7 +288,7 @@ def test_the_cache_takes_what_the_rest_leaves_and_not_one_request_more() -> None
 
 def test_one_request_is_bound_by_bandwidth_and_many_by_arithmetic() -> None:
     facts, gpu = facts_of("llama-3.1-8b"), find_gpu("H100")
-    weights = unquantized(tensors_of(PUBLIC["llama-3.1-8b"]["config"]))
+    weights = unquantized(model_of(PUBLIC["llama-3.1-8b"]["config"]))
     one = roofline(facts, weights, gpu, Workload(context=2, concurrency=1), 1)
     # 3,350 GB/s over 15.0 GB that a step reads (the embedding is looked up).
     assert one.one_request == pytest.approx(3350 / 15.01, rel=0.01)
@@ -250,8 +304,8 @@ def test_one_request_is_bound_by_bandwidth_and_many_by_arithmetic() -> None:
 
 
 def test_a_plan_says_it_as_it_is() -> None:
-    tensors = tensors_of(PUBLIC["llama-3.1-70b"]["config"])
-    weights = [unquantized(tensors), quantized("awq", AWQ, tensors)]
+    model = model_of(PUBLIC["llama-3.1-70b"]["config"])
+    weights = [unquantized(model), quantized("awq", AWQ, model)]
     plan = make_plan("m", facts_of("llama-3.1-70b"), weights, [find_gpu("H100")], Workload(4096, 16), download_bytes=1)
     document = json.loads(json.dumps(plan.document()))
     assert document["schemes"][0]["weights_bytes"] == 141_107_412_992
@@ -271,11 +325,11 @@ def test_a_hubs_model_is_planned_without_its_weights(tmp_path: Path) -> None:
     with hub_server.serving(files) as hub:
         found = describe(resolve(f"hf://{hub_server.REPOSITORY}", endpoint=hub.endpoint))
         asked = [wanted for _, path, wanted, _ in hub.seen if path.endswith(".safetensors")]
-    assert {name: tensor.shape for name, tensor in found.tensors.items()} == {
-        **{name: tensor.shape for name, tensor in local.tensors.items()},
+    assert {name: tensor.shape for name, tensor in found.model.tensors.items()} == {
+        **{name: tensor.shape for name, tensor in local.model.tensors.items()},
         "big": (4_000_000,),
     }
-    assert found.config == local.config
+    assert found.model.config == local.model.config
     assert asked == ["bytes=0-131071"]
 
 
@@ -302,7 +356,7 @@ def test_a_header_longer_than_the_first_read_is_fetched_whole(tmp_path: Path) ->
     with hub_server.serving(files) as hub:
         found = describe(resolve(f"hf://{hub_server.REPOSITORY}", endpoint=hub.endpoint))
     assert len(raw) > 131072
-    assert len(found.tensors) == 1500
+    assert len(found.model.tensors) == 1500
 
 
 def test_a_damaged_header_is_said_to_be_one(tmp_path: Path) -> None:

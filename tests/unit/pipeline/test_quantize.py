@@ -9,7 +9,7 @@ import checkpoints
 import pytest
 from pydantic import ValidationError
 
-from pipeline.errors import CheckpointError, QuantizeError
+from pipeline.errors import CheckpointError, QuantizeError, UnsupportedModelError
 from pipeline.quantize import Scheme, backend_of, quantize
 
 AWQ = {"method": "awq", "backend": "autoawq", "group_size": 32}
@@ -159,13 +159,13 @@ def test_longer_samples_than_the_model_has_positions_are_refused(
 def test_a_group_size_that_does_not_divide_the_model_is_refused(
     tmp_path: Path, source: Path, calibration: Path
 ) -> None:
-    with pytest.raises(QuantizeError, match="`group_size` 128 doesn't divide the model's `hidden_size` of 64"):
+    with pytest.raises(UnsupportedModelError, match=r"`group_size` 128 does not divide the 64 inputs.* use 32 or 64"):
         run(tmp_path, source, calibration, AWQ | {"group_size": 128}, Worker())
 
 
 def test_a_quantized_source_is_refused(tmp_path: Path, calibration: Path) -> None:
     source = checkpoints.write_quantized(tmp_path / "source")
-    with pytest.raises(QuantizeError, match="already quantized"):
+    with pytest.raises(UnsupportedModelError, match="already quantized"):
         run(tmp_path, source, calibration, AWQ, Worker())
 
 

@@ -1,0 +1,131 @@
+"""Refuse in the first second what would fail after an hour: a scheme that its backend or its format can't do.
+
+A fast function over config.json and headers. `plan` asks it, `release` does before it starts a worker, and the stage
+that quantizes does again, since Dagster may run it alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from pipeline.compatibility import backends
+from pipeline.compatibility.description import ModelDescription, in_layer
+from pipeline.errors import QuantizeError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from pipeline.quantize import Scheme
+
+_NAMES = {"autoawq": "AutoAWQ", "gptqmodel": "GPTQModel", "autogptq": "AutoGPTQ"}
+# Its classes keep a linear's weight as [in, out] (transformers' Conv1D); the packed layouts here are of [out, in].
+_TRANSPOSED = frozenset({"gpt2"})
+# How many names a message gives.
+_NAMED = 3
+
+
+def check(model: ModelDescription, scheme: Scheme) -> None:
+    """Refuse a scheme that can't be made of this model.
+
+    Raises:
+        UnsupportedModelError: listing every reason, with the backend or the group sizes that can.
+    """
+    if problems := find_problems(model, scheme):
+        raise UnsupportedModelError("; ".join(problems))
+
+
+def find_problems(model: ModelDescription, scheme: Scheme) -> list[str]:
+    """Return why ``scheme`` can't be made of ``model``, each with what to do; empty where it can."""
+    stored = list(_stored(model))
+    if stored:
+        return stored
+    refused = list(_by_backend(model, scheme.backend))
+    if refused:
+        reasons = "; ".join(refused)
+        said = f"{_NAMES[scheme.backend]} can't quantize `{model.architecture}`: {reasons}"
+        refused = [f"{said}: {_alternative(model, scheme.method)}"]
+    return refused + list(_widths(model, scheme))
+
+
+def _stored(model: ModelDescription) -> Iterator[str]:
+    """What no backend can do anything about."""
+    if found := model.quantized_dtypes:
+        name, dtype = next(iter(found.items()))
+        yield f"the source is already quantized (`{name}` is {dtype}): name the model that it was made from"
+    elif model.architecture in _TRANSPOSED:
+        yield f"`{model.architecture}` stores its linear layers transposed, which no packed format here describes"
+    elif not model.linears and not model.fused_experts:
+        yield "the source has no linear layer in any numbered layer: nothing to quantize"
+
+
+def _by_backend(model: ModelDescription, backend: str) -> Iterator[str]:
+    """Why one backend can't do the model."""
+    known = backends.known_architecture(backend, model.architecture)
+    if known is None:
+        version = backends.transformers_version(backend)
+        yield f"it does not know this architecture (its transformers is {version})"
+        return
+    if model.fused_experts:
+        yield f"experts are stored as one tensor ({_some(model.fused_experts)}), which no packed format here has"
+    if model.drafting:
+        yield f"it drops the layers that draft tokens ({_some(model.drafting)})"
+    left = [name for name in model.linears if not known.packs(in_layer(name))]
+    if left:
+        yield f"it leaves {len(left)} of {len(model.linears)} linear layers at 16 bits or renames them ({_some(left)})"
+    spoiled = sorted(name for name in model.routers if known.packs(in_layer(name)))
+    if spoiled:
+        yield f"it would quantize the routers too ({_some(spoiled)})"
+    if backend in backends.ARCHIVED:
+        yield from _newer_configuration(model, known)
+
+
+def _newer_configuration(model: ModelDescription, known: backends.KnownArchitecture) -> Iterator[str]:
+    """What config.json says in words that the backend's transformers does not know."""
+    if known.experts_key is not None and known.experts_key not in model.config:
+        yield f"config.json has no `{known.experts_key}`, where its transformers reads the number of experts"
+    try:
+        backends.older_config(model.config)
+    except QuantizeError as error:
+        yield str(error)
+
+
+def _alternative(model: ModelDescription, method: str) -> str:
+    """Name a backend that can do the model: for this method, or else for the other one."""
+    for other in (method, *(name for name in backends.METHODS if name != method)):
+        for backend in backends.METHODS[other]:
+            if not any(_by_backend(model, backend)):
+                chosen = "" if other == method else f"`method: {other}` with "
+                return f"use {chosen}`backend: {backend}`"
+    return "no backend here can; choose another model"
+
+
+def _widths(model: ModelDescription, scheme: Scheme) -> Iterator[str]:
+    """Groups must divide every linear's inputs, and 32-bit words hold whole numbers of weights."""
+    sizes = backends.GROUP_SIZES[scheme.method]
+    size = scheme.group_size
+    ragged = [name for name, weight in model.linears.items() if size > 0 and weight.shape[1] % size]
+    if ragged:
+        widths = {weight.shape[1] for weight in model.linears.values()}
+        fitting = [each for each in sizes if each == -1 or all(width % each == 0 for width in widths)]
+        told = f"use {_either(fitting)}" if fitting else f"no `group_size` of {scheme.method} does, use another method"
+        yield (
+            f"`group_size` {size} does not divide the {model.linears[ragged[0]].shape[1]} inputs of "
+            f"{_some(ragged)}: {told}"
+        )
+    packed_axis = 0 if scheme.method == "awq" else 1
+    uneven = [name for name, weight in model.linears.items() if weight.shape[packed_axis] * scheme.bits % 32]
+    if uneven:
+        what = "outputs" if scheme.method == "awq" else "inputs"
+        width = model.linears[uneven[0]].shape[packed_axis]
+        yield f"the {width} {what} of {_some(uneven)} at {scheme.bits} bits do not fill whole 32-bit words"
+
+
+def _either(values: Sequence[int]) -> str:
+    words = [str(value) for value in values]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _some(names: Iterable[str]) -> str:
+    """Up to three names, and how many more there are."""
+    listed = list(names)
+    shown = ", ".join(f"`{name}`" for name in listed[:_NAMED])
+    return shown if len(listed) <= _NAMED else f"{shown} and {len(listed) - _NAMED} more"

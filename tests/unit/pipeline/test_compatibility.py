@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from click.testing import CliRunner
+from safetensors.numpy import save_file
+
+from homes import DEMO, SLIPWAY
+from pipeline.cli import main
+from pipeline.compatibility import backends, preflight
+from pipeline.compatibility.description import ModelDescription
+from pipeline.errors import UnsupportedModelError
+from pipeline.planner.before import foresee
+from pipeline.planner.sources import describe_folder
+from pipeline.quantize import Scheme
+from pipeline.safetensors_headers import Tensor
+from pipeline.settings import Settings
+from pipeline.show import USAGE
+from pipeline.spec import load
+
+DATA = Path(__file__).parents[2] / "data"
+FAMILIES: dict[str, Any] = json.loads((DATA / "model_families.json").read_text())["families"]
+_DTYPES = {"F16": np.float16, "F32": np.float32}
+
+
+def write_family(folder: Path, family: str, **changes: object) -> Path:
+    """Write a model of a family, with zeros for weights, as transformers names and shapes them."""
+    described = FAMILIES[family]
+    folder.mkdir(parents=True)
+    weights = {name: np.zeros(shape, _DTYPES[dtype]) for name, (dtype, *shape) in described["tensors"].items()}
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({**described["config"], **changes}))
+    (folder / "tokenizer.json").write_text((DEMO / "model" / "tokenizer.json").read_text())
+    return folder
+
+
+def scheme_of(method: str, backend: str, **more: object) -> Scheme:
+    return Scheme.model_validate({"method": method, "backend": backend, "group_size": 32, **more})
+
+
+def model_of(family: str, tmp_path: Path, **changes: object) -> ModelDescription:
+    return describe_folder(write_family(tmp_path / "model", family, **changes)).model
+
+
+PAIRS = [(method, backend) for method, named in backends.METHODS.items() for backend in named]
+# What each backend can do, by family; what it can't has a word of the reason, and what to do.
+DENSE = {"llama", "qwen2"}
+ABLE = {
+    ("awq", "autoawq"): DENSE | {"qwen3", "phi3", "mixtral", "gemma2", "deepseek_v3"},
+    ("awq", "gptqmodel"): DENSE | {"qwen3", "ministral3", "gemma2", "gemma3_text", "qwen3_moe", "deepseek_v3"},
+    ("gptq", "gptqmodel"): DENSE | {"qwen3", "ministral3", "gemma2", "gemma3_text", "qwen3_moe", "deepseek_v3"},
+    ("gptq", "autogptq"): DENSE | {"mixtral"},
+}
+
+
+@pytest.mark.parametrize(("method", "backend"), PAIRS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_accepted_or_refused_from_its_headers(
+    family: str, method: str, backend: str, tmp_path: Path
+) -> None:
+    found = preflight.find_problems(model_of(family, tmp_path), scheme_of(method, backend))
+    assert (found == []) == (family in ABLE[method, backend]), found
+    if found:
+        able = [other for other in backends.METHODS[method] if family in ABLE[method, other]]
+        assert (
+            f"use `backend: {able[0]}`" in found[0] if able else "use `method" in found[0] or "no backend" in found[0]
+        )
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme", "reason"),
+    [
+        ("qwen3_5_text", ("gptq", "gptqmodel"), "`model.layers.0.linear_attn.in_proj_a`"),
+        ("llama4_text", ("gptq", "gptqmodel"), "`model.layers.0.feed_forward.experts.down_proj`"),
+        ("gpt_oss", ("gptq", "gptqmodel"), "`model.layers.0.mlp.experts.down_proj`"),
+        ("phi3", ("gptq", "gptqmodel"), "`model.layers.0.mlp.gate_up_proj`.*use `method: awq` with `backend: autoawq`"),
+        ("mixtral", ("gptq", "gptqmodel"), "experts.0.w1`.*use `backend: autogptq`"),
+        ("qwen3_moe", ("awq", "autoawq"), "the routers too.*no `num_experts`.*use `backend: gptqmodel`"),
+        ("ministral3", ("awq", "autoawq"), "does not know this architecture.*use `backend: gptqmodel`"),
+    ],
+)
+def test_a_refusal_names_the_layers_and_who_can(
+    family: str, scheme: tuple[str, str], reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=reason):
+        preflight.check(model_of(family, tmp_path), scheme_of(*scheme))
+
+
+# What stands in the headers
+
+
+@pytest.mark.parametrize(
+    ("scheme", "reason"),
+    [
+        ({"method": "awq", "backend": "gptqmodel", "group_size": 128}, "192 inputs of `.*down_proj`.*: use 32 or 64$"),
+        ({"method": "gptq", "backend": "gptqmodel", "group_size": 128}, "use -1, 16, 32 or 64$"),
+        ({"method": "gptq", "backend": "gptqmodel", "group_size": 64}, None),
+        ({"method": "gptq", "backend": "gptqmodel", "group_size": -1}, None),
+    ],
+)
+def test_groups_must_divide_every_linears_inputs(scheme: dict[str, Any], reason: str | None) -> None:
+    config = FAMILIES["llama"]["config"]
+    narrow = ModelDescription(config, {
+        "model.layers.0.mlp.up_proj.weight": Tensor("BF16", (192, 128), 0, 0, Path("x")),
+        "model.layers.0.mlp.down_proj.weight": Tensor("BF16", (128, 192), 0, 0, Path("x")),
+    })  # fmt: skip
+    found = preflight.find_problems(narrow, Scheme.model_validate(scheme))
+    assert len(found) == (reason is not None)
+    assert reason is None or re.search(reason, found[0])
+
+
+@pytest.mark.parametrize("left", [{"quant_method": "bitsandbytes", "load_in_4bit": True}, None, {}])
+def test_a_quantization_config_beside_16_bit_weights_says_nothing(left: object, tmp_path: Path) -> None:
+    model = model_of("llama", tmp_path, quantization_config=left)
+    assert preflight.find_problems(model, scheme_of("awq", "autoawq")) == []
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "U8", "I32", "F4"])
+def test_weights_of_fewer_bits_are_quantized_whatever_the_configuration_says(dtype: str, tmp_path: Path) -> None:
+    model = model_of("llama", tmp_path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors = {**model.tensors, name: Tensor(dtype, (256, 128), 0, 0, Path("x"))}
+    (problem,) = preflight.find_problems(ModelDescription(model.config, tensors), scheme_of("awq", "autoawq"))
+    assert f"already quantized (`{name}` is {dtype})" in problem
+
+
+def test_layers_that_draft_tokens_are_told_from_the_decoders(tmp_path: Path) -> None:
+    model = model_of("deepseek_v3", tmp_path)
+    tensors = {**model.tensors, "model.layers.2.eh_proj.weight": Tensor("F16", (128, 256), 0, 0, Path("x"))}
+    drafting = ModelDescription(model.config, tensors)
+    assert drafting.linears == model.linears
+    (problem,) = preflight.find_problems(drafting, scheme_of("gptq", "gptqmodel"))
+    assert "`model.layers.2.eh_proj.weight`" in problem
+
+
+def test_towers_routers_and_norms_are_no_linears(tmp_path: Path) -> None:
+    model = model_of("qwen3_moe", tmp_path)
+    tower = {"vision_tower.layers.0.mlp.up_proj.weight": Tensor("F16", (64, 64), 0, 0, Path("x"))}
+    found = ModelDescription(model.config, {**model.tensors, **tower})
+    assert found.routers == {"model.layers.0.mlp.gate", "model.layers.1.mlp.gate"}
+    assert not any("vision" in name or "norm" in name or name.endswith("mlp.gate") for name in found.linears)
+
+
+# The commands
+
+
+def write_model_file(folder: Path, source: Path, schemes: dict[str, Any]) -> Path:
+    document = yaml.safe_load((DEMO.parent / "demo.yaml").read_text().replace("file:demo", f"file:{DEMO}"))
+    document |= {"model": "tiny", "source": {"uri": f"file:{source}"}, "schemes": schemes}
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+MINISTRAL = {
+    "awq": {"method": "awq", "backend": "autoawq", "group_size": 32},
+    "gptq": {"method": "gptq", "backend": "gptqmodel", "group_size": 32},
+}
+
+
+@pytest.mark.parametrize("schemes", [["awq"], ["awq", "gptq"]])
+def test_a_release_is_refused_before_anything_is_made(schemes: list[str], tmp_path: Path) -> None:
+    path = write_model_file(tmp_path, write_family(tmp_path / "source", "ministral3"), MINISTRAL)
+    settings = Settings.read({"SLIPWAY_HOME": str(tmp_path / "home")})
+    with pytest.raises(UnsupportedModelError, match=r"`schemes.awq`: AutoAWQ .*use `backend: gptqmodel`"):
+        foresee(load(path), schemes, settings, print)
+    assert not (tmp_path / "home" / "artifacts").exists()
+
+
+def test_a_release_begins_in_the_schemes_that_can_be_made(tmp_path: Path) -> None:
+    path = write_model_file(tmp_path, write_family(tmp_path / "source", "ministral3"), MINISTRAL)
+    lines: list[str] = []
+    foresee(load(path), ["gptq"], Settings.read({"SLIPWAY_HOME": str(tmp_path / "home")}), lines.append)
+    assert [line for line in lines if line.startswith("plan: gptq takes")]
+
+
+def test_a_model_that_cannot_be_planned_may_still_be_released(tmp_path: Path) -> None:
+    source = write_family(tmp_path / "source", "llama", max_window_layers="all", sliding_window="none")
+    path = write_model_file(tmp_path, source, MINISTRAL)
+    lines: list[str] = []
+    assert foresee(load(path), ["awq"], Settings.read({"SLIPWAY_HOME": str(tmp_path / "home")}), lines.append) is None
+    assert lines == [
+        'no plan: config.json has `sliding_window` "none": expected a number, or a list of 2 with one for each layer'
+    ]
+
+
+def test_release_ends_with_the_status_of_a_wrong_model_file(tmp_path: Path) -> None:
+    path = write_model_file(tmp_path, write_family(tmp_path / "source", "gpt_oss"), MINISTRAL)
+    environment = {
+        "PATH": os.environ["PATH"],
+        "SLIPWAY_HOME": str(tmp_path / "home"),
+        "DOCKER_HOST": f"unix://{tmp_path}/none.sock",
+    }
+    done = subprocess.run([SLIPWAY, "release", path], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == USAGE, done.stderr
+    assert "error: `schemes.awq`" in done.stderr
+    assert "`schemes.gptq`" in done.stderr
+    assert "model.layers.0.mlp.experts.down_proj" in done.stderr
+
+
+def test_plan_tells_what_is_refused_beside_what_it_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLIPWAY_HOME", str(tmp_path / "home"))
+    source = write_family(tmp_path / "source", "ministral3")
+    path = write_model_file(tmp_path, source, MINISTRAL)
+    planned = CliRunner().invoke(main, ["plan", str(path), "--gpu", "L4", "--json"])
+    assert planned.exit_code == USAGE
+    document = json.loads(planned.stdout)
+    assert [scheme["scheme"] for scheme in document["schemes"]] == ["fp16", "gptq"]
+    assert list(document["refused"]) == ["awq"]
+    # A source without a model's file gets the schemes that can be made of it.
+    proposed = CliRunner().invoke(main, ["plan", f"file:{source}", "--gpu", "L4"])
+    assert proposed.exit_code == 0, proposed.output
+    assert "awq" in proposed.stdout
+    assert "refused" not in proposed.stdout
+
+
+def test_plan_refuses_what_it_can_neither_plan_nor_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLIPWAY_HOME", str(tmp_path / "home"))
+    path = write_model_file(tmp_path, write_family(tmp_path / "source", "qwen3_5_text"), MINISTRAL)
+    refused = CliRunner().invoke(main, ["plan", str(path), "--gpu", "L4"])
+    assert refused.exit_code == USAGE
+    assert "`schemes.gptq`: GPTQModel can't quantize `qwen3_5_text`" in refused.stderr
