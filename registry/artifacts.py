@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
     from registry.server import Server
+
+# No release has more, see `registry.manifest.BOUNDS`.
+_MOST_ENTRIES, _MOST_DEPTH = 20_000, 16
+_LIST_SECONDS = 300.0
 
 
 class Artifacts(Protocol):
@@ -111,6 +116,25 @@ def _chunks(stored: Artifacts, name: str) -> Iterator[memoryview]:
         pause(name, attempt, why)
 
 
+def _walked(listed: Callable[[str], Iterator[tuple[str, bool]]]) -> list[str]:
+    """List every file below a version's folder, ``""``; ``listed`` gives the paths in one and what is a folder.
+
+    Raises:
+        TrackingError: There are more, or deeper ones, than any release has: a listing without end.
+    """
+    found: list[str] = []
+    folders, seen, deadline = [""], 0, time.monotonic() + _LIST_SECONDS
+    while folders:
+        for path, is_folder in listed(folders.pop()):
+            seen += 1
+            if seen > _MOST_ENTRIES or path.count("/") >= _MOST_DEPTH or time.monotonic() > deadline:
+                raise TrackingError(
+                    f"the version's files are listed without end: stopped after {seen}, at `{path[:100]}`"
+                )
+            (folders if is_folder else found).append(path)
+    return sorted(found)
+
+
 class LocalArtifacts:
     """Files in a folder of this machine; those that are cold (`registry.tiers`) come from where they are kept."""
 
@@ -162,14 +186,12 @@ class ServerArtifacts:
 
     def names(self) -> list[str]:
         """List every file, folder by folder."""
-        found: list[str] = []
-        folders = [""]
-        while folders:
-            folder = folders.pop()
+
+        def listed(folder: str) -> Iterator[tuple[str, bool]]:
             for entry in self._server.list_proxied(f"{self._root}/{folder}".rstrip("/")):
-                path = f"{folder}/{entry['path']}".lstrip("/")
-                (folders if entry["is_dir"] else found).append(path)
-        return sorted(found)
+                yield f"{folder}/{entry['path']}".lstrip("/"), entry["is_dir"]
+
+        return _walked(listed)
 
     @contextmanager
     def open(self, name: str, start: int = 0) -> Iterator[tuple[Reader, int]]:
@@ -202,12 +224,12 @@ class MlflowArtifacts:
 
     def names(self) -> list[str]:
         """List every file, folder by folder."""
-        found: list[str] = []
-        folders: list[str | None] = [None]
-        while folders:
-            for entry in self._repository.list_artifacts(folders.pop()):
-                (folders if entry.is_dir else found).append(entry.path)
-        return sorted(found)
+
+        def listed(folder: str) -> Iterator[tuple[str, bool]]:
+            for entry in self._repository.list_artifacts(folder or None):
+                yield entry.path, entry.is_dir
+
+        return _walked(listed)
 
     @contextmanager
     def open(self, name: str, start: int = 0) -> Iterator[tuple[Reader, int]]:

@@ -25,6 +25,8 @@ MODEL_TAG = "slipway.model"
 TURNS = "slipway-turns."
 """What the name of a queue of promoters begins with (see `registry.turns`); it is no release line."""
 
+_MOST_ENTRIES = 100_000
+
 
 @dataclass(frozen=True)
 class Version:
@@ -214,15 +216,22 @@ def only_version(backend: Backend, name: str, number: str) -> Version:
 
 
 def pages(search: Any, **options: Any) -> list[Any]:  # noqa: ANN401 - MLflow ships no types to us
-    """Return everything that one of MLflow's searches finds, page after page."""
+    """Return everything that one of MLflow's searches finds, page after page.
+
+    Raises:
+        TrackingError: The pages have no end.
+    """
     found: list[Any] = []
-    token = None
+    token, seen = None, set[str]()
     while True:
         page = search(page_token=token, **options)
         found += page
         token = page.token
         if not token:
             return found
+        if token in seen or len(found) > _MOST_ENTRIES:
+            raise TrackingError(f"MLflow lists without end: stopped after {len(found)}")
+        seen.add(token)
 
 
 @contextmanager

@@ -19,6 +19,8 @@ from registry.errors import RegistryError
 
 # A string, or the beginning of one that never ends. Possessive, so that nothing is read twice.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+# Some strings with what is between them, and never a part of one: what is counted at a time.
+_BLOCK = re.compile(rb'(?:[^"]++|' + _STRING.pattern + rb"){1,4096}+", re.DOTALL)
 _NOT_STRUCTURE = bytes(set(range(256)) - set(b"[]{},"))
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
@@ -61,11 +63,14 @@ def check_bounds(data: bytes, bounds: Bounds) -> None:
     openings = data.count(b"[") + data.count(b"{")
     if openings <= bounds.depth and openings + data.count(b",") < bounds.values:
         return
-    structure = _STRING.sub(b"", data).translate(None, _NOT_STRUCTURE)
-    brackets = structure.translate(None, b",")
-    values = len(structure) - structure.count(b"]") - structure.count(b"}") + 1
-    if values > bounds.values:
-        raise DocumentError(f"{values} values, of which at most {bounds.values} are read")
-    depth = max(itertools.accumulate(map(_STEP.__getitem__, brackets)), default=0)
-    if depth > bounds.depth:
-        raise DocumentError(f"nested {depth} deep, of which at most {bounds.depth} are read")
+    values, level = 1, 0
+    for block in _BLOCK.finditer(data):
+        structure = _STRING.sub(b"", block[0]).translate(None, _NOT_STRUCTURE)
+        brackets = structure.translate(None, b",")
+        opened = brackets.count(b"[") + brackets.count(b"{")
+        values += len(structure) - len(brackets) + opened
+        if values > bounds.values:
+            raise DocumentError(f"more than {bounds.values} values, which is as many as are read")
+        if max(itertools.accumulate(map(_STEP.__getitem__, brackets), initial=level)) > bounds.depth:
+            raise DocumentError(f"nested more than {bounds.depth} deep, which is as deep as is read")
+        level += 2 * opened - len(brackets)

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
+from registry.bounded_json import DocumentError, read_json
 from registry.certificates import Authority, signer_of
 from registry.errors import SigningError
-from registry.manifest import SIGNATURE, canonical_json
+from registry.manifest import BOUNDS, SIGNATURE, canonical_json
 from registry.provenance import STATEMENT
 from registry.signing import PublicKey, SigningKey, encoded
 
@@ -76,8 +76,8 @@ def sign_statement(statement: bytes, key: SigningKey) -> bytes:
 def is_bundle(data: bytes) -> bool:
     """Whether a signature file is a bundle, and not the bare envelope of the first releases."""
     try:
-        return "mediaType" in json.loads(data)
-    except (ValueError, TypeError, RecursionError):
+        return "mediaType" in read_json(data, BOUNDS)
+    except (DocumentError, TypeError):
         return False
 
 
@@ -88,12 +88,12 @@ def open_bundle(data: bytes, keys: Sequence[PublicKey], authorities: Sequence[Au
         SigningError: It is no bundle, by nobody who is trusted, or over other bytes.
     """
     try:
-        document = json.loads(data)
+        document = read_json(data, BOUNDS)
         envelope, material = document["dsseEnvelope"], document["verificationMaterial"]
         payload = base64.b64decode(envelope["payload"], validate=True)
         sig = base64.b64decode(envelope["signatures"][0]["sig"], validate=True)
         kind = envelope["payloadType"]
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise SigningError("not a signature: no Sigstore bundle with an envelope in it") from error
     if kind != IN_TOTO:
         raise SigningError(f"signs a `{kind}`, not an `{IN_TOTO}`")
@@ -106,8 +106,8 @@ def open_bundle(data: bytes, keys: Sequence[PublicKey], authorities: Sequence[Au
 def payload_of(data: bytes) -> bytes:
     """Return a bundle's statement, whoever signed it; nothing where it is no bundle."""
     try:
-        return base64.b64decode(json.loads(data)["dsseEnvelope"]["payload"], validate=True)
-    except (ValueError, KeyError, TypeError, RecursionError):
+        return base64.b64decode(read_json(data, BOUNDS)["dsseEnvelope"]["payload"], validate=True)
+    except (ValueError, KeyError, TypeError):
         return b""
 
 
@@ -118,13 +118,13 @@ def files_of(statement: bytes) -> dict[str, str]:
         SigningError: It is another kind of statement, or contradicts itself.
     """
     try:
-        document = json.loads(statement)
+        document = read_json(statement, BOUNDS)
         resources = document["predicate"]["resources"]
         found = {item["name"]: item["digest"] for item in resources if item["algorithm"] == "sha256"}
         root = hashlib.sha256(b"".join(bytes.fromhex(item["digest"]) for item in resources)).hexdigest()
         agrees = document["subject"][0]["digest"]["sha256"] == root and len(found) == len(resources)
         kinds = (document["_type"], document["predicateType"])
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise SigningError("what was signed is no statement over a model's files") from error
     if kinds != (STATEMENT, PREDICATE):
         raise SigningError(f"what was signed is a `{kinds[1]}`, not a `{PREDICATE}`")

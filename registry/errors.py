@@ -38,6 +38,10 @@ class NotFoundError(PullError):
     """No such release line, alias or version."""
 
 
+class ArgumentError(PullError):
+    """The reference or the destination can't be used as it was given; trying again changes nothing."""
+
+
 class DiskError(PullError):
     """The destination or the cache can't be written now: no space, or no permission."""
 

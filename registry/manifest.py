@@ -38,6 +38,7 @@ from pydantic import (
     model_validator,
 )
 
+from registry.bounded_json import Bounds, DocumentError, read_json
 from registry.errors import ManifestError
 from registry.verdict import Verdict
 
@@ -49,6 +50,9 @@ DOCUMENTS = (MANIFEST, SIGNATURE, PROVENANCE)
 """The files that a manifest does not list; releases signed by an Ed25519 key have no provenance."""
 EVIDENCE = "release/evidence"
 REPORT = "release/report.html"
+BOUNDS = Bounds(bytes=16 << 20, values=30_000, depth=16)
+"""What a manifest, a signature or a provenance may have: room for 7,000 files. It is read before anybody is trusted."""
+_MOST_SHOWN = 5
 REQUIRED_GATES = ("drift", "scan", "load")
 """The gates without which nothing is promoted."""
 
@@ -223,12 +227,12 @@ class Manifest(_Part):
             ManifestError: The bytes are no manifest of this version, or not in canonical form.
         """
         try:
-            document = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise ManifestError(f"`{MANIFEST}` is not JSON: {error}") from error
+            document = read_json(data, BOUNDS)
+        except DocumentError as error:
+            raise ManifestError(f"`{MANIFEST}` can't be read: {error}") from error
         schema = document.get("schema") if isinstance(document, dict) else None
         if schema != SCHEMA:
-            raise ManifestError(f"`schema` of the manifest is {schema!r}; this program reads `{SCHEMA}`")
+            raise ManifestError(f"`schema` of the manifest is {str(schema)[:60]!r}; this program reads `{SCHEMA}`")
         try:
             manifest = cls.model_validate_json(data)
         except ValidationError as error:
@@ -269,8 +273,10 @@ def utc_now() -> str:
 
 
 def _explained(error: ValidationError) -> str:
-    """Name every bad key with its path: ``quantizer.bits: Extra inputs are not permitted``."""
-    found = (
-        f"`{'.'.join(str(part) for part in detail['loc']) or 'manifest'}`: {detail['msg']}" for detail in error.errors()
-    )
-    return "; ".join(found)
+    """Name the first bad keys with their paths: ``quantizer.bits: Extra inputs are not permitted``."""
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
+    found = [
+        f"`{'.'.join(str(part) for part in detail['loc'])[:200] or 'manifest'}`: {detail['msg']}"
+        for detail in problems[:_MOST_SHOWN]
+    ]
+    return "; ".join(found) + (f"; and {len(problems) - _MOST_SHOWN} more" if len(problems) > _MOST_SHOWN else "")

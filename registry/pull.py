@@ -19,6 +19,7 @@ from registry.catalog import nearest
 from registry.destination import beside, discard, is_empty, sync, take_place
 from registry.download import Moved, download
 from registry.errors import (
+    ArgumentError,
     ManifestError,
     Problem,
     PullError,
@@ -165,7 +166,7 @@ def glance(reference: str, names: Collection[str], *, tracking_uri: str, trusted
 def _parsed(reference: str) -> tuple[str, str]:
     name, at, alias = reference.partition("@")
     if not name or (at and not alias) or "@" in alias or set(name + alias) & set("/\\:'\"` "):
-        raise PullError(f"`{reference}` names no release: write NAME or NAME@ALIAS, as in `demo-awq@champion`")
+        raise ArgumentError(f"`{reference}` names no release: write NAME or NAME@ALIAS, as in `demo-awq@champion`")
     return name, alias or CHAMPION
 
 
@@ -186,7 +187,9 @@ def _former(destination: Path) -> Manifest:
     try:
         return Manifest.parse((destination / MANIFEST).read_bytes())
     except (OSError, ManifestError) as error:
-        raise PullError(f"`{destination}` exists and is no release: give another destination, or remove it") from error
+        raise ArgumentError(
+            f"`{destination}` exists and is no release: give another destination, or remove it"
+        ) from error
 
 
 def _gathered(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, Self
 
 from registry.download import Reader
@@ -11,6 +12,8 @@ from registry.errors import TrackingError
 from registry.stream import stream
 
 _ADDRESS_SECONDS = 3600
+# As `registry.artifacts` has it.
+_MOST_ENTRIES = 20_000
 
 
 class S3Artifacts:
@@ -37,7 +40,9 @@ class S3Artifacts:
     def names(self) -> list[str]:
         """List every file."""
         pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=f"{self._root}/")
-        keys = [item["Key"] for page in pages for item in page.get("Contents", ())]
+        keys = [item["Key"] for item in islice(_contents(pages), _MOST_ENTRIES + 1)]
+        if len(keys) > _MOST_ENTRIES:
+            raise TrackingError(f"s3://{self._bucket}/{self._root} has more than {_MOST_ENTRIES} files: no release has")
         return sorted(key.removeprefix(f"{self._root}/") for key in keys if not key.endswith("/"))
 
     @contextmanager
@@ -47,3 +52,8 @@ class S3Artifacts:
         address = self._client.generate_presigned_url("get_object", Params=where, ExpiresIn=_ADDRESS_SECONDS)
         with stream(address, {}, start) as opened:
             yield opened
+
+
+def _contents(pages: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    for page in pages:
+        yield from page.get("Contents", ())

@@ -1,4 +1,9 @@
-"""An MLflow server, spoken to by its REST API (2.0) over one pool of connections, without importing MLflow."""
+"""An MLflow server, spoken to by its REST API (2.0) over one pool of connections, without importing MLflow.
+
+The server is not trusted: each answer is bounded in bytes, as sent (a compressed one, which nobody asked for, is
+refused), in values, in depth and in seconds, a list over all of its pages, and one of another form than MLflow's is a
+``TrackingError`` like any other.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Self
 from urllib.parse import quote, unquote, urlencode, urlsplit
@@ -14,11 +20,20 @@ import urllib3
 from urllib3.exceptions import HTTPError
 
 from registry.backend import Line, Version, aliases_by_version
+from registry.bounded_json import Bounds, DocumentError, read_json
 from registry.errors import RefusedError, TrackingError
 from registry.tracking import reach, shown
 
 _API = "/api/2.0/mlflow/"
 _CONNECT_SECONDS, _READ_SECONDS = 5.0, 60.0
+# Until an answer is whole, whatever trickles in.
+_ANSWER_SECONDS = 120.0
+# A page of 1,000 versions with their tags takes one or two megabytes, and a line's tags are its audit trail.
+_BOUNDS = Bounds(bytes=32 << 20, values=500_000, depth=16)
+_MOST_ENTRIES = 100_000
+_LIST_SECONDS = 300.0
+_CHUNK = 1 << 16
+_LONGEST_SHOWN = 500
 _BUSY = (429, 502, 503, 504)
 _ATTEMPTS = 6
 _REFUSED = {
@@ -26,6 +41,14 @@ _REFUSED = {
     " `MLFLOW_TRACKING_PASSWORD`",
     403: "does not permit it to this user, or not under this host name",
 }
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A whole answer: its status, and its bytes as they came."""
+
+    status: int
+    data: bytes
 
 
 class Server:
@@ -50,16 +73,18 @@ class Server:
 
     def names(self) -> list[str]:
         """Every registered model's name, sorted."""
-        return sorted(item["name"] for item in self._pages("registered-models/search", "registered_models"))
+        with self._understood():
+            return sorted(str(item["name"]) for item in self._pages("registered-models/search", "registered_models"))
 
     def line(self, name: str) -> Line | None:
         """The line, or None."""
         found = self._ask("GET", "registered-models/get", {"name": name}, absent="RESOURCE_DOES_NOT_EXIST")
         if found is None:
             return None
-        model = found["registered_model"]
-        aliases = {item["alias"]: str(item["version"]) for item in model.get("aliases", ())}
-        return Line(name, aliases, _tags(model))
+        with self._understood():
+            model = found["registered_model"]
+            aliases = {str(item["alias"]): str(item["version"]) for item in model.get("aliases", ())}
+            return Line(name, aliases, _tags(model))
 
     def versions(self, name: str) -> list[Version]:
         """Its versions, newest first."""
@@ -67,15 +92,17 @@ class Server:
         if line is None:
             return []
         aliases = aliases_by_version(line)
-        listed = self._pages("model-versions/search", "model_versions", filter=f"name='{name}'")
-        found = [self._version(item, aliases[str(item["version"])]) for item in listed]
-        return sorted(found, key=lambda version: -int(version.version))
+        with self._understood():
+            listed = self._pages("model-versions/search", "model_versions", filter=f"name='{name}'")
+            found = [self._version(item, aliases[str(item["version"])]) for item in listed]
+            return sorted(found, key=lambda version: -int(version.version))
 
     def version(self, name: str, number: str) -> Version | None:
         """One version, or None; its aliases are not told."""
         query = {"name": name, "version": number}
         found = self._ask("GET", "model-versions/get", query, absent="RESOURCE_DOES_NOT_EXIST")
-        return None if found is None else self._version(found["model_version"], ())
+        with self._understood():
+            return None if found is None else self._version(found["model_version"], ())
 
     def create_line(self, name: str, tags: Mapping[str, str]) -> None:
         """Make a registered model; nothing where there is one."""
@@ -86,7 +113,8 @@ class Server:
     def create_version(self, name: str, source: str, tags: Mapping[str, str]) -> str:
         """Make a version; its number is larger than every one before, and nobody else's."""
         body = {"name": name, "source": source, "tags": _pairs(tags)}
-        return str(self._told("POST", "model-versions/create", body)["model_version"]["version"])
+        with self._understood():
+            return str(self._told("POST", "model-versions/create", body)["model_version"]["version"])
 
     def delete_version(self, name: str, version: str) -> None:
         """Delete a version; nothing where there is none."""
@@ -116,31 +144,40 @@ class Server:
         return f"{self.address}/api/2.0/mlflow-artifacts/artifacts/{quote(path)}"
 
     def list_proxied(self, path: str) -> list[Mapping[str, Any]]:
-        """What is in a folder of the server's own artifact store: ``path`` (a name), ``is_dir``, ``file_size``."""
-        answer = self._told("GET", "/api/2.0/mlflow-artifacts/artifacts", {"path": path})
-        return list(answer.get("files", ()))
+        """What is in a folder of the server's own artifact store: ``path`` (a name in it), ``is_dir``."""
+        with self._understood():
+            answer = self._told("GET", "/api/2.0/mlflow-artifacts/artifacts", {"path": path})
+            return [{"path": _name(item["path"]), "is_dir": bool(item["is_dir"])} for item in answer.get("files", ())]
 
     def presigned(self, path: str) -> tuple[str, Mapping[str, str]] | None:
         """An address in the object store behind the server, and its headers; None where it can't give one."""
         answer = self._ask("GET", f"/api/2.0/mlflow-artifacts/presigned/{quote(path)}", {}, absent="*")
-        return None if answer is None else (answer["url"], answer.get("headers") or {})
+        with self._understood():
+            return None if answer is None else (_text(answer["url"]), _headers(answer.get("headers")))
 
     def _version(self, item: Mapping[str, Any], aliases: tuple[str, ...]) -> Version:
-        location = item.get("source", "")
+        location = _text(item.get("source") or "")
         if location.startswith("models:") or not location:
             query = {"name": item["name"], "version": item["version"]}
-            location = self._told("GET", "model-versions/get-download-uri", query)["artifact_uri"]
+            location = _text(self._told("GET", "model-versions/get-download-uri", query)["artifact_uri"])
         created = datetime.fromtimestamp(int(item["creation_timestamp"]) / 1000, UTC)
-        return Version(item["name"], str(item["version"]), aliases, _tags(item), location, created)
+        number = str(int(item["version"]))
+        return Version(_text(item["name"]), number, aliases, _tags(item), location, created)
 
     def _pages(self, path: str, key: str, **query: str) -> Iterator[Mapping[str, Any]]:
-        token = ""
+        token, count, deadline = "", 0, time.monotonic() + _LIST_SECONDS
+        seen = set[str]()
         while True:
             page = self._told("GET", path, {"max_results": "1000", **query, **({"page_token": token} if token else {})})
-            yield from page.get(key, ())
-            token = page.get("next_page_token", "")
+            entries = list(page.get(key, ()))
+            yield from entries
+            count += len(entries)
+            token = _text(page.get("next_page_token") or "")
             if not token:
                 return
+            if token in seen or count > _MOST_ENTRIES or time.monotonic() > deadline:
+                raise TrackingError(f"MLflow at {self.address} lists `{key}` without end: stopped after {count}")
+            seen.add(token)
 
     def _told(self, method: str, path: str, content: Mapping[str, Any]) -> Mapping[str, Any]:
         return self._ask(method, path, content, absent="") or {}
@@ -168,10 +205,12 @@ class Server:
             raise RefusedError(f"MLflow at {self.address} {_REFUSED[answer.status]} ({answer.status})")
         raise TrackingError(f"MLflow at {self.address}: {message or f'status {answer.status} for {path}'}")
 
-    def _sent(self, method: str, address: str, options: Mapping[str, Any], attempts: int) -> urllib3.BaseHTTPResponse:
+    def _sent(self, method: str, address: str, options: Mapping[str, Any], attempts: int) -> _Answer:
         for attempt in range(1, attempts + 1):
             try:
-                answer = self.pool.request(method, address, redirect=False, **options)
+                answer = self._read(
+                    self.pool.request(method, address, redirect=False, preload_content=False, **options)
+                )
             except HTTPError:
                 if attempt == attempts:
                     raise
@@ -181,14 +220,43 @@ class Server:
             time.sleep(0.1 * 2**attempt)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    def _json(self, answer: urllib3.BaseHTTPResponse) -> Mapping[str, Any]:
+    def _read(self, answer: urllib3.BaseHTTPResponse) -> _Answer:
+        """Read an answer as it came, within its bounds; a connection with more to say is closed."""
+        deadline, data = time.monotonic() + _ANSWER_SECONDS, bytearray()
+        whole = False
         try:
-            found = json.loads(answer.data)
-        except ValueError:
-            found = None
+            if answer.headers.get("Content-Encoding", "identity").lower() != "identity":
+                raise TrackingError(f"MLflow at {self.address} sent a compressed answer, which was not asked for")
+            while chunk := answer.read1(_CHUNK, decode_content=False):
+                data += chunk
+                if len(data) > _BOUNDS.bytes:
+                    raise TrackingError(f"MLflow at {self.address} sent more than {_BOUNDS.bytes} bytes as one answer")
+                if time.monotonic() > deadline:
+                    raise TrackingError(f"MLflow at {self.address} took more than {_ANSWER_SECONDS:g} s for one answer")
+            whole = True
+        finally:
+            (answer.release_conn if whole else answer.close)()
+        return _Answer(answer.status, bytes(data))
+
+    def _json(self, answer: _Answer) -> Mapping[str, Any]:
+        try:
+            found = read_json(answer.data, _BOUNDS)
+        except DocumentError as error:
+            raise TrackingError(f"what answers at {self.address} is no MLflow server: {error}") from error
         if not isinstance(found, dict):
-            raise TrackingError(f"what answers at {self.address} is no MLflow server: it does not speak JSON")
+            raise TrackingError(f"what answers at {self.address} is no MLflow server: it sends no JSON object")
         return found
+
+    @contextmanager
+    def _understood(self) -> Iterator[None]:
+        """Take an answer of another form than MLflow's for what it is."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
+            what = f"{type(error).__name__}: {error}"[:100]
+            raise TrackingError(
+                f"MLflow at {self.address} answers in a form that is not MLflow's ({what!r})"
+            ) from error
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -204,7 +272,28 @@ def _authorization(user: str, password: str) -> dict[str, str]:
 
 
 def _tags(item: Mapping[str, Any]) -> dict[str, str]:
-    return {tag["key"]: tag.get("value", "") for tag in item.get("tags", ())}
+    return {_text(tag["key"]): _text(tag.get("value") or "") for tag in item.get("tags", ())}
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{type(value).__name__} in place of a text")
+    return value
+
+
+def _name(value: object) -> str:
+    """A file's or a folder's own name, and nothing that leads elsewhere."""
+    name = _text(value)
+    if name in {"", ".", ".."} or "/" in name or "\0" in name:
+        raise ValueError("a path in place of a name")
+    return name
+
+
+def _headers(value: object) -> dict[str, str]:
+    found = value or {}
+    if not isinstance(found, dict):
+        raise TypeError("no headers")
+    return {_text(name): _text(word) for name, word in found.items()}
 
 
 def _pairs(tags: Mapping[str, str]) -> list[dict[str, str]]:
@@ -214,7 +303,9 @@ def _pairs(tags: Mapping[str, str]) -> list[dict[str, str]]:
 def _error(data: bytes) -> tuple[str, str]:
     """Read MLflow's error document: its code, and the first line of its message."""
     try:
-        found = json.loads(data)
-        return str(found["error_code"]), str(found.get("message", "")).partition("\n")[0]
-    except (ValueError, KeyError, TypeError):
+        found = read_json(data, _BOUNDS)
+        return str(found["error_code"])[:_LONGEST_SHOWN], str(found.get("message", ""))[:_LONGEST_SHOWN].partition(
+            "\n"
+        )[0]
+    except (DocumentError, KeyError, TypeError, AttributeError):
         return "", ""

@@ -34,8 +34,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from registry.bounded_json import DocumentError, check_bounds
 from registry.errors import SigningError
-from registry.manifest import Hex256, canonical_json
+from registry.manifest import BOUNDS, Hex256, canonical_json
 
 PAYLOAD_TYPE = "application/vnd.slipway.release.v1+json"
 _KINDS = "on the curve P-256, P-384 or P-521, or Ed25519"
@@ -66,7 +67,10 @@ class Signature(BaseModel):
     def parse(cls, data: bytes) -> Signature:
         """Read the file's bytes; ``SigningError`` where they are no signature."""
         try:
+            check_bounds(data, BOUNDS)
             return cls.model_validate_json(data)
+        except DocumentError as error:
+            raise SigningError(f"not a signature: {error}") from error
         except ValidationError as error:
             raise SigningError(f"not a signature: {error.error_count()} things are wrong with it") from error
 

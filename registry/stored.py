@@ -11,11 +11,10 @@ from pathlib import Path
 from registry.artifacts import Artifacts, fetch, open_artifacts, sha256
 from registry.backend import MANIFEST_TAG, Version
 from registry.errors import Problem, PullError, VerificationError
-from registry.manifest import DOCUMENTS, MANIFEST, PROVENANCE, SIGNATURE, Manifest
+from registry.manifest import BOUNDS, DOCUMENTS, MANIFEST, PROVENANCE, SIGNATURE, Manifest
 from registry.policy import Policy, Trust, policy_of
 from registry.verify import VerificationReport, check_documents
 
-_DOCUMENT_LIMIT = 64 << 20
 _READERS = 4
 
 
@@ -58,7 +57,7 @@ def fetch_documents(stored: Artifacts, folder: Path, version: Version, policy: P
     listed = set(stored.names())
     for document in DOCUMENTS:
         if document in listed:
-            fetch(stored, document, folder, _DOCUMENT_LIMIT)
+            fetch(stored, document, folder, BOUNDS.bytes)
         elif document != PROVENANCE:
             raise PullError(f"the registered version of `{version.name}` has no `{document}`: it is no signed release")
     report = check_documents(folder, policy, version.tags[MANIFEST_TAG])

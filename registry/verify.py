@@ -12,13 +12,12 @@ from pathlib import Path
 
 from registry.bundle import files_of, is_bundle, open_bundle, payload_of
 from registry.errors import ManifestError, Problem, SigningError, VerificationError
-from registry.manifest import DOCUMENTS, MANIFEST, PROVENANCE, SIGNATURE, FileRecord, Manifest
+from registry.manifest import BOUNDS, DOCUMENTS, MANIFEST, PROVENANCE, SIGNATURE, FileRecord, Manifest
 from registry.policy import Policy, Trust, policy_of
 from registry.provenance import statement as provenance_of
 from registry.signing import Signature, verify_signature
 
 _CHUNK = 1 << 20
-_DOCUMENT_LIMIT = 64 << 20  # no manifest is larger; a file that claims to be one is not read into memory
 
 
 @dataclass(frozen=True)
@@ -189,13 +188,13 @@ def _read(folder: Path, name: str) -> tuple[bytes | None, list[Problem]]:
     try:
         descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as file:
-            data = file.read(_DOCUMENT_LIMIT + 1)
+            data = file.read(BOUNDS.bytes + 1)
     except FileNotFoundError:
         return None, [Problem(name, "missing")]
     except OSError as error:
         return None, [Problem(name, f"can't be read: {error.strerror}")]
-    if len(data) > _DOCUMENT_LIMIT:
-        return None, [Problem(name, f"larger than {_DOCUMENT_LIMIT} bytes: no manifest is")]
+    if len(data) > BOUNDS.bytes:
+        return None, [Problem(name, f"larger than {BOUNDS.bytes} bytes: no manifest is")]
     return data, []
 
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from registry.errors import DiskError, NotFoundError, TrackingError
+from registry.errors import ArgumentError, DiskError, NotFoundError, PolicyError, RegistryError, TrackingError
 from registry.policy import Trust
 from registry.pull import Pulled, pull
 
@@ -28,11 +28,13 @@ def watch(
     """Call ``tell`` with each release that the destination comes to hold, the first one as soon as it is there.
 
     It looks every ``every`` seconds, until ``stopped``. A release of which ``tell`` says False, that it could not be
-    used, is told again at the next look. What passes (no server, no such alias yet, no space) is told to ``progress``
-    and looked at again; a release that is not what was signed ends the watch, the destination as it was.
+    used, is told again at the next look. Whatever a registry does or sends, a release that is not what was signed among
+    it, is told to ``progress`` and looked at again, the destination as it was: a registry that was attacked for a while
+    must not stop its deployments for good.
 
     Raises:
-        RegistryError: As `registry.pull.pull`, but for what passes.
+        ArgumentError: The reference or the destination can't be used as it was given.
+        PolicyError: The policy can't be read.
     """
     waiting, used = "", None
     while not stopped.is_set():
@@ -42,9 +44,12 @@ def watch(
                 tracking_uri=tracking_uri, trusted_keys=trusted_keys, required_gates=required_gates,
                 cache=cache, replace=True, progress=progress,
             )  # fmt: skip
-        except (TrackingError, NotFoundError, DiskError) as error:
+        except (ArgumentError, PolicyError):
+            raise
+        except RegistryError as error:
             if str(error) != waiting:
-                progress(f"waiting: {error}")
+                passing = isinstance(error, (TrackingError, NotFoundError, DiskError))
+                progress(f"{'waiting' if passing else 'refused'}: {error}")
             waiting = str(error)
         else:
             waiting, digest = "", pulled.report.manifest_digest
