@@ -21,11 +21,12 @@ from containers import judgement
 from containers import profile as profiles
 from containers.image import ImageRecord
 from pipeline.settings import CHECKOUT, Settings
+from pipeline.shelf import NotMade, Shelf, ShelfBench
 from pipeline.source_lock import read_lock
 from pipeline.spec import ModelSpec
 from pipeline.standing import acts, manifest_digest
 from pipeline.store import Artifact, Recipe, digest_json
-from pipeline.walk import NotMade, Shelf, ShelfBench, signed
+from pipeline.walk import signed
 from registry import catalog
 from registry.verdict import Verdict
 

@@ -7,8 +7,8 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import docker
 from containers import image as images
 from containers import profile as profiles
 from containers import sandbox
+from containers.cpu import INSTRUCTION_SETS
 from containers.gpu import gpus
 from containers.runtime import build_runtime
 from evals import asking
@@ -27,9 +28,11 @@ from evals.drift import judge
 from evals.errors import AnswersError
 from evals.pairs import Layer, compare, write_drift
 from evals.suite import questions
+from pipeline import stages
 from pipeline.environments import pins_digest
 from pipeline.errors import StoreError
-from pipeline.launchers.chosen import have_gpus
+from pipeline.launchers.chosen import are_here, have_gpus
+from pipeline.shelf import NotMade, ShelfBench
 from pipeline.stages import CODE, Bench
 from pipeline.store import Artifact, Making, Recipe, digest_file
 
@@ -43,11 +46,12 @@ def baseline(bench: Bench, source: Artifact) -> Artifact:
 
     As served, it is mounted read-only into the runtime that every release of this profile is made of.
     """
-    recipe = _recipe(bench, source, {"checkpoint": source.digest}, repeated=True)
+    paired = on_one_instruction_set(bench, source)
+    recipe = _recipe(paired, source, {"checkpoint": source.digest}, repeated=True)
 
     def make(making: Making) -> None:
         with bench.device():
-            answer(bench, making, source, lambda: serve_source(bench, source), FP16)
+            answer(paired, making, source, lambda: serve_source(bench, source), FP16)
 
     return bench.store.obtain(recipe, make)
 
@@ -56,10 +60,18 @@ def drift(bench: Bench, source: Artifact, baseline: Artifact, quantized: Artifac
     """Ask the candidate what FP16 was asked, in the image that ships, and pair the answers.
 
     Raises:
-        StoreError: the baseline is of another source than the one that was quantized.
+        StoreError: the baseline is of another source than the one that was quantized, or was answered on another
+            instruction set.
     """
     if not baseline.inputs["checkpoint"] == quantized.inputs["source"] == source.digest:
         raise StoreError("`baseline` is of another `source` than `quantized`: run both again")
+    bench = on_one_instruction_set(bench, source)
+    answered_on = baseline.notes.get("instruction_set")
+    if answered_on not in {None, bench.instruction_set}:
+        raise StoreError(
+            f"FP16 was answered on a CPU with {answered_on}, and the candidate would be on one with "
+            f"{bench.instruction_set}, which is no fair pair: run `baseline` again"
+        )
     stop = threading.Event()
     with ThreadPoolExecutor(1) as beside:
         # A server's start waits for disk and imports; the layers are measured meanwhile.
@@ -107,6 +119,42 @@ def drift(bench: Bench, source: Artifact, baseline: Artifact, quantized: Artifac
     return replace(made, worker_seconds=asked, cached=made.cached and candidate.cached and layers.cached)
 
 
+@dataclass(frozen=True)
+class _Past(ShelfBench):
+    """A bench that shows what was paired before; whether the engine still has the image does not matter."""
+
+    def has_image(self, record: images.ImageRecord) -> bool:  # noqa: ARG002 - as the bench's
+        """Take it for granted."""
+        return True
+
+
+def on_one_instruction_set(bench: Bench, source: Artifact) -> Bench:
+    """Return the bench, told on which instruction set FP16 and candidate are asked, where a CPU of ours computes.
+
+    It is this machine's. A release whose answers were paired on another CPU, with nothing changed since, keeps that
+    pair: it is finished, and another machine is no reason to ask again.
+    """
+    if bench.instruction_set is not None or not _computes_on_this_cpu(bench):
+        return bench
+    own = bench.settings.cpu.instruction_set
+    past = _Past(bench.spec, bench.scheme_name, bench.settings, lambda _: None)
+    with suppress(NotMade):
+        quantized = stages.quantized(past, source)
+        image = stages.image(past, quantized)
+        for each in (own, *(other for other in INSTRUCTION_SETS if other != own)):
+            looked = replace(past, instruction_set=each)
+            with suppress(NotMade):
+                _candidate(looked, baseline(looked, source), quantized, image)
+                return replace(bench, instruction_set=each)
+    return replace(bench, instruction_set=own)
+
+
+def _computes_on_this_cpu(bench: Bench) -> bool:
+    if bench.spec.evals.engine == "hf":
+        return are_here(bench.settings) and not have_gpus(bench.settings)
+    return profiles.load(bench.spec.runtime).minimum_driver is None and bench.settings.engine_is_here
+
+
 def _candidate(bench: Bench, baseline: Artifact, quantized: Artifact, image: Artifact) -> Artifact:
     """What the candidate answers: in that very image, by its id, where it is served."""
     limits = bench.spec.evals
@@ -141,13 +189,20 @@ def _recipe(bench: Bench, checkpoint: Artifact, inputs: dict[str, str], *, repea
 def _engine(bench: Bench, checkpoint: Artifact) -> dict[str, str]:
     """What computes the answers, and with which arguments: the same for FP16 and candidate."""
     if bench.spec.evals.engine == "hf":
-        return {"name": "hf", "device": "cuda" if have_gpus(bench.settings) else "cpu"}
+        return {"name": "hf", "device": "cuda" if have_gpus(bench.settings) else "cpu", **_instruction_set(bench)}
     gpu = next((found.name for found in gpus()), None)
     profile = profiles.load(bench.spec.runtime)
     device = gpu if profile.minimum_driver and gpu else "cpu"
     arguments = " ".join(images.serving_arguments(profile, checkpoint.folder, bench.spec.model))
     pins = profile.pins_digest()
-    return {"name": asking.SERVED, "runtime": profile.name, "pins": pins, "device": device, "arguments": arguments}
+    return {
+        "name": asking.SERVED, "runtime": profile.name, "pins": pins, "device": device, "arguments": arguments,
+        **_instruction_set(bench),
+    }  # fmt: skip
+
+
+def _instruction_set(bench: Bench) -> dict[str, str]:
+    return {} if bench.instruction_set is None else {"instruction_set": bench.instruction_set}
 
 
 def _served(
@@ -212,6 +267,7 @@ def answer(
 ) -> None:
     """Fill an artifact with a checkpoint's answers; FP16's with some asked twice, a candidate's perhaps in looks."""
     limits = bench.spec.evals
+    making.notes.update(_instruction_set(bench))
     address = making.scratch / "address"
     serving = (
         asking.Serving(address, bench.spec.model, image, _engine(bench, checkpoint))

@@ -19,6 +19,7 @@ from containers import image as images
 from containers import profile as profiles
 from containers import scan as scans
 from containers.core_pool import CoreRequest
+from containers.cpu import InstructionSet
 from containers.engine import connect
 from containers.gpu import gpus
 from containers.layout import has_layers, write_layout
@@ -45,13 +46,17 @@ from registry.verdict import Verdict
 
 @dataclass(frozen=True)
 class Bench:
-    """What a stage works at: one model in one scheme, this machine's settings, and somebody who hears its progress."""
+    """What a stage works at: one model in one scheme, this machine's settings, and somebody who hears its progress.
+
+    ``instruction_set`` is the CPU's on which answers are paired; None until `evaluation` has chosen it.
+    """
 
     spec: ModelSpec
     scheme_name: str
     settings: Settings
     progress: Progress
     bootstrap: Bootstrap = lambda _: contextlib.nullcontext({})
+    instruction_set: InstructionSet | None = None
 
     @property
     def scheme(self) -> Scheme:
@@ -173,7 +178,7 @@ CODE: Mapping[str, str] = {
     "load": code_of(
         *("evals/load.py", "evals/load_plan.py", "evals/load_evidence.py", "evals/traffic", "evals/capacity.py"),
         *("evals/faults.py", "evals/slo.py", "evals/trend.py", "evals/engine_metrics.py", "evals/expected_memory.py"),
-        *("containers/sandbox.py", "containers/isolation.py", "containers/memory.py"),
+        *("containers/sandbox.py", "containers/isolation.py", "containers/memory.py", "containers/core_pool.py"),
     ),
     "release": code_of(
         *("pipeline/promotion.py", "registry/seal.py", "registry/manifest.py", "registry/bundle.py"),

@@ -13,11 +13,12 @@ from pipeline.handles import Handles
 from pipeline.metadata import CACHED, SECONDS, WORKER_SECONDS, judged
 from pipeline.release import Event
 from pipeline.settings import Settings
+from pipeline.shelf import ShelfBench
 from pipeline.source_lock import read_lock
 from pipeline.spec import ModelSpec
 from pipeline.standing import stays_taken_back
 from pipeline.store import Artifact
-from pipeline.walk import ShelfBench, walk
+from pipeline.walk import walk
 
 
 def unchanged(spec: ModelSpec, scheme: str, settings: Settings) -> list[Event] | None:

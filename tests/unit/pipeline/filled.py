@@ -40,9 +40,10 @@ class FillingStore(Store):
         self.lost = lost
 
     def obtain(self, recipe: Recipe, make: Callable[[Making], None]) -> Artifact:
-        return super().obtain(recipe, make if recipe.stage in {"source", "release"} else self._filling(recipe.stage))
+        return super().obtain(recipe, make if recipe.stage in {"source", "release"} else self._filling(recipe))
 
-    def _filling(self, stage: str) -> Callable[[Making], None]:
+    def _filling(self, recipe: Recipe) -> Callable[[Making], None]:
+        stage = recipe.stage
         files = dict(_FILES[stage])
         if stage == "drift":
             files["drift.json"] = drift_of(self.lost).model_dump(mode="json", by_alias=True)
@@ -52,6 +53,8 @@ class FillingStore(Store):
                 text = content if isinstance(content, str) else json.dumps(content)
                 (making.folder / name).write_text(text)
             making.notes.update(QUANTIZED_NOTES if stage == "quantized" else {})
+            if "instruction_set" in recipe.parameters.get("engine", {}):
+                making.notes["instruction_set"] = recipe.parameters["engine"]["instruction_set"]
 
         return fill
 
@@ -86,10 +89,14 @@ class Models:
         (folder / f"{model}.yaml").write_text(yaml.safe_dump({**document, "model": model, **changes}))
         return load(folder / f"{model}.yaml")
 
+    def bench(self, spec: ModelSpec, scheme: str, lost: int = 1) -> FillingBench:
+        """A bench at which one scheme of a model is made."""
+        return FillingBench(spec, scheme, self.settings, lambda _: None, lost=lost)
+
     def release(self, spec: ModelSpec, lost: int = 1) -> dict[str, Artifact | None]:
         """Make every scheme's artifacts, as far as the gates let it; return what was signed."""
         made = {}
         with patch("os.fsync"):  # no test outlives a power cut
             for scheme in spec.schemes:
-                made[scheme] = signed(FillingBench(spec, scheme, self.settings, lambda _: None, lost=lost))
+                made[scheme] = signed(self.bench(spec, scheme, lost))
         return made

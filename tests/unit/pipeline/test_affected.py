@@ -236,3 +236,45 @@ def test_touching_anything_a_release_is_made_from_is_noticed(models: Models, rel
         write()
         seen.append(touched([released], models.settings))
     assert len(set(seen)) == len(seen)
+
+
+AVX512 = "model name\t: Fast\nflags\t\t: fma f16c avx2 avx512f avx512bw avx512dq avx512vl avx512_bf16\n"
+
+
+@pytest.fixture
+def fast_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU with AVX-512, of an x86-64 machine."""
+    (tmp_path / "cpuinfo").write_text(AVX512)
+    monkeypatch.setattr("containers.cpu._CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+
+
+def test_a_finished_release_is_up_to_date_on_another_cpu_and_a_new_pair_gets_a_new_baseline(
+    fast_cpu: None, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answers() -> list[tuple[str, str]]:
+        made = models.bench(spec, "awq").store.records("answers")
+        engines = [record["recipe"]["parameters"]["engine"] for _, record in made]
+        return sorted(
+            (engine["instruction_set"], "FP16" if "image" not in record["recipe"]["inputs"] else "candidate")
+            for engine, (_, record) in zip(engines, made, strict=True)
+        )
+
+    spec = models.write(schemes=SCHEMES)
+    signed = models.release(spec)
+    register(signed, monkeypatch)
+    assert answers() == [("avx512_bf16", "FP16"), ("avx512_bf16", "candidate")]
+    models.settings = replace(models.settings, cpu_limit="avx2")
+    assert told(models, spec) == {"gptq": None}
+    assert models.release(spec) == signed
+    assert len(answers()) == 2
+
+    wider = models.write(
+        schemes={"awq": {"method": "awq", "backend": "autoawq", "bits": 4, "group_size": 64}, **SCHEMES}
+    )
+    models.release(wider)
+    assert answers() == [
+        ("avx2", "FP16"), ("avx2", "candidate"), ("avx512_bf16", "FP16"), ("avx512_bf16", "candidate"),
+    ]  # fmt: skip
+    models.settings = replace(models.settings, cpu_limit=None)
+    assert told(models, models.write(schemes=SCHEMES)) == {"gptq": None}

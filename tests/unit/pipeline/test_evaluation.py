@@ -11,7 +11,7 @@ import pytest
 from filled import FillingBench, FillingStore, Models
 
 from pipeline import evaluation, stages
-from pipeline.errors import WorkerFailed
+from pipeline.errors import StoreError, WorkerFailed
 from pipeline.launchers.task import Ended, Task
 from pipeline.store import Artifact, Making, Recipe
 from pipeline.workers import Workers
@@ -68,3 +68,17 @@ def test_an_interrupt_while_a_candidate_is_asked_stops_what_measures_its_layers(
     with pytest.raises(KeyboardInterrupt):
         evaluation.drift(bench, source, baseline, quantized, image)
     assert bench.endless.was_stopped
+
+
+def test_answers_of_two_instruction_sets_are_not_paired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = Models(tmp_path)
+    bench = models.bench(models.write(), "gptq")
+    source = stages.source(bench)
+    quantized = stages.quantized(bench, source)
+    image = stages.image(bench, quantized)
+    baseline = evaluation.baseline(replace(bench, instruction_set="avx512"), source)
+    with pytest.raises(
+        StoreError, match=r"FP16 was answered on a CPU with avx512, .* one with avx2.*run `baseline` again"
+    ):
+        evaluation.drift(replace(bench, instruction_set="avx2"), source, baseline, quantized, image)
+    assert [record["recipe"]["inputs"].get("image") for _, record in bench.store.records("answers")] == [None]
