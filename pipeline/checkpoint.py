@@ -66,6 +66,8 @@ def check(folder: Path, source: Path, scheme: Scheme) -> Found:
     for name, weight in linears.items():
         problems += _layer_problems(name, weight, after, scheme)
     problems += _other_problems(before, after, linears, tied=model.tied)
+    read = {tensor.file for tensor in after.values()}
+    problems += [f"{path.name} is not named by the index" for path in folder.glob("*.safetensors") if path not in read]
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     problems += _size_problems(size, before, after, linears, scheme)
     _refuse(folder, problems)

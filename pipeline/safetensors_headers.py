@@ -8,19 +8,22 @@ obeys here: the tensors cover those bytes exactly, without a hole or an overlap,
 from __future__ import annotations
 
 import math
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from registry.bounded_json import Bounds, DocumentError, read_json
 
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What an index may name: a file beside it, whatever its numbering (`model-00001-of-000002.safetensors`).
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
 # A tensor takes about 120 bytes and 8 values: this is room for 180,000 of them in one file. (safetensors itself reads
 # up to 100 MB, which would take gigabytes here.)
 _HEADER = Bounds(bytes=32 << 20, values=1_500_000, depth=3)
-_INDEX = Bounds(bytes=64 << 20, values=1_000_000, depth=4)
+INDEX_BOUNDS = Bounds(bytes=64 << 20, values=1_000_000, depth=4)
 # NumPy's and PyTorch's limit; a shape without one makes its product a number of millions of digits.
 _MOST_DIMENSIONS = 64
 # As safetensors has them: an unsigned number of 64 bits.
@@ -105,18 +108,53 @@ def parse_header(raw: bytes, path: Path, size: int) -> dict[str, Tensor]:
     return tensors
 
 
+def weight_files(names: Collection[str], placed: Mapping[str, str] | None) -> list[str]:
+    """Return those of a model's file ``names`` that hold its weights; what else ends in .safetensors is not read.
+
+    They are the files that its index names, as `read_index` gives it, or without an index ``model.safetensors``.
+
+    Raises:
+        HeaderError: files that the index names, or all, are missing.
+    """
+    if placed is None:
+        if SINGLE in names:
+            return [SINGLE]
+        others = ", ".join(sorted(name for name in names if name.endswith(".safetensors"))[:8])
+        raise HeaderError(f"there is neither {SINGLE} nor an index, {INDEX}" + (f", only {others}" if others else ""))
+    wanted = sorted(set(placed.values()))
+    if missing := [name for name in wanted if name not in names]:
+        shown = "; ".join(f"{INDEX} names {_shown(name)}, which is not there" for name in missing[:_MOST_PROBLEMS])
+        raise HeaderError(shown + (f" and {len(missing) - _MOST_PROBLEMS} more" if missing[_MOST_PROBLEMS:] else ""))
+    return wanted
+
+
+def read_index(raw: bytes) -> dict[str, str]:
+    """Return the file of every tensor, as a model's index says.
+
+    Raises:
+        HeaderError: it is no index, or names what is no file beside it.
+    """
+    try:
+        placed = read_json(raw, INDEX_BOUNDS)["weight_map"]
+        pairs = {str(name): str(file) for name, file in placed.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise HeaderError(f"{INDEX} has no readable `weight_map`: {error!r}") from error
+    if odd := sorted({file for file in pairs.values() if _FILE.fullmatch(file) is None}):
+        raise HeaderError(f"{INDEX} names {_shown(odd[0])}, which is no safetensors file beside it")
+    return pairs
+
+
 def read_model(folder: Path) -> dict[str, Tensor]:
     """Return every tensor of a model's folder: of ``model.safetensors``, or of all files that its index names.
 
     Raises:
         HeaderError: a file is damaged, or index and files disagree; the message lists every problem, one a line.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise HeaderError("there is no safetensors file")
+    placed = _folder_index(folder)
+    files = weight_files({path.name for path in folder.glob("*.safetensors")}, placed)
     tensors: dict[str, Tensor] = {}
     problems: list[str] = []
-    for path in files:
+    for path in (folder / name for name in files):
         try:
             found = read_header(path)
         except HeaderError as error:
@@ -124,8 +162,8 @@ def read_model(folder: Path) -> dict[str, Tensor]:
             continue
         problems += [f"{path.name}: {_shown(n)} is in {tensors[n].file.name} too" for n in found if n in tensors]
         tensors.update(found)
-    if not problems:
-        problems = _index_problems(folder, files, tensors)
+    if not problems and placed is not None:
+        problems = _index_problems(placed, tensors)
     if problems:
         more = [f"and {len(problems) - _MOST_PROBLEMS} more problems"] if len(problems) > _MOST_PROBLEMS else []
         raise HeaderError("\n".join(problems[:_MOST_PROBLEMS] + more))
@@ -139,26 +177,25 @@ def read_bytes(tensor: Tensor) -> bytes:
         return stream.read(tensor.bytes)
 
 
-def _index_problems(folder: Path, files: list[Path], tensors: Mapping[str, Tensor]) -> list[str]:
+def _folder_index(folder: Path) -> dict[str, str] | None:
     path = folder / INDEX
     if not path.exists():
-        if [file.name for file in files] == ["model.safetensors"]:
-            return []
-        return [f"{', '.join(file.name for file in files)}: neither `model.safetensors` alone nor an index, {INDEX}"]
+        return None
     try:
         with path.open("rb") as stream:
-            placed = read_json(stream.read(_INDEX.bytes + 1), _INDEX)["weight_map"]
-        pairs = {str(name): str(file) for name, file in placed.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return [f"{INDEX} has no readable `weight_map`: {error!r}"]
-    there = {file.name for file in files}
-    problems = [f"{INDEX} names {_shown(file)}, which is not there" for file in sorted(set(pairs.values()) - there)]
-    for name in sorted(pairs.keys() | tensors.keys()):
+            return read_index(stream.read(INDEX_BOUNDS.bytes + 1))
+    except OSError as error:
+        raise HeaderError(f"{INDEX} can't be read: {error}") from error
+
+
+def _index_problems(placed: Mapping[str, str], tensors: Mapping[str, Tensor]) -> list[str]:
+    problems = []
+    for name in sorted(placed.keys() | tensors.keys()):
         found = tensors[name].file.name if name in tensors else None
-        if found is None and pairs[name] in there:
-            problems.append(f"{INDEX} puts {_shown(name)} into {pairs[name]}, which lacks it")
-        elif found is not None and pairs.get(name) != found:
-            said = _shown(pairs[name]) if name in pairs else "nothing of it"
+        if found is None:
+            problems.append(f"{INDEX} puts {_shown(name)} into {placed[name]}, which lacks it")
+        elif placed.get(name) != found:
+            said = _shown(placed[name]) if name in placed else "nothing of it"
             problems.append(f"{_shown(name)} is in {found}, and {INDEX} says {said}")
     return problems
 

@@ -12,15 +12,17 @@ import fcntl
 import hashlib
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from pipeline.compatibility.backends import is_supported
+from pipeline.compatibility.description import ModelDescription
 from pipeline.errors import SourceError
 from pipeline.file_digests import digests_of
-from pipeline.safetensors_headers import INDEX, HeaderError, read_model
+from pipeline.safetensors_headers import INDEX, INDEX_BOUNDS, SINGLE, HeaderError, read_index, read_model, weight_files
 from pipeline.source_lock import Lock, LockedFile, portable, read_lock, write_lock
 from pipeline.store import digest_json
 from registry.bounded_json import Bounds, DocumentError, read_json
@@ -38,8 +40,9 @@ _CHUNK = 4 * 1024 * 1024
 _DOCUMENT = Bounds(bytes=128 << 20, values=8_000_000, depth=64)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB = re.compile(r"hf://(?P<repository>[^/@]+/[^/@]+)(?:@(?P<revision>.+))?")
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _TOKENIZER = re.compile(r"(tokenizer|spiece|sentencepiece|.+\.bpe)\.model|(merges|vocab)\.txt|.+\.(jinja|tiktoken)")
+# What a tokenizer may be, all files of a form; for others transformers would need sentencepiece or tiktoken.
+_TOKENIZER_FORMS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 _PICKLE = re.compile(r".+\.(bin|pt|pth|ckpt|pkl|pickle|joblib)")
 # Linux: let two files share their blocks until one is written to (btrfs, XFS).
 _FICLONE = 0x40049409
@@ -132,7 +135,7 @@ def pull(resolved: ResolvedSource, folder: Path, downloads: Path, progress: Prog
         progress(f"left out: {name}")
     place = _copy_folder if resolved.hub is None else _download
     digests = place(resolved, folder, downloads, progress)
-    _check_content(folder)
+    _check_content(folder, progress)
     progress(f"pulled {len(digests)} files, {resolved.bytes / 1e6:.1f} MB")
     return digests
 
@@ -171,11 +174,12 @@ def _resolve_folder(uri: str, lock: Lock | None, memory: Path | None) -> Resolve
         )
     if code := [name for name in names if name.endswith(".py")]:
         raise SourceError(f"{uri} holds {_listed(code)}: code that comes with a model is never run; remove it")
-    taken = [name for name in names if _is_taken(name)]
-    _require(uri, taken, names)
+    weights = _weights(uri, names, lambda: _read_start(folder / INDEX))
+    taken = [name for name in names if _is_taken(name, weights)]
     if lock is not None:
         lock.refuse_other(uri, None)
         lock.refuse_difference(dict.fromkeys(taken))
+    _require(uri, taken)
     return ResolvedSource(
         uri=uri,
         revision=None,
@@ -193,18 +197,19 @@ def _resolve_hub(repository: str, revision: str, hub: Hub, lock: Lock | None) ->
         if lock.revision is None:
             raise SourceError(f"{lock.path} names no commit: delete it to lock {uri} anew")
         files = tuple(SourceFile(name, file.size, file.sha256) for name, file in sorted(lock.files.items()))
-        if outside := [file.path for file in files if not _is_taken(file.path)]:
+        if outside := [file.path for file in files if not _is_taken(file.path, _locked_weights(lock))]:
             raise SourceError(f"{lock.path} names {_listed(outside)}, which is never pulled: delete it to lock anew")
         return ResolvedSource(uri, lock.revision, files, (), hub, lock)
     commit, found = hub.revision(repository, revision)
     names = [file.path for file in found]
-    taken = [file for file in found if _is_taken(file.path)]
-    _require(uri, [file.path for file in taken], names)
+    weights = _weights(uri, names, lambda: hub.read(repository, commit, INDEX, start=0, length=INDEX_BOUNDS.bytes + 1))
+    taken = [file for file in found if _is_taken(file.path, weights)]
+    _require(uri, [file.path for file in taken])
     return ResolvedSource(
         uri=uri,
         revision=commit,
         files=tuple(SourceFile(file.path, file.size, file.sha256, file.blob) for file in taken),
-        left_out=tuple(sorted(name for name in names if not _is_taken(name) and not _hidden(Path(name)))),
+        left_out=tuple(sorted(name for name in names if not _is_taken(name, weights) and not _hidden(Path(name)))),
         hub=hub,
     )
 
@@ -213,26 +218,51 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
 
 
-def _is_taken(name: str) -> bool:
+def _is_taken(name: str, weights: Collection[str]) -> bool:
     if "/" in name or "\\" in name or name.startswith("."):
         return False
     if name.endswith(".json"):
         return name == INDEX or not name.endswith(".index.json")
-    return _WEIGHTS.fullmatch(name) is not None or _TOKENIZER.fullmatch(name) is not None
+    return name in weights or _TOKENIZER.fullmatch(name) is not None
 
 
-def _require(uri: str, taken: list[str], names: list[str]) -> None:
-    """A model has a configuration and safetensors; where it has pickles alone they are named."""
+def _locked_weights(lock: Lock) -> list[str]:
+    return [name for name in lock.files if name.endswith(".safetensors")]
+
+
+def _read_start(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return stream.read(INDEX_BOUNDS.bytes + 1)
+
+
+def _weights(uri: str, names: list[str], index: Callable[[], bytes]) -> list[str]:
+    """The files with the weights; where there are pickles alone they are named."""
+    if not any(name.endswith(".safetensors") for name in names):
+        if pickles := [name for name in names if _PICKLE.fullmatch(name)]:
+            raise SourceError(
+                f"{uri} has no safetensors, only {_listed(pickles)}: a pickle can run code when it is loaded; "
+                "choose a revision with safetensors, or convert it"
+            )
+        raise SourceError(f"{uri} has no {SINGLE}: it holds {_listed(names) if names else 'nothing'}")
+    try:
+        return weight_files(names, read_index(index()) if INDEX in names else None)
+    except HeaderError as error:
+        raise SourceError(f"{uri}: {error}") from error
+
+
+def _require(uri: str, taken: list[str]) -> None:
+    """A model has a configuration, and a tokenizer in a form that every worker reads."""
     if "config.json" not in taken:
-        raise SourceError(f"{uri} has no config.json: it holds {_listed(names) if names else 'nothing'}")
-    if any(_WEIGHTS.fullmatch(name) for name in taken):
+        raise SourceError(f"{uri} has no config.json: it holds {_listed(taken)}")
+    if any(all(name in taken for name in form) for form in _TOKENIZER_FORMS):
         return
-    if pickles := [name for name in names if _PICKLE.fullmatch(name)]:
-        raise SourceError(
-            f"{uri} has no safetensors, only {_listed(pickles)}: a pickle can run code when it is loaded; "
-            "choose a revision with safetensors, or convert it"
-        )
-    raise SourceError(f"{uri} has no model.safetensors: it holds {_listed(names)}")
+    found = [name for name in taken if _TOKENIZER.fullmatch(name)]
+    raise SourceError(
+        f"{uri} has no tokenizer.json"
+        + (f", only {_listed(found)}, which no worker reads" if found else "")
+        + ": complete the folder, or save the tokenizer with transformers (`AutoTokenizer.from_pretrained(…)"
+        ".save_pretrained(…)`), which writes it"
+    )
 
 
 def _listed(names: list[str]) -> str:
@@ -313,23 +343,44 @@ def _verify(path: Path, file: SourceFile) -> tuple[str, str | None]:
     return found, None
 
 
-def _check_content(folder: Path) -> None:
-    """Parse every header and configuration: weights complete, nothing that wants code run."""
+def _check_content(folder: Path, progress: Progress) -> None:
+    """Parse every header and configuration: weights complete, a head, a tokenizer, nothing that wants code run."""
     problems: list[str] = []
-    try:
-        read_model(folder)
-    except HeaderError as error:
-        problems += str(error).splitlines()
+    documents: dict[str, Any] = {}
     for path in sorted(folder.glob("*.json")):
         try:
             with path.open("rb") as stream:
-                document = read_json(stream.read(_DOCUMENT.bytes + 1), _DOCUMENT)
+                documents[path.name] = read_json(stream.read(_DOCUMENT.bytes + 1), _DOCUMENT)
         except DocumentError as error:
             problems.append(f"{path.name} can't be read: {error}")
+    config = documents.get("config.json", {})
+    if not isinstance(config, dict):
+        problems.append("config.json is no JSON object")
+        config = {}
+    model = ModelDescription(config, {})
+    try:
+        model = ModelDescription(config, read_model(folder))
+    except HeaderError as error:
+        problems += str(error).splitlines()
+    if model.lacks_head:
+        problems.append("the weights have no output head, and config.json ties none to the embedding: the model is cut")
+    if "tokenizer.json" in documents and not _is_tokenizer(documents["tokenizer.json"]):
+        problems.append("tokenizer.json describes no tokenizer: expected an object with `model` and its `vocab`")
+    for name, document in documents.items():
+        if not isinstance(document, dict) or not document.get("auto_map"):
             continue
-        if isinstance(document, dict) and document.get("auto_map"):
+        if is_supported(model.architecture):
+            progress(f"{name}: `auto_map` is left out: transformers has `{model.architecture}` itself")
+        else:
             problems.append(
-                f"{path.name} has `auto_map`: code that comes with a model is never run; choose another model"
+                f"{name} has `auto_map`, and transformers does not have `{model.architecture[:60]}` itself: code that "
+                "comes with a model is never run; choose another model"
             )
     if problems:
         raise SourceError(f"the source can't be used: {'; '.join(problems)}")
+
+
+def _is_tokenizer(document: object) -> bool:
+    """Whether a tokenizer.json has the form that the library `tokenizers` reads."""
+    model = document.get("model") if isinstance(document, dict) else None
+    return isinstance(model, dict) and isinstance(model.get("vocab"), dict | list)

@@ -69,6 +69,7 @@ def config() -> dict[str, Any]:
         "intermediate_size": INNER,
         "max_position_embeddings": 512,
         "tie_word_embeddings": False,
+        "vocab_size": VOCABULARY,
         "torch_dtype": "float16",
     }
 
@@ -78,7 +79,7 @@ def write(folder: Path, tensors: Tensors, document: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(document))
-    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}}}')
     for path in folder.iterdir():
         path.chmod(0o644)
     return folder

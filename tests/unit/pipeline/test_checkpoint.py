@@ -175,8 +175,16 @@ def test_routers_and_other_towers_stay_as_they_are(tmp_path: Path) -> None:
     assert check(folder, source, scheme()).layers == len(checkpoints.linears())
 
 
-def test_a_tied_output_layer_may_be_left_out(tmp_path: Path) -> None:
-    config = checkpoints.config() | {"tie_word_embeddings": True}
+def test_a_file_that_the_index_does_not_name_is_refused(tmp_path: Path, source: Path) -> None:
+    folder = checkpoints.write_quantized(tmp_path / "made")
+    (folder / "consolidated.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"consolidated\.safetensors is not named by the index"):
+        check(folder, source, scheme())
+
+
+@pytest.mark.parametrize("tied", [{"tie_word_embeddings": True}, {"model_type": "gemma2", "tie_word_embeddings": None}])
+def test_a_tied_output_layer_may_be_left_out(tied: dict[str, object], tmp_path: Path) -> None:
+    config = checkpoints.config() | tied
     source = checkpoints.write(tmp_path / "source", checkpoints.unquantized(), config)
     tensors = checkpoints.quantized("awq", 4, 32)
     del tensors["lm_head.weight"]

@@ -352,6 +352,7 @@ def test_a_header_longer_than_the_first_read_is_fetched_whole(tmp_path: Path) ->
     files = {
         "model.safetensors": len(raw).to_bytes(8, "little") + raw + bytes(1500),
         "config.json": json.dumps(checkpoints.config()).encode(),
+        "tokenizer.json": b"{}",
     }
     with hub_server.serving(files) as hub:
         found = describe(resolve(f"hf://{hub_server.REPOSITORY}", endpoint=hub.endpoint))

@@ -128,6 +128,22 @@ def test_an_archived_backend_reads_a_new_configuration_in_its_own_words(tmp_path
     assert "rope_theta" not in made
 
 
+@pytest.mark.parametrize("scheme", [AWQ, GPTQ])
+@pytest.mark.parametrize("left", [{"quant_method": "bitsandbytes", "load_in_4bit": True}, {}, None])
+def test_what_a_source_has_left_over_reaches_neither_worker_nor_checkpoint(
+    tmp_path: Path, calibration: Path, scheme: dict[str, Any], left: object
+) -> None:
+    config = checkpoints.config() | {"quantization_config": left, "auto_map": {"AutoConfig": "configuration.Tiny"}}
+    source = checkpoints.write(tmp_path / "source", checkpoints.unquantized(), config)
+    worker = Worker()
+    run(tmp_path, source, calibration, scheme, worker)
+    seen = json.loads((Path(worker.requests[0]["source"]) / "config.json").read_text())
+    made = json.loads((tmp_path / "output" / "config.json").read_text())
+    assert not {"auto_map", "quantization_config"} & seen.keys()
+    assert "auto_map" not in made
+    assert made["quantization_config"]["quant_method"] == scheme["method"]
+
+
 @pytest.mark.parametrize(
     ("text", "samples", "reason"),
     [

@@ -11,9 +11,11 @@ from pathlib import Path
 import checkpoints
 import hub_server
 import pytest
+from safetensors.numpy import save_file
 
 from pipeline import file_digests
 from pipeline.errors import SourceError
+from pipeline.planner.sources import describe, describe_folder
 from pipeline.source import ResolvedSource, hold_to_lock, pull, resolve, revision_of
 from pipeline.source_lock import read_lock
 
@@ -135,9 +137,130 @@ def test_code_in_a_folder_is_refused(model: Path) -> None:
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
 def test_a_configuration_that_wants_code_is_refused(model: Path, into: Fetch, name: str) -> None:
-    (model / name).write_text(json.dumps({"auto_map": {"AutoModel": "modeling.Tiny"}}))
-    with pytest.raises(SourceError, match=f"{name} has `auto_map`"):
+    config = checkpoints.config() | {"model_type": "tiny"}
+    (model / "config.json").write_text(json.dumps(config))
+    wanting = json.loads((model / name).read_text()) if (model / name).exists() else {}
+    (model / name).write_text(json.dumps(wanting | {"auto_map": {"AutoModel": "modeling.Tiny"}}))
+    with pytest.raises(SourceError, match=f"{name} has `auto_map`, and transformers does not have `tiny` itself"):
         into(resolve(f"file:{model}"))
+
+
+def test_code_is_not_needed_for_what_transformers_has_itself(model: Path, tmp_path: Path) -> None:
+    config = checkpoints.config() | {"model_type": "phi3", "auto_map": {"AutoModel": "modeling_phi3.Phi3"}}
+    (model / "config.json").write_text(json.dumps(config))
+    lines: list[str] = []
+    (tmp_path / "pulled").mkdir()
+    pull(resolve(f"file:{model}"), tmp_path / "pulled", tmp_path / "downloads", lines.append)
+    assert "config.json: `auto_map` is left out: transformers has `phi3` itself" in lines
+
+
+# What a model must have
+
+
+def sharded(folder: Path, *names: str) -> Path:
+    """A source whose tensors lie in files of these names, as its index says."""
+    checkpoints.write_source(folder)
+    (folder / "model.safetensors").unlink()
+    tensors = checkpoints.unquantized()
+    placed = {tensor: names[number % len(names)] for number, tensor in enumerate(tensors)}
+    for name in names:
+        save_file({tensor: tensors[tensor] for tensor in tensors if placed[tensor] == name}, folder / name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("model-00001-of-000002.safetensors", "model-00002-of-000002.safetensors"),
+        ("model.safetensors-00001-of-00002.safetensors", "model.safetensors-00002-of-00002.safetensors"),
+        ("layers-0.safetensors", "rest.safetensors"),
+    ],
+)
+def test_the_files_that_the_index_names_are_the_weights(names: tuple[str, ...], tmp_path: Path, into: Fetch) -> None:
+    folder = sharded(tmp_path / "sharded", *names)
+    for extra in ("consolidated.safetensors", "adapter_model.safetensors"):
+        save_file(checkpoints.unquantized(), folder / extra)
+    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    wanted = ["config.json", "model.safetensors.index.json", "tokenizer.json"]
+    resolved = resolve(f"file:{folder}")
+    assert sorted(into(resolved)) == sorted([*wanted, *names])
+    assert resolved.left_out == ("adapter_model.safetensors", "consolidated.safetensors")
+    with hub_server.serving(files) as hub:
+        found = resolve(URI, endpoint=hub.endpoint)
+        assert sorted(into(found)) == sorted([*wanted, *names])
+        planned = describe(found)
+    # The planner reads what is pulled, from the folder as from the hub.
+    assert planned.model.tensors.keys() == describe_folder(folder).model.tensors.keys()
+
+
+def test_an_extra_file_beside_a_single_one_is_not_read(model: Path, into: Fetch) -> None:
+    save_file(checkpoints.unquantized(), model / "consolidated.safetensors")
+    assert "consolidated.safetensors" not in into(resolve(f"file:{model}"))
+    assert len(describe_folder(model).model.tensors) == len(checkpoints.unquantized())
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/model.safetensors", "a/b.safetensors", "weights.bin"])
+def test_an_index_that_names_no_file_beside_it_is_refused(name: str, tmp_path: Path) -> None:
+    folder = sharded(tmp_path / "sharded", "one.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(SourceError, match="no safetensors file beside it"):
+        resolve(f"file:{folder}")
+
+
+def test_shards_that_are_missing_are_named_before_anything_is_fetched(tmp_path: Path) -> None:
+    folder = sharded(tmp_path / "sharded", "one.safetensors", "two.safetensors")
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "two.safetensors"}
+    with (
+        hub_server.serving(files) as hub,
+        pytest.raises(SourceError, match=r"names `two\.safetensors`, which is not there"),
+    ):
+        resolve(URI, endpoint=hub.endpoint)
+
+
+@pytest.mark.parametrize("left", [[], ["tokenizer.model"], ["qwen.tiktoken"]])
+def test_a_tokenizer_that_no_worker_reads_is_refused_at_the_source(left: list[str], model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    for name in left:
+        (model / name).write_bytes(b"\0")
+    files = {path.name: path.read_bytes() for path in model.iterdir()}
+    with pytest.raises(SourceError, match=r"no tokenizer\.json.*save the tokenizer with transformers") as caught:
+        resolve(f"file:{model}")
+    assert all(name in str(caught.value) for name in left)
+    with hub_server.serving(files) as hub, pytest.raises(SourceError, match=r"no tokenizer\.json"):
+        resolve(URI, endpoint=hub.endpoint)
+
+
+@pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("vocab.txt",)])
+def test_older_forms_of_a_tokenizer_are_taken(names: tuple[str, ...], model: Path, into: Fetch) -> None:
+    (model / "tokenizer.json").unlink()
+    for name in names:
+        (model / name).write_text("{}")
+    assert set(names) <= set(into(resolve(f"file:{model}")))
+
+
+def test_a_link_of_a_snapshot_that_leads_nowhere_is_reported(model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer.json").symlink_to(model / "gone")
+    with pytest.raises(SourceError, match=r"tokenizer\.json"):
+        resolve(f"file:{model}")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"model": {}}'])
+def test_a_tokenizer_that_is_none_is_refused(content: str, model: Path, into: Fetch) -> None:
+    (model / "tokenizer.json").write_text(content)
+    with pytest.raises(SourceError, match=r"tokenizer\.json describes no tokenizer"):
+        into(resolve(f"file:{model}"))
+
+
+def test_an_untied_model_without_a_head_is_refused(model: Path, into: Fetch) -> None:
+    tensors = {name: value for name, value in checkpoints.unquantized().items() if name != "lm_head.weight"}
+    save_file(tensors, model / "model.safetensors")
+    with pytest.raises(SourceError, match="no output head"):
+        into(resolve(f"file:{model}"))
+    tied = {key: value for key, value in checkpoints.config().items() if key != "tie_word_embeddings"}
+    (model / "config.json").write_text(json.dumps(tied | {"model_type": "gemma2"}))  # whose class ties it
+    assert into(resolve(f"file:{model}"))
 
 
 def test_a_configuration_nested_without_end_is_refused(model: Path, into: Fetch) -> None:
