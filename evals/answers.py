@@ -12,6 +12,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from evals.errors import AnswersError
+from registry import untrusted
+from registry.errors import UntrustedFileError
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -169,6 +171,10 @@ class Answers(_Frozen):
     tasks: Mapping[str, Annotated[AnyAnswers, Field(discriminator="kind")]]
 
 
+# The answers of a full suite with every next-token distribution are some tens of megabytes.
+_LARGEST = 1 << 30
+
+
 def read_answers(folder: Path) -> Answers:
     """Read ``answers.json`` in ``folder``.
 
@@ -177,9 +183,9 @@ def read_answers(folder: Path) -> Answers:
     """
     path = folder / "answers.json"
     try:
-        return Answers.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise AnswersError(f"{path} cannot be read ({error.strerror}): evaluate the model again") from error
+        return Answers.model_validate_json(untrusted.read(folder, path.name, _LARGEST))
+    except (OSError, UntrustedFileError) as error:
+        raise AnswersError(f"{path} cannot be read ({error}): evaluate the model again") from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])

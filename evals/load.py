@@ -30,6 +30,8 @@ from evals.slo import PERCENTILES, Slo, percentile
 from evals.traffic.profile import TrafficProfile
 from evals.traffic.schedule import plan as schedule_of
 from evals.trend import queue
+from registry import untrusted
+from registry.errors import UntrustedFileError
 
 __all__ = [
     "GATE", "Canary", "LoadError", "LoadPlan", "Memory", "Slo", "is_conclusive", "judge", "load_key", "measure",
@@ -42,6 +44,8 @@ RunWorker = Callable[[str, Path, Mapping[str, Any], Path], dict[str, Any]]
 
 SCHEMA = "slipway/load/2"
 _LIVE_SECONDS = 0.25
+# The most bytes of a load generator's rows, some hundred each, and of what it says of its progress.
+_ROWS_BYTES, _PROGRESS_BYTES = 1 << 30, 1 << 16
 # An engine says how it is once a second, which costs it a few milliseconds.
 _LOOKS_A_SCRAPE = 4
 # Memory is watched for so long after the last answer: does it give back what it took?
@@ -87,7 +91,7 @@ class Tester:
         script = Path(__file__).parent / "traffic" / "client.py"
         with self._watched(folder / "progress.json", purpose, profile.rate):
             told = self.run_worker("aiperf", script, request, folder)
-        rows = [json.loads(line) for line in (output / "requests.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in untrusted.read(output, "requests.jsonl", _ROWS_BYTES).splitlines()]
         self.prompts_used = told.pop("prompts_used", self.prompts_used)
         self.client.append(told.get("client", {}))
         late = [row["late_ms"] for row in rows if "late_ms" in row]
@@ -112,8 +116,8 @@ class Tester:
                 looks += 1
                 if looks % _LOOKS_A_SCRAPE == 0 and (seen := scrape(self.server.url)):
                     self.scrapes.append(seen)
-                with contextlib.suppress(OSError, ValueError):
-                    told = json.loads(file.read_text())
+                with contextlib.suppress(OSError, ValueError, UntrustedFileError):
+                    told = json.loads(untrusted.read(file.parent, file.name, _PROGRESS_BYTES))
                     if told["phase"] in {"warm-up", "load"}:
                         self.server.memory.phase = told["phase"]
                     self.live({"purpose": purpose, "rate": rate, **told})

@@ -14,7 +14,6 @@ from dagster import (
     MetadataValue,
     Output,
     PipesEnvContextInjector,
-    PipesFileMessageReader,
     ResourceParam,
     asset,
     open_pipes_session,
@@ -24,7 +23,7 @@ from pydantic import Field
 from pipeline import describe, evaluation, promotion, stages
 from pipeline.expected import EXPECTED
 from pipeline.handles import Handles
-from pipeline.launchers.task import MESSAGES
+from pipeline.messages import WorkerMessages
 from pipeline.metadata import CACHED, SECONDS, WORKER_SECONDS
 from pipeline.partitions import RELEASES, spec_of
 from pipeline.previews import known_previews
@@ -167,7 +166,6 @@ def _pipes(context: AssetExecutionContext, folder: Path) -> Iterator[Mapping[str
     """Open a Dagster Pipes session around one worker; yields the variables by which it finds its messages' file."""
     with contextlib.ExitStack() as open_until_done:
         with known_previews():
-            messages = PipesFileMessageReader(str(folder / MESSAGES))
-            session = open_pipes_session(context, PipesEnvContextInjector(), messages)
+            session = open_pipes_session(context, PipesEnvContextInjector(), WorkerMessages(folder))
             variables = open_until_done.enter_context(session).get_bootstrap_env_vars()
         yield variables

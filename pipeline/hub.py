@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,12 +22,14 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import http_get
+from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from pipeline.errors import SourceError, UnreachableError
 
 Progress = Callable[[str], None]
 
+_COMMIT, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 # Seconds to wait for the hub's first answer.
 _TIMEOUT = 10
 # Seconds between two lines about one file.
@@ -62,17 +65,12 @@ class Hub:
         with self._explained(repository, revision):
             api = HfApi(endpoint=self.endpoint, token=self.token or False)
             found = api.model_info(repository, revision=revision, files_metadata=True, timeout=_TIMEOUT)
-            if not found.sha:
-                raise SourceError(f"the hub at {self.endpoint} names no commit for {repository}@{revision}")
-            return found.sha, [
-                HubFile(
-                    path=sibling.rfilename,
-                    size=_size(sibling.rfilename, sibling.size),
-                    sha256=sibling.lfs.sha256 if sibling.lfs else None,
-                    blob=None if sibling.lfs else sibling.blob_id,
+            if not isinstance(found.sha, str) or _COMMIT.fullmatch(found.sha) is None:
+                raise SourceError(
+                    f"the hub at {self.endpoint} answers {str(found.sha)[:60]!r} for {repository}@{revision}: expected "
+                    "a commit of 40 hex digits"
                 )
-                for sibling in found.siblings or []
-            ]
+            return found.sha, [self._file(sibling) for sibling in found.siblings or []]
 
     def download(self, repository: str, commit: str, name: str, *, size: int, part: Path, progress: Progress) -> None:
         """Bring ``part`` to ``size`` bytes of the file ``name``, going on from what it holds already.
@@ -120,6 +118,18 @@ class Hub:
                     break
         return bytes(got[:length])
 
+    def _file(self, sibling: RepoSibling) -> HubFile:
+        """Take what the hub says of a file, once size and digests have their form; whoever joins its name checks it."""
+        name, size = sibling.rfilename, sibling.size
+        sha256 = sibling.lfs.sha256 if sibling.lfs else None
+        blob = None if sibling.lfs else sibling.blob_id
+        if not isinstance(size, int) or size < 0:
+            raise SourceError(f"the hub at {self.endpoint} names no size for {name}: it may be too old, or no hub")
+        for digest, form in ((sha256, _SHA256), (blob, _COMMIT)):
+            if digest is not None and (not isinstance(digest, str) or form.fullmatch(digest) is None):
+                raise SourceError(f"the hub at {self.endpoint} names {str(digest)[:80]!r} as the digest of {name}")
+        return HubFile(name, size, sha256, blob)
+
     @contextlib.contextmanager
     def _explained(self, repository: str, revision: str) -> Iterator[None]:
         """Turn every failure of the hub into one line that says what to do."""
@@ -153,12 +163,6 @@ class Hub:
             ) from error
         except OSError as error:
             raise SourceError(f"{what} could not be stored or did not come whole: {error}; run again") from error
-
-
-def _size(name: str, size: int | None) -> int:
-    if size is None:
-        raise SourceError(f"the hub names no size for {name}: it may be too old, or no hub")
-    return size
 
 
 class _Bar(Protocol):

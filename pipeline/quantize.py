@@ -8,6 +8,7 @@ The law: the same source, calibration and scheme give the same bytes on the same
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from pipeline.compatibility.description import ModelDescription
 from pipeline.errors import QuantizeError
 from pipeline.safetensors_headers import HeaderError, read_model
 from pipeline.store import digest_file
+from registry import untrusted
 
 RunWorker = Callable[[str, Path, Mapping[str, Any], Path], dict[str, Any]]
 Progress = Callable[[str], None]
@@ -165,6 +167,7 @@ def quantize(
 
     Raises:
         QuantizeError: the calibration is too small, or the scheme doesn't fit the model.
+        UntrustedFileError: the worker left links or special files.
         CheckpointError: what the worker wrote is not what the scheme promises; lists every problem.
         WorkerFailed: the worker failed; its own words.
     """
@@ -260,8 +263,9 @@ def _assemble(
     output: Path,
 ) -> None:
     """Put the worker's weights beside the source's own configuration and tokenizer, all readable by anybody."""
-    for path in [*written.glob("*.safetensors"), *written.glob("*.safetensors.index.json")]:
-        shutil.move(path, output / path.name)
+    for name in untrusted.plain_files(written):
+        if "/" not in name and name.endswith((".safetensors", ".safetensors.index.json")):
+            shutil.move(written / name, output / name)
     for path in source.iterdir():
         if path.is_file() and path.name != "config.json" and ".safetensors" not in path.name:
             shutil.copyfile(path, output / path.name)
@@ -270,5 +274,6 @@ def _assemble(
     if "dtype" in config:
         merged["dtype"] = "float16"
     (output / "config.json").write_text(json.dumps(merged, indent=2, sort_keys=True) + "\n")
-    for path in output.iterdir():
-        path.chmod(0o644)
+    for name in untrusted.plain_files(output):
+        with untrusted.open_file(output, name) as stream:
+            os.fchmod(stream.fileno(), 0o644)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pipeline.compatibility.backends import is_supported
 from pipeline.compatibility.description import ModelDescription
@@ -25,7 +26,9 @@ from pipeline.file_digests import digests_of
 from pipeline.safetensors_headers import INDEX, INDEX_BOUNDS, SINGLE, HeaderError, read_index, read_model, weight_files
 from pipeline.source_lock import Lock, LockedFile, portable, read_lock, write_lock
 from pipeline.store import digest_json
+from registry import untrusted
 from registry.bounded_json import Bounds, DocumentError, read_json
+from registry.errors import UntrustedFileError
 
 if TYPE_CHECKING:
     from pipeline.hub import Hub
@@ -39,7 +42,11 @@ _CHUNK = 4 * 1024 * 1024
 # A tokenizer of 262,144 words takes 35 MB and two million values.
 _DOCUMENT = Bounds(bytes=128 << 20, values=8_000_000, depth=64)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+# What the Hugging Face cache calls a blob: git's digest, or the sha256 of a large file.
+_BLOB = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 _HUB = re.compile(r"hf://(?P<repository>[^/@]+/[^/@]+)(?:@(?P<revision>.+))?")
+# A name of a file at the top: no way to another folder, no control character, no longer than file systems take.
+_PLAIN = re.compile(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]{0,200}")
 _TOKENIZER = re.compile(r"(tokenizer|spiece|sentencepiece|.+\.bpe)\.model|(merges|vocab)\.txt|.+\.(jinja|tiktoken)")
 # What a tokenizer may be, all files of a form; for others transformers would need sentencepiece or tiktoken.
 _TOKENIZER_FORMS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
@@ -82,8 +89,9 @@ class ResolvedSource:
     def sha256(self) -> dict[str, str]:
         """A folder's files as they were when this was first asked, path → 64 hex digits."""
         folder = Path(self.uri.removeprefix("file:"))
-        found = digests_of([folder / file.path for file in self.files], self.memory)
-        return {path.relative_to(folder).as_posix(): digest for path, digest in found.items()}
+        places = {file.path: Path(*_place(folder, file.path)) for file in self.files}
+        found = digests_of(places.values(), self.memory)
+        return {name: found[place] for name, place in places.items()}
 
     @property
     def bytes(self) -> int:
@@ -165,7 +173,7 @@ def _resolve_folder(uri: str, lock: Lock | None, memory: Path | None) -> Resolve
     if not folder.is_dir():
         raise SourceError(f"there is no folder {folder}")
     visible = [path for path in sorted(folder.rglob("*")) if not _hidden(path.relative_to(folder))]
-    names = [path.relative_to(folder).as_posix() for path in visible if path.is_file()]
+    names = [path.relative_to(folder).as_posix() for path in visible if path.is_symlink() or not path.is_dir()]
     pickles = [name for name in names if _PICKLE.fullmatch(name)]
     if pickles:
         raise SourceError(
@@ -183,7 +191,7 @@ def _resolve_folder(uri: str, lock: Lock | None, memory: Path | None) -> Resolve
     return ResolvedSource(
         uri=uri,
         revision=None,
-        files=tuple(SourceFile(name, (folder / name).stat().st_size) for name in taken),
+        files=tuple(SourceFile(name, _size(folder, name)) for name in taken),
         left_out=tuple(name for name in names if name not in taken),
         lock=lock,
         memory=memory,
@@ -214,12 +222,49 @@ def _resolve_hub(repository: str, revision: str, hub: Hub, lock: Lock | None) ->
     )
 
 
+def _place(folder: Path, name: str) -> tuple[Path, str]:
+    """Where a file of a source truly is: a folder without links, and a path in it.
+
+    It is the file itself, or what a link leads to within the folder or, as the Hugging Face cache has it, from
+    ``snapshots/REVISION`` to ``blobs/DIGEST`` beside it.
+
+    Raises:
+        SourceError: a link leads elsewhere, or nowhere.
+    """
+    try:
+        root, target = folder.resolve(strict=True), (folder / name).resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise SourceError(f"{folder / name} can't be read: {error}") from error
+    if target.is_relative_to(root):
+        return root, target.relative_to(root).as_posix()
+    blobs = root.parent.parent / "blobs"
+    if root.parent.name == "snapshots" and target.parent == blobs and _BLOB.fullmatch(target.name):
+        return blobs, target.name
+    raise SourceError(
+        f"{folder / name} is a link to {target}: a source's links may lead only within its folder, or to the blobs of "
+        "a Hugging Face cache; copy the file in its place"
+    )
+
+
+def _opened(folder: Path, name: str) -> BinaryIO:
+    """Open a file of a source; ``SourceError`` where it is no regular file, or leads outside."""
+    try:
+        return untrusted.open_file(*_place(folder, name))
+    except (OSError, UntrustedFileError) as error:
+        raise SourceError(f"{folder / name} can't be read: {error}") from error
+
+
+def _size(folder: Path, name: str) -> int:
+    with _opened(folder, name) as stream:
+        return os.fstat(stream.fileno()).st_size
+
+
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
 
 
 def _is_taken(name: str, weights: Collection[str]) -> bool:
-    if "/" in name or "\\" in name or name.startswith("."):
+    if _PLAIN.fullmatch(name) is None:
         return False
     if name.endswith(".json"):
         return name == INDEX or not name.endswith(".index.json")
@@ -274,7 +319,8 @@ def _copy_folder(resolved: ResolvedSource, folder: Path, _downloads: Path, progr
     digests: dict[str, str] = {}
     for file in resolved.files:
         progress(f"{file.path}: {file.size / 1e6:.1f} MB")
-        digests[file.path] = _copy(source / file.path, folder / file.path)
+        with _opened(source, file.path) as reader:
+            digests[file.path] = _copy(reader, folder / file.path)
     if resolved.lock is not None:
         resolved.lock.refuse_difference(digests)
     if changed := [name for name, digest in digests.items() if digest != resolved.sha256[name]]:
@@ -282,10 +328,10 @@ def _copy_folder(resolved: ResolvedSource, folder: Path, _downloads: Path, progr
     return digests
 
 
-def _copy(source: Path, target: Path) -> str:
+def _copy(reader: BinaryIO, target: Path) -> str:
     """Copy a file, or let it share the source's blocks, and return its sha256; its bytes are read once."""
     total = hashlib.sha256()
-    with source.open("rb") as reader, target.open("w+b") as writer:
+    with target.open("w+b") as writer:
         try:
             fcntl.ioctl(writer, _FICLONE, reader.fileno())
         except OSError:
@@ -301,7 +347,7 @@ def _copy(source: Path, target: Path) -> str:
 
 def _download(resolved: ResolvedSource, folder: Path, downloads: Path, progress: Progress) -> dict[str, str]:
     hub, commit = resolved.hub, resolved.revision
-    if hub is None or commit is None:
+    if hub is None or commit is None or _COMMIT.fullmatch(commit) is None:
         raise SourceError(f"{resolved.uri} is no hub's model")
     repository = resolved.uri.removeprefix("hf://")
     kept = downloads / repository.replace("/", "--") / commit

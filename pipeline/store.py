@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PlanError, StoreError
+from registry import untrusted
 
 _CHUNK = 4 * 1024 * 1024
 
@@ -244,8 +245,8 @@ def require_room(place: Path, needed: int, floor: int, what: str) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write a file that appears whole or not at all: beside, synced, renamed."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with beside.open("w") as stream:
-        stream.write(text)
+    with untrusted.create_file(path.parent, beside.name) as stream:  # a worker may write to that folder too
+        stream.write(text.encode())
         stream.flush()
         os.fsync(stream.fileno())
     beside.rename(path)
@@ -255,7 +256,7 @@ def _seal(making: Making) -> dict[str, dict[str, Any]]:
     """Hash what is not hashed yet, make files read-only, and push everything to the disk."""
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(making.folder.rglob("*")):
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             continue
         name = path.relative_to(making.folder).as_posix()
         if path.is_symlink() or not path.is_file():

@@ -15,8 +15,9 @@ from typing import Any
 from pipeline.environments import Progress
 from pipeline.errors import WorkerFailed
 from pipeline.launchers.local import Local, how_it_ended
-from pipeline.launchers.task import Launcher, Task
+from pipeline.launchers.task import LOG, LOG_BYTES, OUTPUT, RESULT, RESULT_BYTES, Launcher, Task
 from pipeline.settings import Settings
+from registry import untrusted
 
 Bootstrap = Callable[[Path], contextlib.AbstractContextManager[Mapping[str, str]]]
 
@@ -55,26 +56,46 @@ class Workers:
 
         Raises:
             WorkerFailed: it said what was wrong, or ended without a result.
+            UntrustedFileError: it left something else than regular files, or a result that is too large.
         """
         with self.bootstrap(folder) as variables:
             ended = self.launcher(Task(environment, script, request, folder, variables, self.stop))
         self.seconds.append(ended.seconds)
+        if request.get(OUTPUT):  # from here on nobody writes there, and who reads needs no further care
+            untrusted.plain_files(Path(request[OUTPUT]))
         return self._result(environment, script, ended.status, folder)
 
     def _result(self, environment: str, script: Path, status: int, folder: Path) -> dict[str, Any]:
-        result = folder / "result.json"
-        outcome = json.loads(result.read_text()) if result.exists() else {}
-        if status == 0 and "result" in outcome:
+        outcome = _outcome(folder)
+        if status == 0 and isinstance(outcome.get("result"), dict):
             return dict(outcome["result"])
-        kept = self._keep_log(f"{script.stem}-{environment}", folder / "output.log")
+        kept = self._keep_log(f"{script.stem}-{environment}", folder)
         if "error" in outcome:
             raise WorkerFailed(f"{outcome['error']} (full output: {kept})")
         tail = kept.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
         raise WorkerFailed("\n".join([f"worker {script.stem} {how_it_ended(status)}; full output: {kept}", *tail]))
 
-    def _keep_log(self, name: str, log: Path) -> Path:
+    def _keep_log(self, name: str, folder: Path) -> Path:
         logs = self.settings.home / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         kept = logs / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{name}-{os.getpid()}.log"
-        shutil.copyfile(log, kept)
+        with untrusted.open_file(folder, LOG, LOG_BYTES) as log, kept.open("wb") as copy:
+            shutil.copyfileobj(log, copy)
         return kept
+
+
+def _outcome(folder: Path) -> dict[str, Any]:
+    """What a worker wrote into its result file: nothing where there is none.
+
+    Raises:
+        WorkerFailed: it is no JSON object.
+    """
+    try:
+        outcome = json.loads(untrusted.read(folder, RESULT, RESULT_BYTES))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise WorkerFailed(f"the worker's {RESULT} is not valid JSON: {error}") from error
+    if not isinstance(outcome, dict):
+        raise WorkerFailed(f"the worker's {RESULT} holds no JSON object")
+    return outcome

@@ -6,6 +6,7 @@ Two things speak it: `registry.server` to an MLflow server, by its REST API and 
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 MANIFEST_TAG = "slipway.manifest_digest"
 MODEL_TAG = "slipway.model"
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 TURNS = "slipway-turns."
 """What the name of a queue of promoters begins with (see `registry.turns`); it is no release line."""
 
@@ -41,8 +43,12 @@ class Version:
 
     @property
     def manifest_digest(self) -> str | None:
-        """The digest of the signed manifest; None where something else registered this version."""
-        return self.tags.get(MANIFEST_TAG)
+        """The digest of the signed manifest; None where something else registered this version.
+
+        A tag can hold any text: what is not a digest is none.
+        """
+        digest = self.tags.get(MANIFEST_TAG, "")
+        return digest if _DIGEST.fullmatch(digest) else None
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ def glance(reference: str, names: Collection[str], *, tracking_uri: str, trusted
 
 def _parsed(reference: str) -> tuple[str, str]:
     name, at, alias = reference.partition("@")
-    if not name or (at and not alias) or "@" in alias or set(name + alias) & set("/\\:'\"` "):
+    if not name or (at and not alias) or "@" in alias or set(name + alias) & set("/\\:'\"` ") or name.startswith("."):
         raise ArgumentError(f"`{reference}` names no release: write NAME or NAME@ALIAS, as in `demo-awq@champion`")
     return name, alias or CHAMPION
 

@@ -21,11 +21,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Literal
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from registry import untrusted
 from registry.backend import Version
 from registry.catalog import current, names
-from registry.errors import ManifestError, TrackingError
-from registry.manifest import MANIFEST, FileRecord, Manifest
+from registry.errors import ManifestError, TrackingError, UntrustedFileError
+from registry.manifest import MANIFEST, CoveredPath, FileRecord, Manifest
 from registry.objects import ObjectStore, digest_of
 from registry.retention import referred
 from registry.tracking import local_folder
@@ -35,6 +39,17 @@ MARKER = "cold.json"
 SCHEMA = "slipway.cold/v1"
 # Smaller files stay: manifests, tokenizers and evidence are what one looks at.
 LEAST_BYTES = 1 << 20
+_LARGEST_MARKER = 16 << 20
+
+
+class _Marker(BaseModel):
+    """What `cold.json` may say: its names become paths."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal["slipway.cold/v1"] = Field(alias="schema")
+    store: str
+    files: Mapping[CoveredPath, FileRecord]
 
 
 @dataclass(frozen=True)
@@ -64,16 +79,21 @@ def cold_files(folder: Path) -> tuple[str, Mapping[str, FileRecord]]:
     """
     path = folder.parent / MARKER
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(untrusted.read(folder.parent, MARKER, _LARGEST_MARKER))
     except FileNotFoundError:
         return "", {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError, UntrustedFileError) as error:
         raise TrackingError(f"`{path}` can't be read: {error}") from error
-    if document.get("schema") != SCHEMA:
-        raise TrackingError(f"`{path}` has schema {document.get('schema')!r}; this program reads `{SCHEMA}`")
-    return str(document["store"]), {
-        name: FileRecord.model_validate(record) for name, record in document["files"].items()
-    }
+    schema = document.get("schema") if isinstance(document, dict) else None
+    if schema != SCHEMA:
+        raise TrackingError(f"`{path}` has schema {schema!r}; this program reads `{SCHEMA}`")
+    try:
+        marker = _Marker.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise TrackingError(f"`{path}` is not valid at `{where}`: {first['msg']}") from error
+    return marker.store, marker.files
 
 
 def cool(version: Version, store: ObjectStore, progress: Callable[[str], None], least: int = LEAST_BYTES) -> int:
@@ -118,6 +138,9 @@ def warm(version: Version, store: ObjectStore, progress: Callable[[str], None]) 
     where, cold = cold_files(folder)
     if where not in {"", store.uri}:
         store = ObjectStore.opened(where)
+    signed = _manifest(version, folder).files if cold else {}
+    if odd := sorted(name for name, record in cold.items() if signed.get(name) != record):
+        raise TrackingError(f"`{folder.parent / MARKER}` names `{odd[0]}`, which is not what the manifest says of it")
     fetched = 0
     for name, record in cold.items():
         if (folder / name).exists():
@@ -126,8 +149,9 @@ def warm(version: Version, store: ObjectStore, progress: Callable[[str], None]) 
         # Beside the folder, whose files are all of the release: half a file there would be one too many.
         beside = folder.parent / f"warming-{record.sha256}"
         store.get(record, beside)
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        beside.replace(folder / name)
+        within, _, last = name.rpartition("/")
+        with untrusted.folder_handle(folder, within=within or ".", make=True) as handle:
+            os.replace(beside, last, dst_dir_fd=handle)
         fetched += record.size
     (folder.parent / MARKER).unlink(missing_ok=True)
     return fetched

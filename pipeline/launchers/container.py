@@ -22,7 +22,7 @@ from containers.engine import connect
 from pipeline.environments import Progress, ensure_environment
 from pipeline.launchers.local import worker_environment
 from pipeline.launchers.placement import Container
-from pipeline.launchers.task import OUTPUT, Ended, Task
+from pipeline.launchers.task import LOG, OUTPUT, Ended, Task
 from pipeline.settings import Settings
 from pipeline.store import write_whole
 
@@ -67,7 +67,7 @@ class Containers:
                 reads=sorted(reads),
                 writes=[folder, *([Path(output)] if output else [])],
                 environment={**worker_environment(self.settings, python, folder), **task.variables},
-                log=folder / "output.log",
+                log=LOG,
                 memory_bytes=self.where.memory,
                 gpus=self.where.gpus,
             )

@@ -11,17 +11,19 @@ neither the store nor the network is trusted with more than being there.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from dagster_pipes import PIPES_PROTOCOL_VERSION, PIPES_PROTOCOL_VERSION_FIELD
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from pipeline.errors import WorkerFailed
-from pipeline.launchers.task import OUTPUT, Ended, Task
+from pipeline.launchers.task import LOG, LOG_BYTES, OUTPUT, RESULT, RESULT_BYTES, Ended, Task
 from pipeline.settings import CHECKOUT
 from pipeline.store import write_whole
+from registry import untrusted
 from registry.manifest import FileRecord, RelativePath
 from registry.objects import ObjectStore, digest_of
 
@@ -29,6 +31,7 @@ D = TypeVar("D", bound="_Document")
 _OUTCOME = "slipway.outcome"
 # In a request on its way, a file is named {_FILE: its place in the worker's folder there}.
 _FILE = "slipway.file"
+_RELATIVE = TypeAdapter[str](RelativePath)
 
 
 class _Document(BaseModel):
@@ -38,7 +41,7 @@ class _Document(BaseModel):
 class Errand(_Document):
     """What is to be done, its files by content; ``script`` is a path in the checkout."""
 
-    environment: str
+    environment: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     script: RelativePath
     request: Mapping[str, Any]
     inputs: Mapping[RelativePath, FileRecord]
@@ -86,12 +89,14 @@ def receive(outcome: FileRecord, task: Task, store: ObjectStore) -> Ended:
 
     Raises:
         TrackingError: the store refuses, or holds something else.
-        WorkerFailed: the outcome is none.
+        WorkerFailed: the outcome is none, or too large.
     """
     told = get_document(Outcome, outcome, task.folder / "outcome.json", store)
-    store.get(told.log, task.folder / "output.log")
-    if told.result is not None:
-        store.get(told.result, task.folder / "result.json")
+    for name, record, limit in ((LOG, told.log, LOG_BYTES), (RESULT, told.result, RESULT_BYTES)):
+        if record is not None:
+            if record.size > limit:
+                raise WorkerFailed(f"the worker's {name} has {record.size} bytes; at most {limit} are fetched")
+            store.get(record, task.folder / name)
     for name, record in told.outputs.items():
         target = Path(task.request[OUTPUT]) / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +105,12 @@ def receive(outcome: FileRecord, task: Task, store: ObjectStore) -> Ended:
 
 
 def unpack(errand: Errand, folder: Path, store: ObjectStore) -> Task:
-    """Fetch what an errand reads into a folder of this machine, and return the task that it is here."""
+    """Fetch what an errand reads into a folder of this machine, and return the task that it is here.
+
+    Raises:
+        TrackingError: the store refuses, or holds something else.
+        WorkerFailed: it names a file outside its folder.
+    """
     for place, record in errand.inputs.items():
         target = folder / place
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -108,27 +118,42 @@ def unpack(errand: Errand, folder: Path, store: ObjectStore) -> Task:
     (folder / "out").mkdir()
     work = folder / "work"
     work.mkdir()
-    return Task(errand.environment, CHECKOUT / errand.script, _placed(errand.request, folder), work, {})
+    try:
+        request = _placed(errand.request, folder)
+    except ValidationError as error:
+        raise WorkerFailed(f"the errand names a file outside its folder: {error.errors()[0]['msg']}") from error
+    return Task(errand.environment, CHECKOUT / errand.script, request, work, {})
 
 
 def pack(ended: Ended, task: Task, folder: Path, store: ObjectStore) -> Outcome:
     """Put what a worker left into the store, and say what it is.
 
     Raises:
-        WorkerFailed: it left something else than plain files.
+        UntrustedFileError: it left something else than regular files, or a log or result that is too large.
     """
     output = folder / "out"
-    made = sorted(path for path in output.rglob("*") if path.is_symlink() or not path.is_dir())
-    if odd := [path.name for path in made if path.is_symlink() or not path.is_file()]:
-        raise WorkerFailed(f"the worker left {', '.join(odd)}, which are no plain files")
-    result = task.folder / "result.json"
+    made = untrusted.plain_files(output)
+    log = _kept(task, LOG, LOG_BYTES, folder)
+    if log is None:
+        raise WorkerFailed(f"the worker removed its {LOG}")
+    result = _kept(task, RESULT, RESULT_BYTES, folder)
     return Outcome(
         status=ended.status,
         seconds=ended.seconds,
-        result=put(result, store) if result.exists() else None,
-        log=put(task.folder / "output.log", store),
-        outputs={path.relative_to(output).as_posix(): put(path, store) for path in made},
+        result=None if result is None else put(result, store),
+        log=put(log, store),
+        outputs={name: put(output / name, store) for name in made},
     )
+
+
+def _kept(task: Task, name: str, limit: int, folder: Path) -> Path | None:
+    """Copy a file of the worker's folder to where no worker writes, and return that; None where there is none."""
+    try:
+        with untrusted.open_file(task.folder, name, limit) as left, (folder / name).open("wb") as kept:
+            shutil.copyfileobj(left, kept)
+    except FileNotFoundError:
+        return None
+    return folder / name
 
 
 def announced(outcome: FileRecord) -> str:
@@ -151,7 +176,10 @@ def outcome_in(payload: object) -> FileRecord | None:
     """Where the outcome is, if a message's payload says so (see `announced`)."""
     if not isinstance(payload, dict) or _OUTCOME not in payload:
         return None
-    return FileRecord.model_validate(payload[_OUTCOME])
+    try:
+        return FileRecord.model_validate(payload[_OUTCOME])
+    except ValidationError as error:
+        raise WorkerFailed(f"the job names an outcome that is not valid: {error.errors()[0]['msg']}") from error
 
 
 def put(path: Path, store: ObjectStore) -> FileRecord:
@@ -192,7 +220,7 @@ def _placed(value: Any, folder: Path) -> Any:  # noqa: ANN401 - any JSON value
     """The value with every file's name in it replaced by its path here."""
     if isinstance(value, Mapping):
         if set(value) == {_FILE}:
-            return folder / value[_FILE]
+            return folder / _RELATIVE.validate_python(value[_FILE])
         return {key: _placed(item, folder) for key, item in value.items()}
     if isinstance(value, list):
         return [_placed(item, folder) for item in value]

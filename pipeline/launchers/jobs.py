@@ -105,7 +105,7 @@ class Jobs:
                 if said is None:
                     other.append(line)
                     continue
-                outcome = outcome_in(said["params"].get("payload")) or outcome
+                outcome = outcome_in((said.get("params") or {}).get("payload")) or outcome
                 messages.write(line + "\n")
                 messages.flush()
         if outcome is None:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from pipeline.environments import Progress, ensure_environment
 from pipeline.errors import WorkerFailed
-from pipeline.launchers.task import Ended, Task
+from pipeline.launchers.task import LOG, Ended, Task
 from pipeline.settings import Settings
 from pipeline.store import write_whole
+from registry import untrusted
 
 # How often is looked whether a task is to stop.
 _LOOK_SECONDS = 0.5
@@ -42,7 +43,7 @@ class Local:
             *("--request", str(folder / "request.json"), "--result", str(folder / "result.json")),
         ]  # fmt: skip
         started = time.monotonic()
-        with (folder / "output.log").open("wb") as log:
+        with untrusted.create_file(folder, LOG) as log:
             process = subprocess.Popen(
                 command,
                 cwd=folder,

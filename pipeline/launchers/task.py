@@ -12,6 +12,10 @@ from typing import Any, Protocol
 OUTPUT = "output"
 # The file in a task's folder in which Dagster Pipes finds what its worker reports.
 MESSAGES = "messages.jsonl"
+# The files in a task's folder that hold what its worker printed, and what it gave.
+LOG, RESULT = "output.log", "result.json"
+# The most bytes that are read of either; results are small documents.
+LOG_BYTES, RESULT_BYTES = 256 << 20, 16 << 20
 
 
 @dataclass(frozen=True)

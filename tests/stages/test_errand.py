@@ -19,7 +19,7 @@ from pipeline.launchers.errand import announced, message, outcome_in, receive, s
 from pipeline.launchers.node import do
 from pipeline.launchers.task import Ended, Task
 from pipeline.settings import CHECKOUT, Settings
-from registry.errors import TrackingError
+from registry.errors import TrackingError, UntrustedFileError
 from registry.manifest import FileRecord
 from registry.objects import ObjectStore, digest_of
 
@@ -130,7 +130,7 @@ def test_an_outcome_that_leaves_its_folder_is_refused(
 
 
 def test_a_link_in_the_output_is_refused(task: Task, store: ObjectStore, settings: Settings, tmp_path: Path) -> None:
-    with pytest.raises(WorkerFailed, match="link"):
+    with pytest.raises(UntrustedFileError, match="link"):
         run(replace(task, request={**task.request, "link": True}), store, settings, tmp_path)
 
 

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from pipeline.errors import CheckpointError, QuantizeError, UnsupportedModelError
 from pipeline.quantize import Scheme, backend_of, quantize
+from registry.errors import UntrustedFileError
 
 AWQ = {"method": "awq", "backend": "autoawq", "group_size": 32}
 GPTQ = {"method": "gptq", "backend": "gptqmodel", "group_size": 32}
@@ -217,3 +218,21 @@ def test_every_backend_names_code_and_pins_that_exist(backend: str) -> None:
 def test_a_schemes_key_does_not_change_with_a_default_that_nobody_sets() -> None:
     assert "clone_saved_weights" not in Scheme.model_validate(AWQ).model_dump()
     assert Scheme.model_validate(AWQ | {"clone_saved_weights": False}).model_dump()["clone_saved_weights"] is False
+
+
+def test_a_link_in_the_checkpoint_changes_no_other_file(tmp_path: Path, source: Path, calibration: Path) -> None:
+    key = tmp_path / "key.pem"
+    key.write_text("private")
+    key.chmod(0o600)
+
+    class Attacker(Worker):
+        def __call__(self, environment: str, script: Path, request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+            result = super().__call__(environment, script, request, folder)
+            (Path(request["output"]) / "model.safetensors").unlink()
+            (Path(request["output"]) / "model.safetensors").symlink_to(key)
+            return result
+
+    with pytest.raises(UntrustedFileError, match=r"model\.safetensors"):
+        run(tmp_path, source, calibration, AWQ, Attacker())
+    assert key.stat().st_mode & 0o777 == 0o600
+    assert not list((tmp_path / "output").iterdir())

@@ -518,3 +518,65 @@ def test_an_unreachable_hub_is_one_line_within_seconds(tmp_path: Path, hub: hub_
     with pytest.raises(SourceError, match="can't reach the hub"):
         into(resolve(URI, endpoint="http://127.0.0.1:9", lock=read_lock(path)))
     assert time.monotonic() - started < 20
+
+
+# Attacks
+
+
+@pytest.mark.parametrize("sha", ["../../../victim", "/victim", "0" * 39, "main", "0" * 41])
+def test_a_commit_that_is_not_one_never_becomes_a_path(hub: hub_server.StandInHub, tmp_path: Path, sha: str) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "kept.txt").write_text("kept")
+    hub.commit = f"{tmp_path}/victim" if sha == "/victim" else sha
+    with pytest.raises(SourceError, match="expected a commit of 40 hex digits"):
+        resolve(URI, endpoint=hub.endpoint)
+    assert (victim / "kept.txt").exists()
+
+
+@pytest.mark.parametrize("place", ["/proc/self/environ", "outside/key.pem", "../model-2/vocab.txt"])
+def test_a_link_out_of_a_source_is_refused(model: Path, tmp_path: Path, place: str) -> None:
+    for path in (tmp_path / "outside" / "key.pem", tmp_path / "model-2" / "vocab.txt"):
+        path.parent.mkdir()
+        path.write_text("secret")
+    target = place if place.startswith(("/", "..")) else tmp_path / place
+    (model / "vocab.txt").symlink_to(target)
+    with pytest.raises(SourceError, match=r"vocab\.txt is a link to .*only within its folder"):
+        resolve(f"file:{model}")
+
+
+def test_a_link_that_appears_after_the_source_was_resolved_is_refused(model: Path, tmp_path: Path, into: Fetch) -> None:
+    (tmp_path / "key.pem").write_text("secret")
+    (model / "vocab.txt").write_text("a")
+    resolved = resolve(f"file:{model}")
+    (model / "vocab.txt").unlink()
+    (model / "vocab.txt").symlink_to(tmp_path / "key.pem")
+    with pytest.raises(SourceError, match="is a link to"):
+        into(resolved)
+
+
+def test_a_fifo_in_a_source_is_refused_and_does_not_block(model: Path) -> None:
+    os.mkfifo(model / "vocab.txt")
+    with pytest.raises(SourceError, match=r"vocab\.txt can't be read"):
+        resolve(f"file:{model}")
+
+
+def test_links_within_a_source_and_those_of_a_hugging_face_cache_are_taken(
+    model: Path, tmp_path: Path, into: Fetch
+) -> None:
+    (model / "kept").mkdir()
+    (model / "tokenizer.json").rename(model / "kept" / "tokenizer.json")
+    (model / "tokenizer.json").symlink_to("kept/tokenizer.json")
+    cache = tmp_path / "models--org--tiny"
+    (cache / "blobs").mkdir(parents=True)
+    snapshot = cache / "snapshots" / hub_server.COMMIT
+    snapshot.mkdir(parents=True)
+    for path in (model / "config.json", model / "model.safetensors", model / "tokenizer.json"):
+        blob = hashlib.sha256(path.read_bytes()).hexdigest()
+        shutil.copyfile(path, cache / "blobs" / blob)
+        (snapshot / path.name).symlink_to(f"../../blobs/{blob}")
+    assert into(resolve(f"file:{snapshot}")) == into(resolve(f"file:{model}"))
+    (cache / "blobs" / "notes.txt").write_text("not a blob")
+    (snapshot / "vocab.txt").symlink_to("../../blobs/notes.txt")
+    with pytest.raises(SourceError, match="is a link to"):
+        resolve(f"file:{snapshot}")
