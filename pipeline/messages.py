@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,16 +13,12 @@ from typing import TYPE_CHECKING, Any
 from dagster import PipesMessageReader
 from dagster_pipes import PipesDefaultMessageWriter
 
+from pipeline.launchers.messages import lines
 from pipeline.launchers.task import MESSAGES
 from registry import untrusted
 
 if TYPE_CHECKING:
     from dagster._core.pipes.context import PipesMessageHandler
-
-_POLL_SECONDS = 0.05
-_CHUNK = 1 << 16
-# A message is a line; a run's are some thousands.
-_LONGEST_MESSAGE, _MOST_BYTES = 1 << 20, 64 << 20
 
 
 class WorkerMessages(PipesMessageReader):
@@ -59,23 +54,7 @@ class WorkerMessages(PipesMessageReader):
 
     def _follow(self, descriptor: int, handler: PipesMessageHandler, ended: Event) -> None:
         try:
-            for line in _lines(descriptor, ended):
+            for line in lines(descriptor, ended):
                 handler.handle_message(json.loads(line))
         except Exception:  # noqa: BLE001 - whatever a worker wrote: Dagster logs it, and the run goes on
             handler.report_pipes_framework_exception(f"{type(self).__name__}: not a message", sys.exc_info())
-
-
-def _lines(descriptor: int, ended: Event) -> Iterator[bytes]:
-    """Whole lines as they come; ``ValueError`` where one is too long, or all of them are too much."""
-    rest, total = b"", 0
-    while True:
-        last = ended.is_set()  # asked before reading, so that what was written last is read
-        while chunk := os.read(descriptor, _CHUNK):
-            total += len(chunk)
-            *lines, rest = (rest + chunk).split(b"\n")
-            yield from lines
-            if len(rest) > _LONGEST_MESSAGE or total > _MOST_BYTES:
-                raise ValueError(f"more than {_LONGEST_MESSAGE} bytes in a line, or {_MOST_BYTES} in all")
-        if last:
-            return
-        ended.wait(_POLL_SECONDS)

@@ -51,8 +51,9 @@ class Workers:
         """Run ``script`` in ``environment`` and return its result.
 
         A `Path` in the request names files: under the key ``output`` an empty folder that the worker fills, elsewhere
-        what it reads. ``folder`` is its working folder and holds result.json and output.log afterwards. The worker sees
-        an allowlist of the environment, so no secret of the orchestrator.
+        what it reads. ``folder`` is its working folder and holds result.json and output.log afterwards. The worker is
+        given an allowlist of the environment, so no secret of the orchestrator; what else it could see of it says
+        `pipeline.launchers.confinement`.
 
         Raises:
             WorkerFailed: it said what was wrong, or ended without a result.

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import unquote, urlsplit
 
+from registry import untrusted
 from registry.download import CHUNK, Broken, Open, Reader, local, pause
 from registry.errors import PullError, TrackingError
+from registry.locations import checked
 from registry.tracking import connected, local_folder
 
 if TYPE_CHECKING:
@@ -47,8 +49,10 @@ def open_artifacts(location: str, tracking_uri: str) -> Iterator[Artifacts]:
     """Open what is at ``location``, a version's.
 
     Raises:
+        PullError: The registry keeps no files there (`registry.locations`).
         TrackingError: It can't be reached.
     """
+    location = checked(location, tracking_uri)
     folder, parts = local_folder(location), urlsplit(location)
     if folder is not None:
         yield LocalArtifacts(folder)
@@ -69,15 +73,14 @@ def open_artifacts(location: str, tracking_uri: str) -> Iterator[Artifacts]:
 
 def fetch(stored: Artifacts, name: str, folder: Path, limit: int) -> Path:
     """Write a small file to ``folder / name`` and return that; ``TrackingError`` where it is larger than ``limit``."""
-    target = folder / name
-    target.parent.mkdir(parents=True, exist_ok=True)
     data = bytearray()
     for chunk in _chunks(stored, name):
         data += chunk
         if len(data) > limit:
             raise TrackingError(f"`{name}` is larger than {limit} bytes: no such file is")
-    target.write_bytes(data)
-    return target
+    with untrusted.create_file(folder, name) as stream:
+        stream.write(data)
+    return folder / name
 
 
 def sha256(stored: Artifacts, name: str) -> str:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 MANIFEST_TAG = "slipway.manifest_digest"
 MODEL_TAG = "slipway.model"
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+EXPERIMENT = "slipway"
+"""The experiment of MLflow that releases are uploaded to."""
 TURNS = "slipway-turns."
 """What the name of a queue of promoters begins with (see `registry.turns`); it is no release line."""
 
@@ -62,6 +64,10 @@ class Line:
 
 class Backend(Protocol):
     """Every operation is one atomic act of MLflow; each raises ``TrackingError`` where MLflow refuses it."""
+
+    def artifact_root(self) -> str | None:
+        """Where the experiment `EXPERIMENT` keeps its files; None where there is no such experiment."""
+        ...
 
     def names(self) -> list[str]:
         """Every registered model's name, sorted."""
@@ -130,6 +136,11 @@ class Embedded:
 
     def __init__(self, client: MlflowClient) -> None:
         self._client = client
+
+    def artifact_root(self) -> str | None:
+        """Where the experiment `EXPERIMENT` keeps its files."""
+        found = self._client.get_experiment_by_name(EXPERIMENT)
+        return None if found is None else str(found.artifact_location)
 
     def names(self) -> list[str]:
         """Every registered model's name, sorted."""

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from registry.backend import MANIFEST_TAG, MODEL_TAG, TURNS, Line, Version, open_backend
+from registry.backend import EXPERIMENT, MANIFEST_TAG, MODEL_TAG, TURNS, Line, Version, open_backend
 from registry.errors import TrackingError
 from registry.tracking import database_path
 
@@ -88,6 +88,25 @@ def line(tracking_uri: str, name: str) -> Line | None:
         raise _damaged(path, error) from error
     with open_backend(tracking_uri) as backend:
         return backend.line(name)
+
+
+def artifact_root(tracking_uri: str) -> str | None:
+    """Return where releases that are uploaded are kept; None where none was. ``TrackingError`` as `current`."""
+    path = database_path(tracking_uri)
+    if path is not None and not path.exists():
+        return None
+    try:
+        if path is not None:
+            with _database(path) as database:
+                query = "SELECT artifact_location FROM experiments WHERE name = ? AND workspace = ?"
+                found = database.execute(query, (EXPERIMENT, _WORKSPACE)).fetchone()
+                return None if found is None else str(found[0])
+    except sqlite3.OperationalError:
+        pass  # the tables are of another MLflow: ask it
+    except sqlite3.DatabaseError as error:
+        raise _damaged(path, error) from error
+    with open_backend(tracking_uri) as backend:
+        return backend.artifact_root()
 
 
 def version(tracking_uri: str, name: str, number: str) -> Version | None:

@@ -2,6 +2,8 @@
 
 It is named after the destination and the release, and locked by who fills it; the kernel drops the lock with its
 process. What a killed pull left in it the next pull of the same release goes on with, and that of another sweeps away.
+Everybody can tell that name in advance, and make such a folder first where anybody may write. So one that is there
+already is gone on with only where this user made all of it, nobody else may write to it, and it holds no links.
 """
 
 from __future__ import annotations
@@ -11,13 +13,17 @@ import errno
 import fcntl
 import glob
 import os
+import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from registry.errors import DiskError, PullError
+from registry import untrusted
+from registry.errors import DiskError, PullError, UntrustedFileError
 
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
@@ -111,14 +117,21 @@ def _locked(destination: Path, digest: str, progress: Callable[[str], None]) -> 
             for leftover in destination.parent.glob(f"{glob.escape(prefix)}*"):
                 if leftover != part:
                     _remove_if_dead(leftover)
-            part.mkdir(mode=0o700, exist_ok=True)
+            made = _made(part)
+            if not made and not _is_ours(part):
+                part = _without(part)
+                continue
             descriptor = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 pass
             else:
-                return part, descriptor
+                if made or _holds_ours_alone(part):
+                    return part, descriptor
+                os.close(descriptor)
+                part = _without(part)
+                continue
         finally:
             os.close(parent)
         if not told:
@@ -128,11 +141,42 @@ def _locked(destination: Path, digest: str, progress: Callable[[str], None]) -> 
         os.close(descriptor)  # it may be another folder's by now: look again
 
 
+def _made(part: Path) -> bool:
+    """Make the folder; False where something has its name already."""
+    try:
+        part.mkdir(mode=0o700)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _is_ours(part: Path) -> bool:
+    """Whether a folder is this user's, and nobody else may write to it."""
+    about = part.lstat()
+    return stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid() and not about.st_mode & _OTHERS_WRITE
+
+
+def _holds_ours_alone(part: Path) -> bool:
+    """Whether all that is below a folder are this user's folders and regular files."""
+    try:
+        untrusted.plain_files(part)
+        return all(path.lstat().st_uid == os.geteuid() for path in part.rglob("*"))
+    except (OSError, UntrustedFileError):
+        return False
+
+
+def _without(part: Path) -> Path:
+    """Remove what stands in the folder's place; where it stays, return another name, that nobody can tell."""
+    _remove(part)
+    return part.with_name(f"{part.name}-{secrets.token_hex(8)}") if os.path.lexists(part) else part
+
+
 def _remove(path: Path) -> None:
-    if path.is_symlink():
-        path.unlink()
-    else:
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _remove_if_dead(part: Path) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from registry import journal
 from registry.artifacts import open_artifacts
-from registry.backend import MANIFEST_TAG, MODEL_TAG, Embedded, Version, only_version
+from registry.backend import EXPERIMENT, MANIFEST_TAG, MODEL_TAG, Embedded, Version, only_version
 from registry.catalog import current, line
 from registry.errors import (
     Problem,
@@ -28,6 +28,7 @@ from registry.errors import (
     TrackingError,
     VerificationError,
 )
+from registry.locations import checked_folder
 from registry.manifest import DOCUMENTS, MANIFEST, REPORT, Manifest
 from registry.moves import Progress, appoint, recover, signers
 from registry.policy import Policy, Trust, policy_of
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
 
-EXPERIMENT = "slipway"
 SCHEME_TAG = "slipway.scheme"
 REPORT_TAG = "slipway.report"
 Champion = Literal["automatic", "manual"]
@@ -335,7 +335,7 @@ def discard_upload(client: MlflowClient, model: LoggedModel) -> None:
     It goes last, so that whoever is killed here leaves something that the next one finds. Elsewhere MLflow holds the
     files of a deleted logged model until its own ``mlflow gc`` is run.
     """
-    files = local_folder(model.artifact_location)
+    files = checked_folder(model.artifact_location, client.get_experiment(model.experiment_id).artifact_location)
     if files is not None and files.parent.name == model.model_id:
         shutil.rmtree(files.parent, ignore_errors=True)
     if model.source_run_id and client.get_run(model.source_run_id).info.lifecycle_stage == "active":

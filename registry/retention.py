@@ -15,12 +15,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from registry.backend import MANIFEST_TAG, Embedded, Version, pages
+from registry.backend import EXPERIMENT, MANIFEST_TAG, Embedded, Version, pages
 from registry.cache import unused
-from registry.catalog import current, line, lines, names
-from registry.promote import EXPERIMENT, discard_upload, line_of
+from registry.catalog import artifact_root, current, line, lines, names
+from registry.locations import checked_folder
+from registry.promote import discard_upload, line_of
 from registry.resolve import needed
-from registry.tracking import connected, local_folder
+from registry.tracking import connected
 from registry.turns import turn
 
 if TYPE_CHECKING:
@@ -101,13 +102,14 @@ def remove(
 
 def _doomed_versions(tracking_uri: str, name: str, keep: int, before: datetime) -> list[Doomed]:
     needed = referred(tracking_uri, name)
+    root = artifact_root(tracking_uri)
     ours = [version for version in current(tracking_uri, name) if version.manifest_digest is not None]
     return [
         Doomed(
             "version",
             f"{name} version {version.version}",
             f"no alias names it, {keep} newer are kept, it is of {version.created:%Y-%m-%d}",
-            _size(version.location),
+            _size(version.location, root),
             line=name,
             version=version,
         )
@@ -128,7 +130,7 @@ def _doomed_uploads(tracking_uri: str, before: datetime) -> list[Doomed]:
             "upload",
             f"{line_of(model)} {model.model_id}",
             f"no version has it, it is of {_created(model):%Y-%m-%d}",
-            _size(model.artifact_location),
+            _size(model.artifact_location, experiment.artifact_location),
             line=line_of(model),
             model=model.model_id,
         )
@@ -172,8 +174,8 @@ def _created(model: LoggedModel) -> datetime:
     return datetime.fromtimestamp(model.creation_timestamp / 1000, UTC)
 
 
-def _size(location: str) -> int:
-    folder = local_folder(location)
+def _size(location: str, root: str | None) -> int:
+    folder = checked_folder(location, root)
     if folder is None or not folder.is_dir():
         return 0
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

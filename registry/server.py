@@ -19,7 +19,7 @@ from urllib.parse import quote, unquote, urlencode, urlsplit
 import urllib3
 from urllib3.exceptions import HTTPError
 
-from registry.backend import Line, Version, aliases_by_version
+from registry.backend import EXPERIMENT, Line, Version, aliases_by_version
 from registry.bounded_json import Bounds, DocumentError, read_json
 from registry.errors import RefusedError, TrackingError
 from registry.tracking import reach, shown
@@ -70,6 +70,13 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.pool.clear()
+
+    def artifact_root(self) -> str | None:
+        """Where the experiment `EXPERIMENT` keeps its files; None where there is no such experiment."""
+        query = {"experiment_name": EXPERIMENT}
+        found = self._ask("GET", "experiments/get-by-name", query, absent="RESOURCE_DOES_NOT_EXIST")
+        with self._understood():
+            return None if found is None else str(found["experiment"]["artifact_location"])
 
     def names(self) -> list[str]:
         """Every registered model's name, sorted."""

@@ -27,8 +27,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from registry import untrusted
 from registry.backend import Version
-from registry.catalog import current, names
+from registry.catalog import artifact_root, current, names
 from registry.errors import ManifestError, TrackingError, UntrustedFileError
+from registry.locations import checked, checked_folder
 from registry.manifest import MANIFEST, CoveredPath, FileRecord, Manifest
 from registry.objects import ObjectStore, digest_of
 from registry.retention import referred
@@ -172,11 +173,12 @@ def plan_moves(
     """
     at = now or datetime.now(UTC)
     moves = []
+    root = artifact_root(tracking_uri)
     for name in names(tracking_uri):
         needed = referred(tracking_uri, name)
         may = aliased if isinstance(aliased, bool) else aliased(name)
         for version in current(tracking_uri, name):
-            folder = local_folder(version.location)
+            folder = checked_folder(version.location, root)
             if folder is None or version.manifest_digest is None or not folder.is_dir():
                 continue
             keep = version.version in needed and not may
@@ -205,6 +207,7 @@ def carry_out(
     for move in moves:
         with turn(tracking_uri, move.version.name, progress) as held:
             held.check()
+            checked(move.version.location, tracking_uri)
             needed = move.version.version in referred(tracking_uri, move.version.name)
             if move.to == "cold" and needed and not move.aliased:
                 progress(f"{move.name} has an alias now: it stays")

@@ -89,13 +89,13 @@ def read(folder: Path, name: str, limit: int) -> bytes:
 
 
 def create_file(folder: Path, name: str, mode: int = 0o644) -> BinaryIO:
-    """Open a new, empty file directly in ``folder`` for writing and reading; what had its name is removed first.
+    """Open a new, empty file below ``folder`` for writing and reading; what had its name is removed first.
 
     Raises:
-        UntrustedFileError: A folder has that name, or ``folder`` is a link.
+        UntrustedFileError: A folder has that name, or a folder on the way is a link.
     """
-    (last,) = _parts(name)
-    with folder_handle(folder) as handle:
+    *folders, last = _parts(name)
+    with folder_handle(folder, within="/".join(folders) or ".", make=True) as handle:
         try:
             with suppress(FileNotFoundError):
                 os.unlink(last, dir_fd=handle)

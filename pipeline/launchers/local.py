@@ -12,7 +12,8 @@ from pathlib import Path
 
 from pipeline.environments import Progress, ensure_environment
 from pipeline.errors import WorkerFailed
-from pipeline.launchers.task import LOG, Ended, Task
+from pipeline.launchers.confinement import confined, is_hidden, status_of
+from pipeline.launchers.task import LOG, RESULT, Ended, Task
 from pipeline.settings import Settings
 from pipeline.store import write_whole
 from registry import untrusted
@@ -30,7 +31,7 @@ class Local:
         self.progress = progress
 
     def __call__(self, task: Task) -> Ended:
-        """Run the worker in a process group of its own.
+        """Run the worker in a process group and, where the machine permits it, a PID namespace of its own.
 
         Raises:
             WorkerFailed: the task was stopped.
@@ -38,10 +39,10 @@ class Local:
         folder = task.folder
         python = ensure_environment(task.environment, self.settings, self.progress) / "bin" / "python"
         write_whole(folder / "request.json", json.dumps(task.request, default=os.fspath))
-        command = [
-            *("setpriv", "--pdeathsig", "KILL"), str(python), str(task.script),
-            *("--request", str(folder / "request.json"), "--result", str(folder / "result.json")),
-        ]  # fmt: skip
+        files = ("--request", str(folder / "request.json"), "--result", str(folder / RESULT))
+        command = confined([str(python), str(task.script), *files])
+        if not is_hidden():
+            self.progress("this machine gives no PID namespace: workers see its processes, and may read environments")
         started = time.monotonic()
         with untrusted.create_file(folder, LOG) as log:
             process = subprocess.Popen(
@@ -57,7 +58,7 @@ class Local:
                 _wait(process, task)
             finally:
                 _end_group(process)
-        return Ended(process.returncode, time.monotonic() - started)
+        return Ended(status_of(process.returncode), time.monotonic() - started)
 
 
 def worker_environment(settings: Settings, python: Path, folder: Path) -> dict[str, str]:

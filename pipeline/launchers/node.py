@@ -14,7 +14,8 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,8 +28,11 @@ from dagster_pipes import (
 from pipeline.errors import SlipwayError
 from pipeline.launchers.errand import Errand, announced, get_document, pack, put_document, unpack
 from pipeline.launchers.local import Local
+from pipeline.launchers.messages import lines
+from pipeline.launchers.task import MESSAGES
 from pipeline.settings import Settings
 from pipeline.store import is_locked, locked
+from registry import untrusted
 from registry.errors import RegistryError
 from registry.manifest import FileRecord
 from registry.objects import ObjectStore
@@ -74,8 +78,9 @@ def do(record: FileRecord, store: ObjectStore, folder: Path, settings: Settings)
         SlipwayError, RegistryError: it could not be done; that the worker failed is an outcome like any other.
     """
     errand = get_document(Errand, record, folder / "errand.json", store)
-    task = replace(unpack(errand, folder, store), variables=_reporting())
-    ended = Local(settings, _say)(task)
+    task = unpack(errand, folder, store)
+    with _reporting(task.folder) as variables:
+        ended = Local(settings, _say)(replace(task, variables=variables))
     return put_document(pack(ended, task, folder, store), folder / "outcome.json", store)
 
 
@@ -83,14 +88,32 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _reporting() -> dict[str, str]:
-    """Have the worker report straight to this process's stdout, whole lines, whatever else it prints."""
+@contextlib.contextmanager
+def _reporting(folder: Path) -> Iterator[Mapping[str, str]]:
+    """Pass on what the worker reports to this process's stdout, whole lines, whatever else it prints."""
     if DAGSTER_PIPES_CONTEXT_ENV_VAR not in os.environ:
-        return {}
-    return {
-        DAGSTER_PIPES_CONTEXT_ENV_VAR: os.environ[DAGSTER_PIPES_CONTEXT_ENV_VAR],
-        DAGSTER_PIPES_MESSAGES_ENV_VAR: encode_param({"path": f"/proc/{os.getpid()}/fd/1"}),
-    }
+        yield {}
+        return
+    ended = threading.Event()
+    with untrusted.create_file(folder, MESSAGES) as stream:
+        thread = threading.Thread(target=_pass_on, args=(stream.fileno(), ended), daemon=True)
+        thread.start()
+        try:
+            yield {
+                DAGSTER_PIPES_CONTEXT_ENV_VAR: os.environ[DAGSTER_PIPES_CONTEXT_ENV_VAR],
+                DAGSTER_PIPES_MESSAGES_ENV_VAR: encode_param({"path": str(folder / MESSAGES)}),
+            }
+        finally:
+            ended.set()
+            thread.join()
+
+
+def _pass_on(descriptor: int, ended: threading.Event) -> None:
+    try:
+        for line in lines(descriptor, ended):
+            print(line.decode(errors="replace"), flush=True)
+    except ValueError as error:
+        _say(f"what the worker reports is not passed on any more: {error}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ import pytest
 import yaml
 from kubernetes_api import NAMESPACE, TOKEN, Api, kubernetes_api
 from real_server import AWS, BUCKET, s3_server
-from test_ray import ENVIRONMENT, RUN, SLEEPS, wait_for, wait_until_gone, write
+from test_ray import ENVIRONMENT, RUN, SLEEPS, wait_for, write
+from worker_processes import wait_until_gone
 
 from pipeline.errors import SettingsError, UnansweredError, WorkerFailed
 from pipeline.launchers import http
@@ -158,10 +159,10 @@ def test_how_it_failed_is_told_as_if_it_had_run_here(
 def test_a_pod_that_dies_is_told_with_the_clusters_own_words(
     elsewhere: Elsewhere, script: Path, tmp_path: Path
 ) -> None:
-    write(script, SLEEPS.format(pid=str(tmp_path / "pid"), seconds=600))
+    write(script, SLEEPS.format(began=str(tmp_path / "began"), seconds=600))
 
     def evict() -> None:
-        wait_for(tmp_path / "pid")
+        wait_for(tmp_path / "began")
         (process,) = elsewhere.api.processes.values()
         process.kill()
 
@@ -170,7 +171,7 @@ def test_a_pod_that_dies_is_told_with_the_clusters_own_words(
     with pytest.raises(WorkerFailed, match="BackoffLimitExceeded: Job has reached the limit"):
         elsewhere.run(script, tmp_path)
     evicting.join()
-    wait_until_gone(int((tmp_path / "pid").read_text()))
+    wait_until_gone(script)
 
 
 def start(elsewhere: Elsewhere, script: Path, folder: Path) -> subprocess.Popen[bytes]:
@@ -179,27 +180,27 @@ def start(elsewhere: Elsewhere, script: Path, folder: Path) -> subprocess.Popen[
 
 
 def test_an_interrupted_run_deletes_its_job(elsewhere: Elsewhere, script: Path, tmp_path: Path) -> None:
-    process = start(elsewhere, write(script, SLEEPS.format(pid=str(tmp_path / "pid"), seconds=600)), tmp_path)
-    worker = wait_for(tmp_path / "pid")
+    process = start(elsewhere, write(script, SLEEPS.format(began=str(tmp_path / "began"), seconds=600)), tmp_path)
+    wait_for(tmp_path / "began")
     process.send_signal(2)
     process.wait(30)
-    wait_until_gone(worker)
+    wait_until_gone(script)
     assert elsewhere.api.processes == {}
 
 
 def test_what_another_thread_stops_is_ended_and_its_job_deleted(
     elsewhere: Elsewhere, script: Path, tmp_path: Path
 ) -> None:
-    write(script, SLEEPS.format(pid=str(tmp_path / "pid"), seconds=600))
+    write(script, SLEEPS.format(began=str(tmp_path / "began"), seconds=600))
     settings = Settings.read(elsewhere.variables)
     workers = Workers(settings, print, launcher=launcher(settings, print))
     with ThreadPoolExecutor(1) as beside:
         running = beside.submit(workers, ENVIRONMENT, script, {}, tmp_path)
-        worker = wait_for(tmp_path / "pid")
+        wait_for(tmp_path / "began")
         workers.stop.set()
         with pytest.raises(WorkerFailed, match="was stopped"):
             running.result()
-    wait_until_gone(worker)
+    wait_until_gone(script)
     assert elsewhere.api.processes == {}
 
 
@@ -207,7 +208,7 @@ def test_a_job_that_was_taken_and_whose_taking_nobody_heard_of_is_deleted(
     elsewhere: Elsewhere, script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http, "_PATIENCE_SECONDS", 0.0)
-    write(script, SLEEPS.format(pid=str(tmp_path / "pid"), seconds=600))
+    write(script, SLEEPS.format(began=str(tmp_path / "began"), seconds=600))
     start_job = elsewhere.api.start
 
     def start_and_fall_silent(manifest: dict[str, Any]) -> None:
@@ -230,9 +231,9 @@ def test_a_cluster_that_is_busy_is_asked_again_when_it_says(elsewhere: Elsewhere
 def test_after_a_killed_run_the_next_one_follows_the_same_job(
     elsewhere: Elsewhere, script: Path, tmp_path: Path
 ) -> None:
-    write(script, SLEEPS.format(pid=str(tmp_path / "pid"), seconds=4))
+    write(script, SLEEPS.format(began=str(tmp_path / "began"), seconds=4))
     process = start(elsewhere, script, tmp_path)
-    wait_for(tmp_path / "pid")
+    wait_for(tmp_path / "began")
     process.kill()
     process.wait()
     (tmp_path / "again").mkdir()

@@ -19,6 +19,7 @@ import httpx
 import pytest
 from ray_cluster import Cluster, ray_cluster
 from real_server import AWS, BUCKET, free_port, s3_server
+from worker_processes import wait_until_gone
 
 from pipeline.errors import UnansweredError, WorkerFailed
 from pipeline.launchers import http
@@ -146,7 +147,7 @@ def test_how_it_failed_is_told_as_if_it_had_run_here(
         elsewhere.run(write(script, body), tmp_path)
 
 
-SLEEPS = "Path({pid!r}).write_text(str(os.getpid()))\ntime.sleep({seconds})\nreturn {{'slept': True}}"
+SLEEPS = "Path({began!r}).write_text(str(time.time_ns()))\ntime.sleep({seconds})\nreturn {{'slept': True}}"
 
 RUN = """
 import sys
@@ -174,34 +175,27 @@ def wait_for(path: Path) -> int:
     return int(path.read_text())
 
 
-def wait_until_gone(pid: int) -> None:
-    deadline = time.monotonic() + 30
-    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split(") ")[1][:1]:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 def test_an_interrupted_run_ends_its_worker_there(elsewhere: Elsewhere, script: Path, tmp_path: Path) -> None:
-    process = start(elsewhere, write(script, SLEEPS.format(pid=str(tmp_path / "pid"), seconds=600)), tmp_path)
-    worker = wait_for(tmp_path / "pid")
+    process = start(elsewhere, write(script, SLEEPS.format(began=str(tmp_path / "began"), seconds=600)), tmp_path)
+    wait_for(tmp_path / "began")
     process.send_signal(signal.SIGINT)
     process.wait(30)
-    wait_until_gone(worker)
+    wait_until_gone(script)
     assert not list((elsewhere.cluster.homes[1] / "scratch").iterdir())
 
 
 def test_after_a_killed_run_the_next_one_follows_the_same_job(
     elsewhere: Elsewhere, script: Path, tmp_path: Path
 ) -> None:
-    write(script, SLEEPS.format(pid=str(tmp_path / "pid"), seconds=6))
+    write(script, SLEEPS.format(began=str(tmp_path / "began"), seconds=6))
     before = len(elsewhere.jobs())
     process = start(elsewhere, script, tmp_path)
-    worker = wait_for(tmp_path / "pid")
+    began = wait_for(tmp_path / "began")
     process.kill()
     process.wait()
     (tmp_path / "again").mkdir()
     assert elsewhere.run(script, tmp_path / "again") == {"slept": True}
-    assert int((tmp_path / "pid").read_text()) == worker
+    assert int((tmp_path / "began").read_text()) == began
     assert len(elsewhere.jobs()) == before + 1
 
 

@@ -520,6 +520,32 @@ def test_a_release_of_another_line_or_key_never_arrives(uri: str, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("place", ["http", "file", "beside"])
+def test_a_location_outside_the_registry_is_never_asked_nor_read(
+    uri: str, tmp_path: Path, key: SigningKey, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Whoever may register a version chooses its `source`; MLflow's client would send it user and password."""
+    make_release(tmp_path / "release", key)
+    promote(tmp_path / "release", uri, [key.public])
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "operator")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
+    with socket.create_server(("127.0.0.1", 0)) as attacker:
+        attacker.settimeout(0.2)
+        source = {
+            "http": f"http://127.0.0.1:{attacker.getsockname()[1]}/release",
+            "file": (tmp_path / "release").as_uri(),
+            "beside": f"{stored(current(uri, 'demo-awq')[0]).parent.parent.as_uri()}/../../../release",
+        }[place]
+        with connected(uri) as client:
+            tags = dict(client.get_model_version_by_alias("demo-awq", "champion").tags)
+            number = client.create_model_version("demo-awq", source=source, tags=tags).version
+        with pytest.raises(PullError, match="where it keeps none"):
+            pull(f"demo-awq@v{number}", tmp_path / "out", tracking_uri=uri, trusted_keys=[key.public])
+        with pytest.raises(TimeoutError):
+            attacker.accept()
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_a_killed_pull_left_is_swept_and_never_used(
     uri: str, releases: list[Path], key: SigningKey, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from worker_processes import of_script, wait_until_gone
 
 from homes import FIRST_CALLS
 from pipeline.environments import ensure_environment, pins_digest
@@ -89,7 +90,7 @@ def test_by_hand_it_reports_on_stderr(tmp_path: Path, settings: Settings) -> Non
 
 def test_a_worker_dies_with_a_killed_parent(tmp_path: Path, settings: Settings, home: dict[str, str]) -> None:
     ensure_environment(ENVIRONMENT, settings, print)
-    body = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    path = script(tmp_path, f"open({str(tmp_path / 'began')!r}, 'w').close()\ntime.sleep(600)")
     parent = subprocess.Popen(
         [
             *(sys.executable, "-c"),
@@ -98,20 +99,19 @@ def test_a_worker_dies_with_a_killed_parent(tmp_path: Path, settings: Settings, 
                 "from pipeline.settings import Settings;"
                 f"Workers(Settings.read(), print)({ENVIRONMENT!r}, Path(sys.argv[1]), {{}}, Path(sys.argv[2]))"
             ),
-            *(script(tmp_path, body), tmp_path),
+            *(path.rename(tmp_path / f"of_a_test_{os.getpid()}.py"), tmp_path),
         ],
         env=home,
     )
+    worker = tmp_path / f"of_a_test_{os.getpid()}.py"
     deadline = time.monotonic() + 60
-    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+    while not (tmp_path / "began").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    worker = int((tmp_path / "pid").read_text())
+    assert of_script(worker)
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
-    while Path(f"/proc/{worker}").exists() and "Z" not in Path(f"/proc/{worker}/stat").read_text().split(") ")[1][:1]:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until_gone(worker)
 
 
 def test_pins_that_cannot_be_met_say_so_and_leave_no_environment(
