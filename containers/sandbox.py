@@ -78,9 +78,11 @@ class Server:
         """
         if self.container is None:
             raise SandboxError("this server is no container's: it can't be restarted")
-        with told(f"can't restart the container {self.container.name}"):
+        with told(f"can't restart the container {self.container.name}"), isolation.unplugged(self.container) as seal:
             self.container.restart(timeout=1)
-        _seal(self.container)
+            sealed = seal()
+        if self.network == isolation.ISOLATED and not sealed:
+            self.network = isolation.UNSEALED
         self.url = _wait(self.container, time.monotonic(), self.start_timeout_s, lambda _: None)
 
 
@@ -107,8 +109,9 @@ def serve(
 
     The container has a read-only root with a tmpfs on /tmp, no capabilities and no way to get any, an unprivileged
     user, at most ``memory_bytes`` (swap included) and `PROCESSES` processes, and a network of its own that leads
-    nowhere: only this machine reaches it. Container and network are removed on every way out of the block, SIGTERM in
-    the main thread included; after a SIGKILL `sweep` finds them by their labels. What the server wrote is kept in
+    nowhere: only this machine reaches it, and it reaches nothing, where the engine is this machine's own
+    (`containers.isolation`). Container and network are removed on every way out of the block, SIGTERM in the main
+    thread included; after a SIGKILL `sweep` finds them by their labels. What the server wrote is kept in
     ``home/logs``, without prompts (`containers.logs`).
 
     Args:
@@ -156,7 +159,10 @@ def serve(
             **_reached_by(network),
         })  # fmt: skip
         try:
-            _start(container)
+            sealed = _start(container)
+            reach = isolation.PUBLISHED if network is None else isolation.ISOLATED if sealed else isolation.UNSEALED
+            if not sealed:
+                progress(f"the sandbox's network is {reach}")
             read, source = container_reader(container, gpu)
             sampler = MemorySampler(read, source)
             sampler.start()
@@ -168,7 +174,7 @@ def serve(
                 with _ended_after(container, lifetime_s):
                     yield Server(
                         url, seconds, memory_bytes, cpus, sampler, lambda: _how_it_died(container), container, gpu,
-                        isolation.PUBLISHED if network is None else isolation.ISOLATED, start_timeout_s, given,
+                        reach, start_timeout_s, given,
                     )  # fmt: skip
             finally:
                 sampler.stop()
@@ -275,17 +281,11 @@ def create(client: docker.DockerClient, image: str, options: dict[str, Any]) -> 
         raise
 
 
-def _start(container: Container) -> None:
-    with told(f"can't start a container of {container.attrs['Image']}"):
+def _start(container: Container) -> bool:
+    """Start a container; return whether it can reach nothing, this machine's services included."""
+    with told(f"can't start a container of {container.attrs['Image']}"), isolation.unplugged(container) as seal:
         container.start()
-    _seal(container)
-
-
-def _seal(container: Container) -> None:
-    """Leave a container on a network of its own no route but to this machine."""
-    if not container.attrs["HostConfig"]["PortBindings"]:
-        container.reload()
-        isolation.seal(container.attrs["State"]["Pid"])
+        return seal()
 
 
 def _explanation(error: Exception) -> str:

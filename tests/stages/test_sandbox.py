@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import httpx
 import pytest
 from docker.models.containers import Container
 
+from containers import isolation
 from containers.base import ensure_base
 from containers.core_pool import CoreRequest
 from containers.memory import _stats_reader
@@ -116,6 +118,75 @@ def test_nothing_gets_out_of_the_sandbox(start: Callable[..., Any]) -> None:
     with start() as server:
         seen = server.container.exec_run(["python3", "-c", probe]).output.decode().splitlines()
     assert seen == ["no default route", "kept in", "kept in"]
+
+
+# Python runs this before the server's own code: it asks the network's first address, this machine, again and again.
+EAGER = """
+import os, socket, threading, time
+
+def ask():
+    first = socket.gethostbyname(socket.gethostname()).rpartition(".")[0] + ".1"
+    end, reached = time.monotonic() + 3, 0
+    while time.monotonic() < end:
+        with socket.socket() as probe:
+            probe.settimeout(0.05)
+            reached += probe.connect_ex((first, int(os.environ["PROBED"]))) == 0
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.sendto(b"x", (first, int(os.environ["PROBED"])))
+        except OSError:
+            pass
+    open("/tmp/asked", "w").write(f"{first} {reached}")
+
+threading.Thread(target=ask, daemon=True).start()
+"""
+
+
+def test_a_server_reaches_no_service_of_this_machine_from_its_first_moment_on(
+    start: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "probe").mkdir()
+    (tmp_path / "probe" / "sitecustomize.py").write_text(EAGER)
+    with socket.create_server(("0.0.0.0", 0)) as service, socket.socket(type=socket.SOCK_DGRAM) as datagrams:  # noqa: S104
+        datagrams.bind(service.getsockname())
+        for listening in (service, datagrams):
+            listening.settimeout(0.2)
+        environment = {"PYTHONPATH": "/probe", "PROBED": str(service.getsockname()[1])}
+        with start(environment=environment, mounts={tmp_path / "probe": "/probe"}) as server:
+            assert server.network == isolation.ISOLATED
+            for restarted in (False, True):
+                if restarted:
+                    server.restart()
+                first, reached = asked(server).split()
+                assert (first.rpartition(".")[0], reached) == (server.url.split("/")[2].rpartition(".")[0], "0")
+                with pytest.raises(TimeoutError):
+                    service.accept()
+                with pytest.raises(TimeoutError):
+                    datagrams.recv(1)
+            assert httpx.get(f"{server.url}/health").status_code == 200
+            with socket.create_connection((first, service.getsockname()[1])):
+                service.accept()[0].close()  # which this machine itself reaches
+
+
+def asked(server: Server) -> str:
+    """Wait for what the server's process found, and return it."""
+    assert server.container is not None
+    deadline = time.monotonic() + 30
+    while True:
+        found = server.container.exec_run(["cat", "/tmp/asked"])  # noqa: S108 - in the container
+        if found.exit_code == 0 and found.output:
+            return str(found.output.decode())
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_where_rules_can_not_be_set_the_evidence_says_so(
+    start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isolation, "_FAMILIES", ("no-such-firewall",))
+    with start() as server:
+        assert server.network == isolation.UNSEALED
+        assert httpx.get(f"{server.url}/health").status_code == 200
 
 
 def test_a_server_that_was_killed_starts_again(start: Callable[..., Any]) -> None:
