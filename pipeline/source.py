@@ -182,7 +182,7 @@ def _resolve_folder(uri: str, lock: Lock | None, memory: Path | None) -> Resolve
         )
     if code := [name for name in names if name.endswith(".py")]:
         raise SourceError(f"{uri} holds {_listed(code)}: code that comes with a model is never run; remove it")
-    weights = _weights(uri, names, lambda: _read_start(folder / INDEX))
+    weights = _weights(uri, names, lambda: _read_start(folder, INDEX))
     taken = [name for name in names if _is_taken(name, weights)]
     if lock is not None:
         lock.refuse_other(uri, None)
@@ -275,8 +275,8 @@ def _locked_weights(lock: Lock) -> list[str]:
     return [name for name in lock.files if name.endswith(".safetensors")]
 
 
-def _read_start(path: Path) -> bytes:
-    with path.open("rb") as stream:
+def _read_start(folder: Path, name: str) -> bytes:
+    with _opened(folder, name) as stream:
         return stream.read(INDEX_BOUNDS.bytes + 1)
 
 
