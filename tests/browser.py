@@ -14,7 +14,7 @@ from playwright.sync_api import Locator, Page, expect, sync_playwright
 from containers.engine import install_packages
 
 JOB = "/locations/pipeline.definitions/jobs/release_model"
-_WAIT_MS = 60_000
+_WAIT_MS = 180_000
 
 
 class Browser:

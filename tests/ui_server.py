@@ -23,6 +23,10 @@ LAUNCH = """mutation($params: ExecutionParams!) { launchRun(executionParams: $pa
 TERMINATE = "mutation($id: String!) { terminateRun(runId: $id) { __typename } }"
 
 
+# For what ends by itself: a run may wait for the device while another worker's release has it.
+PATIENCE_SECONDS = 900
+
+
 class Ui:
     """The servers, started as a user starts them."""
 
@@ -39,7 +43,7 @@ class Ui:
 
     def announced(self) -> str:
         """What it says until the servers are announced."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while "Ctrl-C" not in (told := self.log.read_text()):
             assert self.process.poll() is None, told
             assert time.monotonic() < deadline, told

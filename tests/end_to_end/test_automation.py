@@ -18,8 +18,8 @@ from homes import DEMO, Slipway, make_home
 from pipeline import promotion
 from pipeline.settings import Settings
 from pipeline.walk import signed
+from ui_server import PATIENCE_SECONDS, RUNS, Ui, processes_of
 from ui_server import REPOSITORY as LOCATION
-from ui_server import RUNS, Ui, processes_of
 from webhook_server import Webhook, listening
 
 NEWER = "89abcdef0123456789abcdef0123456789abcdef"
@@ -81,7 +81,7 @@ def remote(hub: StandInHub) -> dict[str, str]:
 
 def tick(ui: Ui, says: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     """Wait for a tick of the sensor of which ``says`` holds."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         state = ui(TICKS, sensor={**SELECTOR, "sensorName": "models"})["sensorOrError"]["sensorState"]
         assert state["status"] == "RUNNING"
@@ -126,7 +126,7 @@ def test_a_touch_starts_nothing_and_a_new_revision_exactly_its_models_releases_w
     hub.files = {**hub.files, "config.json": b"not json"}
     models.write("remote", source=remote(hub), automation={"release": "on-change"})
     (models.settings.models / "remote.lock.json").unlink()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while runs(ui) != {"remote|awq": "FAILURE", "remote|gptq": "FAILURE"} or len(webhook.texts) < 2:
         assert set(runs(ui)) <= {"remote|awq", "remote|gptq"}
         assert time.monotonic() < deadline, (runs(ui), webhook.texts)
@@ -151,7 +151,7 @@ def test_a_night_in_which_nothing_changed_takes_seconds_and_says_so(ui: Ui, mode
     yaml_of(models, "remote").unlink()
     began = time.monotonic()
     done = ui(DRY_RUN, schedule={**SELECTOR, "scheduleName": "nightly"})["scheduleDryRun"]
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 60
     assert done["evaluationResult"]["error"] is None
     assert done["evaluationResult"]["runRequests"] == []
     assert done["evaluationResult"]["skipReason"].startswith("nothing changed; releases looked at: 1 (")

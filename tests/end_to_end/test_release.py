@@ -257,11 +257,14 @@ def test_no_engine_is_a_failure_of_the_environment(
     assert "none.sock" in done.stderr
 
 
-@pytest.mark.parametrize("stage", ["source", "quantized", "drift", "image", "scan", "load", "release"])
+@pytest.mark.parametrize("stage", ["source", "drift", "image", "scan", "release"])
 def test_killed_in_any_stage_the_same_command_completes(
     slipway: Slipway, released: dict[str, Any], engine: docker.DockerClient, stage: str
 ) -> None:
-    """What the stage made is dropped, the run is killed in it, and the next run makes it whole."""
+    """What the stage made is dropped, the run is killed in it, and the next run makes it whole.
+
+    Killed quantizers and load tests are test_survival's.
+    """
     made = forget(slipway, stage)
     process = slipway.start("release", "demo", "--scheme", "gptq")
     wait_until_being_made(slipway, made, process)
@@ -276,7 +279,7 @@ def test_killed_in_any_stage_the_same_command_completes(
 
 def wait_until_being_made(slipway: Slipway, made: str, process: subprocess.Popen[bytes]) -> None:
     """Wait until the stage is half-way: its folder is being made."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while not list((slipway.home / "artifacts" / ".making").glob(f"{made}-*")):
         assert time.monotonic() < deadline
         assert process.poll() is None, "the run ended before the stage began"

@@ -19,7 +19,7 @@ from browser import Browser, chromium
 from homes import DEMO, Slipway, forget
 from pipeline.instance import open_instance
 from pipeline.settings import CHECKOUT, Settings
-from ui_server import RUNS, TERMINATE, Ui, processes_of, two_free_ports, workers_of
+from ui_server import PATIENCE_SECONDS, RUNS, TERMINATE, Ui, processes_of, two_free_ports, workers_of
 
 
 def litter() -> set[str]:
@@ -96,7 +96,7 @@ def test_a_person_launches_watches_reads_and_backfills_in_a_browser(
         browser.open(run)
         browser.sees("Executing (1)")
         browser.picture("2-live-logs")
-        assert ui.wait(run.rpartition("/")[2], seconds=300) == "SUCCESS"
+        assert ui.wait(run.rpartition("/")[2], seconds=PATIENCE_SECONDS) == "SUCCESS"
         browser.sees("Success")
         browser.picture("3-promoted")
         after = slipway.aliases()["demo-gptq"]
@@ -108,7 +108,7 @@ def test_a_person_launches_watches_reads_and_backfills_in_a_browser(
         # The same evidence against a limit that can't be met: refused in seconds, and said so where one looks first.
         write_limit(models, 1)
         refused = browser.launch("gptq")
-        assert ui.wait(refused.rpartition("/")[2], seconds=120) == "FAILURE"
+        assert ui.wait(refused.rpartition("/")[2], seconds=PATIENCE_SECONDS) == "FAILURE"
         browser.open(refused)
         browser.filters_log("refuses")
         browser.sees("the load gate refuses: fail, p95_latency_ms")
@@ -155,7 +155,7 @@ def test_a_terminated_run_leaves_no_worker_and_ending_the_servers_ends_their_run
     ui.announced()
     terminated = launch_and_wait_for_worker(ui, slipway)
     ui(TERMINATE, id=terminated)
-    assert ui.wait(terminated, seconds=60) == "CANCELED"
+    assert ui.wait(terminated, seconds=PATIENCE_SECONDS) == "CANCELED"
     assert workers_of(slipway.home) == {}
 
     cut_off = launch_and_wait_for_worker(ui, slipway)
@@ -172,7 +172,7 @@ def test_a_terminated_run_leaves_no_worker_and_ending_the_servers_ends_their_run
 
 def launch_and_wait_for_worker(ui: Ui, slipway: Slipway) -> str:
     run_id = ui.launch("awq")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not workers_of(slipway.home):
         assert time.monotonic() < deadline
         assert ui.status(run_id) not in {"SUCCESS", "FAILURE"}

@@ -25,6 +25,8 @@ from gateways import MODEL, TOKENIZER, Running, gateway, routes
 from pipeline.settings import Settings
 from upstreams import Upstream, upstream
 
+pytestmark = pytest.mark.timed
+
 Start = Callable[..., Running]
 STREAM = {"model": MODEL, "prompt": "def", "max_tokens": 50, "stream": True}
 

@@ -23,6 +23,8 @@ from gateways import MODEL, Running, gateway, routes
 from pipeline.settings import Settings
 from upstreams import Upstream, upstream
 
+pytestmark = pytest.mark.timed
+
 BODY = {"model": MODEL, "prompt": "def", "max_tokens": 4}
 MIB = 2**20
 

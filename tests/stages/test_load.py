@@ -19,6 +19,8 @@ from evals.load import LoadPlan, judge, measure, percentile
 from pipeline.errors import WorkerFailed
 from pipeline.workers import Workers
 
+pytestmark = pytest.mark.timed
+
 RATE, SECONDS, TOKENS = 8, 5, 8
 Measure = Callable[..., tuple[dict[str, Any], list[dict[str, Any]]]]
 

@@ -29,7 +29,6 @@ from homes import Slipway
 from server_image import server_image
 
 MIB = 2**20
-SERVER = Path(__file__).parent.parent / "scripted_server.py"
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +200,7 @@ def test_a_server_that_was_killed_starts_again(start: Callable[..., Any]) -> Non
         assert len(server.memory.samples) > before
 
 
+@pytest.mark.timed
 def test_a_server_that_outlives_its_time_is_killed(start: Callable[..., Any]) -> None:
     with start(lifetime_s=1.0) as server:
         time.sleep(2.5)
@@ -233,6 +233,7 @@ def test_what_a_server_wrote_is_kept_without_prompts(start: Callable[..., Any], 
         assert "the secret of a user" not in text
 
 
+@pytest.mark.timed
 def test_faults_are_survived_and_told_in_a_table(start: Callable[..., Any]) -> None:
     with start(command=["--service-ms", "200", "--context", "512"]) as server:
         table = faults.inflict(server, "scripted", 512, recovery_s=60, progress=print)
@@ -246,6 +247,7 @@ def test_faults_are_survived_and_told_in_a_table(start: Callable[..., Any]) -> N
     assert next(row for row in table if row["name"].startswith("container"))["seconds"] < 30
 
 
+@pytest.mark.timed
 def test_a_server_without_manners_fails_each_by_name(
     start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,6 +261,7 @@ def test_a_server_without_manners_fails_each_by_name(
     assert "unknown model name" in failed
 
 
+@pytest.mark.timed
 def test_memory_is_read_from_the_cgroup_ten_times_a_second(start: Callable[..., Any]) -> None:
     with start(command=["--allocate-mib", "64"]) as server:
         time.sleep(1.0)

@@ -36,6 +36,8 @@ from registry.promote import promote
 from registry.signing import load_or_create_key
 from server_image import server_image
 
+pytestmark = pytest.mark.timed
+
 NAME = "demo-awq"
 BODY = {"model": NAME, "prompt": "def", "max_tokens": 8}
 EVIDENCE = {"memory": {"limit_bytes": 256 * 2**20}, "requested": {"start_timeout_s": 60.0}, "server": {"cpus": None}}
