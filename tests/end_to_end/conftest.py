@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shared import made_once
 
 from homes import Slipway, make_home
 from pipeline.settings import Settings
+from shared import made_once
 
 
 @pytest.fixture(scope="session")

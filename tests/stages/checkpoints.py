@@ -1,0 +1,56 @@
+"""The demo model quantized for real, with what the quantizer told of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from containers import machine_locks
+from homes import DEMO
+from pipeline.planner.sources import describe_folder
+from pipeline.planner.weights import quantized
+from pipeline.quantize import Scheme, quantize
+from pipeline.safetensors_headers import read_model
+from pipeline.settings import Settings
+from pipeline.workers import Workers
+
+SAMPLES, TOKENS = 32, 200
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The checkpoint's folder, its record and the lines of progress."""
+
+    folder: Path
+    record: dict[str, Any]
+    lines: list[str]
+
+
+def make_checkpoint(folder: Path, scheme: Mapping[str, Any], machine: Settings, samples: int = SAMPLES) -> Checkpoint:
+    """Quantize it in an empty folder, with the machine's own environments: no home and no engine is needed."""
+    output, scratch = folder / "checkpoint", folder / "scratch"
+    output.mkdir()
+    scratch.mkdir()
+    checked, lines = Scheme.model_validate(scheme), list[str]()
+    # As the stage does: a release that is being timed meanwhile has the cores alone.
+    with machine_locks.locked(machine.locks, machine_locks.CORES, shared=True):
+        record = quantize(
+            DEMO / "model", DEMO / "calibration.jsonl", samples, TOKENS, checked, output, Workers(machine, print),
+            scratch, lines.append,
+        )  # fmt: skip
+    # What the planner says of the scheme, from the source's headers alone: all but the file's own header.
+    planned = quantized("x", checked, describe_folder(DEMO / "model").model)
+    assert planned.bytes == sum(tensor.bytes for tensor in read_model(output).values())
+    assert abs(planned.bytes / (output / "model.safetensors").stat().st_size - 1) < 0.01
+    log = (scratch / "output.log").read_text(errors="replace").replace("\r", "\n")
+    (folder / "told.json").write_text(json.dumps({"record": record, "lines": [*lines, *log.splitlines()]}))
+    return read_checkpoint(folder)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read one that was made."""
+    told = json.loads((folder / "told.json").read_text())
+    return Checkpoint(folder / "checkpoint", told["record"], told["lines"])
