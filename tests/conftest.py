@@ -9,14 +9,15 @@ import docker
 import hypothesis
 import pytest
 
+from containers.cpu import this_cpu
 from containers.engine import connect
 from homes import make_home
 from pipeline.settings import Settings
 from pipeline.workers import Workers
 from schedule import arrange
 
-# The one thing that `make test` cannot install.
-_MAY_LACK = "needs a GPU"
+# What `make test` cannot install.
+_MAY_LACK = ("needs a GPU", "needs AVX-512")
 _skipped: list[str] = []
 
 
@@ -37,8 +38,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.skipped and isinstance(report.longrepr, tuple) and _MAY_LACK not in report.longrepr[2]:
-        _skipped.append(f"{report.nodeid}: {report.longrepr[2]}")
+    if report.skipped and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2]
+        if not any(lacked in reason for lacked in _MAY_LACK):
+            _skipped.append(f"{report.nodeid}: {reason}")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -49,6 +52,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for line in _skipped:
         terminalreporter.write_line(f"FAILED for skipping what this machine can have: {line}", red=True)
+    cpu = this_cpu(Settings.read().cpu_limit)
+    without = "and without AVX-512 where tests/end_to_end/test_instruction_sets.py says so"
+    kernels = "with AVX2 alone" if cpu.instruction_set == "avx2" else f"with {cpu.instruction_set}, {without}"
+    terminalreporter.write_line(f"CPU: {cpu.model}; models ran {kernels}")
 
 
 @pytest.fixture(scope="session")

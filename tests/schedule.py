@@ -17,6 +17,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "released": ("end_to_end/test_release.py", "end_to_end/test_elsewhere.py"),
     "ui": ("end_to_end/test_survival.py", "end_to_end/test_ui.py", "end_to_end/test_automation.py"),
     "checkpoints": ("stages/test_quantize.py", "stages/test_drift.py"),
+    "instruction-sets": ("end_to_end/test_instruction_sets.py",),
     "images": ("stages/test_image.py", "stages/test_reproducible.py", "stages/test_retention.py"),
     "vllm": ("stages/test_served.py", "stages/test_monitoring.py", "stages/test_planner.py"),
 }
