@@ -9,7 +9,6 @@ import docker
 import hypothesis
 import pytest
 
-from containers.cpu import this_cpu
 from containers.engine import connect
 from homes import make_home
 from pipeline.settings import Settings
@@ -52,7 +51,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for line in _skipped:
         terminalreporter.write_line(f"FAILED for skipping what this machine can have: {line}", red=True)
-    cpu = this_cpu(Settings.read().cpu_limit)
+    cpu = Settings.read().cpu
     without = "and without AVX-512 where tests/end_to_end/test_instruction_sets.py says so"
     kernels = "with AVX2 alone" if cpu.instruction_set == "avx2" else f"with {cpu.instruction_set}, {without}"
     terminalreporter.write_line(f"CPU: {cpu.model}; models ran {kernels}")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pytest
 
-from containers.cpu import this_cpu
 from homes import DEMO, Slipway
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec, load
@@ -27,10 +26,10 @@ def spec() -> ModelSpec:
 
 @pytest.mark.parametrize("scheme", ["awq", "gptq"])
 def test_a_cpu_without_avx512_answers_nearly_as_fp16_does(
-    scheme: str, spec: ModelSpec, slipway: Slipway, monkeypatch: pytest.MonkeyPatch
+    scheme: str, spec: ModelSpec, slipway: Slipway, machine: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FP16 is asked once for both, in the same mode."""
-    if this_cpu().instruction_set == "avx2":
+    if machine.cpu.instruction_set == "avx2":
         pytest.skip("needs AVX-512: here every other test ran without")
     monkeypatch.setenv("SLIPWAY_CPU_ISA", "avx2")
     bench = Bench(spec, scheme, Settings.read({**slipway.variables, "SLIPWAY_CPU_ISA": "avx2"}), print)
