@@ -20,9 +20,11 @@ import requests
 from docker.models.containers import Container
 from docker.types import DeviceRequest
 
-from containers import core_pool, gate, isolation, logs
+from containers import core_pool, gate, isolation, kernels, logs
 from containers.core_pool import CoreRequest, Cores
+from containers.cpu import this_cpu
 from containers.errors import ContainerError
+from containers.kernels import ComputedOn, Kernels
 from containers.memory import MemorySampler, container_reader
 from containers.owner import HOME_LABEL, HOST_LABEL, OWNER_LABEL, home_digest, is_alive, left_behind, marked, ownership
 
@@ -55,7 +57,8 @@ class Server:
 
     ``started_seconds`` counts from the container's creation to its first healthy answer. ``died`` says how it ended, in
     words, or None while it runs. ``network`` says how far the container can see. ``url`` may change when it is
-    restarted. ``cores`` are those that it was given, where it was given some by number.
+    restarted. ``cores`` are those that it was given, where it was given some by number; ``kernels`` are what its engine
+    says of itself.
     """
 
     url: str
@@ -69,6 +72,19 @@ class Server:
     network: str | None = None
     start_timeout_s: float = 300.0
     cores: Cores | None = None
+    kernels: Kernels | None = None
+
+    @property
+    def computed_on(self) -> ComputedOn:
+        """What computes its answers. With cores of this machine and no word of its engine, it is this machine's CPU."""
+        cpu: dict[str, Any] = {}
+        if self.cores is not None:
+            here = this_cpu()
+            cpu = {"cpu_model": here.model, "instruction_set": here.instruction_set}
+            cpu |= {"cores": self.cores.numbers, "cores_shared": self.cores.shared}
+        if self.kernels is not None:
+            cpu |= self.kernels.model_dump(include={"cpu_model", "instruction_set"})
+        return ComputedOn(gpu=self.gpu, kernels=self.kernels, **cpu)
 
     def restart(self) -> None:
         """Start the container again, killed or not, and wait until it is healthy.
@@ -174,7 +190,7 @@ def serve(
                 with _ended_after(container, lifetime_s):
                     yield Server(
                         url, seconds, memory_bytes, cpus, sampler, lambda: _how_it_died(container), container, gpu,
-                        reach, start_timeout_s, given,
+                        reach, start_timeout_s, given, _kernels(container),
                     )  # fmt: skip
             finally:
                 sampler.stop()
@@ -192,6 +208,13 @@ def _reserved(
     if cores is None or not isolation.is_local(client):
         return contextlib.nullcontext()
     return core_pool.reserved(cores, progress)
+
+
+def _kernels(container: Container) -> Kernels | None:
+    try:
+        return kernels.find(container.logs(stream=True, follow=False))
+    except (docker.errors.APIError, requests.RequestException):
+        return None  # what is not known is not recorded
 
 
 def _bound_to(cores: Cores | None) -> dict[str, str]:

@@ -197,6 +197,7 @@ def measure(
         "server": {
             "died": died, "start_seconds": server.started_seconds, "cpus": server.cpus, "gpu": server.gpu,
             "network": server.network, "memory_limit_bytes": server.memory_bytes, "version": version,
+            "computed_on": server.computed_on.model_dump(mode="json"),
         },
     }  # fmt: skip
     evidence["findings"] = load_evidence.findings(evidence)

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from containers.kernels import ComputedOn
 from evals import divergence
 from evals.answers import (
     Again,
@@ -144,7 +145,8 @@ class Layer(_Frozen):
 class Drift(_Frozen):
     """What ``drift.json`` holds: every task's pairs, and in what the two engines differ (nothing, if all is well).
 
-    ``fraction`` is the part of the suite that was asked before a look was clear; 1 without looks.
+    ``fraction`` is the part of the suite that was asked before a look was clear; 1 without looks. ``computed_on`` says
+    what served each of the two, where that was one of our servers.
     """
 
     schema_: Annotated[Literal["slipway.drift/2"], Field(alias="schema")] = "slipway.drift/2"
@@ -156,6 +158,7 @@ class Drift(_Frozen):
     tasks: Mapping[str, Annotated[ChoicePairs | TextPairs, Field(discriminator="kind")]]
     divergence: Divergence | None = None
     layers: tuple[Layer, ...] = ()
+    computed_on: Mapping[Literal["FP16", "candidate"], ComputedOn] = {}
 
 
 def compare(
@@ -166,11 +169,13 @@ def compare(
     overlapping: Mapping[str, Sequence[str]] | None = None,
     tops: tuple[Top | None, Top | None] = (None, None),
     layers: Sequence[Layer] = (),
+    computed_on: Mapping[Literal["FP16", "candidate"], ComputedOn] | None = None,
 ) -> Drift:
     """Pair the two models' answers.
 
     ``fraction`` is the part of each task that the candidate was asked; ``overlapping`` names the items of each task
-    that the calibration text touches; ``tops`` are the two models' likeliest tokens.
+    that the calibration text touches; ``tops`` are the two models' likeliest tokens; ``computed_on`` is what served
+    them.
 
     Raises:
         AnswersError: if a task was asked over different data or by another suite, or the same item has two different
@@ -197,14 +202,28 @@ def compare(
     keys = sorted(baseline.engine.keys() | candidate.engine.keys())
     return Drift(
         engine=baseline.engine,
-        engine_differences=tuple(key for key in keys if baseline.engine.get(key) != candidate.engine.get(key)),
+        engine_differences=(
+            *(key for key in keys if baseline.engine.get(key) != candidate.engine.get(key)),
+            *_different_precision(computed_on or {}),
+        ),
         image=candidate.image,
         suite=candidate.suite,
         fraction=fraction,
         tasks=tasks,
         divergence=_diverged(*tops),
         layers=tuple(layers),
+        computed_on=computed_on or {},
     )
+
+
+def _different_precision(computed_on: Mapping[Literal["FP16", "candidate"], ComputedOn]) -> list[str]:
+    """In what the two servers' arithmetic differs beyond the scheme itself, as their engines told."""
+    told = [each.kernels for each in computed_on.values() if each.kernels is not None]
+    return [
+        f"kernels.{name}"
+        for name in ("instruction_set", "compute_dtype")
+        if len({getattr(kernels, name) for kernels in told}) > 1
+    ]
 
 
 def write_drift(drift: Drift, folder: Path) -> Path:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import docker
 
@@ -19,6 +19,7 @@ from containers import profile as profiles
 from containers import sandbox
 from containers.cpu import INSTRUCTION_SETS
 from containers.gpu import gpus
+from containers.kernels import ComputedOn
 from containers.runtime import build_runtime
 from evals import asking
 from evals.answers import Answers, read_answers
@@ -106,6 +107,7 @@ def drift(bench: Bench, source: Artifact, baseline: Artifact, quantized: Artifac
                 overlapping=asking.overlapping(answered, candidate.folder, _calibration(bench)),
                 tops=(read_top(baseline.folder), read_top(candidate.folder)),
                 layers=[Layer.model_validate(layer) for layer in layers.document("layers.json")],
+                computed_on=_computed_on(baseline, candidate),
             )
         except AnswersError as error:
             # A data set that changed upstream gives its answers no other key.
@@ -305,10 +307,25 @@ def answer(
         asked = asking.in_looks(limits.fractions, ask_part, is_clear, making.scratch, making.folder)
         making.notes["fraction"] = asked
 
+    @contextmanager
+    def noted() -> Iterator[sandbox.Server]:
+        with serve() as server:
+            making.notes["computed_on"] = server.computed_on.model_dump(mode="json")
+            yield server
+
     if serving is None:
         ask()
     else:
-        asking.while_serving(serve, address, ask)
+        asking.while_serving(noted, address, ask)
+
+
+def _computed_on(baseline: Artifact, candidate: Artifact) -> dict[Literal["FP16", "candidate"], ComputedOn]:
+    sides: dict[Literal["FP16", "candidate"], Artifact] = {"FP16": baseline, "candidate": candidate}
+    return {
+        side: ComputedOn.model_validate(answers.notes["computed_on"])
+        for side, answers in sides.items()
+        if "computed_on" in answers.notes
+    }
 
 
 def _layers(bench: Bench, source: Artifact, quantized: Artifact, stop: threading.Event) -> Artifact:

@@ -12,7 +12,9 @@ from typing import Any
 from containers import judgement, mlbom
 from containers.gpu import gpus
 from containers.image import ImageRecord
+from containers.kernels import ComputedOn
 from evals import cost as costs
+from evals.pairs import read_drift
 from pipeline.environments import pinned_version
 from pipeline.errors import StoreError
 from pipeline.metadata import RELEASE
@@ -20,7 +22,19 @@ from pipeline.stages import CODE, Bench, sha256_of
 from pipeline.store import Artifact, Making, Recipe, digest_file
 from pipeline.trust import signing_key, trust_of
 from registry import catalog, seal
-from registry.manifest import EVIDENCE, REPORT, Accelerator, Calibration, FileRecord, Image, Quantizer, Source, utc_now
+from registry.manifest import (
+    EVIDENCE,
+    REPORT,
+    Accelerator,
+    Calibration,
+    FileRecord,
+    Hardware,
+    Image,
+    Kernels,
+    Quantizer,
+    Source,
+    utc_now,
+)
 from registry.promote import Champion, Promotion, in_place, promote
 from registry.verdict import Verdict
 
@@ -99,9 +113,7 @@ def sealed(bench: Bench, *upstream: Artifact) -> Artifact:
             ),
             sbom=_SBOM,
             mlbom=_MLBOM,
-            hardware=seal.this_machine(
-                [Accelerator(name=gpu.name, memory_bytes=gpu.memory_bytes, driver=gpu.driver) for gpu in gpus()]
-            ),
+            hardware=_hardware(evidence["load"]),
         )
         seal.seal(making.folder, key, manifest)
 
@@ -213,6 +225,27 @@ def _quantizer(bench: Bench, quantized: Artifact) -> Quantizer:
     )
 
 
+def _hardware(load: Artifact) -> Hardware:
+    """This machine, and what the load test's server said of its CPU and kernels."""
+    here = seal.this_machine(
+        [Accelerator(name=gpu.name, memory_bytes=gpu.memory_bytes, driver=gpu.driver) for gpu in gpus()]
+    )
+    told = _load_tested_on(load)
+    kernels = told.kernels
+    return here.model_copy(
+        update={
+            "instruction_set": told.instruction_set,
+            "kernels": None
+            if kernels is None
+            else Kernels.model_validate(kernels.model_dump(exclude={"instruction_set", "cpu_model"})),
+        }
+    )
+
+
+def _load_tested_on(load: Artifact) -> ComputedOn:
+    return ComputedOn.model_validate(load.document("load.json")["server"].get("computed_on") or {})
+
+
 def _cited(gate: str) -> list[str]:
     """The evidence that a gate's verdict rests on, as paths in the release."""
     names = [*_EVIDENCE[gate], *(["waived.json"] if gate == "scan" else [])]
@@ -244,13 +277,24 @@ def _write_report(
         source_bytes=source.size_bytes,
         released_bytes=quantized.size_bytes,
         stages=[Stage(each.stage, each.seconds, each.worker_seconds, cached=each.cached) for each in made.values()],
-        facts={"source": _public(bench.spec.source.uri), "revision": source.notes["revision"]},
+        facts={
+            "source": _public(bench.spec.source.uri),
+            "revision": source.notes["revision"],
+            **_computed_on(made),
+        },
         digests={stage: artifact.digest for stage, artifact in made.items()},
         waived={f"{item.id} in {item.package}": _in_words(item) for item in waived},
     )
     report.write(
         making.folder / REPORT, subject, list(verdicts.values()), report.Evidence.read(making.folder / EVIDENCE)
     )
+
+
+def _computed_on(made: Mapping[str, Artifact]) -> dict[str, str]:
+    """What computed the answers and the load test, where that is known."""
+    told = {f"{side} evaluated on": each for side, each in read_drift(made["drift"].folder).computed_on.items()}
+    told["load-tested on"] = _load_tested_on(made["load"])
+    return {label: str(each) for label, each in told.items() if each != ComputedOn()}
 
 
 def _write_cost(bench: Bench, making: Making) -> None:

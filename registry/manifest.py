@@ -174,14 +174,30 @@ class Accelerator(_Part):
     driver: Text
 
 
+class Kernels(_Part):
+    """What computed on the CPU: what multiplied 16-bit layers, how many layers each quantized kernel had, and the rest.
+
+    ``compute_dtype`` is what layers hand to each other, ``threads`` how many computed.
+    """
+
+    linear_16bit: Text
+    linear_quantized: Mapping[Text, Count]
+    compute_dtype: Text
+    threads: Count
+    kv_cache_dtype: Text
+    attention: Text
+
+
 class Hardware(_Part):
-    """What the release was tested on."""
+    """What the release was tested on; ``instruction_set`` is the CPU's best that the tests used."""
 
     machine: Text
     cpu: Text
     cores: Count
     memory_bytes: Count
     accelerators: tuple[Accelerator, ...] = ()
+    instruction_set: Annotated[Text | None, Later()] = None
+    kernels: Annotated[Kernels | None, Later()] = None
 
 
 class Manifest(_Part):

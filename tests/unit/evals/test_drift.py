@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from containers.kernels import ComputedOn, Kernels
 from evals.answers import Answers, ChoiceAnswer, read_answers
 from evals.drift import judge
 from evals.errors import AnswersError, SuiteError
@@ -192,6 +193,22 @@ def test_different_engines_are_no_pair() -> None:
     outcome = judge(drift, limits())
     assert (outcome.status, outcome.cause) == ("inconclusive", "engine-differs")
     assert "torch" in outcome.reason
+
+
+def test_kernels_of_two_instruction_sets_are_no_pair() -> None:
+    told = {
+        "attention": "CPU_ATTN", "compute_dtype": "bfloat16", "cpu_model": "A CPU", "kv_cache_dtype": "bfloat16",
+        "linear_16bit": "float32", "linear_quantized": {}, "threads": 2,
+    }  # fmt: skip
+    slow, fast = (
+        ComputedOn(kernels=Kernels.model_validate({**told, "instruction_set": each})) for each in ("avx2", "avx512")
+    )
+    both = answers(choices(BASELINE_HITS), documents(1.0))
+    drift = compare(both, both, computed_on={"FP16": fast, "candidate": slow})
+    outcome = judge(Drift.model_validate_json(drift.model_dump_json(by_alias=True)), limits())
+    assert (outcome.status, outcome.cause) == ("inconclusive", "engine-differs")
+    assert "kernels.instruction_set" in outcome.reason
+    assert compare(both, both, computed_on={"FP16": slow, "candidate": slow}).engine_differences == ()
 
 
 def test_a_baseline_at_chance_can_show_no_loss() -> None:

@@ -35,6 +35,14 @@ SCAN = {
     "packages": 261, "sbom_components": 262, "counts": NONE_FOUND, "fixable": NONE_FOUND,
     "vulnerabilities": [], "secrets": [], "misconfigurations": [],
 }  # fmt: skip
+COMPUTED_ON = {
+    "gpu": None, "cpu_model": "AMD EPYC 7R13", "instruction_set": "avx2", "cores": [0, 1], "cores_shared": False,
+    "kernels": {
+        "attention": "CPU_ATTN", "compute_dtype": "bfloat16", "cpu_model": "AMD EPYC 7R13", "instruction_set": "avx2",
+        "kv_cache_dtype": "bfloat16", "linear_16bit": "float32", "linear_quantized": {"Float32Kernel": 28},
+        "threads": 2,
+    },
+}  # fmt: skip
 LATENCIES = {f"p{share}_{what}_ms": 50.0 for share in (50, 90, 95, 99) for what in ("latency", "ttft", "tpot")}
 LOAD = {
     "schema": "slipway/load/2", "model": "demo",
@@ -61,7 +69,7 @@ LOAD = {
     },
     "server": {
         "died": None, "start_seconds": 20.0, "cpus": None, "gpu": None, "network": "internal",
-        "memory_limit_bytes": 2**32, "version": "0.32.0",
+        "memory_limit_bytes": 2**32, "version": "0.32.0", "computed_on": COMPUTED_ON,
     },
 }  # fmt: skip
 SAMPLES = [{"seconds": 1.0, "phase": "load", "memory_bytes": 10**9, "usage_bytes": 10**9}]

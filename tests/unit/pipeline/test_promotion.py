@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from certificates import Signers
-from release_evidence import DIGEST, IMAGE, Made, settings_of
+from release_evidence import DIGEST, IMAGE, LOAD, Made, settings_of
 
 from containers.distribution import DistributionError
 from pipeline import promotion
@@ -46,6 +46,25 @@ def test_what_is_sealed_verifies_and_holds_every_gate_and_its_evidence(made: Mad
         )
     }  # fmt: skip
     assert "<svg" in (release.folder / "release" / "report.html").read_text()
+
+
+def test_the_cpu_and_the_kernels_of_the_load_test_are_in_the_manifest_and_the_report(made: Made) -> None:
+    release = seal(made, made.artifacts())
+    hardware = release.document("release/manifest.json")["hardware"]
+    assert hardware["instruction_set"] == "avx2"
+    assert hardware["kernels"]["linear_quantized"] == {"Float32Kernel": 28}
+    assert hardware["kernels"]["threads"] == 2
+    report = (release.folder / "release" / "report.html").read_text()
+    assert "AMD EPYC 7R13, avx2, 2 cores (0, 1), 2 threads" in report
+
+
+def test_load_evidence_from_before_kernels_were_told_is_sealed_without_them(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = {name: value for name, value in LOAD["server"].items() if name != "computed_on"}
+    monkeypatch.setitem(LOAD, "server", server)
+    hardware = seal(made, made.artifacts()).document("release/manifest.json")["hardware"]
+    assert not {"instruction_set", "kernels"} & hardware.keys()
 
 
 def test_a_local_folder_is_named_without_its_place(made: Made) -> None:

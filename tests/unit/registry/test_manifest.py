@@ -21,6 +21,7 @@ from registry.manifest import (
     GateRecord,
     Hardware,
     Image,
+    Kernels,
     Manifest,
     Quantizer,
     Sbom,
@@ -39,6 +40,15 @@ segments = st.text(st.characters(exclude_categories=("Cs", "Cc"), exclude_charac
 paths = st.lists(segments.filter(lambda part: part not in (".", "..")), min_size=1, max_size=3).map("/".join)
 finite = st.floats(allow_nan=False, allow_infinity=False)
 records = st.builds(FileRecord, sha256=hexes, size=st.integers(0, 2**60))
+kernels = st.builds(
+    Kernels,
+    linear_16bit=texts,
+    linear_quantized=st.dictionaries(texts, st.integers(0, 99), max_size=2),
+    compute_dtype=texts,
+    threads=st.integers(0, 99),
+    kv_cache_dtype=texts,
+    attention=texts,
+)
 scalars = st.none() | st.booleans() | st.integers() | finite | texts
 
 
@@ -87,6 +97,8 @@ def manifests(draw: st.DrawFn) -> Manifest:
             cores=2,
             memory_bytes=1,
             accelerators=(Accelerator(name="H100", memory_bytes=1, driver="580"),),
+            instruction_set=draw(st.none() | texts),
+            kernels=draw(st.none() | kernels),
         ),
         files=files,
         created="2026-11-24T01:02:03Z",

@@ -1,0 +1,86 @@
+"""What computed a server's answers: its CPU or GPU, its cores, and the kernels that its engine says it uses.
+
+The runtime's plugin writes one line into the engine's log: ``slipway kernels: `` and a JSON object. The log is the
+container's: at most `_LOG_BYTES` of it are read, and what is not of the form is taken for absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+MARK = b"slipway kernels: "
+_LOG_BYTES = 4 << 20
+_LINE_BYTES = 16 << 10
+
+Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:+-]{1,128}$")]
+Name = Annotated[str, StringConstraints(pattern=r"^[ -~]{1,128}$")]
+
+
+class Kernels(BaseModel):
+    """An engine's kernels: what multiplies 16-bit layers, how many layers each quantized kernel has, and the rest.
+
+    ``compute_dtype`` is what layers hand to each other, ``threads`` how many compute. `containers/runtimes` says which
+    words there are.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    instruction_set: Word
+    cpu_model: Name
+    linear_16bit: Word
+    linear_quantized: Annotated[Mapping[Word, Annotated[int, Field(ge=0)]], Field(max_length=32)]
+    compute_dtype: Word
+    threads: Annotated[int, Field(ge=0)]
+    kv_cache_dtype: Word
+    attention: Word
+
+
+class ComputedOn(BaseModel):
+    """What computed a server's answers, as far as it is known; ``cores`` are logical CPUs by number.
+
+    ``cores_shared`` says that another server had some of them too.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    gpu: str | None = None
+    cpu_model: str | None = None
+    instruction_set: str | None = None
+    cores: tuple[int, ...] | None = None
+    cores_shared: bool = False
+    kernels: Kernels | None = None
+
+    def __str__(self) -> str:
+        """In words, for a report."""
+        parts = [part for part in (self.gpu, self.cpu_model, self.instruction_set) if part]
+        if self.cores is not None:
+            shared = " shared with other servers" if self.cores_shared else ""
+            parts.append(f"{len(self.cores)} cores ({', '.join(map(str, self.cores))}){shared}")
+        if self.kernels is not None:
+            packed = [f"{name} for {layers} layers" for name, layers in sorted(self.kernels.linear_quantized.items())]
+            parts += [
+                f"{self.kernels.threads} threads", f"{self.kernels.compute_dtype} between layers",
+                f"16-bit layers by {self.kernels.linear_16bit}", *packed, f"attention {self.kernels.attention}",
+                f"KV cache {self.kernels.kv_cache_dtype}",
+            ]  # fmt: skip
+        return ", ".join(parts) or "unknown"
+
+
+def find(log: Iterable[bytes]) -> Kernels | None:
+    """Return the kernels that an engine's log tells of, from its first line that is of the form; None without one."""
+    held = b""
+    for chunk in log:
+        held += chunk[: _LOG_BYTES - len(held)]
+        if len(held) >= _LOG_BYTES:
+            break
+    for line in held.splitlines():
+        _, mark, told = line.partition(MARK)
+        if mark and len(told) <= _LINE_BYTES:
+            try:
+                return Kernels.model_validate_json(told)
+            except ValidationError:
+                continue
+    return None
