@@ -30,7 +30,9 @@ class Settings(_Section):
     """What holds from start to end. Ports of 0 are chosen by the system; ``announce`` is written once both are open.
 
     ``redis`` (or the file ``redis_file`` that holds it, where it has a password) shares the limits among gateways;
-    without it they are in memory. ``engine_key_file`` holds the key that replicas ask for. Seconds and bytes.
+    without it they are in memory. ``rejected_per_minute`` is how many requests of a key may be wrong,
+    ``bodies_per_key`` how many of its requests may be read at a time, both at each gateway. ``engine_key_file`` holds
+    the key that replicas ask for. Seconds and bytes.
     """
 
     keys: Path
@@ -58,6 +60,8 @@ class Settings(_Section):
     health_timeout_s: Seconds = 2.0
     reload_interval_s: Seconds = 0.25
     wrong_keys_per_minute: Count = 60
+    rejected_per_minute: Count = 120
+    bodies_per_key: Count = 16
     drain_delay_s: Annotated[float, Field(ge=0)] = 0.0
     drain_timeout_s: Seconds = 60.0
 

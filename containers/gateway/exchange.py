@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from containers.gateway.gateway import Gateway
+    from containers.gateway.keys import Key
 
 _SLICE = 64 * 1024
 
@@ -78,25 +79,46 @@ class Exchange(Response):
             self._gateway.tell(self._account)
 
     async def _answer(self, receive: Receive) -> None:
-        gateway, account, settings = self._gateway, self._account, self._gateway.settings
+        gateway, account = self._gateway, self._account
         headers = reading.headers(self._scope)
         key = await gateway.authenticate(headers, self._scope.get("client"))
         account.key = key.id
-        body = await reading.body(receive, headers, settings.max_body_bytes, settings.body_timeout_s)
+        # Before any work: who asks too often must not have the body read, parsed and its tokens counted each time.
+        await gateway.limiter.refuse_early(key)
+        async with self._counting_rejections(key):
+            request = await self._read(key, receive, headers)
         async with _while_connected(receive):
-            # Before the work of counting tokens: who asks too often must not have it done each time.
-            await gateway.limiter.refuse_early(key)
-            request = reading.parsed(self._kind, body, headers)
-            pool = gateway.pool(request.model, key)
-            account.model, account.stream = request.model, request.stream
-            account.prompt_tokens = await reading.prompt_tokens(pool, request)
-            longest = reading.longest_answer(pool, request, account.prompt_tokens)
-            tokens = account.prompt_tokens + longest * request.prompts * request.n
+            async with self._counting_rejections(key):
+                pool = gateway.pool(request.model, key)
+                account.model, account.stream = request.model, request.stream
+                account.prompt_tokens = await reading.prompt_tokens(pool, request)
+                longest = reading.longest_answer(pool, request, account.prompt_tokens)
+                tokens = account.prompt_tokens + longest * request.prompts * request.n
             async with gateway.limiter.grant(key, tokens) as grant:
                 account.overhead_s = time.monotonic() - account.started
                 opened = await self._relay(pool, self._call(pool, request, longest, tokens), request, grant)
         # What was used is settled by now: whoever has the whole answer may ask the next thing at once.
         await self._finish(opened)
+
+    async def _read(
+        self, key: Key, receive: Receive, headers: Mapping[bytes, bytes]
+    ) -> ChatRequest | CompletionRequest:
+        """Read and parse the body, which is not kept."""
+        intake, settings = self._gateway.intake, self._gateway.settings
+        async with intake.place(key):
+            body = await reading.body(receive, headers, settings.max_body_bytes, settings.body_timeout_s)
+            async with intake.turn(len(body)):
+                return reading.parsed(self._kind, body, headers)
+
+    @asynccontextmanager
+    async def _counting_rejections(self, key: Key) -> AsyncIterator[None]:
+        """Count a request that is refused within the block for what it is; not one that came too often."""
+        try:
+            yield
+        except Refusal as refusal:
+            if refusal.status != httpx.codes.TOO_MANY_REQUESTS and refusal.status < httpx.codes.INTERNAL_SERVER_ERROR:
+                await self._gateway.limiter.count_rejected(key)
+            raise
 
     def _call(self, pool: Pool, request: ChatRequest | CompletionRequest, longest: int, tokens: int) -> Call:
         """The request for the engine: the client's keys, this release's name, no longer answer than reserved."""

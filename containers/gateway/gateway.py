@@ -17,6 +17,7 @@ import httpx
 from containers.gateway.config import Routes, Settings, Watched
 from containers.gateway.connections import Connections
 from containers.gateway.errors import ConfigurationError, Refusal
+from containers.gateway.intake import Intake
 from containers.gateway.keys import Key, Keyring
 from containers.gateway.limiter import Limiter
 from containers.gateway.metrics import Metrics
@@ -45,6 +46,7 @@ class Gateway:
         self.router = Router(settings, self.client)
         self.upstream = Upstream(settings, connections, self.metrics)
         self.limiter = _limiter(settings)
+        self.intake = Intake(settings.bodies_per_key, settings.body_timeout_s)
         self.engine_headers = _engine_headers(settings)
         self.metrics.show(self.router, self.stale_files)
         # About to stop: said to whoever asks how it is, while it serves those who have not heard yet.
@@ -184,8 +186,17 @@ def _limiter(settings: Settings) -> Limiter:
     if settings.redis_file is not None:
         url = _secret(settings.redis_file)
     if url is None:
-        return Limiter.in_memory(lease_s=settings.request_timeout_s, wrong_keys=settings.wrong_keys_per_minute)
-    return Limiter.in_redis(url, lease_s=settings.request_timeout_s, wrong_keys=settings.wrong_keys_per_minute)
+        return Limiter.in_memory(
+            lease_s=settings.request_timeout_s,
+            wrong_keys=settings.wrong_keys_per_minute,
+            rejected=settings.rejected_per_minute,
+        )
+    return Limiter.in_redis(
+        url,
+        lease_s=settings.request_timeout_s,
+        wrong_keys=settings.wrong_keys_per_minute,
+        rejected=settings.rejected_per_minute,
+    )
 
 
 def _engine_headers(settings: Settings) -> dict[str, str]:

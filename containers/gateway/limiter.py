@@ -64,25 +64,29 @@ class Limiter:
         *,
         lease_s: float,
         wrong_keys: int = 60,
+        rejected: int = 120,
         close: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._ledger = ledger
         self._requests = requests
         self._lease_s = lease_s
         self._wrong_keys = RateLimitItemPerMinute(wrong_keys)
+        # Each gateway's own: what it guards is this process.
+        self._rejected = RateLimitItemPerMinute(rejected)
+        self._rejections = MovingWindowRateLimiter(_Memory())
         self._close = close
         self._running: Counter[str] = Counter()
         self._settling: set[asyncio.Task[Any]] = set()
 
     @classmethod
-    def in_memory(cls, *, lease_s: float, wrong_keys: int = 60) -> Limiter:
+    def in_memory(cls, *, lease_s: float, wrong_keys: int = 60, rejected: int = 120) -> Limiter:
         """For one gateway."""
         lease_s += _LEASE_SLACK_S
         requests = MovingWindowRateLimiter(_Memory())
-        return cls(MemoryLedger(lease_s), requests, lease_s=lease_s, wrong_keys=wrong_keys)
+        return cls(MemoryLedger(lease_s), requests, lease_s=lease_s, wrong_keys=wrong_keys, rejected=rejected)
 
     @classmethod
-    def in_redis(cls, url: str, *, lease_s: float, wrong_keys: int = 60) -> Limiter:
+    def in_redis(cls, url: str, *, lease_s: float, wrong_keys: int = 60, rejected: int = 120) -> Limiter:
         """For many gateways that share ``url`` (``redis://``, ``rediss://``)."""
         # A few connections, waited for: an operation takes a fraction of a millisecond, and Redis takes one at a time.
         pool = redis.asyncio.BlockingConnectionPool.from_url(
@@ -99,7 +103,14 @@ class Limiter:
         )
         lease_s += _LEASE_SLACK_S
         requests = MovingWindowRateLimiter(storage)
-        return cls(RedisLedger(client, lease_s), requests, lease_s=lease_s, wrong_keys=wrong_keys, close=pool.aclose)
+        return cls(
+            RedisLedger(client, lease_s),
+            requests,
+            lease_s=lease_s,
+            wrong_keys=wrong_keys,
+            rejected=rejected,
+            close=pool.aclose,
+        )
 
     @contextlib.asynccontextmanager
     async def grant(self, key: Key, tokens: int) -> AsyncIterator[Grant]:
@@ -130,9 +141,19 @@ class Limiter:
                 del self._running[key.id]
 
     async def refuse_early(self, key: Key) -> None:
-        """Raise the ``Refusal`` that `grant` would for the number of a key's requests; nothing is taken."""
+        """Raise the ``Refusal`` that `grant` would for the number of a key's requests; nothing is taken.
+
+        Too many requests that were wrong are 429 as well: each is work, and none counts towards another limit.
+        """
+        if not await self._rejections.test(self._rejected, key.id):
+            message = f"{self._rejected.amount} requests of your key were wrong within a minute: correct them first"
+            raise Refusal(429, "too_many_rejected", message, retry_after=60)
         self._refuse_parallel(key)
         await self._count(key, self._requests.test)
+
+    async def count_rejected(self, key: Key) -> None:
+        """Count a request that was read and found wrong."""
+        await self._rejections.hit(self._rejected, key.id)
 
     async def refuse_guessing(self, address: str) -> None:
         """Raise ``Refusal`` 429 where too many wrong keys came from an address within a minute; else count this one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -13,11 +14,12 @@ from starlette.requests import ClientDisconnect
 
 from containers.gateway.errors import Refusal
 from containers.gateway.router import Pool
-from containers.gateway.schema import ChatRequest, CompletionRequest
+from containers.gateway.schema import UNKNOWN_KEY, ChatRequest, CompletionRequest
 from containers.gateway.sse import StreamMeter
 from containers.gateway.upstream import Opened
 
 if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
     from starlette.types import Receive, Scope
 
 # Sent twice, these would be read one way here and another way elsewhere.
@@ -25,6 +27,10 @@ _ONCE = frozenset(
     {b"authorization", b"content-length", b"content-type", b"content-encoding", b"transfer-encoding", b"host"}
 )
 _TOLD, _LONGEST_KEY = 3, 60
+# A conversation of 4,096 messages, each with a piece of text, has 24,579. (The parser itself stops at a depth of 200.)
+_MOST_PARTS = 40_000
+# A string, or the beginning of one that never ends. Possessive, so that nothing is read twice.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 
 
 def headers(scope: Scope) -> Mapping[bytes, bytes]:
@@ -71,19 +77,21 @@ async def body(receive: Receive, head: Mapping[bytes, bytes], most: int, timeout
 def parsed(
     kind: type[ChatRequest | CompletionRequest], data: bytes, head: Mapping[bytes, bytes]
 ) -> ChatRequest | CompletionRequest:
-    """Read the JSON document; ``Refusal`` 415 or 400 that names every key that is wrong, never its value."""
+    """Read the JSON document; ``Refusal`` 415 or 400 that names the first keys that are wrong, never their values."""
     media = head.get(b"content-type", b"").split(b";")[0].strip().lower()
     if media != b"application/json":
         raise Refusal(415, "unsupported_media_type", "send `Content-Type: application/json`")
+    if _parts(data) > _MOST_PARTS:
+        raise Refusal(400, "invalid_request", f"the body has more than {_MOST_PARTS} keys, lists and objects")
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
-        problems = error.errors(include_url=False, include_context=False, include_input=False)
+        problems = error.errors(include_url=False, include_input=False)
     if problems[0]["type"] == "json_invalid":
-        raise Refusal(400, "invalid_json", "the body is no JSON document")
-    known = [(".".join(str(part)[:_LONGEST_KEY] for part in item["loc"][:3]), item) for item in problems]
+        raise Refusal(400, "invalid_json", "the body is no JSON document, or nested too deeply")
+    known = [(_path(item), item) for item in problems]
     told = [
-        f"unknown key `{path}`" if item["type"] == "extra_forbidden" else f"`{path or 'body'}`: {item['msg']}"
+        f"unknown key `{path}`" if item["type"] == UNKNOWN_KEY else f"`{path or 'body'}`: {item['msg']}"
         for path, item in known[:_TOLD]
     ]
     more = f"; and {len(known) - _TOLD} more" if len(known) > _TOLD else ""
@@ -91,8 +99,22 @@ def parsed(
         400,
         "invalid_request",
         "; ".join(told) + more,
-        parameter=str(problems[0]["loc"][0])[:_LONGEST_KEY] if problems[0]["loc"] else None,
+        parameter=known[0][0].partition(".")[0] or None,
     )
+
+
+def _parts(data: bytes) -> int:
+    """Keys, lists and objects in a JSON document, counted without parsing it; those in texts too where they are few."""
+    most = sum(map(data.count, (b"[", b"{", b":")))
+    return most if most <= _MOST_PARTS else sum(map(_STRING.sub(b"", data).count, (b"[", b"{", b":")))
+
+
+def _path(problem: ErrorDetails) -> str:
+    """Where in the body something is wrong: three keys of the way at most, with the key that is unknown."""
+    way = [str(part)[:_LONGEST_KEY] for part in problem["loc"]]
+    if problem["type"] == UNKNOWN_KEY:
+        way.append(problem["ctx"]["name"])
+    return ".".join(way[:3])
 
 
 async def prompt_tokens(pool: Pool, request: ChatRequest | CompletionRequest) -> int:

@@ -2,6 +2,9 @@
 
 A key that is not here is refused by name: what the engine takes beyond OpenAI's API (chat templates from the client,
 embeddings to unpickle, images to fetch, engine arguments) stays out by not being listed. Texts alone are taken.
+
+Checking stops at the first thing that is wrong in a list, and at the first unknown key: a body of a megabyte may hold
+half a million, each of which would become an error of a kilobyte while everybody else waits.
 """
 
 from __future__ import annotations
@@ -9,9 +12,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    Tag,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from containers.gateway.tokens import Prompt
+
+UNKNOWN_KEY = "unknown_key"
+"""The type of the error that names a key which no request has; ``name`` in its context is that key, cut."""
+_LONGEST_KEY = 60
+_MOST_BIASES = 1024
+# Of a JSON Schema, whose form is the engine's to judge; its tools' and its answers' schemas are written by people.
+_MOST_SCHEMA_VALUES = 10_000
 
 
 def _whole(value: object) -> object:
@@ -21,21 +45,53 @@ def _whole(value: object) -> object:
 
 Whole = BeforeValidator(_whole)  # outermost, or the bounds would not be in the schema
 Tokens = Annotated[StrictInt, Field(ge=1, le=10_000_000), Whole]
-TokenId = Annotated[StrictInt, Field(ge=0, le=2**31 - 1), Whole]
+_TokenId = Annotated[StrictInt, Field(ge=0, le=2**31 - 1)]
+# There may be half a million: `Whole`, which is Python, sees those alone that are no integers as they stand.
+TokenId = Annotated[_TokenId | Annotated[_TokenId, Whole], Field(union_mode="left_to_right")]
 Seed = Annotated[StrictInt, Field(ge=-(2**63), le=2**63 - 1), Whole]
 Number = StrictFloat
 Penalty = Annotated[Number, Field(ge=-2, le=2)]
 Word = Annotated[StrictStr, Field(min_length=1, max_length=256)]
 Short = Annotated[StrictStr, Field(max_length=256)]
 Bias = Annotated[Number, Field(ge=-100, le=100)]
+
+
+def _few(value: object) -> object:
+    """Count before anything is checked, which pydantic does afterwards."""
+    if isinstance(value, dict) and len(value) > _MOST_BIASES:
+        raise PydanticCustomError("too_long", "at most {most} biases are taken", {"most": _MOST_BIASES})
+    return value
+
+
+def _small(value: dict[str, Any]) -> dict[str, Any]:
+    left: list[object] = [value]
+    for _ in range(_MOST_SCHEMA_VALUES):
+        if not left:
+            return value
+        inner = left.pop()
+        left.extend(inner.values() if isinstance(inner, dict) else inner if isinstance(inner, list) else ())
+    raise PydanticCustomError("too_long", "at most {most} values are taken", {"most": _MOST_SCHEMA_VALUES})
+
+
 Biases = Annotated[
     dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias],
-    Field(max_length=1024, json_schema_extra={"additionalProperties": False}),
+    Field(max_length=_MOST_BIASES, json_schema_extra={"additionalProperties": False}),
+    BeforeValidator(_few),
 ]
+Schema = Annotated[dict[str, Any], AfterValidator(_small)]
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, value: object) -> object:
+        """Stop at the first unknown key, where pydantic lists them all."""
+        unknown = next((key for key in value if key not in cls.model_fields), None) if isinstance(value, dict) else None
+        if unknown is not None:
+            raise PydanticCustomError(UNKNOWN_KEY, "unknown key", {"name": str(unknown)[:_LONGEST_KEY]})
+        return value
 
 
 class StreamOptions(_Part):
@@ -48,7 +104,7 @@ class ResponseFormat(_Part):
     """The form of the answer."""
 
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: dict[str, Any] | None = None
+    json_schema: Schema | None = None
 
 
 class _Request(_Part):
@@ -63,7 +119,7 @@ class _Request(_Part):
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    stop: Word | Annotated[list[Word], Field(max_length=16)] | None = None
+    stop: Word | Annotated[list[Word], Field(max_length=16, fail_fast=True)] | None = None
     seed: Seed | None = None
     logit_bias: Biases | None = None
     user: Short | None = None
@@ -73,7 +129,7 @@ class _Request(_Part):
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
     min_tokens: Annotated[StrictInt, Field(ge=0, le=10_000_000), Whole] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
     ignore_eos: StrictBool | None = None
     skip_special_tokens: StrictBool | None = None
     include_stop_str_in_output: StrictBool | None = None
@@ -89,15 +145,27 @@ class _Request(_Part):
         return self.max_tokens
 
 
+def _kind_of_prompt(value: object) -> str:
+    """Which of its forms a prompt has, by its first part, so that it is checked against that one alone."""
+    if not isinstance(value, list):
+        return "text"
+    first = value[0] if value else None
+    return "texts" if isinstance(first, str) else "token lists" if isinstance(first, list) else "tokens"
+
+
+_TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+
+
 class CompletionRequest(_Request):
     """``POST /v1/completions``."""
 
-    prompt: (
-        StrictStr
-        | Annotated[list[StrictStr], Field(min_length=1, max_length=256)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=256)]
-    )
+    prompt: Annotated[
+        Annotated[StrictStr, Tag("text")]
+        | Annotated[list[StrictStr], Field(min_length=1, max_length=256, fail_fast=True), Tag("texts")]
+        | Annotated[_TokenIds, Tag("tokens")]
+        | Annotated[list[_TokenIds], Field(min_length=1, max_length=256, fail_fast=True), Tag("token lists")],
+        Discriminator(_kind_of_prompt),
+    ]
     echo: StrictBool = False
     logprobs: Annotated[StrictInt, Field(ge=0, le=20), Whole] | None = None
     add_special_tokens: StrictBool = True
@@ -141,9 +209,9 @@ class Message(_Part):
     """One turn of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: StrictStr | Annotated[list[TextPart], Field(min_length=1)] | None = None
+    content: StrictStr | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] | None = None
     name: Word | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128, fail_fast=True)] | None = None
     tool_call_id: Word | None = None
     reasoning_content: StrictStr | None = None
 
@@ -153,7 +221,7 @@ class Function(_Part):
 
     name: Word
     description: StrictStr | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Schema | None = None
     strict: StrictBool | None = None
 
 
@@ -187,11 +255,11 @@ class TemplateOptions(_Part):
 class ChatRequest(_Request):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
     max_completion_tokens: Tokens | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20), Whole] | None = None
-    tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: StrictBool | None = None
     reasoning_effort: Literal["none", "low", "medium", "high"] | None = None

@@ -39,7 +39,8 @@ def engine_server() -> Iterator[Upstream]:
 @pytest.fixture(scope="module")
 def gate(machine: Settings, tmp_path_factory: pytest.TempPathFactory, engine_server: Upstream) -> Iterator[Running]:
     """A gateway with tight bounds on whatever a client can stretch."""
-    options = {"head_timeout_s": 1.0, "body_timeout_s": 1.0, "stall_timeout_s": 1.5, "wrong_keys_per_minute": 100_000}
+    options = {"head_timeout_s": 1.0, "body_timeout_s": 1.0, "stall_timeout_s": 1.5, "wrong_keys_per_minute": 100_000,
+               "rejected_per_minute": 100_000}  # fmt: skip
     folder = tmp_path_factory.mktemp("gateway")
     with gateway(machine, folder, routes(("v1", 100, [engine_server])), **options) as running:
         yield running
@@ -158,6 +159,25 @@ def test_guessing_is_slowed_down_by_address(machine: Settings, tmp_path: Path, e
         tries = [running.ask(key=f"slw-{secrets.token_hex(6)}-{'A' * 43}").status_code for _ in range(7)]
         assert tries == [401] * 5 + [429] * 2
         assert running.ask().status_code == 200, "who has a key is not held up by a neighbour"
+
+
+def test_wrong_bodies_are_counted_and_then_not_read(
+    machine: Settings, tmp_path: Path, engine_server: Upstream, reached: collections.Counter[str]
+) -> None:
+    with gateway(machine, tmp_path, routes(("v1", 100, [engine_server])), rejected_per_minute=3) as gate:
+        other = gate.add_key()
+        body = b'{"model": "demo-awq", "prompt": "x", ' + b",".join(b'"k%d": 0' % n for n in range(50_000)) + b"}"
+        with gate.client() as client:
+            headers = {"Content-Type": "application/json"}
+            found = [client.post("/v1/completions", content=body, headers=headers) for _ in range(4)]
+        assert [answer.status_code for answer in found] == [400, 400, 400, 429]
+        assert found[0].json()["error"]["param"] == "k0"
+        assert int(found[3].headers["retry-after"]) == 60
+        assert statuses(raw(gate, post(gate, f"Content-Length: {MIB}"))) == [429], "answered without its body"
+        assert gate.ask(key=other).status_code == 200
+        reached["/v1/completions"] += 1
+        assert httpx.get(f"{gate.url}/health").status_code == 200
+        assert gate.metric("refused_total", code="too_many_rejected") == 2
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,9 @@ def test_schemathesis_finds_nothing(machine: Settings, tmp_path: Path) -> None:
         routed = routes(("v1", 100, [server]), context=2_000_000_000, default_tokens=4)
         route = routed.models[MODEL].model_copy(update={"tokenizer": with_a_template(tmp_path / "tokenizer")})
         routed = routed.model_copy(update={"models": {MODEL: route}})
-        with gateway(machine, tmp_path / "gateway", routed, wrong_keys_per_minute=1_000_000) as gate:
+        with gateway(
+            machine, tmp_path / "gateway", routed, wrong_keys_per_minute=1_000_000, rejected_per_minute=1_000_000
+        ) as gate:
             document = httpx.get(f"{gate.process.admin_url}/openapi.json").json()
             for name in ("CompletionRequest", "ChatRequest"):
                 # The model that there is: a random name would always end in 404.
