@@ -23,8 +23,6 @@ from gateways import MODEL, Running, gateway, routes
 from pipeline.settings import Settings
 from upstreams import Upstream, upstream
 
-pytestmark = pytest.mark.timed
-
 BODY = {"model": MODEL, "prompt": "def", "max_tokens": 4}
 MIB = 2**20
 
@@ -401,6 +399,7 @@ def memory_of(pid: int) -> int:
     return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) * 1024
 
 
+@pytest.mark.timed
 def test_slow_readers_hold_neither_memory_nor_a_replica(machine: Settings, tmp_path: Path) -> None:
     """60 clients ask for long streams and read nothing: they are dropped, and the engine is told to stop."""
     with upstream(token_ms=0) as server:
@@ -434,6 +433,7 @@ def hold(gate: Running, data: bytes) -> socket.socket:
     return connection
 
 
+@pytest.mark.timed
 def test_a_thousand_clients_at_once_are_all_answered(machine: Settings, tmp_path: Path) -> None:
     """No failure but what the queue's bound says; every place is given back; memory stays bounded."""
     with upstream(token_ms=2) as first, upstream(token_ms=2) as second:

@@ -21,8 +21,6 @@ from containers.gateway.ledger import MemoryLedger, RedisLedger
 from containers.gateway.limiter import Limiter
 from redis_server import redis_server
 
-pytestmark = pytest.mark.timed
-
 LIMIT = 1000
 Make = Callable[[], list[Limiter]]
 Result = TypeVar("Result")

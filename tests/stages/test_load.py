@@ -19,8 +19,6 @@ from evals.load import LoadPlan, judge, measure, percentile
 from pipeline.errors import WorkerFailed
 from pipeline.workers import Workers
 
-pytestmark = pytest.mark.timed
-
 RATE, SECONDS, TOKENS = 8, 5, 8
 Measure = Callable[..., tuple[dict[str, Any], list[dict[str, Any]]]]
 
@@ -74,6 +72,7 @@ def run(text: Path, tmp_path: Path, run_worker: Workers) -> Measure:
     return measured
 
 
+@pytest.mark.timed
 def test_latency_and_throughput_are_those_of_the_server(run: Measure, text: Path) -> None:
     evidence, rows = run(Script(service_ms=200), plan(text))
     metrics = evidence["metrics"]
@@ -99,6 +98,7 @@ def test_every_error_is_counted(run: Measure, text: Path) -> None:
     assert (verdict.status, verdict.reason) == ("fail", "error_rate 20.00% > 0.00%")
 
 
+@pytest.mark.timed
 def test_a_stall_shows_in_full(run: Measure, text: Path) -> None:
     evidence, rows = run(Script(stall_at=2.0, stall_seconds=2.0), plan(text))
     # Who was due right after the stall began waited for nearly all of it; nobody waited longer.
@@ -165,6 +165,7 @@ def test_the_client_goes_first_and_nothing_else_does(run_worker: Workers, tmp_pa
     assert os.getpriority(os.PRIO_PROCESS, 0) == 0
 
 
+@pytest.mark.timed
 def test_the_tail_is_the_queues_own(run: Measure, text: Path) -> None:
     """Four workers of 250 ms under 12 requests a second: the percentiles are those of that queue, within 5%."""
     service, workers = 250.0, 4
@@ -177,6 +178,7 @@ def test_the_tail_is_the_queues_own(run: Measure, text: Path) -> None:
     assert not evidence["profiles"][0]["queue"]["growing"]
 
 
+@pytest.mark.timed
 def test_the_capacity_is_what_the_workers_can_do(run: Measure, text: Path) -> None:
     """Five workers of 125 ms serve 40 a second. Saturation is called at 64, which they can't serve, and not at 32."""
     settings = {"step_seconds": 6, "max_steps": 4}

@@ -36,8 +36,6 @@ from registry.promote import promote
 from registry.signing import load_or_create_key
 from server_image import server_image
 
-pytestmark = pytest.mark.timed
-
 NAME = "demo-awq"
 BODY = {"model": NAME, "prompt": "def", "max_tokens": 8}
 EVIDENCE = {"memory": {"limit_bytes": 256 * 2**20}, "requested": {"start_timeout_s": 60.0}, "server": {"cpus": None}}
@@ -137,6 +135,7 @@ def p95(outcomes: list[Outcome], start: float, end: float) -> float:
     return quantile([each.seconds for each in outcomes if start <= each.due < end], 0.95)
 
 
+@pytest.mark.timed
 def test_a_killed_replica_costs_no_request_and_returns_by_itself(engine: docker.DockerClient, slipway: Slipway) -> None:
     with serving(slipway, "--replicas", "2") as served:
         assert served.told["releases"] == [{"version": "2", "weight": 100}]
