@@ -56,4 +56,20 @@ def incomparable(contenders: Sequence[Contender]) -> list[str]:
         "the engine's version differs": lambda load: load["server"]["version"],
         "the container's limits differ": lambda load: [load["server"][name] for name in ("cpus", "memory_limit_bytes")],
     }
-    return [words for words, seen in aspects.items() if len({json.dumps(seen(each.load)) for each in contenders}) > 1]
+    found = [words for words, seen in aspects.items() if len({json.dumps(seen(each.load)) for each in contenders}) > 1]
+    first, *others = [each.load for each in contenders]
+    if any(differ_in_hardware(first, other) for other in others):
+        found.append("the CPU, its cores or the GPU differ")
+    return found
+
+
+def differ_in_hardware(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two load tests are known to have been served by different hardware; the first evidence named none."""
+    told = [load["server"].get("computed_on") for load in (one, other)]
+    return None not in told and _speed_of(told[0]) != _speed_of(told[1])
+
+
+def _speed_of(computed_on: Mapping[str, Any]) -> list[Any]:
+    """Of hardware what latencies follow from: which cores they were does not matter, how many does."""
+    cores = computed_on["cores"]
+    return [computed_on["cpu_model"], computed_on["instruction_set"], cores and len(cores), bool(computed_on["gpu"])]

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from evals.comparison import differ_in_hardware
 from pipeline.errors import StoreError
 from pipeline.loading import Loaded, measure_now
 from pipeline.stages import Bench
@@ -28,7 +29,8 @@ _COMPARED = {"p95_latency_ms": True, "p95_ttft_ms": True, "output_tokens_per_sec
 class Speed:
     """A champion's load test beside its release's. ``slower`` are fractions, 0.5 for half as slow again, by metric.
 
-    It is empty where the traffic of the model's file is another than the release's: then there is only the verdict.
+    It is empty where the traffic of the model's file is another than the release's, or this machine's CPU or cores are:
+    then there is only the verdict.
     """
 
     version: str
@@ -67,8 +69,10 @@ def look_again(bench: Bench) -> Speed:
 
 
 def slower(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, float]:
-    """By how much each metric is worse than it was, as a fraction; nothing where the traffic asked for differs."""
+    """By how much each metric is worse than it was, as a fraction; nothing where traffic or hardware differ."""
     if [_asked(profile) for profile in then["profiles"]] != [_asked(profile) for profile in now["profiles"]]:
+        return {}
+    if differ_in_hardware(then, now):
         return {}
     found = {}
     for name, more_is_worse in _COMPARED.items():

@@ -30,7 +30,7 @@ class Script:
     answers each n-th streamed request with HTTP 500; ``die_after`` n ends the process at the n-th; ``stall_at``
     (seconds after the first streamed request) holds every answer for ``stall_seconds``; ``allocate_mib`` is taken at
     the start and kept, ``leak_kib`` at each streamed request; ``/health`` is 200 from ``healthy_after`` seconds on,
-    never if that is below 0.
+    never if that is below 0. ``says`` is printed at the start.
     """
 
     service_ms: float = 50.0
@@ -45,6 +45,7 @@ class Script:
     leak_kib: int = 0
     healthy_after: float = 0.0
     context: int = 2048
+    says: str = ""
 
 
 class _Line:
@@ -204,7 +205,7 @@ def _main() -> None:
         parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
     options = vars(parser.parse_args())
     server = _Server(host=options.pop("host"), port=options.pop("port"), script=Script(**options))
-    print(server.server_address[1], flush=True)
+    print(server.server_address[1], *filter(None, [server.script.says]), sep="\n", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
     sys.exit(0)

@@ -112,7 +112,9 @@ def _capacity(evidence: Evidence) -> tuple[Number, Number]:
 def _resources(evidence: Evidence) -> dict[str, Number]:
     limit = int(evidence.load["memory"]["limit_bytes"])
     peak = int(evidence.metrics.get("peak_memory_bytes") or limit)
-    cores = evidence.load.get("server", {}).get("cpus")
+    server = evidence.load.get("server", {})
+    given_cores = (server.get("computed_on") or {}).get("cores")
+    cores = server.get("cpus") or (len(given_cores) if given_cores else None)
     machine = evidence.manifest["hardware"]["cores"]
     gpu_peak = evidence.load["memory"].get("peak", {}).get("gpu_memory_bytes")
     accelerators = evidence.manifest["hardware"]["accelerators"]
@@ -121,7 +123,7 @@ def _resources(evidence: Evidence) -> dict[str, Number]:
     told = "load.json: memory.peak.gpu_memory_bytes over the GPU's memory (manifest: hardware)"
     whole_gpu = f"{told}" if gpu_peak else "vLLM's own default: 0.92 of a GPU, taken up front"
     tested = f"load.json: memory.limit_bytes, the limit that it was tested in; its peak was {peak / 2**20:.0f}Mi"
-    given = "load.json: server.cpus, what it was tested with"
+    given = "load.json: server.cpus or the cores it was given, what it was tested with"
     return {
         "memory_limit": Number(f"{math.ceil(limit / 2**20)}Mi", tested),
         "memory_peak_share": Number(round(peak / limit, 3), f"load.json: a peak of {peak} bytes, a limit of {limit}"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -100,6 +101,20 @@ def test_servers_run_on_cores_of_their_own(start: Callable[..., Any], tmp_path: 
     with start() as server:
         assert server.cores is None
         assert server.container.attrs["HostConfig"]["CpusetCpus"] == ""
+
+
+def test_what_an_engine_says_of_its_kernels_is_read_from_its_log(start: Callable[..., Any], tmp_path: Path) -> None:
+    told = {
+        "attention": "CPU_ATTN", "compute_dtype": "bfloat16", "cpu_model": "A CPU", "instruction_set": "avx2",
+        "kv_cache_dtype": "bfloat16", "linear_16bit": "float32", "linear_quantized": {"K": 28}, "threads": 2,
+    }  # fmt: skip
+    said = ["--says", f"(Worker pid=7) slipway kernels: {json.dumps(told)}"]
+    with start(command=said, cores=CoreRequest(tmp_path, 1)) as server:
+        assert server.kernels.model_dump() == told
+        assert server.computed_on.cpu_model == "A CPU"
+        assert server.computed_on.cores == server.cores.numbers
+    with start() as silent:
+        assert silent.kernels is None
 
 
 def test_nothing_gets_out_of_the_sandbox(start: Callable[..., Any]) -> None:

@@ -39,6 +39,21 @@ def test_other_traffic_is_not_compared() -> None:
     assert speed_of({}).words == "version 3: pass, p95 latency is 50 ms; not comparable"
 
 
+@pytest.mark.parametrize("changed", [{"cpu_model": "Another"}, {"instruction_set": "avx512"}, {"cores": [0]}])
+def test_latencies_of_other_hardware_are_not_compared(changed: dict[str, Any]) -> None:
+    now = measured()
+    now["server"]["computed_on"] |= changed
+    assert slower(LOAD, now) == {}
+
+
+def test_which_cores_of_the_same_cpu_does_not_matter_nor_what_old_evidence_does_not_tell() -> None:
+    now = measured()
+    now["server"]["computed_on"]["cores"] = [6, 7]
+    assert slower(LOAD, now) != {}
+    del now["server"]["computed_on"]
+    assert slower(LOAD, now) != {}
+
+
 def test_a_champion_holds_while_limits_hold_and_nothing_is_slower_than_allowed() -> None:
     assert speed_of({"p95_latency_ms": 0.25}).holds
     assert not speed_of({"p95_latency_ms": 0.26}).holds
