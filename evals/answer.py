@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import checkpoints  # type: ignore[import-not-found]  # beside this script
 import items as graded  # type: ignore[import-not-found]
+import json_lines  # type: ignore[import-not-found]
 import served  # type: ignore[import-not-found]
 from overlap import runs  # type: ignore[import-not-found]
 from slipway_worker import WorkerError, main
@@ -110,15 +111,14 @@ def _rows(name: str, task: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
     path = Path(task["data"])
     try:
         content = path.read_bytes()
-        rows = [json.loads(line) for line in content.decode("utf-8").splitlines() if line]
-    except (OSError, ValueError) as error:
-        raise WorkerError(f"the data of `{name}`, {path}, cannot be read as JSON lines: {error}") from error
+        output_type = graded.configuration(TASKS / f"{task['task']}.yaml").get("output_type")
+        rows = json_lines.parse_rows(content, path, json_lines.SHAPES.get(output_type, json_lines.NAMED))
+    except (OSError, json_lines.JsonLinesError) as error:
+        raise WorkerError(f"the data of `{name}`: {error}") from error
     wanted = task.get("items") or len(rows)
     if not 0 < wanted <= len(rows):
         raise WorkerError(f"`{name}` asks for {wanted} items; {path.name} has {len(rows)}")
     chosen = [rows[index * len(rows) // wanted] for index in range(wanted)]
-    if len({row["id"] for row in chosen}) != wanted:
-        raise WorkerError(f"`{name}`: ids in {path.name} are not unique")
     chosen.sort(key=lambda row: hashlib.sha256(row["id"].encode()).digest())
     return chosen, hashlib.sha256(content).hexdigest()
 

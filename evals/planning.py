@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evals import statistics
+from evals import json_lines, statistics
 from evals.errors import SuiteError
 from evals.limits import DriftLimits
 from evals.suite import Kind, TaskLimits
@@ -20,6 +20,9 @@ TYPICAL = FLIPS[1]
 # demo.
 SPREAD = 0.005
 POWER = 0.8
+_SHAPES: Mapping[Kind, json_lines.Shape] = {
+    "choice": json_lines.CHOICES, "text": json_lines.DOCUMENTS, "generated": json_lines.NAMED,
+}  # fmt: skip
 _BYTES_A_TOKEN = 4  # English and code under common tokenizers; a plan needs no tokenizer
 
 
@@ -56,8 +59,19 @@ def plan(limits: DriftLimits) -> list[TaskPlan]:
     return [_task(name, task, limits.confidence) for name, task in limits.tasks.items()]
 
 
+def check_data(limits: DriftLimits) -> None:
+    """Read every row of our own tasks' data.
+
+    Raises:
+        SuiteError: a file can't be read, or a row is not what its task asks; with file and line.
+    """
+    for name, task in limits.tasks.items():
+        if task.data is not None:
+            _ours(name, task, task.data)
+
+
 def _task(name: str, task: TaskLimits, confidence: float) -> TaskPlan:
-    kind: Kind = task.kind or ("text" if task.max_increase is not None else "choice")
+    kind = _kind(task)
     items, tokens = _ours(name, task, task.data) if task.data is not None else _theirs(name, task)
     if task.max_drop is not None:
         found = tuple(statistics.detectable_drop(rate, items, confidence, POWER) for rate in FLIPS)
@@ -71,6 +85,10 @@ def _task(name: str, task: TaskLimits, confidence: float) -> TaskPlan:
     return TaskPlan(name, task.tier, kind, items, task.groups, tokens, limit, found, wanted)
 
 
+def _kind(task: TaskLimits) -> Kind:
+    return task.kind or ("text" if task.max_increase is not None else "choice")
+
+
 def _theirs(name: str, task: TaskLimits) -> tuple[int, int]:
     if task.size is None:
         raise SuiteError(f"`evals.tasks.{name}` needs `size`, how many items it has, to be planned without asking")
@@ -80,9 +98,9 @@ def _theirs(name: str, task: TaskLimits) -> tuple[int, int]:
 
 def _ours(name: str, task: TaskLimits, data: Path) -> tuple[int, int]:
     try:
-        rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines() if line]
-    except (OSError, ValueError) as error:
-        raise SuiteError(f"the data of task `{name}`, {data}, cannot be read as JSON lines: {error}") from error
+        rows = json_lines.read_rows(data, _SHAPES[_kind(task)])
+    except json_lines.JsonLinesError as error:
+        raise SuiteError(f"the data of `evals.tasks.{name}`: {error}") from error
     items = task.items or len(rows)
     if items > len(rows):
         raise SuiteError(f"`evals.tasks.{name}` asks for {items} items; {data.name} has {len(rows)}")
@@ -94,5 +112,7 @@ def _prompts(row: dict[str, Any]) -> Iterator[str]:
     """Yield what one row sends: a document, or the context with each of its choices."""
     if "choices" in row:
         yield from (row["context"] + choice for choice in row["choices"])
-    else:
+    elif "text" in row:
         yield row["text"]
+    else:  # a question to answer at length: its task says which keys it puts
+        yield json.dumps(row)

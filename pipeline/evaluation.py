@@ -21,7 +21,7 @@ from containers.cpu import INSTRUCTION_SETS
 from containers.gpu import gpus
 from containers.kernels import ComputedOn
 from containers.runtime import build_runtime
-from evals import asking
+from evals import asking, json_lines
 from evals.answers import Answers, read_answers
 from evals.divergence import read_top
 from evals.drift import is_clear as is_decided
@@ -365,5 +365,5 @@ def _layers(bench: Bench, source: Artifact, quantized: Artifact, stop: threading
 
 def _calibration(bench: Bench) -> list[str]:
     """The texts that the quantizer looked at."""
-    lines = bench.spec.calibration.uri.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["text"] for line in lines if line][: bench.spec.calibration.samples]
+    calibration = bench.spec.calibration
+    return [row["text"] for row in json_lines.read_rows(calibration.uri, json_lines.TEXTS, calibration.samples)]

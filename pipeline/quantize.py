@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from evals import json_lines
 from pipeline import checkpoint
 from pipeline.compatibility import preflight
 from pipeline.compatibility.backends import GROUP_SIZES, older_config
@@ -172,7 +173,7 @@ def quantize(
         WorkerFailed: the worker failed; its own words.
     """
     config = _read_config(source)
-    _check_calibration(calibration, samples)
+    texts = _calibration_texts(calibration, samples)
     _check_fits(source, config, scheme, max_tokens)
     backend = backend_of(scheme)
     written = scratch / "checkpoint"
@@ -182,8 +183,8 @@ def quantize(
         "clone_saved_weights": scheme.clone_saved_weights,
         "source": backend.view(source, scratch).absolute(),
         "output": written.absolute(),
-        "calibration": calibration.absolute(),
-        "samples": samples,
+        "calibration": str(calibration.absolute()),
+        "texts": texts,
         "max_tokens": max_tokens,
         "seed": _SEED,
     }
@@ -226,22 +227,18 @@ def _read_config(source: Path) -> dict[str, Any]:
     return config
 
 
-def _check_calibration(calibration: Path, samples: int) -> None:
+def _calibration_texts(calibration: Path, samples: int) -> list[str]:
     """Read the lines that will be used; the worker judges their tokens, since it has the tokenizer."""
-    found = 0
     try:
-        with calibration.open(encoding="utf-8") as lines:
-            for number, line in zip(range(1, samples + 1), lines, strict=False):
-                document = json.loads(line)
-                if not isinstance(document, dict) or not isinstance(document.get("text"), str):
-                    raise QuantizeError(f'{calibration}, line {number}: expected {{"text": "…"}}, found {line[:60]!r}')
-                found += 1
-    except (OSError, ValueError, RecursionError) as error:
-        raise QuantizeError(f"can't read the calibration text {calibration}: {error}") from error
-    if found < samples:
+        rows = json_lines.read_rows(calibration, json_lines.TEXTS, samples)
+    except json_lines.JsonLinesError as error:
+        raise QuantizeError(f"the calibration text: {error}") from error
+    if len(rows) < samples:
         raise QuantizeError(
-            f"{calibration} holds {found} samples, and `calibration.samples` is {samples}: add text or ask for fewer"
+            f"{calibration} holds {len(rows)} samples, and `calibration.samples` is {samples}: add text, or ask for "
+            "fewer"
         )
+    return [row["text"] for row in rows]
 
 
 def _check_fits(source: Path, config: Mapping[str, Any], scheme: Scheme, max_tokens: int) -> None:

@@ -164,7 +164,7 @@ CODE: Mapping[str, str] = {
     ),
     "answers": code_of(
         *("evals/asking.py", "evals/answer.py", "evals/items.py", "evals/served.py", "evals/checkpoints.py"),
-        *("evals/packed.py", "evals/overlap.py", "evals/tasks"),
+        *("evals/packed.py", "evals/overlap.py", "evals/tasks", "evals/json_lines.py"),
     ),
     "layers": code_of("evals/layers.py", "evals/checkpoints.py", "evals/packed.py"),
     "drift": code_of("evals/pairs.py", "evals/divergence.py", "evals/overlap.py"),

@@ -135,10 +135,12 @@ def _offsets(text: str, folder: Path) -> list[tuple[int, int]]:
 
 
 def _texts(path: Path) -> Iterator[str]:
-    """The ``text`` of each line, until there is enough of it."""
+    """The ``text`` of each line, until there is enough of it; lines as `evals.json_lines` has them."""
     read = 0
-    with path.open() as file:
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
         for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
             try:
                 text = str(json.loads(line)["text"])
             except (ValueError, KeyError, TypeError) as error:
@@ -363,7 +365,7 @@ def _rows(folder: Path, due: Sequence[int]) -> tuple[list[dict[str, Any]], dict[
     summary: dict[str, Any] = json.loads(summary_file.read_text())
     start = datetime.fromisoformat(summary["start_time"]).replace(tzinfo=UTC).timestamp() * 1000
     records = {}
-    for line in export.read_text().splitlines():
+    for line in filter(None, export.read_text().split("\n")):
         record = json.loads(line)
         records[record["metadata"]["conversation_id"]] = record
     return [_row(number, at, start, records.get(_name(number))) for number, at in enumerate(due)], summary, start

@@ -17,18 +17,17 @@ MINIMUM_TOKENS = 512
 def calibration_blocks(request: dict[str, Any]) -> list[list[int]]:
     """Turn the calibration text into blocks of exactly ``max_tokens`` tokens, so that nothing is padded or dropped.
 
-    The first ``samples`` lines of the JSON lines file ``calibration`` (``{"text": …}``) are tokenized, each cut to
-    ``max_tokens``, joined in order, and split; what is left over at the end, less than one block, is not used.
+    The ``texts``, read from the file ``calibration``, are tokenized, each cut to ``max_tokens``, joined in order, and
+    split; what is left over at the end, less than one block, is not used.
 
     Raises:
         WorkerError: the text is too short.
     """
-    samples, max_tokens = request["samples"], request["max_tokens"]
+    max_tokens = request["max_tokens"]
     encode = _encoder(Path(request["source"]))
     tokens: list[int] = []
-    with Path(request["calibration"]).open(encoding="utf-8") as lines:
-        for _, line in zip(range(samples), lines, strict=False):
-            tokens += encode(json.loads(line)["text"])[:max_tokens]
+    for text in request["texts"]:
+        tokens += encode(text)[:max_tokens]
     blocks = [tokens[at : at + max_tokens] for at in range(0, len(tokens) - max_tokens + 1, max_tokens)]
     if len(blocks) * max_tokens < MINIMUM_TOKENS:
         raise WorkerError(

@@ -17,7 +17,7 @@ from homes import DEMO, SLIPWAY
 from pipeline.cli import main
 from pipeline.compatibility import backends, preflight
 from pipeline.compatibility.description import ModelDescription
-from pipeline.errors import UnsupportedModelError
+from pipeline.errors import SpecError, UnsupportedModelError
 from pipeline.planner.before import foresee
 from pipeline.planner.sources import describe_folder
 from pipeline.quantize import Scheme
@@ -228,3 +228,25 @@ def test_plan_refuses_what_it_can_neither_plan_nor_make(tmp_path: Path, monkeypa
     refused = CliRunner().invoke(main, ["plan", str(path), "--gpu", "L4"])
     assert refused.exit_code == USAGE
     assert "`schemes.gptq`: GPTQModel can't quantize `qwen3_5_text`" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "reason"),
+    [
+        ("calibration.jsonl", {"txt": "a"}, r"`calibration\.uri`: .*calibration\.jsonl, line 3: `text` is missing"),
+        ("heldout.jsonl", {"body": "a"}, r"`load\.prompts`: .*heldout\.jsonl, line 3: `text` is missing"),
+        ("cloze.jsonl", {"id": "a", "question": "b"}, r"`evals\.tasks\.cloze`: .*line 3: `context` is missing"),
+    ],
+)
+def test_data_is_read_before_a_release_begins(name: str, row: dict[str, str], reason: str, tmp_path: Path) -> None:
+    path = write_model_file(tmp_path, write_family(tmp_path / "source", "llama"), MINISTRAL)
+    changed = tmp_path / name
+    lines = (DEMO / name).read_bytes().split(b"\n")
+    changed.write_bytes(b"\n".join([*lines[:2], json.dumps(row).encode(), *lines[2:]]))
+    document = yaml.safe_load(path.read_text().replace(f"file:{DEMO / name}", f"file:{changed}"))
+    if name == "cloze.jsonl":
+        text = {"data": f"file:{DEMO}/heldout.jsonl", "task": "perplexity", "max_increase": 0.02}
+        document["evals"] = {"tasks": {"cloze": {"data": f"file:{changed}", "max_drop": 0.02}, "text": text}}
+    path.write_text(yaml.safe_dump(document))
+    with pytest.raises(SpecError, match=reason):
+        foresee(load(path), ["awq"], Settings.read({"SLIPWAY_HOME": str(tmp_path / "home")}), print)

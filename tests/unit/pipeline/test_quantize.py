@@ -150,8 +150,8 @@ def test_what_a_source_has_left_over_reaches_neither_worker_nor_checkpoint(
     [
         ("", 8, "holds 0 samples"),
         ('{"text": "a"}\n', 2, "holds 1 samples, and `calibration.samples` is 2"),
-        ('{"txt": "a"}\n', 1, 'line 1: expected {"text": "…"}'),
-        ("not json\n", 1, "can't read the calibration"),
+        ('{"txt": "a"}\n', 1, "line 1: `text` is missing: expected an object with `text`, found `txt`"),
+        ("not json\n", 1, "line 1: no JSON"),
     ],
 )
 def test_calibration_that_will_not_do_is_refused_before_a_worker_starts(
