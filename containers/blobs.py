@@ -17,6 +17,7 @@ from pathlib import Path
 
 from containers.errors import ImageError
 from containers.layers import FileLayer, read_file, write_chunks
+from registry.file_systems import set_mode
 
 PLAIN = "application/vnd.oci.image.layer.v1.tar"
 GZIP = "application/vnd.oci.image.layer.v1.tar+gzip"
@@ -75,7 +76,7 @@ class BlobStore:
                 _expect(digest, expected)
                 file.flush()
                 os.fsync(file.fileno())
-                beside.chmod(0o644)
+                set_mode(beside, 0o644)
                 beside.rename(self.path(digest))
             except BaseException:
                 beside.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ import requests
 
 from containers import private_engine
 from containers.errors import EngineError
+from registry.file_systems import flock
 
 Progress = Callable[[str], None]
 
@@ -204,5 +205,5 @@ def _locked(home: Path) -> Iterator[None]:
     root = private_engine.paths(home).root
     root.mkdir(parents=True, exist_ok=True, mode=0o711)
     with (root / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        flock(file, fcntl.LOCK_EX)
         yield

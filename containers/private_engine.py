@@ -25,6 +25,7 @@ import docker
 import requests
 
 from containers.errors import EngineError
+from registry.file_systems import flock
 
 Progress = Callable[[str], None]
 
@@ -326,7 +327,7 @@ def _make_bridge(name: str) -> None:
     """Make the engine's bridge with a free subnet. Engines of other homes choose theirs one after the other."""
     Path("/run/lock").mkdir(parents=True, exist_ok=True)
     with Path("/run/lock/slipway-network.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        flock(lock, fcntl.LOCK_EX)
         subnet = free_subnet(name, _networks())
         _run_ip("link", "add", name, "type", "bridge")
         _run_ip("address", "add", f"{subnet.network_address + 1}/{subnet.prefixlen}", "dev", name)

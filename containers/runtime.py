@@ -28,6 +28,7 @@ from containers.layers import Member, archive, plain_files
 from containers.oci import OciImage, canonical, digest_of
 from containers.profile import RUNTIMES, SCRIPTS, RuntimeProfile
 from containers.wheels import check_wheels, fetch_wheels, wheels_digest
+from registry.file_systems import flock
 
 Progress = Callable[[str], None]
 
@@ -73,7 +74,7 @@ def build_runtime(
     (store.root / "runtimes").mkdir(parents=True, exist_ok=True)
     with (store.root / "runtimes" / f"{profile.name}.lock").open("w") as lock:
         # Two builds at once would do the same minutes of work twice.
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        flock(lock, fcntl.LOCK_EX)
         start = given_base(client, base, home) if base else ensure_base(client, profile, home, progress)
         found = _kept(profile, start, store)
         if found is None:

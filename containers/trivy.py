@@ -20,6 +20,7 @@ from docker.transport import UnixHTTPAdapter
 
 from containers.errors import ContainerError
 from containers.trivy_db import Database, read_database
+from registry.file_systems import flock
 
 Progress = Callable[[str], None]
 
@@ -117,10 +118,10 @@ def running(home: Path, progress: Progress) -> Iterator[Run]:
     scratch.mkdir(parents=True, exist_ok=True)
     with (cache / "slipway.lock").open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             progress("waiting for another scan to end")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            flock(lock, fcntl.LOCK_EX)
         # What a killed run left.
         shutil.rmtree(scratch)
         scratch.mkdir()

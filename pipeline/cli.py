@@ -38,12 +38,12 @@ class _Group(click.Group):
         """Run the command that was asked for."""
         from containers.errors import ContainerError  # noqa: PLC0415 - `--help` stays instant
         from evals.errors import EvaluationError  # noqa: PLC0415
-        from registry.errors import RegistryError  # noqa: PLC0415
+        from registry.errors import FileSystemError, RegistryError  # noqa: PLC0415
 
         try:
             _sweep_what_was_left()
             return super().invoke(ctx)
-        except (SpecError, SettingsError) as error:
+        except (SpecError, SettingsError, FileSystemError) as error:
             _die(str(error), USAGE)
         except (SlipwayError, ContainerError, EvaluationError, RegistryError) as error:
             _die(str(error))

@@ -19,6 +19,7 @@ from uv import find_uv_bin
 from pipeline.errors import WorkerFailed
 from pipeline.settings import CHECKOUT, Settings
 from pipeline.store import digest_file, digest_json
+from registry.file_systems import flock
 
 Progress = Callable[[str], None]
 
@@ -60,7 +61,7 @@ def ensure_environment(environment: str, settings: Settings, progress: Progress)
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(folder.name + ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        flock(lock, fcntl.LOCK_EX)
         if not folder.is_dir():
             progress(f"making the {environment} environment (once; a minute or two where nothing is cached)")
             _install(environment, folder, settings)

@@ -13,6 +13,7 @@ from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
 from pipeline.settings import CHECKOUT, Settings
 from pipeline.store import is_locked, locked
+from registry.file_systems import flock
 
 # A run takes its marker within a moment of its start, and ends within one of giving it back.
 _UNCLAIMED = "unclaimed"
@@ -55,7 +56,7 @@ def alive(run_id: str, settings: Settings) -> Iterator[None]:
         with locked(_burying(settings)):
             stream = held.enter_context(marker.open("w"))
             try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 said_before = True
             else:

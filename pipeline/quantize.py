@@ -8,7 +8,6 @@ The law: the same source, calibration and scheme give the same bytes on the same
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from pipeline.errors import QuantizeError
 from pipeline.safetensors_headers import HeaderError, read_model
 from pipeline.store import digest_file
 from registry import untrusted
+from registry.file_systems import set_mode
 
 RunWorker = Callable[[str, Path, Mapping[str, Any], Path], dict[str, Any]]
 Progress = Callable[[str], None]
@@ -273,4 +273,4 @@ def _assemble(
     (output / "config.json").write_text(json.dumps(merged, indent=2, sort_keys=True) + "\n")
     for name in untrusted.plain_files(output):
         with untrusted.open_file(output, name) as stream:
-            os.fchmod(stream.fileno(), 0o644)
+            set_mode(stream.fileno(), 0o644)

@@ -27,6 +27,7 @@ from pipeline.handles import Handles, Place
 from pipeline.settings import Settings
 from pipeline.store import Store
 from registry.catalog import lines
+from registry.file_systems import flock
 
 if TYPE_CHECKING:
     from registry import retention
@@ -243,7 +244,7 @@ def _removed(store: Store, place: Place) -> int | None:
     folder = _folder(store, place)
     with folder.with_name(f"{folder.name}.lock").open("w") as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return None
         beside = store.root / ".making" / "-".join(place)

@@ -29,6 +29,7 @@ from pipeline.store import digest_json
 from registry import untrusted
 from registry.bounded_json import Bounds, DocumentError, read_json
 from registry.errors import UntrustedFileError
+from registry.file_systems import set_mode
 
 if TYPE_CHECKING:
     from pipeline.hub import Hub
@@ -341,7 +342,7 @@ def _copy(reader: BinaryIO, target: Path) -> str:
         else:
             while chunk := writer.read(_CHUNK):
                 total.update(chunk)
-    target.chmod(0o644)
+    set_mode(target, 0o644)
     return total.hexdigest()
 
 
@@ -369,7 +370,7 @@ def _download(resolved: ResolvedSource, folder: Path, downloads: Path, progress:
         raise SourceError(f"{resolved.uri}@{commit} did not come as the hub promised, run again: {'; '.join(problems)}")
     for file in resolved.files:
         shutil.move(kept / (file.path + ".part"), folder / file.path)
-        (folder / file.path).chmod(0o644)
+        set_mode(folder / file.path, 0o644)
     shutil.rmtree(kept)
     return digests
 

@@ -27,6 +27,7 @@ from typing import Any
 
 from pipeline.errors import PlanError, StoreError
 from registry import untrusted
+from registry.file_systems import flock, set_mode, sync_folder
 
 _CHUNK = 4 * 1024 * 1024
 
@@ -192,9 +193,9 @@ class Store:
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
             }
             write_whole(beside / "artifact" / "artifact.json", json.dumps(record, indent=1))
-            _sync_folder(beside / "artifact")
+            sync_folder(beside / "artifact")
             (beside / "artifact").rename(place)
-            _sync_folder(place.parent)
+            sync_folder(place.parent)
         except OSError as error:
             raise StoreError(f"can't write artifact {place}: {error.strerror or error}") from error
         finally:
@@ -206,7 +207,7 @@ class Store:
         for beside in (self.root / ".making").glob("*-*"):
             stage, _, key = beside.name.rpartition("-")
             with (self.root / stage / f"{key}.lock").open("w") as stream, contextlib.suppress(BlockingIOError):
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(beside, ignore_errors=True)
 
 
@@ -261,19 +262,11 @@ def _seal(making: Making) -> dict[str, dict[str, Any]]:
         name = path.relative_to(making.folder).as_posix()
         if path.is_symlink() or not path.is_file():
             raise StoreError(f"{name} is no plain file: an artifact holds nothing else")
-        path.chmod(0o444)
+        set_mode(path, 0o444)
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
         files[name] = {"sha256": making.sha256.get(name) or digest_file(path), "size": path.stat().st_size}
     return files
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -284,10 +277,10 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
     """
     with path.open("w") as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             waiting()
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            flock(stream, fcntl.LOCK_EX)
         yield
 
 
@@ -295,7 +288,7 @@ def is_locked(path: Path) -> bool:
     """Whether a process holds the lock on a file; nobody does where there is none."""
     try:
         with path.open("r+") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except FileNotFoundError:

@@ -19,6 +19,7 @@ from typing import Any
 
 from registry.errors import (
     DiskError,
+    FileSystemError,
     NotFoundError,
     PolicyError,
     PullError,
@@ -55,7 +56,7 @@ def status_of(error: RegistryError) -> int:
         return FAILED
     if isinstance(error, (VerificationError, PullError)):
         return REFUSED
-    return USAGE if isinstance(error, PolicyError) else FAILED
+    return USAGE if isinstance(error, (PolicyError, FileSystemError)) else FAILED
 
 
 def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:

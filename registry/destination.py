@@ -21,7 +21,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from registry import untrusted
-from registry.errors import DiskError, PullError, UntrustedFileError
+from registry.errors import DiskError, FileSystemError, PullError, UntrustedFileError
+from registry.file_systems import flock, sync_folder
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
@@ -37,7 +38,7 @@ def beside(destination: Path, digest: str, progress: Callable[[str], None]) -> I
     made = [folder for folder in (destination.parent, *destination.parent.parents) if not folder.exists()]
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        part, descriptor = _locked(destination, digest, progress)
+        part, descriptor = _taken(destination, digest, progress)
         try:
             yield part
         finally:
@@ -70,7 +71,7 @@ def take_place(part: Path, destination: Path, *, replace: bool) -> None:
             destination.rename(aside)
             part.rename(destination)
             part = aside
-        sync(destination.parent)
+        sync_folder(destination.parent)
         _remove(part)
         return
     try:
@@ -79,16 +80,7 @@ def take_place(part: Path, destination: Path, *, replace: bool) -> None:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
             raise
         raise PullError(f"`{destination}` appeared meanwhile: {error.strerror}") from error
-    sync(destination.parent)
-
-
-def sync(path: Path) -> None:
-    """Push a file or a folder's list of names to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(destination.parent)
 
 
 def remove_empty(folders: Sequence[Path]) -> None:
@@ -105,6 +97,17 @@ def is_empty(folder: Path) -> bool:
     return folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
 
 
+def _taken(destination: Path, digest: str, progress: Callable[[str], None]) -> tuple[Path, int]:
+    """Lock the folder; where the file system has no locks, make one of our own, whose name nobody else takes."""
+    try:
+        return _locked(destination, digest, progress)
+    except FileSystemError:
+        part = destination.with_name(f".{destination.name}.part-{secrets.token_hex(16)}")
+        part.mkdir(mode=0o700)
+        progress(f"the file system of {destination} has no locks: a pull that is broken off there starts anew")
+        return part, os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+
+
 def _locked(destination: Path, digest: str, progress: Callable[[str], None]) -> tuple[Path, int]:
     """Make or find the folder and lock it; wait where another pull of the same release fills it."""
     prefix = f".{destination.name}.part-"
@@ -113,7 +116,7 @@ def _locked(destination: Path, digest: str, progress: Callable[[str], None]) -> 
     while True:
         parent = os.open(destination.parent, os.O_RDONLY)
         try:
-            fcntl.flock(parent, fcntl.LOCK_EX)  # nobody sweeps a folder between its making and its locking
+            flock(parent, fcntl.LOCK_EX)  # nobody sweeps a folder between its making and its locking
             for leftover in destination.parent.glob(f"{glob.escape(prefix)}*"):
                 if leftover != part:
                     _remove_if_dead(leftover)
@@ -123,7 +126,7 @@ def _locked(destination: Path, digest: str, progress: Callable[[str], None]) -> 
                 continue
             descriptor = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 pass
             else:
@@ -137,7 +140,7 @@ def _locked(destination: Path, digest: str, progress: Callable[[str], None]) -> 
         if not told:
             progress("waiting for another pull of the same release to the same place")
             told = True
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        flock(descriptor, fcntl.LOCK_EX)
         os.close(descriptor)  # it may be another folder's by now: look again
 
 
@@ -185,10 +188,10 @@ def _remove_if_dead(part: Path) -> None:
     except OSError:
         return  # gone, or none of ours
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(part, ignore_errors=True)
-    except BlockingIOError:
-        pass  # another pull is filling it
+    except (BlockingIOError, FileSystemError):
+        pass  # another pull is filling it, or may be
     finally:
         os.close(descriptor)
 

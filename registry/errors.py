@@ -46,6 +46,10 @@ class DiskError(PullError):
     """The destination or the cache can't be written now: no space, or no permission."""
 
 
+class FileSystemError(RegistryError):
+    """A file system lacks what the work there needs; trying again changes nothing."""
+
+
 class UntrustedFileError(RegistryError):
     """Something else than a regular file, or a larger one, where a worker, a source or a pull should have left one."""
 

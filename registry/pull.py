@@ -16,7 +16,7 @@ from registry.artifacts import Artifacts
 from registry.backend import Version
 from registry.cache import Cache
 from registry.catalog import nearest
-from registry.destination import beside, discard, is_empty, sync, take_place
+from registry.destination import beside, discard, is_empty, take_place
 from registry.download import Moved, download
 from registry.errors import (
     ArgumentError,
@@ -26,6 +26,7 @@ from registry.errors import (
     TrackingError,
     VerificationError,
 )
+from registry.file_systems import set_mode, sync_folder
 from registry.manifest import DOCUMENTS, MANIFEST, FileRecord, Manifest
 from registry.policy import Policy, Trust, policy_of
 from registry.resolve import CHAMPION, resolve
@@ -265,6 +266,6 @@ def _sweep(part: Path, manifest: Manifest) -> None:
 def _settle(part: Path) -> None:
     """Make everything readable to an unprivileged server, and push the names to the disk; the files were."""
     for path in [part, *part.rglob("*")]:
-        path.chmod(0o755 if path.is_dir() else 0o644)
+        set_mode(path, 0o755 if path.is_dir() else 0o644)
         if path.is_dir():
-            sync(path)
+            sync_folder(path)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit
 
 from registry.errors import TrackingError
+from registry.file_systems import flock
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -147,7 +148,7 @@ def prepare(tracking_uri: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.with_name(path.name + ".tables.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            flock(lock, fcntl.LOCK_EX)
             if not path.exists():
                 _make_tables(path)
     except OSError as error:

@@ -36,6 +36,7 @@ from pathlib import Path
 
 from registry.backend import TURNS, Backend, Version, open_backend
 from registry.errors import PromotionError, RefusedError, RegistryError, TrackingError
+from registry.file_systems import flock
 from registry.tracking import database_path
 
 LEASE_SECONDS = 60.0
@@ -83,10 +84,10 @@ def _file_lock(database: Path, progress: Callable[[str], None]) -> Iterator[None
         raise TrackingError(f"can't promote: `{error.filename}`: {error.strerror}") from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             progress("waiting for another promotion to end")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            flock(lock, fcntl.LOCK_EX)
         yield
 
 
