@@ -53,7 +53,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     },
     "deepseek_v3": {
         "moe_intermediate_size": 128, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
-        "kv_lora_rank": 64, "q_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32,
+        "kv_lora_rank": 64, "q_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32,
         "head_dim": None, "first_k_dense_replace": 1, "num_key_value_heads": 4,
     },
 }  # fmt: skip

@@ -6,6 +6,7 @@ that quantizes does again, since Dagster may run it alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 _NAMES = {"autoawq": "AutoAWQ", "gptqmodel": "GPTQModel", "autogptq": "AutoGPTQ"}
 # Its classes keep a linear's weight as [in, out] (transformers' Conv1D); the packed layouts here are of [out, in].
 _TRANSPOSED = frozenset({"gpt2"})
+# AutoAWQ reserves ``out // 32 * 4`` words for a row of outputs (awq/modules/linear/gemm.py), and writes beyond them.
+_AUTOAWQ_OUTPUTS = 32
 # How many names a message gives.
 _NAMED = 3
 
@@ -111,12 +114,12 @@ def _widths(model: ModelDescription, scheme: Scheme) -> Iterator[str]:
             f"`group_size` {size} does not divide the {model.linears[ragged[0]].shape[1]} inputs of "
             f"{_some(ragged)}: {told}"
         )
-    packed_axis = 0 if scheme.method == "awq" else 1
-    uneven = [name for name, weight in model.linears.items() if weight.shape[packed_axis] * scheme.bits % 32]
+    axis, what = (0, "outputs") if scheme.method == "awq" else (1, "inputs")
+    whole = _AUTOAWQ_OUTPUTS if scheme.backend == "autoawq" else 32 // math.gcd(32, scheme.bits)
+    uneven = [name for name, weight in model.linears.items() if weight.shape[axis] % whole]
     if uneven:
-        what = "outputs" if scheme.method == "awq" else "inputs"
-        width = model.linears[uneven[0]].shape[packed_axis]
-        yield f"the {width} {what} of {_some(uneven)} at {scheme.bits} bits do not fill whole 32-bit words"
+        width = model.linears[uneven[0]].shape[axis]
+        yield f"{_NAMES[scheme.backend]} packs {what} by {whole}, which does not divide the {width} of {_some(uneven)}"
 
 
 def _either(values: Sequence[int]) -> str:

@@ -117,6 +117,17 @@ def test_groups_must_divide_every_linears_inputs(scheme: dict[str, Any], reason:
     assert reason is None or re.search(reason, found[0])
 
 
+@pytest.mark.parametrize(("backend", "outputs", "able"), [
+    ("autoawq", 96, True), ("autoawq", 80, False), ("gptqmodel", 80, True), ("gptqmodel", 84, False),
+])  # fmt: skip
+def test_outputs_must_fill_the_words_that_a_backend_packs(backend: str, outputs: int, able: bool) -> None:
+    weight = Tensor("BF16", (outputs, 64), 0, 0, Path("x"))
+    model = ModelDescription(FAMILIES["llama"]["config"], {"model.layers.0.self_attn.k_proj.weight": weight})
+    found = preflight.find_problems(model, scheme_of("awq", backend))
+    assert (found == []) == able
+    assert able or f"does not divide the {outputs} of `model.layers.0.self_attn.k_proj`" in found[0]
+
+
 @pytest.mark.parametrize("left", [{"quant_method": "bitsandbytes", "load_in_4bit": True}, None, {}])
 def test_a_quantization_config_beside_16_bit_weights_says_nothing(left: object, tmp_path: Path) -> None:
     model = model_of("llama", tmp_path, quantization_config=left)
