@@ -129,6 +129,10 @@ _ADVANCE = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local window = tonumber(ARGV[1])
+-- What was settled in the future was so before the clock was set back: it counts from now.
+for _, entry in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '(' .. now, '+inf')) do
+  redis.call('ZADD', KEYS[3], now, entry)
+end
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now)) do
   redis.call('ZADD', KEYS[3], redis.call('ZSCORE', KEYS[1], id), id .. ':' .. redis.call('HGET', KEYS[2], id))
   redis.call('ZREM', KEYS[1], id)
@@ -152,6 +156,9 @@ _RESERVE = (
     _ADVANCE
     + """
 local amount, limit, lease = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. (now + lease), '+inf')) do
+  redis.call('ZADD', KEYS[1], now + lease, id)
+end
 if redis.call('ZSCORE', KEYS[5], ARGV[2]) then return 1000 end
 if total + amount > limit then
   local missing = total + amount - limit

@@ -7,10 +7,10 @@ import contextlib
 import logging
 import secrets
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import redis.asyncio
 from limits import RateLimitItem, RateLimitItemPerMinute
@@ -23,24 +23,102 @@ from containers.gateway.errors import Refusal
 from containers.gateway.keys import Key
 from containers.gateway.ledger import Ledger, MemoryLedger, RedisLedger, Refused
 
+if TYPE_CHECKING:
+    from limits.aio.storage.redis.redispy import RedispyBridge
+    from redis.asyncio import Redis
+
 log = logging.getLogger("slipway.gateway")
 _LEASE_SLACK_S = 30.0
 _REDIS_SECONDS, _REDIS_CONNECTIONS = 2.0, 16
 _SETTLE_WAIT_S, _LONGEST_PAUSE_S = 0.5, 5.0
 _CLOSE_WAIT_S = 10.0
-_SWEEP_EVERY_S = 10.0
+_SWEEP_EVERY_S, _CLOCK_AGE_S = 10.0, 10.0
 
 
 class _Memory(MemoryStorage):
-    """The library's, but that it sweeps what is a minute old now and then, not in a thread after every request."""
+    """Requests of one gateway, by a clock that nobody sets; what is a minute old is swept now and then."""
 
     STORAGE_SCHEME: ClassVar[list[str]] = ["async+slipway"]  # type: ignore[misc]
-    _swept = 0.0
 
-    async def _MemoryStorage__schedule_expiry(self) -> None:  # noqa: N802 - the library's own name for it
-        if time.monotonic() - self._swept > _SWEEP_EVERY_S:
-            self._swept = time.monotonic()
-            self.timer = asyncio.ensure_future(self._MemoryStorage__expire_events())  # type: ignore[attr-defined]
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._taken: dict[str, deque[float]] = {}
+        self._swept = clock()
+
+    async def now(self) -> float:
+        """Seconds since some moment."""
+        return self._clock()
+
+    async def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
+        """Take ``amount`` of ``limit`` within ``expiry`` seconds; nothing where so much is not left."""
+        now = self._clock()
+        if now - self._swept > _SWEEP_EVERY_S:
+            self._swept = now
+            for other in list(self._taken):
+                self._recent(other, now, expiry)
+        recent = self._recent(key, now, expiry)
+        if len(recent) + amount > limit:
+            return False
+        recent.extend([now] * amount)
+        self._taken[key] = recent
+        return True
+
+    async def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:  # noqa: ARG002 - the library's signature
+        """Return when the oldest of what counts was taken, and how much counts."""
+        now = self._clock()
+        recent = self._recent(key, now, expiry)
+        return (recent[0], len(recent)) if recent else (now, 0)
+
+    def _recent(self, key: str, now: float, expiry: int) -> deque[float]:
+        taken = self._taken.get(key, deque())
+        while taken and taken[0] <= now - expiry:
+            taken.popleft()
+        if not taken:
+            self._taken.pop(key, None)
+        return taken
+
+
+class _Shared(RedisStorage):
+    """Requests of many gateways, by Redis's clock, whatever theirs say; what lies ahead of it is forgotten."""
+
+    STORAGE_SCHEME: ClassVar[list[str]] = ["async+slipway+redis"]  # type: ignore[misc]
+
+    def __init__(self, uri: str, **options: Any) -> None:  # noqa: ANN401 - the library's
+        super().__init__(uri, **options)
+        self._ahead, self._asked = 0.0, -_CLOCK_AGE_S
+        self._asking = asyncio.Lock()
+
+    async def now(self) -> float:
+        """Redis's time, in seconds: asked now and then, and carried on by a clock that nobody sets."""
+        async with self._asking:
+            if time.monotonic() - self._asked > _CLOCK_AGE_S:
+                seconds, microseconds = await cast("Redis", self._redis.get_connection()).time()
+                self._asked = time.monotonic()
+                self._ahead = float(seconds) + float(microseconds) / 1e6 - self._asked
+        return time.monotonic() + self._ahead
+
+    async def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
+        """Take ``amount`` of ``limit`` within ``expiry`` seconds; nothing where so much is not left."""
+        now, name = await self.now(), self._redis.prefixed_key(key)
+        if await self._redis.lua_acquire_moving_window([name], [now, limit, expiry, amount]):
+            return True
+        if (await self._window(key, limit, now - expiry))[0] > now:  # the clock was set back
+            await self.clear(key)
+        return False
+
+    async def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
+        """Return when the oldest of what counts was taken, and how much counts."""
+        now = await self.now()
+        return await self._window(key, limit, now - expiry)
+
+    @property
+    def _redis(self) -> RedispyBridge:
+        return cast("RedispyBridge", self.bridge)
+
+    async def _window(self, key: str, limit: int, since: float) -> tuple[float, int]:
+        found = await self._redis.lua_moving_window([self._redis.prefixed_key(key)], [since, limit])
+        return (float(found[0]), int(found[1])) if found else (since, 0)
 
 
 @dataclass
@@ -60,7 +138,7 @@ class Limiter:
     def __init__(
         self,
         ledger: Ledger,
-        requests: MovingWindowRateLimiter,
+        requests: _Memory | _Shared,
         *,
         lease_s: float,
         wrong_keys: int = 60,
@@ -68,7 +146,7 @@ class Limiter:
         close: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._ledger = ledger
-        self._requests = requests
+        self._requests, self._storage = MovingWindowRateLimiter(requests), requests
         self._lease_s = lease_s
         self._wrong_keys = RateLimitItemPerMinute(wrong_keys)
         # Each gateway's own: what it guards is this process.
@@ -79,11 +157,13 @@ class Limiter:
         self._settling: set[asyncio.Task[Any]] = set()
 
     @classmethod
-    def in_memory(cls, *, lease_s: float, wrong_keys: int = 60, rejected: int = 120) -> Limiter:
-        """For one gateway."""
+    def in_memory(
+        cls, *, lease_s: float, wrong_keys: int = 60, rejected: int = 120, clock: Callable[[], float] = time.monotonic
+    ) -> Limiter:
+        """For one gateway. ``clock`` gives seconds and never goes back."""
         lease_s += _LEASE_SLACK_S
-        requests = MovingWindowRateLimiter(_Memory())
-        return cls(MemoryLedger(lease_s), requests, lease_s=lease_s, wrong_keys=wrong_keys, rejected=rejected)
+        ledger, requests = MemoryLedger(lease_s, clock), _Memory(clock)
+        return cls(ledger, requests, lease_s=lease_s, wrong_keys=wrong_keys, rejected=rejected)
 
     @classmethod
     def in_redis(cls, url: str, *, lease_s: float, wrong_keys: int = 60, rejected: int = 120) -> Limiter:
@@ -98,14 +178,13 @@ class Limiter:
         )
         client = redis.asyncio.Redis(connection_pool=pool)
         options: dict[str, Any] = {"connection_pool": pool}  # the library's types have no room for a pool
-        storage = RedisStorage(
+        storage = _Shared(
             f"async+{url}", wrap_exceptions=True, implementation="redispy", key_prefix="slipway:requests", **options
         )
         lease_s += _LEASE_SLACK_S
-        requests = MovingWindowRateLimiter(storage)
         return cls(
             RedisLedger(client, lease_s),
-            requests,
+            storage,
             lease_s=lease_s,
             wrong_keys=wrong_keys,
             rejected=rejected,
@@ -212,8 +291,9 @@ class Limiter:
             if await take(item, key.id):
                 return
             reset = (await self._requests.get_window_stats(item, key.id)).reset_time
+            wait_s = max(0.0, reset - await self._storage.now())
         message = f"your key has {key.limits.requests_per_minute} requests a minute"
-        raise Refusal(429, "request_limit", message, retry_after=max(0.0, reset - time.time()))
+        raise Refusal(429, "request_limit", message, retry_after=wait_s)
 
     async def _settle(
         self, reserving: asyncio.Future[Refused | None], key_id: str, reservation: str, used: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -297,3 +298,50 @@ def test_nothing_runs_uncounted_while_redis_is_away_and_reservations_survive_a_p
             await limiter.close()
 
         asyncio.run(story())
+
+
+def test_a_gateway_whose_clock_was_set_back_keeps_nobody_waiting_for_it(
+    limiters: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> list[float]:
+        waits = []
+        one = limiters()[0]
+        late = time.time
+        patient = key("0123456789ab", requests_per_minute=1, tokens_per_minute=100)
+        async with one.grant(patient, 40):
+            pass
+        monkeypatch.setattr(time, "time", lambda: late() - 3600)
+        for act in (one.refuse_early(patient), one.grant(patient, 40).__aenter__()):
+            with pytest.raises(Refusal) as caught:
+                await act
+            waits.append(caught.value.retry_after or 0.0)
+        await one.close()
+        return waits
+
+    assert all(0 < wait <= 60 for wait in asyncio.run(main()))
+
+
+def test_what_lies_ahead_of_redis_counts_from_now_when_its_clock_was_set_back(redis_url: str) -> None:
+    """What an hour later wrote is what Redis has, once its clock is an hour back."""
+
+    async def main(client: redis.Redis) -> None:
+        client.flushall()
+        limiter = Limiter.in_redis(redis_url, lease_s=600)
+        patient = key("0123456789ab", requests_per_minute=1, tokens_per_minute=100)
+        async with limiter.grant(patient, 100) as grant:
+            grant.used = 100
+        for name in client.keys("slipway:tokens:*:settled"):
+            for entry, score in client.zrange(name, 0, -1, withscores=True):
+                client.zadd(name, {entry: score + 3600_000})
+        with pytest.raises(Refusal) as caught:
+            await limiter.grant(patient, 100).__aenter__()
+        assert 0 < (caught.value.retry_after or 0) <= 60
+        requests = next(iter(client.keys("slipway:requests*")))
+        client.lset(requests, 0, str(time.time() + 3600))
+        with pytest.raises(Refusal):
+            await limiter._count(patient, limiter._requests.hit)
+        await limiter._count(patient, limiter._requests.hit)
+        await limiter.close()
+
+    with redis.Redis.from_url(redis_url) as client:
+        asyncio.run(main(client))
