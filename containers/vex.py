@@ -42,8 +42,14 @@ class _Component(_Part):
     hashes: Mapping[str, str] = {}
 
     def is_(self, purl: str | None) -> bool:
-        """Say whether this names the package or image with that purl."""
-        return matches(self.identifiers.get("purl", self.id), purl)
+        """Say whether this names the package or image with that purl, by its id and by its identifier.
+
+        Both must, where both are there: of a component whose id is an image and whose identifier is a package nobody
+        can say which is meant. Hashes can't be compared with anything that a scan finds, so that one with them is
+        none that was found.
+        """
+        named = [self.id, *(value for kind, value in self.identifiers.items() if kind == "purl")]
+        return not self.hashes and all(name.startswith("pkg:") and matches(name, purl) for name in named)
 
 
 class _Product(_Component):

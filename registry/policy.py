@@ -15,7 +15,8 @@ A policy can be kept beside a deployment as a TOML file; paths in it count from 
     maximum_age_days = 90
 
 The age counts from ``created`` in the manifest, which is when the release was sealed: the manifest holds no date of a
-measurement. Evidence that was taken over from an earlier run is older than that.
+measurement. Evidence that was taken over from an earlier run is older than that. A release that was sealed more than
+an hour from now, by this machine's clock, is refused where an age is asked for: one of the two clocks is wrong.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ _KEYS: Mapping[str, frozenset[str]] = {
     "gates": frozenset({"required"}),
     "evidence": frozenset({"maximum_age_days"}),
 }
+
+# How far the clock of whoever sealed a release may be ahead of the one that its age is judged by.
+_CLOCKS_APART = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,9 @@ class Policy:
         ]
         if self.maximum_age is not None:
             age = (now or datetime.now(UTC)) - datetime.fromisoformat(manifest.created)
+            if age < -_CLOCKS_APART:
+                ahead = f"{-age / timedelta(days=1):.1f} days ahead of this machine's clock"
+                problems.append(Problem("evidence", f"sealed {ahead}, so that its age is unknown: set the clock"))
             if age > self.maximum_age:
                 days = f"{age / timedelta(days=1):.1f} days old, {self.maximum_age / timedelta(days=1):g} are allowed"
                 problems.append(Problem("evidence", f"expired: {days}; measure and release anew"))

@@ -200,6 +200,29 @@ def test_a_statement_about_packages_in_an_image_is_about_that_image_alone(
     assert judge({**evidence(finding()), "purl": None}, allowed).status == "fail"
 
 
+PACKAGE = "pkg:deb/debian/openssl"
+
+
+@pytest.mark.parametrize(
+    ("product", "cleared"),
+    [
+        ({"@id": PACKAGE, "identifiers": {"purl": PACKAGE}}, True),
+        ({"@id": PACKAGE, "identifiers": {"cpe23": "cpe:2.3:a:openssl:openssl:*:*:*:*:*:*:*:*"}}, True),
+        ({"@id": "pkg:oci/another", "identifiers": {"purl": PACKAGE}}, False),
+        ({"@id": "registry.example.com/another:1", "identifiers": {"purl": PACKAGE}}, False),
+        ({"@id": PACKAGE, "identifiers": {"purl": "pkg:oci/another"}}, False),
+        ({"@id": "https://example.com/another"}, False),
+        ({"@id": PACKAGE, "hashes": {"sha-256": "0" * 64}}, False),
+        ({"@id": IMAGE, "subcomponents": [{"@id": "another", "identifiers": {"purl": PACKAGE}}]}, False),
+    ],
+)
+def test_a_statement_counts_where_all_that_names_its_product_names_what_was_found(
+    tmp_path: Path, product: dict[str, object], *, cleared: bool
+) -> None:
+    allowed = ScanPolicy(vex=(vex(tmp_path, products=[product]),))
+    assert judge(evidence(finding()), allowed).status == ("pass" if cleared else "fail")
+
+
 @pytest.mark.parametrize("hours", [0, 1])
 def test_what_was_said_last_counts(tmp_path: Path, hours: int) -> None:
     """Of two statements of one time, the one that clears nothing."""

@@ -52,3 +52,13 @@ def test_evidence_expires_when_the_days_since_sealing_are_over(release: Path, si
     (problem,) = limited.judge(manifest, sealed + timedelta(days=90, seconds=1))
     assert problem.what == "evidence"
     assert "90.0 days old, 90 are allowed" in problem.why
+
+
+def test_an_age_is_not_judged_by_a_clock_that_is_behind(release: Path, signing_key: SigningKey) -> None:
+    manifest = verify(release, [signing_key.public]).manifest
+    limited = Policy((signing_key.public,), maximum_age=timedelta(days=90))
+    sealed = datetime.fromisoformat(manifest.created)
+    assert limited.judge(manifest, sealed - timedelta(hours=1)) == []
+    (problem,) = limited.judge(manifest, sealed - timedelta(days=400))
+    assert "400.0 days ahead of this machine's clock" in problem.why
+    assert Policy((signing_key.public,)).judge(manifest, sealed - timedelta(days=400)) == []
