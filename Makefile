@@ -23,6 +23,7 @@ test-unit: $(STAMP)  ## The unit tests alone, in under a minute.
 test-long: $(STAMP)  ## What takes too long for every change: large transfers, a second runtime, a real model.
 	$(VENV)/slipway doctor --fix
 	$(VENV)/python -m pytest -m long
+	$(VENV)/python tests/mutation.py
 
 check: $(STAMP)  ## Lint, format and types.
 	$(VENV)/ruff check .

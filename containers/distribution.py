@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import re
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -21,6 +21,8 @@ import httpx
 from containers.errors import ImageError, UnreachableRegistryError
 from containers.layers import CHUNK
 from containers.oci import EMPTY, INDEX, MANIFEST, canonical, digest_of
+from registry import network
+from registry.errors import NetworkError
 
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 _ACCEPT = f"{MANIFEST}, {DOCKER_MANIFEST}, {INDEX}"
@@ -79,9 +81,11 @@ class Registry:
         self._stopped = threading.Event()
         address = _HUB[1] if host == _HUB[0] else host
         scheme = "http" if _LOOPBACK.match(host) else "https"
+        self._base = f"{scheme}://{address}/v2/"
         self._http = httpx.Client(
-            base_url=f"{scheme}://{address}/v2/", timeout=_TIMEOUT, auth=_Login(host), trust_env=scheme == "https",
-            follow_redirects=True,
+            base_url=self._base, timeout=_TIMEOUT, auth=_Login(host, self._base), verify=network.tls(),
+            proxy=network.proxy_for(self._base), trust_env=False, follow_redirects=True,
+            event_hooks={"response": [self._check_redirect]},
         )  # fmt: skip
 
     def __enter__(self) -> Self:
@@ -225,8 +229,23 @@ class Registry:
         self.put_manifest(repository, _fallback_tag(subject), index, INDEX)
 
     def _location(self, answer: httpx.Response) -> httpx.URL:
-        """Where an upload goes on: absolute, or relative to this registry."""
-        return answer.url.join(answer.headers["Location"])
+        """Where an upload goes on: absolute, or relative to this registry, and never elsewhere."""
+        if "Location" not in answer.headers:
+            raise DistributionError(f"the registry {self.host} does not say where an upload goes on")
+        there = answer.url.join(answer.headers["Location"])
+        if not network.same_origin(self._base, str(there)):
+            raise DistributionError(
+                f"the registry {self.host} sends an upload on to another host, {there.host}: refused"
+            )
+        return there
+
+    def _check_redirect(self, answer: httpx.Response) -> None:
+        if not answer.has_redirect_location:
+            return
+        there = answer.url.join(answer.headers["Location"])
+        problem = network.redirect_problem(answer.request.method, str(answer.url), str(there))
+        if problem is not None:
+            raise DistributionError(f"the registry {self.host} is not followed: {problem}")
 
     def _ask(self, method: str, path: str | httpx.URL, *, missing: bool = False, **rest: Any) -> httpx.Response:  # noqa: ANN401 - httpx's own
         try:
@@ -248,10 +267,16 @@ class Registry:
 
 
 class _Login(httpx.Auth):
-    """Answers a registry's challenge: basic, or a token of the service that it names."""
+    """Answers a registry's challenge: basic, or a token of the service that it names.
 
-    def __init__(self, host: str) -> None:
+    Only what the registry itself asks is answered, not what a host asks to which it redirects. The service gets user
+    and password where it is the registry's host, its domain or in its domain, over TLS; any other is asked for a token
+    without them, which is what public images take.
+    """
+
+    def __init__(self, host: str, base: str) -> None:
         self._host = host
+        self._base = base
         self._header: str | None = None
 
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
@@ -259,7 +284,7 @@ class _Login(httpx.Auth):
         if self._header:
             request.headers["Authorization"] = self._header
         answer = yield request
-        if answer.status_code != httpx.codes.UNAUTHORIZED:
+        if answer.status_code != httpx.codes.UNAUTHORIZED or not network.same_origin(self._base, str(answer.url)):
             return
         scheme, _, rest = answer.headers.get("WWW-Authenticate", "").partition(" ")
         known = docker.auth.load_config().resolve_authconfig(None if self._host == _HUB[0] else self._host) or {}
@@ -268,19 +293,47 @@ class _Login(httpx.Auth):
         if scheme.lower() == "basic" and basic is not None:
             self._header = next(basic.auth_flow(httpx.Request("GET", request.url))).headers["Authorization"]
         elif scheme.lower() == "bearer":
-            challenge = dict(_CHALLENGE.findall(rest))
-            parameters = {key: challenge[key] for key in ("service", "scope") if key in challenge}
-            asked = httpx.Request("GET", challenge["realm"], params=parameters)
-            token = yield next(basic.auth_flow(asked)) if basic else asked
-            token.read()
-            if not token.is_success:
+            asked = self._token_request(dict(_CHALLENGE.findall(rest)))
+            if asked is None:
                 return
-            document = token.json()
-            self._header = f"Bearer {document.get('token') or document.get('access_token')}"
+            token = yield next(basic.auth_flow(asked)) if basic and self._belongs(asked.url) else asked
+            token.read()
+            self._header = _bearer(token)
+            if self._header is None:  # what this flow ends with would pass for the registry's own answer
+                where = f"{asked.url.host} answers {token.status_code}"
+                raise DistributionError(f"the token service of the registry {self._host} gives no token: {where}")
         else:
             return
         request.headers["Authorization"] = self._header
         yield request
+
+    def _token_request(self, challenge: Mapping[str, str]) -> httpx.Request | None:
+        try:
+            realm = httpx.URL(challenge["realm"])
+        except (KeyError, httpx.InvalidURL):
+            return None
+        if realm.scheme != "https" and not (realm.scheme == "http" and network.is_loopback(realm.host)):
+            return None
+        parameters = {key: challenge[key] for key in ("service", "scope") if key in challenge}
+        return httpx.Request("GET", realm, params=parameters)
+
+    def _belongs(self, realm: httpx.URL) -> bool:
+        """Whether a token service is the registry's own, as auth.example.com is registry.example.com's."""
+        own = httpx.URL(self._base).host
+        if realm.host == own:
+            return True
+        _, _, domain = own.partition(".")
+        named = "." in domain and not domain.rpartition(".")[2].isdigit()
+        return named and (realm.host == domain or realm.host.endswith(f".{domain}"))
+
+
+def _bearer(answer: httpx.Response) -> str | None:
+    try:
+        document = answer.json() if answer.is_success else {}
+        found = str(document.get("token") or document["access_token"])
+        return f"Bearer {network.token('the token of the registry', found)}"
+    except (ValueError, AttributeError, KeyError, NetworkError):
+        return None
 
 
 def _fallback_tag(digest: str) -> str:

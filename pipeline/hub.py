@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, Self, cast
 
 import httpx2
-from huggingface_hub import HfApi, hf_hub_url
+from huggingface_hub import HfApi, hf_hub_url, set_client_factory
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -24,8 +24,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils._http import hf_request_event_hook
 
 from pipeline.errors import SourceError, UnreachableError
+from registry import network
 
 Progress = Callable[[str], None]
 
@@ -34,6 +36,25 @@ _COMMIT, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 _TIMEOUT = 10
 # Seconds between two lines about one file.
 _REPORT_EVERY = 10
+
+
+def _client() -> httpx2.Client:
+    """Return what `huggingface_hub` asks through, under the policy of `registry.network`."""
+    return httpx2.Client(
+        verify=network.tls(), follow_redirects=True, timeout=_TIMEOUT,
+        event_hooks={"request": [hf_request_event_hook], "response": [_check_redirect]},
+    )  # fmt: skip
+
+
+def _check_redirect(answer: httpx2.Response) -> None:
+    if answer.has_redirect_location:
+        there = answer.url.join(answer.headers["Location"])
+        problem = network.redirect_problem(answer.request.method, str(answer.url), str(there))
+        if problem is not None:
+            raise SourceError(f"the hub at {answer.url.host} is not followed: {problem}")
+
+
+set_client_factory(_client)
 
 
 @dataclass(frozen=True)
@@ -130,6 +151,13 @@ class Hub:
                 raise SourceError(f"the hub at {self.endpoint} names {str(digest)[:80]!r} as the digest of {name}")
         return HubFile(name, size, sha256, blob)
 
+    def _shown(self, error: Exception) -> str:
+        """What a library says, without the token: libraries show headers that they do not like."""
+        said = str(error)
+        for form in (self.token or "", repr(self.token or "")[1:-1]):
+            said = said.replace(form, "HF_TOKEN") if form else said
+        return said
+
     @contextlib.contextmanager
     def _explained(self, repository: str, revision: str) -> Iterator[None]:
         """Turn every failure of the hub into one line that says what to do."""
@@ -155,14 +183,18 @@ class Hub:
             kind = UnreachableError if status == httpx2.codes.TOO_MANY_REQUESTS or status >= 500 else SourceError
             raise kind(f"{self.endpoint} refused {what} with status {status}") from error
         except HFValidationError as error:
-            raise SourceError(f"hf://{repository} is no name of a model: expected hf://ORG/NAME ({error})") from error
+            raise SourceError(
+                f"hf://{repository} is no name of a model: expected hf://ORG/NAME ({self._shown(error)})"
+            ) from error
         except (httpx2.HTTPError, OfflineModeIsEnabled) as error:
             raise UnreachableError(
-                f"can't reach the hub at {self.endpoint}: {error or type(error).__name__}; check the network or "
-                "HF_ENDPOINT and run again: what was downloaded is kept"
+                f"can't reach the hub at {self.endpoint}: {self._shown(error) or type(error).__name__}; check the"
+                " network or HF_ENDPOINT and run again: what was downloaded is kept"
             ) from error
         except OSError as error:
-            raise SourceError(f"{what} could not be stored or did not come whole: {error}; run again") from error
+            raise SourceError(
+                f"{what} could not be stored or did not come whole: {self._shown(error)}; run again"
+            ) from error
 
 
 class _Bar(Protocol):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import html
 import json
 import smtplib
-import ssl
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ import httpx
 from pipeline.errors import SlipwayError
 from pipeline.settings import Settings
 from pipeline.store import write_whole
+from registry.network import proxy_for, tls
 
 _TIMEOUT_SECONDS = 10.0
 _PAUSES_SECONDS = (1.0, 3.0)
@@ -129,7 +129,8 @@ def _tried(tell: Callable[[], None]) -> str | None:
 def _post(notice: Notice, webhook: str) -> None:
     """Slack's incoming webhooks, and what speaks like them: ``{"text": …}``, with ``&``, ``<`` and ``>`` escaped."""
     body = {"text": html.escape(notice.text, quote=False)}
-    httpx.post(webhook, json=body, timeout=_TIMEOUT_SECONDS).raise_for_status()
+    with httpx.Client(verify=tls(), proxy=proxy_for(webhook), trust_env=False, timeout=_TIMEOUT_SECONDS) as client:
+        client.post(webhook, json=body).raise_for_status()
 
 
 def _mail(notice: Notice, server: str, recipients: tuple[str, ...]) -> None:
@@ -143,12 +144,12 @@ def _mail(notice: Notice, server: str, recipients: tuple[str, ...]) -> None:
     message.set_content(f"{notice.reason}\n\n{notice.link}\n")
     host = place.hostname or ""
     with (
-        smtplib.SMTP_SSL(host, place.port or 465, timeout=_TIMEOUT_SECONDS)
+        smtplib.SMTP_SSL(host, place.port or 465, timeout=_TIMEOUT_SECONDS, context=tls())
         if place.scheme == "smtps"
         else smtplib.SMTP(host, place.port or 25, timeout=_TIMEOUT_SECONDS)
     ) as client:
         if user:
             if place.scheme == "smtp":
-                client.starttls(context=ssl.create_default_context())
+                client.starttls(context=tls())
             client.login(user, unquote(place.password or ""))
         client.send_message(message)

@@ -127,7 +127,7 @@ class Settings:
             dagster_postgres=_postgres(environment.get("SLIPWAY_DAGSTER_POSTGRES")),
             workers=_path(environment.get("SLIPWAY_WORKERS")),
             hub_endpoint=environment.get("HF_ENDPOINT") or "https://huggingface.co",
-            hub_token=environment.get("HF_TOKEN") or None,
+            hub_token=_token("HF_TOKEN", environment),
             child_environment={name: environment[name] for name in _PASSED_ON if name in environment},
             installer_environment={
                 name: value
@@ -202,6 +202,19 @@ def _postgres(text: str | None) -> str | None:
     if re.fullmatch(r"postgres(ql)?(\+\w+)?://[^/]+/[^/]+", text) is None:
         raise SettingsError("`SLIPWAY_DAGSTER_POSTGRES` is no postgresql://USER:PASSWORD@HOST:PORT/DATABASE")
     return text
+
+
+def _token(name: str, environment: Mapping[str, str]) -> str | None:
+    from registry.errors import NetworkError  # noqa: PLC0415 - the command line starts without the registry
+    from registry.network import token  # noqa: PLC0415
+
+    value = environment.get(name)
+    if not value:
+        return None
+    try:
+        return token(name, value) or None
+    except NetworkError as error:
+        raise SettingsError(str(error)) from error
 
 
 def _tracking_uri(environment: Mapping[str, str]) -> str | None:

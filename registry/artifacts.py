@@ -20,6 +20,7 @@ from registry import untrusted
 from registry.download import CHUNK, Broken, Open, Reader, local, pause
 from registry.errors import PullError, TrackingError
 from registry.locations import checked
+from registry.network import MLFLOW_AUTHORITIES
 from registry.tracking import connected, local_folder
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ class ServerArtifacts:
                     opened = stack.enter_context(stream(*direct, start))
             if opened is None:
                 self._direct = False
-                proxied = stream(self._server.proxied(path), self._server.headers, start)
+                proxied = stream(self._server.proxied(path), self._server.headers, start, MLFLOW_AUTHORITIES)
                 opened = stack.enter_context(proxied)
             yield opened
 

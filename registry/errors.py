@@ -22,6 +22,10 @@ class TrackingError(RegistryError):
     """MLflow can't be reached, or refused what was asked of it."""
 
 
+class NetworkError(TrackingError):
+    """A setting of the network that can't be used: a proxy, a file of certificates, a token."""
+
+
 class RefusedError(TrackingError):
     """MLflow asks who one is, or does not permit it; trying again changes nothing."""
 

@@ -50,7 +50,7 @@ class S3Artifacts:
         """Read the object from a byte on."""
         where = {"Bucket": self._bucket, "Key": f"{self._root}/{name}"}
         address = self._client.generate_presigned_url("get_object", Params=where, ExpiresIn=_ADDRESS_SECONDS)
-        with stream(address, {}, start) as opened:
+        with stream(address, {}, start, "AWS_CA_BUNDLE") as opened:
             yield opened
 
 

@@ -19,6 +19,7 @@ from urllib.parse import quote, unquote, urlencode, urlsplit
 import urllib3
 from urllib3.exceptions import HTTPError
 
+from registry import network
 from registry.backend import EXPERIMENT, Line, Version, aliases_by_version
 from registry.bounded_json import Bounds, DocumentError, read_json
 from registry.errors import RefusedError, TrackingError
@@ -38,7 +39,7 @@ _BUSY = (429, 502, 503, 504)
 _ATTEMPTS = 6
 _REFUSED = {
     401: "asks for a user and a password, or does not know these: set `MLFLOW_TRACKING_USERNAME` and"
-    " `MLFLOW_TRACKING_PASSWORD`",
+    " `MLFLOW_TRACKING_PASSWORD`, or `MLFLOW_TRACKING_TOKEN`",
     403: "does not permit it to this user, or not under this host name",
 }
 
@@ -59,11 +60,14 @@ class Server:
         parts = urlsplit(address)
         self.address = shown(address).rstrip("/")
         self.headers = _authorization(unquote(parts.username or ""), unquote(parts.password or ""))
-        self.pool = urllib3.PoolManager(
-            maxsize=connections,
-            timeout=urllib3.Timeout(connect=_CONNECT_SECONDS, read=_READ_SECONDS),
-            retries=False,
-        )
+        options: dict[str, Any] = {
+            "maxsize": connections,
+            "timeout": urllib3.Timeout(connect=_CONNECT_SECONDS, read=_READ_SECONDS),
+            "retries": False,
+            "ssl_context": network.tls(network.MLFLOW_AUTHORITIES),
+        }
+        proxy = network.proxy_for(self.address)
+        self.pool = urllib3.PoolManager(**options) if proxy is None else _through(proxy, options)
 
     def __enter__(self) -> Self:
         return self
@@ -275,7 +279,18 @@ class Server:
 
 
 def _authorization(user: str, password: str) -> dict[str, str]:
-    return urllib3.util.make_headers(basic_auth=f"{user}:{password}") if user else {}
+    """As MLflow has it: user and password, or else the token."""
+    if user:
+        return urllib3.util.make_headers(basic_auth=f"{user}:{password}")
+    token = network.mlflow_token()
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def _through(proxy: str, options: Mapping[str, Any]) -> urllib3.PoolManager:
+    parts = urlsplit(proxy)
+    known = f"{unquote(parts.username)}:{unquote(parts.password or '')}" if parts.username else None
+    headers = urllib3.util.make_headers(proxy_basic_auth=known) if known else None
+    return urllib3.ProxyManager(shown(proxy), proxy_headers=headers, **options)
 
 
 def _tags(item: Mapping[str, Any]) -> dict[str, str]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from http.client import HTTPException, HTTPResponse
 from urllib.parse import urlsplit
 
 from registry.download import Broken, Reader
 from registry.errors import TrackingError
+from registry.network import connection as open_connection
 
 _SECONDS = 60.0  # without a byte
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
@@ -33,22 +34,21 @@ class _Body:
 
 
 @contextmanager
-def stream(address: str, headers: Mapping[str, str], start: int) -> Iterator[tuple[Reader, int]]:
-    """Ask for the file at ``address`` from byte ``start`` on, over a connection of its own.
+def stream(address: str, headers: Mapping[str, str], start: int, authorities: str = "") -> Iterator[tuple[Reader, int]]:
+    """Ask for the file at ``address`` from byte ``start`` on, over a connection of its own; follow no redirect.
+
+    ``authorities`` is a variable that may name certificates of this service's own (`registry.network.tls`).
 
     Raises:
         Broken: The other side is busy or out of reach.
         TrackingError: It refuses, or there is no such file.
     """
     parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise TrackingError(f"`{parts.scheme}` addresses can't be read: {parts._replace(query='').geturl()}")
-    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-    connection = kind(parts.hostname, parts.port, timeout=_SECONDS)
-    asked = {**headers, "Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    connection, path, extra = open_connection(address, _SECONDS, *([authorities] if authorities else []))
+    asked = {**headers, **extra, "Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     try:
         try:
-            connection.request("GET", f"{parts.path}?{parts.query}" if parts.query else parts.path, headers=asked)
+            connection.request("GET", path, headers=asked)
             response = connection.getresponse()
         except (HTTPException, OSError) as error:
             raise Broken(_reason(error)) from error

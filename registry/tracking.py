@@ -17,6 +17,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from registry.errors import TrackingError
 from registry.file_systems import flock
+from registry.network import proxy_for
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -216,6 +217,8 @@ def reach(tracking_uri: str) -> None:
         port = parts.port or {"http": 80, "https": 443}[parts.scheme]
     except ValueError as error:
         raise TrackingError(f"`MLFLOW_TRACKING_URI` is {shown(tracking_uri)}: {error}") from error
+    if proxy_for(tracking_uri) is not None:  # then it is the proxy that reaches it
+        return
     try:
         socket.create_connection((parts.hostname, port), timeout=_CONNECT_SECONDS).close()
     except OSError as error:

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import httpx
 
 from pipeline.errors import UnansweredError, WorkerFailed
+from registry.network import proxy_for, tls
 
 # What restarts is away for so long, and what is busy may be for as long.
 _PATIENCE_SECONDS = 60.0
 _PAUSE_SECONDS = 1.0
+_SECONDS = 60.0
+
+
+def client(
+    address: str, headers: Mapping[str, str] | None = None, verify: ssl.SSLContext | None = None
+) -> httpx.Client:
+    """Return a client of the engine at an address, under the policy of `registry.network`; it follows no redirect."""
+    proxy = proxy_for(address)
+    return httpx.Client(
+        base_url=address, headers=headers, verify=verify or tls(), proxy=proxy, timeout=_SECONDS, trust_env=False
+    )
 
 
 class Interface:

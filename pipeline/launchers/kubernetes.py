@@ -14,9 +14,11 @@ import httpx
 
 from containers.cpu import NODE_TERMS
 from pipeline.errors import SettingsError, WorkerFailed
-from pipeline.launchers.http import Interface
+from pipeline.launchers.http import Interface, client
 from pipeline.launchers.placement import Kubernetes
 from pipeline.launchers.task import Task
+from registry import network
+from registry.errors import NetworkError
 from registry.manifest import FileRecord
 
 # Seconds that a job that ended can still be looked at.
@@ -145,11 +147,13 @@ class KubernetesCluster:
         """Connect as whom the token says, which the cluster renews: read each time."""
         where = self.where
         try:
-            headers = {"Authorization": f"Bearer {where.token.read_text().strip()}"} if where.token else {}
-            verify = ssl.create_default_context(cafile=str(where.certificate)) if where.certificate else True
+            token = network.token(str(where.token), where.token.read_text()) if where.token else ""
+            verify = ssl.create_default_context(cafile=str(where.certificate)) if where.certificate else None
+        except NetworkError as error:
+            raise SettingsError(str(error)) from error
         except OSError as error:  # ssl's own are too
             raise SettingsError(f"`token` or `certificate` of {self.name} can't be read: {error}") from error
-        return httpx.Client(base_url=where.address, headers=headers, verify=verify, timeout=60, trust_env=False)
+        return client(where.address, {"Authorization": f"Bearer {token}"} if token else {}, verify)
 
 
 def _conditions(document: dict[str, Any]) -> list[dict[str, Any]]:

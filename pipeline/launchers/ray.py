@@ -11,10 +11,8 @@ import io
 import zipfile
 from functools import cached_property
 
-import httpx
-
 from pipeline.errors import WorkerFailed
-from pipeline.launchers.http import Interface
+from pipeline.launchers.http import Interface, client
 from pipeline.launchers.placement import Ray
 from pipeline.launchers.task import Task
 from pipeline.settings import CHECKOUT
@@ -30,7 +28,7 @@ class RayCluster:
         """Speak to it only when asked something."""
         self.where = where
         self.name = f"the Ray cluster at {where.address}"
-        self.asked = Interface(self.name, lambda: httpx.Client(base_url=where.address, timeout=60, trust_env=False))
+        self.asked = Interface(self.name, lambda: client(where.address))
 
     @cached_property
     def package(self) -> bytes:

@@ -17,6 +17,7 @@ from dagster import (
     job,
     op,
 )
+from recording_server import own_certificate, recording
 
 from pipeline import automation, notices
 from pipeline.notices import Notice, NoticeError, deliver, keep, send
@@ -161,3 +162,21 @@ def test_a_failed_run_is_told_with_its_reason_and_where_to_look(webhook: Webhook
     assert subject == "demo|awq failed"
     assert reason == "quantized: the disk is full"
     assert link.startswith("https://slipway.example/runs/")
+
+
+def test_a_mail_server_over_tls_must_be_who_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    certificate = own_certificate(tmp_path / "server.pem")
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    monkeypatch.delenv("REQUESTS_CA_BUNDLE", raising=False)
+    monkeypatch.setattr(notices, "_PAUSES_SECONDS", ())
+    with recording(certificate=certificate) as server:
+        place = server.address.replace("https://", "smtps://ann:word@")
+        settings = replace(Settings.read({}), mail_server=place, mail_to=("ops@example.com",))
+        with pytest.raises(NoticeError, match="SSLCertVerificationError") as caught:
+            send(NOTICE, settings)
+        assert "word" not in str(caught.value)
+        monkeypatch.setattr(notices, "_TIMEOUT_SECONDS", 2.0)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        with pytest.raises(NoticeError) as caught:  # it speaks HTTP, and is believed by now
+            send(NOTICE, settings)
+        assert "SSL" not in str(caught.value)

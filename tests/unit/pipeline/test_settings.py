@@ -104,3 +104,11 @@ def test_a_cpu_is_limited_to_avx2_or_not_at_all() -> None:
     assert Settings.read({"SLIPWAY_CPU_ISA": ""}).cpu_limit is None
     with pytest.raises(SettingsError, match=r"`SLIPWAY_CPU_ISA` is 'sse2': expected `avx2`"):
         Settings.read({"SLIPWAY_CPU_ISA": "sse2"})
+
+
+def test_a_token_that_no_header_carries_is_refused_by_its_name_alone() -> None:
+    assert Settings.read({"HF_TOKEN": " hf_abc\n"}).hub_token == "hf_abc"  # noqa: S105 - none
+    assert Settings.read({"HF_TOKEN": "\n"}).hub_token is None
+    with pytest.raises(SettingsError, match="`HF_TOKEN` holds a character that no token has") as caught:
+        Settings.read({"HF_TOKEN": "hf_abc\nhf_def"})
+    assert "hf_" not in str(caught.value)

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import checkpoints
+import httpx2
 import hub_server
 import pytest
 from safetensors.numpy import save_file
 
 from pipeline import file_digests
-from pipeline.errors import SourceError
+from pipeline.errors import SourceError, UnreachableError
+from pipeline.hub import Hub, _check_redirect
 from pipeline.planner.sources import describe, describe_folder
 from pipeline.source import ResolvedSource, hold_to_lock, pull, resolve, revision_of
 from pipeline.source_lock import read_lock
@@ -581,3 +583,18 @@ def test_links_within_a_source_and_those_of_a_hugging_face_cache_are_taken(
     (snapshot / "vocab.txt").symlink_to("../../blobs/notes.txt")
     with pytest.raises(SourceError, match="is a link to"):
         resolve(f"file:{snapshot}")
+
+
+def test_a_token_that_a_library_does_not_like_is_not_shown(hub: hub_server.StandInHub) -> None:
+    with pytest.raises(UnreachableError) as caught:
+        Hub(hub.endpoint, "hf_secret\nX-More: 1").revision("acme/tiny", "main")
+    assert "hf_secret" not in str(caught.value)
+
+
+def test_the_hub_is_not_followed_to_another_scheme() -> None:
+    request = httpx2.Request("GET", "https://hub.example.com/x")
+    for there in ("http://hub.example.com/x", "ftp://hub.example.com/x"):
+        answer = httpx2.Response(302, headers={"Location": there}, request=request)
+        with pytest.raises(SourceError, match="is not followed: it redirects from https to"):
+            _check_redirect(answer)
+    _check_redirect(httpx2.Response(302, headers={"Location": "https://cdn.example.com/x"}, request=request))

@@ -1,0 +1,161 @@
+"""The one policy for everything that is asked over a network: hub, registry, container registries, engines, notices.
+
+- *Schemes.* ``https``; ``http`` where whoever configured the address wrote so. A redirect never leads from ``https`` to
+  ``http``, nor to another scheme.
+- *Hosts.* Credentials go to the host that they were configured for. A redirect to another host is followed for reading
+  alone, and without them.
+- *Certificates.* Always verified: by the authorities of the file or folder that ``MLFLOW_TRACKING_SERVER_CERT_PATH``
+  (for MLflow), ``REQUESTS_CA_BUNDLE`` or ``SSL_CERT_FILE`` name, the first of them that is set; else by the system's
+  and certifi's. There is no way to switch it off.
+- *Proxies.* ``HTTPS_PROXY``, ``HTTP_PROXY`` and ``NO_PROXY``, in either case of letters; never to this machine.
+- *Secrets.* A token that no header can carry is refused by the name of its variable, before a library shows its value.
+
+This module reads those standard variables itself, and nothing else of the environment: every library would, each in its
+own way. What is honoured by which client is a table in ``docs/network.md``.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import ssl
+from collections.abc import Mapping
+from http.client import HTTPConnection, HTTPSConnection
+from ipaddress import ip_address
+from pathlib import Path
+from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from registry.errors import NetworkError
+
+_AUTHORITIES = ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
+MLFLOW_AUTHORITIES = "MLFLOW_TRACKING_SERVER_CERT_PATH"
+_PORTS = {"http": 80, "https": 443}
+_READING = ("GET", "HEAD")
+
+
+def tls(*first: str, environment: Mapping[str, str] = os.environ) -> ssl.SSLContext:
+    """Return what certificates of servers are verified with.
+
+    ``first`` are variables that count before the common ones.
+
+    Raises:
+        NetworkError: A variable names what is no file or folder of certificates.
+    """
+    for name in (*first, *_AUTHORITIES):
+        place = environment.get(name)
+        if place:
+            return _trusting(name, Path(place))
+    context = ssl.create_default_context()
+    try:
+        import certifi  # noqa: PLC0415 - there where an HTTP library brought it
+    except ImportError:
+        return context
+    context.load_verify_locations(cafile=certifi.where())
+    return context
+
+
+def proxy_for(address: str) -> str | None:
+    """Return the proxy's URL through which an address is reached; None where it is reached directly."""
+    parts = urlsplit(address)
+    if not parts.hostname or is_loopback(parts.hostname) or proxy_bypass(parts.hostname):
+        return None
+    found = getproxies().get(parts.scheme)
+    return found if found is None or "://" in found else f"http://{found}"
+
+
+def connection(address: str, seconds: float, *first: str) -> tuple[HTTPConnection, str, dict[str, str]]:
+    """Return a connection that is not open yet, what to ask it for, and headers that it takes: through a proxy or not.
+
+    ``seconds`` is how long nothing may come; ``first`` as `tls` has it.
+
+    Raises:
+        NetworkError: The address is none of HTTP's.
+    """
+    parts = urlsplit(address)
+    if parts.scheme not in _PORTS or not parts.hostname:
+        raise NetworkError(f"`{parts.scheme}` addresses can't be read: {parts._replace(query='').geturl()}")
+    path = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
+    proxy = proxy_for(address)
+    if proxy is None:
+        return _direct(parts, seconds, first), path, {}
+    by = urlsplit(proxy)
+    if by.scheme not in _PORTS or not by.hostname:
+        raise NetworkError(f"a `{by.scheme}` proxy can't be used: set HTTPS_PROXY to http://HOST:PORT")
+    asked = _proxy_headers(by)
+    if parts.scheme == "http":
+        return _direct(by, seconds, ()), parts._replace(fragment="").geturl(), asked
+    tunnel = HTTPSConnection(by.hostname, by.port or _PORTS[by.scheme], timeout=seconds, context=tls(*first))
+    tunnel.set_tunnel(parts.hostname, parts.port or _PORTS["https"], headers=asked)
+    return tunnel, path, {}
+
+
+def mlflow_token(environment: Mapping[str, str] = os.environ) -> str:
+    """Return the token of ``MLFLOW_TRACKING_TOKEN``, empty where there is none; ``NetworkError`` as `token`."""
+    return token("MLFLOW_TRACKING_TOKEN", environment.get("MLFLOW_TRACKING_TOKEN", ""))
+
+
+def redirect_problem(method: str, here: str, there: str) -> str | None:
+    """Say why a redirect is not followed; None where it may be."""
+    before, after = urlsplit(here), urlsplit(there)
+    if after.scheme not in _PORTS or (before.scheme, after.scheme) == ("https", "http"):
+        return f"it redirects from {before.scheme} to {after.scheme}"
+    if method not in _READING and not same_origin(here, there):
+        return f"it redirects what is written to another host, {after.hostname}"
+    return None
+
+
+def same_origin(one: str, other: str) -> bool:
+    """Whether two addresses have scheme, host and port in common."""
+    return _origin(one) == _origin(other)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host's name is that of this machine."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def token(name: str, value: str) -> str:
+    """Return a token without the white space around it.
+
+    Raises:
+        NetworkError: A header can't carry it; the message names the variable, and not the value.
+    """
+    stripped = value.strip()
+    if not all("!" <= character <= "~" for character in stripped):
+        raise NetworkError(
+            f"`{name}` holds a character that no token has, such as a line break or a space: set it anew"
+        )
+    return stripped
+
+
+def _origin(address: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(address)
+    return parts.scheme, parts.hostname, parts.port or _PORTS.get(parts.scheme)
+
+
+def _direct(parts: SplitResult, seconds: float, first: tuple[str, ...]) -> HTTPConnection:
+    host = parts.hostname or ""
+    if parts.scheme == "https":
+        return HTTPSConnection(host, parts.port, timeout=seconds, context=tls(*first))
+    return HTTPConnection(host, parts.port, timeout=seconds)
+
+
+def _proxy_headers(proxy: SplitResult) -> dict[str, str]:
+    if not proxy.username:
+        return {}
+    known = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+    return {"Proxy-Authorization": f"Basic {base64.b64encode(known.encode()).decode()}"}
+
+
+def _trusting(name: str, place: Path) -> ssl.SSLContext:
+    try:
+        if place.is_dir():
+            return ssl.create_default_context(capath=str(place))
+        return ssl.create_default_context(cafile=str(place))
+    except OSError as error:  # ssl.SSLError is one
+        reason = error.strerror or "it holds no certificate in PEM"
+        raise NetworkError(f"`{name}` names `{place}`, which can't be used: {reason}") from error
