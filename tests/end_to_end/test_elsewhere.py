@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing
@@ -18,7 +19,9 @@ from ray_cluster import Cluster, ray_cluster
 from real_server import AWS, BUCKET, postgres, s3_server
 
 from homes import Slipway, make_home
+from pipeline.handles import Handles
 from pipeline.settings import Settings
+from pipeline.store import Store
 from registry.objects import digest_of
 
 # What names the hour, or what was measured in it.
@@ -45,9 +48,10 @@ class Elsewhere:
 
 
 @pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory: pytest.TempPathFactory, machine: Settings) -> Iterator[Elsewhere]:
+def elsewhere(tmp_path_factory: pytest.TempPathFactory, machine: Settings, slipway: Slipway) -> Iterator[Elsewhere]:
     folder = tmp_path_factory.mktemp("elsewhere")
     home = make_home(folder / "home", machine)
+    lend_baseline(slipway, folder / "home")
     with (
         tempfile.TemporaryDirectory(prefix="slipway-postgres-") as open_folder,
         s3_server(folder) as address,
@@ -61,6 +65,17 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory, machine: Settings) -> It
                 "SLIPWAY_ARTIFACTS": f"s3://{BUCKET}/artifacts",
             }  # fmt: skip
             yield Elsewhere(Slipway(configured), cluster, f"{server}/dagster", address)
+
+
+def lend_baseline(slipway: Slipway, home: Path) -> None:
+    """Give a home what FP16 answered in another: a server of this machine is asked that wherever workers run."""
+    settings = Settings.read(dict(slipway.variables))
+    store, place = Store(settings.home / "artifacts"), Handles(settings).read("baseline", "demo|gptq")
+    assert place is not None
+    found = store.find(*place)
+    assert found is not None
+    folder = found.folder.parent
+    shutil.copytree(folder, home / "artifacts" / folder.relative_to(store.root))
 
 
 def manifest(slipway: Slipway, folder: Path) -> dict[str, Any]:
@@ -101,7 +116,7 @@ def test_it_equals_the_one_that_was_made_here(
     assert done.returncode == 0, done.stderr
     (entry,) = json.loads(done.stdout)["releases"]
     assert entry["outcome"] == "promoted"
-    assert not [stage["name"] for stage in entry["stages"] if stage["cached"]]
+    assert {stage["name"] for stage in entry["stages"] if stage["cached"]} <= {"baseline"}
     here, there = manifest(slipway, tmp_path / "here"), manifest(elsewhere.slipway, tmp_path / "there")
     assert here["created"] != there["created"]
     assert undated(here) == undated(there)
