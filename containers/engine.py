@@ -13,7 +13,7 @@ from pathlib import Path
 import docker
 import requests
 
-from containers import private_engine
+from containers import machine_locks, private_engine
 from containers.errors import EngineError
 from registry.file_systems import flock
 
@@ -95,6 +95,8 @@ def stop(home: Path, progress: Progress) -> bool:
 def install_packages(names: Sequence[str], progress: Progress) -> None:
     """Install Debian packages with apt-get, without their recommendations and without starting their services.
 
+    One process at a time: apt-get does not wait for another, and `_services_held_back` is the whole machine's.
+
     Raises:
         EngineError: this is not root on a Debian-like machine, or apt-get failed (its last line is given).
     """
@@ -102,7 +104,9 @@ def install_packages(names: Sequence[str], progress: Progress) -> None:
         raise EngineError(f"`{' '.join(names)}` must be installed, which needs root on Debian or Ubuntu")
     progress(f"installing {' '.join(names)} with apt-get")
     install = ["apt-get", "install", "-y", "-q", "--no-install-recommends", *names]
-    with _services_held_back():
+    waiting = lambda: progress("waiting for another installation of packages")  # noqa: E731
+    turn = machine_locks.locked(machine_locks.default_folder(), machine_locks.PACKAGES, waiting)
+    with turn, _services_held_back():
         if _apt(install).returncode == 0:
             return
         # The lists may be absent (a fresh container) or older than the mirror.

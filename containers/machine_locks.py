@@ -23,6 +23,7 @@ from containers.errors import ContainerError
 
 DEVICE = "slipway-device.lock"
 CORES = "slipway-cores.lock"
+PACKAGES = "slipway-packages.lock"
 # Debian and Ubuntu give everybody /run/lock, which is emptied at boot alone; Fedora gives it to root. TMPDIR is not
 # asked: it may be another for each user.
 _CANDIDATES = (Path("/run/lock"), Path("/tmp"))  # noqa: S108 - opened as the module's docstring says

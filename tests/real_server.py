@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pwd
-import shutil
 import socket
 import subprocess
 import sys
@@ -16,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from containers.engine import install_packages
 
 ADMIN, READER = ("admin", "an admin's password"), ("reader", "a reader's password")
 BUCKET = "releases"
@@ -109,15 +110,10 @@ def postgres(folder: Path, *databases: str) -> Iterator[str]:
 
 
 def _postgres_programs() -> Path:
-    for attempt in range(2):
-        found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-        if found:
-            return found[-1]
-        if attempt or os.geteuid() != 0 or not shutil.which("apt-get"):
-            break
-        subprocess.run(["apt-get", "update", "-qq"], check=False)
-        subprocess.run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", "postgresql"], check=True)
-    raise AssertionError("these tests need PostgreSQL's programs: `apt-get install postgresql`")
+    place = Path("/usr/lib/postgresql")
+    if not list(place.glob("*/bin")):
+        install_packages(["postgresql"], print)
+    return max(place.glob("*/bin"))
 
 
 @contextmanager

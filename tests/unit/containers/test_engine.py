@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from containers import engine, private_engine
+from containers import engine, machine_locks, private_engine
 from containers.errors import EngineError
 
 DEAD = "unix:///nonexistent/docker.sock"
@@ -116,3 +118,26 @@ def test_mount_points_come_innermost_first(tmp_path: Path) -> None:
     assert points.index("/dev/pts") >= 0
     for number, point in enumerate(points):
         assert not any(later.startswith(f"{point}/") for later in points[number + 1 :])
+
+
+def test_two_processes_that_install_packages_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(engine.shutil, "which", lambda _: "/usr/bin/apt-get")
+    monkeypatch.setattr(machine_locks, "default_folder", lambda: tmp_path)
+    monkeypatch.setattr(engine, "_services_held_back", contextlib.nullcontext)
+    ran, waits = threading.Event(), threading.Event()
+
+    def install(_: object) -> subprocess.CompletedProcess[str]:
+        ran.set()
+        return subprocess.CompletedProcess([], 0, "")
+
+    monkeypatch.setattr(engine, "_apt", install)
+    thread = threading.Thread(
+        target=engine.install_packages, args=(["redis"], lambda line: "waiting" in line and waits.set())
+    )
+    with machine_locks.locked(tmp_path, machine_locks.PACKAGES):
+        thread.start()
+        assert waits.wait(10)
+        assert not ran.is_set()
+    thread.join(10)
+    assert ran.is_set()
