@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from containers.errors import ContainerError
+from registry.file_systems import flock
 
 DEVICE = "slipway-device.lock"
 CORES = "slipway-cores.lock"
@@ -56,6 +57,7 @@ def locked(
 
     Raises:
         MachineLockError: the file can't be opened or is not a regular file.
+        FileSystemError: the folder's file system has no locks.
     """
     descriptor = try_lock(folder, name, shared=shared)
     if descriptor is None:
@@ -72,6 +74,7 @@ def try_lock(folder: Path, name: str, *, shared: bool = False) -> int | None:
 
     Raises:
         MachineLockError: the file can't be opened or is not a regular file.
+        FileSystemError: the folder's file system has no locks.
     """
     try:
         return _lock(folder / name, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -84,7 +87,7 @@ def _lock(path: Path, operation: int) -> int:
     while True:
         descriptor = _opened(path)
         try:
-            fcntl.flock(descriptor, operation)
+            flock(descriptor, operation)
             if _is_still(path, descriptor):
                 return descriptor
         except BaseException:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import stat
 import subprocess
@@ -17,6 +19,7 @@ from containers.machine_locks import MachineLockError, default_folder, locked, t
 from pipeline.settings import CHECKOUT, Settings
 from pipeline.spec import load
 from pipeline.stages import Bench
+from registry.errors import FileSystemError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -158,6 +161,15 @@ def test_a_lock_whose_file_was_removed_meanwhile_is_taken_on_the_new_one(tmp_pat
 def test_a_folder_that_can_not_be_written_to_is_named_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(MachineLockError, match=r"absent/a\.lock: No such file or directory; .*set SLIPWAY_LOCKS"):
         try_lock(tmp_path / "absent", "a.lock")
+
+
+def test_a_folder_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(FileSystemError, match=rf"the file system of {tmp_path}/a\.lock has no locks"):
+        try_lock(tmp_path, "a.lock")
 
 
 def test_every_user_comes_to_the_same_folder(tmp_path: Path) -> None:
