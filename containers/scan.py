@@ -31,6 +31,8 @@ _OFFLINE = (
 )  # fmt: skip
 # A bill of materials is looked at as closely as the image was.
 _ALL = ("--list-all-pkgs", "--detection-priority", "comprehensive")
+# Stands where a finding leaves out its name, its package or the version that is installed.
+UNSAID = "unknown"
 # States of the database in which no vulnerability can be found.
 BLIND = ("absent", "damaged", "empty")
 
@@ -162,7 +164,7 @@ def scan_sbom(
     packages = sum(len(result.get("Packages") or []) for result in results)
     if packages != known["packages"]:
         raise ScanError(f"{sbom.name} names {packages} packages, and the image's scan saw {known['packages']}")
-    kinds = {result["Type"] for result in results if result.get("Class") == "lang-pkgs"}
+    kinds = {str(result.get("Type")) for result in results if result.get("Class") == "lang-pkgs"}
     found = [_vulnerability(item) for result in results for item in result.get("Vulnerabilities") or []]
     state = database.state_for(known["os"]["family"], known["os"]["name"], kinds)
     return {
@@ -181,7 +183,7 @@ def summarize(
     """Return the evidence of one of Trivy's JSON reports, without its length: what `judge` reads."""
     results: Sequence[Mapping[str, Any]] = report.get("Results") or []
     system = report["Metadata"].get("OS") or {}
-    kinds = {result["Type"] for result in results if result.get("Class") == "lang-pkgs"}
+    kinds = {str(result.get("Type")) for result in results if result.get("Class") == "lang-pkgs"}
     state, lacking = database.state_for(system.get("Family"), system.get("Name"), kinds)
     vulnerabilities = [_vulnerability(item) for result in results for item in result.get("Vulnerabilities") or []]
     secrets = [_secret(result, item) for result in results for item in result.get("Secrets") or []]
@@ -256,8 +258,9 @@ def _components(sbom: Path) -> int:
 
 def _vulnerability(item: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "id": item["VulnerabilityID"], "package": item["PkgName"], "installed": item["InstalledVersion"],
-        "fixed": item.get("FixedVersion") or None, "severity": item.get("Severity") or "UNKNOWN",
+        "id": _said(item, "VulnerabilityID"), "package": _said(item, "PkgName", "PkgID"),
+        "installed": _said(item, "InstalledVersion"),
+        "fixed": item.get("FixedVersion") or None, "severity": _severity(item),
         "status": item.get("Status"), "title": item.get("Title"), "url": item.get("PrimaryURL"),
         "purl": (item.get("PkgIdentifier") or {}).get("PURL"),
     }  # fmt: skip
@@ -266,16 +269,27 @@ def _vulnerability(item: Mapping[str, Any]) -> dict[str, Any]:
 def _secret(result: Mapping[str, Any], item: Mapping[str, Any]) -> dict[str, Any]:
     """Where a secret is and of what kind; never the secret itself."""
     return {
-        "id": item["RuleID"], "severity": item.get("Severity") or "UNKNOWN", "title": item.get("Title"),
+        "id": _said(item, "RuleID"), "severity": _severity(item), "title": item.get("Title"),
         "target": result.get("Target"), "line": item.get("StartLine"),
     }  # fmt: skip
 
 
 def _misconfiguration(result: Mapping[str, Any], item: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "id": item["ID"], "severity": item.get("Severity") or "UNKNOWN", "title": item.get("Title"),
+        "id": _said(item, "ID", "AVDID"), "severity": _severity(item), "title": item.get("Title"),
         "target": result.get("Target"), "resolution": item.get("Resolution"), "status": item.get("Status"),
     }  # fmt: skip
+
+
+def _said(item: Mapping[str, Any], *keys: str) -> str:
+    """What a finding says under the first of these keys that it has; without any it is a finding still."""
+    return next((str(item[key]) for key in keys if item.get(key)), UNSAID)
+
+
+def _severity(item: Mapping[str, Any]) -> str:
+    """One of ours: a severity that Trivy's next version may name is counted as unknown."""
+    stated = str(item.get("Severity") or "").upper()
+    return stated if stated in SEVERITIES else "UNKNOWN"
 
 
 def _order(item: Mapping[str, Any]) -> tuple[int, str, str]:

@@ -24,7 +24,7 @@ from pipeline import describe, evaluation, promotion, stages
 from pipeline.expected import EXPECTED
 from pipeline.handles import Handles
 from pipeline.messages import WorkerMessages
-from pipeline.metadata import CACHED, SECONDS, WORKER_SECONDS
+from pipeline.metadata import CACHED, SECONDS, SIZE, WORKER_SECONDS
 from pipeline.partitions import RELEASES, spec_of
 from pipeline.previews import known_previews
 from pipeline.retries import fail
@@ -153,6 +153,7 @@ def _run(
         SECONDS: round(time.monotonic() - started, 3),
         WORKER_SECONDS: 0.0 if made.cached else round(made.worker_seconds, 3),
         CACHED: made.cached,
+        SIZE: made.size_bytes,
         "digest": made.digest,
         "size": MetadataValue.text(f"{made.size_bytes / 1e6:.1f} MB"),
         "folder": MetadataValue.path(made.folder),

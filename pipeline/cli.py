@@ -77,7 +77,7 @@ def main() -> None:
     """Release language models: quantize, measure, contain, scan, load-test, sign, promote.
 
     State lives in $SLIPWAY_HOME (default: .slipway in the checkout). Exit status: 0 done, 1 a stage or the environment
-    failed, 2 usage (a wrong model file among it), 3 a gate refused.
+    failed, 2 usage (among it a wrong model file, and a scheme or a file system that can't do it), 3 a gate refused.
     """
 
 

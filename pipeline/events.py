@@ -9,7 +9,7 @@ from typing import Any
 
 from dagster import DagsterEvent, InitLoggerContext, logger
 
-from pipeline.metadata import CACHED, RELEASE, SECONDS, STAGES, VERDICT, WORKER_SECONDS
+from pipeline.metadata import CACHED, RELEASE, SECONDS, SIZE, STAGES, VERDICT, WORKER_SECONDS
 
 
 @logger
@@ -49,7 +49,7 @@ def translate(event: DagsterEvent) -> dict[str, Any] | None:
         return {
             "event": "stage",
             "name": event.asset_key.path[-1] if event.asset_key else None,
-            **{name: metadata[name].value for name in (SECONDS, CACHED, WORKER_SECONDS) if name in metadata},
+            **{name: metadata[name].value for name in (SECONDS, CACHED, WORKER_SECONDS, SIZE) if name in metadata},
             **({RELEASE: metadata[RELEASE].value} if RELEASE in metadata else {}),
         }
     if event.event_type_value == "ASSET_CHECK_EVALUATION":

@@ -17,7 +17,7 @@ from evals import cost as costs
 from evals.pairs import read_drift
 from pipeline.environments import pinned_version
 from pipeline.errors import StoreError
-from pipeline.metadata import RELEASE
+from pipeline.metadata import RELEASE, figures
 from pipeline.stages import CODE, Bench, sha256_of
 from pipeline.store import Artifact, Making, Recipe, digest_file
 from pipeline.trust import signing_key, trust_of
@@ -356,16 +356,6 @@ def _measured(manifest: Mapping[str, Any]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for gate in manifest["gates"]:
         metrics |= gate["verdict"]["metrics"]
-    drops = [value for name, value in metrics.items() if name.endswith(".drop")]
-    increases = [value for name, value in metrics.items() if name.endswith(".increase")]
     before = sum(entry["size"] for entry in manifest["source"]["files"].values())
     after = sum(entry["size"] for name, entry in manifest["files"].items() if not name.startswith("release/"))
-    told = {"size_ratio": after / before, "size_bytes": float(after)}
-    if drops:
-        told["accuracy_change"] = -max(drops)
-    if increases:
-        told["bits_per_byte_change"] = max(increases)
-    for name in ("p95_latency_ms", "output_tokens_per_second"):
-        if name in metrics:
-            told[name] = metrics[name]
-    return told
+    return figures(metrics, before, after)

@@ -19,7 +19,7 @@ from containers import sandbox
 from containers.engine import connect
 from containers.errors import EngineError
 from pipeline.launchers.local import how_it_ended
-from pipeline.metadata import STAGES
+from pipeline.metadata import SIZE, STAGES, figures
 from pipeline.settings import Settings
 from pipeline.store import Store
 
@@ -39,6 +39,7 @@ class _Run:
     log: Path
     stages: list[dict[str, Any]] = field(default_factory=list)
     gates: list[dict[str, Any]] = field(default_factory=list)
+    sizes: dict[str, int] = field(default_factory=dict)
     ending: Event | None = None
 
     def follow(self, show: Show) -> None:
@@ -58,6 +59,7 @@ class _Run:
     def hear(self, event: Event, show: Show) -> None:
         """Keep what an event tells, and show it."""
         if event["event"] == "stage":
+            self.sizes[event["name"]] = event.get(SIZE, 0)
             self.stages.append({name: event[name] for name in ("name", "seconds", "cached", "worker_seconds")})
         elif event["event"] == "gate":
             self.gates.append(event)
@@ -84,12 +86,17 @@ class _Run:
             "image": released.get("image"),
             "stages": sorted(self.stages, key=_in_stage_order),
             "gates": [
-                {name: gate.get(name) for name in ("name", "status", "reason")}
+                {name: gate.get(name) for name in ("name", "status", "reason", "blocks")}
                 for gate in sorted(self.gates, key=_in_stage_order)
             ],
-            "measured": released.get("measured", {}),
+            "measured": released.get("measured") or self._measured(),
             "error": ending["error"],
         }
+
+    def _measured(self) -> dict[str, float]:
+        """What is known of a release that was not made whole: all that its stages and gates have told."""
+        metrics = {name: value for gate in self.gates for name, value in gate.get("metrics", {}).items()}
+        return figures(metrics, self.sizes.get("source", 0), self.sizes.get("quantized", 0))
 
     def _last_words(self) -> str:
         tail = self.log.read_text(errors="replace").strip().splitlines()[-5:]

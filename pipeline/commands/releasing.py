@@ -94,7 +94,7 @@ def show_releases(spec: ModelSpec, releases: Sequence[dict[str, Any]], seconds: 
     rows = [
         (
             f"{spec.model}-{entry['scheme']}",
-            styled(entry["outcome"]),
+            _outcome(entry),
             entry["version"] or "-",
             " ".join(entry["aliases"]) or "-",
             *(shape(entry["measured"]) for _, shape in _FIGURES),
@@ -113,6 +113,12 @@ def show_releases(spec: ModelSpec, releases: Sequence[dict[str, Any]], seconds: 
     results.print("\nTry next:")
     for command, why in _next_steps(spec, releases):
         results.print(f"  {escape(command):46} [dim]{escape(why)}[/]")
+
+
+def _outcome(entry: Mapping[str, Any]) -> str:
+    """How a release ended, and which gate refused it."""
+    refusing = [gate["name"] for gate in entry["gates"] if gate["blocks"]] if entry["outcome"] == "refused" else []
+    return styled(entry["outcome"]) + (f" by {', '.join(refusing)}" if refusing else "")
 
 
 def _next_steps(spec: ModelSpec, releases: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:

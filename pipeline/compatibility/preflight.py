@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _NAMES = {"autoawq": "AutoAWQ", "gptqmodel": "GPTQModel", "autogptq": "AutoGPTQ"}
 # Its classes keep a linear's weight as [in, out] (transformers' Conv1D); the packed layouts here are of [out, in].
 _TRANSPOSED = frozenset({"gpt2"})
+# Of multi-head latent attention (DeepSeek V2 and V3, Kimi K2); found with GPTQModel 7.5.0 and a small DeepSeek V3.
+_LATENT = ".kv_a_proj_with_mqa"
 # AutoAWQ reserves ``out // 32 * 4`` words for a row of outputs (awq/modules/linear/gemm.py), and writes beyond them.
 _AUTOAWQ_OUTPUTS = 32
 # How many names a message gives.
@@ -41,7 +43,7 @@ def find_problems(model: ModelDescription, scheme: Scheme) -> list[str]:
     stored = list(_stored(model))
     if stored:
         return stored
-    refused = list(_by_backend(model, scheme.backend))
+    refused = list(_by_backend(model, scheme.method, scheme.backend))
     if refused:
         reasons = "; ".join(refused)
         said = f"{_NAMES[scheme.backend]} can't quantize `{model.architecture}`: {reasons}"
@@ -60,8 +62,8 @@ def _stored(model: ModelDescription) -> Iterator[str]:
         yield "the source has no linear layer in any numbered layer: nothing to quantize"
 
 
-def _by_backend(model: ModelDescription, backend: str) -> Iterator[str]:
-    """Why one backend can't do the model."""
+def _by_backend(model: ModelDescription, method: str, backend: str) -> Iterator[str]:
+    """Why one backend can't do the model with a method."""
     known = backends.known_architecture(backend, model.architecture)
     if known is None:
         version = backends.transformers_version(backend)
@@ -77,6 +79,8 @@ def _by_backend(model: ModelDescription, backend: str) -> Iterator[str]:
     spoiled = sorted(name for name in model.routers if known.packs(in_layer(name)))
     if spoiled:
         yield f"it would quantize the routers too ({_some(spoiled)})"
+    if (method, backend) == ("awq", "gptqmodel") and any(name.endswith(_LATENT) for name in model.linears):
+        yield "its search for AWQ's scales gives latent attention the wrong inputs and fails"
     if backend in backends.ARCHIVED:
         yield from _newer_configuration(model, known)
 
@@ -95,7 +99,7 @@ def _alternative(model: ModelDescription, method: str) -> str:
     """Name a backend that can do the model: for this method, or else for the other one."""
     for other in (method, *(name for name in backends.METHODS if name != method)):
         for backend in backends.METHODS[other]:
-            if not any(_by_backend(model, backend)):
+            if not any(_by_backend(model, other, backend)):
                 chosen = "" if other == method else f"`method: {other}` with "
                 return f"use {chosen}`backend: {backend}`"
     return "no backend here can; choose another model"

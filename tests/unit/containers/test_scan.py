@@ -98,6 +98,29 @@ def test_many_findings_are_named_in_part_and_counted_in_full() -> None:
     assert verdict.reason.endswith("and 3 more")
 
 
+@pytest.mark.parametrize("lacking", ["VulnerabilityID", "PkgName", "InstalledVersion"])
+def test_a_finding_that_leaves_something_out_is_kept_counted_and_reported(lacking: str) -> None:
+    found = evidence({key: value for key, value in vulnerability().items() if key != lacking})
+    assert found["counts"]["CRITICAL"] == 1
+    verdict = judge(found, ScanPolicy())
+    assert verdict.status == "fail"
+    assert "unknown" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("stated", "counted"), [("NEGLIGIBLE", "UNKNOWN"), (None, "UNKNOWN"), ("critical", "CRITICAL")]
+)
+def test_a_severity_that_is_not_known_here_is_counted_as_unknown(stated: str | None, counted: str) -> None:
+    found = evidence(vulnerability() | {"Severity": stated})
+    assert found["counts"][counted] == 1
+    policy = ScanPolicy(fail_on=frozenset({"UNKNOWN", "CRITICAL"}))
+    assert judge(found, policy).status == "fail"
+    assert judge(evidence(secrets=({"Severity": stated, "Title": "a key"},)), policy).status == "fail"
+    assert (
+        evidence(wrong=({"Severity": stated, "Title": "runs as root"},))["misconfigurations"][0]["severity"] == counted
+    )
+
+
 def test_a_secret_fails_and_is_never_quoted() -> None:
     secret = {
         "RuleID": "private-key",

@@ -203,6 +203,7 @@ def entry(scheme: str, outcome: str, **changes: object) -> dict[str, Any]:
     return {
         "scheme": scheme, "outcome": outcome, "version": "3" if good else None,
         "aliases": ["candidate", "champion"] if good else [], "measured": measured if good else {}, "error": None,
+        "gates": [],
         **changes,
     }  # fmt: skip
 
@@ -243,6 +244,15 @@ def test_the_last_lines_of_a_refusal_say_why_and_where_the_limit_is(capsys: pyte
     assert "demo-gptq refused: drift: [too] much lost" in told
     assert "models/demo.yaml" in told
     assert "slipway pull demo-awq" in told
+
+
+def test_the_last_lines_of_a_refusal_show_what_was_measured_and_the_gate(capsys: pytest.CaptureFixture[str]) -> None:
+    measured = {"accuracy_change": -0.031, "bits_per_byte_change": 0.056, "size_bytes": 3.9e6, "size_ratio": 0.46}
+    gates = [{"name": "drift", "status": "fail", "reason": "too much lost", "blocks": True}]
+    told = last_lines(capsys, entry("awq", "refused", error="drift: too much lost", measured=measured, gates=gates))
+    row = next(line for line in told.splitlines() if line.startswith("demo-awq"))
+    for cell in ("refused by drift", "-3.10 points", "+5.60 %", "3.9 MB, 46% of FP16"):
+        assert cell in row
 
 
 def test_the_last_lines_of_a_failure_send_to_the_doctor(capsys: pytest.CaptureFixture[str]) -> None:

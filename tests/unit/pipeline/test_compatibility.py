@@ -55,7 +55,7 @@ PAIRS = [(method, backend) for method, named in backends.METHODS.items() for bac
 DENSE = {"llama", "qwen2"}
 ABLE = {
     ("awq", "autoawq"): DENSE | {"qwen3", "phi3", "mixtral", "gemma2", "deepseek_v3"},
-    ("awq", "gptqmodel"): DENSE | {"qwen3", "ministral3", "gemma2", "gemma3_text", "qwen3_moe", "deepseek_v3"},
+    ("awq", "gptqmodel"): DENSE | {"qwen3", "ministral3", "gemma2", "gemma3_text", "qwen3_moe"},
     ("gptq", "gptqmodel"): DENSE | {"qwen3", "ministral3", "gemma2", "gemma3_text", "qwen3_moe", "deepseek_v3"},
     ("gptq", "autogptq"): DENSE | {"mixtral"},
 }

@@ -73,8 +73,18 @@ def test_a_refusal_is_told_with_its_gates(tmp_path: Path, settings: Settings) ->
     end = {"event": "end", "outcome": "refused", "release": None, "error": "drift: too much lost"}
     (entry,) = release(tmp_path / "m.yaml", ["awq"], settings, Heard(), stand_in(tmp_path, say(GATE, end)))
     assert entry["outcome"] == "refused"
-    assert entry["gates"] == [{"name": "drift", "status": "fail", "reason": "too much lost"}]
+    assert entry["gates"] == [{"name": "drift", "status": "fail", "reason": "too much lost", "blocks": True}]
     assert (entry["version"], entry["aliases"], entry["measured"]) == (None, [], {})
+
+
+def test_a_refusal_keeps_all_that_was_measured(tmp_path: Path, settings: Settings) -> None:
+    end = {"event": "end", "outcome": "refused", "release": None, "error": "drift: too much lost"}
+    gate = {**GATE, "metrics": {"cloze.drop": 0.031, "code.drop": 0.01, "text.increase": 0.056, "items": 400.0}}
+    sizes = [{**STAGE, "size_bytes": 1000}, {**STAGE, "name": "quantized", "size_bytes": 400}]
+    (entry,) = release(tmp_path / "m.yaml", ["awq"], settings, Heard(), stand_in(tmp_path, say(*sizes, gate, end)))
+    assert entry["measured"] == {
+        "accuracy_change": -0.031, "bits_per_byte_change": 0.056, "size_bytes": 400.0, "size_ratio": 0.4,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
