@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,9 +21,10 @@ import requests
 from docker.models.containers import Container
 from docker.types import DeviceRequest
 
-from containers import core_pool, gate, isolation, kernels, logs
+from containers import core_pool, engine_log, gate, isolation, kernels, logs
 from containers.core_pool import CoreRequest, Cores
 from containers.cpu import this_cpu
+from containers.engine_log import Failure
 from containers.errors import ContainerError
 from containers.kernels import ComputedOn, Kernels
 from containers.memory import MemorySampler, container_reader
@@ -36,15 +38,15 @@ PORT = "8000/tcp"
 USER = "65534:65534"
 PROCESSES = 1024
 SHARED_MEMORY = "1g"
-# vLLM asks for its own address by a route to the outside, which there is none of here.
-_ENVIRONMENT = {"HOME": "/tmp", "VLLM_HOST_IP": "127.0.0.1"}  # noqa: S108 - inside the container
-_LOG_LINES = 15
+# vLLM asks for its own address by a route to the outside, which there is none of here. An illegal instruction in one of
+# its processes leaves no trace but what Python's fault handler writes.
+_ENVIRONMENT = {"HOME": "/tmp", "VLLM_HOST_IP": "127.0.0.1", "PYTHONFAULTHANDLER": "1"}  # noqa: S108 - inside the container
 _POLL_SECONDS = 0.25
 _PROGRESS_SECONDS = 10.0
 
 
 class SandboxError(ContainerError):
-    """A container did not start, did not get healthy in time, or died; the message ends with its last output."""
+    """A container did not start, did not get healthy in time, or died; the message says why and where its log is."""
 
 
 class UnhealthyError(SandboxError):
@@ -55,10 +57,10 @@ class UnhealthyError(SandboxError):
 class Server:
     """A healthy server in the sandbox.
 
-    ``started_seconds`` counts from the container's creation to its first healthy answer. ``died`` says how it ended, in
-    words, or None while it runs. ``network`` says how far the container can see. ``url`` may change when it is
-    restarted. ``cores`` are those that it was given, where it was given some by number; ``kernels`` are what its engine
-    says of itself.
+    ``started_seconds`` counts from the container's creation to its first healthy answer. ``died`` says how it ended and
+    why, or None while it runs; ``failing`` says what is wrong with one that runs. ``network`` says how far the
+    container can see. ``url`` may change when it is restarted. ``cores`` are those that it was given, where it was
+    given some by number; ``kernels`` are what its engine says of itself. What it wrote is kept in the folder ``logs``.
     """
 
     url: str
@@ -66,13 +68,19 @@ class Server:
     memory_bytes: int
     cpus: float | None
     memory: MemorySampler
-    died: Callable[[], str | None]
+    died: Callable[[], Failure | None]
     container: Container | None = None
     gpu: str | None = None
     network: str | None = None
     start_timeout_s: float = 300.0
     cores: Cores | None = None
     kernels: Kernels | None = None
+    failing: Callable[[], Failure | None] = lambda: None
+    logs: Path | None = None
+
+    def failed(self) -> Failure | None:
+        """How it ended, or, where it runs, what its log says of an engine that is dead; None where all is well."""
+        return self.died() or self.failing()
 
     @property
     def computed_on(self) -> ComputedOn:
@@ -99,7 +107,7 @@ class Server:
             sealed = seal()
         if self.network == isolation.ISOLATED and not sealed:
             self.network = isolation.UNSEALED
-        self.url = _wait(self.container, time.monotonic(), self.start_timeout_s, lambda _: None)
+        self.url = _wait(self.container, time.monotonic(), self.start_timeout_s, lambda _: None, self.logs)
 
 
 @contextlib.contextmanager
@@ -161,7 +169,7 @@ def serve(
         isolation.network(client, full_name, ownership(home)) as network,
         _reserved(client, cores, progress) as given,
     ):
-        started = time.monotonic()
+        started, kept = time.monotonic(), home / "logs"
         container = create(client, image, {
             "name": full_name,
             "labels": {**(labels or {}), **ownership(home)},
@@ -183,20 +191,21 @@ def serve(
             sampler = MemorySampler(read, source)
             sampler.start()
             try:
-                url = _wait(container, started, start_timeout_s, progress)
+                url = _wait(container, started, start_timeout_s, progress, kept)
                 seconds = time.monotonic() - started
                 progress(f"the server is healthy after {seconds:.1f} s")
                 sampler.phase = "idle"
                 with _ended_after(container, lifetime_s):
                     yield Server(
-                        url, seconds, memory_bytes, cpus, sampler, lambda: _how_it_died(container), container, gpu,
-                        reach, start_timeout_s, given, _kernels(container),
+                        url, seconds, memory_bytes, cpus, sampler, lambda: _how_it_died(container, kept), container,
+                        gpu, reach, start_timeout_s, given, _kernels(container),
+                        lambda: _how_it_fails(container, kept), kept,
                     )  # fmt: skip
             finally:
                 sampler.stop()
         finally:
             try:
-                logs.keep(container, home / "logs")
+                logs.keep(container, kept)
             finally:
                 remove(container)
 
@@ -315,21 +324,22 @@ def _explanation(error: Exception) -> str:
     return str(getattr(error, "explanation", None) or error)
 
 
-def _wait(container: Container, started: float, timeout: float, progress: Progress) -> str:
+def _wait(container: Container, started: float, timeout: float, progress: Progress, kept: Path | None) -> str:
     """Wait for a healthy answer and return the server's URL; UnhealthyError where that doesn't come."""
     told = started
     url: str | None = None
     with httpx.Client(timeout=2.0, trust_env=False) as http:
         while True:
-            died = _how_it_died(container)
+            died = _how_it_died(container, kept)
             if died is not None:
-                raise UnhealthyError(f"the server {died} before it was healthy{_last_words(container)}")
+                raise UnhealthyError(f"the server {died.told(' before it was healthy')}")
             url = url or _address(container)
             if url is not None and _healthy(http, url):
                 return url
             now = time.monotonic()
             if now - started > timeout:
-                raise UnhealthyError(f"the server was not healthy within {timeout:.0f} s{_last_words(container)}")
+                late = _with_reason(container, f"was not healthy within {timeout:.0f} s", kept)
+                raise UnhealthyError(f"the server {late}")
             if now - told > _PROGRESS_SECONDS:
                 told = now
                 progress(f"waiting for the server, {now - started:.0f} s")
@@ -353,29 +363,80 @@ def _address(container: Container) -> str | None:
     return f"http://{own}:{PORT.partition('/')[0]}" if own else None
 
 
-def _how_it_died(container: Container) -> str | None:
-    """Say how a container ended; None while it runs."""
+def _how_it_died(container: Container, kept: Path | None) -> Failure | None:
+    """Say how a container ended, and why; None while it runs. What it wrote is kept in ``kept``."""
     try:
         container.reload()
     except docker.errors.NotFound:
-        return "was removed by someone else"
+        return Failure("was removed by someone else", may_pass=True)
     except (docker.errors.APIError, requests.RequestException) as error:
-        return f"can't be seen any more: the engine doesn't answer ({_explanation(error)})"
+        return Failure(f"can't be seen any more: the engine doesn't answer ({_explanation(error)})", may_pass=True)
     state = container.attrs["State"]
     if state["Running"]:
         return None
+    status = state["ExitCode"]
     if state.get("OOMKilled"):
-        limit = container.attrs["HostConfig"]["Memory"]
-        return f"ran out of memory (limit {limit / 2**30:.2f} GiB, exit status {state['ExitCode']})"
-    return f"ended with status {state['ExitCode']}"
+        return _with_reason(container, f"{_out_of_memory(container)}, exit status {status})", kept, explained=True)
+    ending, may_pass = engine_log.by_status(status)
+    return _with_reason(container, ending, kept, may_pass=may_pass, calm=status == 0)
 
 
-def _last_words(container: Container) -> str:
+def _how_it_fails(container: Container, kept: Path | None) -> Failure | None:
+    """Say what is wrong with a container that runs: its engine is dead, or a process of it ran out of memory."""
     try:
-        text = logs.redacted(container.logs(tail=_LOG_LINES).decode(errors="replace")).strip()
+        if _ran_out_of_memory(container):
+            return _with_reason(container, f"{_out_of_memory(container)}, the rest still runs)", kept, explained=True)
+        if not engine_log.is_dead(logs.read(container, _started(container))):
+            return None
     except (docker.errors.APIError, requests.RequestException):
-        text = ""
-    return f"; its last output:\n{text}" if text else "; it wrote nothing"
+        return None
+    return _with_reason(container, "failed", kept)
+
+
+def _out_of_memory(container: Container) -> str:
+    return f"ran out of memory (limit {container.attrs['HostConfig']['Memory'] / 2**30:.2f} GiB"
+
+
+def _ran_out_of_memory(container: Container) -> bool:
+    """Whether the kernel ended a process of a running container for want of memory since it was started.
+
+    The engine says so of a container only when it ends.
+    """
+    assert container.client is not None  # noqa: S101 - it came from one
+    wanted = {"container": container.id, "event": "oom"}
+    until = f"{time.time():.9f}"  # of now: the engine waits for a time to come
+    since = int(_started(container))
+    told = container.client.api.events(since=since, until=until, filters=wanted)  # type: ignore[call-overload] # a text
+    return any(True for _ in told)
+
+
+def _started(container: Container) -> float:
+    """When it was started last, in seconds since 1970: what it wrote before is of another life."""
+    try:
+        return datetime.fromisoformat(container.attrs["State"]["StartedAt"][:19] + "+00:00").timestamp()
+    except ValueError:
+        return 0.0
+
+
+def _with_reason(
+    container: Container, ending: str, kept: Path | None, *, may_pass: bool = False, explained: bool = False,
+    calm: bool = False,
+) -> Failure:  # fmt: skip
+    """Add the engine's first error to how it ended, unless that explains it, and keep what it wrote.
+
+    vLLM's API server takes its leave ``calm``ly, with status 0, when the engine behind it has failed.
+    """
+    try:
+        wrote = logs.read(container, _started(container))
+    except (docker.errors.APIError, requests.RequestException):
+        wrote = ""
+    log = None if kept is None else logs.keep(container, kept)
+    if explained:
+        return Failure(ending, None, log)
+    error = engine_log.root_error(wrote)
+    if calm and engine_log.is_dead(wrote):
+        ending, calm = "failed", False
+    return Failure(ending, error, log, may_pass=calm or (may_pass and error is None))
 
 
 def remove(container: Container) -> None:

@@ -14,9 +14,15 @@ from pathlib import Path
 
 from containers.errors import WheelError
 from containers.profile import RUNTIMES, RuntimeProfile, normalized, read_lock
+from registry.counting import Counter
 
 Progress = Callable[[str], None]
 
+_FETCHING = re.compile(
+    r"(?P<what>Downloading|Using cached|Processing|Saved) \S+\.whl(?:#\S*)?"
+    r"(?: \((?P<size>[\d.]+) (?P<unit>[kMG]?B)\))?$"
+)
+_MEGABYTES = {"B": 1e-6, "kB": 1e-3, "MB": 1.0, "GB": 1e3}
 INSTALLER_LOCK = RUNTIMES / "installer.txt"
 
 
@@ -40,11 +46,13 @@ def fetch_wheels(profile: RuntimeProfile, cache: Path, progress: Progress) -> Pa
         count = len(read_lock(profile.lock_path))
         progress(f"fetching {count} wheels of {profile.name} by hash")
         hashed = ["--require-hashes", "--no-deps"]
-        _pip_download(profile, [*hashed, "-r", str(profile.lock_path), "-d", str(beside)], progress)
-        _pip_download(profile, [*hashed, "-r", str(INSTALLER_LOCK), "-d", str(beside / "installer")], progress)
+        with Counter(progress, f"wheels of {profile.name}", count, "wheels") as counter:
+            arguments = [*hashed, "-r", str(profile.lock_path), "-d", str(beside)]
+            _pip_download(profile, arguments, Fetched(counter.add).hear)
+        _pip_download(profile, [*hashed, "-r", str(INSTALLER_LOCK), "-d", str(beside / "installer")], lambda _: None)
         if profile.torch is not None:
             progress(f"fetching torch {profile.torch}")
-            _pip_download(profile, _torch_arguments(profile, beside, Path(name)), progress)
+            _pip_download(profile, _torch_arguments(profile, beside, Path(name)), lambda _: None)
         found = _digests(beside)
         (beside / "wheels.json").write_text(json.dumps(found, indent=1, sort_keys=True))
         check_wheels(profile, beside)
@@ -130,8 +138,31 @@ def _torch_arguments(profile: RuntimeProfile, folder: Path, scratch: Path) -> li
     return [f"torch=={profile.torch}", "-c", str(constraints), "--find-links", str(folder), "-d", str(folder)]
 
 
-def _pip_download(profile: RuntimeProfile, arguments: Sequence[str], progress: Progress) -> None:
-    """Run ``pip download`` for the image's Python and platform; report each file that starts to come."""
+class Fetched:
+    """Counts wheels, and their megabytes, by what pip says.
+
+    pip names a file when it begins with it: the one before has come by then, and the last when pip has ended.
+    """
+
+    def __init__(self, add: Callable[[float, str], None]) -> None:
+        """Tell ``add`` how many more wheels have come, and how many megabytes in all."""
+        self._add = add
+        self._under_way = False
+        self._megabytes = 0.0
+
+    def hear(self, line: str) -> None:
+        """Take in one line of pip's."""
+        found = _FETCHING.match(line)
+        if found is None:
+            return
+        if self._under_way:
+            self._add(1.0, f"{self._megabytes:,.0f} MB")
+        self._under_way = found["what"] != "Saved"
+        self._megabytes += float(found["size"] or 0) * _MEGABYTES.get(found["unit"] or "", 0.0)
+
+
+def _pip_download(profile: RuntimeProfile, arguments: Sequence[str], hear: Callable[[str], None]) -> None:
+    """Run ``pip download`` for the image's Python and platform; ``hear`` gets what it says, line by line."""
     command = [
         sys.executable,
         "-m",
@@ -155,8 +186,7 @@ def _pip_download(profile: RuntimeProfile, arguments: Sequence[str], progress: P
         try:
             for line in process.stdout or ():
                 output.append(line.strip())
-                if match := re.search(r"Downloading \S*?([^/\s]+\.whl)\S*( \(.*\))?", line):
-                    progress(f"fetching {match[1]}{match[2] or ''}")
+                hear(output[-1])
         except BaseException:  # a person's Ctrl-C among them: the child must not go on
             process.kill()
             raise

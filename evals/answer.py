@@ -144,6 +144,7 @@ def _ask(
     began = time.monotonic()
     rows = _cut(ours[0], request.get("part")) if ours else None
     report(f"{name}: {len(rows) if rows else task.get('items') or 'all'} items")
+    model.asking = name
     samples, kind = _evaluate(model, name, task, request, rows)
     answered = graded.items(kind, samples, task, rows, model)
     digest = ours[1] if ours else hashlib.sha256("".join(s["doc_hash"] for _, s in samples).encode()).hexdigest()
@@ -152,6 +153,7 @@ def _ask(
     if again and kind != "text":
         # lm-eval's limit holds for each of a task's parts.
         limit = math.ceil(again / len({part for part, _ in samples}))
+        model.asking = f"{name}, once more"
         repeated, _ = _evaluate(model, name, task, request, rows[:again] if rows else None, limit=limit)
         found["again"] = graded.again(answered, graded.items(kind, repeated, task, rows, model))
     report(f"{name}: answered in {time.monotonic() - began:.1f} s")
@@ -208,6 +210,7 @@ def _write_top(model: LM, texts: Sequence[str], wanted: Mapping[str, int], outpu
     """Write the likeliest tokens at every place of some texts."""
     import numpy as np
 
+    model.asking = "distributions"
     prompts = [[model.prefix_token_id, *model.tok_encode(text)[: wanted["max_tokens"]]] for text in texts]
     found = model.top(prompts, wanted["top"])
     places = [(number, place) for number, prompt in enumerate(found) for place in range(len(prompt))]

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from containers.engine_log import Failure
 from containers.sandbox import Server
 from evals.answers import Answers, read_answers
 from evals.divergence import FILE as TOP
@@ -116,7 +117,7 @@ def while_serving(serve: Callable[[], AbstractContextManager[Server]], address: 
     Importing lm-eval and reading the questions take as long as half a server's start, and need none of it.
 
     Raises:
-        AnswersError: the server died while it was asked.
+        AnswersError: the server died or failed while it was asked; says why.
     """
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(asking)
@@ -137,21 +138,26 @@ def _announce(address: Path, text: str) -> None:
 
 
 def _answer(future: Future[T], server: Server) -> T:
-    """Wait for the answer; a server that died is named rather than what it left behind."""
+    """Wait for the answer; a server that failed is named, with its reason, rather than what the worker saw of it."""
     while True:
         try:
             return future.result(_POLL_SECONDS)
         except NotYet:
             if future.done():
                 raise
-            died = server.died()
-            if died is not None:
-                raise AnswersError(f"the server {died} while it was asked: evaluate again") from None
+            failure = server.died()
+            if failure is not None:
+                raise _stopped(failure) from None
         except Exception as error:
-            died = server.died()
-            if died is not None:
-                raise AnswersError(f"the server {died} while it was asked: evaluate again") from error
+            failure = server.failed()
+            if failure is not None:
+                raise _stopped(failure) from error
             raise
+
+
+def _stopped(failure: Failure) -> AnswersError:
+    again = "; evaluate again" if failure.may_pass else ""
+    return AnswersError(f"the server {failure.told(' during evaluation')}{again}")
 
 
 def in_looks(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,7 @@ def load(folder: Path, request: dict[str, Any], report: Callable[[str], None]) -
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise WorkerError(f"the checkpoint in {folder} cannot be loaded: {error}") from error
     batch_size = request.get("batch_size") or BATCH_SIZE
-    model = _backend()(pretrained=network, tokenizer=tokenizer, batch_size=batch_size, device=device)
+    model = _backend(report)(pretrained=network, tokenizer=tokenizer, batch_size=batch_size, device=device)
     packages = {name: metadata.version(name) for name in ("transformers", "torch")}
     return model, {"name": "hf", "device": device, "dtype": dtype, "batch_size": batch_size, **packages}
 
@@ -118,10 +118,13 @@ def _unpacked(folder: Path, quantization: dict[str, Any]) -> PreTrainedModel:
     return network
 
 
-def _backend() -> type[HFLM]:
-    """Return lm-eval's HF backend with what the divergence asks for."""
+def _backend(report: Callable[[str], None]) -> type[HFLM]:
+    """Return lm-eval's HF backend with what the divergence asks for; it reports how far it is."""
     import torch
+    from lm_eval.models import huggingface
     from lm_eval.models.huggingface import HFLM
+
+    huggingface.tqdm = _bars(report)
 
     class Backend(HFLM):  # type: ignore[misc]  # lm-eval's classes are untyped here
         """Lm-eval's own, able to tell the likeliest tokens."""
@@ -136,3 +139,30 @@ def _backend() -> type[HFLM]:
             return found
 
     return Backend
+
+
+def _bars(report: Callable[[str], None]) -> type[Any]:
+    """Return what lm-eval takes for `tqdm`'s bars, and reports a count now and then."""
+    from slipway_counting import Counter
+
+    class Bar:
+        def __init__(
+            self, iterable: Sequence[Any] = (), *, total: int = 0, disable: bool = False, desc: str = "", **_: object
+        ) -> None:
+            self._iterable = iterable
+            hidden = disable or not (total or len(iterable))
+            self._counter = None if hidden else Counter(report, desc, total or len(iterable), "prompts")
+
+        def __iter__(self) -> Iterator[Any]:
+            for each in self._iterable:
+                yield each
+                self.update()
+
+        def update(self, amount: int = 1) -> None:
+            if self._counter is not None:
+                self._counter.add(amount)
+
+        def close(self) -> None:
+            pass
+
+    return Bar

@@ -120,7 +120,7 @@ def inflict(
             seen = _left_out("the server is in no container of ours")
         else:
             seen = _tried(mistreat, victim)
-            gone = server.died() is not None and not _back(victim)
+            gone = server.died() is not None and _lost(victim) is not None
         told = "NOT INFLICTED" if seen.ok is None else "held" if seen.ok else "DID NOT HOLD"
         progress(f"{name}: {told}; {seen.words}")
         table.append({
@@ -277,7 +277,7 @@ def _out_of_memory(victim: Victim) -> Seen:
     while time.monotonic() - started < UNHEALTHY_SECONDS:
         died = victim.server.died()
         if died is not None:
-            return _recovered(victim, died, ok="ran out of memory" in died)
+            return _recovered(victim, str(died), ok="ran out of memory" in died.ending)
         if time.monotonic() - started > 2 and victim.answers():
             return Seen("another process was ended, the server answers", ok=True)
         time.sleep(0.2)
@@ -324,19 +324,23 @@ def _killed_under_load(victim: Victim) -> Seen:
 def _recovered(victim: Victim, words: str, *, ok: bool) -> Seen:
     """Restart the server and add whether, and when, it answered again."""
     started = time.monotonic()
-    back = _back(victim)
+    lost = _lost(victim)
     seconds = time.monotonic() - started
-    again = f"answers again {seconds:.0f} s after the restart" if back else "it does not come back"
-    in_time = back and seconds <= victim.recovery_s
+    again = lost or f"answers again {seconds:.0f} s after the restart"
+    in_time = lost is None and seconds <= victim.recovery_s
     return Seen(f"{words}; {again}", ok=ok and in_time, seconds=seconds, limit_seconds=victim.recovery_s)
 
 
-def _back(victim: Victim) -> bool:
+def _lost(victim: Victim) -> str | None:
+    """Restart the server; say that it does not come back, and why, or None where it answers again."""
     try:
         victim.server.restart()
-    except ContainerError:
-        return False
-    return victim.answers()
+    except ContainerError as error:
+        return f"it does not come back: {error}"
+    if victim.answers():
+        return None
+    failure = victim.server.failed()
+    return "it does not come back" if failure is None else f"it does not come back: the server {failure}"
 
 
 Mistreat = Callable[[Victim], Seen]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import checkpoints  # type: ignore[import-not-found]  # beside this script
+from slipway_counting import Counter
 from slipway_worker import WorkerError, main
 
 if TYPE_CHECKING:
@@ -75,11 +76,12 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
         raise WorkerError(f"{checkpoint} holds layers that {source} has not: {', '.join(absent[:3])}")
     sums = {name: Sums() for name in ours if name in packed}
     _watch(sums, ours, theirs)
-    with torch.inference_mode():
+    with torch.inference_mode(), Counter(report, "layers' errors", len(request["texts"]), "texts") as counter:
         for text in request["texts"]:
             tokens = tokenizer(text, return_tensors="pt", truncation=True, max_length=request["max_tokens"])
             if tokens["input_ids"].shape[1]:
                 first(input_ids=tokens["input_ids"], use_cache=False)
+            counter.add()
     return {"layers": [{"name": name, "error": each.error()} for name, each in sums.items()]}
 
 

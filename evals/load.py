@@ -178,9 +178,9 @@ def measure(
         time.sleep(_COOL_DOWN_SECONDS)
     else:
         progress("the canary got another answer than it must: no traffic is sent")
-    died, version = server.died(), _version(server)
+    failure, version = server.failed(), _version(server)
     unwatched = server.memory.longest_gap()
-    if plan.faults and canary["ok"] and died is None:
+    if plan.faults and canary["ok"] and failure is None:
         server.memory.phase = "faults"
         survived = faults.inflict(server, model, context, recovery_s=plan.max_recovery_s, progress=progress)
     server.memory.stop()
@@ -195,8 +195,9 @@ def measure(
         "memory": load_evidence.memory(server, measured, expected, unwatched),
         "client": load_evidence.client_cost(tester.client),
         "server": {
-            "died": died, "start_seconds": server.started_seconds, "cpus": server.cpus, "gpu": server.gpu,
-            "network": server.network, "memory_limit_bytes": server.memory_bytes, "version": version,
+            "died": None if failure is None else str(failure), "start_seconds": server.started_seconds,
+            "cpus": server.cpus, "gpu": server.gpu, "network": server.network,
+            "memory_limit_bytes": server.memory_bytes, "version": version,
             "computed_on": server.computed_on.model_dump(mode="json"),
         },
     }  # fmt: skip
@@ -306,8 +307,8 @@ def _served_model(server: Server) -> tuple[str, int | None]:
         served = answer.raise_for_status().json()["data"][0]
         return str(served["id"]), served.get("max_model_len")
     except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
-        died = server.died()
-        raise LoadError(f"the server {died}" if died else f"the server names no model: {error}") from error
+        failure = server.failed()
+        raise LoadError(f"the server {failure}" if failure else f"the server names no model: {error}") from error
 
 
 def _version(server: Server) -> str | None:

@@ -88,7 +88,7 @@ def _outright(evidence: Mapping[str, Any]) -> list[str]:
     if server["start_seconds"] is None:
         return [f"the server never got healthy: {server['died']}"]
     if server["died"] is not None:
-        return [f"the server {server['died']} during the load test"]
+        return [f"during the load test the server {server['died']}"]
     if canary["ok"]:
         return []
     said = f"answered {canary['answer']!r}" if canary["error"] is None else f"failed ({canary['error']})"

@@ -11,10 +11,12 @@ import json
 import time
 import urllib.error
 import urllib.request
+from collections import Counter as Counts
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -53,7 +55,8 @@ def wait_for_address(path: Path, patience: float = 3600.0) -> str:
 def model(address: Callable[[], str], name: str, tokenizer_folder: Path, report: Callable[[str], None]) -> TemplateLM:
     """Return the language model; ``address`` gives the server's URL, waiting for it if need be.
 
-    ``report`` is told of prompts that are longer than what is served, and so lose their beginning.
+    ``report`` is told how many items are answered, and of prompts that are longer than what is served, and so lose
+    their beginning.
 
     Raises:
         OSError, ValueError: the folder holds no tokenizer.
@@ -61,6 +64,7 @@ def model(address: Callable[[], str], name: str, tokenizer_folder: Path, report:
     import transformers
     from lm_eval import utils
     from lm_eval.api.model import TemplateLM
+    from slipway_counting import Counter
 
     class Served(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped here
         """Log-likelihoods and greedy answers of the served model."""
@@ -69,6 +73,8 @@ def model(address: Callable[[], str], name: str, tokenizer_folder: Path, report:
             super().__init__()
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
             self._encoded: dict[str, list[int]] = {}
+            self._items: list[Any] = []
+            self.asking = "asking"
             self._rank, self._world_size = 0, 1
 
         @cached_property
@@ -104,6 +110,11 @@ def model(address: Callable[[], str], name: str, tokenizer_folder: Path, report:
                 self._encoded[string] = self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens))
             return self._encoded[string]
 
+        def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[Scored]:
+            self._items = [request.doc_id for request in requests]
+            scored: list[Scored] = super().loglikelihood(requests, disable_tqdm)
+            return scored
+
         def _loglikelihood_tokens(self, requests: Sequence[Any], **_: object) -> list[Scored]:
             prompts = []
             for _, context, continuation in requests:
@@ -112,7 +123,15 @@ def model(address: Callable[[], str], name: str, tokenizer_folder: Path, report:
             self._tell_cut(
                 sum(len(context) + len(continuation) > self.max_length for _, context, continuation in requests)
             )
-            return _in_order(prompts, self._score)
+            items, self._items = self._items or list(range(len(prompts))), []
+            return self._counted(prompts, self._score, items)
+
+        def _counted(
+            self, prompts: Sequence[tuple[list[int], int]], ask: Callable[..., list[Any]], items: Sequence[Any]
+        ) -> list[Any]:
+            """Ask `_in_order`, and report how many of the items that the prompts are of are answered."""
+            with Counter(report, self.asking, len(set(items)), "items") as counter:
+                return _in_order(prompts, ask, Whole(items, counter.add))
 
         def _tell_cut(self, prompts: int) -> None:
             if prompts:
@@ -132,6 +151,7 @@ def model(address: Callable[[], str], name: str, tokenizer_folder: Path, report:
                     windows.append((None, *window))
                     owners.append(number)
             totals = [0.0] * len(requests)
+            self._items = owners
             for number, (score, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
                 totals[number] += score
             return totals
@@ -152,8 +172,11 @@ def model(address: Callable[[], str], name: str, tokenizer_folder: Path, report:
                 body = {"prompt": whole[-room:], "max_tokens": most, "stop": stop, "seed": 1234, **options}
                 return str(self._ask("/v1/completions", body)["choices"][0]["text"] or ""), len(whole) > room
 
-            with ThreadPoolExecutor(PROMPTS) as pool:
-                written = list(pool.map(write, requests))
+            written = []
+            with ThreadPoolExecutor(PROMPTS) as pool, Counter(report, self.asking, len(requests), "items") as counter:
+                for each in pool.map(write, requests):
+                    written.append(each)
+                    counter.add()
             self._tell_cut(sum(cut for _, cut in written))
             return [text for text, _ in written]
 
@@ -164,7 +187,7 @@ def model(address: Callable[[], str], name: str, tokenizer_folder: Path, report:
                 choices = self._echo([tokens for tokens, _ in part], count)
                 return [[_likeliest(place, count) for place in choice["top_logprobs"][1:]] for choice in choices]
 
-            return _in_order([(tokens, 1) for tokens in prompts], ask)
+            return self._counted([(tokens, 1) for tokens in prompts], ask, range(len(prompts)))
 
         def _score(self, part: Sequence[tuple[list[int], int]]) -> list[Scored]:
             scored = []
@@ -206,14 +229,39 @@ def model(address: Callable[[], str], name: str, tokenizer_folder: Path, report:
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-def _in_order(prompts: Sequence[tuple[list[int], int]], ask: Callable[..., list[Any]]) -> list[Any]:
-    """Ask in requests of many prompts, longest first, several under way; return the answers in the order given."""
+class Whole:
+    """Says how many items become whole when prompts are answered: each prompt is of one, each has one or more."""
+
+    def __init__(self, items: Sequence[Any], add: Callable[[int], None]) -> None:
+        """Know the item that each prompt is of, by the prompt's number, and who is told."""
+        self._items = items
+        self._left = Counts(items)
+        self._add = add
+        self._lock = Lock()
+
+    def __call__(self, numbers: Sequence[int]) -> None:
+        """Count these prompts as answered."""
+        with self._lock:
+            answered = [self._items[number] for number in numbers]
+            self._left.subtract(answered)
+            whole = sum(not self._left[item] for item in set(answered))
+        self._add(whole)
+
+
+def _in_order(
+    prompts: Sequence[tuple[list[int], int]], ask: Callable[..., list[Any]], answered: Callable[[Sequence[int]], None]
+) -> list[Any]:
+    """Ask in requests of many prompts, longest first, several under way; return the answers in the order given.
+
+    ``answered`` is told the numbers of the prompts of each request that came back.
+    """
     order = sorted(range(len(prompts)), key=lambda number: (-len(prompts[number][0]), prompts[number][0]))
     found: list[Any] = [None] * len(prompts)
 
     def part(numbers: Sequence[int]) -> None:
         for number, answer in zip(numbers, ask([prompts[number] for number in numbers]), strict=True):
             found[number] = answer
+        answered(numbers)
 
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         list(pool.map(part, _parts(order)))

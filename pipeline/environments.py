@@ -25,7 +25,11 @@ Progress = Callable[[str], None]
 
 REQUIREMENTS = CHECKOUT / "requirements"
 ENVIRONMENTS = ("autoawq", "gptqmodel", "autogptq", "lm-eval", "aiperf", "gateway")
-_HARNESS = Path(__file__).with_name("slipway_worker.py")
+# What every worker finds in its environment, by the name that it has there.
+_HARNESS = {
+    "slipway_worker.py": Path(__file__).with_name("slipway_worker.py"),
+    "slipway_counting.py": CHECKOUT / "registry" / "counting.py",
+}
 _EXACT = CHECKOUT / "containers" / "runtimes" / "slipway_torch.py"
 _TAIL_LINES = 20
 
@@ -70,7 +74,7 @@ def ensure_environment(environment: str, settings: Settings, progress: Progress)
 
 def _pins(environment: str) -> list[Path]:
     """The files that decide what is installed."""
-    pins = [REQUIREMENTS / f"{environment}.txt", REQUIREMENTS / "build.txt", _HARNESS]
+    pins = [REQUIREMENTS / f"{environment}.txt", REQUIREMENTS / "build.txt", *_HARNESS.values()]
     return [REQUIREMENTS / "torch.txt", _EXACT, *pins] if _needs_torch(environment) else pins
 
 
@@ -100,7 +104,8 @@ def _install(environment: str, folder: Path, settings: Settings) -> None:
             tail = "\n".join(done.stderr.splitlines()[-_TAIL_LINES:])
             raise WorkerFailed(f"can't make the {environment} environment (uv {step[0]} failed):\n{tail}")
     (site,) = beside.glob("lib/python*/site-packages")
-    shutil.copyfile(_HARNESS, site / _HARNESS.name)
+    for name, path in _HARNESS.items():
+        shutil.copyfile(path, site / name)
     if _needs_torch(environment):
         shutil.copyfile(_EXACT, site / _EXACT.name)
         (site / _EXACT.with_suffix(".pth").name).write_text(f"import {_EXACT.stem}\n")

@@ -255,8 +255,8 @@ def serve_image(bench: Bench, image_id: str) -> Iterator[sandbox.Server]:
     except sandbox.SandboxError as error:
         if started:
             raise
-        remedy = "if vLLM can't load this scheme, ask it with `evals: {engine: hf}`"
-        raise sandbox.SandboxError(f"the image of `{bench.scheme_name}` can't be asked ({remedy}): {error}") from error
+        remedy = "if vLLM can't load this scheme, evaluate it with `evals: {engine: hf}`"
+        raise sandbox.SandboxError(f"the image of `{bench.scheme_name}` can't be asked: {error}; {remedy}") from error
 
 
 def answer(

@@ -166,21 +166,23 @@ class Fleet:
         tested = self._resources.cpus
         return CoreRequest(self._settings.locks, share if tested is None else min(share, math.ceil(tested)))
 
-    def warm(self, url: str) -> None:
+    def warm(self, server: sandbox.Server) -> None:
         """Ask for a few tokens, so that no client pays for the first; learn the model's name and context on the way.
 
         Raises:
-            FleetError: It does not answer.
+            FleetError: It does not answer; says why.
         """
         try:
-            with httpx.Client(base_url=url, timeout=_WARM_SECONDS, trust_env=False) as client:
+            with httpx.Client(base_url=server.url, timeout=_WARM_SECONDS, trust_env=False) as client:
                 card = client.get("/v1/models").raise_for_status().json()["data"][0]
                 self.served_as, self.context = str(card["id"]), int(card.get("max_model_len") or 0) or self.context
                 for _ in range(_WARM_REQUESTS):
                     body = {"model": card["id"], "prompt": "a", "max_tokens": _WARM_TOKENS, "ignore_eos": True}
                     client.post("/v1/completions", json=body).raise_for_status()
         except (httpx.HTTPError, LookupError, TypeError, ValueError) as error:
-            raise FleetError(f"it is healthy and does not answer: {error}") from error
+            failure = server.failed()
+            reason = error if failure is None else f"the server {failure}"
+            raise FleetError(f"it is healthy and does not answer: {reason}") from error
 
     def tell(self, line: str) -> None:
         """Say that a replica came or went."""
@@ -209,7 +211,7 @@ class _Replica(threading.Thread):
                 try:
                     with self._fleet.serve(client, self.name, self._index) as server:
                         server.memory.stop()  # for a measurement; here it would grow for ever
-                        self._fleet.warm(server.url)
+                        self._fleet.warm(server)
                         self._up(server.url)
                         pause = _FIRST_PAUSE_S
                         self._watch(server)
@@ -246,7 +248,7 @@ class _Replica(threading.Thread):
             died = server.died()
             if died is not None:
                 self.url = ""
-                self._fleet.tell(f"{self.name} {died}: starting it again")
+                self._fleet.tell(f"{self.name} {died}; starting it again")
                 return
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 from pydantic import ValidationError
 
+from containers import engine_log
 from containers.engine import connect
 from containers.gateway import keys
 from containers.gateway.config import Routes
@@ -30,7 +31,7 @@ Progress = Callable[[str], None]
 _START_SECONDS = 30.0
 _SWITCH_SECONDS = 10.0
 _STOP_SLACK_S = 10.0
-_TAIL_LINES = 5
+_MOST_BYTES = 1_000_000
 
 
 class GatewayError(SlipwayError):
@@ -70,13 +71,17 @@ def _image_file(home: Path) -> Path:
 
 @dataclass(frozen=True)
 class Gateway:
-    """A running gateway; ``url`` is for clients and ``admin_url`` for whoever operates it."""
+    """A running gateway; ``url`` is for clients and ``admin_url`` for whoever operates it.
+
+    Its ``log`` is also that of those before it: what this one wrote begins ``log_begins`` bytes into it.
+    """
 
     url: str
     admin_url: str
     process: subprocess.Popen[bytes]
     settings: GatewaySettings
     log: Path
+    log_begins: int = 0
 
     def route(self, routes: Routes) -> None:
         """Put new routes into use, and return when they are.
@@ -111,15 +116,19 @@ class Gateway:
             raise GatewayError(f"the gateway does not answer: {error}") from error
 
     def check(self) -> None:
-        """Raise ``GatewayError`` with its last words where it ended."""
+        """Raise ``GatewayError`` with its first error where it ended."""
         if self.process.poll() is not None:
-            raise GatewayError(f"the gateway ended with status {self.process.returncode}: {_last_words(self.log)}")
+            raise GatewayError(
+                f"the gateway ended with status {self.process.returncode}: {_reason(self.log, self.log_begins)}"
+            )
 
     def _until(self, done: Callable[[dict[str, Any]], bool], what: str, timeout_s: float = _SWITCH_SECONDS) -> None:
         deadline = time.monotonic() + timeout_s
         while not done(self.state()):
             if time.monotonic() > deadline:
-                raise GatewayError(f"the gateway did not {what} within {timeout_s:g} s: {_last_words(self.log)}")
+                raise GatewayError(
+                    f"the gateway did not {what} within {timeout_s:g} s: {_reason(self.log, self.log_begins)}"
+                )
             time.sleep(0.05)
 
 
@@ -130,7 +139,7 @@ def gateway(settings: Settings, folder: Path, progress: Progress, **options: Any
     It ends with this process, however that ends.
 
     Raises:
-        GatewayError: It did not start; the message ends with its last words.
+        GatewayError: It did not start; the message says why and where its log is.
     """
     python = ensure_environment("gateway", settings, progress) / "bin" / "python"
     folder.mkdir(parents=True, exist_ok=True)
@@ -145,6 +154,7 @@ def gateway(settings: Settings, folder: Path, progress: Progress, **options: Any
     command = ["setpriv", "--pdeathsig", "TERM", str(python), "-m", "containers.gateway"]
     log = folder / "gateway.log"
     with log.open("ab") as stream:
+        begins = stream.tell()
         process = subprocess.Popen(
             [*command, "--config", str(folder / "gateway.json")],
             cwd=CHECKOUT,
@@ -156,25 +166,26 @@ def gateway(settings: Settings, folder: Path, progress: Progress, **options: Any
             process_group=0,
         )
     try:
-        ports = _announced(process, announced, log)
+        ports = _announced(process, announced, log, begins)
         yield Gateway(
             f"http://{configured.host}:{ports['port']}",
             f"http://{configured.admin_host}:{ports['admin_port']}",
             process,
             configured,
             log,
+            begins,
         )
     finally:
         _end(process, configured.drain_delay_s + configured.drain_timeout_s + _STOP_SLACK_S)
 
 
-def _announced(process: subprocess.Popen[bytes], announced: Path, log: Path) -> dict[str, int]:
+def _announced(process: subprocess.Popen[bytes], announced: Path, log: Path, begins: int) -> dict[str, int]:
     deadline = time.monotonic() + _START_SECONDS
     while not announced.exists():
         if process.poll() is not None:
-            raise GatewayError(f"the gateway did not start: {_last_words(log)}")
+            raise GatewayError(f"the gateway did not start: {_reason(log, begins)}")
         if time.monotonic() > deadline:
-            raise GatewayError(f"the gateway did not start within {_START_SECONDS:g} s: {_last_words(log)}")
+            raise GatewayError(f"the gateway did not start within {_START_SECONDS:g} s: {_reason(log, begins)}")
         time.sleep(0.02)
     return dict(json.loads(announced.read_text()))
 
@@ -189,6 +200,9 @@ def _end(process: subprocess.Popen[bytes], seconds: float) -> None:
         process.wait()
 
 
-def _last_words(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    return "; ".join(lines[-_TAIL_LINES:]) or "it wrote nothing"
+def _reason(log: Path, begins: int) -> str:
+    """Its first error, and where its log is."""
+    with log.open("rb") as stream:
+        stream.seek(begins)
+        text = stream.read(_MOST_BYTES).decode(errors="replace")
+    return f"{engine_log.root_error(text) or 'it told no error'}; log: {log}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +27,13 @@ from huggingface_hub.utils._http import hf_request_event_hook
 
 from pipeline.errors import SourceError, UnreachableError
 from registry import network
+from registry.counting import Counter
 
 Progress = Callable[[str], None]
 
 _COMMIT, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 # Seconds to wait for the hub's first answer.
 _TIMEOUT = 10
-# Seconds between two lines about one file.
-_REPORT_EVERY = 10
 
 
 def _client() -> httpx2.Client:
@@ -202,11 +200,11 @@ class _Bar(Protocol):
 
 
 def _lines(name: str, size: int, progress: Progress) -> Callable[..., _Bar]:
-    """Give what `huggingface_hub` takes for a progress bar, and reports a line now and then."""
+    """Give what `huggingface_hub` takes for a progress bar, and reports a count now and then."""
 
     class Bar:
         def __init__(self, *, initial: int = 0, **_: object) -> None:
-            self.done, self.reported = initial, time.monotonic()
+            self.counter = Counter(progress, name, size / 1e6, "MB", before=initial / 1e6)
 
         def __enter__(self) -> Self:
             return self
@@ -218,9 +216,6 @@ def _lines(name: str, size: int, progress: Progress) -> Callable[..., _Bar]:
             pass
 
         def update(self, amount: float | None = 1) -> None:
-            self.done += int(amount or 0)
-            if time.monotonic() - self.reported > _REPORT_EVERY:
-                self.reported = time.monotonic()
-                progress(f"{name}: {self.done / 1e6:.0f} of {size / 1e6:.0f} MB")
+            self.counter.add((amount or 0) / 1e6)
 
     return Bar

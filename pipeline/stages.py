@@ -178,8 +178,8 @@ CODE: Mapping[str, str] = {
     "load": code_of(
         *("evals/load.py", "evals/load_plan.py", "evals/load_evidence.py", "evals/traffic", "evals/capacity.py"),
         *("evals/faults.py", "evals/slo.py", "evals/trend.py", "evals/engine_metrics.py", "evals/expected_memory.py"),
-        *("containers/sandbox.py", "containers/isolation.py", "containers/memory.py", "containers/core_pool.py"),
-        "containers/kernels.py",
+        *("containers/sandbox.py", "containers/engine_log.py", "containers/isolation.py", "containers/memory.py"),
+        *("containers/core_pool.py", "containers/kernels.py"),
     ),
     "release": code_of(
         *("pipeline/promotion.py", "registry/seal.py", "registry/manifest.py", "registry/bundle.py"),

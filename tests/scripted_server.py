@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import itertools
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 
@@ -30,7 +33,9 @@ class Script:
     answers each n-th streamed request with HTTP 500; ``die_after`` n ends the process at the n-th; ``stall_at``
     (seconds after the first streamed request) holds every answer for ``stall_seconds``; ``allocate_mib`` is taken at
     the start and kept, ``leak_kib`` at each streamed request; ``/health`` is 200 from ``healthy_after`` seconds on,
-    never if that is below 0. ``says`` is printed at the start.
+    never if that is below 0. ``says`` is printed at the start. ``fail_at`` n is how vLLM fails when its engine does: at
+    the n-th completion it writes what is in the file ``log``, answers 500 and ends with status 0 a moment later; with 0
+    it writes that at its start and ends with status 1. ``illegal`` executes an instruction that no CPU has, at the start.
     """
 
     service_ms: float = 50.0
@@ -46,6 +51,10 @@ class Script:
     healthy_after: float = 0.0
     context: int = 2048
     says: str = ""
+    name: str = "scripted"
+    fail_at: int = -1
+    log: str = ""
+    illegal: int = 0
 
 
 class _Line:
@@ -87,6 +96,7 @@ class _Server(ThreadingHTTPServer):
         )
         self.started = time.monotonic()
         self.streamed = itertools.count(1)
+        self.completions = itertools.count(1)
         self.first = 0.0
         self.lock = threading.Lock()
 
@@ -107,7 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
             healthy = late >= 0 and time.monotonic() - self.server.started >= late
             self._answer(200 if healthy else 503, b"", "text/plain")
         elif self.path == "/v1/models":
-            self._answer(200, json.dumps({"data": [{"id": "scripted", "max_model_len": script.context}]}).encode())
+            self._answer(200, json.dumps({"data": [{"id": script.name, "max_model_len": script.context}]}).encode())
         else:
             self._answer(404, b"{}")
 
@@ -118,16 +128,33 @@ class _Handler(BaseHTTPRequestHandler):
         except ValueError:
             wrong = 400
         else:
-            wrong = 404 if request["model"] != "scripted" else None
+            wrong = 404 if request["model"] != self.server.script.name else None
             # A token a word, as far as this server is concerned.
-            wrong = 400 if len(request["prompt"].split()) > self.server.script.context else wrong
+            prompt = request["prompt"]
+            length = len(prompt.split()) if isinstance(prompt, str) else max(map(len, prompt))
+            wrong = 400 if length > self.server.script.context else wrong
         if wrong:
             self._answer(wrong, b'{"error": {"message": "scripted refusal"}}')
+        elif self._has_failed():
+            message = "EngineCore encountered an issue. See stack trace (above) for the root cause."
+            self._answer(500, json.dumps({"error": {"message": message, "code": 500}}).encode())
         elif not request.get("stream"):
             body = {"object": "text_completion", "choices": [{"text": self.server.script.text}]}
             self._answer(200, json.dumps(body).encode())
         else:
             self._work(request)
+
+    def _has_failed(self) -> bool:
+        script = self.server.script
+        with self.server.lock:
+            number = next(self.server.completions)
+        if script.fail_at < 1 or number < script.fail_at:
+            return False
+        if number == script.fail_at:
+            sys.stderr.write(Path(script.log).read_text())
+            sys.stderr.flush()
+            threading.Timer(1.0, lambda: os._exit(0)).start()
+        return True
 
     def _work(self, request: dict[str, Any]) -> None:
         script = self.server.script
@@ -197,6 +224,12 @@ def serving(script: Script) -> Iterator[tuple[str, subprocess.Popen[str]]]:
         process.communicate()
 
 
+def _execute(instructions: bytes) -> None:
+    page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    page.write(instructions)
+    ctypes.CFUNCTYPE(None)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()
+
+
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--host", default="127.0.0.1")
@@ -204,6 +237,10 @@ def _main() -> None:
     for name, default in vars(Script()).items():
         parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
     options = vars(parser.parse_args())
+    if options["illegal"]:
+        _execute(b"\x0f\x0b")  # x86's ud2
+    if options["fail_at"] == 0:
+        sys.exit(Path(options["log"]).read_text())
     server = _Server(host=options.pop("host"), port=options.pop("port"), script=Script(**options))
     print(server.server_address[1], *filter(None, [server.script.says]), sep="\n", flush=True)
     with contextlib.suppress(KeyboardInterrupt):

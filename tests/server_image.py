@@ -13,15 +13,22 @@ from pathlib import Path
 import docker
 
 SERVER = Path(__file__).parent / "scripted_server.py"
+ENGINE_LOGS = Path(__file__).parent / "data" / "engine_logs"
 
 
 @contextlib.contextmanager
 def server_image(engine: docker.DockerClient, base: str, *options: str) -> Iterator[str]:
-    """Build it on ``base``, which has python3; gives its id. The server gets these options."""
+    """Build it on ``base``, which has python3; gives its id. The server gets these options.
+
+    What a real vLLM wrote when it failed (`ENGINE_LOGS`) is in its folder ``/logs``.
+    """
     entry = ["python3", "/scripted_server.py", "--host", "0.0.0.0", "--port", "8000", *options]  # noqa: S104 - its own network
     files = {
-        "Dockerfile": f"FROM {base}\nCOPY scripted_server.py /\nENTRYPOINT {json.dumps(entry)}\n".encode(),
+        "Dockerfile": (
+            f"FROM {base}\nCOPY scripted_server.py /\nCOPY logs /logs/\nENTRYPOINT {json.dumps(entry)}\n".encode()
+        ),
         SERVER.name: SERVER.read_bytes(),
+        **{f"logs/{path.name}": path.read_bytes() for path in ENGINE_LOGS.glob("*.log")},
     }
     context = io.BytesIO()
     with tarfile.open(fileobj=context, mode="w") as tar:

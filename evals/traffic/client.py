@@ -30,6 +30,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from slipway_counting import Count
 from slipway_worker import Report, WorkerError, main
 
 # What aiperf takes beyond the traffic itself before it is taken for hung: start, tokenizer, exports.
@@ -300,7 +301,7 @@ def _run_aiperf(
     _go_first()
     with (folder / "console.log").open("wb") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_environment(folder))
-        told = time.monotonic()
+        started = told = time.monotonic()
         try:
             while True:
                 watch.look(folder / "profile_export.jsonl")
@@ -308,9 +309,9 @@ def _run_aiperf(
                     return process.wait(timeout=_POLL_SECONDS)
                 except subprocess.TimeoutExpired:
                     pass
-                if watch.answered + watch.errors and time.monotonic() - told > _REPORT_SECONDS:
+                if time.monotonic() - told > _REPORT_SECONDS:
                     told = time.monotonic()
-                    report(_how_it_goes(watch))
+                    report(_how_it_goes(watch, told - started))
                 if time.monotonic() > deadline:
                     raise WorkerError(f"aiperf did not end in time:\n{_tail(folder / 'console.log')}")
         finally:
@@ -350,11 +351,12 @@ def _environment(folder: Path) -> dict[str, str]:
     }
 
 
-def _how_it_goes(watch: Watch) -> str:
+def _how_it_goes(watch: Watch, seconds: float) -> str:
     p95 = _quantile(watch.latencies, 95)
-    speed = "" if p95 is None else f", p95 {p95:,.0f} ms so far"
-    wrong = f", {watch.errors} errors" if watch.errors else ""
-    return f"{watch.answered} of {watch.total} requests answered{wrong}{speed}"
+    told = [f"{watch.errors} errors"] if watch.errors else []
+    told += [] if p95 is None else [f"p95 {p95:,.0f} ms"]
+    done = watch.answered + watch.errors
+    return str(Count("load test", done, watch.total, "requests", seconds, detail=", ".join(told)))
 
 
 def _rows(folder: Path, due: Sequence[int]) -> tuple[list[dict[str, Any]], dict[str, Any], float]:

@@ -13,6 +13,7 @@ import pytest
 from queues import served
 from scripted_server import Script, serving
 
+from containers.engine_log import Failure
 from containers.memory import MemorySampler
 from containers.sandbox import Server
 from evals.load import LoadPlan, judge, measure, percentile
@@ -60,7 +61,10 @@ def run(text: Path, tmp_path: Path, run_worker: Workers) -> Measure:
         with serving(script) as (url, process):
             sampler = MemorySampler(lambda: {"memory_bytes": 1 << 20}, "test")
             sampler.start()
-            ended = lambda: None if process.poll() is None else f"ended with status {process.returncode}"  # noqa: E731
+
+            def ended() -> Failure | None:
+                return None if process.poll() is None else Failure(f"ended with status {process.returncode}")
+
             server = Server(url, 1.0, 1 << 30, None, sampler, ended)
             evidence = measure(
                 server, load, tokenizer=text, folder=tmp_path / "evidence", scratch=tmp_path / "scratch",
@@ -112,7 +116,7 @@ def test_a_server_that_dies_in_the_middle_fails_though_aiperf_calls_it_done(run:
     assert evidence["profiles"][0]["traffic"]["exit_status"] == 0
     assert sum(row["error"] is None for row in rows) < 20
     verdict = judge(evidence, plan(text))
-    assert (verdict.status, verdict.reason) == ("fail", "the server ended with status 9 during the load test")
+    assert (verdict.status, verdict.reason) == ("fail", "during the load test the server ended with status 9")
 
 
 def test_too_little_text_for_unique_prompts_is_an_error(run: Measure, text: Path, tmp_path: Path) -> None:

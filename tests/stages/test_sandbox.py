@@ -206,7 +206,7 @@ def test_where_rules_can_not_be_set_the_evidence_says_so(
 def test_a_server_that_was_killed_starts_again(start: Callable[..., Any]) -> None:
     with start() as server:
         server.container.kill()
-        assert server.died() == "ended with status 137"
+        assert str(server.died()).startswith("ended with status 137 (SIGKILL")
         server.restart()
         assert server.died() is None
         assert httpx.get(f"{server.url}/health").status_code == 200
@@ -219,7 +219,7 @@ def test_a_server_that_was_killed_starts_again(start: Callable[..., Any]) -> Non
 def test_a_server_that_outlives_its_time_is_killed(start: Callable[..., Any]) -> None:
     with start(lifetime_s=1.0) as server:
         time.sleep(2.5)
-        assert server.died() == "ended with status 137"
+        assert str(server.died()).startswith("ended with status 137 (SIGKILL")
 
 
 def test_samples_survive_an_out_of_memory_kill(start: Callable[..., Any]) -> None:
@@ -295,10 +295,12 @@ def test_memory_is_had_from_the_engine_where_its_cgroups_are_elsewhere(start: Ca
         assert 64 * MIB < values["memory_bytes"] < 200 * MIB
 
 
-def test_a_server_that_dies_at_once_is_told_with_its_last_words(
+def test_a_server_that_dies_at_once_is_told_with_its_error(
     engine: docker.DockerClient, start: Callable[..., Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(SandboxError, match=r"ended with status 2 before it was healthy[\s\S]*unrecognized arguments"):
+    with pytest.raises(
+        SandboxError, match=r"ended with status 2 before it was healthy: .*unrecognized arguments.*; log: "
+    ):
         start(command=["--no-such-option"]).__enter__()
     assert containers(engine, tmp_path) == []
 
@@ -322,7 +324,7 @@ def test_a_server_that_never_gets_healthy_is_given_up(
 def test_a_death_under_load_is_seen(start: Callable[..., Any]) -> None:
     with start() as server:
         server.container.kill()
-        assert server.died() == "ended with status 137"
+        assert str(server.died()).startswith("ended with status 137 (SIGKILL")
 
 
 def test_an_image_that_is_gone_is_an_error(engine: docker.DockerClient, tmp_path: Path) -> None:

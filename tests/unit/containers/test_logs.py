@@ -39,9 +39,9 @@ def test_what_a_person_needs_is_kept(line: str) -> None:
 
 
 def test_a_log_that_can_not_be_written_is_no_reason_to_fail(tmp_path: Path) -> None:
-    container = SimpleNamespace(name="one", logs=lambda **_: b"2026 started\n")
+    container = SimpleNamespace(name="one", logs=lambda **_: [b"2026 started\n", b"\x1b[2Jnow\n"])
     path = keep(container, tmp_path / "logs")  # type: ignore[arg-type]
     assert path is not None
-    assert path.read_text() == "2026 started\n"
+    assert path.read_text() == "2026 started\n\\x1b[2Jnow\n"
     (tmp_path / "full").write_text("a file where the folder belongs: as unwritable as a full disk")
     assert keep(container, tmp_path / "full" / "logs") is None  # type: ignore[arg-type]

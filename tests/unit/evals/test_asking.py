@@ -10,24 +10,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from containers.engine_log import Failure
 from containers.memory import MemorySampler
 from containers.sandbox import SandboxError, Server
 from evals.answers import Answers
 from evals.asking import RUNS, in_looks, while_serving
 from evals.errors import AnswersError
 from evals.overlap import runs
-from evals.served import ServerError, wait_for_address
+from evals.served import ServerError, Whole, wait_for_address
 
 
-def server(died: str | None = None) -> Server:
+def server(died: Failure | None = None, failing: Failure | None = None) -> Server:
     sampler = MemorySampler(lambda: None, "nowhere")
-    return Server("http://127.0.0.1:9", 1.0, 2**30, None, sampler, lambda: died)
+    return Server("http://127.0.0.1:9", 1.0, 2**30, None, sampler, lambda: died, failing=lambda: failing)
 
 
 @contextmanager
-def serving(died: str | None = None, seconds: float = 0.0) -> Iterator[Server]:
+def serving(died: Failure | None = None, seconds: float = 0.0, failing: Failure | None = None) -> Iterator[Server]:
     time.sleep(seconds)
-    yield server(died)
+    yield server(died, failing)
 
 
 def test_the_worker_starts_at_once_and_gets_the_address_when_there_is_one(tmp_path: Path) -> None:
@@ -63,8 +64,30 @@ def test_a_server_that_dies_under_way_is_named_and_not_what_it_left_behind(tmp_p
     def asking() -> None:
         raise ServerError("the server went away: connection reset")
 
-    with pytest.raises(AnswersError, match="ran out of memory while it was asked"):
-        while_serving(lambda: serving("ran out of memory"), tmp_path / "address", asking)
+    with pytest.raises(AnswersError) as raised:
+        while_serving(lambda: serving(Failure("ran out of memory")), tmp_path / "address", asking)
+    assert str(raised.value) == "the server ran out of memory during evaluation"
+
+
+def test_an_engine_that_is_dead_behind_a_server_that_answers_500_is_named_with_its_first_error(tmp_path: Path) -> None:
+    def asking() -> None:
+        raise ServerError("the server answered 500: EngineCore encountered an issue")
+
+    failing = Failure("failed", "AttributeError: no such kernel", Path("/home/logs/x.log"))
+    with pytest.raises(AnswersError) as raised:
+        while_serving(lambda: serving(failing=failing), tmp_path / "address", asking)
+    told = "the server failed during evaluation: AttributeError: no such kernel; log: /home/logs/x.log"
+    assert str(raised.value) == told
+
+
+def test_to_try_again_is_proposed_only_where_it_can_help(tmp_path: Path) -> None:
+    def asking() -> None:
+        raise ServerError("the server went away: connection reset")
+
+    with pytest.raises(AnswersError, match=r"; evaluate again$"):
+        while_serving(
+            lambda: serving(Failure("was removed by someone else", may_pass=True)), tmp_path / "address", asking
+        )
 
 
 def test_a_worker_s_own_error_is_its_own(tmp_path: Path) -> None:
@@ -73,6 +96,14 @@ def test_a_worker_s_own_error_is_its_own(tmp_path: Path) -> None:
 
     with pytest.raises(ServerError, match="400"):
         while_serving(serving, tmp_path / "address", asking)
+
+
+def test_an_item_is_answered_when_all_of_its_prompts_are() -> None:
+    told: list[int] = []
+    whole = Whole(["a", "a", "b", "c", "c", "c"], told.append)
+    for numbers in ([0, 3], [1, 2], [4], [5]):
+        whole(numbers)
+    assert told == [0, 2, 0, 1]
 
 
 TEXTS = [f"item {number} " + " ".join(f"word{number}x{word}" for word in range(12)) for number in range(10)]

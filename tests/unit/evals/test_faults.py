@@ -6,7 +6,7 @@ import contextlib
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, cast
 
 import docker
@@ -15,6 +15,7 @@ import scripted_server
 from docker.models.containers import Container, ExecResult
 from scripted_server import Script, serving
 
+from containers.engine_log import Failure
 from containers.memory import MemorySampler
 from containers.sandbox import Server
 from evals import faults
@@ -80,7 +81,10 @@ class Contained:
 def contained(**changes: Any) -> Iterator[Server]:  # noqa: ANN401 - `Server`'s fields
     made = Contained(broken=changes.pop("broken", False))
     try:
-        died: Callable[[], str | None] = lambda: None if made.attrs["State"]["Running"] else "ended with status 137"  # noqa: E731
+
+        def died() -> Failure | None:
+            return None if made.attrs["State"]["Running"] else Failure("ended with status 137")
+
         yield Server(made.url, 1.0, changes.pop("memory_bytes", 1 << 30), None, sampler(**changes), died,
                      cast("Container", made))  # fmt: skip
     finally:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from scripted_server import Script, serving
 
+from containers.engine_log import Failure
 from containers.memory import MemorySampler
 from containers.sandbox import Server
 from evals.load import LoadPlan, is_conclusive, judge, load_key, measure, percentile, write_unhealthy, write_without_gpu
@@ -254,7 +255,7 @@ def server() -> Iterator[Callable[..., Server]]:
     """Make a Server of a URL, whose memory is always 1 GiB."""
     samplers: list[MemorySampler] = []
 
-    def make(url: str, died: str | None = None) -> Server:
+    def make(url: str, died: Failure | None = None) -> Server:
         sampler = MemorySampler(lambda: {"memory_bytes": GIB}, "test", interval=0.01)
         samplers.append(sampler)
         sampler.start()
@@ -365,9 +366,9 @@ def test_a_server_that_says_something_else_gets_no_traffic(tmp_path: Path, serve
 def test_a_server_that_died_under_load_is_told_from_a_slow_one(tmp_path: Path, server: Callable[..., Server]) -> None:
     rows = [{"number": number, "due_ms": 10 * number, "error": "ClientConnectorError"} for number in range(40)]
     with serving(Script()) as (url, _):
-        found = run_measure(tmp_path, server(url, "ended with status 137"), plan(), rows)
+        found = run_measure(tmp_path, server(url, Failure("ended with status 137")), plan(), rows)
     verdict = judge(found, plan())
-    assert (verdict.status, verdict.reason) == ("fail", "the server ended with status 137 during the load test")
+    assert (verdict.status, verdict.reason) == ("fail", "during the load test the server ended with status 137")
 
 
 def test_what_the_time_per_token_was_called_first_still_names_it() -> None:

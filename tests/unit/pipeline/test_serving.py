@@ -67,7 +67,7 @@ class ScriptedFleet(Fleet):
         url = f"http://10.0.0.{next(self.numbers)}:8000"
         yield SimpleNamespace(url=url, memory=SimpleNamespace(stop=lambda: None), died=lambda: None)
 
-    def warm(self, url: str) -> None:  # noqa: ARG002 - it is well
+    def warm(self, server: object) -> None:  # noqa: ARG002 - it is well
         self.served_as, self.context = "demo", 1024
 
 
