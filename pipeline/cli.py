@@ -28,7 +28,7 @@ from pipeline.commands import (
 )
 from pipeline.errors import SettingsError, SlipwayError, SpecError
 from pipeline.settings import Settings
-from pipeline.show import FAILED, INTERRUPTED, USAGE, progress
+from pipeline.show import FAILED, INTERRUPTED, USAGE, live, progress
 
 
 class _Group(click.Group):
@@ -41,8 +41,9 @@ class _Group(click.Group):
         from registry.errors import FileSystemError, RegistryError  # noqa: PLC0415
 
         try:
-            _sweep_what_was_left()
-            return super().invoke(ctx)
+            with live:
+                _sweep_what_was_left()
+                return super().invoke(ctx)
         except (SpecError, SettingsError, FileSystemError) as error:
             _die(str(error), USAGE)
         except (SlipwayError, ContainerError, EvaluationError, RegistryError) as error:

@@ -15,6 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.live import LiveDisplay
+from pipeline.metadata import STAGES
+
 # A pipe or a file has no width: there a table is as wide as its cells, so that a line stays a line.
 _ENDLESS = 10_000
 # Cells up to this width are never broken; a terminal too narrow for all of them breaks the longer ones.
@@ -27,6 +30,8 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print the result
 
 progress = Console(stderr=True, highlight=False, soft_wrap=True)
 results = Console(highlight=False, soft_wrap=True)
+live = LiveDisplay(progress)
+_SAID = "said"
 
 _STATUS_STYLE = {
     "pass": "green", "fail": "red", "inconclusive": "yellow",
@@ -42,7 +47,10 @@ def styled(status: str) -> str:
 
 
 class Ticker:
-    """Prints what runs tell, a line an event, with the seconds since the start."""
+    """Prints what runs tell, a line an event, with the seconds since the start.
+
+    On a terminal what is under way, and how far it is, is in a line of its own that is written over.
+    """
 
     def __init__(self) -> None:
         """Start the clock."""
@@ -56,10 +64,36 @@ class Ticker:
 
     def __call__(self, scheme: str, event: Mapping[str, Any]) -> None:
         """Show one event (see ``pipeline.events``)."""
+        if live.shows and _follow(scheme, event):
+            return
         text = _describe(event)
         if text:
             with self._lock:
                 progress.print(f"[dim]{self.seconds:7.1f} s[/]  [bold]{escape(scheme):10}[/] {text}")
+
+
+def _follow(scheme: str, event: Mapping[str, Any]) -> bool:
+    """Show on the terminal what is under way; return whether that is all there is to show of the event."""
+    match event["event"]:
+        case "start":
+            live.set((scheme, event["stage"]), f"{scheme} {event['stage']}", "")
+            return True
+        case "progress":
+            counted = _counted(event["text"])
+            if counted is not None:
+                live.set((scheme, event["stage"]), f"{scheme} {event['stage']}", event["text"], counted[1])
+            return counted is not None
+        case "stage":
+            live.drop((scheme, event["name"]))
+        case "end":
+            live.drop(*((scheme, stage) for stage in STAGES))
+    return False
+
+
+def _counted(line: str) -> tuple[str, float] | None:
+    from registry.counting import is_count  # noqa: PLC0415 - with its package, which `--help` does without
+
+    return is_count(line)
 
 
 def _describe(event: Mapping[str, Any]) -> str | None:
@@ -80,17 +114,24 @@ def _describe(event: Mapping[str, Any]) -> str | None:
 
 
 def say(line: str) -> None:
-    """Show a line of progress."""
+    """Show a line of progress; on a terminal a count takes the place of the one before."""
+    counted = _counted(line) if live.shows else None
+    if counted is not None:
+        live.set(_SAID, "", line, counted[1])
+        return
+    live.drop(_SAID)
     progress.print(f"[dim]{escape(line)}[/]")
 
 
 def print_json(document: object) -> None:
     """Print a result as one JSON document to stdout."""
+    live.clear()
     click.echo(json.dumps(document, indent=1))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a plain table to stdout; cells may hold rich's markup."""
+    live.clear()
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for index, column in enumerate(columns):
         widest = max(cell_len(Text.from_markup(row[index]).plain) for row in rows) if rows else 0

@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import click
-from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
 from pipeline.settings import Settings
-from pipeline.show import REFUSED, as_json, print_json, print_table, progress, results, say, styled
+from pipeline.show import REFUSED, as_json, live, print_json, print_table, progress, results, say, styled
 
 if TYPE_CHECKING:
     from pipeline.loading import Loaded
@@ -73,8 +72,8 @@ def load(
     }  # fmt: skip
     plan = loading.changed(spec.load, profiles, {key: value for key, value in asked.items() if value is not None})
     sweep(settings)
-    with Figures() as live:
-        done = loading.load_now(Bench(spec, scheme, settings, say), plan, live)
+    with Figures() as figures:
+        done = loading.load_now(Bench(spec, scheme, settings, say), plan, figures)
     if as_json:
         print_json({**_document(done), "evidence": done.evidence})
     else:
@@ -149,27 +148,23 @@ class Figures:
     """Shows how the traffic goes: one line that is written over on a terminal, a line every few seconds elsewhere."""
 
     def __init__(self) -> None:
-        shown = Live(console=progress, refresh_per_second=4, transient=True)
-        self._live = shown if progress.is_terminal else None
         self._lock = threading.Lock()
         self._told = 0.0
         self._last = ""
 
     def __enter__(self) -> Self:
-        if self._live is not None:
-            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.stop()
+        live.drop(self)
 
     def __call__(self, told: Mapping[str, Any]) -> None:
         """Show one report of the client (`evals.traffic.client.Watch`)."""
         line = _figures(told)
         with self._lock:
-            if self._live is not None:
-                self._live.update(Text.from_markup(line) if told["phase"] != "done" else Text(""))
+            if live.shows:
+                share = told["answered"] / told["total"] if told["phase"] == "load" and told["total"] else None
+                live.set(self, "", Text.from_markup(line).plain, share)
             elif (
                 told["phase"] == "load"
                 and line != self._last

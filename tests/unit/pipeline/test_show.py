@@ -1,0 +1,126 @@
+"""What a person sees while it goes: live on a terminal, plain lines elsewhere, and a terminal that is whole after it."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.show import FAILED, INTERRUPTED
+
+CHECKOUT = Path(__file__).parents[3]
+COUNTS = [f"cloze: {done} of 200 items after 9 s, 13/s, 2 min left" for done in (20, 120)]
+SCRIPT = """
+import sys, time
+import click
+from pipeline import cli, show
+from pipeline.errors import SlipwayError
+
+@click.command()
+@click.argument("ending")
+def work(ending):
+    ticker = show.Ticker()
+    ticker("awq", {"event": "start", "stage": "baseline"})
+    for line in %r:
+        ticker("awq", {"event": "progress", "stage": "baseline", "text": line})
+        show.say(line.replace("cloze", "wheels"))
+        time.sleep(0.6)
+    show.say("all wheels are here")
+    if ending == "interrupt":
+        raise KeyboardInterrupt
+    if ending == "fail":
+        raise SlipwayError("it failed")
+    ticker("awq", {"event": "stage", "name": "baseline", "cached": False, "seconds": 9.0})
+    ticker("awq", {"event": "end", "outcome": "promoted"})
+    show.print_json({"done": True})
+
+cli.main.add_command(work)
+cli.main()
+"""
+
+
+def run(ending: str, home: Path, *, terminal: bool, **variables: str) -> tuple[int, str, str]:
+    """Run the command with stderr on a terminal, or not; return its status, stderr and stdout."""
+    environment = {**os.environ, "SLIPWAY_HOME": str(home), "TERM": "xterm", "COLUMNS": "120", **variables}
+    command = [sys.executable, "-c", SCRIPT % COUNTS, "work", ending]
+    if not terminal:
+        done = subprocess.run(command, env=environment, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+        return done.returncode, done.stderr, done.stdout
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        command, env=environment, cwd=CHECKOUT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=theirs
+    )
+    os.close(theirs)
+    seen = b""
+    while True:
+        try:
+            chunk = os.read(ours, 65536)
+        except OSError:  # Linux's way to say that nobody has the other side any more
+            break
+        seen += chunk
+    os.close(ours)
+    told, _ = process.communicate()
+    return process.returncode, seen.decode(), told.decode()
+
+
+def screen(output: str) -> list[str]:
+    """The lines that are left on a terminal: as much of one as the display uses."""
+    lines, row = [""], 0
+    for part in re.findall(r"\x1b\[[\d;?]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", output):
+        if part == "\n":
+            row += 1
+            lines += [""] if row == len(lines) else []
+        elif part == "\x1b[2K":
+            lines[row] = ""
+        elif part.startswith("\x1b[") and part.endswith("A"):
+            row -= int(part[2:-1] or 1)
+        elif part != "\r" and not part.startswith("\x1b"):
+            lines[row] += part
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+@pytest.mark.parametrize(
+    ("ending", "status", "last"),
+    [
+        ("done", 0, "promoted"),
+        ("fail", FAILED, "error: it failed"),
+        ("interrupt", INTERRUPTED, "error: interrupted: what was started has been ended"),
+    ],
+)
+def test_on_a_terminal_counts_are_live_and_gone_afterwards(tmp_path: Path, ending: str, status: int, last: str) -> None:
+    ended, seen, told = run(ending, tmp_path, terminal=True)
+    assert ended == status
+    for line in (*COUNTS, *(each.replace("cloze", "wheels") for each in COUNTS)):
+        assert line[:40] in seen
+    left = screen(seen)
+    assert not [line for line in left if " of 200 items" in line]
+    assert last in left[-1]
+    assert any("all wheels are here" in line for line in left)
+    # The cursor is where it belongs: shown, whenever the process may have been killed.
+    assert "\x1b[?25l" not in seen or seen.rindex("\x1b[?25h") > seen.rindex("\x1b[?25l")
+    assert told == ('{\n "done": true\n}\n' if ending == "done" else "")
+
+
+def test_without_colours_where_none_are_wanted(tmp_path: Path) -> None:
+    _, coloured, _ = run("done", tmp_path, terminal=True, NO_COLOR="")
+    _, plain, _ = run("done", tmp_path, terminal=True, NO_COLOR="1")
+    colours = re.compile(r"\x1b\[(\d+;)*(3[0-7]|38;\S+?)m")
+    assert colours.search(coloured)
+    assert not colours.search(plain)
+    assert COUNTS[1][:40] in plain
+
+
+def test_elsewhere_every_count_is_a_plain_line(tmp_path: Path) -> None:
+    status, seen, told = run("done", tmp_path, terminal=False)
+    assert status == 0
+    assert "\x1b" not in seen
+    lines = [" ".join(line.split()) for line in seen.splitlines()]
+    for line in COUNTS:
+        assert any(each.endswith(f"awq baseline {line}") for each in lines)
+        assert line.replace("cloze", "wheels") in lines
+    assert told == '{\n "done": true\n}\n'
