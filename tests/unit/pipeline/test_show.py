@@ -1,4 +1,4 @@
-"""What a person sees while it goes: live on a terminal, plain lines elsewhere, and a terminal that is whole after it."""
+"""What a person sees while it goes: live on a terminal, plain lines elsewhere; the terminal is whole afterwards."""
 
 from __future__ import annotations
 
