@@ -63,6 +63,7 @@ class LiveDisplay:
                 )  # fmt: skip
                 self._live.start()
                 self._console.show_cursor(show=True)
+            self._live.refresh()
 
     def drop(self, *keys: Hashable) -> None:
         """Remove the lines of these keys; with the last of them the display ends."""
@@ -95,11 +96,11 @@ class LiveDisplay:
         for _ in range(4):
             table.add_column(no_wrap=True)
         table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-        with self._lock:
-            for row in self._rows.values():
-                bar = "" if row.share is None else ProgressBar(total=1.0, completed=row.share, width=_BAR_CELLS)
-                seconds = Text(f"{now - row.started:.0f} s")
-                table.add_row(_SPINNER, Text(row.label, style="bold"), seconds, bar, Text(row.text))
+        # Without the lock: rich's own is held here, and who holds ours may be waiting for that.
+        for row in list(self._rows.values()):
+            bar = "" if row.share is None else ProgressBar(total=1.0, completed=row.share, width=_BAR_CELLS)
+            seconds = Text(f"{now - row.started:.0f} s")
+            table.add_row(_SPINNER, Text(row.label, style="bold"), seconds, bar, Text(row.text))
         return table
 
 

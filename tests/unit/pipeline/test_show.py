@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -29,7 +31,7 @@ def work(ending):
     for line in %r:
         ticker("awq", {"event": "progress", "stage": "baseline", "text": line})
         show.say(line.replace("cloze", "wheels"))
-        time.sleep(0.6)
+        time.sleep(0.1)
     show.say("all wheels are here")
     if ending == "interrupt":
         raise KeyboardInterrupt
@@ -56,16 +58,19 @@ def run(ending: str, home: Path, *, terminal: bool, **variables: str) -> tuple[i
         command, env=environment, cwd=CHECKOUT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=theirs
     )
     os.close(theirs)
-    seen = b""
-    while True:
-        try:
-            chunk = os.read(ours, 65536)
-        except OSError:  # Linux's way to say that nobody has the other side any more
-            break
-        seen += chunk
+    seen = drain(ours)
     os.close(ours)
     told, _ = process.communicate()
     return process.returncode, seen.decode(), told.decode()
+
+
+def drain(terminal: int) -> bytes:
+    """Read what comes until nobody has the terminal's other side any more, which Linux calls an error."""
+    seen = b""
+    with contextlib.suppress(OSError):
+        while chunk := os.read(terminal, 65536):
+            seen += chunk
+    return seen
 
 
 def screen(output: str) -> list[str]:
@@ -104,6 +109,37 @@ def test_on_a_terminal_counts_are_live_and_gone_afterwards(tmp_path: Path, endin
     # The cursor is where it belongs: shown, whenever the process may have been killed.
     assert "\x1b[?25l" not in seen or seen.rindex("\x1b[?25h") > seen.rindex("\x1b[?25l")
     assert told == ('{\n "done": true\n}\n' if ending == "done" else "")
+
+
+def test_threads_that_set_drop_and_print_at_once_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    """Each takes the display's lock and rich's own, in whichever order."""
+    script = """
+import threading
+from pipeline import show
+def work(number):
+    for round in range(100):
+        show.live.set(number, "row", f"{round} of 100")
+        show.say(f"line {round} of {number}")
+        show.live.drop(number)
+with show.live:
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+"""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=CHECKOUT, stderr=theirs, env={**os.environ, "TERM": "xterm"}
+    )
+    os.close(theirs)
+    drained = threading.Thread(target=drain, args=(ours,))
+    drained.start()
+    try:
+        assert process.wait(timeout=100) == 0
+    finally:
+        process.kill()
+        process.wait()
+        drained.join()
+        os.close(ours)
 
 
 def test_without_colours_where_none_are_wanted(tmp_path: Path) -> None:
