@@ -6,10 +6,12 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 
 from pipeline.errors import SpecError
+from pipeline.guard import ORIGINS, REFUSED
 from pipeline.instance import bury_dead_runs, open_instance, storage_variables
 from pipeline.partitions import add_partitions
 from pipeline.release import sweep
@@ -71,7 +73,8 @@ def _dagster(settings: Settings, port: int) -> Server:
     return Server(
         "Dagster",
         [
-            *(_program("dagster"), "dev", "-m", "pipeline.definitions", "--working-directory", str(CHECKOUT)),
+            *_guarded("dagster"),
+            *("dev", "-m", "pipeline.definitions", "--working-directory", str(CHECKOUT)),
             *("-h", "127.0.0.1", "-p", str(port)),
         ],
         {
@@ -81,10 +84,11 @@ def _dagster(settings: Settings, port: int) -> Server:
             **storage_variables(settings),
             **_PATIENT,
             "PYTHONWARNINGS": _KNOWN,
+            ORIGINS: _origins(port, os.environ.get("SLIPWAY_UI_ADDRESS")),
         },
         port,
         settings.home / "logs" / "dagster.log",
-        lambda: _has_loaded(address),
+        lambda: _has_loaded(address) and _is_guarded("Dagster", address),
     )
 
 
@@ -117,7 +121,7 @@ def _has_loaded(address: str) -> bool:
 
 
 def _mlflow(settings: Settings, port: int) -> Server:
-    address = f"http://127.0.0.1:{port}/health"
+    address = f"http://127.0.0.1:{port}"
     folder = settings.home / "mlflow"
     folder.mkdir(parents=True, exist_ok=True)
     # It needs the store's credentials, and nothing of the hub's or of Slipway's.
@@ -125,7 +129,8 @@ def _mlflow(settings: Settings, port: int) -> Server:
     return Server(
         "MLflow",
         [
-            *(_program("mlflow"), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+            *_guarded("mlflow"),
+            *("server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
             *("--default-artifact-root", str(folder / "artifacts")),
         ],
         {
@@ -134,10 +139,11 @@ def _mlflow(settings: Settings, port: int) -> Server:
             "MLFLOW_BACKEND_STORE_URI": settings.tracking_uri,
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "MLFLOW_DISABLE_TELEMETRY": "true",
+            ORIGINS: _origins(port, settings.mlflow_address if os.environ.get("SLIPWAY_UI_ADDRESS") else None),
         },
         port,
         settings.home / "logs" / "mlflow.log",
-        lambda: _answers(address),
+        lambda: _answers(f"{address}/health") and _is_guarded("MLflow", address),
     )
 
 
@@ -148,5 +154,30 @@ def _answers(address: str) -> bool:
         return False
 
 
-def _program(name: str) -> str:
-    return str(Path(sys.executable).parent / name)
+def _is_guarded(name: str, address: str) -> bool:
+    """Whether a server keeps other pages out (`pipeline.guard`); asked by a foreign name, as DNS rebinding has it.
+
+    Raises:
+        ServerError: it answers.
+    """
+    try:
+        reply = httpx.get(f"{address}/", headers={"Host": "slipway.invalid"}, timeout=30, trust_env=False)
+    except httpx.HTTPError:
+        return False
+    if reply.status_code != httpx.codes.FORBIDDEN or not reply.text.startswith(REFUSED):
+        raise ServerError(f"{name} answers requests of any web page: this version of it can't be guarded")
+    return True
+
+
+def _origins(port: int, address: str | None) -> str:
+    """The origins of a server on this port, and of the proxy in front of it where there is one."""
+    return ",".join([f"http://127.0.0.1:{port}", f"http://localhost:{port}", *([_origin(address)] if address else [])])
+
+
+def _origin(address: str) -> str:
+    parts = urlsplit(address)
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def _guarded(program: str) -> list[str]:
+    return [sys.executable, "-m", "pipeline.guarded", program]
