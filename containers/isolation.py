@@ -23,8 +23,14 @@ PUBLISHED = "published on 127.0.0.1; what it reaches was not limited"
 NO_DNS = "127.0.0.1"
 
 # Only what answers leaves: packets of TCP that do not ask for a connection. Without a way to make other packets (raw
-# sockets are a capability) that is no more than answers, and it needs no tracking of connections.
+# sockets are a capability) that is no more than answers, and it needs no tracking of connections. Nor does it hear an
+# answer to what it may have asked before.
 _RULES = """*filter
+-F INPUT
+-A INPUT -i lo -j ACCEPT
+-A INPUT -p tcp --tcp-flags SYN,ACK SYN,ACK -j DROP
+-A INPUT -p tcp -j ACCEPT
+-A INPUT -j DROP
 -F OUTPUT
 -A OUTPUT -o lo -j ACCEPT
 -A OUTPUT -p tcp ! --syn -j ACCEPT
@@ -89,7 +95,10 @@ def _sealed(container: Container) -> bool:
         return False
     if _has_default_route(pid):
         _within(pid, ["ip", "route", "delete", "default"], "")
-    return all(_within(pid, [f"{family}-restore", "--wait", "10", "--noflush"], _RULES) for family in _FAMILIES)
+    ruled = all(_within(pid, [f"{family}-restore", "--wait", "10", "--noflush"], _RULES) for family in _FAMILIES)
+    # What waits for its neighbour's address has passed where the rules are now: with the device it is dropped.
+    devices = [(device, state) for device in _devices(pid) for state in ("down", "up")]
+    return ruled and all(_within(pid, ["ip", "link", "set", device, state], "") for device, state in devices)
 
 
 def _bridges(container: Container) -> list[str]:
@@ -131,6 +140,15 @@ def _ran(command: Sequence[str], text: str) -> bool:
     except (OSError, subprocess.TimeoutExpired):
         return False
     return done.returncode == 0
+
+
+def _devices(pid: int) -> list[str]:
+    """The devices of a process's network, but for loopback."""
+    try:
+        lines = Path(f"/proc/{pid}/net/dev").read_text().splitlines()[2:]
+    except OSError:
+        return []
+    return [name for line in lines if (name := line.partition(":")[0].strip()) != "lo"]
 
 
 def _has_default_route(pid: int) -> bool:
