@@ -14,12 +14,13 @@ _TESTS = Path(__file__).parent
 # From the longest to the shortest, so that both workers end at about the same time. What is in one group uses the same
 # thing, and two at once would disturb each other or make it twice.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "released": ("end_to_end/test_release.py", "end_to_end/test_elsewhere.py"),
-    "ui": ("end_to_end/test_survival.py", "end_to_end/test_ui.py", "end_to_end/test_automation.py"),
+    "release": ("end_to_end/test_release.py",),
     "checkpoints": ("stages/test_quantize.py", "stages/test_drift.py"),
+    "ui": ("end_to_end/test_survival.py", "end_to_end/test_ui.py", "end_to_end/test_automation.py"),
+    "elsewhere": ("end_to_end/test_elsewhere.py",),
     "instruction-sets": ("end_to_end/test_instruction_sets.py",),
-    "images": ("stages/test_image.py", "stages/test_reproducible.py", "stages/test_retention.py"),
     "vllm": ("stages/test_served.py", "stages/test_monitoring.py", "stages/test_planner.py"),
+    "images": ("stages/test_image.py", "stages/test_reproducible.py", "stages/test_retention.py"),
 }
 _GROUP_OF = {file: group for group, files in GROUPS.items() for file in files}
 _RANK = {group: rank for rank, group in enumerate(GROUPS)}
