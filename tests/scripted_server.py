@@ -35,7 +35,7 @@ class Script:
     the start and kept, ``leak_kib`` at each streamed request; ``/health`` is 200 from ``healthy_after`` seconds on,
     never if that is below 0. ``says`` is printed at the start. ``fail_at`` n is how vLLM fails when its engine does:
     at the n-th completion it writes what is in the file ``log``, answers 500 and ends with status 0 a moment later;
-    with 0 it writes that at its start and ends with status 1. ``illegal`` executes an instruction that no CPU has, at the start.
+    with 0 it writes that at its start and ends with status 1. ``illegal`` executes an instruction that no CPU has.
     """
 
     service_ms: float = 50.0
