@@ -91,6 +91,8 @@ class LiveDisplay:
             self.clear()
 
     def _drawn(self) -> RenderableType:
+        from registry.terminal import printable  # noqa: PLC0415 - the command line starts without the registry
+
         now = time.monotonic()
         table = Table.grid(padding=(0, 1))
         for _ in range(4):
@@ -100,7 +102,7 @@ class LiveDisplay:
         for row in list(self._rows.values()):
             bar = "" if row.share is None else ProgressBar(total=1.0, completed=row.share, width=_BAR_CELLS)
             seconds = Text(f"{now - row.started:.0f} s")
-            table.add_row(_SPINNER, Text(row.label, style="bold"), seconds, bar, Text(row.text))
+            table.add_row(_SPINNER, Text(printable(row.label), style="bold"), seconds, bar, Text(printable(row.text)))
         return table
 
 

@@ -28,8 +28,27 @@ FAILED, USAGE, REFUSED, INTERRUPTED = 1, 2, 3, 130
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 
-progress = Console(stderr=True, highlight=False, soft_wrap=True)
-results = Console(highlight=False, soft_wrap=True)
+
+class Terminal(Console):
+    """A console that shows what is printed as text, wherever that came from: no character of it acts on the terminal.
+
+    Everything that is printed as a string goes through here, cells of tables too.
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:  # noqa: ANN401 - rich's own
+        """Return the text for markup, with what a terminal would act on escaped."""
+        return super().render_str(shown(text, lines=True), **options)
+
+
+def shown(text: str, *, lines: bool = False) -> str:
+    """Return text from outside as a terminal may show it (`registry.terminal.printable`)."""
+    from registry.terminal import printable  # noqa: PLC0415 - the command line starts without the registry
+
+    return printable(text, lines=lines)
+
+
+progress = Terminal(stderr=True, highlight=False, soft_wrap=True)
+results = Terminal(highlight=False, soft_wrap=True)
 live = LiveDisplay(progress)
 _SAID = "said"
 
@@ -120,7 +139,7 @@ def say(line: str) -> None:
         live.set(_SAID, "", line, counted[1])
         return
     live.drop(_SAID)
-    progress.print(f"[dim]{escape(line)}[/]")
+    progress.print(f"[dim]{escape(shown(line))}[/]")
 
 
 def print_json(document: object) -> None:
@@ -130,8 +149,9 @@ def print_json(document: object) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a plain table to stdout; cells may hold rich's markup."""
+    """Print a plain table to stdout; cells may hold rich's markup, and are a line each."""
     live.clear()
+    rows = [[shown(cell) for cell in row] for row in rows]
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for index, column in enumerate(columns):
         widest = max(cell_len(Text.from_markup(row[index]).plain) for row in rows) if rows else 0

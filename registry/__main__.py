@@ -30,6 +30,7 @@ from registry.errors import (
 from registry.policy import Policy, Trust
 from registry.pull import Pulled, pull
 from registry.signing import load_trusted_keys
+from registry.terminal import printable
 from registry.tracking import with_credentials
 from registry.verify import verify
 from registry.watch import run, watch
@@ -151,7 +152,7 @@ def _verify(options: argparse.Namespace, trust: Trust, _: str) -> int:
     if options.json:
         _print({"verified": True, "manifest_digest": report.manifest_digest, "problems": []})
     else:
-        sys.stdout.write(f"{options.folder} is {report.manifest.name}, {report.manifest_digest}\n")
+        _show(f"{options.folder} is {report.manifest.name}, {report.manifest_digest}")
     return DONE
 
 
@@ -168,8 +169,7 @@ def _tell(pulled: Pulled, *, as_json: bool) -> None:
     if as_json:
         _print(told(pulled))
     else:
-        sys.stdout.write(f"{pulled.name} version {pulled.version} is in {pulled.folder}\n")
-        sys.stdout.flush()
+        _show(f"{pulled.name} version {pulled.version} is in {pulled.folder}")
 
 
 def _given(tracking_uri: str) -> str:
@@ -179,12 +179,16 @@ def _given(tracking_uri: str) -> str:
 
 
 def _print(document: Mapping[str, Any]) -> None:
-    sys.stdout.write(json.dumps(document) + "\n")
+    _show(json.dumps(document))
+
+
+def _show(line: str) -> None:
+    sys.stdout.write(printable(line) + "\n")
     sys.stdout.flush()
 
 
 def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
+    sys.stderr.write(printable(line) + "\n")
 
 
 if __name__ == "__main__":

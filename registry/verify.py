@@ -50,7 +50,8 @@ def verify(folder: Path, trusted_keys: Trust, *, required_gates: Sequence[str] |
     if document is None:
         raise VerificationError(folder, _ordered(problems))
     manifest, keyid = document.manifest, document.keyid
-    problems += policy.judge(manifest)
+    if keyid is not None:  # of what nobody signed no word is believed, nor shown
+        problems += policy.judge(manifest)
     problems += compare_files(folder, manifest.files, found, blamed={problem.what for problem in problems})
     if problems or keyid is None:
         raise VerificationError(folder, _ordered(problems))
@@ -155,8 +156,10 @@ def _signed_document(folder: Path, policy: Policy) -> tuple[_Document | None, li
     if data is not None and envelope is not None:
         try:
             if is_bundle(envelope):
-                keyid, statement = open_bundle(envelope, policy.keys, policy.authorities)
-                problems += _uncovered(folder, data, manifest, files_of(statement))
+                signer, statement = open_bundle(envelope, policy.keys, policy.authorities)
+                signed = files_of(statement)
+                problems += _uncovered(folder, data, manifest, signed)
+                keyid = signer if signed.get(MANIFEST) == hashlib.sha256(data).hexdigest() else None
             else:
                 keyid = verify_signature(Signature.parse(envelope), data, policy.keys)
                 if os.path.lexists(folder / PROVENANCE):
@@ -222,7 +225,8 @@ def check_documents(folder: Path, policy: Policy, expected_digest: str | None) -
     """Check manifest, signature and policy, before anything large is fetched; ``VerificationError`` as `verify`."""
     document, problems = _signed_document(folder, policy)
     if document is not None:
-        problems += policy.judge(document.manifest)
+        if document.keyid is not None:
+            problems += policy.judge(document.manifest)
         digest = document.manifest.digest
         if digest != expected_digest:
             problems.append(Problem(MANIFEST, f"its digest is {digest}, not {expected_digest} as registered"))
