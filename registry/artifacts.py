@@ -22,6 +22,7 @@ from registry.errors import PullError, TrackingError
 from registry.locations import checked
 from registry.network import MLFLOW_AUTHORITIES
 from registry.tracking import connected, local_folder
+from registry.walk import entries
 
 if TYPE_CHECKING:
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
@@ -139,6 +140,10 @@ def _walked(listed: Callable[[str], Iterator[tuple[str, bool]]]) -> list[str]:
     return sorted(found)
 
 
+def _unlisted(name: str, why: str) -> None:
+    raise PullError(f"`{name}` in the registered version's folder: {why}")
+
+
 class LocalArtifacts:
     """Files in a folder of this machine; those that are cold (`registry.tiers`) come from where they are kept."""
 
@@ -149,8 +154,7 @@ class LocalArtifacts:
         """List every file and link, and what is cold."""
         # Asked before and after: whichever way a file moves meanwhile, it is in one of the three.
         before = self._cold()
-        found = [path for path in self._folder.rglob("*") if path.is_symlink() or not path.is_dir()]
-        here = {path.relative_to(self._folder).as_posix() for path in found}
+        here = {name for name, _ in entries(self._folder, _unlisted)}
         return sorted(here | before.keys() | self._cold().keys())
 
     @contextmanager

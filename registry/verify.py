@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from registry.manifest import BOUNDS, DOCUMENTS, MANIFEST, PROVENANCE, SIGNATURE
 from registry.policy import Policy, Trust, policy_of
 from registry.provenance import statement as provenance_of
 from registry.signing import Signature, verify_signature
+from registry.walk import entries
 
 _CHUNK = 1 << 20
 
@@ -112,8 +113,7 @@ def _walk(folder: Path) -> tuple[dict[str, int], list[Problem]]:
     """Find the files that a manifest covers (path → size), and what may not be in a release folder; follow no link."""
     found: dict[str, int] = {}
     problems: list[Problem] = []
-    for entry in _entries(folder):
-        name = Path(entry.path).relative_to(folder).as_posix()
+    for name, entry in entries(folder, lambda what, why: problems.append(Problem(what, why))):
         mode = entry.stat(follow_symlinks=False).st_mode
         if stat.S_ISLNK(mode):
             problems.append(Problem(name, f"a symlink to `{Path(entry.path).readlink()}`: a release holds plain files"))
@@ -122,15 +122,6 @@ def _walk(folder: Path) -> tuple[dict[str, int], list[Problem]]:
         elif name not in DOCUMENTS:
             found[name] = entry.stat(follow_symlinks=False).st_size
     return found, problems
-
-
-def _entries(folder: Path | str) -> Iterator[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                yield from _entries(entry.path)
-            else:
-                yield entry
 
 
 @dataclass

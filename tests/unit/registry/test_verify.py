@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from release_folder import FILES, forged, make_release, passing
 
 from registry import VerificationError, verify
+from registry.__main__ import REFUSED, main
 from registry.signing import SigningKey, load_or_create_key
 from registry.verdict import Verdict
 
@@ -146,3 +148,39 @@ def test_the_message_stays_short_and_the_list_stays_whole(release: Path, signing
     with pytest.raises(VerificationError, match="and 47 more") as caught:
         verify(release, [signing_key.public])
     assert len(caught.value.problems) == 50
+
+
+def test_a_folder_that_cannot_be_walked_is_no_release_and_no_crash(
+    release: Path, signing_key: SigningKey, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "key.pub").write_bytes(signing_key.public.pem())
+    arguments = ["verify", str(release), "--key", str(tmp_path / "key.pub")]
+    (release / os.fsdecode(b"caf\xe9")).write_bytes(b"")
+    assert main(arguments) == REFUSED
+    with pytest.raises(VerificationError, match="its name is not UTF-8"):
+        verify(release, [signing_key.public])
+    (release / os.fsdecode(b"caf\xe9")).unlink()
+    (release / "locked").mkdir()
+    scan = os.scandir
+
+    def scandir(path: Path) -> object:  # root reads everything
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", scandir)
+        assert main(arguments) == REFUSED
+        with pytest.raises(VerificationError, match="locked: can't be read: Permission denied"):
+            verify(release, [signing_key.public])
+    place = os.open(release, os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("d", dir_fd=place)
+        deeper = os.open("d", os.O_RDONLY, dir_fd=place)
+        os.close(place)
+        place = deeper
+    os.close(place)
+    assert main(arguments) == REFUSED
+    with pytest.raises(VerificationError, match="more than 100 folders deep"):
+        verify(release, [signing_key.public])
+    subprocess.run(["rm", "-rf", release / "d"], check=True)  # pytest's own way of removing it recurses
