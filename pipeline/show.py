@@ -30,7 +30,7 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print the result
 
 
 class Terminal(Console):
-    """A console that shows what is printed as text, wherever that came from: no character of it acts on the terminal.
+    """A console that shows what is printed as text, wherever it came from: no character of it acts on the terminal.
 
     Everything that is printed as a string goes through here, cells of tables too.
     """
