@@ -23,7 +23,6 @@ from typing import Annotated
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
 from containers.gateway.errors import ConfigurationError, Refusal
-from registry.file_systems import flock
 
 PREFIX = "slw"
 _FORM = re.compile(rf"{PREFIX}-([0-9a-f]{{12}})-([A-Za-z0-9_-]{{43}})", re.ASCII)
@@ -176,7 +175,7 @@ def _changing(path: Path) -> Iterator[tuple[tuple[Key, ...], Callable[[Sequence[
     """Give the keys and what writes them whole, one process at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(path.name + ".lock").open("w") as lock:
-        flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield read(path), lambda keys: _write(path, keys)
 
 

@@ -37,6 +37,11 @@ def test_arrows_between_packages_point_one_way(package: str) -> None:
     assert imports(package) & others <= MAY_IMPORT[package]
 
 
+def test_the_gateway_needs_nothing_of_ours_but_itself() -> None:
+    """Neither its environment nor its image has more (`containers.gateway_image`)."""
+    assert not imports("containers/gateway") & (set(PACKAGES) - {"containers"})
+
+
 @pytest.mark.parametrize("package", ["evals", "containers", "registry"])
 def test_only_the_pipeline_knows_dagster(package: str) -> None:
     assert "dagster" not in imports(package)
