@@ -82,6 +82,7 @@ def _asked(model: str, settings: Settings, gpus: Sequence[Any], workload: Any) -
     """Find out what ``model`` names, and plan it; give the release too, where it is one."""
     from pipeline.errors import SpecError  # noqa: PLC0415
     from pipeline.planner import asking  # noqa: PLC0415
+    from pipeline.planner.data import check_data  # noqa: PLC0415
     from pipeline.spec import find, load  # noqa: PLC0415
 
     if _is_uri(model):
@@ -92,7 +93,9 @@ def _asked(model: str, settings: Settings, gpus: Sequence[Any], workload: Any) -
         except SpecError as error:
             unknown = error
         else:
-            return asking.plan_source(load(path), settings, gpus, workload), None
+            spec = load(path)
+            check_data(spec)
+            return asking.plan_source(spec, settings, gpus, workload), None
         if not _is_released(model, settings):
             raise unknown
     found = asking.look(model, settings)

@@ -7,7 +7,7 @@ that quantizes does again, since Dagster may run it alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pipeline.compatibility import backends
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 _NAMES = {"autoawq": "AutoAWQ", "gptqmodel": "GPTQModel", "autogptq": "AutoGPTQ"}
 # Its classes keep a linear's weight as [in, out] (transformers' Conv1D); the packed layouts here are of [out, in].
 _TRANSPOSED = frozenset({"gpt2"})
-# Of multi-head latent attention (DeepSeek V2 and V3, Kimi K2); found with GPTQModel 7.5.0 and a small DeepSeek V3.
+# Of multi-head latent attention (DeepSeek V2 and V3, Kimi K2). Both this and the next were found with GPTQModel 7.5.0.
 _LATENT = ".kv_a_proj_with_mqa"
+# Whose full and sliding layers rotate by different frequencies, in older configurations without `rope_parameters`.
+_ROTARY_BY_LAYER = ("gemma3", "gemma4")
 # AutoAWQ reserves ``out // 32 * 4`` words for a row of outputs (awq/modules/linear/gemm.py), and writes beyond them.
 _AUTOAWQ_OUTPUTS = 32
 # How many names a message gives.
@@ -79,10 +81,20 @@ def _by_backend(model: ModelDescription, method: str, backend: str) -> Iterator[
     spoiled = sorted(name for name in model.routers if known.packs(in_layer(name)))
     if spoiled:
         yield f"it would quantize the routers too ({_some(spoiled)})"
-    if (method, backend) == ("awq", "gptqmodel") and any(name.endswith(_LATENT) for name in model.linears):
-        yield "its search for AWQ's scales gives latent attention the wrong inputs and fails"
+    if (method, backend) == ("awq", "gptqmodel"):
+        yield from _scale_search(model)
     if backend in backends.ARCHIVED:
         yield from _newer_configuration(model, known)
+
+
+def _scale_search(model: ModelDescription) -> Iterator[str]:
+    """Where GPTQModel's search for AWQ's scales fails; GPTQ has no such search."""
+    if any(name.endswith(_LATENT) for name in model.linears):
+        yield "its search for AWQ's scales gives latent attention the wrong inputs"
+    rotary = model.text_config.get("rope_parameters")
+    by_layer = isinstance(rotary, Mapping) and any(isinstance(each, Mapping) for each in rotary.values())
+    if by_layer or model.architecture.startswith(_ROTARY_BY_LAYER):
+        yield "its search for AWQ's scales can't give each layer its own rotary positions"
 
 
 def _newer_configuration(model: ModelDescription, known: backends.KnownArchitecture) -> Iterator[str]:

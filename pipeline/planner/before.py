@@ -8,11 +8,10 @@ from pathlib import Path
 from containers import profile as profiles
 from containers.gpu import Gpu, gpus
 from containers.gpu_models import GpuDataError, GpuModel, find_gpu
-from evals import json_lines, planning
-from evals.errors import SuiteError
 from pipeline import source as sources
-from pipeline.errors import PlanError, SourceError, SpecError, UnsupportedModelError
+from pipeline.errors import PlanError, SourceError, UnsupportedModelError
 from pipeline.planner.asking import describe_source, plan_described, refusals, sentences
+from pipeline.planner.data import check_data
 from pipeline.planner.memory import Workload
 from pipeline.planner.plan import Plan, SchemePlan
 from pipeline.settings import Settings
@@ -21,8 +20,6 @@ from pipeline.spec import ModelSpec
 from pipeline.stages import source_recipe
 from pipeline.store import Store, require_room
 
-# So many rows of text at least are looked at; a file may have gigabytes.
-_ROWS = 10_000
 # What vLLM leaves free of a GPU by default.
 _VLLM_LEAVES = 0.08
 
@@ -66,28 +63,6 @@ def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Ca
     if problems:
         raise PlanError("; ".join(problems))
     return planned
-
-
-def check_data(spec: ModelSpec) -> None:
-    """Read every row of the files that a model's file names, which the stages read in an hour.
-
-    Raises:
-        SpecError: a file can't be read, a row is not what it should be, or there are too few; with file and line.
-    """
-    for key, path, wanted in (
-        ("calibration.uri", spec.calibration.uri, spec.calibration.samples),
-        ("load.prompts", spec.load.prompts, 1),
-    ):
-        try:
-            found = len(json_lines.read_rows(path, json_lines.TEXTS, max(wanted, _ROWS)))
-        except json_lines.JsonLinesError as error:
-            raise SpecError(f"`{key}`: {error}") from error
-        if found < wanted:
-            raise SpecError(f"`{key}`: {path} has {found} rows, and {wanted} are asked for: add text, or ask for fewer")
-    try:
-        planning.check_data(spec.evals)
-    except SuiteError as error:
-        raise SpecError(str(error)) from error
 
 
 def _too_large_for_gpu(scheme: SchemePlan) -> list[str]:

@@ -55,7 +55,7 @@ PAIRS = [(method, backend) for method, named in backends.METHODS.items() for bac
 DENSE = {"llama", "qwen2"}
 ABLE = {
     ("awq", "autoawq"): DENSE | {"qwen3", "phi3", "mixtral", "gemma2", "deepseek_v3"},
-    ("awq", "gptqmodel"): DENSE | {"qwen3", "ministral3", "gemma2", "gemma3_text", "qwen3_moe"},
+    ("awq", "gptqmodel"): DENSE | {"qwen3", "ministral3", "gemma2", "qwen3_moe"},
     ("gptq", "gptqmodel"): DENSE | {"qwen3", "ministral3", "gemma2", "gemma3_text", "qwen3_moe", "deepseek_v3"},
     ("gptq", "autogptq"): DENSE | {"mixtral"},
 }
@@ -84,6 +84,8 @@ def test_a_family_is_accepted_or_refused_from_its_headers(
         ("phi3", ("gptq", "gptqmodel"), "`model.layers.0.mlp.gate_up_proj`.*use `method: awq` with `backend: autoawq`"),
         ("mixtral", ("gptq", "gptqmodel"), "experts.0.w1`.*use `backend: autogptq`"),
         ("qwen3_moe", ("awq", "autoawq"), "the routers too.*no `num_experts`.*use `backend: gptqmodel`"),
+        ("gemma3_text", ("awq", "gptqmodel"), "its own rotary positions: use `method: gptq` with `backend: gptqmodel`"),
+        ("deepseek_v3", ("awq", "gptqmodel"), "latent attention the wrong inputs: use `backend: autoawq`"),
         ("ministral3", ("awq", "autoawq"), "does not know this architecture.*use `backend: gptqmodel`"),
     ],
 )
@@ -249,7 +251,9 @@ def test_plan_refuses_what_it_can_neither_plan_nor_make(tmp_path: Path, monkeypa
         ("cloze.jsonl", {"id": "a", "question": "b"}, r"`evals\.tasks\.cloze`: .*line 3: `context` is missing"),
     ],
 )
-def test_data_is_read_before_a_release_begins(name: str, row: dict[str, str], reason: str, tmp_path: Path) -> None:
+def test_data_is_read_before_a_release_begins(
+    name: str, row: dict[str, str], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_model_file(tmp_path, write_family(tmp_path / "source", "llama"), MINISTRAL)
     changed = tmp_path / name
     lines = (DEMO / name).read_bytes().split(b"\n")
@@ -261,3 +265,7 @@ def test_data_is_read_before_a_release_begins(name: str, row: dict[str, str], re
     path.write_text(yaml.safe_dump(document))
     with pytest.raises(SpecError, match=reason):
         foresee(load(path), ["awq"], Settings.read({"SLIPWAY_HOME": str(tmp_path / "home")}), print)
+    monkeypatch.setenv("SLIPWAY_HOME", str(tmp_path / "home"))
+    planned = CliRunner().invoke(main, ["plan", str(path), "--gpu", "L4"])
+    assert planned.exit_code == USAGE
+    assert re.search(reason, planned.stderr.replace("\n", " "))
