@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import Checkpoint, make_checkpoint, read_checkpoint
+from demo_checkpoints import Checkpoint, make_checkpoint, read_checkpoint
 from real_server import AWS, BUCKET, s3_server
 
 from pipeline.quantize import Scheme

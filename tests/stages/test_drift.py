@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import Checkpoint
+from demo_checkpoints import Checkpoint
 
 from evals.answers import Answers
 from evals.asking import ask, measure_layers, overlapping

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import Checkpoint, make_checkpoint
+from demo_checkpoints import Checkpoint, make_checkpoint
 
 from containers.gpu import gpus
 from homes import DEMO
