@@ -100,6 +100,7 @@ class RuntimeProfile(_Strict):
     torch: Annotated[str, StringConstraints(pattern=r"^\d+\.\d+\.\d+$")] | None = None
     omit: tuple[RelativePath, ...] = ()
     describe_models: bool = False
+    cpu_kernels: bool = False
     environment: Mapping[EnvironmentName, str] = Field(default_factory=dict)
     entrypoint: tuple[Word, ...] = Field(min_length=1)
     arguments: tuple[Word, ...] = ()
@@ -122,7 +123,7 @@ class RuntimeProfile(_Strict):
 
     def contents_digest(self) -> str:
         """Return ``sha256:…`` over what decides the files of the runtime's own layer, but for the base's content."""
-        names = ("python", "torch", "omit", "describe_models")
+        names = ("python", "torch", "omit", "describe_models", "cpu_kernels")
         environment = self.full_environment if self.describe_models else {}
         return self._digest({**{name: getattr(self, name) for name in names}, "environment": environment})
 
@@ -147,7 +148,8 @@ class RuntimeProfile(_Strict):
 
 
 # What the assembly's script calls or puts into the runtime.
-SCRIPTS = ("compile.py", "describe_models.py", "slipway_torch.py")
+KERNELS = tuple(f"slipway_kernels/{path.name}" for path in sorted((RUNTIMES / "slipway_kernels").glob("*.py")))
+SCRIPTS = ("compile.py", "describe_models.py", "slipway_torch.py", *KERNELS)
 _INSTALLER = tuple(RUNTIMES / name for name in ("assemble.sh", *SCRIPTS, "installer.txt"))
 
 

@@ -95,6 +95,7 @@ def render(profile: RuntimeProfile) -> dict[str, str]:
         environment = shlex.join(f"{name}={value}" for name, value in sorted(profile.full_environment.items()))
         describe = f"env {environment} PYTHONHASHSEED=0 /opt/venv/bin/python -W ignore /describe_models.py"
     values = {"python": profile.python, "omit": " ".join(profile.omit), "describe": describe}
+    values["cpu_kernels"] = str(profile.cpu_kernels).lower()
     # One that is not given is a KeyError; the shell's own `$name` stays.
     template = (RUNTIMES / "assemble.sh").read_text(encoding="utf-8")
     script = re.sub(r"\$\{([a-z_]+)\}", lambda match: values[match[1]], template)

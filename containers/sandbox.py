@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import threading
@@ -173,7 +174,7 @@ def serve(
         container = create(client, image, {
             "name": full_name,
             "labels": {**(labels or {}), **ownership(home)},
-            "environment": {**_ENVIRONMENT, **_bound_to(given), **(environment or {})},
+            "environment": {**_ENVIRONMENT, **_cpu_limit(), **_bound_to(given), **(environment or {})},
             "command": None if command is None else list(command),
             "volumes": {str(path): {"bind": place, "mode": "ro"} for path, place in (mounts or {}).items()},
             "device_requests": None if gpu is None else [DeviceRequest(device_ids=[gpu], capabilities=[["gpu"]])],
@@ -249,6 +250,11 @@ def sweep(client: docker.DockerClient, home: Path) -> list[str]:
     for marker in markers:
         marker.unlink(missing_ok=True)
     return swept
+
+
+def _cpu_limit() -> dict[str, str]:
+    """What a runtime reads of this process's environment: with it a CPU behaves as one without AVX-512."""
+    return {name: os.environ[name] for name in ("SLIPWAY_CPU_ISA",) if name in os.environ}
 
 
 def hardening(memory_bytes: int) -> dict[str, Any]:

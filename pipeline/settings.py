@@ -21,7 +21,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 # What a child process needs of the parent's environment; everything else, secrets among it, stays behind.
 _PASSED_ON = (
     "PATH", "LANG", "LC_ALL", "TZ", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE",
-    "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "NVIDIA_VISIBLE_DEVICES",
+    "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "NVIDIA_VISIBLE_DEVICES", "SLIPWAY_CPU_ISA",
 )  # fmt: skip
 # What the installer needs beside: indexes, certificates and caches as the machine sets them.
 _INSTALLER_PREFIXES = ("PIP_", "UV_", "XDG_CACHE_HOME", "HOME", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")

@@ -15,6 +15,12 @@ rm -rf ${omit}
 echo 'import ctypes; ctypes.CDLL(None).syscall(158, 0x1023, 18)' > slipway_amx.pth
 cp /slipway_torch.py .
 echo 'import slipway_torch' > slipway_torch.pth
+if ${cpu_kernels}; then
+  cp -r /slipway_kernels .
+  mkdir slipway_kernels-1.dist-info
+  printf 'Metadata-Version: 2.1\nName: slipway-kernels\nVersion: 1\n' > slipway_kernels-1.dist-info/METADATA
+  printf '[vllm.general_plugins]\nslipway_kernels = slipway_kernels:register\n' > slipway_kernels-1.dist-info/entry_points.txt
+fi
 # A read-only container can't keep what it compiles: without this every start compiles thousands of modules again.
 /opt/venv/bin/python /compile.py .
 ${describe}

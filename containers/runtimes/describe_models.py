@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from vllm.model_executor.models import registry  # type: ignore[import-not-found]
+from vllm.model_executor.models import registry
 
 
 def main() -> None:

@@ -1,0 +1,102 @@
+"""Linear layers in the CPU runtime, with all that this CPU has and held to AVX2: their results, and what ran."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import docker
+import pytest
+
+from containers import profile
+from containers.assembly import ran
+from containers.layers import Member, archive, plain_files
+from containers.runtime import build_runtime
+from evals import packed
+from homes import DEMO
+from pipeline.settings import Settings
+
+CHECK = Path(__file__).with_name("kernels_check.py")
+OURS, VLLM = "Float32PackedLinearKernel", "CPUWNA16LinearKernel"
+# One process, so that vLLM is imported once for all models.
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HOME": "/tmp", "VLLM_HOST_IP": "127.0.0.1"}  # noqa: S108 - inside the container
+
+
+@pytest.fixture(scope="module")
+def runtime(engine: docker.DockerClient, machine: Settings) -> str:
+    """The CPU runtime, without a model."""
+    return build_runtime(engine, profile.load("vllm-cpu"), machine.home, print).image_id
+
+
+@pytest.fixture(scope="module", params=["", "avx2"], ids=["as it is", "held to AVX2"])
+def found(
+    request: pytest.FixtureRequest, engine: docker.DockerClient, machine: Settings, runtime: str
+) -> dict[str, Any]:
+    """What `kernels_check.py` prints, what the engine said of its kernels (``said``), and what the CPU may use."""
+    files = archive(
+        [
+            Member("check/kernels_check.py", CHECK),
+            Member("check/packed.py", Path(packed.__file__)),
+            *plain_files(DEMO / "model", "check/model"),
+        ]
+    )
+    lines: list[str] = []
+    command = ["/opt/venv/bin/python", "/check/kernels_check.py"]
+    environment = {**ONE_PROCESS, "SLIPWAY_CPU_ISA": request.param}
+    home = machine.home
+    with ran(
+        engine, runtime, command, what="the check", home=home, progress=lines.append, files=files,
+        environment=environment,
+    ):  # fmt: skip
+        marked = {mark: [line.split(mark)[1] for line in lines if mark in line] for mark in ("checked: ", "kernels: ")}
+    assert marked["checked: "], lines[-20:]
+    limited = machine.cpu if not request.param else Settings.read({"SLIPWAY_CPU_ISA": request.param}).cpu
+    said = [json.loads(line) for line in marked["kernels: "]]
+    return {**json.loads(marked["checked: "][0]), "said": said, "isa": limited.instruction_set}
+
+
+def test_the_variable_chooses_the_build_of_the_kernels(found: dict[str, Any]) -> None:
+    build = {"avx2": "_C_AVX2", "avx512": "_C_AVX512"}.get(found["isa"], "_C")
+    assert found["builds"] == [f"{build}.abi3.so"]
+
+
+def test_a_packed_layer_is_as_exact_as_its_arithmetic(found: dict[str, Any]) -> None:
+    assert len(found["layers"]) == 36
+    for layer in found["layers"]:
+        # What vLLM's own kernel takes is left to it, where its build has it.
+        own = layer["bits"] == 4 and layer["shape"] == [256, 96] and found["isa"] != "avx2"
+        assert layer["kernel"] == (VLLM if own else OURS), layer
+        assert layer["rounded" if own else "float32"] < 1, layer
+        # Nothing is left of the packed weights beside the float32 copy.
+        assert own or not layer["left"], layer
+
+
+def test_a_16_bit_layer_is_as_exact_as_its_arithmetic_and_kept_once(found: dict[str, Any]) -> None:
+    native = found["isa"] in {"avx512_bf16", "amx"}
+    for layer in found["plain"]:
+        assert layer["float32"] < 1, layer
+        assert not layer["left"], layer
+        if layer["kind"] == "torch.bfloat16":
+            assert (layer["kernel"] != "float32") == native, layer
+
+
+def test_the_engine_serves_every_packed_layout_and_says_what_it_runs(found: dict[str, Any]) -> None:
+    assert set(found["answers"].values()) == {'__":\n           '}
+    assert len(found["answers"]) == len(found["said"]) == 4
+    packed_by = VLLM if found["isa"] != "avx2" else OURS
+    ran_by = [{}, {packed_by: 16}, {packed_by: 16}, {OURS: 16}]
+    assert [line["linear_quantized"] for line in found["said"]] == ran_by
+    for line in found["said"]:
+        assert list(line) == sorted(line)
+        assert line["instruction_set"] == found["isa"]
+        assert (line["linear_16bit"] == "float32") == (found["isa"] not in {"avx512_bf16", "amx"})
+        assert line["threads"] >= 1
+        assert {line["compute_dtype"], line["kv_cache_dtype"]} == {"bfloat16"}
+        assert line["attention"] == "CPU_ATTN"
+
+
+def test_an_engine_without_the_plugin_does_not_start(found: dict[str, Any]) -> None:
+    not_loaded, broken = found["refused"]
+    assert "vLLM has not loaded the plugin `slipway_kernels`" in not_loaded
+    assert "slipway_kernels.packed" in broken
