@@ -39,6 +39,8 @@ _SEED = 0
 # applied (its weights have 16 bits, `preflight` has seen to that), and the names of code that came with the model.
 _LEFT_OUT = ("quantization_config", "auto_map")
 _GPTQ_ONLY = ("symmetric", "desc_act")
+# What vLLM 0.32 loads of GPTQ on any device (`auto_gptq.py`, `gptq_utils.py`).
+_SERVED_BITS = (4, 8)
 
 
 class Scheme(BaseModel):
@@ -75,6 +77,16 @@ class Scheme(BaseModel):
         if self.backend != "autoawq" and "clone_saved_weights" in self.model_fields_set:
             raise ValueError("`clone_saved_weights` means something to the backend `autoawq` alone: remove it")
         return self
+
+    @property
+    def not_served(self) -> str | None:
+        """The key whose value vLLM refuses on every device, or None where it serves the scheme."""
+        if self.bits not in _SERVED_BITS:
+            return "bits"
+        if not self.symmetric:
+            return "symmetric"
+        # With one group over a whole input the order of columns changes nothing.
+        return "desc_act" if self.desc_act and self.group_size > 0 else None
 
 
 class Backend(Protocol):

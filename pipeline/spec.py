@@ -155,9 +155,22 @@ def load(path: Path) -> ModelSpec:
         spec = ModelSpec.model_validate({**resolved, "path": path})
     except ValidationError as error:
         problems += [explain(detail, _known_keys()) for detail in error.errors()]
+    else:
+        problems += _not_served(spec)
     if problems:
         raise SpecError("\n".join([f"{path} is not a model's file:", *(f"  {problem}" for problem in problems)]))
     return spec
+
+
+def _not_served(spec: ModelSpec) -> Iterator[str]:
+    """The schemes that no server can be started with, where one is to answer: found here rather than at its start."""
+    for name, scheme in spec.schemes.items() if spec.evals.engine == "served" else ():
+        if key := scheme.not_served:
+            yield (
+                f"`schemes.{name}.{key}`: vLLM serves no GPTQ like this, only 4 and 8 bits, `symmetric: true`, "
+                f"`desc_act: false`: change it, or set `evals: {{engine: hf}}` to evaluate it all the same "
+                f"(found {getattr(scheme, key)!r})"
+            )
 
 
 def _resolved(document: Mapping[str, Any], folder: Path, problems: list[str]) -> dict[str, Any]:

@@ -225,6 +225,37 @@ def test_causes_of_drift_that_come_together_are_accepted_together(write: Write) 
     assert "there is no cause" in refusal(write(put(key, {"too-few-items+baseline-at-chance": "not sorted"})))
 
 
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"bits": 2}, "bits"),
+        ({"bits": 3}, "bits"),
+        ({"symmetric": False}, "symmetric"),
+        ({"desc_act": True}, "desc_act"),
+    ],
+)
+def test_a_scheme_that_vllm_refuses_on_every_device_is_refused_before_it_is_made(
+    write: Write, changes: dict[str, Any], key: str
+) -> None:
+    def change(document: dict[str, Any]) -> None:
+        document["schemes"]["gptq"] |= changes
+
+    message = refusal(write(change))
+    assert f"`schemes.gptq.{key}`: vLLM serves no GPTQ like this" in message
+    assert "`evals: {engine: hf}`" in message
+
+    def by_transformers(document: dict[str, Any]) -> None:
+        change(document)
+        document["evals"]["engine"] = "hf"
+
+    assert load(write(by_transformers)).schemes["gptq"].not_served == key
+
+
+@pytest.mark.parametrize("changes", [{"bits": 8}, {"group_size": -1}, {"group_size": -1, "desc_act": True}])
+def test_what_vllm_serves_of_gptq_is_let_through(write: Write, changes: dict[str, Any]) -> None:
+    assert load(write(lambda document: document["schemes"]["gptq"].update(changes))).schemes["gptq"].not_served is None
+
+
 def test_a_model_is_a_name_in_the_models_folder_or_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "demo.yaml"
     path.touch()
