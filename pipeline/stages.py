@@ -26,7 +26,7 @@ from containers.layout import has_layers, write_layout
 from containers.oci import digest_of
 from evals import drift as drifts
 from evals import load as loads
-from evals.expected_memory import expect
+from evals.expected_memory import Expected, expect
 from evals.pairs import read_drift
 from pipeline import quantize as quantization
 from pipeline import source as sources
@@ -34,6 +34,8 @@ from pipeline.environments import Progress, pins_digest
 from pipeline.errors import PlanError
 from pipeline.launchers import chosen as launchers
 from pipeline.planner.facts import read_facts
+from pipeline.planner.sources import describe_folder
+from pipeline.planner.weights import stored
 from pipeline.quantize import Scheme
 from pipeline.settings import CHECKOUT, Settings
 from pipeline.shared_store import SharedStore
@@ -179,7 +181,7 @@ CODE: Mapping[str, str] = {
         *("evals/load.py", "evals/load_plan.py", "evals/load_evidence.py", "evals/traffic", "evals/capacity.py"),
         *("evals/faults.py", "evals/slo.py", "evals/trend.py", "evals/engine_metrics.py", "evals/expected_memory.py"),
         *("containers/sandbox.py", "containers/engine_log.py", "containers/isolation.py", "containers/memory.py"),
-        *("containers/core_pool.py", "containers/kernels.py"),
+        *("containers/core_pool.py", "containers/kernels.py", "pipeline/planner/weights.py"),
     ),
     "release": code_of(
         *("pipeline/promotion.py", "registry/seal.py", "registry/manifest.py", "registry/bundle.py"),
@@ -360,7 +362,6 @@ def load_test(
     A server that never gets healthy is evidence like any other: the gate fails it, the stage does not. An image that
     needs a GPU is not started where there is none: that is inconclusive.
     """
-    weights = sum(int(entry["size"]) for name, entry in quantized.files.items() if name.endswith(".safetensors"))
     with (
         bench.device(),
         bench.cores(alone=True),
@@ -397,11 +398,18 @@ def load_test(
                     run_worker=Workers(bench.settings, bench.progress, bootstrap=bench.bootstrap),
                     progress=bench.progress,
                     live=live,
-                    expected=expect(weights, record.runtime, profiles.load(record.runtime).full_environment),
+                    expected=_expected_memory(bench, record, quantized),
                 )
         except sandbox.UnhealthyError as error:
             bench.progress(str(error))
             return loads.write_unhealthy(str(error), plan, folder)
+
+
+def _expected_memory(bench: Bench, record: images.ImageRecord, quantized: Artifact) -> Expected | None:
+    """What the server should take: on a CPU, which may hold float32 copies of weights, by its instruction set."""
+    weights = stored(describe_folder(quantized.folder).model)
+    size = weights.bytes if record.minimum_driver else weights.on_cpu(bench.settings.cpu.instruction_set)
+    return expect(size, record.runtime, profiles.load(record.runtime).full_environment)
 
 
 def verdict(gate: str, evidence: Artifact, spec: ModelSpec) -> Verdict:

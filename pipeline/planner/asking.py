@@ -190,6 +190,8 @@ def _released_weights(manifest: Manifest, facts: ModelFacts) -> Weights:
         quantized=max(0, numbers - kept),
         bits=int(bits) if isinstance(bits, int) else 4,
         group_size=int(group) if isinstance(group, int) else None,
+        linear=max(0, numbers - kept),
+        head=facts.embedding,
     )
 
 

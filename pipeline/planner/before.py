@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from containers import profile as profiles
+from containers.cpu import Cpu
 from containers.gpu import Gpu, gpus
 from containers.gpu_models import GpuDataError, GpuModel, find_gpu
 from pipeline import source as sources
@@ -58,7 +59,7 @@ def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Ca
     problems = _disk(planned, settings, pulled) + [
         problem
         for scheme in chosen
-        for problem in (_too_large_for_gpu(scheme) if on_gpu else _too_large_for_limit(scheme, spec))
+        for problem in (_too_large_for_gpu(scheme) if on_gpu else _too_large_for_limit(scheme, spec, settings.cpu))
     ]
     if problems:
         raise PlanError("; ".join(problems))
@@ -76,13 +77,15 @@ def _too_large_for_gpu(scheme: SchemePlan) -> list[str]:
     ]
 
 
-def _too_large_for_limit(scheme: SchemePlan, spec: ModelSpec) -> list[str]:
-    limit = int(spec.load.memory.limit_bytes)
-    if scheme.weights.bytes <= limit:
+def _too_large_for_limit(scheme: SchemePlan, spec: ModelSpec, cpu: Cpu) -> list[str]:
+    limit, weights = int(spec.load.memory.limit_bytes), scheme.weights
+    held = weights.on_cpu(cpu.instruction_set)
+    if held <= limit:
         return []
-    size, given = scheme.weights.bytes / 2**30, limit / 2**30
+    size, given = held / 2**30, limit / 2**30
+    copies = "" if held == weights.bytes else f", in float32 for want of bfloat16 (this CPU has {cpu.instruction_set})"
     return [
-        f"{scheme.weights.scheme} has {size:.2f} GiB of weights, and `load.memory.limit_bytes` gives {given:.2f} GiB"
+        f"{weights.scheme} has {size:.2f} GiB of weights{copies}, and `load.memory.limit_bytes` gives {given:.2f} GiB"
     ]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from containers.cpu import INSTRUCTION_SETS
 from containers.gpu_models import GpuModel, price_source
 from pipeline.planner.facts import ModelFacts
 from pipeline.planner.memory import Demand, Workload, most_requests, smallest_fit, usable_bytes
@@ -67,6 +68,7 @@ class SchemePlan:
         return {
             "scheme": self.weights.scheme,
             "weights_bytes": self.weights.bytes,
+            "weights_bytes_on_cpu": {name: self.weights.on_cpu(name) for name in INSTRUCTION_SETS if name != "none"},
             "bits_per_weight": self.weights.bits_per_weight,
             "parameters": self.weights.numbers,
             "gpus": [placement.document() for placement in self.placements],

@@ -7,14 +7,19 @@ A linear layer of [out, in] at b bits in groups of s takes, in bytes, with g = c
 
 Everything else, embeddings, norms and the head among it, stays as it is, at 16 bits. So "4 bits" in groups of 128 are
 4.16 over the quantized layers, and more over the whole model.
+
+A CPU's server may hold float32 copies in place of them (`containers/runtimes/slipway_kernels`), 4 bytes a weight: of
+16-bit layers where the CPU does not multiply bfloat16 (of the head, beside its 16-bit weight); of layers packed at 4
+bits, eight times as much, where it has no AVX-512; of those packed at 8 bits on every CPU, for vLLM has no kernel.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from containers.cpu import InstructionSet
 from pipeline.checkpoint import packed_layout
 from pipeline.compatibility.description import FLOATS, ModelDescription
 from pipeline.planner.facts import ModelFacts
@@ -23,13 +28,18 @@ from pipeline.safetensors_headers import Tensor
 
 FP16 = "fp16"
 _DTYPE_BYTES = {"F16": 2, "I32": 4}
+_FLOAT32_BYTES = 4
+_PACKED_BITS = 4  # of vLLM's kernel on CPUs
+_PACKED_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+_HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
 @dataclass(frozen=True)
 class Weights:
     """The weights in one scheme: ``bytes`` of all tensors, of which ``packed`` are those of the quantized layers.
 
-    ``numbers`` counts the model's weights, ``quantized`` those in quantized layers. ``bits`` is the scheme's.
+    ``numbers`` counts the model's weights, ``linear`` those in linear layers, ``quantized`` those in quantized layers,
+    ``head`` those that give a token's probabilities. ``bits`` is the scheme's.
     """
 
     scheme: str
@@ -39,6 +49,16 @@ class Weights:
     quantized: int
     bits: int
     group_size: int | None
+    linear: int
+    head: int
+
+    def on_cpu(self, instruction_set: InstructionSet) -> int:
+        """Bytes that they take in a CPU runtime's server on such a CPU, with float32 copies in place of weights."""
+        multiplies = instruction_set in {"avx512_bf16", "amx"}
+        in_place = self.bits == _PACKED_BITS and instruction_set != "avx2" if self.quantized else multiplies
+        stored = self.packed or 2 * self.linear
+        kept = stored if in_place else _FLOAT32_BYTES * self.linear
+        return self.bytes - stored + kept + (0 if multiplies else _FLOAT32_BYTES * self.head)
 
     @property
     def bits_per_weight(self) -> float:
@@ -49,7 +69,8 @@ class Weights:
 def unquantized(model: ModelDescription) -> Weights:
     """The weights as served without a scheme: 16 bits a number, what is stored in less (FP8) as it is stored."""
     size = sum(_at_16_bits(tensor) for tensor in model.tensors.values())
-    return Weights(FP16, size, 0, _numbers(model.tensors), 0, 16, None)
+    linear = sum(math.prod(tensor.shape) for tensor in model.linears.values())
+    return Weights(FP16, size, 0, _numbers(model.tensors), 0, 16, None, linear, _head(model.tensors))
 
 
 def quantized(name: str, scheme: Scheme, model: ModelDescription) -> Weights:
@@ -62,7 +83,25 @@ def quantized(name: str, scheme: Scheme, model: ModelDescription) -> Weights:
     )
     rest = sum(_at_16_bits(tensor) for key, tensor in model.tensors.items() if key not in linears)
     weights = sum(math.prod(tensor.shape) for tensor in linears.values())
-    return Weights(name, packed + rest, packed, _numbers(model.tensors), weights, scheme.bits, scheme.group_size)
+    return Weights(
+        name, packed + rest, packed, _numbers(model.tensors), weights, scheme.bits, scheme.group_size, weights,
+        _head(model.tensors),
+    )  # fmt: skip
+
+
+def stored(model: ModelDescription) -> Weights:
+    """The weights of a checkpoint as they lie there, packed or not."""
+    packed = {name: tensor for name, tensor in model.tensors.items() if name.rpartition(".")[2] in _PACKED_PARTS}
+    rest = unquantized(replace(model, tensors={name: model.tensors[name] for name in model.tensors.keys() - packed}))
+    if not packed:
+        return rest
+    bits = int(model.config["quantization_config"]["bits"])
+    words = sum(math.prod(tensor.shape) for name, tensor in packed.items() if name.endswith(".qweight"))
+    numbers, size = words * 32 // bits, sum(tensor.bytes for tensor in packed.values())
+    return replace(
+        rest, scheme="", bytes=rest.bytes + size, packed=size, numbers=rest.numbers + numbers, quantized=numbers,
+        bits=bits, linear=numbers,
+    )  # fmt: skip
 
 
 def bytes_per_step(weights: Weights, facts: ModelFacts, requests: int) -> float:
@@ -85,6 +124,15 @@ def active_numbers(weights: Weights, facts: ModelFacts) -> float:
     embedding = 0 if facts.tied else facts.embedding
     unused = facts.all_experts * (1 - facts.experts_per_token / facts.experts) if facts.experts else 0
     return max(0.0, weights.numbers - embedding - unused)
+
+
+def _head(tensors: Mapping[str, Tensor]) -> int:
+    """A model without a head of its own multiplies with its input embedding."""
+    for suffix in (_HEAD, _EMBEDDING):
+        found = [math.prod(tensor.shape) for name, tensor in tensors.items() if name.endswith(suffix)]
+        if found:
+            return max(found)
+    return 0
 
 
 def _numbers(tensors: Mapping[str, Tensor]) -> int:

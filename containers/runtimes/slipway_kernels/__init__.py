@@ -11,7 +11,7 @@ A worker writes one line to stderr once its model is loaded (the first of severa
 behind vLLM's own prefix, if any. What follows ``slipway kernels: `` up to the line's end is a JSON object with sorted
 keys, all of them always there:
 
-- ``attention`` (string): vLLM's attention backends, joined by ``+``
+- ``attention`` (string): vLLM's attention backends, joined by ``+``; ``none`` where there are none
 - ``compute_dtype`` (string): what layers hand to each other: ``bfloat16``, ``float16``, ``float32``
 - ``cpu_model`` (string): as /proc/cpuinfo has it; ``unknown`` where it has none
 - ``instruction_set`` (string): the best that kernels may use: ``avx2``, ``avx512``, ``avx512_bf16``, ``amx``

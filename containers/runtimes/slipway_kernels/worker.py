@@ -51,7 +51,7 @@ class Worker(CPUWorker):  # type: ignore[misc]
         plain = {unquantized.used_by(module) for module in model.modules()} - {None}
         named = sorted(f"{each}" if each == unquantized.OURS else f"{each}-{compute}" for each in plain)
         return {
-            "attention": "+".join(sorted(backends)),
+            "attention": "+".join(sorted(backends)) or "none",
             "compute_dtype": compute,
             "cpu_model": _cpu_model(),
             "instruction_set": unquantized.instruction_set(),

@@ -35,7 +35,7 @@ from pipeline.planner.memory import (
 from pipeline.planner.plan import make_plan
 from pipeline.planner.sources import describe, describe_folder
 from pipeline.planner.speed import roofline
-from pipeline.planner.weights import Weights, active_numbers, bytes_per_step, quantized, unquantized
+from pipeline.planner.weights import Weights, active_numbers, bytes_per_step, quantized, stored, unquantized
 from pipeline.quantize import Scheme
 from pipeline.safetensors_headers import Tensor, read_model
 from pipeline.settings import Settings
@@ -226,12 +226,39 @@ def test_what_is_stored_in_8_bits_is_served_in_8_and_its_scales_are_no_weights()
     assert (found.bytes, found.numbers) == (4096 + 2 + 1024, 4096 + 512)
 
 
+def test_a_cpu_without_bfloat16_holds_float32_copies() -> None:
+    model = model_of(PUBLIC["llama-3.1-70b"]["config"])
+    half, awq = unquantized(model), quantized("awq", AWQ, model)
+    eight = quantized("gptq8", Scheme(method="gptq", backend="gptqmodel", bits=8), model)
+    head, linear = 128256 * 8192, half.linear
+    assert (half.head, awq.head, awq.linear) == (head, head, linear)
+    # Packed at 4 bits and a little for scales, each weight becomes 4 bytes: 7.7 times as much.
+    assert awq.on_cpu("avx2") == awq.bytes - awq.packed + 4 * linear + 4 * head
+    assert 4 * linear / awq.packed == pytest.approx(7.7, abs=0.1)
+    assert half.on_cpu("avx2") == half.on_cpu("avx512") == half.bytes + 2 * linear + 4 * head
+    # With AVX-512 vLLM has a kernel for 4 bits, and none for 8.
+    assert awq.on_cpu("avx512") == awq.bytes + 4 * head
+    assert eight.on_cpu("avx512") == eight.on_cpu("avx2") == awq.on_cpu("avx2")
+    assert eight.on_cpu("amx") == eight.bytes - eight.packed + 4 * linear
+    for weights in (half, awq):
+        assert weights.on_cpu("avx512_bf16") == weights.on_cpu("amx") == weights.bytes
+
+
+def test_a_checkpoint_says_itself_what_it_takes_on_a_cpu(tmp_path: Path) -> None:
+    model = describe_folder(DEMO / "model").model
+    assert stored(model) == unquantized(model)
+    checkpoint = checkpoints.write_quantized(tmp_path / "awq")
+    awq = Scheme(method="awq", backend="gptqmodel", group_size=32)
+    planned = quantized("", awq, describe_folder(checkpoints.write_source(tmp_path / "source")).model)
+    assert stored(describe_folder(checkpoint).model).on_cpu("avx2") == planned.on_cpu("avx2")
+
+
 def test_a_step_reads_the_experts_that_somebody_is_sent_to() -> None:
     facts = facts_of("qwen3-235b-a22b")
     experts = 94 * 128 * 3 * 4096 * 1536
     assert facts.all_experts == experts
     total = 235_093_634_560
-    weights = Weights("fp16", 2 * total, 0, total, 0, 16, None)
+    weights = Weights("fp16", 2 * total, 0, total, 0, 16, None, total, 0)
     assert active_numbers(weights, facts) / 1e9 == pytest.approx(22.2 - 0.6, abs=0.2)
     one, many = bytes_per_step(weights, facts, 1), bytes_per_step(weights, facts, 4096)
     assert one == pytest.approx(2 * active_numbers(weights, facts))
