@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, DAGSTER_PIPES_MESSAGES_ENV_VAR, decode_param
+
+from pipeline.launchers import node
 from pipeline.launchers.node import own_folder
 from pipeline.settings import CHECKOUT
 
@@ -42,3 +46,25 @@ def test_what_a_killed_errand_left_is_removed_by_the_next_and_one_that_goes_on_i
         assert (folders[1] / "model.safetensors").read_bytes() == b"weights"
     busy[1].communicate()
     assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_what_a_worker_reports_is_passed_on_whole_and_from_its_own_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(DAGSTER_PIPES_CONTEXT_ENV_VAR, "context")
+    (tmp_path / "other").write_text('{"stolen": 1}\n')
+    with node._reporting(tmp_path) as variables:
+        assert variables[DAGSTER_PIPES_CONTEXT_ENV_VAR] == "context"
+        path = Path(decode_param(variables[DAGSTER_PIPES_MESSAGES_ENV_VAR])["path"])
+        with path.open("a") as stream:
+            stream.write('{"method": "log"}\n')
+        path.unlink()
+        path.symlink_to(tmp_path / "other")
+    assert capfd.readouterr().out == '{"method": "log"}\n'
+
+
+def test_where_nobody_follows_a_worker_reports_to_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(DAGSTER_PIPES_CONTEXT_ENV_VAR, raising=False)
+    with node._reporting(tmp_path) as variables:
+        assert variables == {}
+    assert list(tmp_path.iterdir()) == []
