@@ -229,8 +229,8 @@ def _folder(version: Version) -> Path:
 
 def _manifest(version: Version, folder: Path) -> Manifest:
     try:
-        manifest = Manifest.parse((folder / MANIFEST).read_bytes())
-    except (OSError, ManifestError) as error:
+        manifest = Manifest.parse(untrusted.read(folder, MANIFEST, _LARGEST_MARKER))
+    except (OSError, ManifestError, UntrustedFileError) as error:
         raise TrackingError(f"{version.name} version {version.version} has no readable manifest: {error}") from error
     if manifest.digest != version.manifest_digest:
         raise TrackingError(f"{version.name} version {version.version} is not what was registered: it is not moved")
