@@ -73,6 +73,11 @@ class ModelDescription:
         return tuple(name for name in sorted(self.tensors) if self._drafts(name))
 
     @cached_property
+    def towers(self) -> tuple[str, ...]:
+        """The tensors of vision and audio towers, which stay at 16 bits."""
+        return tuple(name for name in sorted(self.tensors) if _TOWER.search(name))
+
+    @cached_property
     def quantized_dtypes(self) -> Mapping[str, str]:
         """Weights that are not floating point of 16 bits or more, name → dtype: the model is quantized already."""
         return {

@@ -73,6 +73,8 @@ def _by_backend(model: ModelDescription, method: str, backend: str) -> Iterator[
         return
     if model.fused_experts:
         yield f"experts are stored as one tensor ({_some(model.fused_experts)}), which no packed format here has"
+    if model.towers:
+        yield f"beside a vision or audio tower ({_some(model.towers)}) it gives the decoder's layers other names"
     if model.drafting:
         yield f"it drops the layers that draft tokens ({_some(model.drafting)})"
     left = [name for name in model.linears if not known.packs(in_layer(name))]

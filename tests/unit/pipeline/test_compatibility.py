@@ -159,6 +159,9 @@ def test_towers_routers_and_norms_are_no_linears(tmp_path: Path) -> None:
     tower = {"vision_tower.layers.0.mlp.up_proj.weight": Tensor("F16", (64, 64), 0, 0, Path("x"))}
     found = ModelDescription(model.config, {**model.tensors, **tower})
     assert found.routers == {"model.layers.0.mlp.gate", "model.layers.1.mlp.gate"}
+    # Mistral 3, by GPTQModel 7.5.0: `language_model.model.layers` came out as `model.language_model.layers`.
+    (problem,) = preflight.find_problems(found, scheme_of("gptq", "gptqmodel"))
+    assert "vision or audio tower (`vision_tower.layers.0.mlp.up_proj.weight`)" in problem
     assert not any("vision" in name or "norm" in name or name.endswith("mlp.gate") for name in found.linears)
 
 
