@@ -30,6 +30,7 @@ from registry import untrusted
 from registry.bounded_json import Bounds, DocumentError, read_json
 from registry.errors import UntrustedFileError
 from registry.file_systems import set_mode
+from registry.walk import entries
 
 if TYPE_CHECKING:
     from pipeline.hub import Hub
@@ -169,12 +170,22 @@ def revision_of(resolved: ResolvedSource, sha256: Mapping[str, str]) -> str:
     return resolved.revision or digest_json(dict(sha256))
 
 
+def _visible(uri: str, folder: Path) -> list[str]:
+    """Return what is in a folder and not hidden, by its path in it, sorted."""
+
+    def refuse(name: str, why: str) -> None:
+        if not _hidden(Path(name)):
+            raise SourceError(f"{uri} can't be taken: `{name}`: {why}")
+
+    found = [name for name, _ in entries(folder, refuse) if not _hidden(Path(name))]
+    return sorted(found, key=lambda name: Path(name).parts)
+
+
 def _resolve_folder(uri: str, lock: Lock | None, memory: Path | None) -> ResolvedSource:
     folder = Path(uri.removeprefix("file:"))
     if not folder.is_dir():
         raise SourceError(f"there is no folder {folder}")
-    visible = [path for path in sorted(folder.rglob("*")) if not _hidden(path.relative_to(folder))]
-    names = [path.relative_to(folder).as_posix() for path in visible if path.is_symlink() or not path.is_dir()]
+    names = _visible(uri, folder)
     pickles = [name for name in names if _PICKLE.fullmatch(name)]
     if pickles:
         raise SourceError(

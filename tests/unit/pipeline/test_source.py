@@ -598,3 +598,14 @@ def test_the_hub_is_not_followed_to_another_scheme() -> None:
         with pytest.raises(SourceError, match="is not followed: it redirects from https to"):
             _check_redirect(answer)
     _check_redirect(httpx2.Response(302, headers={"Location": "https://cdn.example.com/x"}, request=request))
+
+
+def test_a_folder_that_is_too_deep_or_has_names_that_are_not_utf_8_is_refused(model: Path) -> None:
+    deep = model.joinpath(*["d"] * 101)
+    deep.mkdir(parents=True)
+    with pytest.raises(SourceError, match="more than 100 folders deep"):
+        resolve(f"file:{model}", None, endpoint="", token=None)
+    shutil.rmtree(model / "d")
+    (model / os.fsdecode(b"caf\xe9.txt")).write_bytes(b"")
+    with pytest.raises(SourceError, match="its name is not UTF-8"):
+        resolve(f"file:{model}", None, endpoint="", token=None)
