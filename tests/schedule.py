@@ -20,6 +20,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "elsewhere": ("end_to_end/test_elsewhere.py",),
     "instruction-sets": ("end_to_end/test_instruction_sets.py",),
     "vllm": ("stages/test_served.py", "stages/test_monitoring.py", "stages/test_planner.py"),
+    "kernels": ("stages/test_kernels.py",),
     "images": ("stages/test_image.py", "stages/test_reproducible.py", "stages/test_retention.py"),
 }
 _GROUP_OF = {file: group for group, files in GROUPS.items() for file in files}
