@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pipeline.settings import Settings
 from pipeline.spec import ModelSpec, load
 from pipeline.stages import Bench
 from pipeline.workers import Workers
+from registry.counting import is_count
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,7 @@ def local(spec: ModelSpec, machine: Settings, tmp_path_factory: pytest.TempPathF
     output, scratch = tmp_path_factory.mktemp("answers"), tmp_path_factory.mktemp("scratch")
     run: dict[str, Any] = {"run_worker": Workers(machine, print), "scratch": scratch, "progress": print}
     ask(DEMO / "model", spec.evals, output, device="cpu", divergence=spec.evals.divergence, **run)
+    (output.parent / "told.log").write_text((scratch / "output.log").read_text())
     return output
 
 
@@ -67,6 +70,12 @@ def test_the_server_answers_as_lm_eval_s_own_backend_does(served: Path, local: P
     assert abs(sum(differences) / len(differences)) < 0.02
     text, same = scores(read_answers(served), "perplexity"), scores(read_answers(local), "perplexity")
     assert sum(map(sum, text.values())) == pytest.approx(sum(map(sum, same.values())), rel=1e-3)
+
+
+def test_a_worker_tells_how_many_are_answered(local: Path) -> None:
+    """Plain lines, as Dagster's log has them too; the numbers are those of the questions."""
+    told = [line for line in (local.parent / "told.log").read_text().splitlines() if is_count(line)]
+    assert [line for line in told if re.search(r": 240 of 240 prompts after \d+ s", line)]
 
 
 def test_the_server_tells_the_distributions_too(served: Path, local: Path) -> None:
