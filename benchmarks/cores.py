@@ -18,9 +18,11 @@ import json
 import os
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 
@@ -84,14 +86,11 @@ def main() -> None:
     lines = (DEMO / "heldout.jsonl").read_text().splitlines()
     texts = [json.loads(line)["text"][:600] for line in lines]
     every = len(os.sched_getaffinity(0))
-    ways: dict[str, CoreRequest | None] = {
-        OWN_CHOICE: None,
-        f"all {every} cores named": CoreRequest(settings.locks),
-        f"{every - 1} named, one for the client": CoreRequest(settings.locks, every - 1),
-    }
-    seen: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
-    with contextlib.ExitStack() as stack:
-        urls = {way: stack.enter_context(serving(request, settings)) for way, request in ways.items()}
+    counts = {OWN_CHOICE: None, f"all {every} cores named": every, f"{every - 1} named, one for the client": every - 1}
+    seen: dict[str, list[tuple[float, float]]] = {way: [] for way in counts}
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(counts)) as pool:
+        started = pool.map(lambda count: stack.enter_context(serving(count, settings)), counts.values())
+        urls = dict(zip(counts, started, strict=True))
         for number in range(rounds + 1):
             for way, url in urls.items():
                 figures = (score(url, texts), p95_latency(url, texts))
@@ -109,15 +108,15 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def serving(request: CoreRequest | None, settings: Settings) -> Iterator[str]:
-    """Serve the demo's FP16 model on such cores; gives its URL."""
+def serving(count: int | None, settings: Settings) -> Iterator[str]:
+    """Serve the demo's FP16 model on so many cores, whoever else has them; gives its URL."""
     profile = profiles.load("vllm-cpu")
     client = connect(settings.docker_host, settings.home)
     runtime = build_runtime(client, profile, settings.home, print)
-    with sandbox.serve(
+    with tempfile.TemporaryDirectory() as locks, sandbox.serve(
         client, runtime.image_id, name="slipway-cores", home=settings.home, memory_bytes=6 * 2**30,
         command=serving_arguments(profile, DEMO / "model", "demo"), mounts={DEMO / "model": "/model"},
-        cores=request, start_timeout_s=600, progress=print,
+        cores=None if count is None else CoreRequest(Path(locks), count), start_timeout_s=600, progress=print,
     ) as server:  # fmt: skip
         yield server.url
 
