@@ -20,8 +20,8 @@ Progress = Callable[[str], None]
 _ASSIGNING = "slipway-assign-cores.lock"
 # How many servers may share one core; the next one waits for none of them and takes all cores.
 _MOST_ON_A_CORE = 16
-# A load generator takes a quarter of a core. Where there are few it is better off beside the server than alone on one
-# of them (containers/README.md has the measurement).
+# aiperf takes a quarter of a core (8 s of processor time in a test of 30 s). From four cores on, one core of its own is
+# at most a quarter of the machine; with fewer the server would lose more than the client takes.
 _CLIENT_CORES, _ENOUGH_FOR_A_CLIENT = 1, 4
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
