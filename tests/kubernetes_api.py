@@ -20,7 +20,7 @@ import kubernetes_validate
 
 from pipeline.settings import CHECKOUT
 
-NAMESPACE, TOKEN = "models", "a token"
+NAMESPACE, TOKEN = "models", "a-token"
 _JOBS = f"/apis/batch/v1/namespaces/{NAMESPACE}/jobs"
 _PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
 
@@ -30,6 +30,9 @@ class Api:
     """``jobs`` are the manifests that were taken, by name; what is deleted goes from ``processes`` alone.
 
     The next ``busy`` requests are sent away for a second; as long as it is ``lost``, what is asked is done unanswered.
+    The next ``forbidden`` looks at a job are answered as by a server that has not read its roles yet. ``pod`` is added
+    to a pod's status, ``events`` are what its warnings say; where there is ``no_log``, its node is gone. A deleted pod
+    leaves its job (``drained``). ``asked`` is every request, ``connections`` how many there were.
     """
 
     address: str
@@ -39,6 +42,13 @@ class Api:
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     busy: int = 0
     lost: bool = False
+    forbidden: int = 0
+    pod: dict[str, Any] = field(default_factory=dict)
+    events: list[dict[str, str]] = field(default_factory=list)
+    no_log: bool = False
+    drained: bool = False
+    asked: list[str] = field(default_factory=list)
+    connections: set[int] = field(default_factory=set)
 
     def start(self, manifest: dict[str, Any]) -> None:
         kubernetes_validate.validate(manifest, "1.37", strict=True)
@@ -85,16 +95,30 @@ def kubernetes_api(folder: Path, variables: Mapping[str, str]) -> Iterator[Api]:
 
 
 class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
     def do_GET(self) -> None:
         api, url = self._api(), urlsplit(self.path)
+        api.asked.append(self.path)
+        api.connections.add(self.client_address[1])
         if self._is_busy():
+            return
+        if api.forbidden and api.processes:
+            api.forbidden -= 1
+            words = f'jobs.batch is forbidden: User "slipway" cannot get resource "jobs" in the namespace "{NAMESPACE}"'
+            status = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": words}
+            self._reply({**status, "reason": "Forbidden", "details": {"kind": "jobs"}, "code": 403}, 403)
             return
         if url.path.startswith(f"{_JOBS}/") and (name := url.path.rsplit("/", 1)[1]) in api.processes:
             self._reply({**api.jobs[name], "status": {"conditions": api.condition(name)}})
         elif url.path == _PODS:
             name = parse_qs(url.query)["labelSelector"][0].removeprefix("job-name=")
-            pod = {"metadata": {"name": f"{name}-x2b4c"}, "status": {"phase": "Running"}}
-            self._reply({"items": [pod] if name in api.processes else []})
+            pod = {"metadata": {"name": f"{name}-x2b4c"}, "status": {"phase": "Running", **api.pod}}
+            self._reply({"items": [pod] if name in api.processes and not api.drained else []})
+        elif url.path.endswith("/events"):
+            self._reply({"items": api.events})
+        elif url.path.endswith("/log") and api.no_log:
+            self._reply({"kind": "Status", "message": "dial tcp 10.0.0.7:10250: no route to host", "code": 400}, 400)
         elif found := re.fullmatch(rf"{_PODS}/(.+)-x2b4c/log", url.path):
             self._reply((api.folder / found[1]).read_bytes())
         else:

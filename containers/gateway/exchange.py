@@ -105,7 +105,8 @@ class Exchange(Response):
     ) -> ChatRequest | CompletionRequest:
         """Read and parse the body, which is not kept."""
         intake, settings = self._gateway.intake, self._gateway.settings
-        async with intake.place(key):
+        declared = headers.get(b"content-length")
+        async with intake.place(key, None if declared is None else int(declared)):
             body = await reading.body(receive, headers, settings.max_body_bytes, settings.body_timeout_s)
             async with intake.turn(len(body)):
                 return reading.parsed(self._kind, body, headers)

@@ -1,4 +1,4 @@
-"""Taking bodies in so that one key's don't stand in the way of another's: few of each at a time, large ones in turn."""
+"""Taking bodies in so that one key's don't stand in the way of another's: few of each at a time, in turn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 from containers.gateway.errors import Refusal
 from containers.gateway.keys import Key
 
-# Read within a fraction of a millisecond; a megabyte takes ten or twenty.
+# Parsed within a fraction of a millisecond; a megabyte takes ten or twenty.
 _SMALL_BYTES = 16 * 1024
 # Of the event loop's time, large bodies get one part in six.
 _REST = 5.0
@@ -28,12 +28,17 @@ class Intake:
         self._free_at = 0.0
 
     @contextlib.asynccontextmanager
-    async def place(self, key: Key) -> AsyncIterator[None]:
-        """Hold a place for one body of this key, from its first byte until it is parsed.
+    async def place(self, key: Key, size: int | None) -> AsyncIterator[None]:
+        """Hold a place for one body of this key, from its first byte until it is parsed; a small one needs none.
+
+        ``size`` is as the request declares it, which the server holds it to; None where it does not.
 
         Raises:
             Refusal: 429 where the key's other bodies did not come within the time that a body has.
         """
+        if size is not None and size <= _SMALL_BYTES:
+            yield
+            return
         places = self._places.get(key.id)
         if places is None:
             places = self._places[key.id] = asyncio.Semaphore(self._each)

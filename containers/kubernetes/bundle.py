@@ -18,6 +18,7 @@ from containers.cpu import NODE_TERMS
 from containers.errors import ContainerError
 from containers.kubernetes.alerts import Alert, alerts, healthy, recordings
 from containers.kubernetes.dashboard import dashboard
+from containers.kubernetes.names import mebibytes, object_name, thousandths
 from containers.kubernetes.numbers import Evidence, Number, numbers
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -108,7 +109,8 @@ def _values(
 ) -> dict[str, Any]:
     """What the templates are filled with beside the namespaces."""
     manifest = evidence.manifest
-    name = f"{manifest['model']}-{manifest['scheme']}"
+    line = f"{manifest['model']}-{manifest['scheme']}"
+    name = object_name(line)
     reference, digest = str(manifest["image"]["reference"]), str(manifest["image"]["digest"])
     pushed = "@" in reference
     repository = images.engine or (reference.partition("@")[0] if pushed else f"registry.invalid/{name}")
@@ -117,15 +119,15 @@ def _values(
     major, minor = [*(int(part) for part in driver.split(".")[:2]), 0][:2]
     share = float(found["gpu_memory_share"].value)
     return {
-        "name": name, "version": evidence.version, "digest": evidence.manifest_digest, "n": found,
+        "name": name, "line": line, "version": evidence.version, "digest": evidence.manifest_digest, "n": found,
         "image": f"{repository}@{digest}", "pushed": pushed or images.engine is not None,
         "user": int(image["user"]), "port": int(image["port"]), "model_folder": _MODEL_FOLDER,
         "on_gpu": evidence.on_gpu, "cpu_terms": NODE_TERMS,
         "driver": driver, "driver_major": major, "driver_minor": minor,
         "gateway_name": gateway, "gateway_digest": gateway_digest, "gateway_known": bool(gateway_digest),
         "redis_name": _REDIS[0], "redis_tag": _REDIS[1],
-        "gpu_target": f"{math.ceil(1000 * (share + (1 - share) / 2))}m",
-        "weights_limit": f"{math.ceil(1.5 * sum(file['size'] for file in manifest['files'].values()) / 2**20)}Mi",
+        "gpu_target": thousandths(math.ceil(1000 * (share + (1 - share) / 2))),
+        "weights_limit": mebibytes(1.5 * sum(file["size"] for file in manifest["files"].values()) / 2**20),
         "searched": evidence.searched, "recordings": recordings(name),
         "alerts": [_Shown(each) for each in alerts(name, found)],
     }  # fmt: skip
@@ -163,7 +165,7 @@ def _documents(
     name = str(values["name"])
     return {
         "base/gateway.json": json.dumps(_gateway(name, found), indent=1) + "\n",
-        "base/routes.json": json.dumps(_routes(evidence, name, found), indent=1) + "\n",
+        "base/routes.json": json.dumps(_routes(evidence, str(values["line"]), found), indent=1) + "\n",
         "base/discover.py": Path(__file__).with_name("discover.py").read_text(encoding="utf-8"),
         "monitoring/prometheusrule.yaml": _prometheus_rule(name, rules),
         "monitoring/rules_test.yaml": _rule_tests(name, found),
@@ -181,9 +183,9 @@ def _gateway(name: str, found: Mapping[str, Number]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _routes(evidence: Evidence, name: str, found: Mapping[str, Number]) -> dict[str, Any]:
+def _routes(evidence: Evidence, line: str, found: Mapping[str, Number]) -> dict[str, Any]:
     model = str(evidence.manifest["model"])
-    backend = {"release": f"{name}@v{evidence.version}", "weight": 100, "replicas": []}
+    backend = {"release": f"{line}@v{evidence.version}", "weight": 100, "replicas": []}
     route = {
         "served_as": model, "tokenizer": _TOKENIZER, "context": evidence.context,
         "parallel": found["parallel"].value, "backends": [backend],

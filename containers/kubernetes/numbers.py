@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from containers.kubernetes.names import mebibytes, thousandths
+
 # The API that people have in mind when they state nothing: an answer within half a second.
 USUAL_P95_MS = 500.0
 # A service level of no errors at all leaves no budget that could burn: one request in a thousand does.
@@ -16,6 +18,8 @@ HEADROOM_TARGET = 0.7
 LONGEST_GRACE_S = 600
 # vLLM's tokens stay within this share of its cache before it begins to preempt, which it does when the cache is full.
 KV_TARGET = 0.8
+# The time that a token takes, and what it was called before.
+_TOKEN_METRICS = ("p99_tpot_ms", "p99_inter_token_ms")
 # What the gateway sends a replica at a time where it is told nothing.
 _PARALLEL = 64
 
@@ -125,10 +129,15 @@ def _resources(evidence: Evidence) -> dict[str, Number]:
     tested = f"load.json: memory.limit_bytes, the limit that it was tested in; its peak was {peak / 2**20:.0f}Mi"
     given = "load.json: server.cpus or the cores it was given, what it was tested with"
     return {
-        "memory_limit": Number(f"{math.ceil(limit / 2**20)}Mi", tested),
+        "memory_limit": Number(mebibytes(limit / 2**20), tested),
         "memory_peak_share": Number(round(peak / limit, 3), f"load.json: a peak of {peak} bytes, a limit of {limit}"),
         "cpus": Number(cores or machine, given if cores else "manifest: hardware.cores, the machine of the tests"),
-        "gpus": Number(1, "load.json: it was tested on one GPU"),
+        "gpus": Number(
+            int(evidence.on_gpu),
+            "load.json: it was tested on one GPU"
+            if evidence.on_gpu
+            else "manifest: image.minimum_driver: it needs none",
+        ),
         "gpu_memory_share": Number(round(share, 3), whole_gpu),
     }
 
@@ -136,7 +145,7 @@ def _resources(evidence: Evidence) -> dict[str, Number]:
 def _timings(evidence: Evidence) -> dict[str, Number]:
     start = float(evidence.load["server"]["start_seconds"] or 60.0)
     longest = max((row["latency_ms"] for row in evidence.good), default=0.0) / 1000
-    token = float(evidence.metrics.get("p99_inter_token_ms") or 0.0) / 1000
+    metric, token = _token_seconds(evidence)
     whole = evidence.context * token
     grace = min(LONGEST_GRACE_S, math.ceil(max(longest, whole)) + 10)
     return {
@@ -147,11 +156,20 @@ def _timings(evidence: Evidence) -> dict[str, Number]:
         ),
         "grace_seconds": Number(
             grace,
-            f"the longest answer: {evidence.context} tokens at {1000 * token:.2f} ms (load.json: p99_inter_token_ms), "
+            f"the longest answer: {evidence.context} tokens at {1000 * token:.2f} ms ({metric}), "
             f"the longest measured {longest:.2f} s; 10 s on top, at most {LONGEST_GRACE_S}",
         ),
         "drain_seconds": Number(5, "a choice: endpoints are told of a pod's end within a few seconds"),
     }
+
+
+def _token_seconds(evidence: Evidence) -> tuple[str, float]:
+    """Seconds that a token takes at the most, and which measurement says so: of the metric, or of the requests."""
+    for name in _TOKEN_METRICS:
+        if evidence.metrics.get(name):
+            return f"load.json: {name}", float(evidence.metrics[name]) / 1000
+    measured = [row["latency_ms"] / row["output_tokens"] for row in evidence.good if row.get("output_tokens")]
+    return "requests.jsonl: the slowest request's latency a token", max(measured, default=0.0) / 1000
 
 
 def _service_level(evidence: Evidence) -> dict[str, Number]:
@@ -192,15 +210,15 @@ def _scaling(evidence: Evidence, rate: float, under_way: float, start: int) -> d
             f"{HEADROOM_TARGET:.0%} of {rate:.3g} a replica",
         ),
         "outstanding_target": Number(
-            f"{max(1, round(1000 * target))}m",
+            thousandths(max(1, 1000 * target)),
             f"{HEADROOM_TARGET:.0%} of the {under_way:.3g} requests that are under way at a replica's capacity",
         ),
         "waiting_target": Number(
-            f"{max(1, round(1000 * (1 - HEADROOM_TARGET) * under_way))}m",
+            thousandths(max(1, 1000 * (1 - HEADROOM_TARGET) * under_way)),
             f"the other {1 - HEADROOM_TARGET:.0%} of {under_way:.3g}: who waits beyond that waits past the capacity",
         ),
         "kv_target": Number(
-            f"{round(1000 * KV_TARGET)}m", f"a choice: vLLM preempts requests when its cache is full; {seen}"
+            thousandths(1000 * KV_TARGET), f"a choice: vLLM preempts requests when its cache is full; {seen}"
         ),
         "scale_up_seconds": Number(
             max(15, start),

@@ -16,6 +16,7 @@ from registry.network import proxy_for, tls
 # What restarts is away for so long, and what is busy may be for as long.
 _PATIENCE_SECONDS = 60.0
 _PAUSE_SECONDS = 1.0
+_LONGEST_SAID = 300
 _SECONDS = 60.0
 
 
@@ -30,12 +31,13 @@ def client(
 
 
 class Interface:
-    """What is asked at one address; ``name`` is what errors call it."""
+    """What is asked at one address, over connections that are kept; ``name`` is what errors call it."""
 
     def __init__(self, name: str, connect: Callable[[], httpx.Client]) -> None:
         """Ask through what ``connect`` gives, which knows the address."""
         self.name = name
         self.connect = connect
+        self._client: httpx.Client | None = None
 
     def find(self, path: str, **parameters: str) -> httpx.Response | None:
         """Get what is at a path; None where there is nothing.
@@ -58,20 +60,34 @@ class Interface:
 
     def end(self, method: str, path: str, **content: Any) -> None:  # noqa: ANN401 - as httpx takes it
         """Have something ended; that there is none, or nobody answers, is as good."""
-        with contextlib.suppress(httpx.HTTPError), self.connect() as client:
-            client.request(method, path, **content)
+        with contextlib.suppress(httpx.HTTPError):
+            self._connected().request(method, path, **content)
+
+    def _connected(self) -> httpx.Client:
+        """The client that is kept; it is made anew after an error, with whatever certificate is there then."""
+        if self._client is None:
+            self._client = self.connect()
+        return self._client
+
+    def close(self) -> None:
+        """Give the connections back; what is asked afterwards makes new ones."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
 
     def _asked(self, method: str, path: str, **content: Any) -> httpx.Response:  # noqa: ANN401 - as httpx takes it
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while True:
             try:
-                with self.connect() as client:
-                    reply = client.request(method, path, **content)
+                reply = self._connected().request(method, path, **content)
                 if not reply.is_server_error and reply.status_code != httpx.codes.TOO_MANY_REQUESTS:
                     return reply
-                why, pause = " ".join(reply.text.split())[-300:], _pause(reply)
+                why, pause = _said(reply), _pause(reply)
             except httpx.TransportError as error:
+                self.close()
                 why, pause = str(error), _PAUSE_SECONDS
+                if "CERTIFICATE_VERIFY_FAILED" in why:
+                    raise WorkerFailed(f"{self.name} has a certificate that is not trusted here: {why}") from error
             if time.monotonic() + pause > deadline:
                 raise UnansweredError(f"{self.name} does not answer: {why}")
             time.sleep(pause)
@@ -79,8 +95,18 @@ class Interface:
     def _accepted(self, reply: httpx.Response) -> httpx.Response:
         if reply.is_error:
             asked = f"{reply.request.method} {reply.request.url.path}"
-            raise WorkerFailed(f"{self.name} refused {asked}: {reply.text.strip()}")
+            raise WorkerFailed(f"{self.name} refused {asked}: {_said(reply)} ({reply.status_code})")
         return reply
+
+
+def _said(reply: httpx.Response) -> str:
+    """What a refusal says in words: Kubernetes' and Ray's are JSON with a ``message`` in it."""
+    try:
+        document = reply.json()
+        words = document["message"] if isinstance(document, dict) else reply.text
+    except (ValueError, KeyError, RecursionError):
+        words = reply.text
+    return " ".join(str(words).split())[:_LONGEST_SAID]
 
 
 def _pause(reply: httpx.Response) -> float:

@@ -2,24 +2,37 @@
 
 A job is named after its errand and what does it: whoever asks for the same while it runs, because the process that
 started it was killed, follows that very job.
+
+A job that was seen outlives what happens to its engine's interface: a server that restarts answers nothing, and then
+for some seconds that one may not (Kubernetes' 403 until its roles are read). So it is asked again for minutes, and a
+job is ended only where the run that started it is stopped. One that another run started is left to that run; one that
+the run which started it took away is started again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
-from collections.abc import Iterator
-from typing import Protocol
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 from pipeline.environments import Progress
-from pipeline.errors import WorkerFailed
+from pipeline.errors import UnansweredError, WorkerFailed
 from pipeline.launchers.errand import message, outcome_in, receive, send
 from pipeline.launchers.task import MESSAGES, Ended, Task
 from registry.manifest import FileRecord
 from registry.objects import ObjectStore
 
-_POLL_SECONDS = 0.5
+# How long a job that was seen is asked after while its engine refuses or does not answer, beside `http`'s own patience.
+_PATIENCE_SECONDS = 600.0
+# The same for the log of a job that has ended: its node may be gone.
+_LAST_LOG_SECONDS = 60.0
+_PAUSE_SECONDS = 1.0
 _LOG_LINES = 20
+_STATES = 5
+Told = TypeVar("Told")
 
 
 class Engine(Protocol):
@@ -35,8 +48,17 @@ class Engine(Protocol):
         """What does errands there, by content: the code's digest, or an image."""
         ...
 
+    @property
+    def poll_seconds(self) -> float:
+        """How long to leave it alone between two looks at a job."""
+        ...
+
     def running(self, job: str) -> bool | None:
-        """Whether a job waits or runs; False where it has ended, None where there never was one."""
+        """Whether a job waits or runs; False where it has ended, None where there is none."""
+        ...
+
+    def states(self, job: str) -> Sequence[str]:
+        """What keeps a job from running, or was done to it, one line each, in the engine's own words."""
         ...
 
     def log(self, job: str) -> str:
@@ -55,6 +77,10 @@ class Engine(Protocol):
         """Stop a job; that it has ended, or the engine is gone, is as good."""
         ...
 
+    def close(self) -> None:
+        """Give back what was kept to speak to it."""
+        ...
+
 
 class Jobs:
     """Runs workers as jobs of an engine."""
@@ -64,6 +90,7 @@ class Jobs:
         self.engine = engine
         self.store = store
         self.progress = progress
+        self._states: list[str] = []
 
     def __call__(self, task: Task) -> Ended:
         """Send the errand, follow its job to the end, and fetch what came of it.
@@ -76,16 +103,32 @@ class Jobs:
         store = ObjectStore.opened(self.store)
         errand = send(task, store)
         stem = hashlib.sha256(f"{errand.sha256} {self.engine.does}".encode()).hexdigest()[:32]
-        job, running = self._next(f"slipway-{stem}")
+        outcome = None
+        with contextlib.closing(self.engine):
+            while outcome is None:
+                outcome = self._tried(f"slipway-{stem}", errand, task)
+        return receive(outcome, task, store)
+
+    def _tried(self, stem: str, errand: FileRecord, task: Task) -> FileRecord | None:
+        """Start a job, or join the one that runs, and follow it; None where another run took it away meanwhile."""
+        job, running = self._next(stem)
         try:
             if not running:
                 self.engine.submit(job, errand, task)
             self.progress(f"{self.engine.name} {'runs it already' if running else 'is given it'}, as {job}")
-            outcome = self._follow(job, task)
-        except BaseException:
-            self.engine.stop(job)
+            return self._follow(job, task, joined=bool(running))
+        except Exception as error:
+            if task.stop.is_set() and not running:
+                self.engine.stop(job)
+            elif task.stop.is_set():
+                self.progress(f"the job {job} was started by another run: it is left to that one")
+            elif isinstance(error, UnansweredError):
+                self.progress(f"the job {job} may run on: the next run follows it")
             raise
-        return receive(outcome, task, store)
+        except BaseException:  # an interruption, by a person or by Dagster
+            if not running:
+                self.engine.stop(job)
+            raise
 
     def _next(self, stem: str) -> tuple[str, bool]:
         """The job of this stem that runs, or else the first name that no job has had, and whether it runs."""
@@ -96,8 +139,11 @@ class Jobs:
                 break
         return job, bool(running)
 
-    def _follow(self, job: str, task: Task) -> FileRecord:
-        """Hand on what the job reports until it has ended, and return where its outcome is."""
+    def _follow(self, job: str, task: Task, *, joined: bool) -> FileRecord | None:
+        """Hand on what the job reports until it has ended, and return where its outcome is.
+
+        None where there is no such job any more although nobody here ended it: who ``joined`` may start it again.
+        """
         outcome, other = None, []
         with (task.folder / MESSAGES).open("a") as messages:
             for line in self._lines(job, task):
@@ -108,20 +154,66 @@ class Jobs:
                 outcome = outcome_in((said.get("params") or {}).get("payload")) or outcome
                 messages.write(line + "\n")
                 messages.flush()
+        if (
+            outcome is None
+            and joined
+            and self._asked(lambda: self.engine.running(job), task, _PATIENCE_SECONDS) is None
+        ):
+            self.progress(f"the job {job} was taken away by the run that started it: starting it again")
+            return None
         if outcome is None:
-            told = "\n".join([*other[-_LOG_LINES:], self.engine.why(job)])
+            why = self._asked(lambda: self.engine.why(job), task, _PATIENCE_SECONDS)
+            told = "\n".join(dict.fromkeys([*other[-_LOG_LINES:], *self._states[-_STATES:], why]))
             raise WorkerFailed(f"the job {job} of {self.engine.name} ended without an outcome:\n{told}")
         return outcome
 
     def _lines(self, job: str, task: Task) -> Iterator[str]:
         """Every line of a job's log as it comes, until the job has ended."""
         seen, ended = 0, False
+        self._states = []
         while not ended:
             # Asked before the log is read, so that what was written last is read too.
-            ended = not self.engine.running(job)
-            log = self.engine.log(job)
+            ended = not self._asked(lambda: self.engine.running(job), task, _PATIENCE_SECONDS)
+            self._tell_states(job, task)
+            log = self._log(job, task, ended=ended)
             whole = len(log) if ended else log.rfind("\n") + 1
             yield from log[seen:whole].splitlines()
             seen = max(seen, whole)
-            if not ended and task.stop.wait(_POLL_SECONDS):
+            if not ended and task.stop.wait(self.engine.poll_seconds):
                 raise WorkerFailed(f"the job {job} of {self.engine.name} was stopped")
+
+    def _tell_states(self, job: str, task: Task) -> None:
+        """Say each change once: why a job does not begin is known to its engine within seconds."""
+        for state in self._asked(lambda: self.engine.states(job), task, _PATIENCE_SECONDS):
+            if state not in self._states:
+                self._states.append(state)
+                self.progress(f"{job}: {state}")
+
+    def _log(self, job: str, task: Task, *, ended: bool) -> str:
+        """A job's log; nothing where it can't be read now, or, of one that has ended, for a while.
+
+        Its node may be gone, and the job with it: what became of that is asked next.
+        """
+        try:
+            return self._asked(lambda: self.engine.log(job), task, _LAST_LOG_SECONDS) if ended else self.engine.log(job)
+        except WorkerFailed as error:
+            told = f"its log can't be read: {error}"
+            if told not in self._states:
+                self._states.append(told)
+                self.progress(f"{job}: {told}")
+            return ""
+
+    def _asked(self, ask: Callable[[], Told], task: Task, patience: float) -> Told:
+        """Ask after a job that was seen; where the engine refuses or is silent, again for ``patience`` seconds."""
+        deadline, said = time.monotonic() + patience, ""
+        while True:
+            try:
+                return ask()
+            except WorkerFailed as error:
+                if time.monotonic() >= deadline:
+                    raise
+                if said != str(error):
+                    said = str(error)
+                    self.progress(f"asked again for {patience / 60:.0f} minutes, the job runs on: {said}")
+            if task.stop.wait(_PAUSE_SECONDS):
+                raise WorkerFailed(f"a job of {self.engine.name} was stopped")

@@ -23,6 +23,8 @@ from registry.manifest import FileRecord
 
 # Seconds that a job that ended can still be looked at.
 _KEPT_SECONDS = 24 * 3600
+_POLL_SECONDS = 5.0
+_LONGEST_SAID = 500
 _HOME = "/var/lib/slipway"
 _UNPRIVILEGED = 65534
 # Without a GPU a worker multiplies with AVX2.
@@ -44,12 +46,22 @@ class KubernetesCluster:
         self.name = f"Kubernetes at {where.address}, namespace {where.namespace}"
         self.asked = Interface(self.name, self._connect)
         self.jobs = f"/apis/batch/v1/namespaces/{where.namespace}/jobs"
+        self._looked: dict[str, dict[str, Any]] = {}
         self.pods = f"/api/v1/namespaces/{where.namespace}/pods"
 
     @property
     def does(self) -> str:
         """The image, which is named by its digest."""
         return self.where.image
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self.asked.close()
+
+    @property
+    def poll_seconds(self) -> float:
+        """Three requests each time, over one connection."""
+        return _POLL_SECONDS
 
     def running(self, job: str) -> bool | None:
         """Whether a job waits or runs: one that ended says so in its conditions."""
@@ -58,22 +70,41 @@ class KubernetesCluster:
 
     def log(self, job: str) -> str:
         """What the job's pod has printed; nothing as long as it has not begun."""
-        pod = self._pod(job)
-        if pod is None or pod["status"].get("phase") in {None, "Pending", "Unknown"}:
+        pod = self._looked.get(job) or self._pod(job)
+        if pod is None or _status(pod).get("phase") in {None, "Pending", "Unknown"}:
             return ""
         found = self.asked.find(f"{self.pods}/{pod['metadata']['name']}/log")
         return "" if found is None else found.text
 
-    def why(self, job: str) -> str:
-        """The conditions of the job and of its pod, and how its container ended."""
+    def states(self, job: str) -> tuple[str, ...]:
+        """What the job's and its pod's conditions, its container and its events say; and remember the pod for `log`."""
         found = self.asked.find(f"{self.jobs}/{job}")
-        pod = self._pod(job) or {}
-        conditions = [*(_conditions(found.json()) if found is not None else ()), *_conditions(pod)]
-        states = [status.get("state", {}) for status in pod.get("status", {}).get("containerStatuses", ())]
-        told = [f"{each.get('reason')}: {each.get('message')}" for each in conditions if each.get("message")]
+        pod = self._pod(job)
+        if pod is not None:
+            self._looked[job] = pod
+        waits = pod is None or _status(pod).get("phase") == "Pending"
+        told = [*_said_by(found.json() if found is not None else {}), *_said_by(pod or {})]
+        if waits:
+            names = [job, *([pod["metadata"]["name"]] if pod else [])]
+            told += [line for name in names for line in self._warnings(name)]
+        return tuple(dict.fromkeys(told))
+
+    def why(self, job: str) -> str:
+        """The same once it has ended, and how its container did."""
+        pod = self._pod(job) or self._looked.get(job) or {}
         ends = [f"{state['terminated'].get('reason')}, status {state['terminated'].get('exitCode')}"
-                for state in states if "terminated" in state]  # fmt: skip
-        return "; ".join([*told, *ends]) or "the cluster says nothing of it"
+                for state in _containers(pod) if "terminated" in state]  # fmt: skip
+        return "; ".join([*self.states(job), *ends]) or "the cluster says nothing of it"
+
+    def _warnings(self, name: str) -> list[str]:
+        """The warnings among an object's events; nothing where one may not list them, which is no reason to fail."""
+        events = f"/api/v1/namespaces/{self.where.namespace}/events"
+        try:
+            found = self.asked.find(events, fieldSelector=f"involvedObject.name={name},type=Warning")
+        except WorkerFailed:
+            return []
+        items = [] if found is None else found.json().get("items") or []
+        return [_line(each) for each in items if isinstance(each, dict) and each.get("message")]
 
     def submit(self, job: str, errand: FileRecord, task: Task) -> None:
         """Create the job."""
@@ -144,16 +175,50 @@ class KubernetesCluster:
         return items[0] if items else None
 
     def _connect(self) -> httpx.Client:
-        """Connect as whom the token says, which the cluster renews: read each time."""
+        """Connect; as whom says the token, which the cluster renews, so that it is read for each request."""
+        where = self.where
+        try:
+            verify = ssl.create_default_context(cafile=str(where.certificate)) if where.certificate else None
+        except OSError as error:  # ssl's own are too
+            raise SettingsError(f"`certificate` of {self.name} can't be read: {error}") from error
+        made = client(where.address, {}, verify)
+        made.auth = self._authorized
+        return made
+
+    def _authorized(self, request: httpx.Request) -> httpx.Request:
+        """Say who asks."""
         where = self.where
         try:
             token = network.token(str(where.token), where.token.read_text()) if where.token else ""
-            verify = ssl.create_default_context(cafile=str(where.certificate)) if where.certificate else None
         except NetworkError as error:
             raise SettingsError(str(error)) from error
-        except OSError as error:  # ssl's own are too
-            raise SettingsError(f"`token` or `certificate` of {self.name} can't be read: {error}") from error
-        return client(where.address, {"Authorization": f"Bearer {token}"} if token else {}, verify)
+        except OSError as error:
+            raise SettingsError(f"`token` of {self.name} can't be read: {error}") from error
+        if token:
+            request.headers["Authorization"] = f"Bearer {token}"
+        return request
+
+
+def _status(document: dict[str, Any]) -> dict[str, Any]:
+    found = document.get("status")
+    return found if isinstance(found, dict) else {}
+
+
+def _containers(pod: dict[str, Any]) -> list[dict[str, Any]]:
+    statuses = [*(_status(pod).get("initContainerStatuses") or ()), *(_status(pod).get("containerStatuses") or ())]
+    return [status.get("state") or {} for status in statuses]
+
+
+def _said_by(document: dict[str, Any]) -> list[str]:
+    """What an object says of itself in words: conditions, its own reason (an eviction's), what its container awaits."""
+    waiting = [state["waiting"] for state in _containers(document) if "waiting" in state]
+    told = [*_conditions(document), _status(document), *waiting]
+    return [_line(each) for each in told if each.get("message") or each in waiting]
+
+
+def _line(said: dict[str, Any]) -> str:
+    words = ": ".join(str(said[key]) for key in ("reason", "message") if said.get(key))
+    return " ".join(words.split())[:_LONGEST_SAID]
 
 
 def _conditions(document: dict[str, Any]) -> list[dict[str, Any]]:

@@ -45,8 +45,8 @@ def main() -> None:
     uri, sha256, size = sys.argv[1:]
     # Whoever stops this process wants its worker and its files gone.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
-    settings = Settings.read()
     try:
+        settings = Settings.read()
         with own_folder(settings.home / "scratch") as folder:
             outcome = do(FileRecord(sha256=sha256, size=int(size)), ObjectStore.opened(uri), folder, settings)
     except (SlipwayError, RegistryError) as error:

@@ -45,6 +45,19 @@ class RayCluster:
         """The code's digest."""
         return hashlib.sha256(self.package).hexdigest()
 
+    def close(self) -> None:
+        """Give the connections back."""
+        self.asked.close()
+
+    @property
+    def poll_seconds(self) -> float:
+        """Ray's own interface is asked by its dashboard as often."""
+        return 1.0
+
+    def states(self, job: str) -> tuple[str, ...]:  # noqa: ARG002 - the protocol's
+        """Nothing: what Ray says of a job stands in its message, once it has ended."""
+        return ()
+
     def running(self, job: str) -> bool | None:
         """Whether a job waits or runs."""
         found = self.asked.find(f"/api/jobs/{job}")

@@ -19,8 +19,9 @@ from real_server import AWS, BUCKET, s3_server
 from test_ray import ENVIRONMENT, RUN, SLEEPS, wait_for, write
 from worker_processes import wait_until_gone
 
+from pipeline.environments import Progress
 from pipeline.errors import SettingsError, UnansweredError, WorkerFailed
-from pipeline.launchers import http
+from pipeline.launchers import http, jobs, kubernetes
 from pipeline.launchers.chosen import launcher
 from pipeline.launchers.kubernetes import KubernetesCluster
 from pipeline.launchers.placement import Kubernetes, placement
@@ -47,9 +48,9 @@ class Elsewhere:
         }  # fmt: skip
         self.file.write_text(yaml.safe_dump({**placed, **changes}))
 
-    def run(self, script: Path, folder: Path, **request: object) -> dict[str, Any]:
+    def run(self, script: Path, folder: Path, told: Progress = print, **request: object) -> dict[str, Any]:
         settings = Settings.read(self.variables)
-        return Workers(settings, print, launcher=launcher(settings, print))(ENVIRONMENT, script, request, folder)
+        return Workers(settings, print, launcher=launcher(settings, told))(ENVIRONMENT, script, request, folder)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,8 @@ def elsewhere(
 ) -> Iterator[Elsewhere]:
     for name, value in s3.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(kubernetes, "_POLL_SECONDS", 0.2)
+    monkeypatch.setattr(jobs, "_PAUSE_SECONDS", 0.1)
     there = tmp_path / "there"
     there.mkdir()
     (there / "token").write_text(f"{TOKEN}\n")
@@ -139,7 +142,7 @@ def test_a_token_that_is_not_there_is_named(elsewhere: Elsewhere, script: Path, 
 
 
 def test_who_may_not_is_told_so_without_the_token(elsewhere: Elsewhere, script: Path, tmp_path: Path) -> None:
-    elsewhere.file.with_name("token").write_text("another token")
+    elsewhere.file.with_name("token").write_text("another-token")
     with pytest.raises(WorkerFailed, match=r"refused POST .*Unauthorized") as raised:
         elsewhere.run(write(script, "return {}"), tmp_path)
     assert "another" not in str(raised.value)
@@ -204,11 +207,11 @@ def test_what_another_thread_stops_is_ended_and_its_job_deleted(
     assert elsewhere.api.processes == {}
 
 
-def test_a_job_that_was_taken_and_whose_taking_nobody_heard_of_is_deleted(
+def test_a_job_that_was_taken_and_whose_taking_nobody_heard_of_is_followed_by_the_next_run(
     elsewhere: Elsewhere, script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http, "_PATIENCE_SECONDS", 0.0)
-    write(script, SLEEPS.format(began=str(tmp_path / "began"), seconds=600))
+    write(script, SLEEPS.format(began=str(tmp_path / "began"), seconds=3))
     start_job = elsewhere.api.start
 
     def start_and_fall_silent(manifest: dict[str, Any]) -> None:
@@ -218,8 +221,148 @@ def test_a_job_that_was_taken_and_whose_taking_nobody_heard_of_is_deleted(
     monkeypatch.setattr(elsewhere.api, "start", start_and_fall_silent)
     with pytest.raises(UnansweredError):
         elsewhere.run(script, tmp_path)
+    elsewhere.api.lost = False
+    (tmp_path / "again").mkdir()
+    assert elsewhere.run(script, tmp_path / "again") == {"slept": True}
     assert len(elsewhere.api.jobs) == 1
-    assert elsewhere.api.processes == {}
+
+
+def test_a_server_that_restarts_and_forbids_for_a_while_ends_no_job(
+    elsewhere: Elsewhere, script: Path, tmp_path: Path
+) -> None:
+    elsewhere.api.forbidden = 5
+    told: list[str] = []
+    write(script, SLEEPS.format(began=str(tmp_path / "began"), seconds=1))
+    assert elsewhere.run(script, tmp_path, told.append) == {"slept": True}
+    assert (elsewhere.api.forbidden, len(elsewhere.api.jobs)) == (0, 1)
+    (line,) = {line for line in told if "forbidden" in line}
+    assert "the job runs on" in line
+    assert line.endswith('cannot get resource "jobs" in the namespace "models" (403)')
+
+
+def test_a_server_that_forbids_for_good_leaves_the_job_alone(
+    elsewhere: Elsewhere, script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "_PATIENCE_SECONDS", 0.3)
+    elsewhere.api.forbidden = 1_000_000
+    write(script, SLEEPS.format(began=str(tmp_path / "began"), seconds=600))
+    with pytest.raises(WorkerFailed, match="is forbidden"):
+        elsewhere.run(script, tmp_path)
+    assert len(elsewhere.api.processes) == 1
+
+
+def test_why_a_job_does_not_begin_is_said_once_and_at_once(elsewhere: Elsewhere, script: Path, tmp_path: Path) -> None:
+    unschedulable = {
+        "type": "PodScheduled",
+        "status": "False",
+        "reason": "Unschedulable",
+        "message": "Insufficient cpu",
+    }
+    waiting = {"state": {"waiting": {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}}}
+    elsewhere.api.pod = {"phase": "Pending", "conditions": [unschedulable], "containerStatuses": [waiting]}
+    elsewhere.api.events = [{"reason": "FailedCreate", "message": "exceeded quota: compute"}]
+    told: list[str] = []
+    write(script, SLEEPS.format(began=str(tmp_path / "began"), seconds=1))
+    with ThreadPoolExecutor(1) as beside:
+        running = beside.submit(elsewhere.run, script, tmp_path, told.append)
+        wait_for(tmp_path / "began")
+        while not any("quota" in line for line in told):
+            assert not running.done()
+        elsewhere.api.pod = {}
+        assert running.result() == {"slept": True}
+    for said in ("Unschedulable: Insufficient cpu", "ImagePullBackOff: Back-off", "FailedCreate: exceeded quota"):
+        assert sum(said in line for line in told) == 1, told
+
+
+def test_an_eviction_is_told_although_the_log_is_gone(
+    elsewhere: Elsewhere, script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "_LAST_LOG_SECONDS", 0.2)
+    write(script, SLEEPS.format(began=str(tmp_path / "began"), seconds=600))
+
+    def evict() -> None:
+        wait_for(tmp_path / "began")
+        elsewhere.api.no_log = True
+        elsewhere.api.pod = {"phase": "Failed", "reason": "Evicted", "message": "The node was low on resource: memory."}
+        (process,) = elsewhere.api.processes.values()
+        process.kill()
+
+    with ThreadPoolExecutor(1) as beside:
+        evicting = beside.submit(evict)
+        with pytest.raises(WorkerFailed, match=r"Evicted: The node was low on resource: memory\.") as raised:
+            elsewhere.run(script, tmp_path)
+        evicting.result()
+    assert "its log can't be read" in str(raised.value)
+
+
+def test_a_drain_is_told_although_the_pod_is_gone(elsewhere: Elsewhere, script: Path, tmp_path: Path) -> None:
+    write(script, SLEEPS.format(began=str(tmp_path / "began"), seconds=600))
+    told: list[str] = []
+
+    def drain() -> None:
+        wait_for(tmp_path / "began")
+        disrupted = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI",
+                     "message": "Eviction API: evicting"}  # fmt: skip
+        elsewhere.api.pod = {"conditions": [disrupted]}
+        while not any("evicting" in line for line in told):
+            pass
+        elsewhere.api.drained = True
+        (process,) = elsewhere.api.processes.values()
+        process.kill()
+
+    with ThreadPoolExecutor(1) as beside:
+        draining = beside.submit(drain)
+        with pytest.raises(WorkerFailed, match="EvictionByEvictionAPI: Eviction API: evicting"):
+            elsewhere.run(script, tmp_path, told.append)
+        draining.result()
+
+
+def test_who_joins_a_job_and_is_stopped_leaves_it_to_who_started_it(
+    elsewhere: Elsewhere, script: Path, tmp_path: Path
+) -> None:
+    write(script, SLEEPS.format(began=str(tmp_path / "began"), seconds=4))
+    (tmp_path / "second").mkdir()
+    settings, told = Settings.read(elsewhere.variables), list[str]()
+    joining = Workers(settings, print, launcher=launcher(settings, told.append))
+    with ThreadPoolExecutor(2) as beside:
+        first = beside.submit(elsewhere.run, script, tmp_path)
+        wait_for(tmp_path / "began")
+        second = beside.submit(joining, ENVIRONMENT, script, {}, tmp_path / "second")
+        while not any("runs it already" in line for line in told):
+            assert not second.done()
+        joining.stop.set()
+        with pytest.raises(WorkerFailed, match="was stopped"):
+            second.result()
+        assert first.result() == {"slept": True}
+    assert len(elsewhere.api.jobs) == 1
+
+
+def test_who_joined_a_job_that_was_taken_away_starts_it_again(
+    elsewhere: Elsewhere, script: Path, tmp_path: Path
+) -> None:
+    write(script, SLEEPS.format(began=str(tmp_path / "began"), seconds=2))
+    (tmp_path / "second").mkdir()
+    settings, told = Settings.read(elsewhere.variables), list[str]()
+    starting = Workers(settings, print, launcher=launcher(settings, print))
+    with ThreadPoolExecutor(2) as beside:
+        first = beside.submit(starting, ENVIRONMENT, script, {}, tmp_path)
+        wait_for(tmp_path / "began")
+        second = beside.submit(elsewhere.run, script, tmp_path / "second", told.append)
+        while not any("runs it already" in line for line in told):
+            assert not second.done()
+        starting.stop.set()
+        with pytest.raises(WorkerFailed, match="was stopped"):
+            first.result()
+        assert second.result() == {"slept": True}
+    assert any("starting it again" in line for line in told)
+
+
+def test_a_job_costs_few_requests_over_one_connection(elsewhere: Elsewhere, script: Path, tmp_path: Path) -> None:
+    write(script, SLEEPS.format(began=str(tmp_path / "began"), seconds=2))
+    assert elsewhere.run(script, tmp_path) == {"slept": True}
+    looks = sum(path.endswith("/log") for path in elsewhere.api.asked)
+    assert len(elsewhere.api.asked) <= 4 * looks + 4
+    assert len(elsewhere.api.connections) == 1
 
 
 def test_a_cluster_that_is_busy_is_asked_again_when_it_says(elsewhere: Elsewhere, script: Path, tmp_path: Path) -> None:

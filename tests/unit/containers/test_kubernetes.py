@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -28,6 +29,7 @@ from containers.kubernetes.autoscaling import (
     simulate,
 )
 from containers.kubernetes.bundle import BundleError, write_bundle
+from containers.kubernetes.names import object_name
 from containers.kubernetes.numbers import Evidence, numbers
 
 # Objects of operators, whose schemas are no part of Kubernetes.
@@ -69,6 +71,92 @@ def test_every_object_is_what_kubernetes_has_published(folder: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("demo-awq", "demo-awq"),
+        ("llama-3.1-8b-instruct-awq", "llama-3-1-8b-instruct-awq"),
+        ("Qwen3_5-Text-gptq", "qwen3-5-text-gptq"),
+        ("7b-awq", "r-7b-awq"),
+        ("a" * 53, "a" * 53),
+        ("a" * 54, "a" * 46 + "-a3f01b"),
+    ],
+)
+def test_a_lines_objects_have_names_that_kubernetes_takes(line: str, name: str) -> None:
+    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name)
+    assert (object_name(line), len(f"{name}-tokenizer") <= 63) == (name, True)
+
+
+def test_lines_whose_names_are_cut_stay_apart() -> None:
+    assert object_name("a" * 100 + ".1") != object_name("a" * 100 + ".2")
+
+
+@pytest.mark.parametrize("model", ["llama-3.1-8b-instruct", "m" * 110])
+def test_every_name_in_a_bundle_is_valid_whatever_the_model_is_called(tmp_path: Path, model: str) -> None:
+    written(evidence(manifest=manifest(model=model)), tmp_path / "bundle")
+    services = 0
+    for path, document in objects(tmp_path / "bundle"):
+        if document.get("kind") in KUSTOMIZE or "metadata" not in document:
+            continue
+        name = document["metadata"]["name"]
+        assert re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", name), f"{path.name}: {name}"
+        for value in document["metadata"].get("labels", {}).values():
+            assert len(value) <= 63
+        services += document["kind"] == "Service"
+    assert services == 3
+    routed = json.loads((tmp_path / "bundle/base/routes.json").read_text())["models"][model]
+    assert routed["backends"][0]["release"] == f"{model}-awq@v3"
+
+
+def test_a_release_line_is_removed_without_the_namespace_and_other_lines(folder: Path) -> None:
+    assert [path.parent for path, each in objects(folder) if each.get("kind") == "Namespace"] == [folder]
+    text = (folder / "README.md").read_text()
+    steps = [text.index(step) for step in ("kubectl apply -f namespace.yaml", "create secret", "kubectl apply -k")]
+    assert steps == sorted(steps)
+
+
+def amounts(value: object, key: str = "") -> Iterator[str]:
+    """Every amount in a manifest."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            under = key if key in {"requests", "limits"} else name
+            yield from amounts(inner, under)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from amounts(inner)
+    elif key in {"requests", "limits", "sizeLimit", "averageValue"}:
+        assert isinstance(value, str), f"{key}: {value!r} is no text"
+        yield value
+
+
+def test_applying_it_twice_changes_nothing(folder: Path) -> None:
+    """What Kubernetes writes in another way than it was given is a difference at each `kubectl diff`."""
+    for path, document in objects(folder):
+        if document.get("kind") in {*KUSTOMIZE, None}:
+            continue
+        for amount in amounts(document):
+            number, suffix = re.fullmatch(r"(\d+)(m|Mi|Gi|)", amount).groups()  # type: ignore[union-attr]
+            assert not (suffix and int(number) % (1000 if suffix == "m" else 1024) == 0), f"{path.name}: {amount}"
+        if document.get("kind") == "Deployment" and path.parent.name != "weights":  # which are patches
+            assert document["spec"]["strategy"]["type"]
+        assert "[]" not in json.dumps(document), path.name
+
+
+def test_a_release_on_cpu_has_no_gpu(tmp_path: Path) -> None:
+    assert numbers(evidence())["gpus"].value == 0
+    assert numbers(on_gpu())["gpus"].value == 1
+
+
+def test_the_grace_period_is_taken_from_the_metric_that_there_is() -> None:
+    slow = {**evidence().load, "metrics": {**evidence().metrics, "p99_tpot_ms": 48.0}}
+    assert numbers(evidence(load=slow))["grace_seconds"].value == math.ceil(1024 * 0.048) + 10
+    assert numbers(evidence(load=slow))["request_timeout"].value == math.ceil(1024 * 0.048) + 10
+    without = {**slow, "metrics": {"peak_memory_bytes": 1.0}}
+    rows = [{"error": None, "latency_ms": 1600.0, "output_tokens": 32}]
+    told = numbers(evidence(load=without, requests=rows))["grace_seconds"]
+    assert (told.value, "requests.jsonl" in told.why) == (math.ceil(1024 * 0.05) + 10, True)
+
+
 def test_a_mistake_would_be_found(folder: Path) -> None:
     broken = one(folder, "Deployment", "demo-awq-engine")
     broken["spec"]["template"]["spec"]["terminationGracePeriod"] = 5
@@ -94,7 +182,7 @@ def test_what_kustomize_is_pointed_at_is_there_and_nothing_is_forgotten(folder: 
         for path in folder.rglob("*")
         if path.is_file() and path.resolve() not in named and path.name != "kustomization.yaml"
     }
-    assert left == {"README.md", "monitoring/rules.yaml", "monitoring/rules_test.yaml"}
+    assert left == {"README.md", "namespace.yaml", "monitoring/rules.yaml", "monitoring/rules_test.yaml"}
 
 
 def kustomized(place: Path) -> list[dict[str, Any]]:
@@ -187,7 +275,7 @@ def test_a_gpu_is_asked_for_with_its_driver(tmp_path: Path) -> None:
     written(on_gpu(), tmp_path / "b")
     pod = one(tmp_path / "b", "Deployment", "demo-awq-engine")["spec"]["template"]["spec"]
     assert pod["runtimeClassName"] == "nvidia"
-    assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
     terms = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
 
     def allows(major: int, minor: int) -> bool:
@@ -229,8 +317,10 @@ def test_nobody_but_the_gateway_and_prometheus_reaches_the_engine(folder: Path) 
     policy = one(folder, "NetworkPolicy", "demo-awq-engine")["spec"]
     senders = policy["ingress"][0]["from"]
     assert [next(iter(sender)) for sender in senders] == ["podSelector", "namespaceSelector"]
-    assert policy["egress"] == []
-    assert one(folder, "NetworkPolicy", "demo-awq-nothing")["spec"]["podSelector"] == {}
+    assert "egress" not in policy
+    assert "Egress" in policy["policyTypes"]
+    (selected,) = one(folder, "NetworkPolicy", "demo-awq-nothing")["spec"]["podSelector"]["matchExpressions"]
+    assert selected["values"] == ["demo-awq-engine", "demo-awq-gateway", "demo-awq-redis"], "and nobody else's pods"
 
 
 def test_the_gpus_memory_is_scaled_on_only_where_there_is_one_and_its_flatness_is_said(tmp_path: Path) -> None:

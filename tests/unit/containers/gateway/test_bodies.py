@@ -103,7 +103,7 @@ def test_a_key_has_so_many_bodies_at_a_time_and_another_does_not_wait() -> None:
 
         async def send() -> None:
             nonlocal held, most
-            async with intake.place(key(1)):
+            async with intake.place(key(1), None):
                 held += 1
                 most = max(most, held)
                 await asyncio.sleep(0.01)
@@ -111,7 +111,7 @@ def test_a_key_has_so_many_bodies_at_a_time_and_another_does_not_wait() -> None:
 
         sending = [asyncio.ensure_future(send()) for _ in range(10)]
         await asyncio.sleep(0)
-        async with asyncio.timeout(1), intake.place(key(2)):
+        async with asyncio.timeout(1), intake.place(key(2), None):
             assert held == 3
         await asyncio.gather(*sending)
         assert most == 3
@@ -122,12 +122,14 @@ def test_a_key_has_so_many_bodies_at_a_time_and_another_does_not_wait() -> None:
 def test_who_waits_too_long_for_a_place_is_refused() -> None:
     async def story() -> None:
         intake = Intake(each=1, wait_s=0.01)
-        async with intake.place(key(1)):
+        async with intake.place(key(1), None):
             with pytest.raises(Refusal) as caught:
-                async with intake.place(key(1)):
+                async with intake.place(key(1), None):
                     pass
+            async with intake.place(key(1), 1000):  # a small one does not wait
+                pass
         assert caught.value.code == "too_many_bodies"
-        async with intake.place(key(1)):  # and the place is given back
+        async with intake.place(key(1), 1 << 20):  # and the place is given back
             pass
 
     asyncio.run(story())

@@ -1,0 +1,38 @@
+"""Names that Kubernetes takes, and amounts as it writes them itself, so that applying them again changes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+
+# A Service's name is a DNS-1035 label, 63 characters at most, and so is a label's value; the longest suffix here is
+# `-tokenizer`.
+_LONGEST = 63 - len("-tokenizer")
+_DIGEST = 6
+
+
+def object_name(line: str) -> str:
+    """Return the name that a release line's objects begin with: a DNS-1035 label with room for a suffix.
+
+    ``llama-3.1-8b-awq`` becomes ``llama-3-1-8b-awq``. One that is too long is cut, and ends in the beginning of the
+    SHA-256 of the whole, so that two lines stay apart.
+    """
+    label = re.sub(r"[^a-z0-9]+", "-", line.lower()).strip("-")
+    label = label if label[:1].isalpha() else f"r-{label}".rstrip("-")
+    if len(label) <= _LONGEST:
+        return label
+    digest = hashlib.sha256(line.encode()).hexdigest()[:_DIGEST]
+    return f"{label[: _LONGEST - _DIGEST - 1].rstrip('-')}-{digest}"
+
+
+def mebibytes(count: float) -> str:
+    """So many MiB, rounded up: ``4Gi`` for 4096, as Kubernetes writes it back."""
+    whole = math.ceil(count)
+    return f"{whole // 1024}Gi" if whole % 1024 == 0 else f"{whole}Mi"
+
+
+def thousandths(count: float) -> str:
+    """So many thousandths, rounded: ``3`` for 3000, ``500m`` for 500."""
+    whole = round(count)
+    return f"{whole // 1000}" if whole % 1000 == 0 else f"{whole}m"
