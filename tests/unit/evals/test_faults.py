@@ -54,7 +54,7 @@ class Contained:
         running = self._process is not None
         return {
             "HostConfig": {"PortBindings": ports}, "NetworkSettings": {"Ports": ports, "Networks": {}},
-            "State": {"Running": running, "ExitCode": 137},
+            "State": {"Running": running, "ExitCode": 137, "Pid": 0},
         }  # fmt: skip
 
     def reload(self) -> None:

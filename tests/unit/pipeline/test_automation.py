@@ -26,6 +26,7 @@ from dagster._core.definitions.sensor_definition import SensorExecutionData
 from filled import Models
 from hub_server import REPOSITORY, serving
 
+from homes import DEMO
 from pipeline import automation
 from pipeline.definitions import defs
 from pipeline.instance import open_instance
@@ -247,7 +248,7 @@ def test_a_branch_that_moved_is_followed_where_the_file_says_so_and_told_where_n
     files = {"config.json": LockedFile(size=2, sha256="0" * 64)}
     write_lock(Lock(path=spec.lock, uri=f"hf://{REPOSITORY}", revision="f" * 40, files=files))
     ticks.watch()
-    with serving({"config.json": b"{}", "model.safetensors": b"weights"}) as hub:
+    with serving({path.name: path.read_bytes() for path in (DEMO / "model").iterdir()}) as hub:
         ticks.settings = replace(ticks.settings, hub_endpoint=hub.endpoint)
         done = ticks.night()
     assert spec.lock.exists() == (upstream == "locked")
