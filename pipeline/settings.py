@@ -174,10 +174,14 @@ def _cpu_limit(text: str | None) -> InstructionSet | None:
 
 
 def _timezone(name: str) -> str:
+    if name == "UTC":  # which needs no table of zones: a small image has none
+        return name
     try:
         return ZoneInfo(name).key
     except (ZoneInfoNotFoundError, ValueError) as error:
-        raise SettingsError(f"`SLIPWAY_TIMEZONE` is {name!r}: expected a zone such as Europe/Berlin") from error
+        raise SettingsError(
+            f"`SLIPWAY_TIMEZONE` is {name!r}: expected a zone such as Europe/Berlin, of those that `tzdata` has here"
+        ) from error
 
 
 def _recipients(environment: Mapping[str, str]) -> tuple[str, ...]:

@@ -18,6 +18,8 @@ _PATIENCE_SECONDS = 60.0
 _PAUSE_SECONDS = 1.0
 _LONGEST_SAID = 300
 _SECONDS = 60.0
+# What `registry.network` trusts where no authority is named.
+SYSTEM_AUTHORITIES = "`REQUESTS_CA_BUNDLE`, `SSL_CERT_FILE` or this system's authorities"
 
 
 def client(
@@ -31,12 +33,16 @@ def client(
 
 
 class Interface:
-    """What is asked at one address, over connections that are kept; ``name`` is what errors call it."""
+    """What is asked at one address, over connections that are kept.
 
-    def __init__(self, name: str, connect: Callable[[], httpx.Client]) -> None:
+    Errors call it ``name``, and say that its certificate is checked against ``authority``.
+    """
+
+    def __init__(self, name: str, connect: Callable[[], httpx.Client], authority: str) -> None:
         """Ask through what ``connect`` gives, which knows the address."""
         self.name = name
         self.connect = connect
+        self.authority = authority
         self._client: httpx.Client | None = None
 
     def find(self, path: str, **parameters: str) -> httpx.Response | None:
@@ -87,7 +93,9 @@ class Interface:
                 self.close()
                 why, pause = str(error), _PAUSE_SECONDS
                 if "CERTIFICATE_VERIFY_FAILED" in why:
-                    raise WorkerFailed(f"{self.name} has a certificate that is not trusted here: {why}") from error
+                    raise WorkerFailed(
+                        f"{self.name} has a certificate that is not trusted, checked against {self.authority}: {why}"
+                    ) from error
             if time.monotonic() + pause > deadline:
                 raise UnansweredError(f"{self.name} does not answer: {why}")
             time.sleep(pause)

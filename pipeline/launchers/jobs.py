@@ -6,7 +6,7 @@ started it was killed, follows that very job.
 A job that was seen outlives what happens to its engine's interface: a server that restarts answers nothing, and then
 for some seconds that one may not (Kubernetes' 403 until its roles are read). So it is asked again for minutes, and a
 job is ended only where the run that started it is stopped. One that another run started is left to that run; one that
-the run which started it took away is started again.
+the run which started it stopped is started again.
 """
 
 from __future__ import annotations
@@ -55,6 +55,10 @@ class Engine(Protocol):
 
     def running(self, job: str) -> bool | None:
         """Whether a job waits or runs; False where it has ended, None where there is none."""
+        ...
+
+    def was_stopped(self, job: str) -> bool:
+        """Whether a job that does not run any more was stopped or deleted, rather than ended by itself."""
         ...
 
     def states(self, job: str) -> Sequence[str]:
@@ -142,7 +146,7 @@ class Jobs:
     def _follow(self, job: str, task: Task, *, joined: bool) -> FileRecord | None:
         """Hand on what the job reports until it has ended, and return where its outcome is.
 
-        None where there is no such job any more although nobody here ended it: who ``joined`` may start it again.
+        None where it was stopped although nobody here did: who ``joined`` it may start it again.
         """
         outcome, other = None, []
         with (task.folder / MESSAGES).open("a") as messages:
@@ -154,12 +158,8 @@ class Jobs:
                 outcome = outcome_in((said.get("params") or {}).get("payload")) or outcome
                 messages.write(line + "\n")
                 messages.flush()
-        if (
-            outcome is None
-            and joined
-            and self._asked(lambda: self.engine.running(job), task, _PATIENCE_SECONDS) is None
-        ):
-            self.progress(f"the job {job} was taken away by the run that started it: starting it again")
+        if outcome is None and joined and self._asked(lambda: self.engine.was_stopped(job), task, _PATIENCE_SECONDS):
+            self.progress(f"the job {job} was stopped by the run that started it: starting it again")
             return None
         if outcome is None:
             why = self._asked(lambda: self.engine.why(job), task, _PATIENCE_SECONDS)

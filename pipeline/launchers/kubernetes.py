@@ -14,7 +14,7 @@ import httpx
 
 from containers.cpu import NODE_TERMS
 from pipeline.errors import SettingsError, WorkerFailed
-from pipeline.launchers.http import Interface, client
+from pipeline.launchers.http import SYSTEM_AUTHORITIES, Interface, client
 from pipeline.launchers.placement import Kubernetes
 from pipeline.launchers.task import Task
 from registry import network
@@ -44,8 +44,10 @@ class KubernetesCluster:
         """Speak to it only when asked something."""
         self.where = where
         self.name = f"Kubernetes at {where.address}, namespace {where.namespace}"
-        self.asked = Interface(self.name, self._connect)
+        authority = f"`certificate` ({where.certificate})" if where.certificate else SYSTEM_AUTHORITIES
+        self.asked = Interface(self.name, self._connect, authority)
         self.jobs = f"/apis/batch/v1/namespaces/{where.namespace}/jobs"
+        self._found: dict[str, dict[str, Any]] = {}
         self._looked: dict[str, dict[str, Any]] = {}
         self.pods = f"/api/v1/namespaces/{where.namespace}/pods"
 
@@ -64,9 +66,16 @@ class KubernetesCluster:
         return _POLL_SECONDS
 
     def running(self, job: str) -> bool | None:
-        """Whether a job waits or runs: one that ended says so in its conditions."""
+        """Whether a job waits or runs: one that ended says so in its conditions; and remember it for `states`."""
         found = self.asked.find(f"{self.jobs}/{job}")
-        return None if found is None else not _ended(found.json())
+        if found is None:
+            return None
+        self._found[job] = found.json()
+        return not _ended(self._found[job])
+
+    def was_stopped(self, job: str) -> bool:
+        """A job that is stopped is deleted; one that ended by itself is kept for a day."""
+        return self.asked.find(f"{self.jobs}/{job}") is None
 
     def log(self, job: str) -> str:
         """What the job's pod has printed; nothing as long as it has not begun."""
@@ -78,12 +87,11 @@ class KubernetesCluster:
 
     def states(self, job: str) -> tuple[str, ...]:
         """What the job's and its pod's conditions, its container and its events say; and remember the pod for `log`."""
-        found = self.asked.find(f"{self.jobs}/{job}")
         pod = self._pod(job)
         if pod is not None:
             self._looked[job] = pod
         waits = pod is None or _status(pod).get("phase") == "Pending"
-        told = [*_said_by(found.json() if found is not None else {}), *_said_by(pod or {})]
+        told = [*_said_by(self._found.get(job, {})), *_said_by(pod or {})]
         if waits:
             names = [job, *([pod["metadata"]["name"]] if pod else [])]
             told += [line for name in names for line in self._warnings(name)]
@@ -157,6 +165,12 @@ class KubernetesCluster:
             "containers": [container],
             "volumes": [{"name": "home", **home}, {"name": "tmp", "emptyDir": {}}],
         }
+        chosen = {
+            "imagePullSecrets": [{"name": name} for name in where.image_pull_secrets],
+            "runtimeClassName": where.runtime_class,
+            "priorityClassName": where.priority_class,
+        }
+        pod |= {key: value for key, value in chosen.items() if value}
         return {
             "apiVersion": "batch/v1",
             "kind": "Job",

@@ -72,8 +72,9 @@ class Kubernetes(_Placement):
     """A namespace of a Kubernetes cluster, the image that does errands, and what one worker takes and puts up with.
 
     As whom it is asked says the file ``token``; ``certificate`` is the cluster's authority. ``secrets`` hold S3's
-    variables; the volume of ``claim`` keeps workers' environments, which are else made in each pod. A job that takes
-    longer than ``hours`` is ended.
+    variables, ``image_pull_secrets`` the image registry's; the volume of ``claim`` keeps workers' environments, which
+    are else made in each pod. ``runtime_class`` is for nodes that give containers no GPU without it. A
+    job that takes longer than ``hours`` is ended.
     """
 
     launcher: Literal["kubernetes"]
@@ -89,6 +90,9 @@ class Kubernetes(_Placement):
     tolerations: tuple[Toleration, ...] = ()
     service_account: str = "default"
     secrets: tuple[str, ...] = ()
+    image_pull_secrets: tuple[str, ...] = ()
+    runtime_class: str | None = None
+    priority_class: str | None = None
     claim: str | None = None
     hours: float = Field(default=24, gt=0)
 

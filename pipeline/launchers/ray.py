@@ -12,7 +12,7 @@ import zipfile
 from functools import cached_property
 
 from pipeline.errors import WorkerFailed
-from pipeline.launchers.http import Interface, client
+from pipeline.launchers.http import SYSTEM_AUTHORITIES, Interface, client
 from pipeline.launchers.placement import Ray
 from pipeline.launchers.task import Task
 from pipeline.settings import CHECKOUT
@@ -28,7 +28,7 @@ class RayCluster:
         """Speak to it only when asked something."""
         self.where = where
         self.name = f"the Ray cluster at {where.address}"
-        self.asked = Interface(self.name, lambda: client(where.address))
+        self.asked = Interface(self.name, lambda: client(where.address), SYSTEM_AUTHORITIES)
 
     @cached_property
     def package(self) -> bytes:
@@ -62,6 +62,11 @@ class RayCluster:
         """Whether a job waits or runs."""
         found = self.asked.find(f"/api/jobs/{job}")
         return None if found is None else found.json()["status"] in {"PENDING", "RUNNING"}
+
+    def was_stopped(self, job: str) -> bool:
+        """Ray keeps a stopped job, and says so."""
+        found = self.asked.find(f"/api/jobs/{job}")
+        return found is None or found.json()["status"] == "STOPPED"
 
     def log(self, job: str) -> str:
         """What the job has printed on its node."""

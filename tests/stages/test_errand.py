@@ -146,7 +146,8 @@ def test_by_the_command_an_errand_says_where_its_outcome_is(
     python = ensure_environment("node", settings, print) / "bin" / "python"
     command = [python, "-m", "pipeline.launchers.node", store.uri, sent.sha256, str(sent.size)]
     aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    done = subprocess.run(command, env={**home, **aws}, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    small = {**home, **aws, "PYTHONTZPATH": ""}  # its image has no table of zones
+    done = subprocess.run(command, env=small, cwd=CHECKOUT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     said = message(done.stdout.splitlines()[-1])
     assert said is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -68,3 +69,14 @@ def test_where_nobody_follows_a_worker_reports_to_nobody(tmp_path: Path, monkeyp
     with node._reporting(tmp_path) as variables:
         assert variables == {}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_setting_that_is_wrong_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLIPWAY_DISK_FLOOR", "much")
+    monkeypatch.setattr(sys, "argv", ["node", "s3://artifacts/slipway", "a" * 64, "3"])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit, match=r"^error: `SLIPWAY_DISK_FLOOR` is 'much': expected a size"):
+            node.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)

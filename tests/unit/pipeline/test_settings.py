@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import zoneinfo
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,20 @@ def test_schedules_keep_a_zones_hours() -> None:
     assert Settings.read({"SLIPWAY_TIMEZONE": "Europe/Berlin"}).timezone == "Europe/Berlin"
     with pytest.raises(SettingsError, match=r"`SLIPWAY_TIMEZONE` is 'Berlin': expected a zone such as Europe/Berlin"):
         Settings.read({"SLIPWAY_TIMEZONE": "Berlin"})
+
+
+def test_a_small_image_needs_no_table_of_zones(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [each for each in sys.modules if each.partition(".")[0] == "tzdata"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tzdata", None)
+    zoneinfo.reset_tzpath(())
+    zoneinfo.ZoneInfo.clear_cache()
+    try:
+        assert Settings.read({}).timezone == "UTC"
+        with pytest.raises(SettingsError, match=r"`SLIPWAY_TIMEZONE` is 'Europe/Berlin': .*`tzdata`"):
+            Settings.read({"SLIPWAY_TIMEZONE": "Europe/Berlin"})
+    finally:
+        zoneinfo.reset_tzpath()
 
 
 def test_nobody_is_told_unless_the_environment_names_somebody_and_secrets_are_not_shown() -> None:
