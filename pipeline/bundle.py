@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from containers.image import served_context
+from containers.kubernetes.cluster import Cluster
 from containers.kubernetes.numbers import Evidence, Number
 from evals import autoscaling
 from evals.svg import standalone
-from pipeline.errors import PlanError
+from pipeline.errors import PlanError, SpecError
 from pipeline.planner.facts import read_facts
 from pipeline.settings import Settings
 from pipeline.trust import trust_of
+from pipeline.yaml_file import explain, keys, read
 from registry.manifest import EVIDENCE
 from registry.pull import Glance, glance
 
@@ -41,6 +46,19 @@ def gather(reference: str, settings: Settings) -> tuple[Evidence, Mapping[str, A
         hourly=_hourly(found),
     )
     return evidence, image
+
+
+def cluster(path: Path) -> Cluster:
+    """Read what is the cluster's own.
+
+    Raises:
+        SpecError: listing every key that is unknown or wrong.
+    """
+    try:
+        return Cluster.model_validate(read(path))
+    except ValidationError as error:
+        problems = [f"  {explain(detail, keys(Cluster))}" for detail in error.errors()]
+        raise SpecError("\n".join([f"{path} does not describe a cluster:", *problems])) from error
 
 
 def simulated(evidence: Evidence, found: Mapping[str, Number]) -> dict[str, str]:

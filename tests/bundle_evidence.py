@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from containers.kubernetes.bundle import Images, Written, write_bundle
+from containers.kubernetes.cluster import Cluster
 from containers.kubernetes.numbers import Evidence
 
 DIGEST = "sha256:" + "ab" * 32
+REDIS = f"registry.example:5000/valkey@sha256:{'ef' * 32}"
 GATEWAY = f"registry.example/slipway-gateway@sha256:{'cd' * 32}"
 IMAGE = {"user": 65534, "port": 8000}
 
@@ -58,5 +60,15 @@ def on_gpu() -> Evidence:
     return evidence(manifest=released, load=load, context=8192, hourly=[20.0] * 23 + [60.0])
 
 
-def written(given: Evidence, folder: Path) -> Written:
-    return write_bundle(given, IMAGE, folder, images=Images(gateway=GATEWAY))
+def cluster(**changes: object) -> Cluster:
+    """A cluster with everything of its own."""
+    return Cluster.model_validate({
+        "runtime_class": "nvidia", "image_pull_secrets": ["registry"], "priority_class": "release-critical",
+        "surge": False, "cpu_request": 1.5, "cpu_limits": True, "ephemeral_storage": "8Gi",
+        "monitor_labels": {"release": "kube-prometheus-stack"}, "redis_image": REDIS, "dns": "openshift",
+        "dns_addresses": ["169.254.20.10", "fd00::a"], **changes,
+    })  # fmt: skip
+
+
+def written(given: Evidence, folder: Path, placed: Cluster | None = None) -> Written:
+    return write_bundle(given, IMAGE, folder, images=Images(gateway=GATEWAY), cluster=placed)

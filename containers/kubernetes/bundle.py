@@ -17,9 +17,10 @@ import yaml
 from containers.cpu import NODE_TERMS
 from containers.errors import ContainerError
 from containers.kubernetes.alerts import Alert, alerts, healthy, recordings
+from containers.kubernetes.cluster import Cluster
 from containers.kubernetes.dashboard import dashboard
 from containers.kubernetes.names import mebibytes, object_name, thousandths
-from containers.kubernetes.numbers import Evidence, Number, numbers
+from containers.kubernetes.numbers import Evidence, Number, numbers, progress_seconds, tested_cores
 
 TEMPLATES = Path(__file__).with_name("templates")
 NAMESPACE = "slipway"
@@ -27,6 +28,8 @@ _MODEL_FOLDER = "/model"
 _TOKENIZER = "/srv/tokenizer"
 # Where a gateway's Redis is taken from; its tag is the newest of the line that its licence lets everybody use.
 _REDIS = ("docker.io/valkey/valkey", "8-alpine")
+# What a gateway writes beside its memory: the tokenizer, its routes, its log. A choice, well over what it is.
+_GATEWAY_MEBIBYTES = 512
 
 
 class BundleError(ContainerError):
@@ -60,6 +63,7 @@ def write_bundle(
     folder: Path,
     *,
     images: Images | None = None,
+    cluster: Cluster | None = None,
     namespace: str = NAMESPACE,
     monitoring_namespace: str = "monitoring",
     more: Callable[[Mapping[str, Number]], Mapping[str, str]] = lambda _: {},
@@ -71,6 +75,7 @@ def write_bundle(
         image: the release's ``image.json``.
         folder: where to.
         images: the images beside the engine's.
+        cluster: what is the cluster's own.
         namespace: where it is to run.
         monitoring_namespace: where Prometheus runs.
         more: gives further files by path, from the numbers.
@@ -82,8 +87,12 @@ def write_bundle(
         raise BundleError(f"{folder} is not empty: name another folder, or remove it")
     if not evidence.load.get("server", {}).get("start_seconds"):
         raise BundleError("the load test has no start of a server in it: release again")
-    found = numbers(evidence)
-    values = _values(evidence, image, images or Images(), found)
+    cluster = cluster or Cluster()
+    found = {**numbers(evidence), "progress_seconds": progress_seconds(evidence, image.get("size_bytes"))}
+    if cluster.cpu_request is not None:
+        _check_request(cluster, tested_cores(evidence)[0])
+        found["cpu_request"] = Number(thousandths(1000 * cluster.cpu_request), "the cluster's file: cpu_request")
+    values = {**_values(evidence, image, images or Images(), found), **_of_the_cluster(cluster, evidence)}
     values |= {"namespace": namespace, "monitoring_namespace": monitoring_namespace}
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -125,12 +134,46 @@ def _values(
         "on_gpu": evidence.on_gpu, "cpu_terms": NODE_TERMS,
         "driver": driver, "driver_major": major, "driver_minor": minor,
         "gateway_name": gateway, "gateway_digest": gateway_digest, "gateway_known": bool(gateway_digest),
-        "redis_name": _REDIS[0], "redis_tag": _REDIS[1],
         "gpu_target": thousandths(math.ceil(1000 * (share + (1 - share) / 2))),
-        "weights_limit": mebibytes(1.5 * sum(file["size"] for file in manifest["files"].values()) / 2**20),
+        "weights_limit": mebibytes(_weights_mebibytes(evidence)),
         "searched": evidence.searched, "recordings": recordings(name),
         "alerts": [_Shown(each) for each in alerts(name, found)],
     }  # fmt: skip
+
+
+def _of_the_cluster(cluster: Cluster, evidence: Evidence) -> dict[str, Any]:
+    """What the templates are filled with of the cluster's own."""
+    redis, _, redis_digest = (cluster.redis_image or _REDIS[0]).partition("@")
+    storage, weights = cluster.ephemeral_storage, _weights_mebibytes(evidence)
+
+    def more(cpu: str, storage: str) -> str:
+        """Further limits of a small container, behind its memory's."""
+        told = [*([f'cpu: "{cpu}"'] if cluster.cpu_limits else []),
+                *([f"ephemeral-storage: {storage}"] if cluster.ephemeral_storage else [])]  # fmt: skip
+        return "".join(f", {each}" for each in told)
+
+    return {
+        "cluster": cluster, "more": more,
+        "redis_name": redis, "redis_digest": redis_digest, "redis_tag": _REDIS[1],
+        "storage": mebibytes(storage) if storage else None,
+        "storage_with_weights": mebibytes(storage + weights) if storage else None,
+        "gateway_storage": mebibytes(_GATEWAY_MEBIBYTES),
+        "gateway_storage_with_weights": mebibytes(_GATEWAY_MEBIBYTES + weights),
+    }  # fmt: skip
+
+
+def _check_request(cluster: Cluster, cores: float) -> None:
+    """Refuse what Kubernetes would: a request beyond the limit."""
+    if cluster.cpu_limits and cluster.cpu_request is not None and cluster.cpu_request > cores:
+        raise BundleError(
+            f"`cpu_request` is {cluster.cpu_request:g}, more than the limit that `cpu_limits` sets: {cores:g}, the "
+            "cores of the tests; ask for less, or leave out `cpu_limits`"
+        )
+
+
+def _weights_mebibytes(evidence: Evidence) -> float:
+    """All files of the release, and as much again for a pull under way, which may hold each of them twice."""
+    return 2 * sum(int(file["size"]) for file in evidence.manifest["files"].values()) / 2**20
 
 
 class _Shown:
@@ -167,7 +210,7 @@ def _documents(
         "base/gateway.json": json.dumps(_gateway(name, found), indent=1) + "\n",
         "base/routes.json": json.dumps(_routes(evidence, str(values["line"]), found), indent=1) + "\n",
         "base/discover.py": Path(__file__).with_name("discover.py").read_text(encoding="utf-8"),
-        "monitoring/prometheusrule.yaml": _prometheus_rule(name, rules),
+        "monitoring/prometheusrule.yaml": _prometheus_rule(name, rules, values["cluster"].monitor_labels),
         "monitoring/rules_test.yaml": _rule_tests(name, found),
         "monitoring/dashboard.json": dashboard(name, evidence.version, found),
     }
@@ -193,9 +236,10 @@ def _routes(evidence: Evidence, line: str, found: Mapping[str, Number]) -> dict[
     return {"models": {model: route}}
 
 
-def _prometheus_rule(name: str, rules: str) -> str:
+def _prometheus_rule(name: str, rules: str, labels: Mapping[str, str]) -> str:
     """The same rules, comments and all, as the operator's object."""
-    head = f"apiVersion: monitoring.coreos.com/v1\nkind: PrometheusRule\nmetadata:\n  name: {name}\nspec:\n"
+    head = f"apiVersion: monitoring.coreos.com/v1\nkind: PrometheusRule\nmetadata:\n  name: {name}\n"
+    head += f"  labels: {json.dumps(dict(labels))}\nspec:\n" if labels else "spec:\n"
     return head + "".join(f"  {line}\n" if line else "\n" for line in rules.splitlines())
 
 

@@ -18,6 +18,13 @@ HEADROOM_TARGET = 0.7
 LONGEST_GRACE_S = 600
 # vLLM's tokens stay within this share of its cache before it begins to preempt, which it does when the cache is full.
 KV_TARGET = 0.8
+# Of the cores that it was tested with a replica asks for this share: the rest of such a node is for what else must run
+# there (the node's own, the gateway), and the replica has what of it is idle.
+CPU_SHARE = 0.5
+# Kubernetes' own, after which a rollout that gets no further is told.
+_PROGRESS_SECONDS = 600
+# A node pulls and unpacks an image at so many bytes a second, on a slow day.
+_PULL_RATE = 20e6
 # The time that a token takes, and what it was called before.
 _TOKEN_METRICS = ("p99_tpot_ms", "p99_inter_token_ms")
 # What the gateway sends a replica at a time where it is told nothing.
@@ -90,6 +97,18 @@ def numbers(evidence: Evidence) -> dict[str, Number]:
     return found
 
 
+def progress_seconds(evidence: Evidence, image_bytes: int | None) -> Number:
+    """How long a new replica may take before its rollout counts as stuck; ``image_bytes`` are uncompressed."""
+    start = 3 * float(evidence.load["server"]["start_seconds"])
+    if not image_bytes:
+        return Number(_PROGRESS_SECONDS, "Kubernetes' own: image.json has no size_bytes")
+    return Number(
+        max(_PROGRESS_SECONDS, math.ceil(image_bytes / _PULL_RATE + start)),
+        f"image.json: {image_bytes / 1e9:.1f} GB at {_PULL_RATE / 1e6:.0f} MB/s, a choice, and three starts of "
+        f"{start / 3:.1f} s (load.json); at least Kubernetes' own {_PROGRESS_SECONDS}",
+    )
+
+
 def _capacity(evidence: Evidence) -> tuple[Number, Number]:
     """Requests a second that one replica carries, and how many are under way then: rate times mean latency (Little)."""
     search = evidence.load.get("capacity") or {}
@@ -116,10 +135,6 @@ def _capacity(evidence: Evidence) -> tuple[Number, Number]:
 def _resources(evidence: Evidence) -> dict[str, Number]:
     limit = int(evidence.load["memory"]["limit_bytes"])
     peak = int(evidence.metrics.get("peak_memory_bytes") or limit)
-    server = evidence.load.get("server", {})
-    given_cores = (server.get("computed_on") or {}).get("cores")
-    cores = server.get("cpus") or (len(given_cores) if given_cores else None)
-    machine = evidence.manifest["hardware"]["cores"]
     gpu_peak = evidence.load["memory"].get("peak", {}).get("gpu_memory_bytes")
     accelerators = evidence.manifest["hardware"]["accelerators"]
     whole = accelerators[0]["memory_bytes"] if accelerators else None
@@ -127,11 +142,16 @@ def _resources(evidence: Evidence) -> dict[str, Number]:
     told = "load.json: memory.peak.gpu_memory_bytes over the GPU's memory (manifest: hardware)"
     whole_gpu = f"{told}" if gpu_peak else "vLLM's own default: 0.92 of a GPU, taken up front"
     tested = f"load.json: memory.limit_bytes, the limit that it was tested in; its peak was {peak / 2**20:.0f}Mi"
-    given = "load.json: server.cpus or the cores it was given, what it was tested with"
+    cores, told_cores = tested_cores(evidence)
     return {
         "memory_limit": Number(mebibytes(limit / 2**20), tested),
         "memory_peak_share": Number(round(peak / limit, 3), f"load.json: a peak of {peak} bytes, a limit of {limit}"),
-        "cpus": Number(cores or machine, given if cores else "manifest: hardware.cores, the machine of the tests"),
+        "cpus": Number(thousandths(1000 * cores), told_cores),
+        "cpu_request": Number(
+            thousandths(max(1, 1000 * CPU_SHARE * cores)),
+            f"{CPU_SHARE:.0%} of the {cores:g} cores of the tests ({told_cores}): a node never has all of its own "
+            "free, and what is idle is used beyond the request",
+        ),
         "gpus": Number(
             int(evidence.on_gpu),
             "load.json: it was tested on one GPU"
@@ -140,6 +160,16 @@ def _resources(evidence: Evidence) -> dict[str, Number]:
         ),
         "gpu_memory_share": Number(round(share, 3), whole_gpu),
     }
+
+
+def tested_cores(evidence: Evidence) -> tuple[float, str]:
+    """How many cores it was tested with, and what says so."""
+    server = evidence.load.get("server", {})
+    given = (server.get("computed_on") or {}).get("cores")
+    cores = server.get("cpus") or (len(given) if given else None)
+    if cores:
+        return float(cores), "load.json: server.cpus or the cores it was given, what it was tested with"
+    return float(evidence.manifest["hardware"]["cores"]), "manifest: hardware.cores, the machine of the tests"
 
 
 def _timings(evidence: Evidence) -> dict[str, Number]:

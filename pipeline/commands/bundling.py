@@ -21,6 +21,10 @@ from pipeline.show import as_json, print_json, print_table, progress, results
 @click.option(
     "--gateway-image", metavar="REPOSITORY@DIGEST", help="The gateway's image, where it was pushed from elsewhere."
 )
+@click.option(
+    "--cluster", "described", metavar="FILE", type=click.Path(path_type=Path),
+    help="What is the cluster's own, in YAML: containers/kubernetes/README.md has every key.",
+)  # fmt: skip
 @as_json
 def bundle(
     name: str,
@@ -29,6 +33,7 @@ def bundle(
     monitoring: str,
     image: str | None,
     gateway_image: str | None,
+    described: Path | None,
     *,
     as_json: bool,
 ) -> None:
@@ -37,16 +42,18 @@ def bundle(
     Each number carries a comment that names its evidence. Alerts come with the tests that promtool runs.
     """
     from containers.kubernetes.bundle import Images, write_bundle  # noqa: PLC0415
-    from pipeline.bundle import gather, simulated  # noqa: PLC0415
+    from pipeline.bundle import cluster, gather, simulated  # noqa: PLC0415
     from pipeline.gateways import pushed_image  # noqa: PLC0415
 
     settings = Settings.read()
+    placed = cluster(described) if described is not None else None
     evidence, record = gather(name, settings)
     written = write_bundle(
         evidence,
         record,
         out,
         images=Images(gateway=gateway_image or pushed_image(settings.home), engine=image),
+        cluster=placed,
         namespace=namespace,
         monitoring_namespace=monitoring,
         more=lambda found: simulated(evidence, found),

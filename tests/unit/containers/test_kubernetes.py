@@ -13,7 +13,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from bundle_evidence import DIGEST, GATEWAY, IMAGE, evidence, manifest, on_gpu, written
+from bundle_evidence import DIGEST, GATEWAY, IMAGE, REDIS, cluster, evidence, manifest, on_gpu, written
 
 from containers.gateway.config import Routes
 from containers.gateway.config import Settings as GatewaySettings
@@ -29,6 +29,7 @@ from containers.kubernetes.autoscaling import (
     simulate,
 )
 from containers.kubernetes.bundle import BundleError, write_bundle
+from containers.kubernetes.cluster import Cluster
 from containers.kubernetes.names import object_name
 from containers.kubernetes.numbers import Evidence, numbers
 
@@ -37,9 +38,11 @@ OPERATORS = {"ServiceMonitor", "PrometheusRule"}
 KUSTOMIZE = {"Kustomization", "Component"}
 
 
-@pytest.fixture(params=["cpu", "gpu"])
+@pytest.fixture(params=["cpu", "gpu", "cpu-own", "gpu-own"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    written(evidence() if request.param == "cpu" else on_gpu(), tmp_path / "bundle")
+    """The bundle of a release on CPU or GPU, for any cluster and for one with everything of its own."""
+    device, _, own = request.param.partition("-")
+    written(evidence() if device == "cpu" else on_gpu(), tmp_path / "bundle", cluster() if own else None)
     return tmp_path / "bundle"
 
 
@@ -182,7 +185,8 @@ def test_what_kustomize_is_pointed_at_is_there_and_nothing_is_forgotten(folder: 
         for path in folder.rglob("*")
         if path.is_file() and path.resolve() not in named and path.name != "kustomization.yaml"
     }
-    assert left == {"README.md", "namespace.yaml", "monitoring/rules.yaml", "monitoring/rules_test.yaml"}
+    rules = {"monitoring/rules.yaml", "monitoring/rules_test.yaml"}
+    assert left == {"README.md", "namespace.yaml", "adapter.yaml", *rules}
 
 
 def kustomized(place: Path) -> list[dict[str, Any]]:
@@ -201,12 +205,12 @@ def test_weights_that_are_not_in_the_image_are_pulled_and_verified_first(folder:
     # They are where the image would have them, which is where the engine and the gateway's tokenizer look.
     at_model = {"name": "weights", "mountPath": "/model", "subPath": "model", "readOnly": True}
     assert container["args"][2] == "/weights/model"
-    assert patch["containers"] == [{"name": "engine", "volumeMounts": [at_model]}]
+    assert [(each["name"], each["volumeMounts"]) for each in patch["containers"]] == [("engine", [at_model])]
     beside = yaml.safe_load((folder / "weights" / "tokenizer.yaml").read_text())["spec"]["template"]["spec"]
     assert beside["initContainers"] == [container, {"name": "tokenizer", "volumeMounts": [at_model]}]
     policy = one(folder, "NetworkPolicy", "demo-awq-pull")
     kubernetes_validate.validate(policy, "1.37", strict=True)
-    assert {port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"]} == {53, 443}
+    assert {port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"]} - {5353} == {53, 443}
 
 
 def test_kustomize_puts_the_pull_before_all_else(folder: Path) -> None:
@@ -274,7 +278,6 @@ def test_the_image_is_run_by_digest_hardened_as_it_was_tested(folder: Path) -> N
 def test_a_gpu_is_asked_for_with_its_driver(tmp_path: Path) -> None:
     written(on_gpu(), tmp_path / "b")
     pod = one(tmp_path / "b", "Deployment", "demo-awq-engine")["spec"]["template"]["spec"]
-    assert pod["runtimeClassName"] == "nvidia"
     assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
     terms = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
 
@@ -406,6 +409,188 @@ def test_the_gateway_gets_all_that_prompts_are_counted_with(folder: Path, tmp_pa
         copied = {path.name for path in (tmp_path / "srv/tokenizer").iterdir()}
         assert copied == set(files["/model"]) - {"model.safetensors"}
         (tmp_path / "model" / left).unlink(missing_ok=True)  # a release without one is as well
+
+
+# The cluster's own
+
+
+def pods(folder: Path) -> dict[str, dict[str, Any]]:
+    found = (each for _, each in objects(folder / "base") if each.get("kind") == "Deployment")
+    return {each["metadata"]["name"].rpartition("-")[2]: each["spec"]["template"]["spec"] for each in found}
+
+
+def containers(pod: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*pod.get("initContainers", ()), *pod["containers"]]
+
+
+def test_a_cluster_that_nothing_is_said_of_is_asked_for_nothing_of_its_own(tmp_path: Path) -> None:
+    written(on_gpu(), tmp_path / "b")
+    found = pods(tmp_path / "b")
+    assert set(found) == {"engine", "gateway", "redis"}
+    for pod in found.values():
+        assert not {"imagePullSecrets", "priorityClassName", "runtimeClassName"} & set(pod)
+        for container in containers(pod):
+            assert not {"cpu", "ephemeral-storage"} & set(container["resources"]["limits"])
+            assert "ephemeral-storage" not in container["resources"]["requests"]
+    for kind in ("ServiceMonitor", "PrometheusRule"):
+        named = [each for _, each in objects(tmp_path / "b") if each.get("kind") == kind]
+        assert named
+        assert all("labels" not in each["metadata"] for each in named)
+
+
+def test_every_pod_has_what_is_the_clusters_own(tmp_path: Path) -> None:
+    written(on_gpu(), tmp_path / "b", cluster())
+    for name, pod in pods(tmp_path / "b").items():
+        assert pod["imagePullSecrets"] == [{"name": "registry"}]
+        assert pod["priorityClassName"] == "release-critical"
+        assert pod.get("runtimeClassName") == ("nvidia" if name == "engine" else None)
+        for container in containers(pod):
+            assert {"cpu", "memory", "ephemeral-storage"} <= set(container["resources"]["limits"]), container["name"]
+    (engine,) = pods(tmp_path / "b")["engine"]["containers"]
+    limits, requests = engine["resources"]["limits"], engine["resources"]["requests"]
+    assert (requests["cpu"], limits["cpu"]) == ("1500m", "16")
+    assert requests["ephemeral-storage"] == limits["ephemeral-storage"] == "8Gi"
+    for kind in ("ServiceMonitor", "PrometheusRule"):
+        named = [each for _, each in objects(tmp_path / "b") if each.get("kind") == kind]
+        assert {each["metadata"]["labels"]["release"] for each in named} == {"kube-prometheus-stack"}
+
+
+def test_a_release_on_cpu_names_no_runtime_class_whatever_the_cluster_has(tmp_path: Path) -> None:
+    written(evidence(), tmp_path / "b", cluster())
+    assert "runtimeClassName" not in pods(tmp_path / "b")["engine"]
+
+
+def test_a_gpus_runtime_class_is_explained(tmp_path: Path) -> None:
+    for name, placed in (("with", cluster()), ("without", None)):
+        written(on_gpu(), tmp_path / name, placed)
+    assert "describe replicaset" in (tmp_path / "with" / "README.md").read_text()
+    assert "kubectl get\nruntimeclass` shows `nvidia`" in (tmp_path / "without" / "README.md").read_text()
+    written(evidence(), tmp_path / "cpu")
+    assert "RuntimeClass" not in (tmp_path / "cpu" / "README.md").read_text()
+
+
+def test_half_of_the_tested_cores_are_asked_for_and_why_is_said(tmp_path: Path) -> None:
+    given = {**evidence().load, "server": {"start_seconds": 23.9, "cpus": 3}}
+    found = numbers(evidence(load=given))
+    assert (found["cpus"].value, found["cpu_request"].value) == ("3", "1500m")
+    written(evidence(load=given), tmp_path / "b")
+    (engine,) = pods(tmp_path / "b")["engine"]["containers"]
+    assert engine["resources"]["requests"]["cpu"] == "1500m"
+    assert f"asks for 1500m CPU: {found['cpu_request'].why}" in (tmp_path / "b" / "README.md").read_text()
+
+
+def test_a_request_beyond_the_limit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"`cpu_request` is 2\.5, more than the limit that `cpu_limits` sets: 2,"):
+        written(evidence(), tmp_path / "b", cluster(cpu_request=2.5))
+    written(evidence(), tmp_path / "b", cluster(cpu_request=2.5, cpu_limits=False))
+
+
+@pytest.mark.parametrize(("surge", "expected"), [(True, (1, 0)), (False, (0, 1))])
+def test_full_nodes_are_updated_without_a_replica_more(tmp_path: Path, surge: bool, expected: tuple[int, int]) -> None:
+    written(evidence(), tmp_path / "b", cluster(surge=surge))
+    for name in ("engine", "gateway"):
+        rolling = one(tmp_path / "b", "Deployment", f"demo-awq-{name}")["spec"]["strategy"]["rollingUpdate"]
+        assert (rolling["maxSurge"], rolling["maxUnavailable"]) == expected
+
+
+def test_no_volume_grows_without_end_and_no_sick_pod_stops_a_drain(folder: Path) -> None:
+    for pod in pods(folder).values():
+        volumes = [volume["emptyDir"] for volume in pod["volumes"] if "emptyDir" in volume]
+        assert volumes
+        assert all("sizeLimit" in volume for volume in volumes)
+    budgets = [each["spec"] for _, each in objects(folder) if each.get("kind") == "PodDisruptionBudget"]
+    assert [each["unhealthyPodEvictionPolicy"] for each in budgets] == ["AlwaysAllow"] * 2
+    (spread,) = pods(folder)["gateway"]["topologySpreadConstraints"]
+    assert spread["labelSelector"]["matchLabels"] == {"app.kubernetes.io/name": "demo-awq-gateway"}
+
+
+@pytest.mark.parametrize(("size", "seconds"), [(30 * 10**9, 1572), (10**9, 600), (None, 600)])
+def test_a_large_image_has_the_time_to_be_pulled(tmp_path: Path, size: int | None, seconds: int) -> None:
+    write_bundle(evidence(), IMAGE if size is None else {**IMAGE, "size_bytes": size}, tmp_path / "b")
+    assert one(tmp_path / "b", "Deployment", "demo-awq-engine")["spec"]["progressDeadlineSeconds"] == seconds
+
+
+@pytest.mark.parametrize("where", ["base", "weights"])
+def test_names_are_looked_up_where_the_cluster_has_them_answered(tmp_path: Path, where: str) -> None:
+    def asked(placed: Cluster | None) -> dict[str, Any]:
+        folder = tmp_path / str(placed is None)
+        written(evidence(), folder, placed)
+        policies = [each["spec"] for _, each in objects(folder / where) if each.get("kind") == "NetworkPolicy"]
+        rules = [rule for policy in policies for rule in policy.get("egress", ())]
+        (found,) = [rule for rule in rules if {"port": 53, "protocol": "UDP"} in rule["ports"]]
+        return dict(found)
+
+    plain, own = asked(None), asked(cluster())
+    assert [each["podSelector"]["matchLabels"] for each in plain["to"]] == [{"k8s-app": "kube-dns"}]
+    assert own["to"][0]["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "openshift-dns"}
+    assert [each["ipBlock"]["cidr"] for each in own["to"][1:]] == ["169.254.20.10/32", "fd00::a/128"]
+    assert [port["port"] for port in own["ports"]] == [53, 53, 5353, 5353]
+
+
+def test_no_policy_holds_workers_that_run_as_jobs_in_the_same_namespace(folder: Path) -> None:
+    lines = {f"demo-awq-{part}" for part in ("engine", "gateway", "redis")}
+    policies = [each["spec"]["podSelector"] for _, each in objects(folder) if each.get("kind") == "NetworkPolicy"]
+    assert len(policies) == 5
+    for selector in policies:
+        if "matchLabels" in selector:
+            names = {selector["matchLabels"]["app.kubernetes.io/name"]}
+        else:
+            (rule,) = selector["matchExpressions"]
+            assert (rule["key"], rule["operator"]) == ("app.kubernetes.io/name", "In")
+            names = set(rule["values"])
+        assert names <= lines
+
+
+def test_prometheus_adapter_can_mount_its_rules(folder: Path) -> None:
+    (adapter,) = yaml.safe_load_all((folder / "adapter.yaml").read_text())
+    assert adapter["metadata"] == {"name": "slipway-adapter", "namespace": "monitoring"}
+    (rule,) = yaml.safe_load(adapter["data"]["config.yaml"])["rules"]
+    query = re.search(r'__name__=~"([^"]+)"', rule["seriesQuery"])
+    assert query is not None
+    hpa = one(folder, "HorizontalPodAutoscaler", "demo-awq-engine")["spec"]["metrics"]
+    for name in (metric["pods"]["metric"]["name"] for metric in hpa):
+        assert re.fullmatch(query[1], name.replace("slipway_", "slipway:", 1))
+
+
+def test_kustomize_labels_every_object_and_no_selector(tmp_path: Path) -> None:
+    written(on_gpu(), tmp_path / "b", cluster())
+    built = kustomized(tmp_path / "b" / "overlays" / "production")
+    common = {
+        "app.kubernetes.io/part-of": "demo-awq",
+        "app.kubernetes.io/instance": "demo-awq",
+        "app.kubernetes.io/managed-by": "slipway",
+    }
+    version = {"app.kubernetes.io/version": "3"}
+    for each in built:
+        assert (common | version).items() <= each["metadata"]["labels"].items(), each["metadata"]["name"]
+        if each["kind"] == "Deployment":
+            assert list(each["spec"]["selector"]["matchLabels"]) == ["app.kubernetes.io/name"]
+            own = each["spec"]["template"]["metadata"]["labels"]
+            assert common.items() <= own.items()
+            # Gateway and Redis go on running when the next version comes.
+            expected = "3" if own["app.kubernetes.io/component"] == "engine" else None
+            assert own.get("app.kubernetes.io/version") == expected
+
+
+def test_kustomize_takes_redis_by_digest_and_counts_pulled_weights_as_storage(tmp_path: Path) -> None:
+    weights = manifest(files={"model.safetensors": {"size": 10 * 2**30}})
+    written(evidence(manifest=weights), tmp_path / "b", cluster())
+    overlay = tmp_path / "b" / "overlays" / "pulled"
+    overlay.mkdir()
+    (overlay / "kustomization.yaml").write_text(
+        "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources: [../../base]\n"
+        "components: [../../weights]\n"
+    )
+    built = [each for each in kustomized(overlay) if each["kind"] == "Deployment"]
+    found = {each["metadata"]["name"]: each["spec"]["template"]["spec"] for each in built}
+    assert found["demo-awq-redis"]["containers"][0]["image"] == REDIS
+    limits = {
+        container["name"]: container["resources"]["limits"]["ephemeral-storage"]
+        for pod in found.values()
+        for container in pod["containers"]
+    }
+    # Twice the weights, and each container's own.
+    assert limits == {"engine": "28Gi", "gateway": "20992Mi", "discover": "64Mi", "redis": "64Mi"}
 
 
 # The numbers
