@@ -131,6 +131,8 @@ class KubernetesCluster:
         where = self.where
         labels = {"app.kubernetes.io/name": "slipway-worker", "slipway/environment": task.environment}
         resources = {"cpu": where.cpus, "memory": where.memory}
+        if where.ephemeral_storage:
+            resources["ephemeral-storage"] = where.ephemeral_storage
         if where.gpus:
             resources["nvidia.com/gpu"] = str(where.gpus)
         variables = {**task.variables, "SLIPWAY_HOME": _HOME, "HOME": _HOME}

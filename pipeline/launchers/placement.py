@@ -71,6 +71,7 @@ class Toleration(BaseModel):
 class Kubernetes(_Placement):
     """A namespace of a Kubernetes cluster, the image that does errands, and what one worker takes and puts up with.
 
+    ``ephemeral_storage`` is requested and the limit: what a pod keeps on its node, environments and weights among it.
     As whom it is asked says the file ``token``; ``certificate`` is the cluster's authority. ``secrets`` hold S3's
     variables, ``image_pull_secrets`` the image registry's; the volume of ``claim`` keeps workers' environments, which
     are else made in each pod. ``runtime_class`` is for nodes that give containers no GPU without it. A
@@ -86,6 +87,7 @@ class Kubernetes(_Placement):
     store: _Store
     cpus: _Quantity = "4"
     memory: _Quantity = "16Gi"
+    ephemeral_storage: _Quantity | None = None
     node_selector: Mapping[str, str] = {}
     tolerations: tuple[Toleration, ...] = ()
     service_account: str = "default"

@@ -91,6 +91,7 @@ def test_a_worker_runs_on_the_nodes_and_with_the_gpus_that_are_configured(
         gpus=2, node_selector={"nvidia.com/gpu.product": "NVIDIA-H200"}, secrets=["s3"], claim="environments",
         tolerations=[{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}], memory="64Gi",
         image_pull_secrets=["registry"], runtime_class="nvidia", priority_class="batch",
+        ephemeral_storage="100Gi",
     )  # fmt: skip
     output = tmp_path / "output"
     output.mkdir()
@@ -102,7 +103,9 @@ def test_a_worker_runs_on_the_nodes_and_with_the_gpus_that_are_configured(
     pod = job["spec"]["template"]["spec"]
     assert job["spec"]["backoffLimit"] == 0
     assert pod["containers"][0]["image"] == IMAGE
-    assert pod["containers"][0]["resources"]["limits"] == {"cpu": "4", "memory": "64Gi", "nvidia.com/gpu": "2"}
+    assert pod["containers"][0]["resources"]["limits"] == {
+        "cpu": "4", "memory": "64Gi", "ephemeral-storage": "100Gi", "nvidia.com/gpu": "2",
+    }  # fmt: skip
     assert pod["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-H200"}
     assert pod["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
     assert (pod["runtimeClassName"], pod["priorityClassName"]) == ("nvidia", "batch")
@@ -136,6 +139,8 @@ def test_a_worker_without_a_gpu_states_the_cpu_that_it_needs(elsewhere: Elsewher
     on_cpu, on_gpu = (each["spec"]["template"]["spec"]["affinity"] for each in manifests)
     assert "feature.node.kubernetes.io/cpu-cpuid.AVX2" in str(on_cpu)
     assert on_gpu == {}
+    (container,) = manifests[0]["spec"]["template"]["spec"]["containers"]
+    assert set(container["resources"]["limits"]) == {"cpu", "memory"}
     assert not {"imagePullSecrets", "runtimeClassName", "priorityClassName"} & set(
         manifests[1]["spec"]["template"]["spec"]
     )
