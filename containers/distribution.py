@@ -232,7 +232,7 @@ class Registry:
         """Where an upload goes on: absolute, or relative to this registry, and never elsewhere."""
         if "Location" not in answer.headers:
             raise DistributionError(f"the registry {self.host} does not say where an upload goes on")
-        there = answer.url.join(answer.headers["Location"])
+        there = self._there(answer)
         if not network.same_origin(self._base, str(there)):
             raise DistributionError(
                 f"the registry {self.host} sends an upload on to another host, {there.host}: refused"
@@ -242,10 +242,16 @@ class Registry:
     def _check_redirect(self, answer: httpx.Response) -> None:
         if not answer.has_redirect_location:
             return
-        there = answer.url.join(answer.headers["Location"])
+        there = self._there(answer)
         problem = network.redirect_problem(answer.request.method, str(answer.url), str(there))
         if problem is not None:
             raise DistributionError(f"the registry {self.host} is not followed: {problem}")
+
+    def _there(self, answer: httpx.Response) -> httpx.URL:
+        try:
+            return answer.url.join(answer.headers["Location"])
+        except httpx.InvalidURL as error:
+            raise DistributionError(f"the registry {self.host} leads to a malformed address: refused") from error
 
     def _ask(self, method: str, path: str | httpx.URL, *, missing: bool = False, **rest: Any) -> httpx.Response:  # noqa: ANN401 - httpx's own
         try:

@@ -46,7 +46,10 @@ def _client() -> httpx2.Client:
 
 def _check_redirect(answer: httpx2.Response) -> None:
     if answer.has_redirect_location:
-        there = answer.url.join(answer.headers["Location"])
+        try:
+            there = answer.url.join(answer.headers["Location"])
+        except httpx2.InvalidURL as error:
+            raise SourceError(f"the hub at {answer.url.host} is not followed: the address is malformed") from error
         problem = network.redirect_problem(answer.request.method, str(answer.url), str(there))
         if problem is not None:
             raise SourceError(f"the hub at {answer.url.host} is not followed: {problem}")

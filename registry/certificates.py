@@ -8,13 +8,14 @@ name constraints, unknown critical extensions), with a policy for signing rather
 - the signer's has ``digitalSignature`` or the purpose of code signing, and neither extension says otherwise;
 - the names that a signer goes by are its alternative names; the common name counts only where there are none.
 
-The chain is judged at the moment at which the signer's certificate began to be valid, and that one must not have
-expired by now. Authorities have RSA keys of 2048 bits or more, or keys on P-256, P-384 or P-521. A test holds this to
-OpenSSL over a matrix of chains: nothing is accepted that OpenSSL refuses.
+The chain is judged at the moment at which the signer's certificate began to be valid, and that one must have begun and
+not have expired by now. Authorities have RSA keys of 2048 bits or more, or keys on P-256, P-384 or P-521. A test holds
+this to OpenSSL over a matrix of chains: nothing is accepted that OpenSSL refuses.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -30,6 +31,12 @@ from registry.errors import SigningError
 from registry.signing import PublicKey
 
 _LONGEST_CHAIN = 8
+_Name = type[x509.RFC822Name | x509.UniformResourceIdentifier | x509.DNSName]
+_FORMS: Sequence[tuple[_Name, re.Pattern[str]]] = (
+    (x509.RFC822Name, re.compile(r"[^@]+@[^@]+")),
+    (x509.UniformResourceIdentifier, re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:.+")),
+    (x509.DNSName, re.compile(r"[^@:/]+")),
+)
 _Extension = TypeVar("_Extension", bound=x509.ExtensionType)
 # What `cryptography` raises for malformed certificates: one extension twice, a date that is none, a key of no kind.
 _MALFORMED = (
@@ -68,15 +75,16 @@ def signer_of(
 
 
 def names_of(certificate: x509.Certificate) -> list[str]:
-    """Return the names that a certificate may be asked for: its alternative names, or else its common name."""
+    """Return the names that a certificate may be asked for: its alternative names, or else its common name.
+
+    An alternative name counts only in the form of its kind: an authority that is limited to some addresses could
+    otherwise vouch for any other one as a host's name, which its limits say nothing of.
+    """
     try:
         extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         return [str(name.value) for name in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
-    found: list[str] = []
-    for kind in (x509.RFC822Name, x509.UniformResourceIdentifier, x509.DNSName):
-        found += extension.get_values_for_type(kind)
-    return found
+    return [name for kind, form in _FORMS for name in extension.get_values_for_type(kind) if form.fullmatch(name)]
 
 
 def _judged(chain: Sequence[bytes], authorities: Sequence[Authority], now: datetime) -> tuple[PublicKey, str]:
@@ -95,6 +103,8 @@ def _judged(chain: Sequence[bytes], authorities: Sequence[Authority], now: datet
     wanted = trusted[path[-1]].identities
     if wanted and not set(names) & set(wanted):
         raise SigningError(f"signed by {' alias '.join(names) or called}, and not by {' or '.join(wanted)}")
+    if now < own.not_valid_before_utc:
+        raise SigningError(f"the certificate of {called} begins on {own.not_valid_before_utc:%Y-%m-%d}, later than now")
     if own.not_valid_after_utc < now:
         raise SigningError(f"the certificate of {called} expired on {own.not_valid_after_utc:%Y-%m-%d}")
     return PublicKey.of(key), called

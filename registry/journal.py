@@ -151,6 +151,11 @@ def says(journal: Sequence[Record], alias: str) -> Record | None:
     return None
 
 
+def movers(journal: Sequence[Record]) -> dict[str, Record]:
+    """Return for each alias the last record that moves it, whatever state is said of that: anybody may have set it."""
+    return {move.alias: record for record in journal for move in record.entry.moves}
+
+
 def proven(journal: Sequence[Record], alias: str, trusted: Sequence[PublicKey]) -> tuple[Entry | None, str]:
     """Return the last entry that moves the alias, held to signatures alone; else None, and what it lacks.
 

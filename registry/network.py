@@ -20,6 +20,7 @@ import base64
 import os
 import ssl
 from collections.abc import Mapping
+from contextlib import suppress
 from http.client import HTTPConnection, HTTPSConnection
 from ipaddress import ip_address
 from pathlib import Path
@@ -56,12 +57,20 @@ def tls(*first: str, environment: Mapping[str, str] = os.environ) -> ssl.SSLCont
 
 
 def proxy_for(address: str) -> str | None:
-    """Return the proxy's URL through which an address is reached; None where it is reached directly."""
-    parts = urlsplit(address)
+    """Return the proxy's URL through which an address is reached; None where it is reached directly.
+
+    Raises:
+        NetworkError: The address, or the proxy's, is malformed.
+    """
+    parts = _split(address)
     if not parts.hostname or is_loopback(parts.hostname) or proxy_bypass(parts.hostname):
         return None
     found = getproxies().get(parts.scheme)
-    return found if found is None or "://" in found else f"http://{found}"
+    if found is None:
+        return None
+    proxy = found if "://" in found else f"http://{found}"
+    _split(proxy)
+    return proxy
 
 
 def connection(address: str, seconds: float, *first: str) -> tuple[HTTPConnection, str, dict[str, str]]:
@@ -70,22 +79,25 @@ def connection(address: str, seconds: float, *first: str) -> tuple[HTTPConnectio
     ``seconds`` is how long nothing may come; ``first`` as `tls` has it.
 
     Raises:
-        NetworkError: The address is none of HTTP's.
+        NetworkError: The address is none of HTTP's, or a proxy can't be used.
     """
-    parts = urlsplit(address)
+    parts = _split(address)
     if parts.scheme not in _PORTS or not parts.hostname:
-        raise NetworkError(f"`{parts.scheme}` addresses can't be read: {parts._replace(query='').geturl()}")
+        raise NetworkError(f"`{parts.scheme}` addresses can't be read: {_without_secrets(address)}")
     path = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
+    if not all("!" <= character <= "~" for character in path):
+        raise NetworkError(f"an address has characters that must be escaped: {_without_secrets(address)}")
     proxy = proxy_for(address)
     if proxy is None:
         return _direct(parts, seconds, first), path, {}
-    by = urlsplit(proxy)
-    if by.scheme not in _PORTS or not by.hostname:
-        raise NetworkError(f"a `{by.scheme}` proxy can't be used: set HTTPS_PROXY to http://HOST:PORT")
+    by = _split(proxy)
+    # A tunnel is asked for in the clear, with the proxy's password: never of a proxy that is to be reached over TLS.
+    if by.scheme not in (_PORTS if parts.scheme == "http" else ("http",)) or not by.hostname:
+        raise NetworkError(f"a `{by.scheme}` proxy can't be used: set {parts.scheme.upper()}_PROXY to http://HOST:PORT")
     asked = _proxy_headers(by)
     if parts.scheme == "http":
-        return _direct(by, seconds, ()), parts._replace(fragment="").geturl(), asked
-    tunnel = HTTPSConnection(by.hostname, by.port or _PORTS[by.scheme], timeout=seconds, context=tls(*first))
+        return _direct(by, seconds, ()), f"http://{parts.netloc.rpartition('@')[2]}{path}", asked
+    tunnel = HTTPSConnection(by.hostname, by.port or _PORTS["http"], timeout=seconds, context=tls(*first))
     tunnel.set_tunnel(parts.hostname, parts.port or _PORTS["https"], headers=asked)
     return tunnel, path, {}
 
@@ -97,7 +109,12 @@ def mlflow_token(environment: Mapping[str, str] = os.environ) -> str:
 
 def redirect_problem(method: str, here: str, there: str) -> str | None:
     """Say why a redirect is not followed; None where it may be."""
-    before, after = urlsplit(here), urlsplit(there)
+    try:
+        before, after = _split(here), _split(there)
+    except NetworkError as error:
+        return f"it redirects, and {error}"
+    if after.scheme in _PORTS and not after.hostname:
+        return "it redirects to an address without a host"
     if after.scheme not in _PORTS or (before.scheme, after.scheme) == ("https", "http"):
         return f"it redirects from {before.scheme} to {after.scheme}"
     if method not in _READING and not same_origin(here, there):
@@ -106,8 +123,11 @@ def redirect_problem(method: str, here: str, there: str) -> str | None:
 
 
 def same_origin(one: str, other: str) -> bool:
-    """Whether two addresses have scheme, host and port in common."""
-    return _origin(one) == _origin(other)
+    """Whether two addresses have scheme, host and port in common; a malformed one has none with any."""
+    try:
+        return _origin(one) == _origin(other)
+    except NetworkError:
+        return False
 
 
 def is_loopback(host: str) -> bool:
@@ -132,8 +152,24 @@ def token(name: str, value: str) -> str:
     return stripped
 
 
+def _split(address: str) -> SplitResult:
+    """Take an address apart; ``NetworkError`` where it is malformed, before a library says so with a password in it."""
+    with suppress(ValueError):
+        parts = urlsplit(address)
+        (parts.hostname or "").encode("idna")
+        if parts.port != 0:
+            return parts
+    raise NetworkError(f"the host or the port of an address is malformed: {_without_secrets(address)}")
+
+
+def _without_secrets(address: str) -> str:
+    """The address without user and password, query and fragment, as far as it can be told of a malformed one."""
+    scheme, _, rest = address.partition("?")[0].partition("#")[0].rpartition("://")
+    return f"{scheme}{'://' if scheme else ''}{rest.rpartition('@')[2]}"[:200]
+
+
 def _origin(address: str) -> tuple[str, str | None, int | None]:
-    parts = urlsplit(address)
+    parts = _split(address)
     return parts.scheme, parts.hostname, parts.port or _PORTS.get(parts.scheme)
 
 

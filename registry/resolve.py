@@ -123,7 +123,7 @@ def traffic(name: str, alias: str, tracking_uri: str, policy: Policy) -> list[Sh
     """
     chosen = resolve(name, alias, tracking_uri, policy)
     line = catalog.line(tracking_uri, name) if alias == CHAMPION else None
-    if line is None or journal.says(journal.records(line), CANARY) is None:
+    if line is None or CANARY not in journal.movers(journal.records(line)):
         return [Share(chosen, 100)]
     line, meant = _settled(name, CANARY, tracking_uri, policy, absent=True)
     if meant.version is None or not meant.weight or meant.version == chosen.version:
@@ -135,14 +135,15 @@ def traffic(name: str, alias: str, tracking_uri: str, policy: Policy) -> list[Sh
 def needed(line: Line) -> set[str]:
     """Return the numbers of the versions that an alias names, or should name, or that a begun act is about.
 
-    Whoever moves an alias can't have the release removed, or put away, that the trail says it names.
+    Whoever moves an alias, or says that an act was abandoned, can't have the release removed, or put away, that the
+    trail says it names.
     """
     trail = journal.records(line)
     begun = journal.pending(trail)
     moves = list(begun.entry.moves) if begun is not None else []
-    aliases = {move.alias for record in trail for move in record.entry.moves}
-    last = [journal.says(trail, alias) for alias in sorted(aliases)]
-    said = {move.after for record in last if record for move in record.entry.moves}
+    movers = journal.movers(trail)
+    last = [*movers.values(), *filter(None, (journal.says(trail, alias) for alias in movers))]
+    said = {move.after for record in last for move in record.entry.moves}
     return {
         number for number in (*line.aliases.values(), *said, *(n for m in moves for n in (m.before, m.after))) if number
     }

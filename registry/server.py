@@ -8,6 +8,7 @@ refused), in values, in depth and in seconds, a list over all of its pages, and 
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from registry.bounded_json import Bounds, DocumentError, read_json
 from registry.errors import RefusedError, TrackingError
 from registry.tracking import reach, shown
 
+_HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t -~]*")
 _API = "/api/2.0/mlflow/"
 _CONNECT_SECONDS, _READ_SECONDS = 5.0, 60.0
 # Until an answer is whole, whatever trickles in.
@@ -161,10 +163,12 @@ class Server:
             return [{"path": _name(item["path"]), "is_dir": bool(item["is_dir"])} for item in answer.get("files", ())]
 
     def presigned(self, path: str) -> tuple[str, Mapping[str, str]] | None:
-        """An address in the object store behind the server, and its headers; None where it can't give one."""
+        """An address in the object store behind the server, and its headers; None where there is none to follow."""
         answer = self._ask("GET", f"/api/2.0/mlflow-artifacts/presigned/{quote(path)}", {}, absent="*")
         with self._understood():
-            return None if answer is None else (_text(answer["url"]), _headers(answer.get("headers")))
+            if answer is None or network.redirect_problem("GET", self.address, _text(answer["url"])) is not None:
+                return None
+            return answer["url"], _headers(answer.get("headers"))
 
     def _version(self, item: Mapping[str, Any], aliases: tuple[str, ...]) -> Version:
         location = _text(item.get("source") or "")
@@ -315,7 +319,10 @@ def _headers(value: object) -> dict[str, str]:
     found = value or {}
     if not isinstance(found, dict):
         raise TypeError("no headers")
-    return {_text(name): _text(word) for name, word in found.items()}
+    headers = {_text(name): _text(word) for name, word in found.items()}
+    if not all(_HEADER.fullmatch(f"{name}: {word}") for name, word in headers.items()):
+        raise ValueError("a header that can't be sent")
+    return headers
 
 
 def _pairs(tags: Mapping[str, str]) -> list[dict[str, str]]:

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
-from registry import journal
+from registry import journal, untrusted
 from registry.backend import Line
-from registry.errors import DiskError, PullError
+from registry.errors import DiskError, PullError, UntrustedFileError
 from registry.policy import Policy
 from registry.tracking import shown
+
+_NOTE = re.compile(rb"([0-9]{1,18}) ([0-9a-f]{64})")
+_LONGEST_NOTE = 100
 
 
 def remember(cache: Path, tracking_uri: str, line: Line, policy: Policy) -> None:
@@ -22,7 +27,7 @@ def remember(cache: Path, tracking_uri: str, line: Line, policy: Policy) -> None
     Where moves must be signed, it is as long as its signed entries are: who has no key can't make it longer.
 
     Raises:
-        PullError: The registry was set back.
+        PullError: The registry was set back, or what was seen of it can't be read.
         DiskError: The cache can't be written.
     """
     trail = journal.records(line)
@@ -38,11 +43,13 @@ def remember(cache: Path, tracking_uri: str, line: Line, policy: Policy) -> None
             f"entry {seen} of the audit trail of `{line.name}` is another one than was there before: {back}"
         )
     if longest > seen:
-        new = place.with_name(f".{line.name}.{os.getpid()}")
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            new.write_text(f"{longest} {_entry_digest(trail, longest)}")
-            new.replace(place)
+            with NamedTemporaryFile("w", dir=place.parent, prefix=f".{line.name}.", delete=False) as new:
+                new.write(f"{longest} {_entry_digest(trail, longest)}")
+                new.flush()
+                os.fsync(new.fileno())
+            Path(new.name).replace(place)
         except OSError as error:
             raise DiskError(f"can't write to the cache `{cache}`: {error.strerror}") from error
 
@@ -54,10 +61,14 @@ def _place(cache: Path, tracking_uri: str, name: str) -> Path:
 
 def _seen(place: Path) -> tuple[int, str]:
     try:
-        number, _, digest = place.read_text().partition(" ")
-        return int(number), digest
-    except (OSError, ValueError):
+        found = _NOTE.fullmatch(untrusted.read(place.parent, place.name, _LONGEST_NOTE))
+    except FileNotFoundError:
         return 0, ""
+    except (OSError, UntrustedFileError) as error:
+        raise PullError(f"what was seen of an audit trail can't be read in `{place}`: {error}") from error
+    if found is None:
+        raise PullError(f"`{place}` does not say what was seen of an audit trail: it is damaged; remove it")
+    return int(found[1]), found[2].decode()
 
 
 def _entry_digest(trail: list[journal.Record], number: int) -> str:

@@ -98,6 +98,14 @@ def test_who_it_redirects_to_gets_none_though_it_asks(
     assert elsewhere.authorizations() == []
 
 
+@pytest.mark.parametrize("there", ["http://[::1", "http://a:99999/x", "http://a:x/", "http://\x7f/"])
+def test_a_malformed_address_is_an_error_of_the_registry(registry: Recording, there: str) -> None:
+    for status in (307, 202):
+        registry.answer = lambda _, status=status: Answer(status, {"Location": there})  # type: ignore[misc]
+        with Registry(_host(registry)) as mine, pytest.raises(DistributionError):
+            mine.upload("demo", [b"layer"], 5)
+
+
 def test_a_blob_that_lies_elsewhere_is_read_there(registry: Recording, elsewhere: Recording) -> None:
     registry.answer = lambda _: Answer(307, {"Location": f"{elsewhere.address}/blob"})
     elsewhere.answer = lambda _: Answer(body=b"layer")

@@ -597,6 +597,9 @@ def test_the_hub_is_not_followed_to_another_scheme() -> None:
         answer = httpx2.Response(302, headers={"Location": there}, request=request)
         with pytest.raises(SourceError, match="is not followed: it redirects from https to"):
             _check_redirect(answer)
+    for there in ("https://[::1", "https://a:99999/x"):
+        with pytest.raises(SourceError, match="is not followed"):
+            _check_redirect(httpx2.Response(302, headers={"Location": there}, request=request))
     _check_redirect(httpx2.Response(302, headers={"Location": "https://cdn.example.com/x"}, request=request))
 
 

@@ -209,6 +209,24 @@ def test_a_certificate_that_has_expired_signs_nothing_now() -> None:
         signer_of(sent, root, NOW + timedelta(days=31))
 
 
+def test_a_certificate_that_has_not_begun_signs_nothing_yet() -> None:
+    with pytest.raises(SigningError, match=r"begins on .*, later than now"):
+        judged(replace(GOOD, leaf=replace(LEAF, days=(1, 30))))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [x509.DNSName("boss@example.com"), x509.UniformResourceIdentifier("boss@example.com"), x509.RFC822Name("a.b")],
+)
+def test_an_alternative_name_of_another_kinds_form_counts_for_nothing(name: x509.GeneralName) -> None:
+    """An authority that is limited to the addresses of one domain would vouch for those of another."""
+    names = (x509.SubjectAlternativeName([name]), False)
+    middle = replace(MIDDLE, more=(limited(permitted="other.com"),))
+    chain = replace(GOOD, middle=middle, leaf=replace(LEAF, more=((CODE, False), names)))
+    with pytest.raises(SigningError):
+        judged(chain, "boss@example.com", "a.b")
+
+
 def test_too_many_certificates_are_not_read() -> None:
     leaf = GOOD.certificates()["leaf"].public_bytes(Encoding.DER)
     with pytest.raises(SigningError, match="9 certificates are in it"):

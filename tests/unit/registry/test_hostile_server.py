@@ -126,6 +126,20 @@ def test_json_of_another_form_is_an_error_of_the_registry(hostile: Hostile, body
     everything(hostile.address)
 
 
+@pytest.mark.parametrize("headers", [{"X": "a\r\nHost: b"}, {"X": "\u2100"}, {"X\n": "a"}, {"": "a"}, {"X: Y": "\0"}])
+def test_headers_that_cannot_be_sent_are_an_error_of_the_registry(hostile: Hostile, headers: dict[str, str]) -> None:
+    hostile.answer = says(json.dumps({"url": f"{hostile.address}/x", "headers": headers}))
+    with Server(hostile.address) as asked, pytest.raises(TrackingError, match="not MLflow's"):
+        asked.presigned("x")
+
+
+@pytest.mark.parametrize("url", ["ftp://127.0.0.1/x", "http://[::1", "http://127.0.0.1:99999/x", "file:///etc/passwd"])
+def test_an_address_of_a_file_that_a_redirect_could_not_have_is_not_asked(hostile: Hostile, url: str) -> None:
+    hostile.answer = says(json.dumps({"url": url}))
+    with Server(hostile.address) as asked:
+        assert asked.presigned("x") is None
+
+
 @pytest.mark.parametrize("name", ["..", "", "a/b", ".", "/etc"])
 def test_a_listing_gives_names_and_no_paths(hostile: Hostile, name: str) -> None:
     hostile.answer = says(json.dumps({"files": [{"path": name, "is_dir": True}]}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -11,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow_tables import write_tables
 
 from registry import journal, trails
 from registry.backend import MANIFEST_TAG, Line, Version
-from registry.errors import PullError, TrackingError
+from registry.errors import NotFoundError, PullError, TrackingError
 from registry.journal import PAYLOAD_TYPE, Entry, Move, Record
 from registry.policy import Policy
-from registry.resolve import UnexplainedError, check, meaning, needed
+from registry.resolve import UnexplainedError, check, meaning, needed, resolve, traffic
 from registry.signing import SigningKey, load_or_create_key, load_trusted_keys
 
 COMPAT = Path(__file__).parent.parent.parent / "compat_journal"
@@ -207,6 +209,31 @@ def test_a_canarys_share_is_that_of_the_signed_entry_and_never_of_the_tag(
 def test_what_the_trail_names_stays_though_something_else_moved_the_alias(trail: list[Record]) -> None:
     assert needed(line_of(trail, {"champion": "1"})) == {"1", "2", "3"}
     assert needed(line_of(trail[:1], {})) == {"1"}
+    abandoned = [record.model_copy(update={"state": "abandoned"}) for record in trail]
+    assert needed(line_of([*trail[:2], abandoned[2]], {"champion": "1"})) == {"1", "2", "3"}
+
+
+def test_a_canary_that_anybody_calls_abandoned_is_no_reason_to_leave_it_out(
+    trail: list[Record], policy: Policy, signing_key: SigningKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("registry.resolve.time.sleep", lambda _: None)
+    append(trail, signing_key, "1", {"canary": "1"}, weight=10)
+    uri = write_tables(tmp_path / "mlflow.db", line_of(trail, {"champion": "3", "canary": "1"}), DIGESTS)
+    assert [(share.version.version, share.weight) for share in traffic("demo-awq", "champion", uri, policy)] == [
+        ("3", 90), ("1", 10),
+    ]  # fmt: skip
+    trail[-1] = trail[-1].model_copy(update={"state": "abandoned"})
+    uri = write_tables(tmp_path / "mlflow.db", line_of(trail, {"champion": "3"}), DIGESTS)
+    with pytest.raises(UnexplainedError, match="`demo-awq@canary` names version None, but the audit trail says 1"):
+        traffic("demo-awq", "champion", uri, policy)
+
+
+def test_a_version_that_is_not_there_is_not_found(trail: list[Record], policy: Policy, tmp_path: Path) -> None:
+    uri = write_tables(tmp_path / "mlflow.db", line_of(trail, {"champion": "3"}), DIGESTS)
+    assert resolve("demo-awq", "v2", uri, policy).version == "2"
+    for number in ("4", "9" * 30):
+        with pytest.raises(NotFoundError, match=f"`demo-awq` has no version {number}"):
+            resolve("demo-awq", f"v{number}", uri, policy)
 
 
 def test_a_version_of_which_no_signed_entry_says_the_digest_is_not_what_an_alias_means(
@@ -242,3 +269,33 @@ def test_the_cache_remembers_which_entry_was_the_last(
     append(other, signing_key, "1", {"champion": "1"})
     with pytest.raises(PullError, match=r"entry 3 .* is another one than was there before"):
         trails.remember(tmp_path, "https://a.example.com", line_of(other, {}), policy)
+
+
+@pytest.mark.parametrize("spoil", ["link", "pipe", "junk", "nothing", "endless"])
+def test_what_was_seen_and_cannot_be_read_is_not_taken_for_nothing(
+    trail: list[Record], policy: Policy, tmp_path: Path, spoil: str
+) -> None:
+    trails.remember(tmp_path, "https://a.example.com", line_of(trail, {}), policy)
+    place = next(path for path in tmp_path.rglob("demo-awq"))
+    kept = place.read_text()
+    place.unlink()
+    if spoil == "link":
+        (tmp_path / "other").write_text(kept)
+        place.symlink_to(tmp_path / "other")
+    elif spoil == "pipe":
+        os.mkfifo(place)
+    else:
+        place.write_text({"junk": "3", "nothing": "", "endless": kept + " " * 1000}[spoil])
+    with pytest.raises(PullError, match=r"audit trail.*"):
+        trails.remember(tmp_path, "https://a.example.com", line_of(trail[:1], {}), policy)
+
+
+def test_a_link_that_somebody_left_in_a_shared_cache_is_not_written_through(
+    trail: list[Record], policy: Policy, tmp_path: Path
+) -> None:
+    trails.remember(tmp_path, "https://a.example.com", line_of(trail[:1], {}), policy)
+    (tmp_path / "victim").write_text("own")
+    folder = next(path for path in tmp_path.rglob("demo-awq")).parent
+    (folder / f".demo-awq.{os.getpid()}").symlink_to(tmp_path / "victim")
+    trails.remember(tmp_path, "https://a.example.com", line_of(trail, {}), policy)
+    assert (tmp_path / "victim").read_text() == "own"

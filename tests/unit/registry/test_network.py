@@ -114,6 +114,56 @@ def test_a_tunnel_is_asked_of_the_proxy_for_https(server: Recording, monkeypatch
     assert (opened._tunnel_host, opened._tunnel_port) == ("far.invalid", 8443)  # type: ignore[attr-defined]
 
 
+def test_a_tunnel_is_asked_of_no_proxy_that_is_to_be_reached_over_tls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would get its password in the clear."""
+    monkeypatch.setenv("HTTPS_PROXY", "https://ann:word@proxy.invalid:1")
+    with pytest.raises(NetworkError, match="a `https` proxy can't be used"):
+        network.connection("https://far.invalid/x", 5.0)
+
+
+def test_a_proxy_learns_no_user_of_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy.invalid:3128")
+    assert network.connection("http://ann:word@far.invalid:8/x?y#z", 5.0)[1] == "http://far.invalid:8/x?y"
+
+
+MALFORMED = [
+    "http://ann:word@far.invalid:99999/x", "http://ann:word@far.invalid:0/x", "http://ann:wo/word@far.invalid/x",
+    "http://ann:word@[::1", "https://ann:word@far\u2100/x", f"https://ann:word@{'a' * 64}.invalid/x",
+    "https://ann:word@.invalid/x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("address", MALFORMED)
+def test_a_malformed_address_is_refused_and_its_password_not_shown(address: str) -> None:
+    for asked in (lambda: network.connection(address, 5.0), lambda: proxy_for(address)):
+        with pytest.raises(NetworkError, match="host or the port of an address is malformed") as caught:
+            asked()
+        assert "wo" not in str(caught.value)
+        assert caught.value.__cause__ is None
+    assert not same_origin(address, address)
+    assert redirect_problem("GET", "http://far.invalid/", address) is not None
+
+
+@pytest.mark.parametrize("address", ["http://far.invalid/\u00e9", "http://far.invalid/a b", "http://far.invalid/?\x7f"])
+def test_an_address_that_no_request_carries_is_refused(address: str) -> None:
+    with pytest.raises(NetworkError, match="must be escaped"), stream(address, {}, 0):
+        pass
+
+
+@pytest.mark.parametrize("address", ["ftp://ann:word@far.invalid/x?key=word", "https:///x"])
+def test_an_address_of_another_scheme_is_refused_without_its_password(address: str) -> None:
+    with pytest.raises(NetworkError, match="addresses can't be read") as caught:
+        network.connection(address, 5.0)
+    assert "word" not in str(caught.value)
+
+
+@pytest.mark.parametrize("proxy", ["proxy.invalid:99999", "http://[proxy"])
+def test_a_malformed_proxy_is_refused(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    with pytest.raises(NetworkError, match="malformed"):
+        proxy_for("https://far.invalid/x")
+
+
 def test_a_token_is_sent_where_no_user_is(server: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", " abc.DEF-123\n")
     with Server(server.address) as mine:
@@ -149,6 +199,7 @@ def test_neither_client_follows_a_redirect_with_credentials(server: Recording) -
         ("GET", "http://a.example.com/x", "https://a.example.com/x", True),
         ("GET", "https://a.example.com/x", "http://a.example.com/x", False),
         ("GET", "https://a.example.com/x", "file:///etc/passwd", False),
+        ("GET", "https://a.example.com/x", "https:///y", False),
         ("HEAD", "https://a.example.com/x", "https://b.example.com/y", True),
         ("PUT", "https://a.example.com/x", "https://a.example.com/y", True),
         ("PUT", "https://a.example.com/x", "https://b.example.com/y", False),

@@ -98,6 +98,19 @@ def test_a_wait_is_as_long_as_it_must_be() -> None:
     asyncio.run(story())
 
 
+def test_no_wait_is_longer_than_the_minute_by_a_rounding() -> None:
+    now = 990.9
+    ledger = MemoryLedger(LEASE_S, lambda: now)
+
+    async def story() -> None:
+        await ledger.reserve("key", "a", 60, LIMIT)
+        await ledger.settle("key", "a", 60)
+        assert await ledger.reserve("key", "b", 50, LIMIT) == Refused(WINDOW_S)
+
+    assert now + WINDOW_S - now > WINDOW_S
+    asyncio.run(story())
+
+
 def test_one_key_does_not_pay_for_another() -> None:
     ledger = MemoryLedger(LEASE_S)
 
