@@ -1,0 +1,206 @@
+"""What the gateway refuses before and while it asks an engine: heads, bodies, keys, prompts and engine answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Coroutine, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.exceptions import ConnectionError as RedisAwayError
+from starlette.requests import ClientDisconnect
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+from containers.gateway import keys, limiter, reading
+from containers.gateway.config import ModelRoute, Routes, Watched
+from containers.gateway.errors import ConfigurationError, Refusal
+from containers.gateway.gateway import _secret
+from containers.gateway.keys import Key, Keyring
+from containers.gateway.router import Pool
+from containers.gateway.schema import CompletionRequest
+from containers.gateway.server import _listening
+from containers.gateway.sse import StreamError, StreamMeter
+from containers.gateway.tokens import PromptCounter
+from containers.gateway.upstream import Opened
+
+NOW = datetime(2026, 11, 29, tzinfo=UTC)
+JSON = {b"content-type": b"application/json"}
+
+
+def refused(doing: Coroutine[Any, Any, object]) -> tuple[int, str]:
+    with pytest.raises(Refusal) as caught:
+        asyncio.run(doing)
+    return caught.value.status, caught.value.code
+
+
+def counter(folder: Path, template: str | None = None) -> PromptCounter:
+    """A tokenizer of two words, with a chat template or none."""
+    made = Tokenizer(WordLevel({"a": 0, "bb": 1}, unk_token="a"))  # noqa: S106 - a word
+    made.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    made.save(str(folder / "tokenizer.json"))
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    return PromptCounter(folder)
+
+
+def pool(folder: Path) -> Pool:
+    route = ModelRoute(served_as="m", tokenizer=folder, context=10, default_tokens=4, backends=())
+    return Pool(route, counter(folder))
+
+
+def body(
+    messages: Sequence[dict[str, Any]], head: dict[bytes, bytes], timeout_s: float = 5
+) -> Coroutine[Any, Any, bytes]:
+    """Read a body of at most three bytes that comes in these messages, and nothing after them."""
+    left = list(messages)
+
+    async def receive() -> dict[str, Any]:
+        if not left:
+            await asyncio.sleep(60)
+        return left.pop(0)
+
+    return reading.body(receive, head, 3, timeout_s)
+
+
+def test_a_header_that_decides_something_is_there_once() -> None:
+    with pytest.raises(Refusal, match="`authorization` was sent twice"):
+        reading.headers({"headers": [(b"authorization", b"a"), (b"authorization", b"b")]})
+    assert reading.headers({"headers": [(b"x-other", b"a"), (b"x-other", b"b")]}) == {b"x-other": b"b"}
+
+
+def test_a_body_is_bounded_in_size_and_time_and_comes_as_it_is() -> None:
+    piece = {"type": "http.request", "body": b"ab", "more_body": True}
+    assert refused(body([], {b"content-length": b"4"})) == (413, "body_too_large")
+    assert refused(body([piece, piece], {})) == (413, "body_too_large")
+    assert refused(body([], {b"content-encoding": b"gzip"})) == (415, "unsupported_encoding")
+    assert refused(body([piece], {}, 0.01)) == (408, "body_too_slow")
+    with pytest.raises(ClientDisconnect):
+        asyncio.run(body([piece, {"type": "http.disconnect"}], {}))
+
+
+def test_what_is_no_json_is_refused() -> None:
+    for data, head, code in ((b"{}", {}, "unsupported_media_type"), (b"{", JSON, "invalid_json")):
+        with pytest.raises(Refusal) as caught:
+            reading.parsed(CompletionRequest, data, head)
+        assert caught.value.code == code
+
+
+def test_prompt_and_answer_fit_into_the_context(tmp_path: Path) -> None:
+    there = pool(tmp_path)
+    assert reading.longest_answer(there, CompletionRequest(model="m", prompt="a", max_tokens=9), 1) == 9
+    with pytest.raises(Refusal, match="context is 10 tokens; the prompt has 2 and the answer may have 9"):
+        reading.longest_answer(there, CompletionRequest(model="m", prompt="a", max_tokens=9), 2)
+
+
+@pytest.mark.parametrize(
+    ("status", "data", "code"),
+    [(401, b"{}", "replica_misconfigured"), (302, b"{}", "replica_misconfigured"), (200, b"[]", "bad_answer"),
+     (200, b"<html>", "bad_answer"), (422, b"3", "bad_answer")],
+)  # fmt: skip
+def test_an_engines_answer_is_an_object_and_meant_for_the_client(status: int, data: bytes, code: str) -> None:
+    with pytest.raises(Refusal) as caught:
+        reading.check(Opened(status, data, None), StreamMeter())
+    assert (caught.value.status, caught.value.code) == (502, code)
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [(b"data: {\n\n", "no JSON"), (b"data: [1]\n\n", "no object"), (b"x" * (1 << 21), "without an end")],
+)
+def test_an_engines_stream_is_one_of_json_events(data: bytes, why: str) -> None:
+    with pytest.raises(StreamError, match=why):
+        StreamMeter().feed(data)
+
+
+def test_a_release_without_a_template_has_no_chat_and_one_that_refuses_is_heard(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "a bb"}]
+    assert refused(counter(tmp_path).chat(messages, None, {}, 10)) == (400, "no_chat_template")
+    plain = counter(tmp_path, "{{ messages[0].content }}")
+    assert asyncio.run(plain.chat(messages, None, {}, 10)) == 2
+    assert refused(counter(tmp_path, "{{ raise_exception('no') }}").chat(messages, None, {}, 10)) == (
+        400, "bad_messages",
+    )  # fmt: skip
+    assert refused(plain.completion("a" * 21, special=False, most=10)) == (400, "context_length_exceeded")
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigurationError, match="has no tokenizer that can be read"):
+        PromptCounter(tmp_path)
+
+
+def test_who_waits_for_a_replica_waits_so_long_and_in_a_queue_of_such_a_length(tmp_path: Path) -> None:
+    there = pool(tmp_path)
+    assert refused(there.place(1, (), 1, 0.01)) == (503, "queue_timeout")
+    assert not there.waiting
+    assert refused(there.place(1, (), 0, 0.01)) == (503, "queue_full")
+
+
+def test_nothing_runs_uncounted_while_the_store_of_limits_is_away() -> None:
+    for error in (RedisAwayError("gone"), OSError("gone")):
+        with pytest.raises(Refusal) as caught, limiter._store():
+            raise error
+        assert (caught.value.status, caught.value.code) == (503, "limits_unavailable")
+
+
+def authenticated(file: Path, header: str | None) -> Key:
+    return Keyring.parse(file.read_bytes()).authenticate(header, NOW)
+
+
+def test_a_key_is_that_of_the_file_while_it_is_valid(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    kept, secret = keys.add(file, "ann", expires=NOW + timedelta(days=1))
+    _, late = keys.add(file, "bob", expires=NOW)
+    assert authenticated(file, f"Bearer {secret}").id == kept.id
+    wrong = [None, "", "Bearer ", f"Basic {secret}", f"Bearer {secret[:-1]}x", "Bearer slw-0", f"Bearer {late}"]
+    codes = []
+    for header in wrong:
+        with pytest.raises(Refusal) as caught:
+            authenticated(file, header)
+        assert caught.value.status == 401
+        codes.append(caught.value.code)
+    assert codes == ["missing_api_key"] * 4 + ["invalid_api_key"] * 2 + ["expired_api_key"]
+    keys.revoke(file, kept.id)
+    with pytest.raises(Refusal, match="not valid"):
+        authenticated(file, f"Bearer {secret}")
+
+
+def test_a_file_of_keys_is_changed_by_what_makes_sense_alone(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    with pytest.raises(ConfigurationError, match="`owner`"):
+        keys.add(file, "")
+    assert keys.read(file) == ()
+    with pytest.raises(ConfigurationError, match="there is no key `0`"):
+        keys.revoke(file, "0")
+    file.write_text('{"junk": 1}')
+    with pytest.raises(ConfigurationError, match="is no list of API keys"):
+        keys.add(file, "ann")
+    assert file.read_text() == '{"junk": 1}'
+
+
+def test_a_file_of_routes_that_is_none_is_named_by_the_key_and_without_its_values(tmp_path: Path) -> None:
+    file = tmp_path / "routes.json"
+    replica = {"name": "r", "url": "http://127.0.0.1:1"}
+    model = {
+        "served_as": "m",
+        "tokenizer": "/t",
+        "context": 1,
+        "backends": [{"release": "r", "replicas": [replica] * 2}],
+    }
+    for document, where in (({"models": {"m": model}}, "two replicas have one name"), ({"secret": "word"}, "`secret`")):
+        file.write_text(json.dumps(document))
+        with pytest.raises(ConfigurationError, match=where) as caught:
+            Watched(file, Routes.model_validate_json)
+        assert "word" not in str(caught.value)
+
+
+def test_a_port_that_is_taken_and_a_secret_that_is_not_there_are_said(tmp_path: Path) -> None:
+    with _listening("127.0.0.1", 0) as first, pytest.raises(ConfigurationError, match="can't have port"):
+        _listening("127.0.0.1", first.getsockname()[1])
+    with pytest.raises(ConfigurationError, match="can't read"):
+        _secret(tmp_path / "none")
