@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import os
 from pathlib import Path
+from typing import cast
 
 import pytest
 from pydantic import ValidationError
 
-from registry.backend import Line
-from registry.errors import NotFoundError, PullError, TrackingError
+from registry import catalog, journal, untrusted
+from registry.__main__ import FAILED, main
+from registry.backend import Backend, Line, Version, pages
+from registry.errors import NotFoundError, PromotionError, PullError, TrackingError, UntrustedFileError
+from registry.journal import PAYLOAD_TYPE, Entry
 from registry.objects import ObjectStore, digest_of
 from registry.policy import Policy
 from registry.pull import pull
 from registry.resolve import UnexplainedError, meaning, resolve
 from registry.server import Server
-from registry.tracking import reach
+from registry.signing import SigningKey
+from registry.tracking import prepare, reach
+from registry.turns import Turn, _Ticket, turn
 from registry.verdict import Verdict
 
 
@@ -63,3 +72,98 @@ def test_without_signatures_an_alias_without_an_entry_is_taken_as_it_is_and_else
     assert meaning(line, "champion", Policy(())).version == "3"
     with pytest.raises(UnexplainedError, match="no entry of the audit trail says so"):
         meaning(line, "champion", Policy((), signed_moves=True))
+
+
+def test_a_line_has_no_more_turns_for_a_ticket_that_is_gone() -> None:
+    """Another promoter took its maker for dead."""
+
+    class Empty:
+        def versions(self, _: str) -> list[Version]:
+            return []
+
+    ticket = _Ticket(cast("Backend", Empty()), "slipway-turns.demo", "3")
+    with pytest.raises(PromotionError, match="the turn to promote was lost"):
+        ticket.check()
+    with pytest.raises(PromotionError, match="another promoter took this one for dead"):
+        ticket.wait(print)
+
+
+def test_a_registry_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    uri = f"sqlite:///{tmp_path}/file/mlflow.db"
+    with pytest.raises(TrackingError, match=r"`.*mlflow\.db` can't be made: "):
+        prepare(uri)
+    with pytest.raises(TrackingError, match=r"can't promote: `.*`: "), turn(uri, "demo-awq", print):
+        pass
+
+
+def test_what_is_no_database_is_said_by_all_who_read_it(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("junk" * 1000)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    for act in (
+        lambda: catalog.current(uri, "demo-awq"),
+        lambda: catalog.names(uri),
+        lambda: catalog.line(uri, "demo-awq"),
+        lambda: catalog.artifact_root(uri),
+    ):
+        with pytest.raises(TrackingError, match="can't be read as MLflow's database"):
+            act()
+
+
+@pytest.mark.parametrize("token", ["again", ""])
+def test_a_listing_that_comes_back_to_where_it_was_ends(token: str) -> None:
+    class Page(list[int]):
+        def __init__(self) -> None:
+            super().__init__([1])
+            self.token = token
+
+    if not token:
+        assert pages(lambda **_: Page()) == [1]
+        return
+    with pytest.raises(TrackingError, match="MLflow lists without end: stopped after 2"):
+        pages(lambda **_: Page())
+
+
+def test_a_folder_without_end_is_not_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(untrusted, "MOST_ENTRIES", 3)
+    monkeypatch.setattr(untrusted, "DEEPEST", 1)
+    for number in range(3):
+        (tmp_path / str(number)).write_text("")
+    assert len(untrusted.plain_files(tmp_path)) == 3
+    (tmp_path / "more").write_text("")
+    with pytest.raises(UntrustedFileError, match="holds more than 3 entries"):
+        untrusted.plain_files(tmp_path)
+    (tmp_path / "deep" / "a" / "b" / "c").mkdir(parents=True)
+    with pytest.raises(UntrustedFileError, match="is more than 1 folders deep"):
+        untrusted.plain_files(tmp_path / "deep")
+
+
+def test_a_file_that_is_longer_than_it_says_is_not_read_whole() -> None:
+    with pytest.raises(UntrustedFileError, match="has more than 10 bytes"):
+        untrusted.read(Path(f"/proc/{os.getpid()}"), "status", 10)
+
+
+def test_whoever_names_no_registry_is_asked_for_it(
+    tmp_path: Path, signing_key: SigningKey, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "release.pub").write_bytes(signing_key.public.pem())
+    assert main(["pull", "demo-awq", str(tmp_path / "out"), "--key", str(tmp_path / "release.pub")], {}) == FAILED
+    assert "where is MLflow?" in capsys.readouterr().err
+
+
+def test_a_broken_trail_moves_no_alias(signing_key: SigningKey) -> None:
+    document = {
+        "state": "done",
+        "entry": {
+            "number": 2, "line": "demo-awq", "action": "promote", "version": "1", "digest": f"sha256:{'a' * 64}",
+            "moves": [], "who": "ann", "when": "now", "why": "by hand", "prior": f"sha256:{'0' * 64}",
+        },
+    }  # fmt: skip
+    entry = Entry.model_validate(document["entry"])
+    signature = base64.b64encode(signing_key.sign(entry.payload(), kind=PAYLOAD_TYPE).to_bytes()).decode()
+    tags = {f"{journal.PREFIX}000002": json.dumps({**document, "signature": signature})}
+    with pytest.raises(PromotionError, match="no alias of `demo-awq` was moved: entry 1 of the audit trail is missing"):
+        journal.act(
+            Turn(), cast("Backend", None), Line("demo-awq", {}, tags), action="promote", version="1", digest="d",
+            moves={}, who=None, why="w", key=None, trusted=[signing_key.public],
+        )  # fmt: skip
