@@ -21,13 +21,14 @@ from typing import Any
 import docker
 
 from containers import loading, packages
-from containers.blobs import GZIP, PLAIN, Blob, BlobStore
-from containers.distribution import Registry, parse
+from containers.blobs import Blob, BlobStore
+from containers.distribution import DOCUMENT, Registry, parse
 from containers.engine import install_packages
 from containers.errors import EngineError, ImageError
 from containers.layers import EPOCH, normalized_file
 from containers.oci import OciImage, canonical, digest_of
 from containers.profile import DebianRecipe, RuntimeProfile
+from containers.pulled import ImageManifest, Index, Platform, read_configuration, read_manifest
 
 Progress = Callable[[str], None]
 
@@ -107,34 +108,43 @@ def _fetched(reference: str, store: BlobStore, progress: Progress) -> BaseImage:
     progress(f"fetching the base {reference}")
     with Registry(host) as registry:
         manifest = _platform(registry, repository, digest, reference)
-        data = b"".join(registry.blob(repository, manifest["config"]["digest"]))
-        if digest_of(data) != manifest["config"]["digest"]:
+        data = b"".join(registry.blob(repository, manifest.config.digest, min(manifest.config.size, DOCUMENT.bytes)))
+        if digest_of(data) != manifest.config.digest:
             raise ImageError(f"the configuration of {reference} came as {digest_of(data)}")
-        config = json.loads(data)
+        configuration = read_configuration(data, f"the configuration of {reference}")
+        diff_ids = configuration.rootfs.diff_ids
+        if len(diff_ids) != len(manifest.layers):
+            raise ImageError(
+                f"the base {reference} has {len(manifest.layers)} layers, and its configuration {len(diff_ids)}"
+            )
         layers = []
-        for described, diff_id in zip(manifest["layers"], config["rootfs"]["diff_ids"], strict=True):
-            if not store.has(described["digest"], described["size"]):
-                store.add(registry.blob(repository, described["digest"]), expected=described["digest"])
-            media_type = GZIP if described["mediaType"].endswith("gzip") else PLAIN
-            layers.append(store.layer(described["digest"], described["size"], diff_id, media_type))
-    base = BaseImage("", digest, reference, tuple(layers), config.get("config") or {})
+        for layer, diff_id in zip(manifest.layers, diff_ids, strict=True):
+            media_type = layer.layer_type
+            if not store.has(layer.digest, layer.size):
+                store.add(registry.blob(repository, layer.digest, layer.size), expected=layer.digest)
+            layers.append(store.layer(layer.digest, layer.size, diff_id, media_type))
+    base = BaseImage("", digest, reference, tuple(layers), configuration.settings)
     _remember(store, digest.removeprefix("sha256:"), base)
     return base
 
 
-def _platform(registry: Registry, repository: str, digest: str, reference: str) -> dict[str, Any]:
+def _platform(registry: Registry, repository: str, digest: str, reference: str) -> ImageManifest:
     """The manifest under a digest; of an index, that for Linux on x86-64."""
+    found = _manifest(registry, repository, digest, reference)
+    if isinstance(found, Index):
+        wanted = Platform(os="linux", architecture="amd64")
+        named = next((entry.digest for entry in found.manifests if entry.platform == wanted), None)
+        found = found if named is None else _manifest(registry, repository, named, reference)
+    if isinstance(found, Index):
+        raise ImageError(f"the base {reference} has no image for linux/amd64")
+    return found
+
+
+def _manifest(registry: Registry, repository: str, digest: str, reference: str) -> ImageManifest | Index:
     found = registry.manifest(repository, digest)
     if found is None:
         raise ImageError(f"the base {reference} is not in its registry")
-    manifest: dict[str, Any] = json.loads(found[0])
-    for entry in manifest.get("manifests", []):
-        platform = entry.get("platform", {})
-        if (platform.get("os"), platform.get("architecture")) == ("linux", "amd64"):
-            return _platform(registry, repository, entry["digest"], reference)
-    if "layers" not in manifest:
-        raise ImageError(f"the base {reference} has no image for linux/amd64")
-    return manifest
+    return read_manifest(found[0], f"the base {reference}")
 
 
 def _prepared(

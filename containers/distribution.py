@@ -3,17 +3,21 @@
 The protocol is the OCI Distribution Specification 1.1 (which Docker's registry 2.8 speaks but for its referrers API).
 A registry on this machine's loopback is spoken to without TLS, as Docker does; every other with it. Credentials are
 those of ``docker login``.
+
+A registry is not trusted: every answer is bounded in bytes, as sent (a compressed one is refused), and in seconds, JSON
+in values and depth too, and one of another form than the specification's is a ``DistributionError`` like any other.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import re
 import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import docker.auth
 import httpx
@@ -22,15 +26,24 @@ from containers.errors import ImageError, UnreachableRegistryError
 from containers.layers import CHUNK
 from containers.oci import EMPTY, INDEX, MANIFEST, canonical, digest_of
 from registry import network
+from registry.bounded_json import Bounds, DocumentError, read_json
 from registry.errors import NetworkError
 
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 _ACCEPT = f"{MANIFEST}, {DOCKER_MANIFEST}, {INDEX}"
 _HUB = ("docker.io", "registry-1.docker.io")
 _LOOPBACK = re.compile(r"^(localhost|127(\.\d+){3}|\[::1\])(:\d+)?$")
-_CHALLENGE = re.compile(r'(\w+)="([^"]*)"')
+# Possessive and from a word's beginning on: no character is looked at twice.
+_CHALLENGE = re.compile(r'\b(\w++)="([^"]*+)"')
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 # A registry checks and stores what it was sent before it answers.
 _TIMEOUT = httpx.Timeout(30.0, read=600.0, write=600.0)
+# The specification asks registries to take manifests of 4 MiB, and none of more.
+DOCUMENT = Bounds(bytes=4 << 20, values=200_000)
+_TOKEN = Bounds(bytes=1 << 20, values=1000, depth=8)
+_LONGEST_SHOWN = 200
+# What a request's extensions hold the largest size of a blob under.
+_SIZE = "slipway.size"
 
 
 class DistributionError(ImageError):
@@ -85,7 +98,7 @@ class Registry:
         self._http = httpx.Client(
             base_url=self._base, timeout=_TIMEOUT, auth=_Login(host, self._base), verify=network.tls(),
             proxy=network.proxy_for(self._base), trust_env=False, follow_redirects=True,
-            event_hooks={"response": [self._check_redirect]},
+            event_hooks={"response": [self._bound]}, headers={"Accept-Encoding": "identity"},
         )  # fmt: skip
 
     def __enter__(self) -> Self:
@@ -171,19 +184,16 @@ class Registry:
             raise DistributionError(f"{self.host}/{repository}@{name} is {digest_of(answer.content)}")
         return answer.content, answer.headers.get("Content-Type", MANIFEST)
 
-    def blob(self, repository: str, digest: str) -> Iterator[bytes]:
-        """Stream a blob; the caller compares its digest."""
+    def blob(self, repository: str, digest: str, size: int) -> Iterator[bytes]:
+        """Stream a blob of at most ``size`` bytes; the caller compares its digest."""
         path = f"{repository}/blobs/{digest}"
-        try:
-            with self._http.stream("GET", path) as answer:
-                if answer.status_code != httpx.codes.OK:
-                    answer.read()
-                    raise self._refusal(answer, path)
-                for chunk in answer.iter_raw(CHUNK):
-                    self.traffic.add(received=len(chunk))
-                    yield chunk
-        except httpx.HTTPError as error:
-            raise self._unreachable(error) from error
+        with self._explained(), self._http.stream("GET", path, extensions={_SIZE: size}) as answer:
+            if answer.status_code != httpx.codes.OK:
+                answer.read()
+                raise self._refusal(answer, path)
+            for chunk in answer.iter_raw(CHUNK):
+                self.traffic.add(received=len(chunk))
+                yield chunk
 
     def attach(self, repository: str, subject: dict[str, Any], kind: str, data: bytes, title: str) -> str:
         """Attach a document to an image as an OCI referrer and return the digest of its manifest.
@@ -218,9 +228,19 @@ class Registry:
         """Return the descriptors of what is attached to an image, by the API or by the fallback's tag."""
         answer = self._ask("GET", f"{repository}/referrers/{digest}", missing=True)
         if answer.status_code == httpx.codes.OK:
-            return list(answer.json()["manifests"])
+            return self._listed(answer.content)
         found = self.manifest(repository, _fallback_tag(digest))
-        return list(httpx.Response(200, content=found[0]).json()["manifests"]) if found else []
+        return self._listed(found[0]) if found else []
+
+    def _listed(self, index: bytes) -> list[dict[str, Any]]:
+        try:
+            document = read_json(index, DOCUMENT)
+        except DocumentError as error:
+            raise DistributionError(f"the registry {self.host} lists what is attached as {error}") from error
+        entries = document.get("manifests") if isinstance(document, dict) else None
+        if not isinstance(entries, list) or not all(_is_descriptor(entry) for entry in entries):
+            raise DistributionError(f"the registry {self.host} lists what is attached in no index of OCI's")
+        return entries
 
     def _list_referrer(self, repository: str, subject: str, entry: dict[str, Any]) -> None:
         others = [item for item in self.referrers(repository, subject) if item["digest"] != entry["digest"]]
@@ -239,37 +259,75 @@ class Registry:
             )
         return there
 
-    def _check_redirect(self, answer: httpx.Response) -> None:
-        if not answer.has_redirect_location:
-            return
-        there = self._there(answer)
-        problem = network.redirect_problem(answer.request.method, str(answer.url), str(there))
-        if problem is not None:
-            raise DistributionError(f"the registry {self.host} is not followed: {problem}")
-
-    def _there(self, answer: httpx.Response) -> httpx.URL:
+    def _bound(self, answer: httpx.Response) -> None:
+        """Hold an answer to its bounds before its body is read, a redirect's and a token service's too."""
+        if answer.has_redirect_location:
+            there = self._there(answer)
+            problem = network.redirect_problem(answer.request.method, str(answer.url), str(there))
+            if problem is not None:
+                raise DistributionError(f"the registry {self.host} is not followed: {problem}")
         try:
-            return answer.url.join(answer.headers["Location"])
-        except httpx.InvalidURL as error:
-            raise DistributionError(f"the registry {self.host} leads to a malformed address: refused") from error
+            network.refuse_encoding(answer.headers.get("Content-Encoding", ""))
+        except NetworkError as error:
+            raise DistributionError(f"the registry {self.host} {error}") from error
+        size = answer.request.extensions.get(_SIZE) if answer.is_success else None
+        answer.stream = _Bounded(cast("httpx.SyncByteStream", answer.stream), size, self.host)
 
     def _ask(self, method: str, path: str | httpx.URL, *, missing: bool = False, **rest: Any) -> httpx.Response:  # noqa: ANN401 - httpx's own
-        try:
+        with self._explained():
             answer = self._http.request(method, path, **rest)
-        except httpx.HTTPError as error:
-            raise self._unreachable(error) from error
         if answer.is_success or (missing and answer.status_code == httpx.codes.NOT_FOUND):
             return answer
         raise self._refusal(answer, str(path))
+
+    def _there(self, answer: httpx.Response) -> httpx.URL:
+        try:
+            there = answer.url.join(answer.headers["Location"])
+            _ = there.host  # decoded, which fails for what is no name
+        except (httpx.InvalidURL, ValueError) as error:
+            raise DistributionError(f"the registry {self.host} leads to a malformed address: refused") from error
+        return there
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
 
     def _unreachable(self, error: Exception) -> DistributionError:
         words = " ".join(str(error).split()) or type(error).__name__
         return NoAnswerError(f"the registry {self.host} can't be reached: {words}")
 
     def _refusal(self, answer: httpx.Response, path: str) -> DistributionError:
-        words = " ".join(answer.text.split())[:200] or answer.reason_phrase
+        # Not `answer.text`, which decodes as the answer says: zlib is a charset, too.
+        words = " ".join(answer.content.decode(errors="replace").split())[:_LONGEST_SHOWN] or answer.reason_phrase
         where = str(path).partition("?")[0]
         return DistributionError(f"the registry {self.host} answers {answer.status_code} for {where}: {words}")
+
+
+class _Bounded(httpx.SyncByteStream):
+    """The body of an answer: a document, or a blob of at most ``size`` bytes."""
+
+    def __init__(self, body: httpx.SyncByteStream, size: int | None, host: str) -> None:
+        self._body = body
+        self._size = size
+        self._host = host
+
+    def __iter__(self) -> Iterator[bytes]:
+        try:
+            if self._size is None:
+                yield from network.within(self._body, DOCUMENT.bytes, network.ANSWER_SECONDS)
+                return
+            pace = network.Pace()
+            for chunk in network.within(self._body, self._size, math.inf):
+                pace.add(len(chunk))
+                yield chunk
+        except NetworkError as error:
+            raise DistributionError(f"the registry {self._host} {error}") from error
+
+    def close(self) -> None:
+        self._body.close()
 
 
 class _Login(httpx.Auth):
@@ -299,7 +357,7 @@ class _Login(httpx.Auth):
         if scheme.lower() == "basic" and basic is not None:
             self._header = next(basic.auth_flow(httpx.Request("GET", request.url))).headers["Authorization"]
         elif scheme.lower() == "bearer":
-            asked = self._token_request(dict(_CHALLENGE.findall(rest)))
+            asked = self._token_request(dict(_CHALLENGE.findall(rest)), request.extensions.get("timeout"))
             if asked is None:
                 return
             token = yield next(basic.auth_flow(asked)) if basic and self._belongs(asked.url) else asked
@@ -313,15 +371,17 @@ class _Login(httpx.Auth):
         request.headers["Authorization"] = self._header
         yield request
 
-    def _token_request(self, challenge: Mapping[str, str]) -> httpx.Request | None:
+    def _token_request(self, challenge: Mapping[str, str], timeout: object) -> httpx.Request | None:
         try:
             realm = httpx.URL(challenge["realm"])
-        except (KeyError, httpx.InvalidURL):
+            host = realm.host  # decoded, which fails for what is no name
+        except (KeyError, httpx.InvalidURL, ValueError):
             return None
-        if realm.scheme != "https" and not (realm.scheme == "http" and network.is_loopback(realm.host)):
+        if realm.scheme != "https" and not (realm.scheme == "http" and network.is_loopback(host)):
             return None
         parameters = {key: challenge[key] for key in ("service", "scope") if key in challenge}
-        return httpx.Request("GET", realm, params=parameters)
+        headers, extensions = {"Accept-Encoding": "identity"}, {"timeout": timeout}
+        return httpx.Request("GET", realm, params=parameters, headers=headers, extensions=extensions)
 
     def _belongs(self, realm: httpx.URL) -> bool:
         """Whether a token service is the registry's own, as auth.example.com is registry.example.com's."""
@@ -335,11 +395,16 @@ class _Login(httpx.Auth):
 
 def _bearer(answer: httpx.Response) -> str | None:
     try:
-        document = answer.json() if answer.is_success else {}
-        found = str(document.get("token") or document["access_token"])
-        return f"Bearer {network.token('the token of the registry', found)}"
-    except (ValueError, AttributeError, KeyError, NetworkError):
+        document = read_json(answer.content, _TOKEN) if answer.is_success else {}
+        found = document.get("token") or document["access_token"]
+        return f"Bearer {network.token('the token of the registry', found)}" if isinstance(found, str) else None
+    except (DocumentError, AttributeError, KeyError, NetworkError):
         return None
+
+
+def _is_descriptor(entry: object) -> bool:
+    """Whether an entry of an index says by a digest what it is of."""
+    return isinstance(entry, dict) and _DIGEST.fullmatch(str(entry.get("digest"))) is not None
 
 
 def _fallback_tag(digest: str) -> str:

@@ -1,16 +1,23 @@
-"""The model hub through `huggingface_hub`: what a revision holds, and one file of it, resumed where it broke off."""
+"""A model hub: what a revision holds, and one file of it, resumed where it broke off.
+
+`huggingface_hub` has the addresses, the headers and the errors. What answers is read here, for a hub is not trusted:
+each answer is bounded in bytes, as sent (a compressed one is refused), and in seconds, JSON in values and depth; one of
+another form than the hub's is a ``SourceError`` like any other. The hub has no say in how long to wait.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, Self, cast
+from typing import Any, BinaryIO, cast
+from urllib.parse import quote
 
 import httpx2
-from huggingface_hub import HfApi, hf_hub_url, set_client_factory
+from huggingface_hub import hf_hub_url, set_client_factory
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -20,39 +27,71 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.file_download import http_get
-from huggingface_hub.hf_api import RepoSibling
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 from huggingface_hub.utils._http import hf_request_event_hook
 
 from pipeline.errors import SourceError, UnreachableError
 from registry import network
+from registry.bounded_json import Bounds, DocumentError, read_json
 from registry.counting import Counter
+from registry.errors import NetworkError
 
 Progress = Callable[[str], None]
 
 _COMMIT, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
-# Seconds to wait for the hub's first answer.
+# Seconds without a byte.
 _TIMEOUT = 10
+# A file of a revision takes some 300 bytes and a dozen values; the largest revisions have some ten thousand.
+_REVISION = Bounds(bytes=32 << 20, values=1_000_000)
+_DOCUMENT_SECONDS = network.ANSWER_SECONDS
+# Breaks of a download without a byte of progress between two of them, and the pause after each, in seconds.
+_MOST_BREAKS, _PAUSE = 5, 1.0
 
 
 def _client() -> httpx2.Client:
     """Return what `huggingface_hub` asks through, under the policy of `registry.network`."""
     return httpx2.Client(
         verify=network.tls(), follow_redirects=True, timeout=_TIMEOUT,
-        event_hooks={"request": [hf_request_event_hook], "response": [_check_redirect]},
+        event_hooks={"request": [_ask_plainly, hf_request_event_hook], "response": [_check]},
     )  # fmt: skip
 
 
-def _check_redirect(answer: httpx2.Response) -> None:
+def _ask_plainly(request: httpx2.Request) -> None:
+    request.headers["Accept-Encoding"] = "identity"
+
+
+def _check(answer: httpx2.Response) -> None:
+    """Hold an answer to the policy before its body is read; of one that is no success there is none."""
     if answer.has_redirect_location:
         try:
             there = answer.url.join(answer.headers["Location"])
-        except httpx2.InvalidURL as error:
+            _ = there.host  # decoded, which fails for what is no name
+        except (httpx2.InvalidURL, ValueError) as error:
             raise SourceError(f"the hub at {answer.url.host} is not followed: the address is malformed") from error
         problem = network.redirect_problem(answer.request.method, str(answer.url), str(there))
         if problem is not None:
             raise SourceError(f"the hub at {answer.url.host} is not followed: {problem}")
+    try:
+        network.refuse_encoding(answer.headers.get("Content-Encoding", ""))
+    except NetworkError as error:
+        raise SourceError(f"the hub at {answer.url.host} {error}") from error
+    if not answer.is_success:
+        answer.stream = _NoBody(cast("httpx2.SyncByteStream", answer.stream))
+    # `huggingface_hub` would print it.
+    answer.headers.pop("X-HF-Warning", None)
+
+
+class _NoBody(httpx2.SyncByteStream):
+    """In place of a body that nobody wants, and that could be of any size: a refusal's, a redirect's."""
+
+    def __init__(self, body: httpx2.SyncByteStream) -> None:
+        self._body = body
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(())
+
+    def close(self) -> None:
+        self._body.close()
 
 
 set_client_factory(_client)
@@ -85,14 +124,20 @@ class Hub:
             SourceError: no such model or revision, no access, or no answer.
         """
         with self._explained(repository, revision):
-            api = HfApi(endpoint=self.endpoint, token=self.token or False)
-            found = api.model_info(repository, revision=revision, files_metadata=True, timeout=_TIMEOUT)
-            if not isinstance(found.sha, str) or _COMMIT.fullmatch(found.sha) is None:
-                raise SourceError(
-                    f"the hub at {self.endpoint} answers {str(found.sha)[:60]!r} for {repository}@{revision}: expected "
-                    "a commit of 40 hex digits"
-                )
-            return found.sha, [self._file(sibling) for sibling in found.siblings or []]
+            validate_repo_id(repository)
+            url = f"{self.endpoint}/api/models/{repository}/revision/{quote(revision, safe='')}?blobs=true"
+            with self._asked(url, {}) as answer:
+                found = self._document(b"".join(network.within(answer.iter_raw(), _REVISION.bytes, _DOCUMENT_SECONDS)))
+        commit = found.get("sha")
+        if not isinstance(commit, str) or _COMMIT.fullmatch(commit) is None:
+            raise SourceError(
+                f"the hub at {self.endpoint} answers {str(commit)[:60]!r} for {repository}@{revision}: expected "
+                "a commit of 40 hex digits"
+            )
+        siblings = found.get("siblings") or []
+        if not isinstance(siblings, list):
+            raise self._strange(f"`siblings` is no list of files of {repository}@{revision}")
+        return commit, [self._file(sibling) for sibling in siblings]
 
     def download(self, repository: str, commit: str, name: str, *, size: int, part: Path, progress: Progress) -> None:
         """Bring ``part`` to ``size`` bytes of the file ``name``, going on from what it holds already.
@@ -100,21 +145,20 @@ class Hub:
         Raises:
             SourceError: the hub does not answer, or not with this file; what came so far stays for the next try.
         """
-        headers = build_hf_headers(token=self.token or False)
-        # Offsets count in the file's own bytes, so that nothing may be compressed on the way.
-        headers["Accept-Encoding"] = "identity"
-        if part.exists() and part.stat().st_size > size:
-            part.unlink()
         with self._explained(repository, commit), part.open("ab") as stream:
-            http_get(
-                hf_hub_url(repository, name, revision=commit, endpoint=self.endpoint),
-                cast("BinaryIO", stream),
-                resume_size=stream.tell(),
-                headers=headers,
-                expected_size=size,
-                displayed_filename=name,
-                tqdm_class=cast("Any", _lines(name, size, progress)),
-            )
+            if stream.tell() > size:
+                _empty(stream)
+            counter = Counter(progress, name, size / 1e6, "MB", before=stream.tell() / 1e6)
+            pace, breaks = network.Pace(), 0
+            while (held := stream.tell()) < size:
+                try:
+                    self._fill(repository, commit, name, size, stream, pace, counter)
+                except (httpx2.NetworkError, httpx2.TimeoutException, httpx2.RemoteProtocolError) as error:
+                    breaks = 1 if stream.tell() > held else breaks + 1
+                    if breaks > _MOST_BREAKS:
+                        raise
+                    progress(f"{name}: {self._shown(error) or type(error).__name__}; trying again")
+                    time.sleep(_PAUSE)
 
     def read(self, repository: str, commit: str, name: str, *, start: int, length: int) -> bytes:
         """Return ``length`` bytes of the file ``name`` from ``start`` on (fewer where it ends), and fetch no more.
@@ -122,35 +166,78 @@ class Hub:
         Raises:
             SourceError: the hub does not answer, or not with these bytes.
         """
-        headers = build_hf_headers(token=self.token or False)
-        headers |= {"Accept-Encoding": "identity", "Range": f"bytes={start}-{start + length - 1}"}
         url = hf_hub_url(repository, name, revision=commit, endpoint=self.endpoint)
-        got = bytearray()
+        got, deadline = bytearray(), time.monotonic() + _DOCUMENT_SECONDS
         with (
             self._explained(repository, commit),
-            get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT, follow_redirects=True) as answer,
+            self._asked(url, {"Range": f"bytes={start}-{start + length - 1}"}) as answer,
         ):
-            hf_raise_for_status(answer)
             if start and answer.status_code != httpx2.codes.PARTIAL_CONTENT:
                 raise SourceError(f"{self.endpoint} can't send a part of {name}: pull the model, then plan")
             # A server that knows no ranges sends all of it: what is not wanted is not waited for.
-            for chunk in answer.iter_bytes():
+            for chunk in answer.iter_raw():
                 got += chunk
                 if len(got) >= length:
                     break
+                if time.monotonic() > deadline:
+                    raise NetworkError(f"took more than {_DOCUMENT_SECONDS:g} s for {length} bytes of {name}")
         return bytes(got[:length])
 
-    def _file(self, sibling: RepoSibling) -> HubFile:
+    @contextlib.contextmanager
+    def _asked(self, url: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
+        """Ask for something, and give the answer where it is one; its body is still to be read."""
+        known = build_hf_headers(token=self.token or False)
+        with get_session().stream("GET", url, headers={**known, **headers}, timeout=_TIMEOUT) as answer:
+            hf_raise_for_status(answer)
+            yield answer
+
+    def _fill(
+        self, repository: str, commit: str, name: str, size: int, stream: BinaryIO, pace: network.Pace, counter: Counter
+    ) -> None:  # fmt: skip
+        """Append what is lacking of a file, over one connection, as far as it comes."""
+        held = stream.tell()
+        url = hf_hub_url(repository, name, revision=commit, endpoint=self.endpoint)
+        with self._asked(url, {"Range": f"bytes={held}-"} if held else {}) as answer:
+            if held and answer.status_code != httpx2.codes.PARTIAL_CONTENT:  # it knows no ranges
+                _empty(stream)
+                counter.add(-held / 1e6)
+            for chunk in answer.iter_raw():  # as it comes: pieces of a set size would hide a trickle
+                stream.write(chunk)
+                pace.add(len(chunk))
+                counter.add(len(chunk) / 1e6)
+                if stream.tell() > size:
+                    _empty(stream)
+                    raise SourceError(f"the hub at {self.endpoint} sends more than the {size} bytes of {name}")
+        if stream.tell() < size:
+            raise httpx2.RemoteProtocolError(f"it ended after {stream.tell()} of {size} bytes")
+
+    def _document(self, data: bytes) -> Mapping[str, Any]:
+        try:
+            found = read_json(data, _REVISION)
+        except DocumentError as error:
+            raise self._strange(str(error)) from error
+        if not isinstance(found, dict):
+            raise self._strange("it sends no JSON object")
+        return found
+
+    def _file(self, sibling: object) -> HubFile:
         """Take what the hub says of a file, once size and digests have their form; whoever joins its name checks it."""
-        name, size = sibling.rfilename, sibling.size
-        sha256 = sibling.lfs.sha256 if sibling.lfs else None
-        blob = None if sibling.lfs else sibling.blob_id
-        if not isinstance(size, int) or size < 0:
+        if not isinstance(sibling, dict) or not isinstance(name := sibling.get("rfilename"), str):
+            raise self._strange("it lists a file without a name")
+        size, large = sibling.get("size"), sibling.get("lfs")
+        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
             raise SourceError(f"the hub at {self.endpoint} names no size for {name}: it may be too old, or no hub")
+        if large is not None and not isinstance(large, dict):
+            raise self._strange(f"`lfs` of {name} is no object")
+        sha256 = large.get("sha256") if large else None
+        blob = None if large else sibling.get("blobId")
         for digest, form in ((sha256, _SHA256), (blob, _COMMIT)):
             if digest is not None and (not isinstance(digest, str) or form.fullmatch(digest) is None):
                 raise SourceError(f"the hub at {self.endpoint} names {str(digest)[:80]!r} as the digest of {name}")
         return HubFile(name, size, sha256, blob)
+
+    def _strange(self, what: str) -> SourceError:
+        return SourceError(f"what answers at {self.endpoint} is no model hub: {what[:200]}")
 
     def _shown(self, error: Exception) -> str:
         """What a library says, without the token: libraries show headers that they do not like."""
@@ -192,33 +279,16 @@ class Hub:
                 f"can't reach the hub at {self.endpoint}: {self._shown(error) or type(error).__name__}; check the"
                 " network or HF_ENDPOINT and run again: what was downloaded is kept"
             ) from error
+        except NetworkError as error:
+            raise UnreachableError(f"the hub at {self.endpoint} {error}") from error
+        except (httpx2.InvalidURL, UnicodeError) as error:
+            raise SourceError(f"the hub at {self.endpoint} redirects to what is no address") from error
         except OSError as error:
             raise SourceError(
                 f"{what} could not be stored or did not come whole: {self._shown(error)}; run again"
             ) from error
 
 
-class _Bar(Protocol):
-    def update(self, amount: float | None = 1) -> None: ...
-
-
-def _lines(name: str, size: int, progress: Progress) -> Callable[..., _Bar]:
-    """Give what `huggingface_hub` takes for a progress bar, and reports a count now and then."""
-
-    class Bar:
-        def __init__(self, *, initial: int = 0, **_: object) -> None:
-            self.counter = Counter(progress, name, size / 1e6, "MB", before=initial / 1e6)
-
-        def __enter__(self) -> Self:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def close(self) -> None:
-            pass
-
-        def update(self, amount: float | None = 1) -> None:
-            self.counter.add((amount or 0) / 1e6)
-
-    return Bar
+def _empty(stream: BinaryIO) -> None:
+    stream.seek(0)
+    stream.truncate()

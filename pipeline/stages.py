@@ -172,6 +172,7 @@ CODE: Mapping[str, str] = {
     "drift": code_of("evals/pairs.py", "evals/divergence.py", "evals/overlap.py"),
     "image": code_of(
         *("containers/image.py", "containers/runtime.py", "containers/base.py", "containers/packages.py"),
+        "containers/pulled.py",
         *("containers/layers.py", "containers/oci.py", "containers/assembly.py"),
     ),
     "scan": code_of(

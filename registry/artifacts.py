@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Protocol
 from urllib.parse import unquote, urlsplit
 
 from registry import untrusted
-from registry.download import CHUNK, Broken, Open, Reader, local, pause
+from registry.download import CHUNK, Broken, Open, Reader, keep, local, pause
 from registry.errors import PullError, TrackingError
 from registry.locations import checked
-from registry.network import MLFLOW_AUTHORITIES
+from registry.network import MLFLOW_AUTHORITIES, Pace
 from registry.tracking import connected, local_folder
 from registry.walk import entries
 
@@ -103,7 +103,7 @@ def sha256(stored: Artifacts, name: str) -> str:
 def _chunks(stored: Artifacts, name: str) -> Iterator[memoryview]:
     """Read a file to its end; where it breaks off it is opened anew, from there on."""
     buffer = memoryview(bytearray(CHUNK))
-    at, attempt = 0, 1
+    at, attempt, pace = 0, 1, Pace()
     while True:
         before = at
         try:
@@ -113,6 +113,7 @@ def _chunks(stored: Artifacts, name: str) -> Iterator[memoryview]:
                     new = buffer[min(again, count) : count]
                     again -= count - len(new)
                     at += len(new)
+                    keep(pace, name, count)
                     yield new
                 return
         except Broken as error:

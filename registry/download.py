@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from registry.errors import Problem, PullError, TrackingError, VerificationError
+from registry.errors import NetworkError, Problem, PullError, TrackingError, VerificationError
 from registry.manifest import FileRecord
+from registry.network import Pace
 
 CHUNK = 1 << 20
 _ATTEMPTS = 6  # without a byte of progress between two of them
@@ -79,6 +80,7 @@ def _fill(name: str, descriptor: int, held: int, size: int, open_at: Open, moved
     buffer = memoryview(bytearray(CHUNK))
     total = hash_start(descriptor, held, buffer)
     attempt, at = 1, held
+    pace = Pace()
     while at < size:
         before = at
         try:
@@ -90,6 +92,7 @@ def _fill(name: str, descriptor: int, held: int, size: int, open_at: Open, moved
                     total.update(buffer[:count])
                     at += count
                     moved.bytes += count
+                    keep(pace, name, count)
             why = f"it ended after {at} of {size} bytes"
         except Broken as error:
             why = str(error)
@@ -98,6 +101,14 @@ def _fill(name: str, descriptor: int, held: int, size: int, open_at: Open, moved
             pause(name, attempt, why)
     os.ftruncate(descriptor, size)
     return total.hexdigest()
+
+
+def keep(pace: Pace, name: str, count: int) -> None:
+    """Count bytes of a file; ``TrackingError`` where they come too slowly."""
+    try:
+        pace.add(count)
+    except NetworkError as error:
+        raise TrackingError(f"the server of `{name}` {error}") from error
 
 
 def pause(name: str, attempt: int, why: str) -> None:

@@ -9,6 +9,8 @@
   and certifi's. There is no way to switch it off.
 - *Proxies.* ``HTTPS_PROXY``, ``HTTP_PROXY`` and ``NO_PROXY``, in either case of letters; never to this machine.
 - *Secrets.* A token that no header can carry is refused by the name of its variable, before a library shows its value.
+- *Answers.* Nothing is asked for compressed, and what comes compressed is refused. A body has a largest size and a
+  longest time, whatever trickles in (`within`, `Pace`, `watched`).
 
 This module reads those standard variables itself, and nothing else of the environment: every library would, each in its
 own way. What is honoured by which client is a table in ``docs/network.md``.
@@ -18,9 +20,12 @@ from __future__ import annotations
 
 import base64
 import os
+import socket
 import ssl
-from collections.abc import Mapping
-from contextlib import suppress
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from http.client import HTTPConnection, HTTPSConnection
 from ipaddress import ip_address
 from pathlib import Path
@@ -33,6 +38,10 @@ _AUTHORITIES = ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
 MLFLOW_AUTHORITIES = "MLFLOW_TRACKING_SERVER_CERT_PATH"
 _PORTS = {"http": 80, "https": 443}
 _READING = ("GET", "HEAD")
+# How long a document may take until it is whole, and how long nothing of a file need come.
+ANSWER_SECONDS = 120.0
+# Nobody pulls gigabytes more slowly; a link of 1 Mbit/s brings 125,000.
+_SLOWEST_BYTES_PER_SECOND = 50_000
 
 
 def tls(*first: str, environment: Mapping[str, str] = os.environ) -> ssl.SSLContext:
@@ -128,6 +137,83 @@ def same_origin(one: str, other: str) -> bool:
         return _origin(one) == _origin(other)
     except NetworkError:
         return False
+
+
+def refuse_encoding(content_encoding: str) -> None:
+    """Raise ``NetworkError`` for a ``Content-Encoding`` under which a body is not as it is stored.
+
+    The message goes on after the name of who sent it.
+    """
+    if content_encoding.strip().lower() not in {"", "identity"}:
+        raise NetworkError("sent a compressed answer, which was not asked for")
+
+
+def within(chunks: Iterable[bytes], most_bytes: int, seconds: float) -> Iterator[bytes]:
+    """Pass the pieces of a document on, as long as it is within its bounds.
+
+    Args:
+        chunks: The body as it comes, a piece for each read.
+        most_bytes: How many bytes it may have.
+        seconds: How long it may take from now on.
+
+    Raises:
+        NetworkError: It exceeds them. The message goes on after the name of who sent it.
+    """
+    deadline, count = time.monotonic() + seconds, 0
+    for chunk in chunks:
+        count += len(chunk)
+        if count > most_bytes:
+            raise NetworkError(f"sent more than {most_bytes} bytes as one answer")
+        if time.monotonic() > deadline:
+            raise NetworkError(f"took more than {seconds:g} s for one answer")
+        yield chunk
+
+
+class Pace:
+    """Whether a file comes fast enough: `ANSWER_SECONDS` to begin with, and 50,000 bytes for each second after that."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._count = 0
+
+    def add(self, count: int) -> None:
+        """Count bytes that came, over however many connections.
+
+        Raises:
+            NetworkError: They came too slowly. The message goes on after the name of who sent them.
+        """
+        self._count += count
+        seconds = time.monotonic() - self._started
+        if seconds > ANSWER_SECONDS + self._count / _SLOWEST_BYTES_PER_SECOND:
+            raise NetworkError(
+                f"sent {self._count} bytes in {seconds:.0f} s, which is too slow: run again, what came is kept"
+            )
+
+
+@contextmanager
+def watched(connection: socket.socket, pieces: Callable[[], int] = int) -> Iterator[None]:
+    """End a connection over which no piece came for `ANSWER_SECONDS`; whoever reads finds that it ended too soon.
+
+    A socket's own timeout counts anew with each byte, and never ends one whose bytes trickle in. ``pieces`` tells how
+    many came; without it, all that is done in this context is one.
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        seen = pieces()
+        while not done.wait(ANSWER_SECONDS):
+            if pieces() == seen:
+                with suppress(OSError):
+                    # Not `SSLSocket.shutdown`, which also takes the encryption off what is still read.
+                    socket.socket.shutdown(connection, socket.SHUT_RDWR)
+                return
+            seen = pieces()
+
+    threading.Thread(target=watch, name="watch a connection", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def is_loopback(host: str) -> bool:

@@ -18,19 +18,19 @@ from typing import Any, Self
 from urllib.parse import quote, unquote, urlencode, urlsplit
 
 import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError
 
 from registry import network
 from registry.backend import EXPERIMENT, Line, Version, aliases_by_version
 from registry.bounded_json import Bounds, DocumentError, read_json
-from registry.errors import RefusedError, TrackingError
+from registry.errors import NetworkError, RefusedError, TrackingError
 from registry.tracking import reach, shown
 
 _HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t -~]*")
 _API = "/api/2.0/mlflow/"
 _CONNECT_SECONDS, _READ_SECONDS = 5.0, 60.0
-# Until an answer is whole, whatever trickles in.
-_ANSWER_SECONDS = 120.0
+_ANSWER_SECONDS = network.ANSWER_SECONDS
 # A page of 1,000 versions with their tags takes one or two megabytes, and a line's tags are its audit trail.
 _BOUNDS = Bounds(bytes=32 << 20, values=500_000, depth=16)
 _MOST_ENTRIES = 100_000
@@ -54,6 +54,26 @@ class _Answer:
     data: bytes
 
 
+class _Connection(HTTPConnection):
+    """One whose headers do not trickle in for ever."""
+
+    def getresponse(self) -> urllib3.HTTPResponse:  # type: ignore[override]  # as urllib3 itself has it
+        with network.watched(self.sock):
+            return super().getresponse()
+
+
+class _TlsConnection(_Connection, HTTPSConnection):
+    pass
+
+
+class _Pool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _TlsPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _TlsConnection
+
+
 class Server:
     """A connection pool to the server at ``address``, whose user and password, if it has any, go into a header."""
 
@@ -70,6 +90,7 @@ class Server:
         }
         proxy = network.proxy_for(self.address)
         self.pool = urllib3.PoolManager(**options) if proxy is None else _through(proxy, options)
+        self.pool.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}
 
     def __enter__(self) -> Self:
         return self
@@ -237,21 +258,17 @@ class Server:
 
     def _read(self, answer: urllib3.BaseHTTPResponse) -> _Answer:
         """Read an answer as it came, within its bounds; a connection with more to say is closed."""
-        deadline, data = time.monotonic() + _ANSWER_SECONDS, bytearray()
         whole = False
         try:
-            if answer.headers.get("Content-Encoding", "identity").lower() != "identity":
-                raise TrackingError(f"MLflow at {self.address} sent a compressed answer, which was not asked for")
-            while chunk := answer.read1(_CHUNK, decode_content=False):
-                data += chunk
-                if len(data) > _BOUNDS.bytes:
-                    raise TrackingError(f"MLflow at {self.address} sent more than {_BOUNDS.bytes} bytes as one answer")
-                if time.monotonic() > deadline:
-                    raise TrackingError(f"MLflow at {self.address} took more than {_ANSWER_SECONDS:g} s for one answer")
+            network.refuse_encoding(answer.headers.get("Content-Encoding", ""))
+            pieces = iter(lambda: answer.read1(_CHUNK, decode_content=False), b"")
+            data = b"".join(network.within(pieces, _BOUNDS.bytes, _ANSWER_SECONDS))
             whole = True
+        except NetworkError as error:
+            raise TrackingError(f"MLflow at {self.address} {error}") from error
         finally:
             (answer.release_conn if whole else answer.close)()
-        return _Answer(answer.status, bytes(data))
+        return _Answer(answer.status, data)
 
     def _json(self, answer: _Answer) -> Mapping[str, Any]:
         try:

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from registry.download import Broken, Reader
 from registry.errors import TrackingError
 from registry.network import connection as open_connection
+from registry.network import watched
 
 _SECONDS = 60.0  # without a byte
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
@@ -21,11 +22,13 @@ class _Body:
 
     def __init__(self, response: HTTPResponse) -> None:
         self._response = response
+        self.pieces = 0
 
     def readinto(self, buffer: memoryview, /) -> int:
         """Fill the buffer, or some of it; 0 at the end."""
         try:
             count = self._response.readinto(buffer)
+            self.pieces += 1
         except (HTTPException, OSError) as error:
             raise Broken(_reason(error)) from error
         if not count and buffer and self._response.length:  # which `HTTPResponse` takes for an end like any other
@@ -48,11 +51,16 @@ def stream(address: str, headers: Mapping[str, str], start: int, authorities: st
     asked = {**headers, **extra, "Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     try:
         try:
-            connection.request("GET", path, headers=asked)
-            response = connection.getresponse()
+            connection.connect()
+            socket = connection.sock
+            with watched(socket):
+                connection.request("GET", path, headers=asked)
+                response = connection.getresponse()
         except (HTTPException, OSError) as error:
             raise Broken(_reason(error)) from error
-        yield _Body(response), _start(response, parts._replace(query="").geturl(), start)
+        begun, body = _start(response, parts._replace(query="").geturl(), start), _Body(response)
+        with watched(socket, lambda: body.pieces):
+            yield body, begun
     finally:
         connection.close()
 

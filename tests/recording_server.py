@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ssl
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,11 +31,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answer:
-    """What is sent back."""
+    """What is sent back; a body in pieces has no length, and may be endless."""
 
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
-    body: bytes = b""
+    body: bytes | Iterable[bytes] = b""
 
 
 @dataclass
@@ -49,6 +50,13 @@ class Recording:
         """The credentials that came, in order; those of a proxy too."""
         named = ("Authorization", "Proxy-Authorization")
         return [asked.headers[name] for asked in self.asked for name in named if name in asked.headers]
+
+
+def trickle(piece: bytes = b" ") -> Iterator[bytes]:
+    """A body that never ends, a piece at a time, each in time."""
+    while True:
+        yield piece
+        time.sleep(0.02)
 
 
 @contextmanager
@@ -66,11 +74,15 @@ def recording(host: str = "127.0.0.1", certificate: Path | None = None) -> Itera
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
             answer = kept.answer(asked)
             self.send_response(answer.status)
-            for name, value in {"Content-Length": str(len(answer.body)), **answer.headers}.items():
+            length = {"Content-Length": str(len(answer.body))} if isinstance(answer.body, bytes) else {}
+            for name, value in {**length, **answer.headers}.items():
                 self.send_header(name, value)
             self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(answer.body)
+            if self.command == "HEAD":
+                return
+            with suppress(OSError):  # whoever asked has had enough
+                for piece in [answer.body] if isinstance(answer.body, bytes) else answer.body:
+                    self.wfile.write(piece)
 
     for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"):
         setattr(Handler, f"do_{method}", Handler.do)

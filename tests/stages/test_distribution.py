@@ -73,7 +73,7 @@ def test_what_is_not_known_by_digest_arrives_whole(address: str, tmp_path: Path)
     image, _ = pushed(address, BlobStore(tmp_path / "images"), "demo", folder, {})
     with Registry(address) as registry:
         for layer in image.layers:
-            assert digest_of(b"".join(registry.blob("demo", layer.digest))) == layer.digest
+            assert digest_of(b"".join(registry.blob("demo", layer.digest, layer.size))) == layer.digest
 
 
 def test_a_base_comes_by_digest_blob_by_blob_and_is_not_fetched_twice(address: str, tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_bills_are_attached_once_and_found_by_the_image(address: str, tmp_path: 
         document = json.loads(manifest[0])
         assert document["subject"]["digest"] == image.digest
         (layer,) = document["layers"]
-        assert json.loads(b"".join(registry.blob("demo", layer["digest"])))["ml"] is True
+        assert json.loads(b"".join(registry.blob("demo", layer["digest"], layer["size"])))["ml"] is True
 
 
 def test_a_registry_that_is_not_there_is_named() -> None:

@@ -93,7 +93,7 @@ def test_who_it_redirects_to_gets_none_though_it_asks(
     asking = {"WWW-Authenticate": challenge.format(elsewhere.address)}
     elsewhere.answer = lambda _: Answer(401, asking)
     with Registry(_host(registry)) as mine, pytest.raises(DistributionError, match="401"):
-        b"".join(mine.blob("demo", DIGEST))
+        b"".join(mine.blob("demo", DIGEST, 5))
     assert [asked.target for asked in elsewhere.asked] == ["/blob"]
     assert elsewhere.authorizations() == []
 
@@ -110,7 +110,7 @@ def test_a_blob_that_lies_elsewhere_is_read_there(registry: Recording, elsewhere
     registry.answer = lambda _: Answer(307, {"Location": f"{elsewhere.address}/blob"})
     elsewhere.answer = lambda _: Answer(body=b"layer")
     with Registry(_host(registry)) as mine:
-        assert b"".join(mine.blob("demo", DIGEST)) == b"layer"
+        assert b"".join(mine.blob("demo", DIGEST, 5)) == b"layer"
 
 
 def test_an_upload_goes_to_no_other_host(registry: Recording, elsewhere: Recording) -> None:

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from pipeline import file_digests
 from pipeline.errors import SourceError, UnreachableError
-from pipeline.hub import Hub, _check_redirect
+from pipeline.hub import Hub, _check
 from pipeline.planner.sources import describe, describe_folder
 from pipeline.source import ResolvedSource, hold_to_lock, pull, resolve, revision_of
 from pipeline.source_lock import read_lock
@@ -596,11 +596,11 @@ def test_the_hub_is_not_followed_to_another_scheme() -> None:
     for there in ("http://hub.example.com/x", "ftp://hub.example.com/x"):
         answer = httpx2.Response(302, headers={"Location": there}, request=request)
         with pytest.raises(SourceError, match="is not followed: it redirects from https to"):
-            _check_redirect(answer)
+            _check(answer)
     for there in ("https://[::1", "https://a:99999/x"):
         with pytest.raises(SourceError, match="is not followed"):
-            _check_redirect(httpx2.Response(302, headers={"Location": there}, request=request))
-    _check_redirect(httpx2.Response(302, headers={"Location": "https://cdn.example.com/x"}, request=request))
+            _check(httpx2.Response(302, headers={"Location": there}, request=request))
+    _check(httpx2.Response(302, headers={"Location": "https://cdn.example.com/x"}, request=request))
 
 
 def test_a_folder_that_is_too_deep_or_has_names_that_are_not_utf_8_is_refused(model: Path) -> None:

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from registry import artifacts, server
+from registry import artifacts, network, server
 from registry.artifacts import ServerArtifacts
 from registry.bounded_json import Bounds
+from registry.download import Moved, download
 from registry.errors import ArgumentError, ManifestError, Problem, TrackingError, VerificationError
-from registry.manifest import BOUNDS, Manifest
+from registry.manifest import BOUNDS, FileRecord, Manifest
 from registry.server import Server
+from registry.stream import stream
 from registry.watch import watch
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
@@ -77,6 +79,17 @@ def trickles(handler: BaseHTTPRequestHandler) -> None:
     try:
         while True:
             handler.wfile.write(b" ")
+            time.sleep(0.02)
+    except OSError:
+        pass
+
+
+def trickles_headers(handler: BaseHTTPRequestHandler) -> None:
+    """Headers that never end, a byte at a time, each in time."""
+    try:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+        while True:
+            handler.wfile.write(b"x")
             time.sleep(0.02)
     except OSError:
         pass
@@ -169,6 +182,24 @@ def test_an_answer_has_a_longest_time(hostile: Hostile, monkeypatch: pytest.Monk
     hostile.answer = trickles
     with Server(hostile.address) as asked, pytest.raises(TrackingError, match=r"more than 0\.1 s"):
         asked.names()
+
+
+def test_headers_have_a_longest_time(hostile: Hostile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(server, "_ATTEMPTS", 1)
+    hostile.answer = trickles_headers
+    with Server(hostile.address) as asked, pytest.raises(TrackingError):
+        asked.names()
+    with stream(hostile.address, {}, 0) as (body, _):
+        assert body.readinto(memoryview(bytearray(9))) == 0
+
+
+def test_a_file_has_a_slowest_pace(hostile: Hostile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "ANSWER_SECONDS", 0.1)
+    hostile.answer = trickles
+    with pytest.raises(TrackingError, match="too slow"):
+        download("a", tmp_path / "a", FileRecord(size=1 << 20, sha256="0" * 64),
+                 lambda start: stream(hostile.address, {}, start), Moved())  # fmt: skip
 
 
 def test_pages_end(hostile: Hostile, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,146 @@
+"""A model hub that means harm: every answer is bounded, and ends in one line that names the hub."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from recording_server import Answer, Asked, Recording, recording, trickle
+
+from pipeline import hub as hubs
+from pipeline.errors import SourceError, UnreachableError
+from pipeline.hub import Hub
+from registry import network
+
+COMMIT = "0" * 40
+Ask = Callable[[Hub, Path], object]
+ASKED: dict[str, Ask] = {
+    "revision": lambda hub, _: hub.revision("org/tiny", "main"),
+    "read": lambda hub, _: hub.read("org/tiny", COMMIT, "config.json", start=0, length=10_000),
+    "download": lambda hub, folder: hub.download(
+        "org/tiny", COMMIT, "a.json", size=10_000, part=folder / "part", progress=lambda _: None
+    ),
+}
+every_question = pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
+
+
+@pytest.fixture
+def hostile() -> Iterator[Recording]:
+    with recording() as started:
+        yield started
+
+
+def refusal(started: Recording, folder: Path, asked: Ask, answer: Answer | Callable[[Asked], Answer]) -> str:
+    """Ask, and return the one line of the error that follows."""
+    started.answer = answer if callable(answer) else lambda _: answer
+    with pytest.raises(SourceError) as caught:
+        asked(Hub(started.address, None), folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("status", [200, 302, 500])
+@every_question
+def test_a_compressed_answer_is_not_unpacked(hostile: Recording, tmp_path: Path, asked: Ask, status: int) -> None:
+    bomb = Answer(status, {"Content-Encoding": "gzip", "Location": "/"}, gzip.compress(b" " * (32 << 20)))
+    tracemalloc.start()
+    said = refusal(hostile, tmp_path, asked, bomb)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "sent a compressed answer" in said
+    assert peak < 8 << 20
+    assert {request.headers["Accept-Encoding"] for request in hostile.asked} == {"identity"}
+
+
+@pytest.mark.parametrize(("asked", "said"), [("revision", "sent more than"), ("download", "more than the 10000 bytes")])
+def test_an_endless_answer_is_not_read_to_its_end(hostile: Recording, tmp_path: Path, asked: str, said: str) -> None:
+    endless = itertools.repeat(b"x" * 65536)
+    assert said in refusal(hostile, tmp_path, ASKED[asked], Answer(body=endless))
+
+
+@pytest.mark.parametrize("status", [302, 401, 403, 404, 500])
+@every_question
+def test_of_a_refusal_no_body_is_read(hostile: Recording, tmp_path: Path, asked: Ask, status: int) -> None:
+    refused = Answer(status, {"Location": "/again"}, itertools.repeat(b"x" * 65536))
+    refusal(hostile, tmp_path, asked, lambda request: Answer(404) if request.target == "/again" else refused)
+
+
+@every_question
+def test_an_answer_has_a_longest_time(
+    hostile: Recording, tmp_path: Path, asked: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(hubs, "_DOCUMENT_SECONDS", 0.1)
+    said = refusal(hostile, tmp_path, asked, Answer(body=trickle()))
+    assert "took more than 0.1 s" in said or "too slow" in said
+
+
+def test_a_download_that_breaks_off_again_and_again_has_a_longest_time(
+    hostile: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(hubs, "_PAUSE", 0.02)
+    said = refusal(hostile, tmp_path, ASKED["download"], lambda request: Answer(
+        206 if "Range" in request.headers else 200, {}, b"x"
+    ))  # fmt: skip
+    assert "too slow" in said
+    assert set((tmp_path / "part").read_bytes()) == {ord("x")}
+
+
+@pytest.mark.parametrize("headers", [{"Retry-After": "86400"}, {"RateLimit": '"api";r=0;t=86400'}], ids=str)
+@pytest.mark.parametrize("status", [408, 429])
+def test_a_hub_does_not_say_how_long_to_wait(
+    hostile: Recording, tmp_path: Path, status: int, headers: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits for {seconds} s"))
+    assert f"with status {status}" in refusal(hostile, tmp_path, ASKED["download"], Answer(status, headers))
+
+
+def test_a_warning_of_the_hub_is_not_printed(hostile: Recording, capfd: pytest.CaptureFixture[str]) -> None:
+    body = json.dumps({"sha": COMMIT, "siblings": []}).encode()
+    hostile.answer = lambda _: Answer(headers={"X-HF-Warning": "topic; \x1b[2Kall is well"}, body=body)
+    assert Hub(hostile.address, None).revision("org/tiny", "main") == (COMMIT, [])
+    assert "all is well" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("location", ["http://[", "http://xn--a/", "http://x:99999/", "http://\xff/", "\x01"])
+@every_question
+def test_a_redirect_to_what_is_no_address_is_not_followed(
+    hostile: Recording, tmp_path: Path, asked: Ask, location: str
+) -> None:
+    refusal(hostile, tmp_path, asked, Answer(302, {"Location": location}))
+
+
+def a_file(**changes: object) -> bytes:
+    file = {"rfilename": "config.json", "size": 3, "blobId": "a" * 40}
+    return json.dumps({"sha": COMMIT, "siblings": [{**file, **changes}]}).encode()
+
+
+WRONG = [
+    b"", b"null", b"[]", b"3", b"<html>", b"\xff", b"[" * 100_000, b'{"sha":' * 5_000, b'{"siblings": []}',
+    b"[" + b"{}," * 1_000_001 + b"{}]",
+    json.dumps({"sha": COMMIT, "siblings": 3}).encode(),
+    json.dumps({"sha": COMMIT, "siblings": [3]}).encode(),
+    a_file(rfilename=None), a_file(rfilename=[]),
+    a_file(size=None), a_file(size=-1), a_file(size=True), a_file(size="3"),
+    a_file(blobId="x"), a_file(blobId=3), a_file(lfs="x"), a_file(lfs=[1]), a_file(lfs={"sha256": "../x"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", WRONG, ids=lambda body: repr(body[-50:]))
+def test_a_revision_has_its_form_or_is_refused(hostile: Recording, tmp_path: Path, body: bytes) -> None:
+    said = refusal(hostile, tmp_path, ASKED["revision"], Answer(body=body))
+    assert f"at {hostile.address}" in said
+    assert len(said) < 400
+
+
+def test_a_hub_that_is_busy_may_be_asked_again(hostile: Recording, tmp_path: Path) -> None:
+    hostile.answer = lambda _: Answer(503)
+    with pytest.raises(UnreachableError):
+        ASKED["revision"](Hub(hostile.address, None), tmp_path)
