@@ -91,7 +91,8 @@ def _install(environment: str, folder: Path, settings: Settings) -> None:
     if _needs_torch(environment):
         steps.append(["pip", "install", "--python", python, "-r", str(REQUIREMENTS / "torch.txt")])
     pinned = str(REQUIREMENTS / f"{environment}.txt")
-    hashed = ["--no-deps", "--require-hashes", "--build-constraints", str(REQUIREMENTS / "build.txt")]
+    hashed = ["--no-deps", "--require-hashes", "--require-build-hashes"]
+    hashed += ["--build-constraints", str(REQUIREMENTS / "build.txt")]
     steps.append(["pip", "install", "--python", python, *hashed, "-r", pinned])
     variables = dict(settings.installer_environment)
     # pip's name for a folder of wheels; uv has its own.

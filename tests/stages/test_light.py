@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from registry.signing import SigningKey, load_or_create_key
 
 CHECKOUT = Path(__file__).parent.parent.parent
 UV = Path(sys.executable).parent / "uv"
+BUILD = [UV, "build", "-q", "--wheel", CHECKOUT / "registry", "--require-hashes", "--build-constraints"]
 HEAVY = ("mlflow", "dagster", "torch", "docker", "pandas", "numpy", "pipeline", "evals", "containers", "boto3")
 
 
@@ -30,7 +32,7 @@ HEAVY = ("mlflow", "dagster", "torch", "docker", "pandas", "numpy", "pipeline", 
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the distribution's wheel, and ``site``: that wheel and its pins, installed."""
     folder = tmp_path_factory.mktemp("light")
-    subprocess.run([UV, "build", "-q", "--wheel", CHECKOUT / "registry", "-o", folder], check=True)
+    subprocess.run([*BUILD, CHECKOUT / "requirements" / "hatchling.txt", "-o", folder], check=True)
     (wheel,) = folder.glob("*.whl")
     pins = CHECKOUT / "requirements" / "registry.txt"
     install = [
@@ -44,7 +46,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--python",
         sys.executable,
     ]
-    subprocess.run([*install, "-r", pins], check=True)
+    subprocess.run([*install, "--require-hashes", "-r", pins], check=True)
     subprocess.run([*install, "--no-deps", wheel], check=True)
     return folder
 
@@ -52,6 +54,19 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def key(tmp_path: Path) -> SigningKey:
     return load_or_create_key(tmp_path / "keys" / "release.pem")
+
+
+def test_what_builds_it_is_held_to_its_hashes(tmp_path: Path) -> None:
+    pins = (CHECKOUT / "requirements" / "hatchling.txt").read_text()
+    (tmp_path / "other.txt").write_text(re.sub(r"sha256:[0-9a-f]{64}", f"sha256:{'0' * 64}", pins))
+    (tmp_path / "without.txt").write_text(pins.replace("pluggy", "pluggy-of-another-name"))
+    for name in ("other.txt", "without.txt"):
+        done = subprocess.run(
+            [*BUILD, tmp_path / name, "-o", tmp_path, "--no-cache"], capture_output=True, text=True, check=False
+        )
+        assert done.returncode != 0
+        assert "hash" in done.stderr.lower()
+        assert not list(tmp_path.glob("*.whl"))
 
 
 def test_it_is_small_and_quick_and_brings_nothing_heavy(built: Path) -> None:
