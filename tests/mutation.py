@@ -39,7 +39,7 @@ TESTS = (
     "tests/unit/pipeline/test_source.py",
     "tests/stages/test_moves.py",  # it needs no engine, and what moves aliases needs a real MLflow
 )
-_LONGEST_SECONDS, _ALL_SECONDS = 300, 1800
+_LONGEST_SECONDS, _ALL_SECONDS = 120, 1800
 _PROBE = "mutation_probe"
 _PROBE_SOURCE = """
 import os
