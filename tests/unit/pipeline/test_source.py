@@ -369,6 +369,16 @@ def test_what_is_no_lock_is_refused(tmp_path: Path, text: str) -> None:
         read_lock(path)
 
 
+def test_a_whole_lock_of_another_version_is_refused(model: Path, tmp_path: Path, into: Fetch) -> None:
+    path = tmp_path / "tiny.lock.json"
+    resolved = resolve(f"file:{model}")
+    hold_to_lock(path, resolved, into(resolved))
+    assert read_lock(path) is not None
+    path.write_text(path.read_text().replace("slipway/lock/1", "slipway/lock/9"))
+    with pytest.raises(SourceError, match="has schema 'slipway/lock/9', and this version of Slipway knows"):
+        read_lock(path)
+
+
 # A hub
 
 

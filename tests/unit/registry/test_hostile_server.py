@@ -73,11 +73,11 @@ def says(body: bytes | str, encoding: str | None = None) -> Answer:
 
 
 def trickles(handler: BaseHTTPRequestHandler) -> None:
-    """An answer that never ends, some bytes at a time, each in time."""
+    """An answer that goes on and on, some bytes at a time, each in time."""
     handler.send_response(200)
     handler.end_headers()
     try:
-        while True:
+        for _ in range(500):  # an end after all, for a reader that knows none
             handler.wfile.write(b" ")
             time.sleep(0.02)
     except OSError:
