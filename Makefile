@@ -25,6 +25,7 @@ test-unit: $(STAMP)  ## The unit tests alone, in under a minute.
 test-long: $(STAMP)  ## What takes too long for every change: large transfers, a second runtime, a real model.
 	$(VENV)/slipway doctor --fix
 	$(VENV)/python -m pytest -m long
+	SLIPWAY_FUZZ_EXAMPLES=5000 $(VENV)/python -m pytest -n 2 tests/unit/test_fuzz.py
 	$(VENV)/python tests/mutation.py
 
 check: $(STAMP)  ## Lint, format and types.

@@ -48,7 +48,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def explain(detail: Any, known: Iterable[str]) -> str:  # noqa: ANN401 - pydantic's own error record
     """One problem as a person reads it, with a near name for a key that is unknown."""
-    *above, key = [str(part) for part in detail["loc"]]
+    *above, key = [str(part) for part in detail["loc"]] or ["the file"]
     path = ".".join([*above, key])
     if detail["type"] == "extra_forbidden":
         return f"unknown key `{path}`{hint(key, known)}"

@@ -96,7 +96,7 @@ def open_bundle(data: bytes, keys: Sequence[PublicKey], authorities: Sequence[Au
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise SigningError("not a signature: no Sigstore bundle with an envelope in it") from error
     if kind != IN_TOTO:
-        raise SigningError(f"signs a `{kind}`, not an `{IN_TOTO}`")
+        raise SigningError(f"signs a `{str(kind)[:60]}`, not an `{IN_TOTO}`")
     key, signer = _signer(material, keys, authorities)
     if not key.signed(sig, encoded(payload, kind)):
         raise SigningError(f"the signature of {signer[:60]} is not over this statement: one of the two was altered")
@@ -127,7 +127,7 @@ def files_of(statement: bytes) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise SigningError("what was signed is no statement over a model's files") from error
     if kinds != (STATEMENT, PREDICATE):
-        raise SigningError(f"what was signed is a `{kinds[1]}`, not a `{PREDICATE}`")
+        raise SigningError(f"what was signed is a `{str(kinds[1])[:60]}`, not a `{PREDICATE}`")
     if not agrees:
         raise SigningError("the statement over the files contradicts itself")
     return found

@@ -61,3 +61,10 @@ def test_a_wrong_value_is_shown_in_short(tmp_path: Path) -> None:
     with pytest.raises(SpecError) as caught:
         load(path)
     assert len(str(caught.value)) < 2000
+
+
+def test_a_key_of_halves_of_a_character_is_a_problem_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.yaml"
+    path.write_text('"\\ud800\\udc00": 1\n')
+    with pytest.raises(SpecError, match="is not a model's file"):
+        load(path)

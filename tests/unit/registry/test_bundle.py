@@ -210,3 +210,10 @@ def test_a_statement_that_contradicts_itself_is_refused(release: Path, signing_k
     told["predicate"]["resources"].append(told["predicate"]["resources"][0])
     with pytest.raises(SigningError, match="contradicts itself"):
         files_of(json.dumps(told).encode())
+
+
+def test_a_kind_of_any_length_is_shown_by_its_beginning() -> None:
+    envelope = {"payload": "", "payloadType": {"a": "x" * 10_000}, "signatures": [{"sig": ""}]}
+    with pytest.raises(SigningError) as caught:
+        open_bundle(json.dumps({"dsseEnvelope": envelope, "verificationMaterial": {}}).encode(), [])
+    assert len(str(caught.value)) < 200
