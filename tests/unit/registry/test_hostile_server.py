@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import threading
 import time
@@ -219,7 +220,12 @@ def test_pages_end(hostile: Hostile, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_folders_end(hostile: Hostile, monkeypatch: pytest.MonkeyPatch) -> None:
-    hostile.answer = says(json.dumps({"files": [{"path": "deeper", "is_dir": True}]}))
+    deeper = iter(["deeper"] * 50)  # an end after all, for a reader that knows none
+
+    def onward(handler: BaseHTTPRequestHandler) -> None:
+        says(json.dumps({"files": [{"path": name, "is_dir": True} for name in itertools.islice(deeper, 1)]}))(handler)
+
+    hostile.answer = onward
     with Server(hostile.address) as asked:
         with pytest.raises(TrackingError, match="without end: stopped after 17"):
             ServerArtifacts(asked, "root").names()

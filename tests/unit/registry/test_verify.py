@@ -136,10 +136,19 @@ def test_a_linked_release_folder_inside_is_refused(release: Path, signing_key: S
     assert "symlink" in problems_of(release, signing_key)["release"]
 
 
-@pytest.mark.parametrize("make", [lambda _: None, lambda path: path.mkdir(), lambda path: path.write_text("x")])
-def test_a_folder_that_is_none_or_empty(tmp_path: Path, signing_key: SigningKey, make: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda _: None, "there is no such folder"),
+        (lambda path: path.mkdir(), "this folder is none: it has no release/manifest.json"),
+        (lambda path: path.write_text("x"), "there is no such folder"),
+    ],
+)
+def test_a_folder_that_is_none_or_empty(
+    tmp_path: Path, signing_key: SigningKey, make: Callable[[Path], None], why: str
+) -> None:
     make(tmp_path / "x")
-    assert problems_of(tmp_path / "x", signing_key)
+    assert problems_of(tmp_path / "x", signing_key) == {"release": why}
 
 
 def test_the_message_stays_short_and_the_list_stays_whole(release: Path, signing_key: SigningKey) -> None:
