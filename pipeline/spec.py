@@ -150,11 +150,15 @@ def load(path: Path) -> ModelSpec:
     document = read(path)
     # What the file can't say: where it is.
     problems = [f"unknown key `path`{hint('path', _known_keys())}"] if "path" in document else []
-    resolved = _resolved(document, path.parent, problems)
     try:
+        resolved = _resolved(document, path.parent, problems)
         spec = ModelSpec.model_validate({**resolved, "path": path})
     except ValidationError as error:
         problems += [explain(detail, _known_keys()) for detail in error.errors()]
+    except OSError as error:
+        problems.append(f"a name or path in it can't be looked up: {error.strerror}")
+    except UnicodeError:
+        problems.append("it holds half of a character (a lone `\\uD800` to `\\uDFFF`)")
     else:
         problems += _not_served(spec)
     if problems:

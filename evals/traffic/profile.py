@@ -194,8 +194,8 @@ def load(name: str, folder: Path = FOLDER) -> TrafficProfile:
         ProfileError: there is none of that name, or its file is wrong.
     """
     path = folder / f"{name}.yaml"
-    if not path.is_file():
-        known = names(folder)
+    known = names(folder)
+    if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(f'`{each}`' for each in known)}"
         raise ProfileError(f"no traffic profile `{name}`: {hint}")

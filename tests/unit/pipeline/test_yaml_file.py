@@ -68,3 +68,20 @@ def test_a_key_of_halves_of_a_character_is_a_problem_of_the_file(tmp_path: Path)
     path.write_text('"\\ud800\\udc00": 1\n')
     with pytest.raises(SpecError, match="is not a model's file"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"load: [{'9' * 5000}]",
+        f"source: {{uri: 'file:{'9' * 5000}'}}",
+        'scan: {fail_on: ["\\ud800"]}',
+        "load: [../quick]",
+    ],
+    ids=lambda line: line[:12],
+)
+def test_a_name_that_no_file_can_have_is_a_problem_of_the_file(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "model.yaml"
+    path.write_text(f"{line}\n")
+    with pytest.raises(SpecError, match="is not a model's file"):
+        load(path)
