@@ -14,7 +14,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from registry.catalog import artifact_root
 from registry.errors import PullError
-from registry.tracking import local_folder, shown
+from registry.tracking import is_location, local_folder, shown
 
 _PROXIED = "mlflow-artifacts"
 _HTTP = ("http", "https")
@@ -24,9 +24,11 @@ def checked(location: str, tracking_uri: str) -> str:
     """Return the location, once it lies where the registry at ``tracking_uri`` keeps its files.
 
     Raises:
-        PullError: It lies elsewhere.
+        PullError: It lies elsewhere, or is malformed.
         TrackingError: The registry can't be asked.
     """
+    if not is_location(location):
+        raise PullError(f"the registry at {shown(tracking_uri)} says that files are at what is no location at all")
     parts, server = urlsplit(location), urlsplit(tracking_uri)
     if parts.scheme == _PROXIED and server.scheme in _HTTP and _climbs(parts) is False:
         if parts.netloc in ("", server.netloc.rpartition("@")[2]):
@@ -46,7 +48,7 @@ def checked_folder(location: str, root: str | None) -> Path | None:
 
 def within(location: str, root: str | None) -> bool:
     """Whether a location lies below another, of the same scheme and host."""
-    if root is None:
+    if root is None or not is_location(location):
         return False
     folder, above = local_folder(location), local_folder(root)
     if folder is not None and above is not None:

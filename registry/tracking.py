@@ -177,8 +177,19 @@ def database_path(tracking_uri: str) -> Path | None:
     return Path(name) if name and not name.startswith(":") else None
 
 
+def is_location(text: str) -> bool:
+    """Whether a text can be a URI and a path; whoever may register a version chooses its location."""
+    try:
+        urlsplit(text)
+        return b"\0" not in os.fsencode(unquote(text))
+    except ValueError:
+        return False
+
+
 def local_folder(uri: str) -> Path | None:
-    """Return the folder that a ``file:`` URI or an absolute path names; None for what is elsewhere."""
+    """Return the folder that a ``file:`` URI or an absolute path names; None for what is elsewhere, or malformed."""
+    if not is_location(uri):
+        return None
     parts = urlsplit(uri)
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
         return Path(unquote(parts.path))

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from mlflow_tables import write_tables
 
+from registry.backend import Line
 from registry.errors import PullError
 from registry.locations import checked, checked_folder, within
+from registry.tracking import local_folder
 
 
 @pytest.mark.parametrize(
@@ -79,3 +82,25 @@ def test_an_experiment_that_keeps_files_at_a_foreign_web_server_gets_no_password
     monkeypatch.setattr("registry.locations.artifact_root", lambda _: "https://attacker.example/files")
     with pytest.raises(PullError, match="keeps none"):
         checked("https://attacker.example/files/m-1", "https://user:password@mlflow.example:5000")
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "http://[::1",
+        "mlflow-artifacts://[x/y",
+        "s3://b\u2100/x",
+        "file:///a\0b",
+        "file:///a%00b",
+        "file://[x/",
+        "/\ud800",
+    ],
+)
+def test_a_malformed_location_is_refused_in_one_line(location: str, tmp_path: Path) -> None:
+    uri = write_tables(tmp_path / "mlflow.db", Line("demo-awq", {}, {}), {})
+    for registry in (uri, "http://127.0.0.1:9"):
+        with pytest.raises(PullError, match="is no location at all"):
+            checked(location, registry)
+    assert not within(location, str(tmp_path))
+    assert checked_folder(location, str(tmp_path)) is None
+    assert local_folder(location) is None
