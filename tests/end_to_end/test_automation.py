@@ -134,7 +134,7 @@ def test_a_touch_starts_nothing_and_a_new_revision_exactly_its_models_releases_w
     assert sorted(text.splitlines()[0] for text in webhook.texts) == ["remote|awq failed", "remote|gptq failed"]
     for text in webhook.texts:
         _, reason, link = text.splitlines()
-        assert reason.startswith("source: the source can't be used: config.json is no JSON")
+        assert reason.startswith("source: the source can't be used: config.json can't be read: no JSON")
         assert link.startswith(f"http://127.0.0.1:{ui.port}/runs/")
     # What failed is not started again for the same change.
     asked = time.time()

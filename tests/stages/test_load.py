@@ -210,7 +210,7 @@ def test_a_leak_of_a_megabyte_a_request_is_found_and_told(text: Path, tmp_path: 
     leak = evidence["profiles"][0]["leak"]["bytes_per_request"]
     assert leak[0] == pytest.approx(2**20, rel=0.2)
     verdict = judge(evidence, leaky)
-    assert (verdict.status, verdict.reason.startswith("memory leaks: at least")) == ("fail", True)
+    assert (verdict.status, "memory leaks: at least" in verdict.reason) == ("fail", True)
 
 
 def test_prompts_with_a_shared_beginning_share_it(run: Measure, text: Path, tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_what_a_killed_serve_left_is_swept_by_the_next(engine: docker.DockerClie
 def test_what_is_not_released_is_not_served(slipway: Slipway) -> None:
     done = slipway("serve", "demo-gptq")
     assert done.returncode == 1
-    assert "nothing is `champion` of `demo-gptq`" in done.stderr
+    assert "no release `demo-gptq`" in done.stderr
 
 
 def test_keys_are_made_listed_and_revoked(slipway: Slipway) -> None:
