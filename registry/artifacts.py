@@ -155,7 +155,8 @@ class LocalArtifacts:
         """List every file and link, and what is cold."""
         # Asked before and after: whichever way a file moves meanwhile, it is in one of the three.
         before = self._cold()
-        here = {name for name, _ in entries(self._folder, _unlisted)}
+        # An upload that was killed at its start has left no folder.
+        here = {name for name, _ in entries(self._folder, _unlisted)} if self._folder.is_dir() else set()
         return sorted(here | before.keys() | self._cold().keys())
 
     @contextmanager
