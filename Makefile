@@ -4,7 +4,7 @@ VENV := .venv/bin
 STAMP := .venv/.pins
 
 # Two workers; with more, servers would share cores. What asserts times runs after that, beside nothing.
-PARALLEL := $(VENV)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+PARALLEL := $(VENV)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 .PHONY: demo test test-unit test-long check audit ui stop
 

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 import docker
 import hypothesis
 import pytest
+from xdist.remote import Producer
 
 from containers.engine import connect
 from homes import make_home
 from pipeline.settings import Settings
 from pipeline.workers import Workers
-from schedule import arrange
+from schedule import ByGroup, place
 
 # What `make test` cannot install.
 _MAY_LACK = ("needs a GPU", "needs AVX-512")
@@ -30,10 +31,13 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("dist", "no") == "loadgroup":
-        arrange(items)
+    if hasattr(config, "workerinput"):  # of a worker of xdist
+        items.sort(key=place)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByGroup:
+    return ByGroup(config, log)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
