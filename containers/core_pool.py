@@ -76,19 +76,35 @@ def reserved(request: CoreRequest, progress: Progress, available: Sequence[int] 
 
 
 def _take(locks: Path, pool: Sequence[int], wanted: int, held: contextlib.ExitStack) -> tuple[list[int], int]:
-    """Lock up to ``wanted`` cores that equally few servers have; return them and by how many each was held before."""
-    for level in range(_MOST_ON_A_CORE):
-        taken = []
-        for core in pool:
-            lock = try_lock(locks, f"slipway-core-{core}-{level}.lock")
-            if lock is not None:
-                held.callback(os.close, lock)
-                taken.append(core)
-            if len(taken) == wanted:
-                break
-        if taken:
-            return taken, level
-    return list(pool), _MOST_ON_A_CORE
+    """Lock up to ``wanted`` cores that equally few servers have; return them and by how many each was held before.
+
+    A core's servers hold its levels in no order: who had the first may have ended before who has the second.
+    """
+    free = {core: [level for level in range(_MOST_ON_A_CORE) if _is_free(locks, core, level)] for core in pool}
+    most = max(map(len, free.values()))
+    if not most:
+        return list(pool), _MOST_ON_A_CORE
+    taken = [core for core in pool if len(free[core]) == most][:wanted]
+    for core in taken:
+        lock = try_lock(locks, _name(core, free[core][0]))
+        if lock is not None:
+            held.callback(os.close, lock)
+    return taken, _MOST_ON_A_CORE - most
+
+
+def _is_free(locks: Path, core: int, level: int) -> bool:
+    """Whether no server holds this level of a core; a lock that nobody ever made is not made for the question."""
+    if not os.path.lexists(locks / _name(core, level)):
+        return True
+    lock = try_lock(locks, _name(core, level))
+    if lock is None:
+        return False
+    os.close(lock)
+    return True
+
+
+def _name(core: int, level: int) -> str:
+    return f"slipway-core-{core}-{level}.lock"
 
 
 def neighbours_together(cores: set[int], topology: Path = _TOPOLOGY) -> list[int]:

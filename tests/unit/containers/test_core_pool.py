@@ -38,6 +38,22 @@ def test_more_servers_than_cores_share_evenly_and_are_told(tmp_path: Path) -> No
     assert told == [f"warning: every core has a server already: sharing {core}" for core in (0, 1)]
 
 
+def test_a_core_whose_first_server_has_ended_still_has_its_second(tmp_path: Path) -> None:
+    told: list[str] = []
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as others:
+        first.enter_context(reserved(CoreRequest(tmp_path, 2), print, range(2)))
+        others.enter_context(reserved(CoreRequest(tmp_path, 1), print, range(2)))
+        first.close()
+        rest = others.enter_context(reserved(CoreRequest(tmp_path), told.append, range(2)))
+        shared = others.enter_context(reserved(CoreRequest(tmp_path), told.append, range(2)))
+    assert rest == Cores((1,))
+    assert shared == Cores((0, 1), shared=True)
+    assert told == [
+        "1 of 2 cores for this server: other servers have the rest",
+        "warning: every core has a server already: sharing 0, 1",
+    ]
+
+
 def test_who_wants_all_gets_what_is_free_and_is_told(tmp_path: Path) -> None:
     told: list[str] = []
     with (
