@@ -17,7 +17,7 @@ import docker
 from containers import image as images
 from containers import profile as profiles
 from containers import sandbox
-from containers.cpu import INSTRUCTION_SETS
+from containers.cpu import INSTRUCTION_SETS, InstructionSet
 from containers.gpu import gpus
 from containers.kernels import ComputedOn
 from containers.runtime import build_runtime
@@ -66,8 +66,11 @@ def drift(bench: Bench, source: Artifact, baseline: Artifact, quantized: Artifac
     """
     if not baseline.inputs["checkpoint"] == quantized.inputs["source"] == source.digest:
         raise StoreError("`baseline` is of another `source` than `quantized`: run both again")
-    bench = on_one_instruction_set(bench, source)
     answered_on = baseline.notes.get("instruction_set")
+    if bench.instruction_set is None and answered_on == _own_instruction_set(bench):
+        # `baseline` was chosen before `image` was made, which may turn out to be one that was paired on another CPU.
+        bench = replace(bench, instruction_set=answered_on)
+    bench = on_one_instruction_set(bench, source)
     if answered_on not in {None, bench.instruction_set}:
         raise StoreError(
             f"FP16 was answered on a CPU with {answered_on}, and the candidate would be on one with "
@@ -136,9 +139,9 @@ def on_one_instruction_set(bench: Bench, source: Artifact) -> Bench:
     It is this machine's. A release whose answers were paired on another CPU, with nothing changed since, keeps that
     pair: it is finished, and another machine is no reason to ask again.
     """
-    if bench.instruction_set is not None or not _computes_on_this_cpu(bench):
+    own = _own_instruction_set(bench)
+    if bench.instruction_set is not None or own is None:
         return bench
-    own = bench.settings.cpu.instruction_set
     past = _Past(bench.spec, bench.scheme_name, bench.settings, lambda _: None)
     with suppress(NotMade):
         quantized = stages.quantized(past, source)
@@ -151,10 +154,13 @@ def on_one_instruction_set(bench: Bench, source: Artifact) -> Bench:
     return replace(bench, instruction_set=own)
 
 
-def _computes_on_this_cpu(bench: Bench) -> bool:
+def _own_instruction_set(bench: Bench) -> InstructionSet | None:
+    """This CPU's; None where something else computes the answers."""
     if bench.spec.evals.engine == "hf":
-        return are_here(bench.settings) and not have_gpus(bench.settings)
-    return profiles.load(bench.spec.runtime).minimum_driver is None and bench.settings.engine_is_here
+        here = are_here(bench.settings) and not have_gpus(bench.settings)
+    else:
+        here = profiles.load(bench.spec.runtime).minimum_driver is None and bench.settings.engine_is_here
+    return bench.settings.cpu.instruction_set if here else None
 
 
 def _candidate(bench: Bench, baseline: Artifact, quantized: Artifact, image: Artifact) -> Artifact:

@@ -10,6 +10,7 @@ from threading import Event
 import pytest
 from filled import FillingBench, FillingStore, Models
 
+from containers.cpu import INSTRUCTION_SETS
 from pipeline import evaluation, stages
 from pipeline.errors import StoreError, WorkerFailed
 from pipeline.launchers.task import Ended, Task
@@ -82,3 +83,20 @@ def test_answers_of_two_instruction_sets_are_not_paired(tmp_path: Path, monkeypa
     ):
         evaluation.drift(replace(bench, instruction_set="avx2"), source, baseline, quantized, image)
     assert [record["recipe"]["inputs"].get("image") for _, record in bench.store.records("answers")] == [None]
+
+
+def test_a_candidate_is_asked_on_the_cpu_of_fp16_though_another_one_has_asked_it(tmp_path: Path) -> None:
+    """FP16 is asked before the image is made, which may come out as the one that was paired elsewhere."""
+    models = Models(tmp_path)
+    bench = models.bench(models.write(), "gptq")
+    source = stages.source(bench)
+    quantized = stages.quantized(bench, source)
+    image = stages.image(bench, quantized)
+    own = bench.settings.cpu.instruction_set
+    other = next(each for each in INSTRUCTION_SETS if each != own)
+    elsewhere = replace(bench, instruction_set=other)
+    evaluation.drift(elsewhere, source, evaluation.baseline(elsewhere, source), quantized, image)
+    baseline = evaluation.baseline(replace(bench, instruction_set=own), source)
+    evaluation.drift(bench, source, baseline, quantized, image)
+    asked = [record["recipe"] for _, record in bench.store.records("answers") if "image" in record["recipe"]["inputs"]]
+    assert {recipe["parameters"]["engine"]["instruction_set"] for recipe in asked} == {own, other}
