@@ -47,8 +47,17 @@ def shown(text: str, *, lines: bool = False) -> str:
     return printable(text, lines=lines)
 
 
+class Results(Terminal):
+    """Prints results, below what was shown live: that ends first, for stdout may be the same terminal."""
+
+    def print(self, *objects: Any, **options: Any) -> None:  # noqa: ANN401 - rich's own
+        """Print as rich does."""
+        live.clear()
+        super().print(*objects, **options)
+
+
 progress = Terminal(stderr=True, highlight=False, soft_wrap=True)
-results = Terminal(highlight=False, soft_wrap=True)
+results = Results(highlight=False, soft_wrap=True)
 live = LiveDisplay(progress)
 _SAID = "said"
 
@@ -150,7 +159,6 @@ def print_json(document: object) -> None:
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a plain table to stdout; cells may hold rich's markup, and are a line each."""
-    live.clear()
     rows = [[shown(cell) for cell in row] for row in rows]
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for index, column in enumerate(columns):
@@ -161,5 +169,6 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     if results.is_terminal:
         results.print(made)
         return
+    live.clear()
     for line in results.render_lines(made, results.options.update(width=_ENDLESS), pad=False):
         results.file.write("".join(segment.text for segment in line).rstrip() + "\n")

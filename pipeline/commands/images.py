@@ -9,7 +9,7 @@ import click
 from rich.markup import escape
 
 from pipeline.settings import Settings
-from pipeline.show import FAILED, as_json, print_json, print_table, progress, results, say
+from pipeline.show import FAILED, as_json, live, print_json, print_table, progress, results, say
 
 
 @click.group()
@@ -64,6 +64,7 @@ def gateway(*, as_json: bool) -> None:
     if as_json:
         print_json(built.model_dump())
         return
+    live.clear()
     click.echo(built.reference)
     if not built.pushed:
         progress.print(

@@ -142,6 +142,29 @@ with show.live:
         os.close(ours)
 
 
+def test_a_result_is_a_line_of_its_own_where_both_streams_are_one_terminal(tmp_path: Path) -> None:
+    script = f"""
+import time
+from pipeline import show
+with show.live:
+    show.say({COUNTS[0]!r})
+    time.sleep(0.1)
+    show.results.print("the result")
+"""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=CHECKOUT, stdout=theirs, stderr=theirs,
+        env={**os.environ, "SLIPWAY_HOME": str(tmp_path), "TERM": "xterm", "COLUMNS": "120"},
+    )  # fmt: skip
+    os.close(theirs)
+    seen = drain(ours).decode()
+    os.close(ours)
+    assert process.wait() == 0
+    assert COUNTS[0] in seen
+    assert screen(seen) == ["the result"]
+
+
 def test_without_colours_where_none_are_wanted(tmp_path: Path) -> None:
     _, coloured, _ = run("done", tmp_path, terminal=True, NO_COLOR="")
     _, plain, _ = run("done", tmp_path, terminal=True, NO_COLOR="1")
