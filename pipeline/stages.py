@@ -163,13 +163,14 @@ CODE: Mapping[str, str] = {
     "quantized": code_of(
         *("pipeline/quantize.py", "pipeline/checkpoint.py", "pipeline/safetensors_headers.py"),
         *("pipeline/compatibility/description.py", "pipeline/compatibility/backends.py", "registry/bounded_json.py"),
+        "evals/json_lines.py",
     ),
     "answers": code_of(
         *("evals/asking.py", "evals/answer.py", "evals/items.py", "evals/served.py", "evals/checkpoints.py"),
         *("evals/packed.py", "evals/overlap.py", "evals/tasks", "evals/json_lines.py"),
     ),
-    "layers": code_of("evals/layers.py", "evals/checkpoints.py", "evals/packed.py"),
-    "drift": code_of("evals/pairs.py", "evals/divergence.py", "evals/overlap.py"),
+    "layers": code_of("evals/layers.py", "evals/checkpoints.py", "evals/packed.py", "evals/json_lines.py"),
+    "drift": code_of("evals/pairs.py", "evals/divergence.py", "evals/overlap.py", "containers/kernels.py"),
     "image": code_of(
         *("containers/image.py", "containers/runtime.py", "containers/base.py", "containers/packages.py"),
         "containers/pulled.py",
@@ -182,11 +183,11 @@ CODE: Mapping[str, str] = {
         *("evals/load.py", "evals/load_plan.py", "evals/load_evidence.py", "evals/traffic", "evals/capacity.py"),
         *("evals/faults.py", "evals/slo.py", "evals/trend.py", "evals/engine_metrics.py", "evals/expected_memory.py"),
         *("containers/sandbox.py", "containers/engine_log.py", "containers/isolation.py", "containers/memory.py"),
-        *("containers/core_pool.py", "containers/kernels.py", "pipeline/planner/weights.py"),
+        *("containers/core_pool.py", "containers/cpu.py", "containers/kernels.py", "pipeline/planner/weights.py"),
     ),
     "release": code_of(
         *("pipeline/promotion.py", "registry/seal.py", "registry/manifest.py", "registry/bundle.py"),
-        *("registry/provenance.py", "registry/signing.py"),
+        *("registry/provenance.py", "registry/signing.py", "containers/kernels.py"),
         *("evals/report.py", "evals/pictures.py", "evals/drift_pictures.py", "evals/svg.py", "evals/templates"),
         *("evals/cost.py", "evals/cost_pictures.py", "evals/load_report.py", "evals/load_pictures.py"),
     ),

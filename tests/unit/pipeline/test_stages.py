@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from filled import FillingBench, Models
 from hub_server import COMMIT, REPOSITORY, serving
 
 from homes import DEMO
-from pipeline import stages
+from pipeline import stages, store
+from pipeline.settings import CHECKOUT
 
 
 def test_an_image_bears_the_commit_that_was_pulled_and_its_recipe_covers_its_labels(tmp_path: Path) -> None:
@@ -42,3 +45,21 @@ def test_another_model_of_the_same_weights_gives_an_image_no_label(tmp_path: Pat
             recipe = json.loads((image.folder.parent / "artifact.json").read_text())["recipe"]
             revisions[bench.spec.model] = recipe["parameters"]["labels"].get("org.opencontainers.image.revision")
     assert revisions == {"remote": COMMIT, "local": None}
+
+
+@pytest.mark.parametrize(
+    ("file", "affected"),
+    [
+        ("evals/json_lines.py", {"quantized", "answers", "layers"}),  # which texts it takes of a file
+        ("containers/kernels.py", {"drift", "load", "release"}),  # what is written of the kernels
+        ("containers/cpu.py", {"load"}),
+        ("evals/served.py", {"answers"}),
+    ],
+)
+def test_a_changed_module_has_what_comes_of_it_made_again(
+    file: str, affected: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = store.digest_file
+    monkeypatch.setattr(store, "digest_file", lambda path: "changed" if path == CHECKOUT / file else real(path))
+    code = runpy.run_path(stages.__file__)["CODE"]
+    assert {stage for stage in code if code[stage] != stages.CODE[stage]} == affected
