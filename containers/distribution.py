@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self, cast
 
 import docker.auth
+import docker.errors
 import httpx
 
 from containers.errors import ImageError, UnreachableRegistryError
@@ -254,9 +255,8 @@ class Registry:
             raise DistributionError(f"the registry {self.host} does not say where an upload goes on")
         there = self._there(answer)
         if not network.same_origin(self._base, str(there)):
-            raise DistributionError(
-                f"the registry {self.host} sends an upload on to another host, {there.host}: refused"
-            )
+            where = f"another host, {there.host}" if there.host != httpx.URL(self._base).host else f"{there}"[:200]
+            raise DistributionError(f"the registry {self.host} sends an upload on to {where}: refused")
         return there
 
     def _bound(self, answer: httpx.Response) -> None:
@@ -351,7 +351,7 @@ class _Login(httpx.Auth):
         if answer.status_code != httpx.codes.UNAUTHORIZED or not network.same_origin(self._base, str(answer.url)):
             return
         scheme, _, rest = answer.headers.get("WWW-Authenticate", "").partition(" ")
-        known = docker.auth.load_config().resolve_authconfig(None if self._host == _HUB[0] else self._host) or {}
+        known = self._known()
         name, word = known.get("username") or known.get("Username"), known.get("password") or known.get("Password")
         basic = httpx.BasicAuth(name, word) if name and word else None
         if scheme.lower() == "basic" and basic is not None:
@@ -360,16 +360,27 @@ class _Login(httpx.Auth):
             asked = self._token_request(dict(_CHALLENGE.findall(rest)), request.extensions.get("timeout"))
             if asked is None:
                 return
-            token = yield next(basic.auth_flow(asked)) if basic and self._belongs(asked.url) else asked
+            trusted = self._belongs(asked.url)
+            token = yield next(basic.auth_flow(asked)) if basic and trusted else asked
             token.read()
             self._header = _bearer(token)
             if self._header is None:  # what this flow ends with would pass for the registry's own answer
                 where = f"{asked.url.host} answers {token.status_code}"
+                if basic and not trusted:
+                    where += ", asked without user and password, which go to the registry's own domain alone"
                 raise DistributionError(f"the token service of the registry {self._host} gives no token: {where}")
         else:
             return
         request.headers["Authorization"] = self._header
         yield request
+
+    def _known(self) -> Mapping[str, str]:
+        """What ``docker login`` knows of the registry."""
+        try:
+            return docker.auth.load_config().resolve_authconfig(None if self._host == _HUB[0] else self._host) or {}
+        except docker.errors.DockerException as error:  # a program that keeps them is not there, or fails
+            words = " ".join(str(error).split())[:_LONGEST_SHOWN]
+            raise DistributionError(f"what `docker login` keeps for {self._host} can't be read: {words}") from error
 
     def _token_request(self, challenge: Mapping[str, str], timeout: object) -> httpx.Request | None:
         try:

@@ -39,6 +39,8 @@ from registry.errors import NetworkError
 Progress = Callable[[str], None]
 
 _COMMIT, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
+# Never asked through a proxy.
+_HERE = ("all://localhost", "all://127.0.0.1", "all://[::1]")
 # Seconds without a byte.
 _TIMEOUT = 10
 # A file of a revision takes some 300 bytes and a dozen values; the largest revisions have some ten thousand.
@@ -50,10 +52,15 @@ _MOST_BREAKS, _PAUSE = 5, 1.0
 
 def _client() -> httpx2.Client:
     """Return what `huggingface_hub` asks through, under the policy of `registry.network`."""
-    return httpx2.Client(
-        verify=network.tls(), follow_redirects=True, timeout=_TIMEOUT,
-        event_hooks={"request": [_ask_plainly, hf_request_event_hook], "response": [_check]},
-    )  # fmt: skip
+    try:
+        return httpx2.Client(
+            verify=network.tls(), follow_redirects=True, timeout=_TIMEOUT, mounts=dict.fromkeys(_HERE),
+            event_hooks={"request": [_ask_plainly, hf_request_event_hook], "response": [_check]},
+        )  # fmt: skip
+    except (ImportError, ValueError, httpx2.InvalidURL) as error:  # a proxy of SOCKS, or of no scheme that is known
+        raise SourceError(
+            "the hub can't be asked through the proxy that is set: set HTTPS_PROXY to http://HOST:PORT, not ALL_PROXY"
+        ) from error
 
 
 def _ask_plainly(request: httpx2.Request) -> None:

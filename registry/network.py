@@ -69,7 +69,7 @@ def proxy_for(address: str) -> str | None:
     """Return the proxy's URL through which an address is reached; None where it is reached directly.
 
     Raises:
-        NetworkError: The address, or the proxy's, is malformed.
+        NetworkError: The address, or the proxy's, is malformed, or the proxy is none of HTTP's.
     """
     parts = _split(address)
     if not parts.hostname or is_loopback(parts.hostname) or proxy_bypass(parts.hostname):
@@ -78,7 +78,9 @@ def proxy_for(address: str) -> str | None:
     if found is None:
         return None
     proxy = found if "://" in found else f"http://{found}"
-    _split(proxy)
+    by = _split(proxy)
+    if by.scheme not in _PORTS or not by.hostname:
+        raise _unusable(by, parts)
     return proxy
 
 
@@ -101,12 +103,12 @@ def connection(address: str, seconds: float, *first: str) -> tuple[HTTPConnectio
         return _direct(parts, seconds, first), path, {}
     by = _split(proxy)
     # A tunnel is asked for in the clear, with the proxy's password: never of a proxy that is to be reached over TLS.
-    if by.scheme not in (_PORTS if parts.scheme == "http" else ("http",)) or not by.hostname:
-        raise NetworkError(f"a `{by.scheme}` proxy can't be used: set {parts.scheme.upper()}_PROXY to http://HOST:PORT")
+    if by.scheme != "http" and parts.scheme != "http":
+        raise _unusable(by, parts)
     asked = _proxy_headers(by)
     if parts.scheme == "http":
         return _direct(by, seconds, ()), f"http://{parts.netloc.rpartition('@')[2]}{path}", asked
-    tunnel = HTTPSConnection(by.hostname, by.port or _PORTS["http"], timeout=seconds, context=tls(*first))
+    tunnel = HTTPSConnection(by.hostname or "", by.port or _PORTS["http"], timeout=seconds, context=tls(*first))
     tunnel.set_tunnel(parts.hostname, parts.port or _PORTS["https"], headers=asked)
     return tunnel, path, {}
 
@@ -264,6 +266,10 @@ def _direct(parts: SplitResult, seconds: float, first: tuple[str, ...]) -> HTTPC
     if parts.scheme == "https":
         return HTTPSConnection(host, parts.port, timeout=seconds, context=tls(*first))
     return HTTPConnection(host, parts.port, timeout=seconds)
+
+
+def _unusable(proxy: SplitResult, asked: SplitResult) -> NetworkError:
+    return NetworkError(f"a `{proxy.scheme}` proxy can't be used: set {asked.scheme.upper()}_PROXY to http://HOST:PORT")
 
 
 def _proxy_headers(proxy: SplitResult) -> dict[str, str]:

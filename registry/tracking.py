@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from registry.errors import TrackingError
 from registry.file_systems import flock
@@ -200,13 +200,23 @@ def with_credentials(tracking_uri: str, environment: Mapping[str, str]) -> str:
     """Return the address of a server with the user and the password that MLflow's own variables name.
 
     ``MLFLOW_TRACKING_USERNAME`` and ``MLFLOW_TRACKING_PASSWORD``; what the address says itself stays.
+
+    Raises:
+        TrackingError: The address is malformed.
     """
-    parts = urlsplit(tracking_uri)
+    parts = _parts(tracking_uri)
     user = environment.get("MLFLOW_TRACKING_USERNAME")
     if not user or parts.scheme not in ("http", "https") or "@" in parts.netloc:
         return tracking_uri
     password = environment.get("MLFLOW_TRACKING_PASSWORD", "")
     return parts._replace(netloc=f"{quote(user, safe='')}:{quote(password, safe='')}@{parts.netloc}").geturl()
+
+
+def _parts(tracking_uri: str) -> SplitResult:
+    try:
+        return urlsplit(tracking_uri)
+    except ValueError:  # whose words may have the password in them
+        raise TrackingError("the host in `MLFLOW_TRACKING_URI` or `--tracking-uri` is malformed: set it anew") from None
 
 
 def shown(tracking_uri: str) -> str:
@@ -221,7 +231,7 @@ def reach(tracking_uri: str) -> None:
     Raises:
         TrackingError: No server answers, or the address is none.
     """
-    parts = urlsplit(tracking_uri)
+    parts = _parts(tracking_uri)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         return
     try:

@@ -55,6 +55,24 @@ class Interface:
         reply = self._asked("GET", path, params=parameters)
         return None if reply.status_code == httpx.codes.NOT_FOUND else self._accepted(reply)
 
+    def document(self, path: str, **parameters: str) -> dict[str, Any] | None:
+        """Get the JSON object at a path; None where there is nothing.
+
+        Raises:
+            UnansweredError: nothing answers.
+            WorkerFailed: it refuses, or what answers sends no such thing, as a proxy may.
+        """
+        reply = self.find(path, **parameters)
+        if reply is None:
+            return None
+        try:
+            found = reply.json()
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise WorkerFailed(f"{self.name} answers {path} with no JSON object: {_said(reply)}")
+        return found
+
     def send(self, method: str, path: str, **content: Any) -> httpx.Response:  # noqa: ANN401 - as httpx takes it
         """Send something to a path.
 

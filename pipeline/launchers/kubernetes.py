@@ -67,11 +67,11 @@ class KubernetesCluster:
 
     def running(self, job: str) -> bool | None:
         """Whether a job waits or runs: one that ended says so in its conditions; and remember it for `states`."""
-        found = self.asked.find(f"{self.jobs}/{job}")
+        found = self.asked.document(f"{self.jobs}/{job}")
         if found is None:
             return None
-        self._found[job] = found.json()
-        return not _ended(self._found[job])
+        self._found[job] = found
+        return not _ended(found)
 
     def was_stopped(self, job: str) -> bool:
         """A job that is stopped is deleted; one that ended by itself is kept for a day."""
@@ -108,10 +108,10 @@ class KubernetesCluster:
         """The warnings among an object's events; nothing where one may not list them, which is no reason to fail."""
         events = f"/api/v1/namespaces/{self.where.namespace}/events"
         try:
-            found = self.asked.find(events, fieldSelector=f"involvedObject.name={name},type=Warning")
+            found = self.asked.document(events, fieldSelector=f"involvedObject.name={name},type=Warning")
         except WorkerFailed:
             return []
-        items = [] if found is None else found.json().get("items") or []
+        items = (found or {}).get("items") or []
         return [_line(each) for each in items if isinstance(each, dict) and each.get("message")]
 
     def submit(self, job: str, errand: FileRecord, task: Task) -> None:
@@ -186,8 +186,8 @@ class KubernetesCluster:
         }
 
     def _pod(self, job: str) -> dict[str, Any] | None:
-        found = self.asked.find(self.pods, labelSelector=f"job-name={job}")
-        items = [] if found is None else found.json()["items"]
+        found = self.asked.document(self.pods, labelSelector=f"job-name={job}")
+        items = (found or {}).get("items")
         return items[0] if items else None
 
     def _connect(self) -> httpx.Client:

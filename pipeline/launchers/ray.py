@@ -60,23 +60,23 @@ class RayCluster:
 
     def running(self, job: str) -> bool | None:
         """Whether a job waits or runs."""
-        found = self.asked.find(f"/api/jobs/{job}")
-        return None if found is None else found.json()["status"] in {"PENDING", "RUNNING"}
+        found = self.asked.document(f"/api/jobs/{job}")
+        return None if found is None else found.get("status") in {"PENDING", "RUNNING"}
 
     def was_stopped(self, job: str) -> bool:
         """Ray keeps a stopped job, and says so."""
-        found = self.asked.find(f"/api/jobs/{job}")
-        return found is None or found.json()["status"] == "STOPPED"
+        found = self.asked.document(f"/api/jobs/{job}")
+        return found is None or found.get("status") == "STOPPED"
 
     def log(self, job: str) -> str:
         """What the job has printed on its node."""
-        found = self.asked.find(f"/api/jobs/{job}/logs")
-        return "" if found is None else str(found.json()["logs"])
+        found = self.asked.document(f"/api/jobs/{job}/logs")
+        return "" if found is None else str(found.get("logs", ""))
 
     def why(self, job: str) -> str:
         """Ray's message."""
-        found = self.asked.find(f"/api/jobs/{job}")
-        return "it was deleted" if found is None else str(found.json().get("message"))
+        found = self.asked.document(f"/api/jobs/{job}")
+        return "it was deleted" if found is None else str(found.get("message"))
 
     def submit(self, job: str, errand: FileRecord, task: Task) -> None:
         """Give the cluster the code, where it has not got it, and the job."""

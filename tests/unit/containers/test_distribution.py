@@ -64,6 +64,26 @@ def test_a_token_service_of_another_host_is_asked_without_them(registry: Recordi
     assert elsewhere.authorizations() == []
 
 
+def test_why_another_token_service_gives_nothing_is_said(registry: Recording, elsewhere: Recording) -> None:
+    registry.answer = lambda _: asks_for_a_token(f"{elsewhere.address}/token")
+    elsewhere.answer = lambda _: Answer(401)
+    with (
+        Registry(_host(registry)) as mine,
+        pytest.raises(DistributionError, match=r"127\.0\.0\.2 answers 401, asked without user and password"),
+    ):
+        mine.has("demo", DIGEST)
+
+
+@pytest.mark.filterwarnings("ignore:docker-credential")
+def test_a_program_that_keeps_credentials_and_is_not_there_is_an_error_of_the_registry(
+    registry: Recording, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"credsStore": "none-of-this-machine"}')
+    registry.answer = lambda _: Answer(401, {"WWW-Authenticate": "Basic realm=x"})
+    with Registry(_host(registry)) as mine, pytest.raises(DistributionError, match="`docker login` keeps for 127"):
+        mine.has("demo", DIGEST)
+
+
 @pytest.mark.parametrize("realm", ["http://registry.example.com/token", "ftp://x/", "", "http://[", "/token"])
 def test_a_token_service_that_is_none_is_not_asked(registry: Recording, realm: str) -> None:
     registry.answer = lambda _: asks_for_a_token(realm)
@@ -119,6 +139,10 @@ def test_an_upload_goes_to_no_other_host(registry: Recording, elsewhere: Recordi
         Registry(_host(registry)) as mine,
         pytest.raises(DistributionError, match="sends an upload on to another host"),
     ):
+        mine.upload("demo", [b"layer"], 5)
+    other_port = f"http://127.0.0.1:{int(registry.address.rpartition(':')[2]) ^ 1}/upload"
+    registry.answer = lambda _: Answer(202, {"Location": other_port})
+    with Registry(_host(registry)) as mine, pytest.raises(DistributionError, match=f"an upload on to {other_port}"):
         mine.upload("demo", [b"layer"], 5)
     registry.answer = lambda _: Answer(307, {"Location": f"{elsewhere.address}/upload"})
     with Registry(_host(registry)) as mine, pytest.raises(DistributionError, match=r"redirects what is written"):

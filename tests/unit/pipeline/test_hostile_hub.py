@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import close_session
 from recording_server import Answer, Asked, Recording, recording, trickle
 
 from pipeline import hub as hubs
@@ -144,3 +145,24 @@ def test_a_hub_that_is_busy_may_be_asked_again(hostile: Recording, tmp_path: Pat
     hostile.answer = lambda _: Answer(503)
     with pytest.raises(UnreachableError):
         ASKED["revision"](Hub(hostile.address, None), tmp_path)
+
+
+def test_a_hub_on_this_machine_is_asked_through_no_proxy(hostile: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    close_session()
+    hostile.answer = lambda _: Answer(body=json.dumps({"sha": COMMIT, "siblings": []}).encode())
+    with recording() as proxy:
+        for name in ("HTTP_PROXY", "http_proxy"):
+            monkeypatch.setenv(name, proxy.address)
+        try:
+            assert Hub(hostile.address, None).revision("org/tiny", "main") == (COMMIT, [])
+        finally:
+            close_session()
+        assert proxy.asked == []
+
+
+@pytest.mark.parametrize("proxy", ["socks5://proxy.invalid:1", "ftp://proxy.invalid"])
+def test_a_proxy_that_can_not_be_used_is_one_line(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    close_session()
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    with pytest.raises(SourceError, match="set HTTPS_PROXY to http://HOST:PORT"):
+        Hub("https://hub.invalid", None).revision("org/tiny", "main")

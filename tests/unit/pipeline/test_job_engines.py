@@ -47,6 +47,19 @@ def test_an_authority_that_is_not_rays_is_named(tmp_path: Path, monkeypatch: pyt
             asking.running("a-job")
 
 
+@pytest.mark.parametrize("body", [b"<html>log in</html>", b"[]", b"null"])
+def test_what_is_no_engines_answer_is_one_line_and_no_end_of_a_job(body: bytes, tmp_path: Path) -> None:
+    certificate = own_certificate(tmp_path / "server.pem")
+    with recording(certificate=certificate) as api, recording() as dashboard:
+        api.answer = dashboard.answer = lambda _: Answer(body=body)
+        for engine in (
+            cluster(api.address, certificate), RayCluster(Ray(launcher="ray", address=dashboard.address, store=STORE))
+        ):  # fmt: skip
+            for asked in (engine.running, engine.why):
+                with pytest.raises(WorkerFailed, match="with no JSON object"):
+                    asked("a-job")
+
+
 class ScriptedRay:
     """Ray's interface with jobs that go through ``states``, one a look; the last one stays."""
 

@@ -95,6 +95,22 @@ def test_one_way_that_fails_keeps_no_other_from_being_taken_and_its_address_is_n
     assert "secret" not in str(caught.value) + repr(both)
 
 
+@pytest.mark.parametrize("wrong", ["address", "proxy", "certificates"])
+def test_a_way_that_is_set_wrongly_keeps_no_other_from_being_taken(
+    wrong: str, mails: list[str], mail_server: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = "https://hooks.invalid:x/secret" if wrong == "address" else "https://hooks.invalid/secret"
+    if wrong == "proxy":
+        monkeypatch.setenv("HTTPS_PROXY", "socks5://proxy.invalid:1")
+    if wrong == "certificates":
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nowhere.pem")
+    both = replace(settings, webhook=address, mail_server=mail_server, mail_to=("a@example.org",))
+    with pytest.raises(NoticeError, match="webhook: its address, or the proxy or the certificates") as caught:
+        send(NOTICE, both)
+    assert len(mails) == 1
+    assert "secret" not in str(caught.value)
+
+
 def test_what_could_not_be_told_is_told_later_and_only_by_the_way_that_failed(
     webhook: Webhook, mails: list[str], mail_server: str, settings: Settings
 ) -> None:

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 from recording_server import Answer, Recording, own_certificate, recording
 
+from containers.distribution import Registry
+from pipeline.launchers.http import client
 from registry import network
 from registry.download import Broken
 from registry.errors import NetworkError, TrackingError
 from registry.network import proxy_for, redirect_problem, same_origin, tls
 from registry.server import Server
 from registry.stream import stream
-from registry.tracking import reach
+from registry.tracking import reach, with_credentials
 
 EMPTY = Answer(200, {"Content-Type": "application/json"}, b'{"registered_models": []}')
 VARIABLES = (
@@ -102,9 +104,6 @@ def test_this_machine_is_never_asked_through_a_proxy(monkeypatch: pytest.MonkeyP
     assert proxy_for("https://far.invalid/x") == "http://proxy.invalid:3128"
     for here in ("http://localhost:1", "http://127.0.0.9:1", "https://[::1]:1"):
         assert proxy_for(here) is None
-    monkeypatch.setenv("HTTP_PROXY", "socks5://proxy.invalid:1")
-    with pytest.raises(NetworkError, match="`socks5` proxy can't be used"), stream("http://far.invalid/x", {}, 0):
-        pass
 
 
 def test_a_tunnel_is_asked_of_the_proxy_for_https(server: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +143,15 @@ def test_a_malformed_address_is_refused_and_its_password_not_shown(address: str)
     assert redirect_problem("GET", "http://far.invalid/", address) is not None
 
 
+@pytest.mark.parametrize("address", ["http://ann:word@[::1", "https://ann:word@far\u2100.invalid"])
+def test_a_malformed_address_of_the_registry_is_named_by_its_variable(address: str) -> None:
+    for asked in (lambda: reach(address), lambda: Server(address), lambda: with_credentials(address, {})):
+        with pytest.raises(TrackingError, match=r"the host in `MLFLOW_TRACKING_URI` .* is malformed") as caught:
+            asked()
+        assert "word" not in str(caught.value)
+        assert caught.value.__cause__ is None
+
+
 @pytest.mark.parametrize("address", ["http://far.invalid/\u00e9", "http://far.invalid/a b", "http://far.invalid/?\x7f"])
 def test_an_address_that_no_request_carries_is_refused(address: str) -> None:
     with pytest.raises(NetworkError, match="must be escaped"), stream(address, {}, 0):
@@ -162,6 +170,20 @@ def test_a_malformed_proxy_is_refused(proxy: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HTTPS_PROXY", proxy)
     with pytest.raises(NetworkError, match="malformed"):
         proxy_for("https://far.invalid/x")
+
+
+@pytest.mark.parametrize("proxy", ["socks5://proxy.invalid:1", "ftp://proxy.invalid", "http://"])
+def test_a_proxy_that_is_none_of_https_is_refused_by_every_client(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    far = "https://far.invalid"
+    for asked in (
+        lambda: network.connection(far, 5.0),
+        lambda: Server(far),
+        lambda: Registry("far.invalid"),
+        lambda: client(far),
+    ):
+        with pytest.raises(NetworkError, match="proxy can't be used: set HTTPS_PROXY to http://HOST:PORT"):
+            asked()
 
 
 def test_a_token_is_sent_where_no_user_is(server: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
