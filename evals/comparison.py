@@ -70,6 +70,9 @@ def differ_in_hardware(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool
 
 
 def _speed_of(computed_on: Mapping[str, Any]) -> list[Any]:
-    """Of hardware what latencies follow from: which cores they were does not matter, how many does."""
+    """Of hardware what latencies follow from: which cores they were does not matter; how many, and for whom, does."""
     cores = computed_on["cores"]
-    return [computed_on["cpu_model"], computed_on["instruction_set"], cores and len(cores), bool(computed_on["gpu"])]
+    return [
+        computed_on["cpu_model"], computed_on["instruction_set"], cores and len(cores), computed_on["cores_shared"],
+        bool(computed_on["gpu"]),
+    ]  # fmt: skip

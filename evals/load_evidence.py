@@ -119,6 +119,8 @@ def findings(evidence: Mapping[str, Any]) -> list[str]:
         found.append(
             f"the load generator itself took {cores:.2f} cores, which the server lacked if the two share a machine"
         )
+    if evidence["server"]["computed_on"]["cores_shared"]:
+        found.append("the server shared its cores with other servers, which made it slower when they were busy")
     expected = evidence["memory"]["expected"]
     if expected is not None and expected["off"]:
         found.append(expected["sentence"])

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from scripted_server import Script, serving
 
+from containers.core_pool import Cores
 from containers.engine_log import Failure
 from containers.memory import MemorySampler
 from containers.sandbox import Server
@@ -361,6 +362,18 @@ def test_a_server_that_says_something_else_gets_no_traffic(tmp_path: Path, serve
         )  # fmt: skip
     verdict = judge(found, plan())
     assert (verdict.status, "something else" in verdict.reason) == ("fail", True)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_that_other_servers_had_its_cores_too_is_a_finding(
+    tmp_path: Path, server: Callable[..., Server], shared: bool
+) -> None:
+    with serving(Script()) as (url, _):
+        made = server(url)
+        made.cores = Cores((0, 1), shared=shared)
+        found = run_measure(tmp_path, made, plan(), [good(number, 100.0) for number in range(40)])
+    assert [finding for finding in found["findings"] if "shared its cores" in finding] == found["findings"]
+    assert bool(found["findings"]) == shared
 
 
 def test_a_server_that_died_under_load_is_told_from_a_slow_one(tmp_path: Path, server: Callable[..., Server]) -> None:

@@ -39,7 +39,9 @@ def test_other_traffic_is_not_compared() -> None:
     assert speed_of({}).words == "version 3: pass, p95 latency is 50 ms; not comparable"
 
 
-@pytest.mark.parametrize("changed", [{"cpu_model": "Another"}, {"instruction_set": "avx512"}, {"cores": [0]}])
+@pytest.mark.parametrize(
+    "changed", [{"cpu_model": "Another"}, {"instruction_set": "avx512"}, {"cores": [0]}, {"cores_shared": True}]
+)
 def test_latencies_of_other_hardware_are_not_compared(changed: dict[str, Any]) -> None:
     now = measured()
     now["server"]["computed_on"] |= changed
