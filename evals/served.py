@@ -111,7 +111,7 @@ def model(address: Callable[[], str], name: str, tokenizer_folder: Path, report:
             return self._encoded[string]
 
         def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[Scored]:
-            self._items = [request.doc_id for request in requests]
+            self._items = [(request.task_name, request.doc_id) for request in requests]  # a group has several tasks
             scored: list[Scored] = super().loglikelihood(requests, disable_tqdm)
             return scored
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +15,13 @@ import pytest
 from containers.engine_log import Failure
 from containers.memory import MemorySampler
 from containers.sandbox import SandboxError, Server
+from evals import served
 from evals.answers import Answers
 from evals.asking import RUNS, in_looks, while_serving
 from evals.errors import AnswersError
 from evals.overlap import runs
 from evals.served import ServerError, Whole, wait_for_address
+from registry import counting
 
 
 def server(died: Failure | None = None, failing: Failure | None = None) -> Server:
@@ -155,3 +159,29 @@ def test_without_a_clear_look_everything_is_asked(tmp_path: Path) -> None:
     (tmp_path / "output").mkdir()
     asked = in_looks((0.5, 1.0), part, lambda *_: False, tmp_path / "scratch", tmp_path / "output")
     assert asked == 1.0
+
+
+def test_items_of_a_groups_tasks_are_counted_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval numbers the items of each task of a group from 0 on, and asks for all of them at once."""
+    told: list[str] = []
+
+    class TemplateLM:
+        def loglikelihood(self, requests: Sequence[object], _disable_tqdm: bool) -> list[tuple[float, bool]]:
+            asked: list[tuple[float, bool]] = self._loglikelihood_tokens([("", [1], [2])] * len(requests))  # type: ignore[attr-defined]
+            return asked
+
+    def answered(_prompts: object, _ask: object, whole: Whole) -> list[tuple[float, bool]]:
+        whole(range(8))
+        return [(0.0, True)] * 8
+
+    tokenizers = SimpleNamespace(from_pretrained=lambda *_, **__: None)
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(AutoTokenizer=tokenizers))
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(utils=None))
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", SimpleNamespace(TemplateLM=TemplateLM))
+    monkeypatch.setitem(sys.modules, "slipway_counting", counting)
+    monkeypatch.setattr(counting, "FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(served, "_in_order", answered)
+    model = served.model(str, "served", tmp_path, told.append)
+    model.max_length = 100
+    model.loglikelihood([SimpleNamespace(task_name=task, doc_id=item) for task in "ab" for item in (0, 0, 1, 1)])
+    assert told[-1].startswith("asking: 4 of 4 items")
