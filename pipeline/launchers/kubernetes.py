@@ -238,9 +238,9 @@ def _line(said: dict[str, Any]) -> str:
 
 
 def _conditions(document: dict[str, Any]) -> list[dict[str, Any]]:
-    return [each for each in document.get("status", {}).get("conditions") or () if isinstance(each, dict)]
+    return [each for each in _status(document).get("conditions") or () if isinstance(each, dict)]
 
 
 def _ended(job: dict[str, Any]) -> bool:
     """Whether a job is complete or failed: Kubernetes' own sign that nothing more becomes of it."""
-    return any(each["type"] in {"Complete", "Failed"} and each["status"] == "True" for each in _conditions(job))
+    return any(each.get("type") in {"Complete", "Failed"} and each.get("status") == "True" for each in _conditions(job))

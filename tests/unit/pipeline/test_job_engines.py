@@ -60,6 +60,16 @@ def test_what_is_no_engines_answer_is_one_line_and_no_end_of_a_job(body: bytes, 
                     asked("a-job")
 
 
+@pytest.mark.parametrize("body", [b"{}", b'{"status": null}', b'{"status": {"conditions": [{}]}}'])
+def test_a_job_of_which_the_cluster_says_nothing_yet_runs(body: bytes, tmp_path: Path) -> None:
+    certificate = own_certificate(tmp_path / "server.pem")
+    with recording(certificate=certificate) as api:
+        api.answer = lambda _: Answer(body=body)
+        asked = cluster(api.address, certificate)
+        assert asked.running("a-job") is True
+        assert asked.states("a-job") == ()
+
+
 class ScriptedRay:
     """Ray's interface with jobs that go through ``states``, one a look; the last one stays."""
 
