@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from containers import profile as profiles
-from containers.cpu import Cpu
 from containers.gpu import Gpu, gpus
 from containers.gpu_models import GpuDataError, GpuModel, find_gpu
 from pipeline import source as sources
@@ -59,7 +58,7 @@ def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Ca
     problems = _disk(planned, settings, pulled) + [
         problem
         for scheme in chosen
-        for problem in (_too_large_for_gpu(scheme) if on_gpu else _too_large_for_limit(scheme, spec, settings.cpu))
+        for problem in (_too_large_for_gpu(scheme) if on_gpu else _too_large_for_limit(scheme, spec, settings))
     ]
     if problems:
         raise PlanError("; ".join(problems))
@@ -77,13 +76,15 @@ def _too_large_for_gpu(scheme: SchemePlan) -> list[str]:
     ]
 
 
-def _too_large_for_limit(scheme: SchemePlan, spec: ModelSpec, cpu: Cpu) -> list[str]:
+def _too_large_for_limit(scheme: SchemePlan, spec: ModelSpec, settings: Settings) -> list[str]:
+    """The weights alone; of the CPU behind an engine elsewhere nothing is known, so its copies are not counted."""
     limit, weights = int(spec.load.memory.limit_bytes), scheme.weights
-    held = weights.on_cpu(cpu.instruction_set)
+    isa = settings.cpu.instruction_set
+    held = weights.on_cpu(isa) if settings.engine_is_here else weights.bytes
     if held <= limit:
         return []
     size, given = held / 2**30, limit / 2**30
-    copies = "" if held == weights.bytes else f", in float32 for want of bfloat16 (this CPU has {cpu.instruction_set})"
+    copies = "" if held == weights.bytes else f", in float32 where a CPU with {isa} has no kernel for them"
     return [
         f"{weights.scheme} has {size:.2f} GiB of weights{copies}, and `load.memory.limit_bytes` gives {given:.2f} GiB"
     ]

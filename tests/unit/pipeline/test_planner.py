@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -442,6 +443,14 @@ def test_a_release_that_its_server_cannot_hold_is_refused_before_any_work(tmp_pa
     with pytest.raises(PlanError, match=r"gives 0\.00 GiB"):
         foresee(spec_of(load=small), ["awq"], settings, print)
     assert not (tmp_path / "artifacts").exists()
+
+
+def test_float32_copies_count_where_this_cpu_serves_and_not_behind_an_engine_elsewhere(tmp_path: Path) -> None:
+    room = spec_of().load.model_copy(update={"memory": Memory(limit_bytes=ByteSize(6_000_000))})
+    here = Settings.read({"SLIPWAY_HOME": str(tmp_path), "SLIPWAY_CPU_ISA": "avx2"})
+    with pytest.raises(PlanError, match="in float32 where a CPU with avx2 has no kernel for them"):
+        foresee(spec_of(load=room), ["awq"], here, print)
+    assert foresee(spec_of(load=room), ["awq"], replace(here, docker_host="tcp://engine:2376"), print) is not None
 
 
 def test_a_release_that_the_disk_cannot_hold_is_refused_before_any_work(
