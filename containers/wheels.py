@@ -52,7 +52,10 @@ def fetch_wheels(profile: RuntimeProfile, cache: Path, progress: Progress) -> Pa
         _pip_download(profile, [*hashed, "-r", str(INSTALLER_LOCK), "-d", str(beside / "installer")], lambda _: None)
         if profile.torch is not None:
             progress(f"fetching torch {profile.torch}")
-            _pip_download(profile, _torch_arguments(profile, beside, Path(name)), lambda _: None)
+            # How many wheels its requirements are, pip alone knows.
+            with Counter(progress, f"torch {profile.torch}", 1, "downloads") as counter:
+                _pip_download(profile, _torch_arguments(profile, beside, Path(name)), lambda _: None)
+                counter.add()
         found = _digests(beside)
         (beside / "wheels.json").write_text(json.dumps(found, indent=1, sort_keys=True))
         check_wheels(profile, beside)

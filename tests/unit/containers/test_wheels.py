@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Event
+
+import pytest
+
+from containers import profile, wheels
 from containers.wheels import Fetched
+from registry import counting
 
 # Of pip 26, shortened.
 PIP = """
@@ -26,3 +34,22 @@ def test_each_wheel_counts_once_it_has_come() -> None:
     for line in PIP.splitlines():
         fetched.hear(line.strip())
     assert told == [(1.0, "17 MB"), (1.0, "18 MB"), (1.0, "18 MB")]
+
+
+def test_that_torch_still_comes_is_told_while_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a wheel for the CPU it is gigabytes."""
+    wanted, waits = profile.load("vllm-cpu"), Event()
+
+    def tell(line: str) -> None:
+        if line.startswith(f"torch {wanted.torch}: 0 of 1 downloads after"):
+            waits.set()
+
+    def download(_profile: object, arguments: Sequence[str], _hear: object) -> None:
+        if f"torch=={wanted.torch}" in arguments:
+            assert waits.wait(60)
+
+    monkeypatch.setattr(counting, "FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(wheels, "_pip_download", download)
+    monkeypatch.setattr(wheels, "check_wheels", lambda *_: None)
+    wheels.fetch_wheels(wanted, tmp_path, tell)
+    assert waits.is_set()
