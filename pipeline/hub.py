@@ -262,7 +262,7 @@ class Hub:
             yield
         except GatedRepoError as error:
             raise SourceError(
-                f"{what} is gated, and {token} opens it: accept its terms at {self.endpoint}/{repository}, "
+                f"{what} is gated, and was asked for with {token}: accept its terms at {self.endpoint}/{repository}, "
                 "then set HF_TOKEN to a token of that account"
             ) from error
         except RevisionNotFoundError as error:

@@ -129,14 +129,22 @@ class Server:
         with self._understood():
             listed = self._pages("model-versions/search", "model_versions", filter=f"name='{name}'")
             found = [self._version(item, aliases[str(item["version"])]) for item in listed]
-            return sorted(found, key=lambda version: -int(version.version))
+        for version in found:
+            if version.name != name:
+                raise self._another(version, f"one of `{name}`")
+        return sorted(found, key=lambda version: -int(version.version))
 
     def version(self, name: str, number: str) -> Version | None:
         """One version, or None; its aliases are not told."""
         query = {"name": name, "version": number}
         found = self._ask("GET", "model-versions/get", query, absent="RESOURCE_DOES_NOT_EXIST")
+        if found is None:
+            return None
         with self._understood():
-            return None if found is None else self._version(found["model_version"], ())
+            version = self._version(found["model_version"], ())
+        if (version.name, version.version) != (name, number):
+            raise self._another(version, f"version {number} of `{name}`")
+        return version
 
     def create_line(self, name: str, tags: Mapping[str, str]) -> None:
         """Make a registered model; nothing where there is one."""
@@ -200,6 +208,10 @@ class Server:
         number = str(int(item["version"]))
         return Version(_text(item["name"]), number, aliases, _tags(item), location, created)
 
+    def _another(self, version: Version, asked: str) -> TrackingError:
+        got = f"version {version.version} of `{version.name[:_LONGEST_SHOWN]}`"
+        return TrackingError(f"MLflow at {self.address} answers with {got} where {asked} was asked for")
+
     def _pages(self, path: str, key: str, **query: str) -> Iterator[Mapping[str, Any]]:
         token, count, deadline = "", 0, time.monotonic() + _LIST_SECONDS
         seen = set[str]()
@@ -237,6 +249,11 @@ class Server:
         code, message = _error(answer.data)
         if absent and (code == absent or (absent == "*" and answer.status not in _REFUSED)):
             return None
+        if 300 <= answer.status < 400:
+            raise TrackingError(
+                f"MLflow at {self.address} redirects ({answer.status}), which is not followed: set"
+                " `MLFLOW_TRACKING_URI` to where it leads"
+            )
         if answer.status in _REFUSED and code != "RESOURCE_DOES_NOT_EXIST":
             raise RefusedError(f"MLflow at {self.address} {_REFUSED[answer.status]} ({answer.status})")
         raise TrackingError(f"MLflow at {self.address}: {message or f'status {answer.status} for {path}'}")

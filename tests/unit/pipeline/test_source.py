@@ -499,8 +499,10 @@ def test_without_a_token_of_ours_the_machines_own_is_not_sent(
 
 def test_a_gated_model_says_how_to_get_in(hub: hub_server.StandInHub) -> None:
     hub.gated = True
-    with pytest.raises(SourceError, match=r"gated.*accept its terms"):
+    with pytest.raises(SourceError, match=r"gated, and was asked for with no token .*accept its terms"):
         resolve(URI, endpoint=hub.endpoint)
+    with pytest.raises(SourceError, match=r"gated, and was asked for with the HF_TOKEN that is set: accept its terms"):
+        resolve(URI, endpoint=hub.endpoint, token="hf_mine")  # noqa: S106 - a stand-in's
 
 
 @pytest.mark.parametrize(

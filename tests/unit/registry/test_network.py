@@ -186,6 +186,14 @@ def test_a_proxy_that_is_none_of_https_is_refused_by_every_client(proxy: str, mo
             asked()
 
 
+def test_where_a_server_redirects_its_address_is_to_be_set(server: Recording) -> None:
+    server.answer = lambda _: Answer(301, {"Location": "https://mlflow.example/"})
+    with Server(server.address) as asked:
+        with pytest.raises(TrackingError, match=r"redirects \(301\), .* set `MLFLOW_TRACKING_URI` to where it leads"):
+            asked.names()
+        assert asked.presigned("x") is None
+
+
 def test_a_token_is_sent_where_no_user_is(server: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", " abc.DEF-123\n")
     with Server(server.address) as mine:
