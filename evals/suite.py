@@ -62,7 +62,7 @@ class TaskLimits(_Frozen):
 
     def is_ours(self, name: str) -> bool:
         """Whether the task is one of ``evals/tasks``, over a file of data."""
-        return self.data is not None or (TASKS / f"{self.task or name}.yaml").is_file()
+        return self.data is not None or (self.task or name) in task_names()
 
     def question(self, name: str) -> dict[str, Any]:
         """Return what determines the question: everything but the limits, the tier and what is there for plans."""
@@ -87,9 +87,9 @@ def load_suite(name: str) -> dict[str, Any]:
     Raises:
         ValueError: there is no such suite.
     """
-    path = SUITES / f"{name}.yaml"
-    if not path.is_file():
+    if name not in suite_names():
         raise ValueError(f"there is no suite `{name}`{near(name, suite_names())}")
+    path = SUITES / f"{name}.yaml"
     document: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     for task in document["tasks"].values():
         if "data" in task:

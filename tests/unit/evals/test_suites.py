@@ -38,6 +38,12 @@ def test_an_unknown_suite_gets_a_near_name() -> None:
         DriftLimits.model_validate({"suite": "standart"})
 
 
+def test_a_suite_is_named_and_never_read_from_elsewhere() -> None:
+    assert (SUITES / "../tasks/cloze.yaml").is_file()
+    with pytest.raises(ValidationError, match=r"there is no suite `\.\./tasks/cloze`"):
+        DriftLimits.model_validate({"suite": "../tasks/cloze"})
+
+
 def test_a_model_changes_single_keys_and_adds_tasks() -> None:
     plain = DriftLimits.model_validate({"suite": "demo"})
     stricter = DriftLimits.model_validate(
