@@ -14,9 +14,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt
 
 from containers.sandbox import Server
 from evals import capacity as capacities
@@ -52,6 +53,22 @@ _LOOKS_A_SCRAPE = 4
 _COOL_DOWN_SECONDS = 1.0
 # A profile that takes no longer is sent again where the load generator was late: one hiccup of this machine, perhaps.
 _SHORT_SECONDS = 60.0
+
+
+class LoadProgress(BaseModel):
+    """How a run of the load generator goes (`evals.traffic.client.Watch`): requests, seconds, milliseconds."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    phase: Literal["preparing", "warm-up", "load", "done"]
+    total: NonNegativeInt
+    answered: NonNegativeInt
+    errors: NonNegativeInt
+    elapsed_s: float
+    tokens_per_second: float
+    p50_latency_ms: NonNegativeFloat | None
+    p95_latency_ms: NonNegativeFloat | None
+    p95_ttft_ms: NonNegativeFloat | None
 
 
 class LoadError(EvaluationError):
@@ -117,10 +134,10 @@ class Tester:
                 if looks % _LOOKS_A_SCRAPE == 0 and (seen := scrape(self.server.url)):
                     self.scrapes.append(seen)
                 with contextlib.suppress(OSError, ValueError, UntrustedFileError):
-                    told = json.loads(untrusted.read(file.parent, file.name, _PROGRESS_BYTES))
-                    if told["phase"] in {"warm-up", "load"}:
-                        self.server.memory.phase = told["phase"]
-                    self.live({"purpose": purpose, "rate": rate, **told})
+                    told = LoadProgress.model_validate_json(untrusted.read(file.parent, file.name, _PROGRESS_BYTES))
+                    if told.phase in {"warm-up", "load"}:
+                        self.server.memory.phase = told.phase
+                    self.live({**told.model_dump(), "purpose": purpose, "rate": rate})
 
         thread = threading.Thread(target=watch, daemon=True)
         thread.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,17 @@ from containers.core_pool import Cores
 from containers.engine_log import Failure
 from containers.memory import MemorySampler
 from containers.sandbox import Server
-from evals.load import LoadPlan, is_conclusive, judge, load_key, measure, percentile, write_unhealthy, write_without_gpu
+from evals import load as loads
+from evals.load import (
+    LoadPlan,
+    is_conclusive,
+    judge,
+    load_key,
+    measure,
+    percentile,
+    write_unhealthy,
+    write_without_gpu,
+)
 
 GIB = 2**30
 LIMITS = {"p95_latency_ms": 500, "p95_ttft_ms": 200, "error_rate": 0.01, "min_output_tokens_per_second": 50}
@@ -438,3 +449,28 @@ def test_the_limits_steer_a_search_for_the_capacity_and_so_belong_to_its_key() -
     assert load_key(plan(capacity={})) != load_key(plan(capacity={}, slo={"p95_latency_ms": 400}))
     assert plan(slo={"min_capacity_requests_per_second": 10}).search is not None
     assert plan().search is None
+
+
+def test_a_load_generators_progress_in_another_form_is_left_out_and_the_next_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loads, "_LIVE_SECONDS", 0.01)
+    sampler = MemorySampler(dict, "none")
+    going = {
+        "phase": "load", "total": 8, "answered": 3, "errors": 0, "elapsed_s": 1.5, "tokens_per_second": 9.0,
+        "p50_latency_ms": 20.0, "p95_latency_ms": 30.0, "p95_ttft_ms": None,
+    }  # fmt: skip
+    seen: list[Mapping[str, Any]] = []
+    server = Server("http://127.0.0.1:9", 1.0, GIB, None, sampler, lambda: None)
+    tester = loads.Tester(server, plan(), "m", tmp_path, tmp_path, lambda *_: {}, print, seen.append)
+    with tester._watched(tmp_path / "progress.json", "quick", 2.0):
+        for wrong in ({**going, "purpose": "[red]"}, {**going, "answered": "[red]3"}, {**going, "phase": 1}, ["load"]):
+            (tmp_path / "progress.json").write_text(json.dumps(wrong))
+            time.sleep(0.05)
+        (tmp_path / "progress.json").write_text(json.dumps(going))
+        deadline = time.monotonic() + 30
+        while not seen and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert sampler.phase == "load"
+    assert seen
+    assert all(each == {**going, "purpose": "quick", "rate": 2.0} for each in seen)
