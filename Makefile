@@ -19,7 +19,7 @@ test: $(STAMP)  ## Unit tests, stage tests against the real parts, and one whole
 	$(PARALLEL) -m 'not long and not timed'
 	$(VENV)/python -m pytest -m 'timed and not long'
 
-test-unit: $(STAMP)  ## The unit tests alone, in under a minute.
+test-unit: $(STAMP)  ## The unit tests alone, in two minutes.
 	$(PARALLEL) tests/unit
 
 test-long: $(STAMP)  ## What takes too long for every change: large transfers, a second runtime, a real model.
