@@ -20,9 +20,9 @@ Progress = Callable[[str], None]
 _ASSIGNING = "slipway-assign-cores.lock"
 # How many servers may share one core; the next one waits for none of them and takes all cores.
 _MOST_ON_A_CORE = 16
-# aiperf takes a quarter of a core (8 s of processor time in a test of 30 s). From four cores on, one core of its own is
-# at most a quarter of the machine; with fewer the server would lose more than the client takes.
-_CLIENT_CORES, _ENOUGH_FOR_A_CLIENT = 1, 4
+# The load generator and the engine's own processes that compute nothing need a core beside the threads that compute,
+# which never sleep: even of two cores one is better left to them (containers/README.md has the measurement).
+_CLIENT_CORES, _ENOUGH_FOR_A_CLIENT = 1, 2
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
