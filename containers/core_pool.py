@@ -22,7 +22,7 @@ _ASSIGNING = "slipway-assign-cores.lock"
 _MOST_ON_A_CORE = 16
 # The load generator and the engine's own processes that compute nothing need a core beside the threads that compute,
 # which never sleep: even of two cores one is better left to them (containers/README.md has the measurement).
-_CLIENT_CORES, _ENOUGH_FOR_A_CLIENT = 1, 2
+_CLIENT_CORES = 1
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
@@ -52,7 +52,7 @@ class CoreRequest:
 
     def of(self, available: int) -> int:
         """How many of so many cores."""
-        rest = available - (_CLIENT_CORES if self.with_client and available >= _ENOUGH_FOR_A_CLIENT else 0)
+        rest = max(1, available - _CLIENT_CORES) if self.with_client else available
         return rest if self.count is None else min(self.count, rest)
 
 
