@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import docker
 import hypothesis
@@ -98,3 +99,12 @@ def instance_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_worker(settings: Settings) -> Workers:
     """Runs a worker script in its real environment."""
     return Workers(settings, print)
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    """A secret of the operator's that nothing from outside may lead to."""
+    path = tmp_path / "outside.txt"
+    path.write_text("secret")
+    path.chmod(0o600)
+    return path

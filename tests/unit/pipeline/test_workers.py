@@ -23,14 +23,6 @@ from registry.errors import UntrustedFileError
 Leave = Callable[[Path], object]
 
 
-@pytest.fixture
-def outside(tmp_path: Path) -> Path:
-    path = tmp_path / "outside.txt"
-    path.write_text("secret")
-    path.chmod(0o600)
-    return path
-
-
 def run(tmp_path: Path, leave: Leave, status: int = 0) -> dict[str, Any]:
     """Run a worker that leaves in its folder what ``leave`` does."""
     folder, output = tmp_path / "folder", tmp_path / "output"

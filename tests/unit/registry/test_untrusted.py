@@ -14,14 +14,6 @@ from registry.errors import UntrustedFileError
 
 
 @pytest.fixture
-def outside(tmp_path: Path) -> Path:
-    path = tmp_path / "outside.txt"
-    path.write_text("secret")
-    path.chmod(0o600)
-    return path
-
-
-@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     path = tmp_path / "folder"
     (path / "deep" / "er").mkdir(parents=True)
