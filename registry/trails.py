@@ -34,6 +34,10 @@ def remember(cache: Path, tracking_uri: str, line: Line, policy: Policy) -> None
     counted = [record for record in trail if not policy.signed_moves or record.signed_by(policy.keys) is not None]
     longest = counted[-1].entry.number if counted else 0
     place = _place(cache, tracking_uri, line.name)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DiskError(f"can't write to the cache `{cache}`: {error.strerror}") from error
     seen, digest = _seen(place)
     back = f"the registry was set back; where that is right, remove `{place}`"
     if longest < seen:
@@ -44,7 +48,6 @@ def remember(cache: Path, tracking_uri: str, line: Line, policy: Policy) -> None
         )
     if longest > seen:
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
             with NamedTemporaryFile("w", dir=place.parent, prefix=f".{line.name}.", delete=False) as new:
                 new.write(f"{longest} {_entry_digest(trail, longest)}")
                 new.flush()
