@@ -11,8 +11,8 @@ from __future__ import annotations
 import sys
 
 from containers.kubernetes.numbers import numbers
-from evals.autoscaling import COUNT, OURS, compare
-from pipeline.bundle import gather
+from evals.report.autoscaling import COUNT, OURS, compare
+from pipeline.serving.deployment import gather
 from pipeline.settings import Settings
 
 

@@ -18,11 +18,11 @@ sys.path.insert(0, str(CHECKOUT / "tests"))
 
 from scripted_server import Script, serving  # noqa: E402 - found through the line above
 
-from containers.memory import MemorySampler  # noqa: E402
-from containers.sandbox import Server  # noqa: E402
-from evals.load import LoadPlan, measure  # noqa: E402
+from containers.sandbox.memory import MemorySampler  # noqa: E402
+from containers.sandbox.sandbox import Server  # noqa: E402
+from evals.load.load_test import LoadPlan, measure  # noqa: E402
 from pipeline.settings import Settings  # noqa: E402
-from pipeline.workers import Workers  # noqa: E402
+from pipeline.workers.runner import Workers  # noqa: E402
 
 RATES = (5.0, 50.0)
 SECONDS = 20.0

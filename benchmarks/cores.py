@@ -26,12 +26,12 @@ from pathlib import Path
 
 import httpx
 
-from containers import profile as profiles
-from containers import sandbox
-from containers.core_pool import CoreRequest
-from containers.engine import connect
-from containers.image import serving_arguments
-from containers.runtime import build_runtime
+from containers.engine.engine import connect
+from containers.hardware.core_pool import CoreRequest
+from containers.image import profile as profiles
+from containers.image.build import serving_arguments
+from containers.image.runtime import build_runtime
+from containers.sandbox import sandbox
 from pipeline.settings import CHECKOUT, Settings
 
 DEMO = CHECKOUT / "models" / "demo"

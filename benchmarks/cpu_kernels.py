@@ -35,11 +35,11 @@ Layer = Callable[[Any], Any]
 
 def main() -> None:
     """Run it inside the runtime for each kind of CPU that this one can be, and print a table."""
-    from containers import profile
-    from containers.assembly import ran
-    from containers.engine import connect
-    from containers.layers import Member, archive
-    from containers.runtime import build_runtime
+    from containers.engine.engine import connect
+    from containers.image import profile
+    from containers.image.assembly import ran
+    from containers.image.layers import Member, archive
+    from containers.image.runtime import build_runtime
     from pipeline.settings import Settings
 
     settings = Settings.read()

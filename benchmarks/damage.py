@@ -19,15 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evals.answers import Answers
-from evals.asking import ask, measure_layers, overlapping
-from evals.divergence import read_top
-from evals.drift import judge
-from evals.limits import DriftLimits
-from evals.pairs import compare
-from pipeline.quantize import Scheme, quantize
+from evals.drift.answers import Answers
+from evals.drift.asking import ask, measure_layers, overlapping
+from evals.drift.divergence import read_top
+from evals.drift.drift_gate import judge
+from evals.drift.limits import DriftLimits
+from evals.drift.pairs import compare
+from pipeline.quantization.quantize import Scheme, quantize
 from pipeline.settings import Settings
-from pipeline.workers import Workers
+from pipeline.workers.runner import Workers
 from registry.verdict import Verdict
 
 DEMO = Path(__file__).parent.parent / "models" / "demo"

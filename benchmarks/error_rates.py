@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from evals.sequential import levels, prefixes
-from evals.statistics import CONTINUITY, drop_score, tail
-from evals.svg import Axis, Canvas, page_colours
+from evals.report.svg import Axis, Canvas, page_colours
+from evals.statistics.paired import CONTINUITY, drop_score, tail
+from evals.statistics.sequential import levels, prefixes
 
 MARGIN = 0.01
 SIZES, FLIPS = (200, 1000, 5000), (0.02, 0.05, 0.10)

@@ -29,16 +29,16 @@ from pathlib import Path
 
 import yaml
 
-from containers.image import ImageRecord
-from containers.sandbox import Server
-from evals.asking import ENVIRONMENT
-from evals.suite import TASKS
-from pipeline import evaluation, stages
-from pipeline.environments import ensure_environment
+from containers.image.build import ImageRecord
+from containers.sandbox.sandbox import Server
+from evals.drift.asking import ENVIRONMENT
+from evals.drift.suite import TASKS
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec, find, load
-from pipeline.stages import Bench
-from pipeline.store import Artifact, Store
+from pipeline.stages import evaluation, table
+from pipeline.stages.table import Bench
+from pipeline.store.artifacts import Artifact, Store
+from pipeline.workers.environments import ensure_environment
 
 Serve = Callable[[], AbstractContextManager[Server]]
 # Prompts a request, and requests at a time.
@@ -54,14 +54,14 @@ def main() -> None:
     spec = load(find("demo", settings.models))
     bench = Bench(spec, "awq", settings, lambda _: None)
     _forget(bench.store, "answers", "layers", "drift")
-    source = stages.source(bench)
+    source = table.source(bench)
     baseline, ours = _timed(lambda: evaluation.baseline(bench, source))
     seconds = {"fp16": ours}
     models: dict[str, tuple[Artifact, Serve]] = {"fp16": (source, lambda: evaluation.serve_source(bench, source))}
     for scheme in spec.schemes:
         of_scheme = Bench(spec, scheme, settings, lambda _: None)
-        quantized = stages.quantized(of_scheme, source)
-        image = stages.image(of_scheme, quantized)
+        quantized = table.quantized(of_scheme, source)
+        image = table.image(of_scheme, quantized)
         _, seconds[scheme] = _timed(partial(evaluation.drift, of_scheme, source, baseline, quantized, image))
         image_id = ImageRecord.model_validate(image.document("image.json")).image_id
         models[scheme] = (quantized, _serve(bench, image_id))

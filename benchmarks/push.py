@@ -57,10 +57,10 @@ def push(folder: Path, known: Path, registry: str, home: Path, name: str) -> dic
 
 def pushed(folder: str, known: str, registry: str, home: str, name: str) -> None:
     """The process that is measured."""
-    from containers.blobs import BlobStore
-    from containers.distribution import Registry
-    from containers.image import model_layers, push_layers
-    from containers.oci import OciImage
+    from containers.image.blobs import BlobStore
+    from containers.image.build import model_layers, push_layers
+    from containers.image.distribution import Registry
+    from containers.image.oci import OciImage
 
     began, before = time.monotonic(), read_bytes()
     store = BlobStore(Path(home))
@@ -102,8 +102,8 @@ def timed(*command: str, **options: str) -> float:
 
 def docker(folder: Path, registry: str) -> tuple[float, float]:
     """Seconds of ``docker build`` and of ``docker push`` of the same content."""
-    from containers.engine import connect
-    from containers.trivy import engine_variables
+    from containers.engine.engine import connect
+    from containers.scan.trivy import engine_variables
     from pipeline.settings import Settings
 
     settings = Settings.read()

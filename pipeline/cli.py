@@ -26,9 +26,9 @@ from pipeline.commands import (
     scanning,
     serving,
 )
+from pipeline.commands.show import FAILED, INTERRUPTED, USAGE, live, progress
 from pipeline.errors import SettingsError, SlipwayError, SpecError
 from pipeline.settings import Settings
-from pipeline.show import FAILED, INTERRUPTED, USAGE, live, progress
 
 
 class _Group(click.Group):
@@ -58,11 +58,11 @@ class _Group(click.Group):
 
 def _sweep_what_was_left() -> None:
     """Remove the containers of a run that was killed, whatever command comes next; nothing is imported for nothing."""
-    from containers.owner import left_behind  # noqa: PLC0415
+    from containers.engine.owner import left_behind  # noqa: PLC0415
 
     settings = Settings.read()
     if left_behind(settings.home):
-        from pipeline.release import sweep  # noqa: PLC0415
+        from pipeline.orchestration.release import sweep  # noqa: PLC0415
 
         sweep(settings)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dagster import Definitions, in_process_executor
 
-from pipeline import assets, automation, gates, jobs, rescan_check
-from pipeline.artifacts import handles_of_run
-from pipeline.events import stream
+from pipeline.orchestration import assets, automation, checks, jobs, rescan_check
+from pipeline.orchestration.events import stream
+from pipeline.orchestration.io_manager import handles_of_run
 from pipeline.settings import Settings
 
 defs = Definitions(
     assets=assets.ALL,
-    asset_checks=[*gates.ALL, rescan_check.rescan],
+    asset_checks=[*checks.ALL, rescan_check.rescan],
     jobs=jobs.ALL,
     sensors=automation.SENSORS,
     schedules=automation.SCHEDULES,

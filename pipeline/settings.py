@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from pipeline.errors import SettingsError
 
 if TYPE_CHECKING:
-    from containers.cpu import Cpu, InstructionSet
+    from containers.hardware.cpu import Cpu, InstructionSet
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -35,11 +35,12 @@ class Settings:
     ``tracking_uri`` are None or the default where the environment is silent. ``signing_certificate`` (PEM, its own
     first) says whose the key is, and ``policy`` is what `registry.policy` reads. ``dagster_postgres`` is the address of
     the database that Dagster keeps its runs in, where that is not SQLite under the home; ``workers`` the file that says
-    where workers run, where that is not here (`pipeline.launchers.placement`); ``artifacts`` the object store through
-    which homes share what they make (`pipeline.shared_store`). ``child_environment`` is what a worker inherits,
+    where workers run, where that is not here (`pipeline.workers.launchers.placement`); ``artifacts`` the object store
+    through which homes share what they make (`pipeline.store.shared`). ``child_environment`` is what a worker inherits,
     ``installer_environment`` what the package installer inherits. ``disk_floor`` is how many bytes of the home's disk
     are left free whatever is made. ``locks`` is the folder of the locks that all homes of this machine share
-    (`containers.machine_locks`). ``cpu_limit`` (``SLIPWAY_CPU_ISA``) has this machine's CPU behave as one without the
+    (`containers.hardware.machine_locks`). ``cpu_limit`` (``SLIPWAY_CPU_ISA``) has this machine's CPU behave as one
+    without the
     instruction sets above it, in containers too. Schedules keep the hours of ``timezone``. ``ui_address`` is where
     others find the UI; failures and refusals are told to ``webhook`` (Slack's format) and, through ``mail_server``
     (``smtp[s]://USER:PASSWORD@HOST:PORT``), to ``mail_to``.
@@ -85,7 +86,7 @@ class Settings:
     @property
     def cpu(self) -> Cpu:
         """This machine's CPU, as it is to behave."""
-        from containers.cpu import this_cpu  # noqa: PLC0415 - the command line starts without it
+        from containers.hardware.cpu import this_cpu  # noqa: PLC0415 - the command line starts without it
 
         return this_cpu(self.cpu_limit)
 
@@ -157,7 +158,7 @@ def _bytes(text: str | None, name: str, *, default: int) -> int:
 
 
 def _locks(text: str | None) -> Path:
-    from containers.machine_locks import default_folder  # noqa: PLC0415 - see `_bytes`
+    from containers.hardware.machine_locks import default_folder  # noqa: PLC0415 - see `_bytes`
 
     folder = _path(text) or default_folder()
     if not folder.is_dir():

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from containers import profile
-from containers.policy import ScanPolicy
-from evals.cost import CostPlan
-from evals.limits import DriftLimits
-from evals.load import LoadPlan
+from containers.image import profile
+from containers.scan.policy import ScanPolicy
+from evals.drift.limits import DriftLimits
+from evals.load.cost import CostPlan
+from evals.load.load_test import LoadPlan
 from pipeline.errors import SpecError
-from pipeline.quantize import Scheme
+from pipeline.quantization.quantize import Scheme
 from pipeline.yaml_file import explain, hint, keys, read
 
 _NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")

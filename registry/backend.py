@@ -27,7 +27,7 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 EXPERIMENT = "slipway"
 """The experiment of MLflow that releases are uploaded to."""
 TURNS = "slipway-turns."
-"""What the name of a queue of promoters begins with (see `registry.turns`); it is no release line."""
+"""What the name of a queue of promoters begins with (see `registry.promotion_lock`); it is no release line."""
 
 _MOST_ENTRIES = 100_000
 

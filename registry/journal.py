@@ -1,7 +1,8 @@
 """The audit trail of a release line: who moved which alias, when, from what, to what, and why.
 
 Each act is one tag of the registered model, ``slipway.journal.000042``, numbered without a gap by whoever has the turn
-(`registry.turns`). It is written *before* the first alias moves, with ``state`` ``begun``, and again as ``done`` after
+(`registry.promotion_lock`). It is written *before* the first alias moves, with ``state`` ``begun``, and again as
+``done`` after
 the last one. So an act that was killed halfway is there to read, and whoever comes next finishes it before all else:
 its versions were verified before it was written.
 
@@ -33,8 +34,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from registry.backend import Backend, Line
 from registry.errors import PromotionError, SigningError, TrackingError
 from registry.manifest import Digest, canonical_json, digest_of
+from registry.promotion_lock import Turn
 from registry.signing import PublicKey, Signature, SigningKey, verify_signature
-from registry.turns import Turn
 
 PREFIX = "slipway.journal."
 PAYLOAD_TYPE = "application/vnd.slipway.journal.v1+json"

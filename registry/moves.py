@@ -1,7 +1,7 @@
 """Moving aliases: a version becomes champion, a canary, or the champion gives way to the one before.
 
-Every command that moves an alias is here or in `registry.promote`, takes its turn (`registry.turns`), finishes what a
-killed one had begun (`registry.journal`), verifies the stored version anew, and only then moves.
+Every command that moves an alias is here or in `registry.promote`, takes its turn (`registry.promotion_lock`),
+finishes what a killed one had begun (`registry.journal`), verifies the stored version anew, and only then moves.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from registry.catalog import current, names, nearest
 from registry.errors import PromotionError, PullError, VerificationError
 from registry.journal import Action, Entry, Record, Target
 from registry.policy import Policy, Trust, policy_of
+from registry.promotion_lock import Turn, turn
 from registry.resolve import CANARY, CHAMPION, PREVIOUS, Meaning, check, meaning, standing
 from registry.signing import PublicKey, SigningKey
 from registry.stored import verify_stored
-from registry.turns import Turn, turn
 
 Progress = Callable[[str], None]
 

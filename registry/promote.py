@@ -3,7 +3,8 @@
 The order makes every point of death harmless: upload, read back, READY, version, then the aliases, which the journal
 announces first (`registry.journal`). What a killed promotion left behind is either whole and verified, and then used,
 or unfinished, and then thrown away; no alias ever names it. One promoter of a line is at work at a time
-(`registry.turns`). Nothing is believed but the signed manifest: not the run that calls, nor a check that was skipped.
+(`registry.promotion_lock`). Nothing is believed but the signed manifest: not the run that calls, nor a check that was
+skipped.
 """
 
 from __future__ import annotations
@@ -17,28 +18,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from registry import journal
-from registry.artifacts import open_artifacts
 from registry.backend import EXPERIMENT, MANIFEST_TAG, MODEL_TAG, Embedded, Version, only_version
 from registry.catalog import current, line
-from registry.errors import (
-    Problem,
-    PromotionError,
-    PullError,
-    RegistryError,
-    TrackingError,
-    VerificationError,
-)
+from registry.errors import Problem, PromotionError, PullError, RegistryError, TrackingError, VerificationError
 from registry.locations import checked_folder
 from registry.manifest import DOCUMENTS, MANIFEST, REPORT, Manifest
 from registry.moves import Progress, appoint, recover, signers
 from registry.policy import Policy, Trust, policy_of
+from registry.promotion_lock import turn
 from registry.resolve import CANDIDATE, CHAMPION
 from registry.seal import place
 from registry.signing import PublicKey, SigningKey
 from registry.stored import differences, verify_stored
 from registry.tracking import connected, database_path, local_folder
-from registry.turns import turn
 from registry.verify import VerificationReport, hash_files, look, verify
+from registry.version_files import open_artifacts
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

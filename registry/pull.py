@@ -12,26 +12,19 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from registry.artifacts import Artifacts
 from registry.backend import Version
 from registry.cache import Cache
 from registry.catalog import nearest
 from registry.destination import beside, discard, is_empty, take_place
 from registry.download import Moved, download
-from registry.errors import (
-    ArgumentError,
-    ManifestError,
-    Problem,
-    PullError,
-    TrackingError,
-    VerificationError,
-)
+from registry.errors import ArgumentError, ManifestError, Problem, PullError, TrackingError, VerificationError
 from registry.file_systems import set_mode, sync_folder
 from registry.manifest import DOCUMENTS, MANIFEST, FileRecord, Manifest
 from registry.policy import Policy, Trust, policy_of
 from registry.resolve import CHAMPION, resolve
 from registry.stored import blamed, fetch_documents, reading
 from registry.verify import VerificationReport, look, verify
+from registry.version_files import Artifacts
 
 CONNECTIONS = 8
 

@@ -20,9 +20,9 @@ from registry.cache import unused
 from registry.catalog import artifact_root, current, line, lines, names
 from registry.locations import checked_folder
 from registry.promote import discard_upload, line_of
+from registry.promotion_lock import turn
 from registry.resolve import needed
 from registry.tracking import connected
-from registry.turns import turn
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

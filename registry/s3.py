@@ -12,7 +12,7 @@ from registry.errors import TrackingError
 from registry.stream import stream
 
 _ADDRESS_SECONDS = 3600
-# As `registry.artifacts` has it.
+# As `registry.version_files` has it.
 _MOST_ENTRIES = 20_000
 
 

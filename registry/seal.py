@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from registry import bundle
+from registry import sigstore_bundle
 from registry.errors import ManifestError, Problem, SigningError, VerificationError
 from registry.manifest import (
     EVIDENCE,
@@ -48,8 +48,8 @@ def place(files: Mapping[str, Path], folder: Path) -> None:
 def seal(folder: Path, key: SigningKey, manifest: Manifest) -> Manifest:
     """Write manifest, provenance and the signature over all of the release's files into ``folder``.
 
-    A key on a curve signs as OpenSSF model signing has it (`registry.bundle`); an Ed25519 key, of the first releases,
-    signs the manifest alone, and there is no provenance then.
+    A key on a curve signs as OpenSSF model signing has it (`registry.sigstore_bundle`); an Ed25519 key, of the first
+    releases, signs the manifest alone, and there is no provenance then.
 
     Raises:
         SigningError: A gate blocks, or one of `REQUIRED_GATES` was not run: such a thing is not signed as a release.
@@ -70,12 +70,14 @@ def _sign(folder: Path, key: SigningKey, manifest: Manifest) -> None:
     if not key.signs_models:
         _write_whole(folder / SIGNATURE, key.sign(data).to_bytes())
         return
-    provenance = bundle.sign_statement(statement(manifest), key)
+    provenance = sigstore_bundle.sign_statement(statement(manifest), key)
     _write_whole(folder / PROVENANCE, provenance)
     digests = {name: record.sha256 for name, record in manifest.files.items()}
     for name, content in ((MANIFEST, data), (PROVENANCE, provenance)):
         digests[name] = hashlib.sha256(content).hexdigest()
-    _write_whole(folder / SIGNATURE, bundle.sign_statement(bundle.files_statement(manifest.name, digests), key))
+    _write_whole(
+        folder / SIGNATURE, sigstore_bundle.sign_statement(sigstore_bundle.files_statement(manifest.name, digests), key)
+    )
 
 
 def describe(

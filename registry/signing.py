@@ -3,7 +3,8 @@
 What is signed is the pre-authentication encoding of DSSE v1 (https://github.com/secure-systems-lab/dsse, protocol.md):
 ``"DSSEv1" SP len(type) SP type SP len(body) SP body``, so that a signature over another kind of document never passes
 for one over a manifest. In the first releases ``release/signature.json`` is a DSSE envelope without its payload, which
-is the manifest file; in later ones it is a bundle (`registry.bundle`). Entries of the journal are signed so as well.
+is the manifest file; in later ones it is a bundle (`registry.sigstore_bundle`). Entries of the journal are signed so
+as well.
 """
 
 from __future__ import annotations

@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from registry.artifacts import Artifacts, fetch, open_artifacts, sha256
 from registry.backend import MANIFEST_TAG, Version
 from registry.errors import Problem, PullError, VerificationError
 from registry.manifest import BOUNDS, DOCUMENTS, MANIFEST, PROVENANCE, SIGNATURE, Manifest
 from registry.policy import Policy, Trust, policy_of
 from registry.verify import VerificationReport, check_documents
+from registry.version_files import Artifacts, fetch, open_artifacts, sha256
 
 _READERS = 4
 

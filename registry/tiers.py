@@ -32,9 +32,9 @@ from registry.errors import ManifestError, TrackingError, UntrustedFileError
 from registry.locations import checked, checked_folder
 from registry.manifest import MANIFEST, CoveredPath, FileRecord, Manifest
 from registry.objects import ObjectStore, digest_of
+from registry.promotion_lock import turn
 from registry.retention import referred
 from registry.tracking import local_folder
-from registry.turns import turn
 
 MARKER = "cold.json"
 SCHEMA = "slipway.cold/v1"

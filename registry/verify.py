@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from registry.bundle import files_of, is_bundle, open_bundle, payload_of
 from registry.errors import ManifestError, Problem, SigningError, VerificationError
 from registry.manifest import BOUNDS, DOCUMENTS, MANIFEST, PROVENANCE, SIGNATURE, FileRecord, Manifest
 from registry.policy import Policy, Trust, policy_of
 from registry.provenance import statement as provenance_of
 from registry.signing import Signature, verify_signature
+from registry.sigstore_bundle import files_of, is_bundle, open_bundle, payload_of
 from registry.walk import entries
 
 _CHUNK = 1 << 20

@@ -11,7 +11,7 @@ from urllib.parse import urljoin
 
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
-from containers.engine import install_packages
+from containers.engine.engine import install_packages
 
 JOB = "/locations/pipeline.definitions/jobs/release_model"
 _WAIT_MS = 180_000

@@ -11,10 +11,10 @@ import hypothesis
 import pytest
 from xdist.remote import Producer
 
-from containers.engine import connect
+from containers.engine.engine import connect
 from homes import make_home
 from pipeline.settings import Settings
-from pipeline.workers import Workers
+from pipeline.workers.runner import Workers
 from schedule import ByGroup, place
 
 # What `make test` cannot install.

@@ -14,7 +14,7 @@ import httpx
 
 from containers.gateway import keys
 from containers.gateway.config import Backend, ModelRoute, ReplicaRoute, Routes
-from pipeline import gateways
+from pipeline.serving import gateway_process
 from pipeline.settings import Settings
 from upstreams import Upstream
 
@@ -26,7 +26,7 @@ TOKENIZER = Path(__file__).parent.parent / "models" / "demo" / "model"
 class Running:
     """A running gateway, its folder, and a key without limits."""
 
-    process: gateways.Gateway
+    process: gateway_process.Gateway
     folder: Path
     key: str
 
@@ -98,7 +98,7 @@ def gateway(
     folder.mkdir(parents=True, exist_ok=True)
     _, key = keys.add(folder / "keys.json", "owner")
     chosen = {"keys": folder / "keys.json", "port": 0, "admin_port": 0, "health_interval_s": 0.2, **options}
-    with gateways.gateway(settings, folder, print, **chosen) as process:
+    with gateway_process.gateway(settings, folder, print, **chosen) as process:
         running = Running(process, folder, key)
         if routed is not None:
             process.route(routed)

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from containers.engine import connect
-from containers.trivy import engine_variables
-from pipeline.handles import Handles
+from containers.engine.engine import connect
+from containers.scan.trivy import engine_variables
 from pipeline.settings import Settings
-from pipeline.store import Store
+from pipeline.store.artifacts import Store
+from pipeline.store.materializations import Handles
 from registry import catalog
 
 DEMO = Path(__file__).parent.parent / "models" / "demo"

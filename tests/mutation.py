@@ -1,7 +1,7 @@
 """Break checks one at a time, and see whether a test notices: ``python tests/mutation.py``.
 
-Of all ``raise`` statements in ``registry/``, ``containers/gateway/`` and ``pipeline/source*.py`` a number is chosen
-with a fixed seed. All is done in a scratch copy of the checkout:
+Of all ``raise`` statements in ``registry/``, ``containers/gateway/`` and ``pipeline/sources/source*.py`` a number is
+chosen with a fixed seed. All is done in a scratch copy of the checkout:
 
 1. The tests run once, whole, with a note at every chosen statement: which tests reach it. They must pass.
 2. Each statement becomes a ``pass`` in its turn, and the tests that reach it run until one fails. To all others the
@@ -32,7 +32,7 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parent.parent
 SEED, COUNT = 14, 40
 # Where checks are looked for, and the tests that are to notice.
-PLACES = ("registry/*.py", "containers/gateway/*.py", "pipeline/source*.py")
+PLACES = ("registry/*.py", "containers/gateway/*.py", "pipeline/sources/source*.py")
 TESTS = (
     "tests/unit/registry",
     "tests/unit/containers/gateway",

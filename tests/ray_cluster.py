@@ -13,8 +13,8 @@ from pathlib import Path
 
 from real_server import free_port
 
-from pipeline.environments import ensure_environment
 from pipeline.settings import Settings
+from pipeline.workers.environments import ensure_environment
 
 # What the second node has and the first has not: a worker that asks for it runs there.
 RESOURCE = "quantizer"

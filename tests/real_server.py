@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from containers.engine import install_packages
+from containers.engine.engine import install_packages
 
 ADMIN, READER = ("admin", "an admin's password"), ("reader", "a reader's password")
 BUCKET = "releases"

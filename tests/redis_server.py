@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from containers.engine import install_packages
+from containers.engine.engine import install_packages
 
 
 @contextlib.contextmanager

@@ -7,10 +7,10 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from registry.bundle import files_statement, sign_statement
 from registry.manifest import Calibration, FileRecord, Image, Manifest, Quantizer, Source
 from registry.seal import _sign, describe
 from registry.signing import SigningKey
+from registry.sigstore_bundle import files_statement, sign_statement
 from registry.verdict import Verdict
 
 DIGEST = "sha256:" + "ab" * 32

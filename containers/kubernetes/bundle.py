@@ -14,8 +14,8 @@ from typing import Any
 import jinja2
 import yaml
 
-from containers.cpu import NODE_TERMS
 from containers.errors import ContainerError
+from containers.hardware.cpu import NODE_TERMS
 from containers.kubernetes.alerts import Alert, alerts, healthy, recordings
 from containers.kubernetes.cluster import Cluster
 from containers.kubernetes.dashboard import dashboard

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.markup import escape
 
+from pipeline.commands.show import as_json, print_json, print_table, progress, results, say
 from pipeline.settings import Settings
-from pipeline.show import as_json, print_json, print_table, progress, results, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pipeline.retention import Leftover
+    from pipeline.operations.retention import Leftover
     from registry.moves import Moved
     from registry.retention import Doomed
     from registry.tiers import Move
@@ -132,11 +132,11 @@ def gc(keep: int, days: float, cache: Path | None, *, tier: bool, yes: bool, as_
     for --older-than days and that no alias names go to object storage by digest, and what an alias names comes back. A
     pull reads them wherever they are.
     """
-    from pipeline import retention  # noqa: PLC0415 - the engine's client, for those who ask
+    from pipeline.operations import retention  # noqa: PLC0415 - the engine's client, for those who ask
     from registry.retention import plan, remove  # noqa: PLC0415
 
     if tier:
-        from pipeline.tiering import move  # noqa: PLC0415
+        from pipeline.operations.tiering import move  # noqa: PLC0415
 
         _tell_moves(move(Settings.read(), timedelta(days=days), say, yes=yes), yes=yes, as_json=as_json)
         return

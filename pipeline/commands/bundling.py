@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 from rich.markup import escape
 
+from pipeline.commands.show import as_json, print_json, print_table, progress, results
 from pipeline.settings import Settings
-from pipeline.show import as_json, print_json, print_table, progress, results
 
 
 @click.command()
@@ -42,8 +42,8 @@ def bundle(
     Each number carries a comment that names its evidence. Alerts come with the tests that promtool runs.
     """
     from containers.kubernetes.bundle import Images, write_bundle  # noqa: PLC0415
-    from pipeline.bundle import cluster, gather, simulated  # noqa: PLC0415
-    from pipeline.gateways import pushed_image  # noqa: PLC0415
+    from pipeline.serving.deployment import cluster, gather, simulated  # noqa: PLC0415
+    from pipeline.serving.gateway_process import pushed_image  # noqa: PLC0415
 
     settings = Settings.read()
     placed = cluster(described) if described is not None else None
@@ -79,9 +79,9 @@ def bundle(
 @as_json
 def metrics(out: Path | None, *, as_json: bool) -> None:
     """Print what Prometheus should know: champions and rescans, runs, queue, verdicts, stages' seconds, store."""
-    from pipeline.instance import open_instance  # noqa: PLC0415
-    from pipeline.metrics import exposition, look  # noqa: PLC0415
-    from pipeline.store import write_whole  # noqa: PLC0415
+    from pipeline.operations.metrics import exposition, look  # noqa: PLC0415
+    from pipeline.orchestration.instance import open_instance  # noqa: PLC0415
+    from pipeline.store.artifacts import write_whole  # noqa: PLC0415
 
     settings = Settings.read()
     with open_instance(settings) as instance:

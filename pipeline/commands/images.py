@@ -8,8 +8,8 @@ from dataclasses import asdict
 import click
 from rich.markup import escape
 
+from pipeline.commands.show import FAILED, as_json, live, print_json, print_table, progress, results, say
 from pipeline.settings import Settings
-from pipeline.show import FAILED, as_json, live, print_json, print_table, progress, results, say
 
 
 @click.group()
@@ -27,9 +27,9 @@ def diff(one: str, other: str, *, as_json: bool) -> None:
     Each is an image of the engine (a tag or an id), or a file that `docker save` wrote. Settings are compared key by
     key; of layers that differ, every file by kind, mode, owner, time, size and content.
     """
-    from containers.difference import MOST_FILES, compare, view  # noqa: PLC0415
-    from containers.engine import connect  # noqa: PLC0415
+    from containers.engine.engine import connect  # noqa: PLC0415
     from containers.errors import EngineError  # noqa: PLC0415
+    from containers.image.difference import MOST_FILES, compare, view  # noqa: PLC0415
 
     settings = Settings.read()
     try:
@@ -58,7 +58,7 @@ def gateway(*, as_json: bool) -> None:
 
     `slipway bundle` names the one that was pushed last. The same gateway is the same digest, wherever it is built.
     """
-    from pipeline.gateways import build_image  # noqa: PLC0415
+    from pipeline.serving.gateway_process import build_image  # noqa: PLC0415
 
     built = build_image(Settings.read(), say)
     if as_json:

@@ -12,11 +12,11 @@ import click
 from rich.markup import escape
 from rich.text import Text
 
+from pipeline.commands.show import REFUSED, as_json, live, print_json, print_table, progress, results, say, styled
 from pipeline.settings import Settings
-from pipeline.show import REFUSED, as_json, live, print_json, print_table, progress, results, say, styled
 
 if TYPE_CHECKING:
-    from pipeline.loading import Loaded
+    from pipeline.operations.load_tests import Loaded
 
 _LINE_SECONDS = 5.0
 # Steps of a comparison's search, shorter than a release's: there are several to measure.
@@ -33,7 +33,7 @@ _seconds = click.option("--seconds", type=click.FloatRange(min=0, min_open=True)
     "profiles",
     multiple=True,
     metavar="P",
-    help="A profile of evals/traffic, or several; default: the model's.",
+    help="A profile of evals/load/traffic, or several; default: the model's.",
 )
 @_rate
 @_seconds
@@ -61,19 +61,19 @@ def load(
         slipway load demo-awq --profile burst --rate 2 --seconds 60
         slipway load demo-gptq --capacity --faults
     """  # noqa: D301 - click's mark for a paragraph that is kept as it is
-    from pipeline import loading  # noqa: PLC0415
-    from pipeline.release import sweep  # noqa: PLC0415
-    from pipeline.stages import Bench  # noqa: PLC0415
+    from pipeline.operations import load_tests  # noqa: PLC0415
+    from pipeline.orchestration.release import sweep  # noqa: PLC0415
+    from pipeline.stages.table import Bench  # noqa: PLC0415
 
     settings = Settings.read()
-    spec, scheme = loading.find(name, settings)
+    spec, scheme = load_tests.find(name, settings)
     asked: dict[str, Any] = {
         "request_rate": rate, "seconds": seconds, "capacity": {} if capacity else None, "faults": faults or None,
     }  # fmt: skip
-    plan = loading.changed(spec.load, profiles, {key: value for key, value in asked.items() if value is not None})
+    plan = load_tests.changed(spec.load, profiles, {key: value for key, value in asked.items() if value is not None})
     sweep(settings)
     with Figures() as figures:
-        done = loading.load_now(Bench(spec, scheme, settings, say), plan, figures)
+        done = load_tests.load_now(Bench(spec, scheme, settings, say), plan, figures)
     if as_json:
         print_json({**_document(done), "evidence": done.evidence})
     else:
@@ -84,7 +84,7 @@ def load(
 @click.command()
 @click.argument("model")
 @click.option("--scheme", "schemes", multiple=True, metavar="S", help="Only this scheme beside FP16; several times.")
-@click.option("--profile", metavar="P", help="A profile of evals/traffic; default: the model's first.")
+@click.option("--profile", metavar="P", help="A profile of evals/load/traffic; default: the model's first.")
 @_rate
 @_seconds
 @click.option("--capacity/--no-capacity", default=True, show_default=True, help="Search for each one's capacity.")
@@ -109,8 +109,8 @@ def compare(
     under that traffic before is reused. Each is held to the limits of the model's file; exit status 3 if one misses
     them.
     """
-    from pipeline import loading  # noqa: PLC0415
-    from pipeline.release import sweep  # noqa: PLC0415
+    from pipeline.operations import load_tests  # noqa: PLC0415
+    from pipeline.orchestration.release import sweep  # noqa: PLC0415
     from pipeline.spec import find  # noqa: PLC0415
     from pipeline.spec import load as load_spec  # noqa: PLC0415
 
@@ -123,15 +123,15 @@ def compare(
     search = {} if step_seconds is None else {"step_seconds": step_seconds}
     changes: dict[str, Any] = {"capacity": search if capacity else None, "faults": False}
     changes |= {key: value for key, value in {"request_rate": rate, "seconds": seconds}.items() if value is not None}
-    plan = loading.changed(spec.load, [profile] if profile else list(spec.load.profiles)[:1], changes)
+    plan = load_tests.changed(spec.load, [profile] if profile else list(spec.load.profiles)[:1], changes)
     sweep(settings)
 
     def listener(scheme: str) -> Callable[[str], None]:
         return lambda line: say(f"{scheme:10} {line}")
 
-    rows, verdicts, page = loading.compare(
+    rows, verdicts, page = load_tests.compare(
         spec, list(schemes) or list(spec.schemes), plan, settings, listener,
-        loading.price_per_hour(spec) if price is None else price,
+        load_tests.price_per_hour(spec) if price is None else price,
     )  # fmt: skip
     if as_json:
         told = {scheme: verdict.model_dump(mode="json") for scheme, verdict in verdicts.items()}
@@ -159,7 +159,7 @@ class Figures:
         live.drop(self)
 
     def __call__(self, told: Mapping[str, Any]) -> None:
-        """Show one report of the client (`evals.traffic.client.Watch`)."""
+        """Show one report of the client (`evals.load.traffic.client.Watch`)."""
         line = _figures(told)
         with self._lock:
             if live.shows:
@@ -193,7 +193,7 @@ def _document(done: Loaded) -> dict[str, Any]:
 
 
 def _show(done: Loaded) -> None:
-    from evals.load_report import fault_row, limit_row  # noqa: PLC0415
+    from evals.report.load_report import fault_row, limit_row  # noqa: PLC0415
 
     rows = [limit_row(name, done.verdict) for name in done.verdict.limits]
     print_table(
@@ -212,7 +212,7 @@ def _show(done: Loaded) -> None:
 
 
 def _show_comparison(rows: Sequence[Mapping[str, Any]]) -> None:
-    from evals.load_report import cell, label  # noqa: PLC0415
+    from evals.report.load_report import cell, label  # noqa: PLC0415
 
     measures = [name for name in rows[0] if name not in {"name", "capacity_interval"}]
     names = [name for name in measures if any(row[name] is not None for row in rows)]

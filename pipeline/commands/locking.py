@@ -8,8 +8,8 @@ from dataclasses import asdict
 import click
 from rich.markup import escape
 
+from pipeline.commands.show import as_json, print_json, results, say
 from pipeline.settings import Settings
-from pipeline.show import as_json, print_json, results, say
 
 
 @click.command()
@@ -22,8 +22,8 @@ def lock(profiles: Sequence[str], *, upgrade: bool, as_json: bool) -> None:
     Writes the lock beside the profile in containers/runtimes/ and shows what changed. Nothing else ever resolves: a
     build fails where the lock is of another profile than the one that is there now.
     """
-    from containers.locking import lock as resolve  # noqa: PLC0415
-    from containers.profile import names, stated  # noqa: PLC0415
+    from containers.image.locking import lock as resolve  # noqa: PLC0415
+    from containers.image.profile import names, stated  # noqa: PLC0415
 
     variables = Settings.read().installer_environment
     done = [resolve(stated(name), say, variables=variables, upgrade=upgrade) for name in profiles or names()]

@@ -7,8 +7,8 @@ import sys
 import click
 from rich.markup import escape
 
+from pipeline.commands.show import FAILED, as_json, print_json, print_table, progress, say, styled
 from pipeline.settings import Settings
-from pipeline.show import FAILED, as_json, print_json, print_table, progress, say, styled
 
 
 @click.command()
@@ -17,8 +17,8 @@ from pipeline.show import FAILED, as_json, print_json, print_table, progress, sa
 @as_json
 def doctor(*, fix: bool, ray: bool, as_json: bool) -> None:
     """Show whether this machine can release: engine, GPU, Trivy, disk, environments, MLflow, each with its remedy."""
-    from pipeline import doctor as checks  # noqa: PLC0415
-    from pipeline.environments import ENVIRONMENTS  # noqa: PLC0415
+    from pipeline.operations import doctor as checks  # noqa: PLC0415
+    from pipeline.workers.environments import ENVIRONMENTS  # noqa: PLC0415
 
     settings = Settings.read()
     if fix:
@@ -38,7 +38,7 @@ def doctor(*, fix: bool, ray: bool, as_json: bool) -> None:
 )
 def ui(port: int) -> None:
     """Serve Dagster and MLflow on loopback until Ctrl-C."""
-    from pipeline.ui import serve  # noqa: PLC0415
+    from pipeline.serving.ui import serve  # noqa: PLC0415
 
     serve(Settings.read(), port, progress.print)
 
@@ -46,7 +46,7 @@ def ui(port: int) -> None:
 @click.command()
 def stop() -> None:
     """End the private container engine that `doctor --fix` started, if any."""
-    from containers.engine import stop as stop_engine  # noqa: PLC0415
+    from containers.engine.engine import stop as stop_engine  # noqa: PLC0415
 
     if not stop_engine(Settings.read().home, progress.print):
         progress.print("no private engine was running")

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.markup import escape
 
+from pipeline.commands.show import USAGE, as_json, print_json, print_table, results, styled
 from pipeline.settings import Settings
-from pipeline.show import USAGE, as_json, print_json, print_table, results, styled
 
 if TYPE_CHECKING:
-    from containers.gate import Needs
-    from containers.gpu_models import GpuModel
+    from containers.hardware.gpu_models import GpuModel
+    from containers.image.gpu_compatibility import Needs
     from pipeline.planner.memory import Workload
     from pipeline.planner.plan import Placement, Plan
     from registry.pull import Glance
@@ -52,7 +52,7 @@ def plan(
     """
     from dataclasses import replace  # noqa: PLC0415
 
-    from containers.gpu_models import find_gpu, known_gpus  # noqa: PLC0415
+    from containers.hardware.gpu_models import find_gpu, known_gpus  # noqa: PLC0415
     from pipeline.planner.asking import measured  # noqa: PLC0415
 
     settings = Settings.read()
@@ -146,31 +146,33 @@ def _needs(model: str, release: Glance | None, settings: Settings) -> Needs | No
     """What the runtime of a model's file asks of a host, or a release's own image; None where none is chosen yet."""
     import json  # noqa: PLC0415
 
-    from containers import gate, profile  # noqa: PLC0415
+    from containers.image import gpu_compatibility, profile  # noqa: PLC0415
     from pipeline.errors import SpecError  # noqa: PLC0415
     from pipeline.planner.asking import IMAGE  # noqa: PLC0415
     from pipeline.spec import find, load  # noqa: PLC0415
 
     if release is not None:
-        return gate.needs_of(json.loads(release.files[IMAGE])["labels"]) if IMAGE in release.files else None
+        return (
+            gpu_compatibility.needs_of(json.loads(release.files[IMAGE])["labels"]) if IMAGE in release.files else None
+        )
     try:
         runtime = profile.load(load(find(model, settings.models)).runtime)
     except SpecError:
         return None
-    return gate.needs_of({**gate.labels_of(runtime), gate.RUNTIME: runtime.name})
+    return gpu_compatibility.needs_of({**gpu_compatibility.labels_of(runtime), gpu_compatibility.RUNTIME: runtime.name})
 
 
 def _gate(needs: Needs | None, gpus: Sequence[GpuModel], driver: str | None) -> list[str]:
     """What the gate before a container's start will ask of a host, and which of these GPUs it would refuse."""
-    from containers import gate  # noqa: PLC0415
-    from containers.gpu import Gpu  # noqa: PLC0415
+    from containers.hardware.gpu import Gpu  # noqa: PLC0415
+    from containers.image import gpu_compatibility  # noqa: PLC0415
 
     if needs is None:
         return []
     if needs.driver is None:
         return [f"{needs.runtime} runs on this machine's cores and asks for no driver"]
     hosts = [Gpu(0, "", each.name, each.memory_bytes, driver or "", each.capability) for each in gpus]
-    refused = sorted({problem for host in hosts for problem in gate.problems(needs, host)})
+    refused = sorted({problem for host in hosts for problem in gpu_compatibility.problems(needs, host)})
     known = ", ".join(needs.capabilities)
     asks = f"{needs.runtime} asks for NVIDIA driver {needs.driver}, CUDA {needs.cuda}, compute capability {known}"
     return [asks, *(f"refused: {problem}" for problem in refused)]

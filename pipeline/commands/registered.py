@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 from rich.markup import escape
 
+from pipeline.commands.show import FAILED, as_json, print_json, print_table, progress, results
 from pipeline.settings import Settings
-from pipeline.show import FAILED, as_json, print_json, print_table, progress, results
 
 
 @click.command()

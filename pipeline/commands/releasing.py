@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.markup import escape
 
+from pipeline.commands.show import FAILED, REFUSED, Ticker, as_json, print_json, print_table, results, say, styled
 from pipeline.settings import Settings
-from pipeline.show import FAILED, REFUSED, Ticker, as_json, print_json, print_table, results, say, styled
 
 if TYPE_CHECKING:
     from pipeline.spec import ModelSpec
@@ -29,8 +29,8 @@ def release(model: str, schemes: Sequence[str], *, as_json: bool) -> None:
     Runs every stage whose inputs changed, reuses what is there, and promotes what passed every gate. A second run with
     nothing changed says `up-to-date` within seconds.
     """
-    from pipeline.release import Event, sweep  # noqa: PLC0415
-    from pipeline.release import release as run  # noqa: PLC0415
+    from pipeline.orchestration.release import Event, sweep  # noqa: PLC0415
+    from pipeline.orchestration.release import release as run  # noqa: PLC0415
     from pipeline.spec import find, load  # noqa: PLC0415
 
     settings = Settings.read()
@@ -46,12 +46,12 @@ def release(model: str, schemes: Sequence[str], *, as_json: bool) -> None:
     wanted = list(dict.fromkeys(schemes)) or list(spec.schemes)
 
     def look_ahead() -> dict[str, list[Event]]:
-        from pipeline.unchanged import unchanged  # noqa: PLC0415 - takes a second to import, while the runs do too
+        from pipeline.stages.unchanged import unchanged  # noqa: PLC0415 - takes a second to import, while the runs do too
 
         sweep(settings)
         told = {scheme: events for scheme in wanted if (events := unchanged(spec, scheme, settings)) is not None}
         if len(told) < len(wanted):
-            from pipeline.planner.before import foresee  # noqa: PLC0415 - as above
+            from pipeline.stages.before import foresee  # noqa: PLC0415 - as above
 
             if about_cpu:
                 say(about_cpu)
@@ -73,7 +73,7 @@ def check_cpu(spec: ModelSpec, settings: Settings) -> str | None:
     Raises:
         PlanError: nothing can be served on it; says what to do.
     """
-    from containers import profile  # noqa: PLC0415
+    from containers.image import profile  # noqa: PLC0415
     from pipeline.errors import PlanError  # noqa: PLC0415
 
     if profile.load(spec.runtime).minimum_driver is not None or not settings.engine_is_here:

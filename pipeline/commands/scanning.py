@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import click
 from rich.markup import escape
 
+from pipeline.commands.show import REFUSED, as_json, print_json, print_table, results, say, styled
 from pipeline.settings import Settings
-from pipeline.show import REFUSED, as_json, print_json, print_table, results, say, styled
 
 if TYPE_CHECKING:
-    from pipeline.rescan import Rescanned
+    from pipeline.operations.rescan import Rescanned
 
 
 @click.command()
@@ -27,10 +27,10 @@ def rescan(names: Sequence[str], *, as_json: bool) -> None:
     finding that the policy forbids rolls it back, if the version before is any better. Exit status 3 where a champion
     is refused, 1 where none is and one could not be looked at; the others are looked at all the same.
     """
-    from pipeline.instance import open_instance  # noqa: PLC0415
-    from pipeline.rescan import RescanError  # noqa: PLC0415
-    from pipeline.rescan import rescan as look_again  # noqa: PLC0415
-    from pipeline.rescan_check import report  # noqa: PLC0415
+    from pipeline.operations.rescan import RescanError  # noqa: PLC0415
+    from pipeline.operations.rescan import rescan as look_again  # noqa: PLC0415
+    from pipeline.orchestration.instance import open_instance  # noqa: PLC0415
+    from pipeline.orchestration.rescan_check import report  # noqa: PLC0415
 
     settings = Settings.read()
     failure = None

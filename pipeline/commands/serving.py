@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import click
 from rich.markup import escape
 
+from pipeline.commands.show import as_json, print_json, print_table, progress, results, say
 from pipeline.settings import Settings
-from pipeline.show import as_json, print_json, print_table, progress, results, say
 
 if TYPE_CHECKING:
-    from pipeline.serving import Serving
+    from pipeline.serving.serve import Serving
 
 
 @click.command()
@@ -42,13 +42,13 @@ def serve(
     switched to, and the old one drained: no request is lost. A canary gets its share. `slipway keys add` makes a key.
     """
     from containers.gateway import keys as api_keys  # noqa: PLC0415
-    from pipeline import serving  # noqa: PLC0415
-    from pipeline.gateways import key_file  # noqa: PLC0415
+    from pipeline.serving import serve  # noqa: PLC0415
+    from pipeline.serving.gateway_process import key_file  # noqa: PLC0415
     from registry.resolve import CHAMPION  # noqa: PLC0415
 
     settings = Settings.read()
     model, _, alias = name.partition("@")
-    options = serving.Options(replicas, port, port + 1 if admin_port is None else admin_port, parallel, every, redis)
+    options = serve.Options(replicas, port, port + 1 if admin_port is None else admin_port, parallel, every, redis)
 
     def announce(running: Serving) -> None:
         gate = running.gateway
@@ -60,7 +60,7 @@ def serve(
         if not api_keys.read(key_file(settings.home)):
             progress.print("nobody has a key yet: `slipway keys add --owner NAME`")
 
-    serving.serve(model, alias or CHAMPION, options, settings, say, announce)
+    serve.serve(model, alias or CHAMPION, options, settings, say, announce)
 
 
 @click.group()
@@ -88,7 +88,7 @@ def add(
 ) -> None:
     """Make a key and print it, this once: only its hash is kept."""
     from containers.gateway import keys as api_keys  # noqa: PLC0415
-    from pipeline.gateways import key_file  # noqa: PLC0415
+    from pipeline.serving.gateway_process import key_file  # noqa: PLC0415
 
     limits = api_keys.Limits(
         requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute, parallel=parallel
@@ -107,7 +107,7 @@ def add(
 def show(*, as_json: bool) -> None:
     """Show every key's owner, limits and state; keys themselves are not kept."""
     from containers.gateway import keys as api_keys  # noqa: PLC0415
-    from pipeline.gateways import key_file  # noqa: PLC0415
+    from pipeline.serving.gateway_process import key_file  # noqa: PLC0415
 
     found = api_keys.read(key_file(Settings.read().home))
     now = datetime.now(UTC)
@@ -135,7 +135,7 @@ def show(*, as_json: bool) -> None:
 def revoke(key_id: str, *, as_json: bool) -> None:
     """Take the key KEY_ID back, for good."""
     from containers.gateway import keys as api_keys  # noqa: PLC0415
-    from pipeline.gateways import key_file  # noqa: PLC0415
+    from pipeline.serving.gateway_process import key_file  # noqa: PLC0415
 
     revoked = api_keys.revoke(key_file(Settings.read().home), key_id)
     if as_json:

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from pipeline.compatibility import backends
-from pipeline.safetensors_headers import Tensor
+from pipeline.compatibility.safetensors_headers import Tensor
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")

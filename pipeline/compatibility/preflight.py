@@ -15,7 +15,7 @@ from pipeline.compatibility.description import ModelDescription, in_layer
 from pipeline.errors import QuantizeError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from pipeline.quantize import Scheme
+    from pipeline.quantization.quantize import Scheme
 
 _NAMES = {"autoawq": "AutoAWQ", "gptqmodel": "GPTQModel", "autogptq": "AutoGPTQ"}
 # Its classes keep a linear's weight as [in, out] (transformers' Conv1D); the packed layouts here are of [out, in].

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from containers.gpu_models import GpuModel
-from pipeline import source as sources
+from containers.hardware.gpu_models import GpuModel
 from pipeline.compatibility import preflight
 from pipeline.compatibility.backends import METHODS
 from pipeline.compatibility.description import ModelDescription
@@ -18,9 +17,10 @@ from pipeline.planner.memory import Workload
 from pipeline.planner.plan import Plan, make_plan
 from pipeline.planner.sources import Described, describe, describe_folder
 from pipeline.planner.weights import Weights, quantized, unquantized
-from pipeline.quantize import Scheme
+from pipeline.quantization.quantize import Scheme
 from pipeline.settings import Settings
-from pipeline.source_lock import Lock, read_lock
+from pipeline.sources import source as sources
+from pipeline.sources.lock import Lock, read_lock
 from pipeline.spec import ModelSpec
 from pipeline.trust import trust_of
 from registry.manifest import EVIDENCE, Manifest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from evals import json_lines, planning
+from evals.drift import json_lines, planning
 from evals.errors import SuiteError
 from pipeline.errors import SpecError
 from pipeline.spec import ModelSpec

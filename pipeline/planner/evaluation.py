@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from evals import planning
+from evals.drift import planning
 from pipeline.spec import ModelSpec
 
 

@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from containers.gpu_models import GpuModel
+from containers.hardware.gpu_models import GpuModel
 from pipeline.planner.facts import ModelFacts
 from pipeline.planner.weights import Weights
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from containers.cpu import INSTRUCTION_SETS
-from containers.gpu_models import GpuModel, price_source
+from containers.hardware.cpu import INSTRUCTION_SETS
+from containers.hardware.gpu_models import GpuModel, price_source
 from pipeline.planner.facts import ModelFacts
 from pipeline.planner.memory import Demand, Workload, most_requests, smallest_fit, usable_bytes
 from pipeline.planner.speed import Roofline, roofline

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.compatibility.description import ModelDescription
+from pipeline.compatibility.safetensors_headers import HeaderError, Tensor, header_length, parse_header, read_model
 from pipeline.errors import PlanError, SourceError
-from pipeline.safetensors_headers import HeaderError, Tensor, header_length, parse_header, read_model
-from pipeline.source import ResolvedSource, SourceFile
+from pipeline.sources.source import ResolvedSource, SourceFile
 from registry.bounded_json import Bounds, DocumentError, read_json
 
 # One request brings most headers whole: a file of 5 GB has some hundred tensors, described in ten kilobytes.

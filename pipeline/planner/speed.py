@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from containers.gpu_models import GpuModel
+from containers.hardware.gpu_models import GpuModel
 from pipeline.planner.facts import ModelFacts
 from pipeline.planner.memory import Workload
 from pipeline.planner.weights import Weights, active_numbers, bytes_per_step

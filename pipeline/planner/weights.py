@@ -19,12 +19,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from containers.cpu import InstructionSet
-from pipeline.checkpoint import packed_layout
+from containers.hardware.cpu import InstructionSet
 from pipeline.compatibility.description import FLOATS, ModelDescription
+from pipeline.compatibility.safetensors_headers import Tensor
 from pipeline.planner.facts import ModelFacts
-from pipeline.quantize import Scheme
-from pipeline.safetensors_headers import Tensor
+from pipeline.quantization.checkpoint import packed_layout
+from pipeline.quantization.quantize import Scheme
 
 FP16 = "fp16"
 _DTYPE_BYTES = {"F16": 2, "I32": 4}

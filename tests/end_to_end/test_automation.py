@@ -15,9 +15,9 @@ from filled import FillingBench, Models
 from hub_server import REPOSITORY, StandInHub, serving
 
 from homes import DEMO, Slipway, make_home
-from pipeline import promotion
 from pipeline.settings import Settings
-from pipeline.walk import signed
+from pipeline.stages import promotion
+from pipeline.stages.walk import signed
 from ui_server import PATIENCE_SECONDS, RUNS, Ui, processes_of
 from ui_server import REPOSITORY as LOCATION
 from webhook_server import Webhook, listening

@@ -19,9 +19,9 @@ from ray_cluster import Cluster, ray_cluster
 from real_server import AWS, BUCKET, postgres, s3_server
 
 from homes import Slipway, make_home
-from pipeline.handles import Handles
 from pipeline.settings import Settings
-from pipeline.store import Store
+from pipeline.store.artifacts import Store
+from pipeline.store.materializations import Handles
 from registry.objects import digest_of
 
 # What names the hour, or what was measured in it.

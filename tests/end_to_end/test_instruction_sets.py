@@ -10,8 +10,8 @@ import pytest
 from homes import DEMO, Slipway
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec, load
-from pipeline.stages import Bench
-from pipeline.walk import walk
+from pipeline.stages.table import Bench
+from pipeline.stages.walk import walk
 from registry.verdict import Verdict
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from homes import DEMO, Slipway, make_home
 from pipeline.settings import Settings
-from pipeline.workers import Workers
+from pipeline.workers.runner import Workers
 
 LONG = Path(__file__).parents[1] / "long"
 PARAMETERS = 134_515_008

@@ -13,9 +13,9 @@ from typing import Any
 import docker
 import pytest
 
-from containers.sandbox import home_digest
+from containers.sandbox.sandbox import home_digest
 from homes import Slipway, forget
-from pipeline.instance import open_instance
+from pipeline.orchestration.instance import open_instance
 from pipeline.settings import Settings
 from ui_server import PATIENCE_SECONDS, RUNS, Ui, processes_of, workers_of
 

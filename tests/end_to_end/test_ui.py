@@ -17,7 +17,7 @@ import yaml
 
 from browser import Browser, chromium
 from homes import DEMO, Slipway, forget
-from pipeline.instance import open_instance
+from pipeline.orchestration.instance import open_instance
 from pipeline.settings import CHECKOUT, Settings
 from ui_server import PATIENCE_SECONDS, RUNS, TERMINATE, Ui, processes_of, two_free_ports, workers_of
 

@@ -12,7 +12,7 @@ import pytest
 from demo_checkpoints import Checkpoint, make_checkpoint, read_checkpoint
 from real_server import AWS, BUCKET, s3_server
 
-from pipeline.quantize import Scheme
+from pipeline.quantization.quantize import Scheme
 from pipeline.settings import Settings
 from registry.objects import ObjectStore
 from shared import made_once

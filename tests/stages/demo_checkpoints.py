@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from containers import machine_locks
+from containers.hardware import machine_locks
 from homes import DEMO
+from pipeline.compatibility.safetensors_headers import read_model
 from pipeline.planner.sources import describe_folder
 from pipeline.planner.weights import quantized
-from pipeline.quantize import Scheme, quantize
-from pipeline.safetensors_headers import read_model
+from pipeline.quantization.quantize import Scheme, quantize
 from pipeline.settings import Settings
-from pipeline.workers import Workers
+from pipeline.workers.runner import Workers
 
 SAMPLES, TOKENS = 32, 200
 

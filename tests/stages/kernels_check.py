@@ -1,6 +1,7 @@
 """Runs inside the CPU runtime: its linear layers against NumPy, and small models that its engine answers with.
 
-Beside it lies `evals/packed.py`, as the reference for packed weights. Prints one JSON document behind ``checked: ``.
+Beside it lies `evals/drift/packed.py`, as the reference for packed weights. Prints one JSON document behind ``checked:
+``.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from containers.engine import install_packages
+from containers.engine.engine import install_packages
 
 
 @contextlib.contextmanager

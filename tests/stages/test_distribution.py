@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from loopback_registry import serving
 
-from containers import base as bases
-from containers import mlbom
-from containers.blobs import BlobStore
-from containers.distribution import DistributionError, Registry, parse
 from containers.errors import ImageError
-from containers.image import model_layers, push_layers
-from containers.oci import OciImage, digest_of
+from containers.image import base as bases
+from containers.image.blobs import BlobStore
+from containers.image.build import model_layers, push_layers
+from containers.image.distribution import DistributionError, Registry, parse
+from containers.image.oci import OciImage, digest_of
+from containers.scan import mlbom
 
 
 @pytest.fixture

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 from demo_checkpoints import Checkpoint
 
-from evals.answers import Answers
-from evals.asking import ask, measure_layers, overlapping
-from evals.divergence import read_top
-from evals.drift import judge
-from evals.limits import DriftLimits
-from evals.pairs import compare
-from evals.suite import suite_names
+from evals.drift.answers import Answers
+from evals.drift.asking import ask, measure_layers, overlapping
+from evals.drift.divergence import read_top
+from evals.drift.drift_gate import judge
+from evals.drift.limits import DriftLimits
+from evals.drift.pairs import compare
+from evals.drift.suite import suite_names
 from pipeline.errors import WorkerFailed
 from pipeline.settings import Settings
-from pipeline.workers import Workers
+from pipeline.workers.runner import Workers
 from registry.verdict import Verdict
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"

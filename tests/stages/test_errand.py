@@ -12,13 +12,13 @@ import boto3
 import pytest
 from real_server import BUCKET
 
-from pipeline.environments import ensure_environment
 from pipeline.errors import WorkerFailed
-from pipeline.launchers import errand
-from pipeline.launchers.errand import announced, message, outcome_in, receive, send
-from pipeline.launchers.node import do
-from pipeline.launchers.task import Ended, Task
 from pipeline.settings import CHECKOUT, Settings
+from pipeline.workers.environments import ensure_environment
+from pipeline.workers.launchers import errand
+from pipeline.workers.launchers.errand import announced, message, outcome_in, receive, send
+from pipeline.workers.launchers.node import do
+from pipeline.workers.launchers.task import Ended, Task
 from registry.errors import TrackingError, UntrustedFileError
 from registry.manifest import FileRecord
 from registry.objects import ObjectStore, digest_of
@@ -140,11 +140,11 @@ def test_by_the_command_an_errand_says_where_its_outcome_is(
     """On the command line, with what a node's image has, it is the real checkout's: a script that fails in words."""
     calibration = next(iter(task.request["deep"]))["text"]
     request = {"output": task.request["output"], "source": task.request["model"], "calibration": calibration}
-    real = replace(task, script=CHECKOUT / "evals" / "traffic" / "client.py", request=request)
+    real = replace(task, script=CHECKOUT / "evals" / "load" / "traffic" / "client.py", request=request)
     monkeypatch.setattr(errand, "CHECKOUT", CHECKOUT)
     sent = send(real, store)
     python = ensure_environment("node", settings, print) / "bin" / "python"
-    command = [python, "-m", "pipeline.launchers.node", store.uri, sent.sha256, str(sent.size)]
+    command = [python, "-m", "pipeline.workers.launchers.node", store.uri, sent.sha256, str(sent.size)]
     aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     small = {**home, **aws, "PYTHONTZPATH": ""}  # its image has no table of zones
     done = subprocess.run(command, env=small, cwd=CHECKOUT, capture_output=True, text=True, check=False)

@@ -21,20 +21,20 @@ from click.testing import CliRunner
 from docker.models.containers import Container
 from release_folder import FILES, make_release
 
-from containers import sandbox
-from containers.base import ensure_base
-from containers.image import ImageRecord
-from containers.profile import load as load_profile
+from containers.image.base import ensure_base
+from containers.image.build import ImageRecord
+from containers.image.profile import load as load_profile
+from containers.sandbox import sandbox
 from evals.errors import AnswersError
 from gateways import TOKENIZER
 from homes import DEMO, Slipway, make_home
-from pipeline import evaluation
 from pipeline.cli import main
+from pipeline.commands.show import FAILED, REFUSED
 from pipeline.settings import Settings
-from pipeline.show import FAILED, REFUSED
 from pipeline.spec import ModelSpec, load
-from pipeline.stages import Bench
-from pipeline.store import Artifact, Making, Recipe
+from pipeline.stages import evaluation
+from pipeline.stages.table import Bench
+from pipeline.store.artifacts import Artifact, Making, Recipe
 from registry.promote import promote
 from registry.signing import load_or_create_key
 from server_image import server_image
@@ -143,10 +143,10 @@ def test_in_a_load_test(
 ) -> None:  # fmt: skip
     """The command itself, on an image that somebody else made: the limits are missed, with the reason."""
     checkpoint = dataclasses.replace(artifact(tmp_path / "checkpoint"), folder=DEMO / "model")
-    monkeypatch.setattr("pipeline.loading.find", lambda *_: (spec(), "gptq"))
+    monkeypatch.setattr("pipeline.operations.load_tests.find", lambda *_: (spec(), "gptq"))
     with failing(number, log) as image:
         found = (checkpoint, artifact(tmp_path / "image", image=record(image)))
-        monkeypatch.setattr("pipeline.loading.artifacts", lambda _: found)
+        monkeypatch.setattr("pipeline.operations.load_tests.artifacts", lambda _: found)
         done = CliRunner().invoke(main, ["load", "demo-gptq", "--json"], env=dict(slipway.variables))
     assert done.exit_code == REFUSED, done.output
     verdict = json.loads(done.stdout)["verdict"]

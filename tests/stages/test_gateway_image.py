@@ -23,9 +23,9 @@ from release_folder import FILES, make_release
 from test_gateway import wait_until
 
 import upstreams
-from containers import isolation
+from containers.engine.owner import ownership
 from containers.gateway import keys
-from containers.owner import ownership
+from containers.sandbox import isolation
 from gateways import TOKENIZER
 from homes import Slipway, make_home
 from pipeline.settings import Settings

@@ -19,11 +19,12 @@ import pytest
 import yaml
 from loopback_registry import serving
 
-from containers import assembly, image, profile, runtime, sandbox, wheels
-from containers.base import ensure_base
 from containers.errors import ImageError, WheelError
-from containers.layout import write_layout
-from containers.scan import in_engine, in_layout, scan
+from containers.image import assembly, build, profile, runtime, wheels
+from containers.image.base import ensure_base
+from containers.image.layout import write_layout
+from containers.sandbox import sandbox
+from containers.scan.scan import in_engine, in_layout, scan
 from homes import FIRST_CALLS
 from pipeline.settings import Settings
 
@@ -55,21 +56,21 @@ def base(engine: docker.DockerClient, machine: Settings) -> str:
 
 
 @pytest.fixture(scope="module")
-def record(engine: docker.DockerClient, machine: Settings) -> image.ImageRecord:
+def record(engine: docker.DockerClient, machine: Settings) -> build.ImageRecord:
     """The demo's model, not quantized, in the runtime that the demo is released in."""
     return release(engine, machine, "test-demo")
 
 
 def release(
     client: docker.DockerClient, machine: Settings, name: str, registry: str | None = None
-) -> image.ImageRecord:
-    return image.build_image(
+) -> build.ImageRecord:
+    return build.build_image(
         client, profile.load("vllm-cpu"), DEMO, name=name, served_name="demo", model_digest="sha256:" + "d" * 64,
         home=machine.home, progress=print, registry=registry,
     )  # fmt: skip
 
 
-def test_the_image_says_what_is_in_it(engine: docker.DockerClient, record: image.ImageRecord) -> None:
+def test_the_image_says_what_is_in_it(engine: docker.DockerClient, record: build.ImageRecord) -> None:
     loaded = profile.load("vllm-cpu")
     found = engine.images.get(record.reference)
     assert not record.pushed
@@ -84,18 +85,18 @@ def test_the_image_says_what_is_in_it(engine: docker.DockerClient, record: image
     assert config["User"] == "65534:65534"
     assert config["Healthcheck"]["Test"][0] == "CMD"
     assert config["StopSignal"] == "SIGTERM"
-    assert image.ImageRecord.model_validate_json(record.model_dump_json()) == record
+    assert build.ImageRecord.model_validate_json(record.model_dump_json()) == record
 
 
 def test_the_same_checkpoint_gives_the_same_image(
-    engine: docker.DockerClient, machine: Settings, record: image.ImageRecord
+    engine: docker.DockerClient, machine: Settings, record: build.ImageRecord
 ) -> None:
     again = release(engine, machine, "test-demo")
     assert again == record
 
 
 def test_a_scan_of_its_layers_finds_what_a_scan_in_the_engine_finds(
-    engine: docker.DockerClient, machine: Settings, record: image.ImageRecord, tmp_path: Path
+    engine: docker.DockerClient, machine: Settings, record: build.ImageRecord, tmp_path: Path
 ) -> None:
     write_layout(record, DEMO, {}, machine.home, tmp_path / "image")
     found = []
@@ -115,7 +116,7 @@ def seen(evidence: dict[str, Any]) -> dict[str, Any]:
     return {**{name: evidence[name] for name in COMPARED}, "misconfigurations": found}
 
 
-def test_a_changed_checkpoint_is_not_laid_out(machine: Settings, record: image.ImageRecord, tmp_path: Path) -> None:
+def test_a_changed_checkpoint_is_not_laid_out(machine: Settings, record: build.ImageRecord, tmp_path: Path) -> None:
     changed = tmp_path / "model"
     shutil.copytree(DEMO, changed)
     (changed / "config.json").write_text("{}")
@@ -124,7 +125,7 @@ def test_a_changed_checkpoint_is_not_laid_out(machine: Settings, record: image.I
 
 
 def test_what_torch_computes_first_in_it_is_as_exact_as_the_rest(
-    engine: docker.DockerClient, record: image.ImageRecord
+    engine: docker.DockerClient, record: build.ImageRecord
 ) -> None:
     command = ["-c", FIRST_CALLS.read_text()]
     said = engine.containers.run(
@@ -134,7 +135,7 @@ def test_what_torch_computes_first_in_it_is_as_exact_as_the_rest(
 
 
 def test_no_wheel_cache_compiler_or_machine_is_left_in_it(
-    engine: docker.DockerClient, record: image.ImageRecord
+    engine: docker.DockerClient, record: build.ImageRecord
 ) -> None:
     names = ("*.whl", "gcc", "cc", "pip", "uv", ".cache", "wheels", "assemble.sh", "compile.py", "describe_models.py")
     script = [
@@ -166,7 +167,7 @@ def test_no_wheel_cache_compiler_or_machine_is_left_in_it(
     assert "model.safetensors" in sources.decode()
 
 
-def test_hardened_it_serves(engine: docker.DockerClient, record: image.ImageRecord) -> None:
+def test_hardened_it_serves(engine: docker.DockerClient, record: build.ImageRecord) -> None:
     began = time.monotonic()
     tmpfs = {"/tmp": "exec,mode=1777"}  # noqa: S108 - inside the container
     container = engine.containers.run(
@@ -211,7 +212,7 @@ def test_pushed_it_has_the_registrys_digest_and_comes_back_by_it(
     engine: docker.DockerClient, machine: Settings, base: str, registry: str, tmp_path: Path
 ) -> None:
     small = cut_down(tmp_path / "profile", "vllm-cpu")
-    pushed = image.build_image(
+    pushed = build.build_image(
         engine, small, DEMO, name="test-pushed", served_name="demo", model_digest="sha256:" + "e" * 64,
         home=machine.home, progress=print, registry=registry, base=base,
     )  # fmt: skip
@@ -223,7 +224,7 @@ def test_pushed_it_has_the_registrys_digest_and_comes_back_by_it(
     )  # fmt: skip
     assert head.headers["Docker-Content-Digest"] == pushed.digest
     engine.images.remove(pushed.image_id, force=True)
-    found = image.find(engine, pushed)
+    found = build.find(engine, pushed)
     assert found is not None
     assert found.id == pushed.image_id
     engine.images.remove(pushed.image_id, force=True)
@@ -233,7 +234,7 @@ def test_a_registry_that_is_not_there_is_named(
     engine: docker.DockerClient, machine: Settings, base: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ImageError, match=r"the registry 127\.0\.0\.1:9 can't be reached") as caught:
-        image.build_image(
+        build.build_image(
             engine, cut_down(tmp_path / "profile", "vllm-cpu"), DEMO, name="test-lost", served_name="demo",
             model_digest="sha256:" + "f" * 64, home=machine.home, progress=print, registry="127.0.0.1:9/slipway",
             base=base,
@@ -242,9 +243,9 @@ def test_a_registry_that_is_not_there_is_named(
     assert engine.images.list("slipway", filters={"label": "org.opencontainers.image.title=test-lost"}) == []
 
 
-def test_an_image_that_the_engine_lost_is_not_found(engine: docker.DockerClient, record: image.ImageRecord) -> None:
+def test_an_image_that_the_engine_lost_is_not_found(engine: docker.DockerClient, record: build.ImageRecord) -> None:
     lost = record.model_copy(update={"image_id": "sha256:" + "0" * 64, "reference": "sha256:" + "0" * 64})
-    assert image.find(engine, lost) is None
+    assert build.find(engine, lost) is None
 
 
 def test_cuda_builds_on_a_base_handed_to_it(
@@ -314,7 +315,7 @@ def test_a_step_has_no_network(engine: docker.DockerClient, base: str, tmp_path:
 SLEEPER = """
 import sys
 from pathlib import Path
-from containers import assembly, engine
+from containers.image import assembly; from containers.engine import engine
 from pipeline.settings import Settings
 machine = Settings.read()
 client = engine.connect(machine.docker_host, machine.home)

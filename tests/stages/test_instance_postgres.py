@@ -12,7 +12,7 @@ from real_server import free_port, postgres
 from test_instance import carry, end, holders, start_run
 
 from pipeline.errors import SettingsError
-from pipeline.instance import bury_dead_runs, open_instance
+from pipeline.orchestration.instance import bury_dead_runs, open_instance
 from pipeline.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("instance_variables")

@@ -9,11 +9,11 @@ from typing import Any
 import docker
 import pytest
 
-from containers import profile
-from containers.assembly import ran
-from containers.layers import Member, archive, plain_files
-from containers.runtime import build_runtime
-from evals import packed
+from containers.image import profile
+from containers.image.assembly import ran
+from containers.image.layers import Member, archive, plain_files
+from containers.image.runtime import build_runtime
+from evals.drift import packed
 from homes import DEMO
 from pipeline.settings import Settings
 

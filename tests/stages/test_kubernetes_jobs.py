@@ -19,15 +19,15 @@ from real_server import AWS, BUCKET, s3_server
 from test_ray import ENVIRONMENT, RUN, SLEEPS, wait_for, write
 from worker_processes import wait_until_gone
 
-from pipeline.environments import Progress
 from pipeline.errors import SettingsError, UnansweredError, WorkerFailed
-from pipeline.launchers import http, jobs, kubernetes
-from pipeline.launchers.chosen import launcher
-from pipeline.launchers.kubernetes import KubernetesCluster
-from pipeline.launchers.placement import Kubernetes, placement
-from pipeline.launchers.task import Task
 from pipeline.settings import CHECKOUT, Settings
-from pipeline.workers import Workers
+from pipeline.workers.environments import Progress
+from pipeline.workers.launchers import http, jobs, kubernetes
+from pipeline.workers.launchers.chosen import launcher
+from pipeline.workers.launchers.kubernetes import KubernetesCluster
+from pipeline.workers.launchers.placement import Kubernetes, placement
+from pipeline.workers.launchers.task import Task
+from pipeline.workers.runner import Workers
 from registry.manifest import FileRecord
 
 IMAGE = "registry.example/slipway-worker@sha256:" + "a" * 64
@@ -79,7 +79,7 @@ def elsewhere(
 @pytest.fixture
 def script(tmp_path: Path) -> Iterator[Path]:
     """A script beside the real ones, since a pod has the checkout's alone."""
-    path = CHECKOUT / "pipeline" / "quantizers" / f"of_a_test_{tmp_path.name}.py"
+    path = CHECKOUT / "pipeline" / "quantization" / "quantizers" / f"of_a_test_{tmp_path.name}.py"
     yield path
     path.unlink(missing_ok=True)
 

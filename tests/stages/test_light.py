@@ -15,8 +15,8 @@ import pytest
 from real_server import mlflow_server
 from release_folder import make_release
 
-from containers.base import ensure_base
-from containers.profile import load
+from containers.image.base import ensure_base
+from containers.image.profile import load
 from pipeline.settings import Settings
 from registry import verify
 from registry.promote import promote

@@ -13,12 +13,12 @@ import pytest
 from queues import served
 from scripted_server import Script, serving
 
-from containers.engine_log import Failure
-from containers.memory import MemorySampler
-from containers.sandbox import Server
-from evals.load import LoadPlan, judge, measure, percentile
+from containers.sandbox.engine_log import Failure
+from containers.sandbox.memory import MemorySampler
+from containers.sandbox.sandbox import Server
+from evals.load.load_test import LoadPlan, judge, measure, percentile
 from pipeline.errors import WorkerFailed
-from pipeline.workers import Workers
+from pipeline.workers.runner import Workers
 
 RATE, SECONDS, TOKENS = 8, 5, 8
 Measure = Callable[..., tuple[dict[str, Any], list[dict[str, Any]]]]
@@ -131,7 +131,7 @@ def in_the_clients_place(folder: Path, work: str) -> Path:
     script.write_text(
         f"import sys; sys.path.append({str(Path(__file__).parents[2])!r})\n"
         "import subprocess\nfrom pathlib import Path\nfrom slipway_worker import main\n"
-        "from evals.traffic.client import Deck, _go_first\n"
+        "from evals.load.traffic.client import Deck, _go_first\n"
         f"def work(request, report):\n{work}main(work)\n"
     )
     return script

@@ -9,11 +9,11 @@ import pytest
 import yaml
 from loopback_registry import serving
 
-from containers import profile
-from containers.distribution import DistributionError, Registry
 from containers.errors import ProfileError
-from containers.locking import lock
-from containers.oci import OciImage
+from containers.image import profile
+from containers.image.distribution import DistributionError, Registry
+from containers.image.locking import lock
+from containers.image.oci import OciImage
 from pipeline.settings import Settings
 
 PROFILE = {

@@ -20,11 +20,11 @@ import pytest
 import yaml
 
 import gateways
-from containers import profile
-from containers.engine import install_packages
+from containers.engine.engine import install_packages
 from containers.gateway.config import Backend, ModelRoute, ReplicaRoute, Routes
-from containers.image import serving_arguments
-from containers.runtime import build_runtime
+from containers.image import profile
+from containers.image.build import serving_arguments
+from containers.image.runtime import build_runtime
 from homes import DEMO
 from pipeline.planner.facts import read_facts
 from pipeline.settings import Settings
@@ -202,7 +202,7 @@ def test_prometheus_reads_vllm_and_the_gateway_and_judges_by_the_rules(
 
 
 def test_what_prometheus_reads_of_the_pipeline_is_its_format(tmp_path: Path) -> None:
-    from pipeline.metrics import Metrics, exposition  # noqa: PLC0415
+    from pipeline.operations.metrics import Metrics, exposition  # noqa: PLC0415
 
     found = Metrics(
         champions=[{"release": NAME, "version": "3", "manifest_digest": "sha256:ab", "marked": True}],

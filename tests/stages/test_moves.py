@@ -15,10 +15,10 @@ import pytest
 from click.testing import CliRunner
 from release_folder import make_release
 
-from pipeline.bundle import gather
 from pipeline.commands.aliases import history
-from pipeline.rescan import RescanError, rescan
-from pipeline.serving import wished
+from pipeline.operations.rescan import RescanError, rescan
+from pipeline.serving.deployment import gather
+from pipeline.serving.serve import wished
 from pipeline.settings import Settings
 from registry import canary, journal, promote_version, pull, rollback
 from registry.backend import MANIFEST_TAG

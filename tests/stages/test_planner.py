@@ -11,8 +11,8 @@ from typing import Any
 import docker
 import pytest
 
-from containers import profile
-from containers.runtime import build_runtime
+from containers.image import profile
+from containers.image.runtime import build_runtime
 from homes import DEMO
 from pipeline.planner.facts import read_facts
 from pipeline.settings import Settings

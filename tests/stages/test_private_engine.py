@@ -16,15 +16,16 @@ from pathlib import Path
 import docker
 import pytest
 
-from containers import assembly, private_engine, profile
-from containers import engine as engines
-from containers.base import ensure_base
+from containers.engine import engine as engines
+from containers.engine import private_engine
 from containers.errors import ContainerError, EngineError, ImageError
+from containers.image import assembly, profile
+from containers.image.base import ensure_base
 
 STARTER = """
 import sys
 from pathlib import Path
-from containers import engine
+from containers.engine import engine
 engine.DEFAULT_SOCKET = Path("/nonexistent")
 client = engine.ensure(None, Path(sys.argv[1]), print)
 client.close()

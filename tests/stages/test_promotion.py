@@ -6,7 +6,7 @@ from pathlib import Path
 
 from release_evidence import Made, settings_of
 
-from pipeline import promotion
+from pipeline.stages import promotion
 
 
 def test_the_first_promotion_says_promoted_and_the_same_again_up_to_date(tmp_path: Path) -> None:

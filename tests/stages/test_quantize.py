@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from demo_checkpoints import Checkpoint, make_checkpoint
 
-from containers.gpu import gpus
+from containers.hardware.gpu import gpus
 from homes import DEMO
 from pipeline.errors import WorkerFailed
-from pipeline.quantize import Scheme, quantize
+from pipeline.quantization.quantize import Scheme, quantize
 from pipeline.settings import Settings
-from pipeline.store import digest_file
-from pipeline.workers import Workers
+from pipeline.store.artifacts import digest_file
+from pipeline.workers.runner import Workers
 
 AWQ = {"method": "awq", "backend": "autoawq", "group_size": 64}
 GPTQ = {"method": "gptq", "backend": "gptqmodel", "group_size": 64}

@@ -22,10 +22,10 @@ from real_server import AWS, BUCKET, free_port, s3_server
 from worker_processes import wait_until_gone
 
 from pipeline.errors import UnansweredError, WorkerFailed
-from pipeline.launchers import http
-from pipeline.launchers.chosen import launcher
 from pipeline.settings import CHECKOUT, Settings
-from pipeline.workers import Workers
+from pipeline.workers.launchers import http
+from pipeline.workers.launchers.chosen import launcher
+from pipeline.workers.runner import Workers
 
 ENVIRONMENT = "aiperf"  # the lightest
 
@@ -64,7 +64,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory, home: dict[str, str], ma
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A script beside the real ones, since a node has the checkout's alone."""
-    path = CHECKOUT / "pipeline" / "quantizers" / f"of_a_test_{os.getpid()}.py"
+    path = CHECKOUT / "pipeline" / "quantization" / "quantizers" / f"of_a_test_{os.getpid()}.py"
     yield path
     path.unlink(missing_ok=True)
 
@@ -156,9 +156,9 @@ SLEEPS = "Path({began!r}).write_text(str(time.time_ns()))\ntime.sleep({seconds})
 RUN = """
 import sys
 from pathlib import Path
-from pipeline.launchers.chosen import launcher
+from pipeline.workers.launchers.chosen import launcher
 from pipeline.settings import Settings
-from pipeline.workers import Workers
+from pipeline.workers.runner import Workers
 
 settings = Settings.read()
 workers = Workers(settings, lambda text: print(text, flush=True), launcher=launcher(settings, print))

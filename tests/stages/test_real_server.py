@@ -25,8 +25,8 @@ from registry.backend import open_backend
 from registry.catalog import current, line, names
 from registry.errors import PromotionError, PullError, RefusedError, TrackingError
 from registry.promote import promote
+from registry.promotion_lock import turn
 from registry.signing import SigningKey, load_or_create_key
-from registry.turns import turn
 
 CHECKOUT = Path(__file__).parent.parent.parent
 
@@ -273,7 +273,7 @@ def test_promoters_and_pullers_at_once(
 
 TAKE = """
 import sys, time
-from registry.turns import turn
+from registry.promotion_lock import turn
 with turn(sys.argv[1], sys.argv[2], print):
     print("mine", flush=True)
     time.sleep(600)
@@ -297,7 +297,7 @@ def test_a_dead_promoter_holds_nobody_up(uri: str, model: str) -> None:
 def test_a_promoter_of_another_machine_that_fell_silent_is_passed_after_its_lease(
     uri: str, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("registry.turns.LEASE_SECONDS", 2.0)
+    monkeypatch.setattr("registry.promotion_lock.LEASE_SECONDS", 2.0)
     with open_backend(uri) as backend:
         backend.create_line(f"slipway-turns.{model}", {})
         elsewhere = '{"machine": "another", "pid": 1, "started": "1", "nonce": "x"}'

@@ -15,10 +15,10 @@ import docker
 import pytest
 from test_image import DEMO, cut_down
 
-from containers import image, profile
-from containers.base import ensure_base
-from containers.engine import install_packages
-from containers.trivy import engine_variables
+from containers.engine.engine import install_packages
+from containers.image import build, profile
+from containers.image.base import ensure_base
+from containers.scan.trivy import engine_variables
 from homes import SLIPWAY
 from pipeline.settings import Settings
 
@@ -26,7 +26,7 @@ BUILD = """
 import getpass, json, os, sys, time
 from pathlib import Path
 import docker
-from containers import image, profile
+from containers.image import build as image; from containers.image import profile
 folder, base = Path(sys.argv[1]), sys.argv[2]
 client = docker.DockerClient(base_url=os.environ["DOCKER_HOST"])
 small = profile.RuntimeProfile.model_validate_json((folder / "profile.json").read_text())
@@ -97,7 +97,7 @@ def test_two_builds_in_other_folders_by_other_users_a_day_apart_are_one_image(
 
 
 def test_a_base_made_twice_is_one_layer(machine: Settings, tmp_path: Path) -> None:
-    from containers import base as bases  # noqa: PLC0415 - its private parts, here alone
+    from containers.image import base as bases  # noqa: PLC0415 - its private parts, here alone
 
     recipe = profile.DebianRecipe(suite="bookworm", packages=("python3-minimal",))
     made = []
@@ -118,7 +118,7 @@ def test_the_command_says_what_differs(
         if number == 2:
             (checkpoint / "tokenizer_config.json").write_text('{"changed": true}')
             (checkpoint / "generation_config.json").chmod(0o755)
-        record = image.build_image(
+        record = build.build_image(
             engine, small, checkpoint, name=f"test-diff-{number}", served_name="demo", home=machine.home,
             model_digest="sha256:" + str(number) * 64, progress=print, base=base,
         )  # fmt: skip

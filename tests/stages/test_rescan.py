@@ -17,9 +17,9 @@ from release_folder import FILES, make_release
 from synthetic_image import make_image
 from trivy_db.make_trivy_db import write_database
 
-from containers.scan import in_engine, scan
+from containers.scan.scan import in_engine, scan
 from homes import DEMO, SLIPWAY, make_home
-from pipeline.rescan import TAG, RescanError, Rescanned, rescan
+from pipeline.operations.rescan import TAG, RescanError, Rescanned, rescan
 from pipeline.settings import Settings
 from pipeline.trust import signing_key, trust_of
 from registry import catalog

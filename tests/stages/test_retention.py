@@ -13,10 +13,10 @@ from release_folder import make_release
 from synthetic_image import make_image
 
 from homes import make_home
-from pipeline import retention
-from pipeline.retention import kept_manifests
+from pipeline.operations import retention
+from pipeline.operations.retention import kept_manifests
 from pipeline.settings import Settings
-from pipeline.store import Artifact, Making, Recipe, Store
+from pipeline.store.artifacts import Artifact, Making, Recipe, Store
 from registry import journal, pull
 from registry.catalog import current, line
 from registry.promote import promote

@@ -19,13 +19,13 @@ import httpx
 import pytest
 from docker.models.containers import Container
 
-from containers import isolation
-from containers.base import ensure_base
-from containers.core_pool import CoreRequest
-from containers.memory import _stats_reader
-from containers.profile import load
-from containers.sandbox import HOME_LABEL, SandboxError, Server, UnhealthyError, home_digest, serve, sweep
-from evals import faults
+from containers.hardware.core_pool import CoreRequest
+from containers.image.base import ensure_base
+from containers.image.profile import load
+from containers.sandbox import isolation
+from containers.sandbox.memory import _stats_reader
+from containers.sandbox.sandbox import HOME_LABEL, SandboxError, Server, UnhealthyError, home_digest, serve, sweep
+from evals.load import faults
 from homes import Slipway
 from server_image import server_image
 
@@ -356,7 +356,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 import docker
-from containers.sandbox import serve
+from containers.sandbox.sandbox import serve
 client = docker.DockerClient(sys.argv[1])
 home = Path(sys.argv[3])
 with serve(client, sys.argv[2], name="slipway-test", home=home, memory_bytes=2**28, progress=print):

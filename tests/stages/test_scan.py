@@ -20,14 +20,14 @@ from synthetic_image import FILES, make_image
 from trivy_db.make_trivy_db import write_database
 from trivy_db.push_trivy_db import push_database
 
-from containers import trivy
-from containers.blobs import BlobStore
-from containers.judgement import judge, waived, warnings
-from containers.layers import Member, archive
-from containers.oci import OciImage, documents, place
-from containers.policy import ScanPolicy
-from containers.scan import ScanError, Subject, in_engine, in_layout, scan, scan_key, scan_sbom
-from containers.trivy import TrivyError, database, find_trivy, update_database
+from containers.image.blobs import BlobStore
+from containers.image.layers import Member, archive
+from containers.image.oci import OciImage, documents, place
+from containers.scan import trivy
+from containers.scan.policy import ScanPolicy
+from containers.scan.scan import ScanError, Subject, in_engine, in_layout, scan, scan_key, scan_sbom
+from containers.scan.scan_gate import judge, waived, warnings
+from containers.scan.trivy import TrivyError, database, find_trivy, update_database
 
 ADVISORIES: list[dict[str, Any]] = json.loads((Path(__file__).parent / "trivy_db" / "advisories.json").read_text())
 # In two pieces, so that no scanner of this repository takes it for one.

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from evals.answers import Answers, ChoiceAnswer, TextAnswer, read_answers
-from evals.asking import ask
-from evals.divergence import agreement, kl, read_top
+from evals.drift.answers import Answers, ChoiceAnswer, TextAnswer, read_answers
+from evals.drift.asking import ask
+from evals.drift.divergence import agreement, kl, read_top
 from homes import DEMO, make_home
-from pipeline import evaluation, stages
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec, load
-from pipeline.stages import Bench
-from pipeline.workers import Workers
+from pipeline.stages import evaluation, table
+from pipeline.stages.table import Bench
+from pipeline.workers.runner import Workers
 from registry.counting import is_count
 
 
@@ -37,7 +37,7 @@ def bench(spec: ModelSpec, machine: Settings, tmp_path_factory: pytest.TempPathF
 @pytest.fixture(scope="module")
 def served(bench: Bench) -> Path:
     """FP16's answers as served."""
-    return evaluation.baseline(bench, stages.source(bench)).folder
+    return evaluation.baseline(bench, table.source(bench)).folder
 
 
 @pytest.fixture(scope="module")

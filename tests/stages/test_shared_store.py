@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import PlanError
-from pipeline.shared_store import SharedStore
-from pipeline.store import Artifact, Making, Recipe
+from pipeline.store.artifacts import Artifact, Making, Recipe
+from pipeline.store.shared import SharedStore
 from registry.errors import TrackingError
 from registry.manifest import FileRecord
 from registry.objects import ObjectStore

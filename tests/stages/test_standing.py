@@ -6,9 +6,10 @@ from pathlib import Path
 
 from release_evidence import Made, settings_of
 
-from pipeline import describe, promotion
-from pipeline.standing import acts
-from pipeline.store import Artifact
+from pipeline.orchestration import asset_metadata
+from pipeline.stages import promotion
+from pipeline.stages.standing import acts
+from pipeline.store.artifacts import Artifact
 from pipeline.trust import signing_key, trust_of
 from registry import rollback
 from registry.catalog import current
@@ -27,19 +28,19 @@ def test_a_cached_run_follows_its_file_back_and_leaves_a_rollback_as_it_is(tmp_p
     made = Made(settings_of(tmp_path / "home"))
     first, second = sealed(made, b"packed"), sealed(made, b"packeD")
     for release in (first, second):
-        describe.release(made.bench, release)
+        asset_metadata.release(made.bench, release)
     assert by_alias(made) == {"candidate": "2", "champion": "2", "previous": "1"}
 
     rollback("demo-gptq", made.settings.tracking_uri, trust_of(made.settings), key=signing_key(made.settings))
     before = by_alias(made)
     assert before == {"candidate": "2", "champion": "1", "previous": "2"}
-    assert describe.release(made.bench, second)["release"]["outcome"] == "up-to-date"
+    assert asset_metadata.release(made.bench, second)["release"]["outcome"] == "up-to-date"
     assert by_alias(made) == before
     assert "taken back by hand" in made.told[-1]
 
     # Its file says the first again, and then the second, which is no rollback's any more.
-    describe.release(made.bench, first)
+    asset_metadata.release(made.bench, first)
     assert by_alias(made) == {"candidate": "1", "champion": "1", "previous": "2"}
-    describe.release(made.bench, second)
+    asset_metadata.release(made.bench, second)
     assert by_alias(made) == {"candidate": "2", "champion": "2", "previous": "1"}
     assert [act.entry.action for act in acts(made.bench)] == ["promote", "promote", "rollback", "promote", "promote"]

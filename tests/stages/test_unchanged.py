@@ -11,16 +11,16 @@ import docker
 import pytest
 from filled import FillingBench, Models
 
-from pipeline import promotion, stages
-from pipeline.handles import Handles
-from pipeline.metadata import STAGES
-from pipeline.release import Event
+from pipeline.orchestration.release import Event
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec
-from pipeline.store import Artifact
+from pipeline.stages import promotion, table
+from pipeline.stages.metadata import STAGES
+from pipeline.stages.unchanged import unchanged
+from pipeline.stages.walk import walk
+from pipeline.store.artifacts import Artifact
+from pipeline.store.materializations import Handles
 from pipeline.trust import signing_key, trust_of
-from pipeline.unchanged import unchanged
-from pipeline.walk import walk
 from registry import promote_version, rollback
 from registry.catalog import current
 
@@ -57,7 +57,7 @@ class Released:
 @pytest.fixture
 def has_every_image(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the place of an engine, for no image was built."""
-    monkeypatch.setattr(stages.Bench, "has_image", lambda *_: True)
+    monkeypatch.setattr(table.Bench, "has_image", lambda *_: True)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_what_is_as_it_was_is_told_as_its_run_would_tell_it(released: Released) 
 def test_a_run_is_needed_where_the_engine_has_lost_the_image(
     released: Released, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages.Bench, "has_image", lambda *_: False)
+    monkeypatch.setattr(table.Bench, "has_image", lambda *_: False)
     assert unchanged(released.spec, "gptq", released.settings) is None
 
 
@@ -106,8 +106,8 @@ def test_a_run_is_needed_where_no_engine_answers(released: Released, monkeypatch
 def test_a_run_is_needed_for_a_newer_vulnerability_database(
     released: Released, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = stages.trivy.database(released.settings.home)
-    monkeypatch.setattr(stages.trivy, "database", lambda _: replace(real, digest="sha256:new"))
+    real = table.trivy.database(released.settings.home)
+    monkeypatch.setattr(table.trivy, "database", lambda _: replace(real, digest="sha256:new"))
     assert unchanged(released.spec, "gptq", released.settings) is None
 
 
@@ -121,7 +121,7 @@ def test_a_run_is_needed_where_the_engine_is_damaged(released: Released, monkeyp
     def broken(*_: object) -> bool:
         raise docker.errors.APIError("500 Server Error")
 
-    monkeypatch.setattr(stages.Bench, "has_image", broken)
+    monkeypatch.setattr(table.Bench, "has_image", broken)
     assert unchanged(released.spec, "gptq", released.settings) is None
 
 

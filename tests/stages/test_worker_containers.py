@@ -14,12 +14,12 @@ import docker
 import pytest
 from test_ray import ENVIRONMENT, RUN, wait_for, write
 
-from containers import sandbox
-from containers.sandbox import home_digest
+from containers.sandbox import sandbox
+from containers.sandbox.sandbox import home_digest
 from pipeline.errors import WorkerFailed
-from pipeline.launchers.chosen import launcher
 from pipeline.settings import CHECKOUT, Settings
-from pipeline.workers import Workers
+from pipeline.workers.launchers.chosen import launcher
+from pipeline.workers.runner import Workers
 
 Run = Callable[..., dict[str, Any]]
 

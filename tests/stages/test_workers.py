@@ -15,10 +15,10 @@ import pytest
 from worker_processes import of_script, wait_until_gone
 
 from homes import FIRST_CALLS
-from pipeline.environments import ensure_environment, pins_digest
 from pipeline.errors import WorkerFailed
 from pipeline.settings import Settings
-from pipeline.workers import Workers
+from pipeline.workers.environments import ensure_environment, pins_digest
+from pipeline.workers.runner import Workers
 
 ENVIRONMENT = "aiperf"  # the lightest
 
@@ -95,7 +95,7 @@ def test_a_worker_dies_with_a_killed_parent(tmp_path: Path, settings: Settings, 
         [
             *(sys.executable, "-c"),
             (
-                "import sys; from pathlib import Path; from pipeline.workers import Workers;"
+                "import sys; from pathlib import Path; from pipeline.workers.runner import Workers;"
                 "from pipeline.settings import Settings;"
                 f"Workers(Settings.read(), print)({ENVIRONMENT!r}, Path(sys.argv[1]), {{}}, Path(sys.argv[2]))"
             ),
@@ -120,7 +120,7 @@ def test_pins_that_cannot_be_met_say_so_and_leave_no_environment(
     (tmp_path / "build.txt").write_text("")
     (tmp_path / "broken.in").write_text("no-such-distribution-of-slipway\n")
     (tmp_path / "broken.txt").write_text("no-such-distribution-of-slipway==1.0 --hash=sha256:" + "0" * 64 + "\n")
-    monkeypatch.setattr("pipeline.environments.REQUIREMENTS", tmp_path)
+    monkeypatch.setattr("pipeline.workers.environments.REQUIREMENTS", tmp_path)
     other = replace(settings, home=tmp_path / "home")
     with pytest.raises(WorkerFailed, match=r"(?s)can't make the broken environment.*no-such-distribution"):
         ensure_environment("broken", other, print)
@@ -128,7 +128,7 @@ def test_pins_that_cannot_be_met_say_so_and_leave_no_environment(
 
 
 def test_the_pins_digest_follows_the_pins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.environments.REQUIREMENTS", tmp_path)
+    monkeypatch.setattr("pipeline.workers.environments.REQUIREMENTS", tmp_path)
     (tmp_path / "build.txt").write_text("")
     (tmp_path / "small.in").write_text("")
     (tmp_path / "small.txt").write_text("a==1\n")

@@ -22,23 +22,23 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from containers.distribution import Registry
 from containers.errors import ContainerError
 from containers.gateway import reading
 from containers.gateway.errors import Refusal
 from containers.gateway.schema import ChatRequest, CompletionRequest
-from containers.pulled import read_configuration, read_manifest
-from containers.vex import read_vex
+from containers.image.distribution import Registry
+from containers.image.pulled import read_configuration, read_manifest
+from containers.scan.vex import read_vex
 from pipeline import spec, yaml_file
+from pipeline.compatibility.safetensors_headers import HeaderError, parse_header, read_index
 from pipeline.errors import PlanError, SourceError, SpecError
-from pipeline.hub import Hub
 from pipeline.planner import sources
-from pipeline.safetensors_headers import HeaderError, parse_header, read_index
-from registry.bundle import files_of, is_bundle, open_bundle, payload_of
+from pipeline.sources.hub import Hub
 from registry.certificates import Authority
 from registry.errors import ManifestError, SigningError
 from registry.manifest import Manifest
 from registry.signing import load_certificates, load_trusted_keys
+from registry.sigstore_bundle import files_of, is_bundle, open_bundle, payload_of
 
 ROOT = Path(__file__).parent.parent.parent
 COMPAT = ROOT / "tests" / "compat"

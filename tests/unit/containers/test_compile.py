@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from containers.profile import RUNTIMES
+from containers.image.profile import RUNTIMES
 
 
 def compiled(folder: Path) -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from containers.core_pool import CoreRequest, Cores, neighbours_together, reserved
+from containers.hardware.core_pool import CoreRequest, Cores, neighbours_together, reserved
 from pipeline.settings import CHECKOUT
 
 HOLD = """
 import sys
 from pathlib import Path
-from containers.core_pool import CoreRequest, reserved
+from containers.hardware.core_pool import CoreRequest, reserved
 with reserved(CoreRequest(Path(sys.argv[1]), int(sys.argv[2])), print, range(4)) as cores:
     print(cores.cpuset, flush=True)
     sys.stdin.read()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from containers import cpu
-from containers.cpu import INSTRUCTION_SETS, Cpu, describe, this_cpu
+from containers.hardware import cpu
+from containers.hardware.cpu import INSTRUCTION_SETS, Cpu, describe, this_cpu
 
 # Flags as kernels wrote them of these CPUs, shortened: those of x86-64-v2, which all have, and then each one's own.
 BASE = (

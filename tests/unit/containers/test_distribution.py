@@ -11,7 +11,7 @@ import httpx
 import pytest
 from recording_server import Answer, Asked, Recording, recording
 
-from containers.distribution import DistributionError, Registry, _Login
+from containers.image.distribution import DistributionError, Registry, _Login
 
 BASIC = f"Basic {base64.b64encode(b'ann:word').decode()}"
 DIGEST = "sha256:" + "a" * 64

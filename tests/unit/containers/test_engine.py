@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from containers import engine, machine_locks, private_engine
+from containers.engine import engine, private_engine
 from containers.errors import EngineError
+from containers.hardware import machine_locks
 
 DEAD = "unix:///nonexistent/docker.sock"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from containers.engine_log import MOST_CHARACTERS, Failure, by_status, is_dead, root_error
+from containers.sandbox.engine_log import MOST_CHARACTERS, Failure, by_status, is_dead, root_error
 
 LOGS = Path(__file__).parents[2] / "data" / "engine_logs"
 

@@ -10,10 +10,11 @@ import docker
 import pynvml
 import pytest
 
-from containers import gate, profile, sandbox
-from containers.gate import GateError, Needs, check, labels_of, needs_of, problems
-from containers.gpu import Gpu
-from containers.gpu_models import find_gpu
+from containers.hardware.gpu import Gpu
+from containers.hardware.gpu_models import find_gpu
+from containers.image import gpu_compatibility, profile
+from containers.image.gpu_compatibility import GateError, Needs, check, labels_of, needs_of, problems
+from containers.sandbox import sandbox
 
 GIB = 2**30
 
@@ -47,7 +48,7 @@ def client(labels: dict[str, str], started: list[str]) -> docker.DockerClient:
 
 @pytest.mark.usefixtures("nvml")
 def test_driver_580_on_a_host_with_550_is_refused_by_name_and_number_before_a_container_starts(tmp_path: Path) -> None:
-    labels = {**labels_of(profile.load("vllm-cuda13")), gate.RUNTIME: "vllm-cuda13"}
+    labels = {**labels_of(profile.load("vllm-cuda13")), gpu_compatibility.RUNTIME: "vllm-cuda13"}
     started: list[str] = []
     with (
         pytest.raises(GateError, match=r"vllm-cuda13 needs NVIDIA driver 580\.65\.06 or later, and this host has 550"),
@@ -60,7 +61,7 @@ def test_driver_580_on_a_host_with_550_is_refused_by_name_and_number_before_a_co
 
 @pytest.mark.usefixtures("nvml")
 def test_cuda_12_runs_where_cuda_13_does_not() -> None:
-    labels = {**labels_of(profile.load("vllm-cuda12")), gate.RUNTIME: "vllm-cuda12"}
+    labels = {**labels_of(profile.load("vllm-cuda12")), gpu_compatibility.RUNTIME: "vllm-cuda12"}
     check(client(labels, []), "image", "0")
 
 
@@ -112,6 +113,11 @@ def test_all_that_is_wrong_is_listed() -> None:
 
 
 def test_labels_say_what_an_image_needs() -> None:
-    labels = {gate.DRIVER: "580.65.06", gate.CAPABILITIES: "8.0 9.0", gate.MODEL_BYTES: "80", gate.CACHE_BYTES: "16"}
+    labels = {
+        gpu_compatibility.DRIVER: "580.65.06",
+        gpu_compatibility.CAPABILITIES: "8.0 9.0",
+        gpu_compatibility.MODEL_BYTES: "80",
+        gpu_compatibility.CACHE_BYTES: "16",
+    }
     needs = needs_of(labels)
     assert (needs.driver, needs.capabilities, needs.memory_bytes) == ("580.65.06", ("8.0", "9.0"), 120)

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pynvml
 import pytest
 
-from containers import gpu_pool, memory
-from containers.gpu import Gpu
-from containers.gpu_pool import reserved
+from containers.hardware import gpu_pool
+from containers.hardware.gpu import Gpu
+from containers.hardware.gpu_pool import reserved
+from containers.sandbox import memory
 
 GIB = 2**30
 FREE = {"GPU-a": 10 * GIB, "GPU-b": 70 * GIB}

@@ -16,11 +16,11 @@ import httpx
 import pytest
 from recording_server import Answer, Asked, Recording, recording, trickle
 
-from containers import base, distribution
-from containers.blobs import BlobStore
-from containers.distribution import DistributionError, Registry
 from containers.errors import ImageError
-from containers.oci import digest_of
+from containers.image import base, distribution
+from containers.image.blobs import BlobStore
+from containers.image.distribution import DistributionError, Registry
+from containers.image.oci import digest_of
 from registry import network
 
 DIGEST = "sha256:" + "a" * 64

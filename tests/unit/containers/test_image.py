@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from containers import base, image, profile, runtime, wheels
-from containers.blobs import Blob, BlobStore
 from containers.errors import ImageError, WheelError
+from containers.image import base, build, profile, runtime, wheels
+from containers.image.blobs import Blob, BlobStore
 
 BASE = base.BaseImage("sha256:" + "1" * 64, "sha256:" + "2" * 64, "a base")
 
@@ -43,7 +43,7 @@ def test_a_runtime_says_what_it_runs_with(tmp_path: Path) -> None:
 
 
 def test_arguments_follow_from_the_checkpoint(tmp_path: Path) -> None:
-    words = image.serving_arguments(profile.load("vllm-cpu"), checkpoint(tmp_path, max_position_embeddings=512), "demo")
+    words = build.serving_arguments(profile.load("vllm-cpu"), checkpoint(tmp_path, max_position_embeddings=512), "demo")
     assert words[:4] == ("--model", "/model", "--served-model-name", "demo")
     assert words[words.index("--max-model-len") + 1] == "512"
     assert "--enforce-eager" in words
@@ -52,18 +52,18 @@ def test_arguments_follow_from_the_checkpoint(tmp_path: Path) -> None:
 
 def test_a_context_of_131072_tokens_is_capped(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, text_config={"max_position_embeddings": 131072})
-    words = image.serving_arguments(profile.load("vllm-cuda13"), folder, "big")
-    assert words[words.index("--max-model-len") + 1] == str(image.LONGEST_CONTEXT)
+    words = build.serving_arguments(profile.load("vllm-cuda13"), folder, "big")
+    assert words[words.index("--max-model-len") + 1] == str(build.LONGEST_CONTEXT)
     # FP16 is asked in the precision in which every scheme of it computes.
     assert words[words.index("--dtype") + 1] == "float16"
 
 
 def test_a_folder_without_weights_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"no readable config\.json"):
-        image.serving_arguments(profile.load("vllm-cpu"), tmp_path, "demo")
+        build.serving_arguments(profile.load("vllm-cpu"), tmp_path, "demo")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ImageError, match=r"no \*\.safetensors"):
-        image.serving_arguments(profile.load("vllm-cpu"), tmp_path, "demo")
+        build.serving_arguments(profile.load("vllm-cpu"), tmp_path, "demo")
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "a.pt", "nested/modeling_x.py"])
@@ -72,7 +72,7 @@ def test_pickles_and_code_stay_out(tmp_path: Path, name: str) -> None:
     path.parent.mkdir(exist_ok=True)
     path.touch()
     with pytest.raises(ImageError, match=path.name):
-        image._refuse_unwanted(tmp_path)
+        build._refuse_unwanted(tmp_path)
 
 
 def test_apt_sources_of_the_suite_are_taken_and_no_third_partys(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_shard_is_a_layer_and_the_tokenizer_is_the_last(tmp_path: Path) -> Non
     checkpoint(tmp_path)
     (tmp_path / "model-2.safetensors").write_bytes(b"more")
     (tmp_path / "tokenizer.json").write_text("{}")
-    names = [[member.name for member in layer.members] for layer in image.model_layers(tmp_path, {})]
+    names = [[member.name for member in layer.members] for layer in build.model_layers(tmp_path, {})]
     assert names == [["model/model-2.safetensors"], ["model/model.safetensors"],
                      ["model/config.json", "model/tokenizer.json"]]  # fmt: skip
 
@@ -101,8 +101,8 @@ def test_a_shard_is_a_layer_and_the_tokenizer_is_the_last(tmp_path: Path) -> Non
 def test_very_many_shards_share_layers_so_that_engines_can_stack_them(tmp_path: Path) -> None:
     for number in range(250):
         (tmp_path / f"model-{number:05}.safetensors").touch()
-    layers = image.model_layers(tmp_path, {})
-    assert len(layers) <= image.MOST_SHARDS
+    layers = build.model_layers(tmp_path, {})
+    assert len(layers) <= build.MOST_SHARDS
     assert sum(len(layer.members) for layer in layers) == 250
 
 

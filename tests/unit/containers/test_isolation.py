@@ -8,7 +8,7 @@ from typing import Any, cast
 import docker
 import pytest
 
-from containers.isolation import _has_default_route, is_local
+from containers.sandbox.isolation import _has_default_route, is_local
 
 
 def engine(base_url: str = "http+docker://localhost", **about: Any) -> docker.DockerClient:  # noqa: ANN401 - JSON

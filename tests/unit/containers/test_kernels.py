@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from containers.core_pool import Cores
-from containers.kernels import ComputedOn, find
-from containers.memory import MemorySampler
-from containers.sandbox import Server
+from containers.hardware.core_pool import Cores
+from containers.sandbox.kernels import ComputedOn, find
+from containers.sandbox.memory import MemorySampler
+from containers.sandbox.sandbox import Server
 
 TOLD = {
     "attention": "CPU_ATTN", "compute_dtype": "bfloat16", "cpu_model": "AMD EPYC 7R13 Processor",

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from containers.blobs import BlobStore
 from containers.errors import ImageError
-from containers.layers import EPOCH, FileLayer, Member, archive, normalized, normalized_file, plain_files
-from containers.oci import OciImage, saved
+from containers.image.blobs import BlobStore
+from containers.image.layers import EPOCH, FileLayer, Member, archive, normalized, normalized_file, plain_files
+from containers.image.oci import OciImage, saved
 
 
 def content(chunks: Iterator[bytes]) -> bytes:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from containers.logs import keep, redacted
+from containers.sandbox.logs import keep, redacted
 
 
 @pytest.mark.parametrize(

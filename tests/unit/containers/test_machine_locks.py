@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from containers import machine_locks
-from containers.machine_locks import MachineLockError, default_folder, locked, try_lock
+from containers.hardware import machine_locks
+from containers.hardware.machine_locks import MachineLockError, default_folder, locked, try_lock
 from pipeline.settings import CHECKOUT, Settings
 from pipeline.spec import load
-from pipeline.stages import Bench
+from pipeline.stages.table import Bench
 from registry.errors import FileSystemError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 HOLD = """
 import sys
 from pathlib import Path
-from containers.machine_locks import locked
+from containers.hardware.machine_locks import locked
 with locked(Path(sys.argv[1]), sys.argv[2]):
     print("held", flush=True)
     sys.stdin.read()
@@ -81,7 +81,7 @@ def test_two_homes_of_one_machine_never_have_the_device_at_once(tmp_path: Path) 
 
 
 def test_a_timed_model_waits_for_heavy_work_of_another_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.stages.gpus", list)
+    monkeypatch.setattr("pipeline.stages.table.gpus", list)
     one, two = bench(tmp_path / "a", tmp_path), bench(tmp_path / "b", tmp_path)
     with one.cores(), two.cores():
         assert try_lock(tmp_path, machine_locks.CORES) is None

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from containers import mlbom
-from containers.distribution import DistributionError
+from containers.image.distribution import DistributionError
+from containers.scan import mlbom
 from registry.verdict import Verdict
 
 MODEL = mlbom.Model(

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from containers import policy
 from containers.errors import PolicyError
-from containers.judgement import judge, waived, warnings
-from containers.policy import ScanPolicy, Waiver
-from containers.purl import matches
-from containers.vex import read_vex
+from containers.scan import policy
+from containers.scan.policy import ScanPolicy, Waiver
+from containers.scan.purl import matches
+from containers.scan.scan_gate import judge, waived, warnings
+from containers.scan.vex import read_vex
 
 TODAY = datetime.now(UTC).date()
 IMAGE = f"pkg:oci/demo-awq@sha256:{'ab' * 32}"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from containers import profile
 from containers.errors import ProfileError
+from containers.image import profile
 
 HASH = "a" * 64
 GOOD = {

@@ -15,10 +15,10 @@ import docker
 import pytest
 from docker.models.containers import Container
 
-from containers import memory
-from containers.memory import MemorySampler, _stats_reader
-from containers.owner import OWNER_LABEL, home_digest, is_alive, left_behind, marked, ownership, start_time
-from containers.sandbox import terminated_by_exception
+from containers.engine.owner import OWNER_LABEL, home_digest, is_alive, left_behind, marked, ownership, start_time
+from containers.sandbox import memory
+from containers.sandbox.memory import MemorySampler, _stats_reader
+from containers.sandbox.sandbox import terminated_by_exception
 
 
 def test_this_process_owns_what_it_starts(tmp_path: Path) -> None:

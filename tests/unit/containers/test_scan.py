@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from containers import judgement
-from containers.policy import AllowedSecret, ScanPolicy, common
-from containers.scan import ScanError, _read_report, scan_key, summarize
-from containers.trivy_db import Database
+from containers.scan import scan_gate
+from containers.scan.policy import AllowedSecret, ScanPolicy, common
+from containers.scan.scan import ScanError, _read_report, scan_key, summarize
+from containers.scan.trivy_db import Database
 from registry.verdict import Verdict
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
@@ -61,7 +61,7 @@ def evidence(
 
 
 def judge(found: dict[str, Any], policy: ScanPolicy, now: datetime = NOW) -> Verdict:
-    return judgement.judge(found, policy, now=now)
+    return scan_gate.judge(found, policy, now=now)
 
 
 def test_a_clean_image_under_a_fresh_database_passes_and_says_what_was_looked_at() -> None:
@@ -195,7 +195,7 @@ def test_the_database_ages_after_the_scan() -> None:
     found = evidence(known=database(hours=1))
     assert judge(found, ScanPolicy()).status == "pass"
     assert judge(found, ScanPolicy(), now=NOW + timedelta(days=30)).cause == "database-stale"
-    assert judgement.judge(evidence(known=database(hours=24 * 365)), ScanPolicy()).cause == "database-stale"
+    assert scan_gate.judge(evidence(known=database(hours=24 * 365)), ScanPolicy()).cause == "database-stale"
 
 
 def test_a_verdict_is_the_same_whatever_the_hour_while_it_holds_and_once_it_does_not() -> None:
@@ -211,7 +211,7 @@ def test_a_verdict_is_the_same_whatever_the_hour_while_it_holds_and_once_it_does
 def test_an_age_may_be_looked_at_as_it_was_at_the_scan() -> None:
     found = evidence(known=database(hours=1))
     later = NOW + timedelta(days=30)
-    assert judgement.judge(found, ScanPolicy(), now=later, database_at=NOW) == judge(found, ScanPolicy())
+    assert scan_gate.judge(found, ScanPolicy(), now=later, database_at=NOW) == judge(found, ScanPolicy())
 
 
 def test_a_system_past_its_end_of_life_is_told() -> None:
@@ -219,7 +219,7 @@ def test_a_system_past_its_end_of_life_is_told() -> None:
     assert "end of life" not in judge(found, ScanPolicy()).reason
     found["os"]["end_of_life"] = True
     assert "debian 12.8 is past its end of life" in judge(found, ScanPolicy()).reason
-    assert judgement.warnings(found, ScanPolicy()) == ["debian 12.8 is past its end of life"]
+    assert scan_gate.warnings(found, ScanPolicy()) == ["debian 12.8 is past its end of life"]
 
 
 def test_the_age_limit_is_compared_unrounded() -> None:

@@ -8,8 +8,8 @@ from threading import Event
 
 import pytest
 
-from containers import profile, wheels
-from containers.wheels import Fetched
+from containers.image import profile, wheels
+from containers.image.wheels import Fetched
 from registry import counting
 
 # Of pip 26, shortened.

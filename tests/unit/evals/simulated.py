@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from evals.sequential import levels, prefixes
-from evals.statistics import CONTINUITY, drop_score, tail
+from evals.statistics.paired import CONTINUITY, drop_score, tail
+from evals.statistics.sequential import levels, prefixes
 
 Outcomes = tuple[float, float]  # the shares of trials that passed and that failed
 
@@ -35,7 +35,7 @@ def outcomes(
 def p_values(
     items: int, lost: NDArray[np.int64], gained: NDArray[np.int64], limit: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The gate's two p-values of each trial, as `evals.statistics.drop_loss` gives them one by one."""
+    """The gate's two p-values of each trial, as `evals.statistics.paired.drop_loss` gives them one by one."""
     within = special.ndtr(drop_score(items, lost, gained, limit, CONTINUITY))
     beyond = special.ndtr(-drop_score(items, lost, gained, limit, -CONTINUITY))
     return np.asarray(within), np.asarray(beyond)

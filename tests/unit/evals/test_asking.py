@@ -12,15 +12,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from containers.engine_log import Failure
-from containers.memory import MemorySampler
-from containers.sandbox import SandboxError, Server
-from evals import served
-from evals.answers import Answers
-from evals.asking import RUNS, in_looks, while_serving
+from containers.sandbox.engine_log import Failure
+from containers.sandbox.memory import MemorySampler
+from containers.sandbox.sandbox import SandboxError, Server
+from evals.drift import served
+from evals.drift.answers import Answers
+from evals.drift.asking import RUNS, in_looks, while_serving
+from evals.drift.overlap import runs
+from evals.drift.served import ServerError, Whole, wait_for_address
 from evals.errors import AnswersError
-from evals.overlap import runs
-from evals.served import ServerError, Whole, wait_for_address
 from registry import counting
 
 
@@ -134,8 +134,8 @@ def part(share: tuple[float, float], folder: Path) -> Answers:
 
 
 def test_looks_stop_when_the_verdict_is_clear_and_keep_all_that_was_answered(tmp_path: Path) -> None:
-    from evals.answers import read_answers  # noqa: PLC0415 - beside its one use
-    from evals.asking import overlapping  # noqa: PLC0415 - the same
+    from evals.drift.answers import read_answers  # noqa: PLC0415 - beside its one use
+    from evals.drift.asking import overlapping  # noqa: PLC0415 - the same
 
     scratch, output, seen = tmp_path / "scratch", tmp_path / "output", []
     scratch.mkdir()

@@ -7,20 +7,20 @@ from types import ModuleType
 
 import pytest
 
-from pipeline import slipway_worker
+from pipeline.workers import slipway_worker
 from registry import counting
 
 
 @pytest.fixture
 def checkpoints(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module as the worker has it, with the harness under its own names; nothing is too quick to be told."""
-    from evals import packed  # noqa: PLC0415 - beside it in the worker
+    from evals.drift import packed  # noqa: PLC0415 - beside it in the worker
 
     monkeypatch.setattr(counting, "FIRST_SECONDS", 0.0)
     monkeypatch.setitem(sys.modules, "packed", packed)
     monkeypatch.setitem(sys.modules, "slipway_worker", slipway_worker)
     monkeypatch.setitem(sys.modules, "slipway_counting", counting)
-    from evals import checkpoints as found  # noqa: PLC0415 - only with the harness in place
+    from evals.drift import checkpoints as found  # noqa: PLC0415 - only with the harness in place
 
     return found
 

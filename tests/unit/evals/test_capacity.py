@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from queues import rows
 
-from evals.capacity import CapacitySearch, Load, judge_step, search, step_metrics
-from evals.traffic.profile import Arrivals
-from evals.traffic.schedule import arrivals
+from evals.load.capacity import CapacitySearch, Load, judge_step, search, step_metrics
+from evals.load.traffic.profile import Arrivals
+from evals.load.traffic.schedule import arrivals
 
 WORKERS, SERVICE_MS = 4, 100.0  # 40 a second, and no more
 LIMITS = {"p95_latency_ms": 500.0, "error_rate": 0.0}

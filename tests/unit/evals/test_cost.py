@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from evals import cost_pictures, report
-from evals.cost import (
+from evals.load.cost import (
     USUAL_DAY,
     Api,
     Cloud,
@@ -24,6 +23,7 @@ from evals.cost import (
     sentences,
     throughput,
 )
+from evals.report import cost_pictures, report
 
 CARRIED = Throughput(10.0, 1000.0, 300.0, 100.0, at_slo=True)
 PLAN = CostPlan(

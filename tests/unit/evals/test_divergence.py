@@ -9,9 +9,9 @@ import pytest
 from numpy.typing import NDArray
 from scipy import optimize
 
-from evals.divergence import Top, agreement, by_bucket, by_document, kl, read_top
+from evals.drift.divergence import Top, agreement, by_bucket, by_document, kl, read_top
 from evals.errors import AnswersError
-from evals.statistics import Floats
+from evals.statistics.paired import Floats
 
 
 def top(distributions: Floats, count: int) -> Top:

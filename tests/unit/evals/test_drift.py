@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from containers.kernels import ComputedOn, Kernels
-from evals.answers import Answers, ChoiceAnswer, read_answers
-from evals.drift import judge
+from containers.sandbox.kernels import ComputedOn, Kernels
+from evals.drift.answers import Answers, ChoiceAnswer, read_answers
+from evals.drift.drift_gate import judge
+from evals.drift.limits import DriftLimits
+from evals.drift.pairs import ChoicePairs, Drift, TextPairs, compare, read_drift, write_drift
+from evals.drift.suite import questions
 from evals.errors import AnswersError, SuiteError
-from evals.limits import DriftLimits
-from evals.pairs import ChoicePairs, Drift, TextPairs, compare, read_drift, write_drift
-from evals.suite import questions
 from registry.verdict import Verdict
 
 RIGHT, WRONG = [-1.0, -2.0, -3.0, -4.0], [-2.0, -1.0, -3.0, -4.0]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from evals.engine_metrics import Scrape, parse, pool
-from evals.expected_memory import RUNTIME_BYTES, Expected, compared, expect
+from evals.load.engine_metrics import Scrape, parse, pool
+from evals.load.expected_memory import RUNTIME_BYTES, Expected, compared, expect
 
 PAGE = """# HELP vllm:kv_cache_usage_perc KV-cache usage. 1 means 100 percent usage.
 # TYPE vllm:kv_cache_usage_perc gauge

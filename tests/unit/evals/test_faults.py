@@ -15,10 +15,10 @@ import scripted_server
 from docker.models.containers import Container, ExecResult
 from scripted_server import Script, serving
 
-from containers.engine_log import Failure
-from containers.memory import MemorySampler
-from containers.sandbox import Server
-from evals import faults
+from containers.sandbox.engine_log import Failure
+from containers.sandbox.memory import MemorySampler
+from containers.sandbox.sandbox import Server
+from evals.load import faults
 
 GENTLE = {
     "malformed JSON", "unknown model name", "prompt over the context", "client hangs up", "slow reader",

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from evals import overlap
-from evals.answers import ChoiceAnswer, GeneratedAnswer, TextAnswer
-from pipeline import slipway_worker
+from evals.drift import overlap
+from evals.drift.answers import ChoiceAnswer, GeneratedAnswer, TextAnswer
+from pipeline.workers import slipway_worker
 
 MODEL = SimpleNamespace(tok_encode=str.split)
 TASK: dict[str, Any] = {"metric": None, "filter": None}
@@ -22,7 +22,7 @@ TASK: dict[str, Any] = {"metric": None, "filter": None}
 def items(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module as the worker has it, the harness beside it under its own name."""
     monkeypatch.setitem(sys.modules, "slipway_worker", slipway_worker)
-    from evals import items as found  # noqa: PLC0415 - only with the harness in place
+    from evals.drift import items as found  # noqa: PLC0415 - only with the harness in place
 
     return found
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from evals import json_lines
-from evals.json_lines import CHOICES, DOCUMENTS, TEXTS, JsonLinesError, Shape, parse_rows, read_rows
+from evals.drift import json_lines
+from evals.drift.json_lines import CHOICES, DOCUMENTS, TEXTS, JsonLinesError, Shape, parse_rows, read_rows
 
 CHOICE = {"id": "a", "context": "x", "choices": ["y", "z"], "answer": 1}
 

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from scripted_server import Script, serving
 
-from containers.core_pool import Cores
-from containers.engine_log import Failure
-from containers.memory import MemorySampler
-from containers.sandbox import Server
-from evals import load as loads
-from evals.load import (
+from containers.hardware.core_pool import Cores
+from containers.sandbox.engine_log import Failure
+from containers.sandbox.memory import MemorySampler
+from containers.sandbox.sandbox import Server
+from evals.load import load_test as loads
+from evals.load.load_test import (
     LoadPlan,
     is_conclusive,
     judge,

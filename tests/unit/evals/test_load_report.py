@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import release_evidence
 
-from evals import load_pictures
-from evals.comparison import Contender, incomparable, table
-from evals.load_report import section, write_comparison, write_page
+from evals.load.comparison import Contender, incomparable, table
+from evals.report import load_pictures
+from evals.report.load_report import section, write_comparison, write_page
 from registry.verdict import Verdict
 
 STEPS = [

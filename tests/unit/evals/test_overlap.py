@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evals.answers import Answers
-from evals.asking import overlapping
+from evals.drift.answers import Answers
+from evals.drift.asking import overlapping
+from evals.drift.overlap import WORDS, pooled, runs
 from evals.errors import AnswersError
-from evals.overlap import WORDS, pooled, runs
 
 LINE = "def wave(self, data): return self.size_read + len(data) if self.align else None # twelve and more words in here"
 

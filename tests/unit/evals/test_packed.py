@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evals.packed import FormatError, unpack_linear, unpack_words
+from evals.drift.packed import FormatError, unpack_linear, unpack_words
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 

@@ -11,8 +11,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import confint_proportions_2indep
 
-from evals.resampling import drop_bootstrap, ratio_bootstrap
-from evals.statistics import (
+from evals.statistics.paired import (
     Flips,
     clustered_drop_loss,
     detectable_drop,
@@ -23,6 +22,7 @@ from evals.statistics import (
     mcnemar_worse,
     mean_loss,
 )
+from evals.statistics.resampling import drop_bootstrap, ratio_bootstrap
 
 SAMPLES = [Flips(800, 31, 14), Flips(2000, 12, 30), Flips(400, 9, 9), Flips(5000, 150, 90)]
 

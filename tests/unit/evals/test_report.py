@@ -14,15 +14,15 @@ from xml.etree import ElementTree as ET
 import pytest
 import release_evidence
 
-from evals import pictures
-from evals.answers import AskedSuite
-from evals.drift import judge as judge_drift
-from evals.limits import DriftLimits
-from evals.pairs import ChoicePairs, Divergence, DocumentPair, Drift, Example, Layer, TextPairs, write_drift
-from evals.pictures import Stage
-from evals.report import Evidence, ReportError, Subject, render, write
-from evals.suite import TaskLimits
-from evals.svg import Axis, Canvas, as_markdown, ticks
+from evals.drift.answers import AskedSuite
+from evals.drift.drift_gate import judge as judge_drift
+from evals.drift.limits import DriftLimits
+from evals.drift.pairs import ChoicePairs, Divergence, DocumentPair, Drift, Example, Layer, TextPairs, write_drift
+from evals.drift.suite import TaskLimits
+from evals.report import pictures
+from evals.report.pictures import Stage
+from evals.report.report import Evidence, ReportError, Subject, render, write
+from evals.report.svg import Axis, Canvas, as_markdown, ticks
 from registry.verdict import Verdict
 
 chance = random.Random(2)

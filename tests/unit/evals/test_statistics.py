@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from evals.statistics import (
+from evals.statistics.paired import (
     Flips,
     detectable_drop,
     drop_interval,

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from evals import planning
-from evals.drift import is_clear, judge
+from evals.drift import planning
+from evals.drift.drift_gate import is_clear, judge
+from evals.drift.limits import DriftLimits
+from evals.drift.pairs import ChoicePairs, DocumentPair, Drift, Group, Lengths, TextPairs
+from evals.drift.suite import SUITES, load_suite, suite_names
 from evals.errors import SuiteError
-from evals.limits import DriftLimits
-from evals.pairs import ChoicePairs, DocumentPair, Drift, Group, Lengths, TextPairs
-from evals.suite import SUITES, load_suite, suite_names
 
 
 @pytest.mark.parametrize("name", suite_names())

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from evals.traffic.profile import Arrivals, Lengths, ProfileError, TrafficProfile, load, names
-from evals.traffic.schedule import arrivals, plan
+from evals.load.traffic.profile import Arrivals, Lengths, ProfileError, TrafficProfile, load, names
+from evals.load.traffic.schedule import arrivals, plan
 
 
 def chance(seed: int = 1) -> random.Random:

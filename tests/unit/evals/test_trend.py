@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from queues import rows, served
 
-from evals.traffic.profile import Arrivals
-from evals.traffic.schedule import arrivals
-from evals.trend import queue, slope
+from evals.load.traffic.profile import Arrivals
+from evals.load.traffic.schedule import arrivals
+from evals.statistics.trend import queue, slope
 
 
 def grew(load: float, seed: int, *, workers: int = 4, service_ms: float = 100.0, seconds: float = 20.0) -> bool:

@@ -16,9 +16,9 @@ from release_evidence import DIGEST, IMAGE, LOAD, QUANTIZED_NOTES, SAMPLES, SCAN
 from homes import DEMO
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec, load
-from pipeline.stages import Bench
-from pipeline.store import Artifact, Making, Recipe, Store
-from pipeline.walk import signed
+from pipeline.stages.table import Bench
+from pipeline.stages.walk import signed
+from pipeline.store.artifacts import Artifact, Making, Recipe, Store
 
 # What the stages leave behind, by stage; a release is sealed for real.
 _FILES: Mapping[str, Mapping[str, Any]] = {

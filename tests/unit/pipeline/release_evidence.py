@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evals.answers import AskedSuite
-from evals.pairs import ChoicePairs, Divergence, DocumentPair, Drift, TextPairs
+from evals.drift.answers import AskedSuite
+from evals.drift.pairs import ChoicePairs, Divergence, DocumentPair, Drift, TextPairs
 from homes import DEMO
 from pipeline.settings import Settings
 from pipeline.spec import load
-from pipeline.stages import Bench
-from pipeline.store import Artifact, Making, Recipe, Store
+from pipeline.stages.table import Bench
+from pipeline.store.artifacts import Artifact, Making, Recipe, Store
 
 DIGEST = "sha256:" + "ab" * 32
 IMAGE = {

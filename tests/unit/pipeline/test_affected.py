@@ -14,14 +14,14 @@ from filled import _FILES, Models
 from hub_server import COMMIT, REPOSITORY, serving
 from release_evidence import SCAN
 
-from containers import judgement
-from pipeline import affected as looking
-from pipeline import stages
-from pipeline.affected import affected, moved_upstream, touched
+from containers.scan import scan_gate
 from pipeline.errors import SourceError
-from pipeline.source_lock import Lock, LockedFile, write_lock
+from pipeline.sources.lock import Lock, LockedFile, write_lock
 from pipeline.spec import ModelSpec
-from pipeline.store import Artifact
+from pipeline.stages import affected as looking
+from pipeline.stages import table
+from pipeline.stages.affected import affected, moved_upstream, touched
+from pipeline.store.artifacts import Artifact
 from registry.backend import Version
 
 SCHEMES = {"gptq": {"method": "gptq", "backend": "gptqmodel", "bits": 4, "group_size": 64}}
@@ -125,8 +125,8 @@ def test_new_weights_are_told_at_the_source(models: Models, released: ModelSpec)
 def test_new_pins_of_one_quantizer_affect_its_schemes_alone(
     models: Models, released: ModelSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = stages.pins_digest
-    monkeypatch.setattr(stages, "pins_digest", lambda name: "new" if name == "autoawq" else real(name))
+    real = table.pins_digest
+    monkeypatch.setattr(table, "pins_digest", lambda name: "new" if name == "autoawq" else real(name))
     assert told(models, released) == {"awq": "quantized: pins changed", "gptq": None}
 
 
@@ -144,8 +144,8 @@ def test_a_refused_release_is_not_tried_again_until_its_limits_are_others(models
 def test_a_newer_vulnerability_database_is_the_rescans_business(
     models: Models, released: ModelSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = stages.trivy.database(models.settings.home)
-    monkeypatch.setattr(stages.trivy, "database", lambda _: replace(real, digest="sha256:new"))
+    real = table.trivy.database(models.settings.home)
+    monkeypatch.setattr(table.trivy, "database", lambda _: replace(real, digest="sha256:new"))
     assert told(models, released) == {"awq": None, "gptq": None}
 
 
@@ -163,7 +163,7 @@ def test_a_database_that_has_got_old_since_hides_no_other_change(
         def now(cls, tz: tzinfo | None = None) -> Later:
             return super().now(tz) + timedelta(days=30)
 
-    monkeypatch.setattr(judgement, "datetime", Later)
+    monkeypatch.setattr(scan_gate, "datetime", Later)
     assert told(models, spec) == {"awq": None, "gptq": None}
     shorter = spec.model_copy(update={"load": spec.load.model_copy(update={"cpus": 1.5})})
     assert told(models, shorter) == dict.fromkeys(("awq", "gptq"), "load: cpus changed")
@@ -245,7 +245,7 @@ AVX512 = "model name\t: Fast\nflags\t\t: fma f16c avx2 avx512f avx512bw avx512dq
 def fast_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU with AVX-512, of an x86-64 machine."""
     (tmp_path / "cpuinfo").write_text(AVX512)
-    monkeypatch.setattr("containers.cpu._CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("containers.hardware.cpu._CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
 
 

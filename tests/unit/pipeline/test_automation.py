@@ -27,11 +27,11 @@ from filled import Models
 from hub_server import REPOSITORY, serving
 
 from homes import DEMO
-from pipeline import automation
 from pipeline.definitions import defs
-from pipeline.instance import open_instance
-from pipeline.partitions import add_partitions
-from pipeline.source_lock import Lock, LockedFile, write_lock
+from pipeline.orchestration import automation
+from pipeline.orchestration.instance import open_instance
+from pipeline.orchestration.partitions import add_partitions
+from pipeline.sources.lock import Lock, LockedFile, write_lock
 from pipeline.spec import Automation, ModelSpec
 from webhook_server import listening
 
@@ -107,7 +107,7 @@ def released(models: Models, monkeypatch: pytest.MonkeyPatch, says: dict[str, An
         digest = f"sha256:{made.files['release/manifest.json']['sha256']}"
         return [type("Version", (), {"manifest_digest": digest, "aliases": ("candidate", "champion")})]
 
-    monkeypatch.setattr("pipeline.affected.catalog.current", registered)
+    monkeypatch.setattr("pipeline.stages.affected.catalog.current", registered)
     return spec
 
 

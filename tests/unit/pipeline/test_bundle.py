@@ -10,9 +10,9 @@ import yaml
 from click.testing import CliRunner
 
 from containers.kubernetes.cluster import Cluster
-from pipeline.bundle import cluster
 from pipeline.cli import main
 from pipeline.errors import SpecError
+from pipeline.serving.deployment import cluster
 from pipeline.settings import CHECKOUT
 
 

@@ -9,9 +9,9 @@ import checkpoints
 import numpy as np
 import pytest
 
-from pipeline.checkpoint import check
 from pipeline.errors import CheckpointError
-from pipeline.quantize import Scheme
+from pipeline.quantization.checkpoint import check
+from pipeline.quantization.quantize import Scheme
 
 LAYER = "model.layers.1.mlp.down_proj"
 

@@ -18,7 +18,7 @@ from release_folder import make_release
 from homes import DEMO
 from pipeline import cli
 from pipeline.commands.releasing import exit_status, show_releases
-from pipeline.show import FAILED, REFUSED, USAGE
+from pipeline.commands.show import FAILED, REFUSED, USAGE
 from registry.signing import load_or_create_key
 
 Slipway = Callable[..., subprocess.CompletedProcess[str]]
@@ -90,7 +90,8 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_status_and_verify_do_not_wait_for_mlflow_or_dagster() -> None:
     program = (
-        "import sys\nfrom pipeline import spec, release\nfrom registry import catalog\n"
+        "import sys\nfrom pipeline import spec\nfrom pipeline.orchestration import release\n"
+        "from registry import catalog\n"
         "sys.exit(', '.join({'dagster', 'mlflow', 'scipy.stats', 'huggingface_hub'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -279,7 +280,7 @@ def test_a_release_that_no_cpu_here_can_serve_is_refused_before_anything_is_done
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str, machine: str
 ) -> None:
     (tmp_path / "cpuinfo").write_text(f"model name\t: A CPU\nflags\t\t: {flags}\n")
-    monkeypatch.setattr("containers.cpu._CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("containers.hardware.cpu._CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr("platform.machine", lambda: machine)
     monkeypatch.setenv("SLIPWAY_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("DOCKER_HOST", raising=False)

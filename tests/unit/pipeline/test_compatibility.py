@@ -15,16 +15,16 @@ from safetensors.numpy import save_file
 
 from homes import DEMO, SLIPWAY
 from pipeline.cli import main
+from pipeline.commands.show import USAGE
 from pipeline.compatibility import backends, preflight
 from pipeline.compatibility.description import ModelDescription
+from pipeline.compatibility.safetensors_headers import Tensor
 from pipeline.errors import SpecError, UnsupportedModelError
-from pipeline.planner.before import foresee
 from pipeline.planner.sources import describe_folder
-from pipeline.quantize import Scheme
-from pipeline.safetensors_headers import Tensor
+from pipeline.quantization.quantize import Scheme
 from pipeline.settings import Settings
-from pipeline.show import USAGE
 from pipeline.spec import load
+from pipeline.stages.before import foresee
 
 DATA = Path(__file__).parents[2] / "data"
 FAMILIES: dict[str, Any] = json.loads((DATA / "model_families.json").read_text())["families"]

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.launchers.confinement import status_of
 from pipeline.settings import CHECKOUT
+from pipeline.workers.launchers.confinement import status_of
 
 SECRET = "what the parent was started with"  # noqa: S105
 
 PARENT = """
 import subprocess, sys
-from pipeline.launchers import confinement
+from pipeline.workers.launchers import confinement
 if sys.argv[1] == "no namespaces":
     works = confinement._works
     confinement._works = lambda prefix: "unshare" not in prefix and works(prefix)

@@ -30,16 +30,16 @@ from release_evidence import Made, settings_of
 from sqlalchemy.exc import IntegrityError
 
 from homes import DEMO
-from pipeline import gates, jobs
-from pipeline.artifacts import ArtifactHandles, partitions_stand
-from pipeline.ending import ending
-from pipeline.events import stream
-from pipeline.jobs import RELEASE_JOB
-from pipeline.metadata import CACHED, SECONDS, STAGES, WORKER_SECONDS
-from pipeline.partitions import MODEL_FILE_TAG, RELEASES, add_partitions
+from pipeline.orchestration import checks, jobs
+from pipeline.orchestration.events import stream
+from pipeline.orchestration.io_manager import ArtifactHandles, partitions_stand
+from pipeline.orchestration.jobs import RELEASE_JOB
+from pipeline.orchestration.partitions import MODEL_FILE_TAG, RELEASES, add_partitions
+from pipeline.orchestration.run_outcome import ending
 from pipeline.settings import CHECKOUT
 from pipeline.spec import load
-from pipeline.store import Artifact
+from pipeline.stages.metadata import CACHED, SECONDS, STAGES, WORKER_SECONDS
+from pipeline.store.artifacts import Artifact
 
 KEY = MultiPartitionKey({"model": "demo", "scheme": "gptq"})
 
@@ -161,7 +161,7 @@ def test_a_run_may_measure_again_or_hold_a_release_back_and_nothing_else(defs: D
 
 
 def test_assets_are_thin() -> None:
-    module = ast.parse((CHECKOUT / "pipeline" / "assets.py").read_text())
+    module = ast.parse((CHECKOUT / "pipeline" / "orchestration" / "assets.py").read_text())
     functions = [node for node in module.body if isinstance(node, ast.FunctionDef) and node.decorator_list]
     assets = [node for node in functions if "asset" in ast.unparse(node.decorator_list[0])]
     assert [node.name for node in assets] == list(STAGES)
@@ -214,7 +214,7 @@ def run_small(
 
     small = Definitions(
         assets=[drift, release],
-        asset_checks=[gates.drift_gate],
+        asset_checks=[checks.drift_gate],
         jobs=[define_asset_job("small", executor_def=in_process_executor)],
         resources={"settings": made.settings, "io_manager": handles},
         loggers={"stream": stream},

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from containers import trivy
-from pipeline.doctor import Finding, examine
-from pipeline.environments import ENVIRONMENTS, environment_folder
+from containers.scan import trivy
+from pipeline.operations.doctor import Finding, examine
 from pipeline.settings import Settings
+from pipeline.workers.environments import ENVIRONMENTS, environment_folder
 
 
 def look(home: Path, **variables: str) -> dict[str, Finding]:
@@ -111,8 +111,8 @@ def test_the_cpu_and_what_it_means_are_told(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str, status: str, told: str
 ) -> None:
     (tmp_path / "cpuinfo").write_text(f"model name\t: A CPU\nflags\t\t: {flags}\n")
-    monkeypatch.setattr("containers.cpu._CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr("pipeline.doctor.gpus", list)
+    monkeypatch.setattr("containers.hardware.cpu._CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("pipeline.operations.doctor.gpus", list)
     found = look(tmp_path)["cpu"]
     assert (found.status, told in found.found, found.found.startswith("A CPU")) == (status, True, True)
     assert look(tmp_path, DOCKER_HOST="ssh://elsewhere")["cpu"].status != "missing"

@@ -10,12 +10,12 @@ from threading import Event
 import pytest
 from filled import FillingBench, FillingStore, Models
 
-from containers.cpu import INSTRUCTION_SETS
-from pipeline import evaluation, stages
+from containers.hardware.cpu import INSTRUCTION_SETS
 from pipeline.errors import StoreError, WorkerFailed
-from pipeline.launchers.task import Ended, Task
-from pipeline.store import Artifact, Making, Recipe
-from pipeline.workers import Workers
+from pipeline.stages import evaluation, table
+from pipeline.store.artifacts import Artifact, Making, Recipe
+from pipeline.workers.launchers.task import Ended, Task
+from pipeline.workers.runner import Workers
 
 
 @dataclass
@@ -61,9 +61,9 @@ class InterruptedBench(FillingBench):
 def test_an_interrupt_while_a_candidate_is_asked_stops_what_measures_its_layers(tmp_path: Path) -> None:
     models = Models(tmp_path)
     filling = FillingBench(models.write(), "gptq", models.settings, lambda _: None)
-    source = stages.source(filling)
-    quantized = stages.quantized(filling, source)
-    image = stages.image(filling, quantized)
+    source = table.source(filling)
+    quantized = table.quantized(filling, source)
+    image = table.image(filling, quantized)
     baseline = replace(evaluation.baseline(filling, source), inputs={"checkpoint": source.digest})
     bench = InterruptedBench(filling.spec, "gptq", models.settings, lambda _: None)
     with pytest.raises(KeyboardInterrupt):
@@ -74,9 +74,9 @@ def test_an_interrupt_while_a_candidate_is_asked_stops_what_measures_its_layers(
 def test_answers_of_two_instruction_sets_are_not_paired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models = Models(tmp_path)
     bench = models.bench(models.write(), "gptq")
-    source = stages.source(bench)
-    quantized = stages.quantized(bench, source)
-    image = stages.image(bench, quantized)
+    source = table.source(bench)
+    quantized = table.quantized(bench, source)
+    image = table.image(bench, quantized)
     baseline = evaluation.baseline(replace(bench, instruction_set="avx512"), source)
     with pytest.raises(
         StoreError, match=r"FP16 was answered on a CPU with avx512, .* one with avx2.*run `baseline` again"
@@ -89,9 +89,9 @@ def test_a_candidate_is_asked_on_the_cpu_of_fp16_though_another_one_has_asked_it
     """FP16 is asked before the image is made, which may come out as the one that was paired elsewhere."""
     models = Models(tmp_path)
     bench = models.bench(models.write(), "gptq")
-    source = stages.source(bench)
-    quantized = stages.quantized(bench, source)
-    image = stages.image(bench, quantized)
+    source = table.source(bench)
+    quantized = table.quantized(bench, source)
+    image = table.image(bench, quantized)
     own = bench.settings.cpu.instruction_set
     other = next(each for each in INSTRUCTION_SETS if each != own)
     elsewhere = replace(bench, instruction_set=other)

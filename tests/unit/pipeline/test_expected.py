@@ -6,7 +6,7 @@ import pytest
 
 from containers.errors import EngineError, ImageError
 from pipeline.errors import PlanError, SourceError, UnreachableError, WorkerFailed
-from pipeline.expected import is_transient
+from pipeline.expected_errors import is_transient
 from registry.errors import PromotionError, RefusedError, TrackingError
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from containers.gateway_image import GatewayImage, contents
-from pipeline.gateways import pushed_image
+from containers.image.gateway_image import GatewayImage, contents
+from pipeline.serving.gateway_process import pushed_image
 
 DIGEST = "sha256:" + "ab" * 32
 BUILT = GatewayImage(

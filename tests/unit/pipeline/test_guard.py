@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.guard import Guard, origins_of
+from pipeline.serving.guard import Guard, origins_of
 
 OWN = "http://127.0.0.1:3000"
 HOST = {"host": "127.0.0.1:3000"}

@@ -14,9 +14,9 @@ import pytest
 from huggingface_hub import close_session
 from recording_server import Answer, Asked, Recording, recording, trickle
 
-from pipeline import hub as hubs
 from pipeline.errors import SourceError, UnreachableError
-from pipeline.hub import Hub
+from pipeline.sources import hub as hubs
+from pipeline.sources.hub import Hub
 from registry import network
 
 COMMIT = "0" * 40

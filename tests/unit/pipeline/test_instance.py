@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from dagster import DagsterInstance, DagsterRunStatus, EventLogEntry
 
-from pipeline.instance import alive, bury_dead_runs, open_instance
+from pipeline.orchestration.instance import alive, bury_dead_runs, open_instance
 from pipeline.settings import Settings
 
 # A run's process, stopped in its middle.
 CARRIER = """
 import sys
-from pipeline.instance import alive
+from pipeline.orchestration.instance import alive
 from pipeline.settings import Settings
 
 with alive(sys.argv[1], Settings.read()):

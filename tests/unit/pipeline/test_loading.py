@@ -11,19 +11,20 @@ import release_evidence
 import yaml
 from click.testing import CliRunner
 
-from containers import gpu_pool
-from containers.image import ImageRecord
-from evals import load as loads
-from evals.load_plan import LoadPlan
+from containers.hardware import gpu_pool
+from containers.image.build import ImageRecord
+from evals.load import load_test as loads
+from evals.load.plan import LoadPlan
 from homes import DEMO
-from pipeline import loading, stages
 from pipeline.commands import loading as commands
 from pipeline.commands.loading import Figures, _figures
 from pipeline.errors import SpecError
+from pipeline.operations import load_tests
 from pipeline.settings import Settings
 from pipeline.spec import load
-from pipeline.stages import Bench
-from pipeline.store import Artifact
+from pipeline.stages import table
+from pipeline.stages.table import Bench
+from pipeline.store.artifacts import Artifact
 from registry.verdict import Status, Verdict
 
 TOLD = {
@@ -48,17 +49,17 @@ def demo(**changes: Any) -> LoadPlan:  # noqa: ANN401 - YAML
 
 @pytest.mark.parametrize("scheme", ["awq", "gptq", "fp16"])
 def test_a_release_line_is_found_by_its_name_and_so_is_what_it_was_made_from(settings: Settings, scheme: str) -> None:
-    spec, found = loading.find(f"demo-{scheme}", settings)
+    spec, found = load_tests.find(f"demo-{scheme}", settings)
     assert (spec.model, found) == ("demo", scheme)
 
 
 def test_a_line_that_is_not_there_is_answered_with_those_that_are(settings: Settings) -> None:
     with pytest.raises(SpecError, match=r"`demo-aqw`: there are demo-awq, demo-gptq, demo-fp16"):
-        loading.find("demo-aqw", settings)
+        load_tests.find("demo-aqw", settings)
 
 
 def test_another_profile_comes_as_it_is_and_keeps_the_models_limits() -> None:
-    plan = loading.changed(demo(request_rate=9, input_tokens=32), ["chat"], {})
+    plan = load_tests.changed(demo(request_rate=9, input_tokens=32), ["chat"], {})
     (profile,) = plan.traffic
     assert (profile.name, profile.rate, profile.input_tokens.median) == ("chat", 4, 120)
     assert (profile.slo.p95_latency_ms, profile.slo.p95_ttft_ms) == (2000, 1000)
@@ -67,12 +68,12 @@ def test_another_profile_comes_as_it_is_and_keeps_the_models_limits() -> None:
 def test_the_models_own_profile_keeps_what_was_changed_of_it() -> None:
     own = demo(profiles={"quick": {"output_tokens": 8}}, request_rate=9)
     for profiles in ([], ["quick"]):
-        (profile,) = loading.changed(own, profiles, {"seconds": 3.0}).traffic
+        (profile,) = load_tests.changed(own, profiles, {"seconds": 3.0}).traffic
         assert (profile.rate, profile.seconds, profile.output_tokens.median) == (9, 3, 8)
 
 
 def test_the_command_lines_rate_goes_over_the_profiles() -> None:
-    plan = loading.changed(demo(), ["burst"], {"request_rate": 2.0, "capacity": {}, "faults": True})
+    plan = load_tests.changed(demo(), ["burst"], {"request_rate": 2.0, "capacity": {}, "faults": True})
     assert plan.traffic[0].rate == 2
     assert plan.search is not None
     assert "faults_failed" in plan.limits()
@@ -81,22 +82,22 @@ def test_the_command_lines_rate_goes_over_the_profiles() -> None:
 def test_what_was_typed_wins_over_what_the_file_says_of_one_profile() -> None:
     own = demo(profiles={"quick": {"request_rate": 7, "seconds": 40, "output_tokens": 8}})
     for profiles in ([], ["quick"]):
-        (profile,) = loading.changed(own, profiles, {"request_rate": 2.0, "seconds": 3.0}).traffic
+        (profile,) = load_tests.changed(own, profiles, {"request_rate": 2.0, "seconds": 3.0}).traffic
         assert (profile.rate, profile.seconds, profile.output_tokens.median) == (2, 3, 8)
 
 
 def test_a_search_that_is_asked_for_is_the_files_own() -> None:
     own = demo(capacity={"max_rate": 20, "step_seconds": 5})
     for asked, seconds in (({}, 5), ({"step_seconds": 9.0}, 9)):
-        search = loading.changed(own, [], {"capacity": asked}).search
+        search = load_tests.changed(own, [], {"capacity": asked}).search
         assert search is not None
         assert (search.max_rate, search.step_seconds) == (20, seconds)
-    assert loading.changed(own, [], {"capacity": None}).search is None
+    assert load_tests.changed(own, [], {"capacity": None}).search is None
 
 
 def test_one_of_several_profiles_keeps_what_the_file_says_of_all() -> None:
     own = demo(profiles=["quick", "chat"], request_rate=9, output_tokens=8)
-    (profile,) = loading.changed(own, ["quick"], {}).traffic
+    (profile,) = load_tests.changed(own, ["quick"], {}).traffic
     assert (profile.rate, profile.output_tokens.median) == (9, 8)
 
 
@@ -109,15 +110,15 @@ def test_an_image_that_needs_a_gpu_is_not_started_where_there_is_none(
     record = ImageRecord.model_validate({**release_evidence.IMAGE, "minimum_driver": "580.65.06"})
     checkpoint = Artifact("quantized", "0", "0", tmp_path, {}, {}, {}, 0.0, 0.0, "", cached=True)
     bench = Bench(spec, "awq", settings, print)
-    found = stages.load_test(bench, spec.load, record, checkpoint, tmp_path, tmp_path)
+    found = table.load_test(bench, spec.load, record, checkpoint, tmp_path, tmp_path)
     assert loads.judge(found, spec.load).cause == "no-gpu"
 
 
 def test_the_price_is_the_models_own() -> None:
     spec = load(DEMO.with_suffix(".yaml"))
     assert spec.cost is not None
-    assert loading.price_per_hour(spec) == spec.cost.cloud.dollars_per_hour  # type: ignore[union-attr]
-    assert loading.price_per_hour(spec.model_copy(update={"cost": None})) is None
+    assert load_tests.price_per_hour(spec) == spec.cost.cloud.dollars_per_hour  # type: ignore[union-attr]
+    assert load_tests.price_per_hour(spec.model_copy(update={"cost": None})) is None
 
 
 def test_live_figures_say_what_there_is() -> None:
@@ -143,9 +144,9 @@ def test_a_scheme_that_misses_its_limits_ends_the_commands_with_3(
     good = Verdict(gate="load", status="pass", reason="all limits were met")
     rows, page = [{"name": "FP16", "tokens_per_second": 90.0}], tmp_path / "page.html"
     evidence: dict[str, Any] = {"faults": None, "capacity": None, "findings": []}
-    measured = loading.Loaded("demo-awq", verdict, evidence, tmp_path, page)
-    monkeypatch.setattr(loading, "compare", lambda *_: (rows, {"fp16": good, "awq": verdict}, page))
-    monkeypatch.setattr(loading, "load_now", lambda *_: measured)
+    measured = load_tests.Loaded("demo-awq", verdict, evidence, tmp_path, page)
+    monkeypatch.setattr(load_tests, "compare", lambda *_: (rows, {"fp16": good, "awq": verdict}, page))
+    monkeypatch.setattr(load_tests, "load_now", lambda *_: measured)
     environment = {"SLIPWAY_HOME": str(settings.home), "SLIPWAY_MODELS": str(settings.models)}
     for command, name in ((commands.compare, "demo"), (commands.load, "demo-awq")):
         done = CliRunner().invoke(command, [name], env=environment)

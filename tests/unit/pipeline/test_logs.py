@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from dagster import job, op
 
-from pipeline.instance import open_instance
+from pipeline.orchestration.instance import open_instance
 from pipeline.settings import Settings
 
 

@@ -15,9 +15,9 @@ from dagster import (
 )
 from filled import Models
 
-from pipeline.metadata import CACHED, SECONDS, VERDICT
-from pipeline.metrics import exposition, look
-from pipeline.rescan import Mark
+from pipeline.operations.metrics import exposition, look
+from pipeline.operations.rescan import Mark
+from pipeline.stages.metadata import CACHED, SECONDS, VERDICT
 
 KEY = MultiPartitionKey({"model": "demo", "scheme": "gptq"})
 

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, DAGSTER_PIPES_MESSAGES_ENV_VAR, decode_param
 
-from pipeline.launchers import node
-from pipeline.launchers.node import own_folder
 from pipeline.settings import CHECKOUT
+from pipeline.workers.launchers import node
+from pipeline.workers.launchers.node import own_folder
 
 # An errand in its middle, with a checkpoint's weights.
 BUSY = """
 import sys
 from pathlib import Path
-from pipeline.launchers.node import own_folder
+from pipeline.workers.launchers.node import own_folder
 
 with own_folder(Path(sys.argv[1])) as folder:
     (folder / "model.safetensors").write_bytes(b"weights")

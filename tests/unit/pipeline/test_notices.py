@@ -19,8 +19,9 @@ from dagster import (
 )
 from recording_server import own_certificate, recording
 
-from pipeline import automation, notices
-from pipeline.notices import Notice, NoticeError, deliver, keep, send
+from pipeline.operations import notifications
+from pipeline.operations.notifications import Notice, NoticeError, deliver, keep, send
+from pipeline.orchestration import automation
 from pipeline.settings import Settings
 from webhook_server import Webhook, listening
 
@@ -60,7 +61,7 @@ def mail_server(mails: list[str]) -> Iterator[str]:
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    monkeypatch.setattr(notices, "_PAUSES_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(notifications, "_PAUSES_SECONDS", (0.0, 0.0))
     return Settings.read({"SLIPWAY_HOME": str(tmp_path), "SLIPWAY_UI_ADDRESS": "https://slipway.example/"})
 
 
@@ -184,14 +185,14 @@ def test_a_mail_server_over_tls_must_be_who_it_says(tmp_path: Path, monkeypatch:
     certificate = own_certificate(tmp_path / "server.pem")
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)
     monkeypatch.delenv("REQUESTS_CA_BUNDLE", raising=False)
-    monkeypatch.setattr(notices, "_PAUSES_SECONDS", ())
+    monkeypatch.setattr(notifications, "_PAUSES_SECONDS", ())
     with recording(certificate=certificate) as server:
         place = server.address.replace("https://", "smtps://ann:word@")
         settings = replace(Settings.read({}), mail_server=place, mail_to=("ops@example.com",))
         with pytest.raises(NoticeError, match="SSLCertVerificationError") as caught:
             send(NOTICE, settings)
         assert "word" not in str(caught.value)
-        monkeypatch.setattr(notices, "_TIMEOUT_SECONDS", 2.0)
+        monkeypatch.setattr(notifications, "_TIMEOUT_SECONDS", 2.0)
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         with pytest.raises(NoticeError) as caught:  # it speaks HTTP, and is believed by now
             send(NOTICE, settings)

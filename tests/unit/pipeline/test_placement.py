@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import SettingsError
-from pipeline.launchers.chosen import have_gpus, launcher
-from pipeline.launchers.jobs import Jobs
-from pipeline.launchers.local import Local
-from pipeline.launchers.placement import placement
 from pipeline.settings import Settings
+from pipeline.workers.launchers.chosen import have_gpus, launcher
+from pipeline.workers.launchers.jobs import Jobs
+from pipeline.workers.launchers.local import Local
+from pipeline.workers.launchers.placement import placement
 
 RAY = "launcher: ray\naddress: http://127.0.0.1:8265\nstore: s3://artifacts/slipway\n"
 KUBERNETES = f"launcher: kubernetes\nimage: registry.example/worker@sha256:{'a' * 64}\nstore: s3://artifacts/slipway\n"

@@ -13,15 +13,15 @@ import hub_server
 import pytest
 from pydantic import ByteSize
 
-from containers import gate, profile
-from containers.gpu_models import GpuDataError, find_gpu, known_gpus, price_source
-from evals.load import Memory
+from containers.hardware.gpu_models import GpuDataError, find_gpu, known_gpus, price_source
+from containers.image import gpu_compatibility, profile
+from evals.load.load_test import Memory
 from homes import DEMO
 from pipeline.commands import planning
 from pipeline.compatibility.description import ModelDescription
+from pipeline.compatibility.safetensors_headers import Tensor, read_model
 from pipeline.errors import PlanError
 from pipeline.planner import asking
-from pipeline.planner.before import foresee
 from pipeline.planner.facts import ModelFacts, read_facts
 from pipeline.planner.memory import (
     Demand,
@@ -37,11 +37,11 @@ from pipeline.planner.plan import make_plan
 from pipeline.planner.sources import describe, describe_folder
 from pipeline.planner.speed import roofline
 from pipeline.planner.weights import Weights, active_numbers, bytes_per_step, quantized, stored, unquantized
-from pipeline.quantize import Scheme
-from pipeline.safetensors_headers import Tensor, read_model
+from pipeline.quantization.quantize import Scheme
 from pipeline.settings import Settings
-from pipeline.source import resolve
+from pipeline.sources.source import resolve
 from pipeline.spec import ModelSpec, Source, load
+from pipeline.stages.before import foresee
 from registry.manifest import Manifest
 from registry.pull import Glance
 
@@ -468,7 +468,11 @@ def test_a_source_that_cannot_be_looked_at_is_left_to_its_stage(tmp_path: Path) 
 
 def test_a_release_is_held_to_the_driver_that_is_named_as_its_image_says(tmp_path: Path) -> None:
     runtime = profile.load("vllm-cuda13")
-    labels = {**gate.labels_of(runtime), gate.RUNTIME: runtime.name, gate.MODEL_BYTES: str(30 << 30)}
+    labels = {
+        **gpu_compatibility.labels_of(runtime),
+        gpu_compatibility.RUNTIME: runtime.name,
+        gpu_compatibility.MODEL_BYTES: str(30 << 30),
+    }
     release = Glance("1", Manifest.model_construct(), {asking.IMAGE: json.dumps({"labels": labels}).encode()})
     needs = planning._needs("demo-awq@champion", release, Settings.read({"SLIPWAY_HOME": str(tmp_path)}))
     told = planning._gate(needs, [find_gpu("H100"), find_gpu("L4")], "550.54.15")

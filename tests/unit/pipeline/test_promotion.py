@@ -9,11 +9,11 @@ import pytest
 from certificates import Signers
 from release_evidence import DIGEST, IMAGE, LOAD, Made, settings_of
 
-from containers.distribution import DistributionError
-from pipeline import promotion
+from containers.image.distribution import DistributionError
 from pipeline.errors import StoreError
-from pipeline.expected import is_transient
-from pipeline.store import Artifact
+from pipeline.expected_errors import is_transient
+from pipeline.stages import promotion
+from pipeline.store.artifacts import Artifact
 from pipeline.trust import trust_of
 from registry.errors import PromotionError, SigningError
 from registry.signing import load_trusted_keys

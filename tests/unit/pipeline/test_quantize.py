@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.errors import CheckpointError, QuantizeError, UnsupportedModelError
-from pipeline.quantize import Scheme, backend_of, quantize
+from pipeline.quantization.quantize import Scheme, backend_of, quantize
 from registry.errors import UntrustedFileError
 
 AWQ = {"method": "awq", "backend": "autoawq", "group_size": 32}

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import PlanError
-from pipeline.release import Event, release, sweep
+from pipeline.orchestration.release import Event, release, sweep
 from pipeline.settings import Settings
 
 STAGE = {"event": "stage", "name": "source", "seconds": 1.5, "cached": False, "worker_seconds": 1.0, "release": None}
@@ -43,7 +43,7 @@ class Heard:
 
 
 def stand_in(tmp_path: Path, code: str) -> list[str]:
-    """A program that stands in for `pipeline.run`: it is given a model's file and a scheme."""
+    """A program that stands in for `pipeline.orchestration.run`: it is given a model's file and a scheme."""
     path = tmp_path / "stand_in.py"
     path.write_text(f"import json, os, signal, sys, time\nmodel, scheme = sys.argv[1:]\n{code}")
     return [sys.executable, str(path)]
@@ -168,7 +168,7 @@ def test_no_run_begins_where_what_comes_first_refuses(tmp_path: Path, settings: 
 PARENT = """
 import sys
 from pathlib import Path
-from pipeline.release import release
+from pipeline.orchestration.release import release
 from pipeline.settings import Settings
 
 try:

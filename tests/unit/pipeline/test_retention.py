@@ -14,9 +14,9 @@ import pytest
 from click.testing import CliRunner
 
 from pipeline import cli
-from pipeline.retention import Leftover, plan, remove
+from pipeline.operations.retention import Leftover, plan, remove
 from pipeline.settings import Settings
-from pipeline.store import Artifact, Making, Recipe, Store, locked
+from pipeline.store.artifacts import Artifact, Making, Recipe, Store, locked
 
 LATER = datetime.now(UTC) + timedelta(days=2)
 

@@ -8,7 +8,7 @@ from dagster import DagsterEvent, DagsterExecutionInterruptedError, OpExecutionC
 
 from containers.errors import EngineError
 from pipeline.errors import SpecError
-from pipeline.retries import fail
+from pipeline.orchestration.retries import fail
 
 ENDINGS = {"STEP_UP_FOR_RETRY", "STEP_FAILURE", "STEP_SUCCESS"}
 
@@ -40,7 +40,7 @@ def test_a_wrong_file_and_an_interrupt_are_not_tried_again() -> None:
 
 
 def test_an_engine_that_stays_away_is_asked_three_times_and_named_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.retries._FIRST_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr("pipeline.orchestration.retries._FIRST_WAIT_SECONDS", 0.05)
 
     def away(context: OpExecutionContext) -> None:
         fail(context, EngineError("no engine answers"))

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from pipeline.safetensors_headers import HeaderError, parse_header, read_bytes, read_header, read_model
+from pipeline.compatibility.safetensors_headers import HeaderError, parse_header, read_bytes, read_header, read_model
 
 
 def put(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:

@@ -15,11 +15,11 @@ import docker
 import pytest
 
 from containers.gateway.config import Routes
-from pipeline import fleet as fleets
-from pipeline import serving
-from pipeline.fleet import Fleet
-from pipeline.gateways import GatewayError
-from pipeline.serving import Options, Serving, Wish
+from pipeline.serving import fleet as fleets
+from pipeline.serving import serve
+from pipeline.serving.fleet import Fleet
+from pipeline.serving.gateway_process import GatewayError
+from pipeline.serving.serve import Options, Serving, Wish
 from pipeline.settings import Settings
 
 OLD, NEW = "sha256:" + "a" * 64, "sha256:" + "b" * 64
@@ -111,9 +111,9 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scripted
     """Version 1 is served by two replicas."""
     monkeypatch.setattr(fleets, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(fleets, "_FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(serving, "_FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(serve, "_FIRST_PAUSE_S", 0.0)
     made = Scripted(tmp_path)
-    monkeypatch.setattr(serving, "wished", lambda *_: made.wished)
+    monkeypatch.setattr(serve, "wished", lambda *_: made.wished)
     made.to(Wish("1", OLD, 100, 2))
     assert made.gate.shares() == {"demo-awq@1": (100, 2)}
     yield made
@@ -144,9 +144,9 @@ def test_what_could_not_be_started_is_tried_again_though_nobody_wishes_anew(serv
 
 
 def test_tries_are_further_and_further_apart(served: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "_FIRST_PAUSE_S", 5.0)
+    monkeypatch.setattr(serve, "_FIRST_PAUSE_S", 5.0)
     clock = [0.0]
-    monkeypatch.setattr(serving, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(serve, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     served._looked = -1.0
     served.absent = {NEW}
     tries = []

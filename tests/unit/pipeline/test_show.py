@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.show import FAILED, INTERRUPTED
+from pipeline.commands.show import FAILED, INTERRUPTED
 
 CHECKOUT = Path(__file__).parents[3]
 COUNTS = [f"cloze: {done} of 200 items after 9 s, 13/s, 2 min left" for done in (20, 120)]
 SCRIPT = """
 import sys, time
 import click
-from pipeline import cli, show
+from pipeline import cli; from pipeline.commands import show
 from pipeline.errors import SlipwayError
 
 @click.command()
@@ -115,7 +115,7 @@ def test_threads_that_set_drop_and_print_at_once_do_not_wait_for_each_other(tmp_
     """Each takes the display's lock and rich's own, in whichever order."""
     script = """
 import threading
-from pipeline import show
+from pipeline.commands import show
 def work(number):
     for round in range(100):
         show.live.set(number, "row", f"{round} of 100")
@@ -145,7 +145,7 @@ with show.live:
 def test_a_result_is_a_line_of_its_own_where_both_streams_are_one_terminal(tmp_path: Path) -> None:
     script = f"""
 import time
-from pipeline import show
+from pipeline.commands import show
 with show.live:
     show.say({COUNTS[0]!r})
     time.sleep(0.1)

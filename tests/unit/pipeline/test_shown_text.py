@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline import show
+from pipeline.commands import show
 
 HIDING = "\x1b[1A\x1b[2K\x1b]0;title\x07\rdone\u202e"
 

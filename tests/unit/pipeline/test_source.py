@@ -14,12 +14,12 @@ import hub_server
 import pytest
 from safetensors.numpy import save_file
 
-from pipeline import file_digests
 from pipeline.errors import SourceError, UnreachableError
-from pipeline.hub import Hub, _check
 from pipeline.planner.sources import describe, describe_folder
-from pipeline.source import ResolvedSource, hold_to_lock, pull, resolve, revision_of
-from pipeline.source_lock import read_lock
+from pipeline.sources import file_digests
+from pipeline.sources.hub import Hub, _check
+from pipeline.sources.lock import read_lock
+from pipeline.sources.source import ResolvedSource, hold_to_lock, pull, resolve, revision_of
 
 URI = f"hf://{hub_server.REPOSITORY}"
 

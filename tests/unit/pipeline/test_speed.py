@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from release_evidence import LOAD
 
-from pipeline.loading import Loaded
-from pipeline.speed import Speed, slower
+from pipeline.operations.load_tests import Loaded
+from pipeline.operations.speed import Speed, slower
 from registry.verdict import Verdict
 
 

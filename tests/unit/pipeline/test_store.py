@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import PlanError, StoreError
-from pipeline.store import Making, Recipe, Store, digest_file, digest_json
+from pipeline.store.artifacts import Making, Recipe, Store, digest_file, digest_json
 
 RECIPE = Recipe("quantized", inputs={"source": "sha256:aa"}, parameters={"bits": 4}, code="1", pins="sha256:bb")
 
@@ -70,7 +70,7 @@ def test_a_maker_that_raises_leaves_nothing_and_the_next_starts_clean(tmp_path: 
 def test_a_killed_maker_leaves_nothing_that_is_reused(tmp_path: Path) -> None:
     script = f"""
 import os, sys, pathlib
-from pipeline.store import Recipe, Store
+from pipeline.store.artifacts import Recipe, Store
 def make(making):
     (making.folder / "half").write_text("x")
     print("making", flush=True)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import ui
-from pipeline.servers import ServerError
+from pipeline.serving import ui
+from pipeline.serving.servers import ServerError
 from pipeline.settings import Settings
-from pipeline.store import locked
+from pipeline.store.artifacts import locked
 
 
 def test_a_home_that_is_served_is_not_served_twice(tmp_path: Path) -> None:

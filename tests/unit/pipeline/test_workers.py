@@ -12,12 +12,12 @@ import pytest
 from dagster_pipes import PipesDefaultMessageWriter
 
 from pipeline.errors import WorkerFailed
-from pipeline.launchers import errand
-from pipeline.launchers.task import LOG, MESSAGES, RESULT, RESULT_BYTES, Ended, Task
-from pipeline.messages import WorkerMessages
 from pipeline.settings import Settings
-from pipeline.store import write_whole
-from pipeline.workers import Workers
+from pipeline.store.artifacts import write_whole
+from pipeline.workers.launchers import errand
+from pipeline.workers.launchers.task import LOG, MESSAGES, RESULT, RESULT_BYTES, Ended, Task
+from pipeline.workers.messages import WorkerMessages
+from pipeline.workers.runner import Workers
 from registry.errors import UntrustedFileError
 
 Leave = Callable[[Path], object]

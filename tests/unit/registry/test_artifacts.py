@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from registry.artifacts import fetch, sha256
 from registry.download import Reader
 from registry.stream import stream
+from registry.version_files import fetch, sha256
 
 DATA = bytes(range(256)) * 20
 

@@ -17,11 +17,11 @@ from model_signing import hashing, signing, verifying
 from release_folder import make_release, passing
 
 from registry import VerificationError, verify
-from registry.bundle import files_of, open_bundle, sign_statement
 from registry.errors import SigningError
 from registry.provenance import statement
 from registry.seal import seal
 from registry.signing import SigningKey, load_certificates, load_key, with_certificates
+from registry.sigstore_bundle import files_of, open_bundle, sign_statement
 from registry.verdict import Verdict
 
 SIGNATURE = "release/signature.json"

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import pytest
 
-from pipeline.store import Making, Recipe, Store
+from pipeline.store.artifacts import Making, Recipe, Store
 from registry import __main__ as command
 from registry.destination import beside, take_place
 from registry.errors import FileSystemError

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from registry import artifacts, network, server
-from registry.artifacts import ServerArtifacts
+from registry import network, server, version_files
 from registry.bounded_json import Bounds
 from registry.download import Broken, Moved, download
 from registry.errors import ArgumentError, ManifestError, Problem, TrackingError, VerificationError
 from registry.manifest import BOUNDS, FileRecord, Manifest
 from registry.server import Server
 from registry.stream import stream
+from registry.version_files import ServerArtifacts
 from registry.watch import watch
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
@@ -243,7 +243,7 @@ def test_folders_end(hostile: Hostile, monkeypatch: pytest.MonkeyPatch) -> None:
     with Server(hostile.address) as asked:
         with pytest.raises(TrackingError, match="without end: stopped after 17"):
             ServerArtifacts(asked, "root").names()
-        monkeypatch.setattr(artifacts, "_MOST_ENTRIES", 10)
+        monkeypatch.setattr(version_files, "_MOST_ENTRIES", 10)
         hostile.answer = says(json.dumps({"files": [{"path": f"f{n}", "is_dir": False} for n in range(11)]}))
         with pytest.raises(TrackingError, match="without end: stopped after 11"):
             ServerArtifacts(asked, "root").names()

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from recording_server import Answer, Recording, own_certificate, recording
 
-from containers.distribution import Registry
-from pipeline.launchers.http import client
+from containers.image.distribution import Registry
+from pipeline.workers.launchers.http import client
 from registry import network
 from registry.download import Broken
 from registry.errors import NetworkError, TrackingError

@@ -11,7 +11,6 @@ import pytest
 from mlflow_tables import write_tables
 from release_folder import make_release
 
-from registry.artifacts import LocalArtifacts, fetch
 from registry.backend import Line, Version
 from registry.catalog import version
 from registry.download import local, pause
@@ -25,6 +24,7 @@ from registry.signing import SigningKey
 from registry.stored import verify_stored
 from registry.tiers import MARKER, cool, warm
 from registry.verify import look, verify
+from registry.version_files import LocalArtifacts, fetch
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

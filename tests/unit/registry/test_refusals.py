@@ -18,12 +18,12 @@ from registry.errors import NotFoundError, PromotionError, PullError, TrackingEr
 from registry.journal import PAYLOAD_TYPE, Entry
 from registry.objects import ObjectStore, digest_of
 from registry.policy import Policy
+from registry.promotion_lock import Turn, _Ticket, turn
 from registry.pull import pull
 from registry.resolve import UnexplainedError, meaning, resolve
 from registry.server import Server
 from registry.signing import SigningKey
 from registry.tracking import prepare, reach
-from registry.turns import Turn, _Ticket, turn
 from registry.verdict import Verdict
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from registry.artifacts import LocalArtifacts
 from registry.backend import MANIFEST_TAG, Version
 from registry.errors import PullError, TrackingError, UntrustedFileError
 from registry.manifest import MANIFEST, FileRecord, Manifest
 from registry.objects import ObjectStore
 from registry.pull import pull
 from registry.tiers import MARKER, SCHEMA, cold_files, warm
+from registry.version_files import LocalArtifacts
 
 RECORD = {"sha256": "0" * 64, "size": 3}
 

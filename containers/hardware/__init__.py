@@ -1,0 +1,1 @@
+"""This machine's CPU and GPUs, and which process may use them."""

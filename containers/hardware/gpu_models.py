@@ -1,0 +1,91 @@
+"""What is known of the GPUs that models are served on: ``gpus.yaml``, with sources and dates."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from containers.errors import ContainerError
+
+DATA = Path(__file__).with_name("gpus.yaml")
+
+Precision = Literal["fp16", "fp8", "fp4", "int8"]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class GpuDataError(ContainerError):
+    """There is no such GPU in the data file."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Price(_Part):
+    """Dollars an hour for one GPU on demand; ``source`` is a key of the file's ``sources``."""
+
+    dollars_per_hour: Positive
+    source: str
+
+
+class GpuModel(_Part):
+    """One kind of GPU: bytes of memory as NVML reports them, bytes a second, dense FLOPs a second by precision."""
+
+    name: str
+    architecture: str
+    capability: tuple[int, int]
+    memory_bytes: Annotated[int, Field(gt=0)]
+    bandwidth_bytes_per_s: Positive
+    flops: Mapping[Precision, Positive]
+    nvlink: bool
+    watts: Positive
+    source: str
+    price: Price | None = None
+
+
+@functools.cache
+def known_gpus() -> tuple[GpuModel, ...]:
+    """Return every kind of GPU that the data file describes, in its order: by memory within a generation."""
+    document = yaml.safe_load(DATA.read_text(encoding="utf-8"))
+    return tuple(GpuModel.model_validate(entry) for entry in document["gpus"])
+
+
+def price_source(price: Price) -> tuple[str, str]:
+    """Return the address and the date of the table that a price is from."""
+    source = yaml.safe_load(DATA.read_text(encoding="utf-8"))["sources"][price.source]
+    return str(source["url"]), str(source["dated"])
+
+
+def find_gpu(name: str) -> GpuModel:
+    """Return the kind of GPU of that name, spelt as in the file, as one types it, or as NVML reports it.
+
+    Raises:
+        GpuDataError: there is none; the message suggests a near name.
+    """
+    wanted = _plain(name)
+    by_name = {_plain(gpu.name): gpu for gpu in known_gpus()}
+    if wanted in by_name:
+        return by_name[wanted]
+    # NVML says `NVIDIA H100 80GB HBM3`: the longest of our names that is in it, word by word.
+    words = set(_words(name))
+    inside = [gpu for gpu in known_gpus() if set(_words(gpu.name)) <= words]
+    if inside:
+        return max(inside, key=lambda gpu: len(gpu.name))
+    near = difflib.get_close_matches(wanted, list(by_name), n=1)
+    hint = f"did you mean `{by_name[near[0]].name}`?" if near else ", ".join(gpu.name for gpu in known_gpus())
+    raise GpuDataError(f"there is no GPU `{name}` in {DATA.name}: {hint}")
+
+
+def _plain(name: str) -> str:
+    return "".join(_words(name))
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", name.lower())

@@ -1,0 +1,1 @@
+"""Images: base, runtime, layers, registries, and a release's own image."""

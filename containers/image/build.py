@@ -1,0 +1,353 @@
+"""The image of a release: a base, a runtime shared by every model, and one checkpoint under ``/model``.
+
+Nothing is built: the checkpoint's files become layers of their own on top of the runtime's, streamed from where they
+are. A shard is a layer; configuration and tokenizer are the last, so that a change of them moves kilobytes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import docker
+from docker.models.images import Image
+from pydantic import BaseModel, ConfigDict
+
+from containers.errors import ImageError
+from containers.image import loading
+from containers.image.base import store_of
+from containers.image.blobs import Blob, BlobStore
+from containers.image.distribution import Registry, Traffic, parse
+from containers.image.gpu_compatibility import MODEL_BYTES
+from containers.image.layers import FileLayer, plain_files
+from containers.image.oci import OciImage
+from containers.image.profile import RuntimeProfile
+from containers.image.runtime import PORT, Runtime, build_runtime
+
+Progress = Callable[[str], None]
+
+RELEASE_REPOSITORY = "slipway"
+# Longer contexts than this are asked for in words; a cache for 128k tokens fits few machines.
+LONGEST_CONTEXT = 32768
+# Overlay file systems stack 128 layers; the base, the runtime and what is added later need some.
+MOST_SHARDS = 100
+# At once to a registry. Each holds a piece of at most a megabyte in memory.
+UPLOADS = 4
+# What is not weights, tokenizer or their configuration has no place in an image.
+_UNWANTED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".py")
+
+
+class LayerRecord(BaseModel):
+    """One layer: its digest, its bytes, and what it is (``base …``, ``runtime …``, ``model …``)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    digest: str
+    size: int
+    holds: str
+
+
+class ImageRecord(BaseModel):
+    """What an image is, as evidence (``image.json``).
+
+    ``reference`` names it for the engine and never moves: ``REPOSITORY@sha256:…`` once it is in a registry
+    (``pushed``), else the engine's image id. ``digest`` is that of its OCI manifest, whether a registry has it yet or
+    not: the same inputs give the same one on any machine. ``image_id`` is the engine's id. Sizes are bytes,
+    uncompressed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    reference: str
+    digest: str
+    pushed: bool
+    tag: str
+    image_id: str
+    base: str
+    base_digest: str
+    pins_digest: str
+    wheels_digest: str
+    model_digest: str
+    runtime: str
+    runtime_image_id: str
+    minimum_cuda: str | None
+    minimum_driver: str | None
+    size_bytes: int
+    model_bytes: int
+    port: int
+    user: int
+    labels: Mapping[str, str]
+    layers: tuple[LayerRecord, ...] = ()
+    manifest: str
+    configuration: str
+
+
+def build_image(
+    client: docker.DockerClient,
+    profile: RuntimeProfile,
+    checkpoint: Path,
+    *,
+    name: str,
+    served_name: str,
+    model_digest: str,
+    home: Path,
+    progress: Progress,
+    registry: str | None = None,
+    labels: Mapping[str, str] | None = None,
+    base: str | None = None,
+    sha256: Mapping[str, str] | None = None,
+) -> ImageRecord:
+    """Put the release ``name`` (``demo-awq``) together: the runtime with the checkpoint in it; push it if asked to.
+
+    ``served_name`` is the model's name in the API. ``registry`` is a repository's prefix (``127.0.0.1:5005/slipway``).
+    ``labels`` are added, for instance ``org.opencontainers.image.source``; those of ``org.opencontainers`` become
+    annotations too. ``sha256`` is what is known of the checkpoint's files, by their path in it: a layer whose files
+    are known and that was sent before is not read again.
+
+    Raises:
+        ImageError, WheelError, EngineError: in one line each; nothing half-made bears a tag.
+    """
+    arguments = serving_arguments(profile, checkpoint, served_name)
+    _refuse_unwanted(checkpoint)
+    runtime = build_runtime(client, profile, home, progress, base=base)
+    layers = model_layers(checkpoint, sha256 or {})
+    version = model_digest.removeprefix("sha256:")[:12]
+    described = {
+        "org.opencontainers.image.title": name,
+        "org.opencontainers.image.description": f"{served_name} served by {profile.name}",
+        "org.opencontainers.image.version": version,
+        "org.opencontainers.image.base.name": runtime.labels["slipway.base.name"],
+        "org.opencontainers.image.base.digest": runtime.labels["slipway.base.digest"],
+        "slipway.model.digest": model_digest,
+        "slipway.model.name": served_name,
+        MODEL_BYTES: str(sum(path.stat().st_size for path in checkpoint.rglob("*.safetensors"))),
+        **(labels or {}),
+    }
+    progress(f"putting {name} together from {checkpoint}")
+    placed = place_image(
+        client, runtime, layers, {"Cmd": list(arguments)}, name=name, version=version, labels=described, home=home,
+        progress=progress, registry=registry,
+    )  # fmt: skip
+    image = placed.image
+    driver, inherited = profile.minimum_driver, runtime.labels
+    return ImageRecord(
+        reference=placed.reference,
+        digest=image.digest,
+        pushed=registry is not None,
+        tag=placed.tag,
+        image_id=placed.image_id,
+        base=inherited["slipway.base.name"],
+        base_digest=inherited["slipway.base.digest"],
+        pins_digest=inherited["slipway.pins.digest"],
+        wheels_digest=inherited["slipway.wheels.digest"],
+        model_digest=model_digest,
+        runtime=profile.name,
+        runtime_image_id=runtime.image_id,
+        minimum_cuda=driver.cuda if driver else None,
+        minimum_driver=driver.driver if driver else None,
+        size_bytes=placed.size_bytes,
+        model_bytes=sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()),
+        port=PORT,
+        user=profile.user,
+        labels=dict(image.settings["Labels"]),
+        layers=tuple(
+            LayerRecord(digest=layer.digest, size=layer.size, holds=comment)
+            for layer, comment in zip(image.layers, image.comments, strict=True)
+        ),
+        manifest=image.manifest.decode(),
+        configuration=image.config.decode(),
+    )
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An image that was put together: in the engine as ``tag``, and named by ``reference`` as `ImageRecord` has it.
+
+    ``size_bytes`` is that of all its layers.
+    """
+
+    image: OciImage
+    reference: str
+    tag: str
+    image_id: str
+    size_bytes: int
+
+
+def place_image(
+    client: docker.DockerClient,
+    runtime: Runtime,
+    layers: Sequence[FileLayer],
+    changes: Mapping[str, Any],
+    *,
+    name: str,
+    version: str,
+    labels: Mapping[str, str],
+    home: Path,
+    progress: Progress,
+    registry: str | None = None,
+) -> Placed:
+    """Put ``layers`` on top of a runtime, push the image where ``registry`` is given, and load it into the engine.
+
+    ``changes`` are settings in place of the runtime's; ``labels`` are added, those of ``org.opencontainers`` as
+    annotations too. The image is ``REGISTRY/name`` with the tag ``version``.
+
+    Raises:
+        ImageError, EngineError: in one line each; nothing half-made bears a tag.
+    """
+    began = time.monotonic()
+    store = store_of(home)
+    image: OciImage
+    if registry:
+        host, repository, _ = parse(f"{registry}/{name}")
+        with Registry(host) as target:
+            blobs = push_layers(target, repository, runtime.layers, layers, store)
+            image = _assembled(runtime, blobs, layers, changes, labels)
+            target.put_blob(repository, image.config)
+            target.put_manifest(repository, version, image.manifest)
+            progress(f"pushed {registry}/{name}:{version}: {told(target.traffic)}")
+    else:
+        image = _assembled(runtime, [store.hashed(layer) for layer in layers], layers, changes, labels)
+    tag = f"{RELEASE_REPOSITORY}:{name}-{version}"
+    loaded = loading.load(client, image, tag)
+    progress(f"{tag} is {image.digest} after {time.monotonic() - began:.1f} s")
+    reference = f"{registry}/{name}@{image.digest}" if registry else str(loaded.id)
+    return Placed(image, reference, tag, str(loaded.id), int(loaded.attrs["Size"]))
+
+
+def model_layers(checkpoint: Path, sha256: Mapping[str, str]) -> list[FileLayer]:
+    """Return the checkpoint's layers: every shard of weights one (in groups where there are very many), then the rest.
+
+    ``sha256`` is what is known of its files, by their path in it.
+    """
+    known = {checkpoint / name: digest for name, digest in sha256.items()}
+    members = plain_files(checkpoint, "model")
+    shards = [member for member in members if member.name.endswith(".safetensors")]
+    together = -(-len(shards) // MOST_SHARDS) or 1
+    groups = [shards[start : start + together] for start in range(0, len(shards), together)]
+    rest = [member for member in members if not member.name.endswith(".safetensors")]
+    return [FileLayer(tuple(group), known) for group in [*groups, rest] if group]
+
+
+def push_layers(
+    registry: Registry, repository: str, shared: tuple[Blob, ...], layers: Sequence[FileLayer], store: BlobStore
+) -> list[Blob]:
+    """Bring the layers into a repository: what is there is skipped, what another repository has is mounted.
+
+    A layer whose digest nobody knows yet is hashed while it is sent, and read no second time.
+
+    Returns:
+        The ``layers`` with their digests; those that are ``shared`` have them already.
+    """
+
+    def push(layer: FileLayer | Blob) -> Blob:
+        if isinstance(layer, Blob):
+            return _push(registry, repository, layer, store)
+        known = store.known(layer)
+        if known is not None:
+            return _push(registry, repository, known, store)
+        sent = store.learn(layer, registry.upload(repository, layer.chunks(), layer.size))
+        store.note_push(registry.host, sent.digest, repository)
+        return sent
+
+    # A registry hashes what it gets: beside each other, uploads have it do so on more than one core.
+    with ThreadPoolExecutor(UPLOADS) as pool:
+        try:
+            return list(pool.map(push, [*shared, *layers]))[len(shared) :]
+        except BaseException:
+            registry.stop()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def told(traffic: Traffic) -> str:
+    """Say what was moved, in words."""
+    return f"{traffic.sent:,} bytes sent, {traffic.skipped:,} there already, {traffic.mounted:,} mounted"
+
+
+def _push(registry: Registry, repository: str, blob: Blob, store: BlobStore) -> Blob:
+    other = store.pushed_to(registry.host, blob.digest)
+    if registry.has(repository, blob.digest):
+        registry.traffic.add(skipped=blob.size)
+    elif other not in {None, repository} and registry.mount(repository, blob.digest, str(other)):
+        registry.traffic.add(mounted=blob.size)
+    else:
+        registry.upload(repository, blob.chunks(), blob.size, blob.digest)
+    store.note_push(registry.host, blob.digest, repository)
+    return blob
+
+
+def _assembled(
+    runtime: Runtime, blobs: Sequence[Blob], layers: Sequence[FileLayer], changes: Mapping[str, Any],
+    labels: Mapping[str, str],
+) -> OciImage:  # fmt: skip
+    settings = {**runtime.image.settings, **changes, "Labels": {**runtime.labels, **labels}}
+    comments = (*runtime.comments, *(_comment(layer) for layer in layers))
+    annotations = {key: value for key, value in labels.items() if key.startswith("org.opencontainers.")}
+    return OciImage(settings, (*runtime.layers, *blobs), comments, annotations)
+
+
+def _comment(layer: FileLayer) -> str:
+    """Say what a layer holds: the folder that it is under, its first file, and how many more."""
+    first, *others = (member.name for member in layer.members)
+    folder, _, name = first.partition("/")
+    return f"{folder} {name}" + (f" and {len(others)} more" if others else "")
+
+
+def serving_arguments(profile: RuntimeProfile, checkpoint: Path, served_name: str) -> tuple[str, ...]:
+    """Return what the image hands to vLLM: the profile's arguments, and those that follow from the checkpoint.
+
+    Raises:
+        ImageError: the folder holds no checkpoint that vLLM would load.
+    """
+    try:
+        config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{checkpoint} holds no readable config.json: it is no checkpoint") from error
+    if not any(checkpoint.glob("*.safetensors")):
+        raise ImageError(f"{checkpoint} holds no *.safetensors: it is no checkpoint")
+    context = served_context(config)
+    length = ("--max-model-len", str(context)) if context else ()
+    # One precision for a model and all its schemes: left to themselves, FP16's answers come in what the model was
+    # trained in and a scheme's in float16. A CPU emulates half precision: bfloat16 takes a fifth of the time.
+    precision = ("--dtype", "float16" if profile.minimum_driver else "bfloat16")
+    return (
+        "--model", "/model", "--served-model-name", served_name, "--host", "0.0.0.0", "--port", str(PORT),  # noqa: S104 - its own network
+        *length, *precision, *profile.arguments,
+    )  # fmt: skip
+
+
+def served_context(config: Mapping[str, Any]) -> int | None:
+    """The longest context, in tokens, that is served of a model with this ``config.json``; None where vLLM decides."""
+    longest = config.get("max_position_embeddings", config.get("text_config", {}).get("max_position_embeddings"))
+    return min(int(longest), LONGEST_CONTEXT) if longest else None
+
+
+def find(client: docker.DockerClient, record: ImageRecord) -> Image | None:
+    """Return the recorded image if the engine has it or can pull it; ``None`` when it must be built again."""
+    for reference in (record.image_id, record.reference):
+        try:
+            return client.images.get(reference)
+        except docker.errors.ImageNotFound:
+            continue
+    if not record.pushed:
+        return None
+    try:
+        return client.images.pull(record.reference)
+    except docker.errors.APIError:
+        return None
+
+
+def _refuse_unwanted(checkpoint: Path) -> None:
+    unwanted = sorted(path.name for path in checkpoint.rglob("*") if path.suffix in _UNWANTED)
+    if unwanted:
+        raise ImageError(
+            f"{checkpoint} holds {', '.join(unwanted)}: only safetensors, JSON and tokenizer files are shipped"
+        )
+    linked = sorted(path.name for path in checkpoint.rglob("*") if path.is_symlink() and not path.exists())
+    if linked:
+        raise ImageError(f"{checkpoint} holds broken links: {', '.join(linked)}")

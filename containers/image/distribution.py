@@ -1,0 +1,422 @@
+"""A container registry, spoken to directly: blobs streamed both ways, mounted or skipped where they are there already.
+
+The protocol is the OCI Distribution Specification 1.1 (which Docker's registry 2.8 speaks but for its referrers API).
+A registry on this machine's loopback is spoken to without TLS, as Docker does; every other with it. Credentials are
+those of ``docker login``.
+
+A registry is not trusted: every answer is bounded in bytes, as sent (a compressed one is refused), and in seconds, JSON
+in values and depth too, and one of another form than the specification's is a ``DistributionError`` like any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import re
+import threading
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self, cast
+
+import docker.auth
+import docker.errors
+import httpx
+
+from containers.errors import ImageError, UnreachableRegistryError
+from containers.image.layers import CHUNK
+from containers.image.oci import EMPTY, INDEX, MANIFEST, canonical, digest_of
+from registry import network
+from registry.bounded_json import Bounds, DocumentError, read_json
+from registry.errors import NetworkError
+
+DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+_ACCEPT = f"{MANIFEST}, {DOCKER_MANIFEST}, {INDEX}"
+_HUB = ("docker.io", "registry-1.docker.io")
+_LOOPBACK = re.compile(r"^(localhost|127(\.\d+){3}|\[::1\])(:\d+)?$")
+# Possessive and from a word's beginning on: no character is looked at twice.
+_CHALLENGE = re.compile(r'\b(\w++)="([^"]*+)"')
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+# A registry checks and stores what it was sent before it answers.
+_TIMEOUT = httpx.Timeout(30.0, read=600.0, write=600.0)
+# The specification asks registries to take manifests of 4 MiB, and none of more.
+DOCUMENT = Bounds(bytes=4 << 20, values=200_000)
+_TOKEN = Bounds(bytes=1 << 20, values=1000, depth=8)
+_LONGEST_SHOWN = 200
+# What a request's extensions hold the largest size of a blob under.
+_SIZE = "slipway.size"
+
+
+class DistributionError(ImageError):
+    """A registry can't be reached, refuses, or gave something else than was asked for."""
+
+
+class NoAnswerError(DistributionError, UnreachableRegistryError):
+    """A registry can't be reached."""
+
+
+@dataclass
+class Traffic:
+    """What went over the wire, in bytes: ``sent`` was uploaded, ``skipped`` and ``mounted`` were there already."""
+
+    sent: int = 0
+    skipped: int = 0
+    mounted: int = 0
+    received: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def add(self, **moved: int) -> None:
+        """Count; uploads run beside each other."""
+        with self._lock:
+            for name, count in moved.items():
+                setattr(self, name, getattr(self, name) + count)
+
+
+def parse(reference: str) -> tuple[str, str, str]:
+    """Split a reference into registry, repository and what follows, a tag or a digest (empty where neither is named).
+
+    As Docker has it, the first part is a registry where it holds a dot or a colon or is ``localhost``.
+    """
+    name, at, digest = reference.partition("@")
+    first, slash, rest = name.partition("/")
+    if not slash or not (set(first) & {".", ":"} or first == "localhost"):
+        first, rest = _HUB[0], name if slash else f"library/{name}"
+    repository, colon, tag = rest.partition(":")
+    return first, repository, digest if at else tag if colon else ""
+
+
+class Registry:
+    """One registry. ``host`` is as references write it; ``traffic`` counts what this object moved."""
+
+    def __init__(self, host: str) -> None:
+        """Open no connection yet."""
+        self.host = host
+        self.traffic = Traffic()
+        self._stopped = threading.Event()
+        address = _HUB[1] if host == _HUB[0] else host
+        scheme = "http" if _LOOPBACK.match(host) else "https"
+        self._base = f"{scheme}://{address}/v2/"
+        self._http = httpx.Client(
+            base_url=self._base, timeout=_TIMEOUT, auth=_Login(host, self._base), verify=network.tls(),
+            proxy=network.proxy_for(self._base), trust_env=False, follow_redirects=True,
+            event_hooks={"response": [self._bound]}, headers={"Accept-Encoding": "identity"},
+        )  # fmt: skip
+
+    def __enter__(self) -> Self:
+        """Use it as a context that closes its connections."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def stop(self) -> None:
+        """End the uploads under way, in other threads, at their next piece."""
+        self._stopped.set()
+
+    def has(self, repository: str, digest: str) -> bool:
+        """Whether the repository holds a blob."""
+        return self._ask("HEAD", f"{repository}/blobs/{digest}", missing=True).status_code == httpx.codes.OK
+
+    def mount(self, repository: str, digest: str, source: str) -> bool:
+        """Have the registry take a blob over from another of its repositories; False where it would not."""
+        parameters = {"mount": digest, "from": source}
+        answer = self._ask("POST", f"{repository}/blobs/uploads/", params=parameters)
+        if answer.status_code == httpx.codes.CREATED:
+            return True
+        with contextlib.suppress(DistributionError):  # it opened an upload instead
+            self._ask("DELETE", self._location(answer), missing=True)
+        return False
+
+    def upload(self, repository: str, chunks: Iterable[bytes], size: int, digest: str | None = None) -> str:
+        """Stream a blob of ``size`` bytes and return its digest, computed on the way where it is not given."""
+        seen = hashlib.sha256()
+
+        def counted() -> Iterator[bytes]:
+            for chunk in chunks:
+                if self._stopped.is_set():
+                    raise DistributionError(f"an upload to {self.host} was ended with the others")
+                if digest is None:
+                    seen.update(chunk)
+                yield chunk
+                self.traffic.add(sent=len(chunk))
+
+        begun = self._ask("POST", f"{repository}/blobs/uploads/")
+        headers = {"Content-Length": str(size), "Content-Type": "application/octet-stream"}
+        streamed = self._ask("PATCH", self._location(begun), headers=headers, content=counted())
+        final = digest or f"sha256:{seen.hexdigest()}"
+        self._ask("PUT", self._location(streamed).copy_merge_params({"digest": final}), headers={"Content-Length": "0"})
+        return final
+
+    def put_blob(self, repository: str, data: bytes) -> str:
+        """Store a small blob, if it is not there; return its digest."""
+        digest = digest_of(data)
+        if self.has(repository, digest):
+            self.traffic.add(skipped=len(data))
+            return digest
+        return self.upload(repository, [data], len(data), digest)
+
+    def put_manifest(self, repository: str, name: str, data: bytes, media_type: str = MANIFEST) -> str:
+        """Store a manifest under a tag or its digest; return its digest as the registry has it.
+
+        Raises:
+            DistributionError: the registry answers another digest.
+        """
+        answer = self._ask(
+            "PUT", f"{repository}/manifests/{name}", content=data, headers={"Content-Type": media_type}
+        )  # fmt: skip
+        self.traffic.add(sent=len(data))
+        stored, ours = answer.headers.get("Docker-Content-Digest", digest_of(data)), digest_of(data)
+        if stored != ours:
+            raise DistributionError(f"{self.host}/{repository} stored {ours} as {stored}")
+        return ours
+
+    def manifest(self, repository: str, name: str) -> tuple[bytes, str] | None:
+        """Return a manifest's bytes and media type; None where there is none.
+
+        Raises:
+            DistributionError: what came under a digest is something else.
+        """
+        answer = self._ask("GET", f"{repository}/manifests/{name}", headers={"Accept": _ACCEPT}, missing=True)
+        if answer.status_code != httpx.codes.OK:
+            return None
+        self.traffic.add(received=len(answer.content))
+        if name.startswith("sha256:") and digest_of(answer.content) != name:
+            raise DistributionError(f"{self.host}/{repository}@{name} is {digest_of(answer.content)}")
+        return answer.content, answer.headers.get("Content-Type", MANIFEST)
+
+    def blob(self, repository: str, digest: str, size: int) -> Iterator[bytes]:
+        """Stream a blob of at most ``size`` bytes; the caller compares its digest."""
+        path = f"{repository}/blobs/{digest}"
+        with self._explained(), self._http.stream("GET", path, extensions={_SIZE: size}) as answer:
+            if answer.status_code != httpx.codes.OK:
+                answer.read()
+                raise self._refusal(answer, path)
+            for chunk in answer.iter_raw(CHUNK):
+                self.traffic.add(received=len(chunk))
+                yield chunk
+
+    def attach(self, repository: str, subject: dict[str, Any], kind: str, data: bytes, title: str) -> str:
+        """Attach a document to an image as an OCI referrer and return the digest of its manifest.
+
+        Where the registry has no referrers API the subject's referrers are listed in an index under the tag
+        ``sha256-<hex>``, as the specification's fallback has it.
+        """
+        empty = b"{}"
+        self.put_blob(repository, empty)
+        layer = {"mediaType": kind, "digest": self.put_blob(repository, data), "size": len(data),
+                 "annotations": {"org.opencontainers.image.title": title}}  # fmt: skip
+        manifest = canonical(
+            {
+                "schemaVersion": 2,
+                "mediaType": MANIFEST,
+                "artifactType": kind,
+                "config": {"mediaType": EMPTY, "digest": digest_of(empty), "size": len(empty)},
+                "layers": [layer],
+                "subject": subject,
+            }
+        )
+        digest = digest_of(manifest)
+        answer = self._ask("PUT", f"{repository}/manifests/{digest}", content=manifest,
+                           headers={"Content-Type": MANIFEST})  # fmt: skip
+        self.traffic.add(sent=len(manifest))
+        if "OCI-Subject" not in answer.headers:
+            entry = {"mediaType": MANIFEST, "digest": digest, "size": len(manifest), "artifactType": kind}
+            self._list_referrer(repository, str(subject["digest"]), entry)
+        return digest
+
+    def referrers(self, repository: str, digest: str) -> list[dict[str, Any]]:
+        """Return the descriptors of what is attached to an image, by the API or by the fallback's tag."""
+        answer = self._ask("GET", f"{repository}/referrers/{digest}", missing=True)
+        if answer.status_code == httpx.codes.OK:
+            return self._listed(answer.content)
+        found = self.manifest(repository, _fallback_tag(digest))
+        return self._listed(found[0]) if found else []
+
+    def _listed(self, index: bytes) -> list[dict[str, Any]]:
+        try:
+            document = read_json(index, DOCUMENT)
+        except DocumentError as error:
+            raise DistributionError(f"the registry {self.host} lists what is attached as {error}") from error
+        entries = document.get("manifests") if isinstance(document, dict) else None
+        if not isinstance(entries, list) or not all(_is_descriptor(entry) for entry in entries):
+            raise DistributionError(f"the registry {self.host} lists what is attached in no index of OCI's")
+        return entries
+
+    def _list_referrer(self, repository: str, subject: str, entry: dict[str, Any]) -> None:
+        others = [item for item in self.referrers(repository, subject) if item["digest"] != entry["digest"]]
+        listed = sorted([*others, entry], key=lambda item: str(item["digest"]))
+        index = canonical({"schemaVersion": 2, "mediaType": INDEX, "manifests": listed})
+        self.put_manifest(repository, _fallback_tag(subject), index, INDEX)
+
+    def _location(self, answer: httpx.Response) -> httpx.URL:
+        """Where an upload goes on: absolute, or relative to this registry, and never elsewhere."""
+        if "Location" not in answer.headers:
+            raise DistributionError(f"the registry {self.host} does not say where an upload goes on")
+        there = self._there(answer)
+        if not network.same_origin(self._base, str(there)):
+            where = f"another host, {there.host}" if there.host != httpx.URL(self._base).host else f"{there}"[:200]
+            raise DistributionError(f"the registry {self.host} sends an upload on to {where}: refused")
+        return there
+
+    def _bound(self, answer: httpx.Response) -> None:
+        """Hold an answer to its bounds before its body is read, a redirect's and a token service's too."""
+        if answer.has_redirect_location:
+            there = self._there(answer)
+            problem = network.redirect_problem(answer.request.method, str(answer.url), str(there))
+            if problem is not None:
+                raise DistributionError(f"the registry {self.host} is not followed: {problem}")
+        try:
+            network.refuse_encoding(answer.headers.get("Content-Encoding", ""))
+        except NetworkError as error:
+            raise DistributionError(f"the registry {self.host} {error}") from error
+        size = answer.request.extensions.get(_SIZE) if answer.is_success else None
+        answer.stream = _Bounded(cast("httpx.SyncByteStream", answer.stream), size, self.host)
+
+    def _ask(self, method: str, path: str | httpx.URL, *, missing: bool = False, **rest: Any) -> httpx.Response:  # noqa: ANN401 - httpx's own
+        with self._explained():
+            answer = self._http.request(method, path, **rest)
+        if answer.is_success or (missing and answer.status_code == httpx.codes.NOT_FOUND):
+            return answer
+        raise self._refusal(answer, str(path))
+
+    def _there(self, answer: httpx.Response) -> httpx.URL:
+        try:
+            there = answer.url.join(answer.headers["Location"])
+            _ = there.host  # decoded, which fails for what is no name
+        except (httpx.InvalidURL, ValueError) as error:
+            raise DistributionError(f"the registry {self.host} leads to a malformed address: refused") from error
+        return there
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+
+    def _unreachable(self, error: Exception) -> DistributionError:
+        words = " ".join(str(error).split()) or type(error).__name__
+        return NoAnswerError(f"the registry {self.host} can't be reached: {words}")
+
+    def _refusal(self, answer: httpx.Response, path: str) -> DistributionError:
+        # Not `answer.text`, which decodes as the answer says: zlib is a charset, too.
+        words = " ".join(answer.content.decode(errors="replace").split())[:_LONGEST_SHOWN] or answer.reason_phrase
+        where = str(path).partition("?")[0]
+        return DistributionError(f"the registry {self.host} answers {answer.status_code} for {where}: {words}")
+
+
+class _Bounded(httpx.SyncByteStream):
+    """The body of an answer: a document, or a blob of at most ``size`` bytes."""
+
+    def __init__(self, body: httpx.SyncByteStream, size: int | None, host: str) -> None:
+        self._body = body
+        self._size = size
+        self._host = host
+
+    def __iter__(self) -> Iterator[bytes]:
+        try:
+            if self._size is None:
+                yield from network.within(self._body, DOCUMENT.bytes, network.ANSWER_SECONDS)
+                return
+            pace = network.Pace()
+            for chunk in network.within(self._body, self._size, math.inf):
+                pace.add(len(chunk))
+                yield chunk
+        except NetworkError as error:
+            raise DistributionError(f"the registry {self._host} {error}") from error
+
+    def close(self) -> None:
+        self._body.close()
+
+
+class _Login(httpx.Auth):
+    """Answers a registry's challenge: basic, or a token of the service that it names.
+
+    Only what the registry itself asks is answered, not what a host asks to which it redirects. The service gets user
+    and password where it is the registry's host, its domain or in its domain, over TLS; any other is asked for a token
+    without them, which is what public images take.
+    """
+
+    def __init__(self, host: str, base: str) -> None:
+        self._host = host
+        self._base = base
+        self._header: str | None = None
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        """Send what is known, and once more where the registry wants to know more."""
+        if self._header:
+            request.headers["Authorization"] = self._header
+        answer = yield request
+        if answer.status_code != httpx.codes.UNAUTHORIZED or not network.same_origin(self._base, str(answer.url)):
+            return
+        scheme, _, rest = answer.headers.get("WWW-Authenticate", "").partition(" ")
+        known = self._known()
+        name, word = known.get("username") or known.get("Username"), known.get("password") or known.get("Password")
+        basic = httpx.BasicAuth(name, word) if name and word else None
+        if scheme.lower() == "basic" and basic is not None:
+            self._header = next(basic.auth_flow(httpx.Request("GET", request.url))).headers["Authorization"]
+        elif scheme.lower() == "bearer":
+            asked = self._token_request(dict(_CHALLENGE.findall(rest)), request.extensions.get("timeout"))
+            if asked is None:
+                return
+            trusted = self._belongs(asked.url)
+            token = yield next(basic.auth_flow(asked)) if basic and trusted else asked
+            token.read()
+            self._header = _bearer(token)
+            if self._header is None:  # what this flow ends with would pass for the registry's own answer
+                where = f"{asked.url.host} answers {token.status_code}"
+                if basic and not trusted:
+                    where += ", asked without user and password, which go to the registry's own domain alone"
+                raise DistributionError(f"the token service of the registry {self._host} gives no token: {where}")
+        else:
+            return
+        request.headers["Authorization"] = self._header
+        yield request
+
+    def _known(self) -> Mapping[str, str]:
+        """What ``docker login`` knows of the registry."""
+        try:
+            return docker.auth.load_config().resolve_authconfig(None if self._host == _HUB[0] else self._host) or {}
+        except docker.errors.DockerException as error:  # a program that keeps them is not there, or fails
+            words = " ".join(str(error).split())[:_LONGEST_SHOWN]
+            raise DistributionError(f"what `docker login` keeps for {self._host} can't be read: {words}") from error
+
+    def _token_request(self, challenge: Mapping[str, str], timeout: object) -> httpx.Request | None:
+        try:
+            realm = httpx.URL(challenge["realm"])
+            host = realm.host  # decoded, which fails for what is no name
+        except (KeyError, httpx.InvalidURL, ValueError):
+            return None
+        if realm.scheme != "https" and not (realm.scheme == "http" and network.is_loopback(host)):
+            return None
+        parameters = {key: challenge[key] for key in ("service", "scope") if key in challenge}
+        headers, extensions = {"Accept-Encoding": "identity"}, {"timeout": timeout}
+        return httpx.Request("GET", realm, params=parameters, headers=headers, extensions=extensions)
+
+    def _belongs(self, realm: httpx.URL) -> bool:
+        """Whether a token service is the registry's own, as auth.example.com is registry.example.com's."""
+        own = httpx.URL(self._base).host
+        if realm.host == own:
+            return True
+        _, _, domain = own.partition(".")
+        named = "." in domain and not domain.rpartition(".")[2].isdigit()
+        return named and (realm.host == domain or realm.host.endswith(f".{domain}"))
+
+
+def _bearer(answer: httpx.Response) -> str | None:
+    try:
+        document = read_json(answer.content, _TOKEN) if answer.is_success else {}
+        found = document.get("token") or document["access_token"]
+        return f"Bearer {network.token('the token of the registry', found)}" if isinstance(found, str) else None
+    except (DocumentError, AttributeError, KeyError, NetworkError):
+        return None
+
+
+def _is_descriptor(entry: object) -> bool:
+    """Whether an entry of an index says by a digest what it is of."""
+    return isinstance(entry, dict) and _DIGEST.fullmatch(str(entry.get("digest"))) is not None
+
+
+def _fallback_tag(digest: str) -> str:
+    return digest.replace(":", "-")

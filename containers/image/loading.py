@@ -1,0 +1,115 @@
+"""Images in the engine: put there with what it lacks alone, found again, and taken out."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Callable, Mapping
+from io import BufferedReader
+from typing import Any
+
+import docker
+import requests
+import urllib3
+from docker.models.images import Image
+
+from containers.errors import ImageError
+from containers.image.assembly import explain
+from containers.image.blobs import Blob, BlobStore
+from containers.image.layers import CHUNK, Stream, pieces
+from containers.image.oci import OciImage, common_start, saved
+
+Progress = Callable[[str], None]
+
+
+def existing(client: docker.DockerClient, name: str, labels: Mapping[str, str]) -> Image | None:
+    """Return the image called ``name`` if the engine has it and it bears ``labels``."""
+    try:
+        image = client.images.get(name)
+    except docker.errors.ImageNotFound:
+        return None
+    return image if labels.items() <= (image.labels or {}).items() else None
+
+
+def load(client: docker.DockerClient, image: OciImage, tag: str) -> Image:
+    """Put an image into the engine under ``tag``; layers that it has are not sent again.
+
+    Raises:
+        ImageError: the engine refuses it, or made something else of it.
+        EngineError: the engine went away.
+    """
+    found = _same(client, tag, image)
+    if found is not None:
+        return found
+    present = max((common_start(layers, image.diff_ids) for layers in _layers(client)), default=0)
+    if present:
+        try:
+            _send(client, image, tag, present)
+        except ImageError:
+            present = 0  # an engine that wants every layer's bytes (containerd's store), or lost one meanwhile
+    if not present:
+        _send(client, image, tag, 0)
+    found = _same(client, tag, image)
+    if found is None:
+        raise ImageError(f"the engine did not take {tag} as it is: `slipway doctor` says which engine this is")
+    return found
+
+
+def _same(client: docker.DockerClient, tag: str, image: OciImage) -> Image | None:
+    """The image under ``tag`` if it is this one: an engine's id is the configuration's digest, or the manifest's."""
+    try:
+        found = client.images.get(tag)
+    except docker.errors.ImageNotFound:
+        return None
+    return found if found.id in {image.config_digest, image.digest} else None
+
+
+def _layers(client: docker.DockerClient) -> list[list[str]]:
+    """The layers of every image that the engine has."""
+    found = []
+    for summary in client.api.images(all=True):
+        try:
+            found.append(list(client.images.get(summary["Id"]).attrs["RootFS"]["Layers"] or []))
+        except (docker.errors.ImageNotFound, KeyError):
+            continue
+    return found
+
+
+def _send(client: docker.DockerClient, image: OciImage, tag: str, skipped: int) -> None:
+    try:
+        told: Any = client.api.load_image(saved(image, tag, skipped))  # type: ignore[no-untyped-call]
+        for line in told:
+            if isinstance(line, dict) and "error" in line:
+                error = docker.errors.APIError(str(line["error"]), explanation=str(line["error"]))
+                raise explain(error, tag)
+    except (docker.errors.DockerException, requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+        raise explain(error, tag) from error
+
+
+def taken_out(client: docker.DockerClient, reference: str, store: BlobStore) -> tuple[dict[str, Any], list[Blob]]:
+    """Return an engine's image as its settings and its layers, which are kept in ``store``.
+
+    Raises:
+        ImageError: the engine has no such image.
+    """
+    try:
+        image = client.images.get(reference)
+        wanted: list[str] = image.attrs["RootFS"]["Layers"]
+        missing = {digest for digest in wanted if not store.path(digest).is_file()}
+        if missing:
+            _export(image, store)
+    except docker.errors.ImageNotFound as error:
+        raise ImageError(f"the engine has no image `{reference}` to start from") from error
+    absent = [digest for digest in wanted if not store.path(digest).is_file()]
+    if absent:
+        raise ImageError(f"the engine gave `{reference}` without its layers {', '.join(absent)}")
+    layers = [store.layer(digest, store.path(digest).stat().st_size) for digest in wanted]
+    return dict(image.attrs["Config"]), layers
+
+
+def _export(image: Image, store: BlobStore) -> None:
+    """Keep the layers of ``docker save``: Docker gives each as the very tar that it was made from."""
+    with tarfile.open(fileobj=BufferedReader(Stream(image.save(chunk_size=CHUNK)), CHUNK), mode="r|") as archive:
+        for member in archive:
+            file = archive.extractfile(member) if member.isreg() and not member.name.endswith(".json") else None
+            if file is not None and member.size > 512:
+                store.add(pieces(file))

@@ -1,0 +1,1 @@
+"""A place to run an image: isolated, measured, and removed."""

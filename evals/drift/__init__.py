@@ -1,0 +1,1 @@
+"""How much quality was lost: questions, answers, and the drift gate."""

@@ -1,0 +1,240 @@
+"""Worker: let one checkpoint answer a suite's questions through lm-eval, and keep every item's answer.
+
+Request: `model` (a checkpoint's folder; its tokenizer alone where a server answers), `output` (an empty folder),
+`suite` (`name`, `digest`, `seed`), `tasks` (name → `evals.drift.suite.TaskLimits.question`, with `data` for tasks of
+ours);
+optional: `server` (`address`, a file in which its URL appears; `name`; `image`; `engine`), `part` (from and to which
+share of each task), `divergence` (`documents`, `max_tokens`, `top`), `again` (items a task to ask twice), `hub`
+(`endpoint`, `cache`), `device` (`cpu`, `cuda`), `batch_size`, `threads`. Writes `answers.json`
+(`evals.drift.answers.Answers`), `runs.npz` (the hashed runs of words of every item, `evals.drift.overlap`) and, if
+asked, `top.npz` (`evals.drift.divergence.Top`).
+
+Baseline and candidate go the same way. Without a server a quantized checkpoint's linear layers are unpacked once and
+then computed in the baseline's precision: what differs between two answers is the weights alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import checkpoints  # type: ignore[import-not-found]  # beside this script
+import items as graded  # type: ignore[import-not-found]
+import json_lines  # type: ignore[import-not-found]
+import served  # type: ignore[import-not-found]
+from overlap import runs  # type: ignore[import-not-found]
+from slipway_worker import WorkerError, main
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+
+SCHEMA = "slipway.answers/2"
+TASKS = Path(__file__).resolve().parent / "tasks"
+Report = Callable[[str], None]
+
+
+def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Answer every task of the request and write the answers; return a summary.
+
+    Raises:
+        WorkerError: for an unknown task, data that cannot be read or reached, a checkpoint that cannot be loaded, or a
+            server that refuses or goes away.
+    """
+    started = time.monotonic()
+    ours = {name: _rows(name, task) for name, task in request["tasks"].items() if task["ours"]}
+    _prepare(request.get("hub"))
+    report("loading lm-eval")
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    try:
+        model, engine = _model(request, report)
+        loaded = time.monotonic()
+        tasks, shown = {}, {}
+        for name, task in request["tasks"].items():
+            tasks[name], shown[name], texts = _ask(model, name, task, request, ours.get(name), report)
+            wanted = request.get("divergence")
+            if wanted and texts and not (Path(request["output"]) / "top.npz").exists():
+                _write_top(model, texts[: wanted["documents"]], wanted, Path(request["output"]))
+    except served.ServerError as error:
+        raise WorkerError(str(error)) from error
+    suite = {"name": request["suite"]["name"], "digest": request["suite"]["digest"], "lm_eval": engine["lm-eval"]}
+    image = request["server"]["image"] if request.get("server") else None
+    answers = {"schema": SCHEMA, "engine": engine, "image": image, "suite": suite, "tasks": tasks}
+    (Path(request["output"]) / "answers.json").write_text(json.dumps(answers, allow_nan=False) + "\n", encoding="utf-8")
+    _write_runs(shown, Path(request["output"]))
+    return {
+        "items": {name: len(task["items"]) for name, task in tasks.items()},
+        "load_seconds": loaded - started,
+        "answer_seconds": time.monotonic() - loaded,
+    }
+
+
+def _prepare(hub: Mapping[str, str] | None) -> None:
+    """Set what must be set before the libraries are imported; only lm-eval's own tasks need the hub."""
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "0" if hub else "1"}
+    if hub:
+        os.environ |= {"HF_ENDPOINT": hub["endpoint"], "HF_HOME": hub["cache"]}
+
+
+def _model(request: dict[str, Any], report: Report) -> tuple[LM, dict[str, Any]]:
+    """Return the language model to ask, and what identifies the engine.
+
+    Raises:
+        WorkerError: the folder holds nothing that can be loaded.
+    """
+    lm_eval = {"lm-eval": metadata.version("lm-eval")}
+    server, folder = request.get("server"), Path(request["model"])
+    if server is None:
+        model, engine = checkpoints.load(folder, request, report)
+        return model, {**engine, **lm_eval}
+    report("reading the questions while the server starts")
+    try:
+        address = Path(server["address"])
+        model = served.model(lambda: served.wait_for_address(address), server["name"], folder, report)
+    except (OSError, ValueError) as error:
+        raise WorkerError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+    return model, {**server["engine"], **lm_eval}
+
+
+def _rows(name: str, task: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+    """Read a task's data: the rows to ask, in whatever parts, and the sha256 of the whole file.
+
+    They are spread evenly over the file and asked in an order that no file's order shows through, so that any first
+    part of them stands for all.
+    """
+    path = Path(task["data"])
+    try:
+        content = path.read_bytes()
+        output_type = graded.configuration(TASKS / f"{task['task']}.yaml").get("output_type")
+        rows = json_lines.parse_rows(content, path, json_lines.SHAPES.get(output_type, json_lines.NAMED))
+    except (OSError, json_lines.JsonLinesError) as error:
+        raise WorkerError(f"the data of `{name}`: {error}") from error
+    wanted = task.get("items") or len(rows)
+    if not 0 < wanted <= len(rows):
+        raise WorkerError(f"`{name}` asks for {wanted} items; {path.name} has {len(rows)}")
+    chosen = [rows[index * len(rows) // wanted] for index in range(wanted)]
+    chosen.sort(key=lambda row: hashlib.sha256(row["id"].encode()).digest())
+    return chosen, hashlib.sha256(content).hexdigest()
+
+
+def _cut(rows: list[dict[str, Any]], part: Sequence[float] | None) -> list[dict[str, Any]]:
+    """Return the rows from one share of them to another, by `evals.statistics.sequential.prefixes`."""
+    first, last = (max(1, round(len(rows) * share)) if share else 0 for share in part or (0.0, 1.0))
+    return rows[first:last]
+
+
+def _ask(
+    model: LM,
+    name: str,
+    task: dict[str, Any],
+    request: dict[str, Any],
+    ours: tuple[list[dict[str, Any]], str] | None,
+    report: Report,
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Return a task's answers, what of each item counts for overlap, and the texts of a likelihood task.
+
+    Those are all that the task has, whichever part of it is asked: what is kept of them is then of the same documents.
+    """
+    began = time.monotonic()
+    rows = _cut(ours[0], request.get("part")) if ours else None
+    report(f"{name}: {len(rows) if rows else task.get('items') or 'all'} items")
+    model.asking = name
+    samples, kind = _evaluate(model, name, task, request, rows)
+    answered = graded.items(kind, samples, task, rows, model)
+    digest = ours[1] if ours else hashlib.sha256("".join(s["doc_hash"] for _, s in samples).encode()).hexdigest()
+    found: dict[str, Any] = {"kind": kind, "data_sha256": digest, "items": answered}
+    again = request.get("again") or 0
+    if again and kind != "text":
+        # lm-eval's limit holds for each of a task's parts.
+        limit = math.ceil(again / len({part for part, _ in samples}))
+        model.asking = f"{name}, once more"
+        repeated, _ = _evaluate(model, name, task, request, rows[:again] if rows else None, limit=limit)
+        found["again"] = graded.again(answered, graded.items(kind, repeated, task, rows, model))
+    report(f"{name}: answered in {time.monotonic() - began:.1f} s")
+    texts = []
+    if kind == "text":
+        texts = [row["text"] for row in ours[0]] if ours else [graded.text(sample) for sample in samples]
+    return found, [graded.shown(kind, sample) for sample in samples], texts
+
+
+def _evaluate(
+    model: LM,
+    name: str,
+    task: dict[str, Any],
+    request: dict[str, Any],
+    rows: list[dict[str, Any]] | None,
+    limit: int | None = None,
+) -> tuple[list[tuple[str, dict[str, Any]]], str]:
+    """Run lm-eval over one task; return its samples with the part that each is of, in order, and their kind.
+
+    Raises:
+        WorkerError: lm-eval has no such task, or its data cannot be reached.
+    """
+    import datasets
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    options: dict[str, Any] = {
+        "fewshot_random_seed": request["suite"]["seed"],
+        "bootstrap_iters": 0,
+        "log_samples": True,
+    }
+    if rows is None:
+        manager = TaskManager(metadata=dict(task["metadata"]) or None)
+        asked: list[Any] = [task["task"]]
+        options |= {"num_fewshot": task["fewshot"], "limit": limit or task.get("items")}
+        options |= {"apply_chat_template": task["chat_template"]}
+    else:
+        data = datasets.Dataset.from_list(rows)
+        definition = TASKS / f"{task['task']}.yaml"
+        manager = TaskManager(include_defaults=False)
+        asked = [{**graded.configuration(definition), "custom_dataset": lambda **_: {"test": data}}]
+    try:
+        results = lm_eval.simple_evaluate(model=model, tasks=asked, task_manager=manager, **options)
+    except (OSError, ImportError, KeyError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if rows is not None:
+            raise
+        told = " ".join(str(error).split())[:300]
+        raise WorkerError(f"`{name}` (lm-eval's `{task['task']}`) cannot be asked: {told}") from error
+    found: tuple[list[tuple[str, dict[str, Any]]], str] = graded.samples(results, task, name)
+    return found
+
+
+def _write_top(model: LM, texts: Sequence[str], wanted: Mapping[str, int], output: Path) -> None:
+    """Write the likeliest tokens at every place of some texts."""
+    import numpy as np
+
+    model.asking = "distributions"
+    prompts = [[model.prefix_token_id, *model.tok_encode(text)[: wanted["max_tokens"]]] for text in texts]
+    found = model.top(prompts, wanted["top"])
+    places = [(number, place) for number, prompt in enumerate(found) for place in range(len(prompt))]
+    np.savez_compressed(
+        output / "top.npz",
+        tokens=np.array([tokens for prompt in found for tokens, _ in prompt], dtype=np.int32),
+        log_probabilities=np.array([values for prompt in found for _, values in prompt], dtype=np.float32),
+        document=np.array([number for number, _ in places], dtype=np.int32),
+        position=np.array([place for _, place in places], dtype=np.int32),
+    )
+
+
+def _write_runs(shown: Mapping[str, Sequence[Sequence[str]]], output: Path) -> None:
+    """Write each task's hashed runs of words, and the place of the item that each is of."""
+    import numpy as np
+
+    arrays: dict[str, Any] = {}
+    for name, items in shown.items():
+        pairs = [(run, number) for number, texts in enumerate(items) for run in sorted(set().union(*map(runs, texts)))]
+        arrays[f"{name}.runs"] = np.array([run for run, _ in pairs], dtype=np.uint64)
+        arrays[f"{name}.items"] = np.array([number for _, number in pairs], dtype=np.int32)
+    np.savez_compressed(output / "runs.npz", **arrays)
+
+
+if __name__ == "__main__":
+    main(work)

@@ -1,0 +1,186 @@
+"""The questions a model is asked: tasks of lm-eval and of ours, frozen, in tiers, each with the loss it may show.
+
+A suite is a file in ``evals/drift/suites/``; a model's file names one, changes some of its limits, or lists its own
+tasks.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from evals.errors import SuiteError
+
+TASKS = Path(__file__).with_name("tasks")
+SUITES = Path(__file__).with_name("suites")
+
+# What a task's failure and its doubt do to the release; see `evals.drift.drift_gate`.
+Tier = Literal["critical", "supporting", "advisory"]
+Kind = Literal["choice", "generated", "text"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TaskLimits(_Frozen):
+    """One task: what it asks, how, how much its answer counts, and the loss that is let through.
+
+    ``max_drop`` bounds the drop in accuracy (absolute: 0.02 is two points), ``max_increase`` that of bits a byte
+    (relative: 0.01 is one percent). A task of ours names its ``data`` and takes ``items`` spread evenly over it;
+    lm-eval's own name a ``task`` (the key without), take the first ``items`` of each of its parts, and say how many
+    there are (``size``), in how many groups, and about how many ``tokens`` one takes, so that a plan needs no download.
+    """
+
+    task: str | None = None
+    data: Path | None = None
+    items: Annotated[int, Field(gt=0)] | None = None
+    metric: str | None = None
+    filter: str | None = None
+    fewshot: Annotated[int, Field(ge=0)] | None = None
+    chat_template: bool = False
+    metadata: Mapping[str, str] = {}
+    kind: Kind | None = None
+    size: Annotated[int, Field(gt=0)] | None = None
+    groups: Annotated[int, Field(gt=0)] = 1
+    tokens: Annotated[int, Field(gt=0)] | None = None
+    tier: Tier = "critical"
+    max_drop: Annotated[float, Field(ge=0, lt=1)] | None = None
+    max_increase: Annotated[float, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> TaskLimits:
+        if (self.max_drop is None) == (self.max_increase is None):
+            raise ValueError("give either `max_drop` (accuracy, absolute) or `max_increase` (bits a byte, relative)")
+        return self
+
+    def is_ours(self, name: str) -> bool:
+        """Whether the task is one of ``evals/drift/tasks``, over a file of data."""
+        return self.data is not None or (self.task or name) in task_names()
+
+    def question(self, name: str) -> dict[str, Any]:
+        """Return what determines the question: everything but the limits, the tier and what is there for plans."""
+        asked = self.model_dump(
+            mode="json", include={"items", "metric", "filter", "fewshot", "chat_template", "metadata"}
+        )
+        return {"task": self.task or name, "ours": self.is_ours(name), **asked}
+
+
+class Suite(_Frozen):
+    """A file in ``evals/drift/suites``: tasks under one name; ``seed`` draws the few-shot examples."""
+
+    suite: str
+    about: str
+    seed: int = 1234
+    tasks: Annotated[Mapping[str, TaskLimits], Field(min_length=1)]
+
+
+def load_suite(name: str) -> dict[str, Any]:
+    """Return a suite's document as in its file, its data's paths made absolute; `Suite` validates it.
+
+    Raises:
+        ValueError: there is no such suite.
+    """
+    if name not in suite_names():
+        raise ValueError(f"there is no suite `{name}`{near(name, suite_names())}")
+    path = SUITES / f"{name}.yaml"
+    document: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for task in document["tasks"].values():
+        if "data" in task:
+            task["data"] = (path.parent / task["data"].removeprefix("file:")).resolve()
+    Suite.model_validate(document)
+    return document
+
+
+def suite_names() -> list[str]:
+    """Return the suites that there are."""
+    return sorted(path.stem for path in SUITES.glob("*.yaml"))
+
+
+def task_names() -> list[str]:
+    """Return our own tasks; lm-eval's are known to lm-eval alone."""
+    return sorted(path.stem for path in TASKS.glob("*.yaml"))
+
+
+def near(name: str, known: list[str]) -> str:
+    """Return a hint at a near name, or at all of a few."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f": did you mean `{close[0]}`?" if close else f": there are {', '.join(f'`{item}`' for item in known)}"
+
+
+class AskedTasks(_Frozen):
+    """The part of a model's ``evals`` section that says what is asked: a suite's name, and tasks.
+
+    With a ``suite``, ``tasks`` change single keys of its tasks or add tasks; without one they are all there is.
+    """
+
+    suite: str | None = None
+    seed: int = 1234
+    tasks: Annotated[Mapping[str, TaskLimits], Field(min_length=1)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_suite(cls, given: Any) -> Any:  # noqa: ANN401 - what the file holds, not yet checked
+        if not isinstance(given, dict) or not isinstance(given.get("suite"), str):
+            return given
+        document = load_suite(given["suite"])
+        tasks: dict[str, Any] = document["tasks"]
+        changed = given.get("tasks")
+        if changed is not None and not isinstance(changed, dict):
+            return given
+        for name, change in (changed or {}).items():
+            tasks[name] = {**tasks.get(name, {}), **change} if isinstance(change, dict) else change
+        return {"seed": document.get("seed", 1234), **given, "tasks": tasks}
+
+    @field_validator("tasks")
+    @classmethod
+    def _known_tasks(cls, tasks: Mapping[str, TaskLimits]) -> Mapping[str, TaskLimits]:
+        for name, task in tasks.items():
+            asked, ours = task.task or name, task_names()
+            if task.data is not None and asked not in ours:
+                raise ValueError(f"there is no task `{asked}` over a file of data{near(asked, ours)}")
+            if asked in ours and task.data is None:
+                raise ValueError(f"`{name}` needs `data`: a file of what to ask")
+        return tasks
+
+    @property
+    def digest(self) -> str:
+        """``sha256:…`` of what is asked, as it is defined: tasks, templates, few-shot, seed, items; not of the data."""
+        asked = {name: task.question(name) for name, task in sorted(self.tasks.items())}
+        for question in asked.values():
+            if question["ours"]:
+                definition = TASKS / f"{question['task']}.yaml"
+                question["definition"] = hashlib.sha256(definition.read_bytes()).hexdigest()
+        text = json.dumps({"seed": self.seed, "tasks": asked}, sort_keys=True, separators=(",", ":"))
+        return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+    @property
+    def name(self) -> str:
+        """The suite's name; of tasks listed in the model's file, that they are."""
+        return self.suite or "the model's own tasks"
+
+
+def questions(asked: AskedTasks) -> dict[str, Any]:
+    """Return what determines the answers, and nothing else: the suite's digest, and the digest of each file of data.
+
+    For the key under which answers are kept; a changed limit leaves it as it is.
+
+    Raises:
+        SuiteError: if data cannot be read.
+    """
+    data = {name: _data_sha256(name, task.data) for name, task in sorted(asked.tasks.items()) if task.data is not None}
+    return {"suite": asked.digest, "data": data}
+
+
+def _data_sha256(name: str, data: Path) -> str:
+    try:
+        return hashlib.sha256(data.read_bytes()).hexdigest()
+    except OSError as error:
+        raise SuiteError(f"the data of task `{name}`, {data}, cannot be read: {error.strerror}") from error

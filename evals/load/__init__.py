@@ -1,0 +1,1 @@
+"""How the image serves under load: traffic, evidence, and the load gate."""

@@ -1,0 +1,161 @@
+"""The ``load:`` section of a model's file: which traffic, what is searched for beside it, and the limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
+
+from evals.load.capacity import CapacitySearch
+from evals.load.slo import Positive, Slo
+from evals.load.traffic import profile as profiles
+from evals.load.traffic.profile import Lengths, TrafficProfile
+
+CAUSES = Literal["client-late", "incomplete", "memory-unwatched", "no-gpu"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Canary(_Section):
+    """A prompt whose greedy continuation is known: the answer must start with ``expect``."""
+
+    prompt: str
+    expect: str = Field(min_length=1)
+
+
+class Memory(_Section):
+    """The container's memory limit (``12GiB`` or bytes), and the share of it that must stay free at the peak.
+
+    ``max_leak_per_request`` bounds what a profile that tests for leaks (``soak``) may find: the lower end of the
+    interval of the memory's slope, a request.
+    """
+
+    limit_bytes: ByteSize
+    headroom: float = Field(default=0.2, ge=0, lt=1)
+    max_leak_per_request: ByteSize = ByteSize(64 * 1024)
+
+
+class Changes(_Section):
+    """What a model's file changes of a traffic profile; None leaves it as the profile has it."""
+
+    request_rate: Positive | None = None
+    seconds: Positive | None = None
+    input_tokens: Lengths | None = None
+    output_tokens: Lengths | None = None
+    seed: int | None = None
+    warmup_requests: Annotated[int, Field(ge=0)] | None = None
+    slo: Slo = Slo()
+
+    def applied(self, profile: TrafficProfile) -> TrafficProfile:
+        """Return the profile with these changes."""
+        changed = {
+            "rate": self.request_rate, "seconds": self.seconds, "input_tokens": self.input_tokens,
+            "output_tokens": self.output_tokens, "seed": self.seed, "warmup_requests": self.warmup_requests,
+        }  # fmt: skip
+        said = {name: value for name, value in changed.items() if value is not None}
+        return TrafficProfile.model_validate({**dict(profile), **said, "slo": self.slo.over(profile.slo)})
+
+
+class LoadPlan(Changes):
+    """The ``load:`` section: the traffic, and the limits that the server is held to under it.
+
+    ``profiles`` names profiles of ``evals/load/traffic``, a list or a mapping of each to what is changed of it; the
+    same
+    keys beside it change all of them. The first profile's metrics bear plain names, those of others their profile's
+    (``rag.p95_ttft_ms``). ``capacity`` has the capacity searched for under the first profile's traffic; ``faults`` has
+    the server mistreated at the end, after which it must answer again within ``max_recovery_s`` of its restart. A load
+    generator that is later than ``max_client_late_ms`` with one request in
+    twenty can't keep up; one hiccup is counted, as all lateness is, as the server's latency.
+    """
+
+    prompts: Path
+    profiles: Mapping[str, Changes] = Field(default_factory=lambda: {"quick": Changes()}, min_length=1)
+    request_timeout_s: Positive = 60.0
+    start_timeout_s: Positive = 600.0
+    max_recovery_s: Positive = 300.0
+    cpus: Positive | None = None
+    max_client_late_ms: Positive = 250.0
+    canary: Canary
+    memory: Memory
+    capacity: CapacitySearch | None = None
+    faults: bool = False
+    accept_inconclusive: Mapping[CAUSES, Annotated[str, Field(min_length=1)]] = {}
+
+    @field_validator("profiles", mode="before")
+    @classmethod
+    def _named(cls, given: Any) -> Any:  # noqa: ANN401 - whatever stands in the file
+        if isinstance(given, Sequence) and not isinstance(given, str):
+            given = {str(name): {} for name in given}
+        for name in given if isinstance(given, Mapping) else ():
+            try:
+                profiles.load(str(name))
+            except profiles.ProfileError as error:
+                raise ValueError(str(error)) from error
+        return given
+
+    @model_validator(mode="after")
+    def _fits(self) -> LoadPlan:
+        _ = self.traffic
+        return self
+
+    @property
+    def traffic(self) -> list[TrafficProfile]:
+        """The profiles as they are to be sent, each with its limits: the profile's own, the plan's, its section's."""
+        return [own.applied(self.applied(profiles.load(name))) for name, own in self.profiles.items()]
+
+    @property
+    def lifetime_s(self) -> float:
+        """When a container under this plan surely hangs: many times what its traffic and its start can take."""
+        traffic = sum(profile.seconds + 4 * self.request_timeout_s for profile in self.traffic)
+        steps = 0.0
+        if self.search is not None:
+            longest = self.search.longest_step_s(self.traffic[0].mean_rate, self.request_timeout_s)
+            steps = self.search.max_steps * (2 * longest + 300)
+        return 3600 + 2 * traffic + steps + (4 * self.start_timeout_s if self.faults else 0)
+
+    @property
+    def search(self) -> CapacitySearch | None:
+        """How to search for the capacity, where it is asked for or held to a limit."""
+        held = self.traffic[0].slo.min_capacity_requests_per_second is not None
+        return self.capacity or (CapacitySearch() if held else None)
+
+    def limits(self) -> dict[str, float]:
+        """Every limit by the name of the metric that it bounds."""
+        first, *others = self.traffic
+        limits = first.slo.limits()
+        limits["peak_memory_bytes"] = (1 - self.memory.headroom) * int(self.memory.limit_bytes)
+        if any(profile.leak_test for profile in self.traffic):
+            limits["leak_bytes_per_request"] = float(self.memory.max_leak_per_request)
+        if self.faults:
+            limits["faults_failed"] = 0.0
+        for profile in others:
+            own = profile.slo.limits()
+            limits |= {f"{profile.name}.{name}": own[name] for name in own if name not in _OF_THE_SERVER}
+        return limits
+
+
+# Limits that are the container's, whatever the traffic.
+_OF_THE_SERVER = frozenset({"start_seconds", "capacity_requests_per_second"})
+_LIMITS_ONLY = {"slo"}
+
+
+def load_key(plan: LoadPlan) -> dict[str, Any]:
+    """Return the part of a plan that decides what is measured; a changed limit only has it judged anew.
+
+    Where the capacity is searched for, the limits decide which rates are tried. The prompts' content counts too: the
+    caller adds the digest of ``plan.prompts``.
+    """
+    search = plan.search
+    return {
+        "traffic": [profile.model_dump(mode="json", exclude=_LIMITS_ONLY) for profile in plan.traffic],
+        "capacity": None if search is None else {**search.model_dump(), "limits": plan.traffic[0].slo.limits()},
+        "faults": plan.max_recovery_s if plan.faults else None,
+        "canary": plan.canary.model_dump(),
+        "memory": int(plan.memory.limit_bytes),
+        "cpus": plan.cpus,
+        "timeouts": [plan.request_timeout_s, plan.start_timeout_s],
+    }

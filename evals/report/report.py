@@ -1,0 +1,293 @@
+"""The report of one release: a page that needs nothing but itself, with every verdict, its reason and its evidence.
+
+What was not measured says so. The page holds no script, loads nothing, and its pictures are part of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from evals.drift.pairs import Drift, read_drift
+from evals.errors import AnswersError, EvaluationError
+from evals.load.cost import sentences as told_costs
+from evals.report import cost_pictures, drift_pictures, load_pictures, load_report, pictures
+from evals.report.pictures import Stage, shown_bytes
+from evals.report.svg import page_colours
+from registry.verdict import Verdict
+
+NOT_MEASURED = "not measured"
+
+
+class ReportError(EvaluationError):
+    """Evidence that is there and can't be read; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the gates read, as it is on disk; None or empty where there is no such file."""
+
+    drift: Drift | None = None
+    scan: Mapping[str, Any] | None = None
+    load: Mapping[str, Any] | None = None
+    requests: Sequence[Mapping[str, Any]] = ()
+    memory: Sequence[Mapping[str, Any]] = ()
+    image: Mapping[str, Any] | None = None
+    cost: Mapping[str, Any] | None = None
+
+    @classmethod
+    def read(cls, *folders: Path) -> Evidence:
+        """Read the evidence files, from ``drift.json`` to ``cost.json``, by their names.
+
+        Each is looked for in every folder: a release's ``release/evidence``, or the stages' own.
+
+        Raises:
+            ReportError: A file is there and can't be read.
+        """
+        found = {path.name: path for folder in folders for path in sorted(folder.glob("*.json*"))}
+        try:
+            return cls(
+                drift=read_drift(found["drift.json"].parent) if "drift.json" in found else None,
+                scan=_json(found.get("scan.json")),
+                load=_json(found.get("load.json")),
+                requests=_lines(found.get("requests.jsonl")),
+                memory=_json(found.get("memory.json")) or (),
+                image=_json(found.get("image.json")),
+                cost=_json(found.get("cost.json")),
+            )
+        except AnswersError as error:
+            raise ReportError(f"no report: {error}") from error
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the report is about. ``facts``, ``waived`` and ``digests`` are shown as given: label → value."""
+
+    model: str
+    scheme: str
+    created: str
+    source_bytes: int | None = None
+    released_bytes: int | None = None
+    stages: Sequence[Stage] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
+    waived: Mapping[str, str] = field(default_factory=dict)
+
+
+def write(path: Path, subject: Subject, verdicts: Sequence[Verdict], evidence: Evidence) -> None:
+    """Write the report of a release; the same evidence gives the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render(subject, verdicts, evidence), encoding="utf-8")
+
+
+def render(subject: Subject, verdicts: Sequence[Verdict], evidence: Evidence) -> str:
+    """Return the report of a release as one HTML page."""
+    loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["quoted"] = quoted
+    by_gate = {verdict.gate: verdict for verdict in verdicts}
+    light, dark = page_colours()
+    return environment.get_template("report.html.j2").render(
+        subject=subject,
+        verdicts=[_row(verdict) for verdict in verdicts],
+        headline=_headline(verdicts),
+        tone=_tone(verdicts),
+        tiles=_tiles(subject, verdicts),
+        load=load_report.section(evidence.load, by_gate["load"]) if evidence.load and "load" in by_gate else None,
+        figures=_figures(subject, verdicts, evidence),
+        costs=evidence.cost["rows"] if evidence.cost else [],
+        cost_notes=told_costs(evidence.cost) if evidence.cost else [],
+        flips=drift_pictures.examples(evidence.drift) if evidence.drift else [],
+        light=Markup(light),  # noqa: S704 - constants of ours
+        dark=Markup(dark),  # noqa: S704 - as above
+    )
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """A picture under its heading, or why there is none."""
+
+    heading: str
+    svg: Markup | None
+    missing: str
+
+
+def _figures(subject: Subject, verdicts: Sequence[Verdict], evidence: Evidence) -> list[_Figure]:
+    by_gate = {verdict.gate: verdict for verdict in verdicts}
+    drift, scheme = evidence.drift, subject.scheme
+    limits = by_gate["load"].limits if "load" in by_gate else {}
+    limit = (evidence.load or {}).get("memory", {}).get("limit_bytes")
+    sizes = (subject.source_bytes, subject.released_bytes)
+    no_drift, no_load = "the drift stage left no answers", "no request was answered"
+    drawn = [
+        (
+            "What was lost, against its limit",
+            pictures.losses(by_gate["drift"]) if "drift" in by_gate else None,
+            no_drift,
+        ),
+        ("Accuracy and flips", pictures.accuracy(drift, scheme) if drift else None, no_drift),
+        ("Bits a byte", pictures.bits(drift, scheme) if drift else None, no_drift),
+        ("Divergence from FP16", _divergence(drift, by_gate.get("drift")), "distributions were not compared"),
+        ("Layer by layer", drift_pictures.layers(drift.layers) if drift else None, "no layer was held against FP16's"),
+        ("Latency", pictures.latency(evidence.requests, limits), no_load),
+        (
+            "Memory",
+            pictures.memory(evidence.memory, limit, limits.get("peak_memory_bytes")) if limit else None,
+            "the container's memory was not sampled",
+        ),
+        ("Vulnerabilities", pictures.vulnerabilities(evidence.scan) if evidence.scan else None, _blind(evidence.scan)),
+        (
+            "Size",
+            pictures.sizes(sizes[0], sizes[1], scheme) if sizes[0] is not None and sizes[1] is not None else None,
+            "sizes were not given",
+        ),
+        *_costs(evidence.cost),
+        ("Where the time went", pictures.stages(subject.stages), "no stage was timed"),
+    ]
+    if found := (evidence.load or {}).get("capacity"):
+        drawn.insert(5, ("Capacity", load_pictures.capacity(found), "fewer than two rates were answered"))
+    return [
+        _Figure(heading, None if svg is None else Markup(svg), missing)  # noqa: S704 - our canvas escapes its text
+        for heading, svg, missing in drawn
+    ]
+
+
+def _costs(found: Mapping[str, Any] | None) -> list[tuple[str, str | None, str]]:
+    if found is None:
+        return []  # prices are the owner's to give, no measurement that is missing
+    drawn = [("Dollars for a million output tokens", cost_pictures.per_million(found), "there are no prices")]
+    if found["day"]:
+        drawn.append(("A day, by the hour", cost_pictures.day(found), "no load of a day was given"))
+    return drawn
+
+
+def _divergence(drift: Drift | None, verdict: Verdict | None) -> str | None:
+    if drift is None or drift.divergence is None:
+        return None
+    return drift_pictures.divergence(drift.divergence, verdict.limits.get("divergence.max_mean") if verdict else None)
+
+
+def _blind(scan: Mapping[str, Any] | None) -> str:
+    if scan is None:
+        return "the image was not scanned"
+    return f"the vulnerability database was {scan['database']['state']}, so none was looked for"
+
+
+def _row(verdict: Verdict) -> dict[str, Any]:
+    """A gate as the table shows it: every limit with the metric that it bounds, then the other metrics."""
+    bounded = {name: _bounded_by(name, verdict.limits) for name in verdict.metrics}
+    details = [
+        (name, _number(name, value), "" if limit is None else _number(name, verdict.limits[limit]))
+        for name, value in verdict.metrics.items()
+        for limit in [bounded[name]]
+    ]
+    details += [
+        (name, NOT_MEASURED, _number(name, value))
+        for name, value in verdict.limits.items()
+        if name not in bounded.values() and not name.endswith("confidence")
+    ]
+    accepted = verdict.status == "inconclusive" and not verdict.blocks
+    return {
+        "gate": verdict.gate,
+        "status": "let through" if accepted else verdict.status,
+        "tone": "bad" if verdict.blocks else "warn" if accepted else "good",
+        "reason": verdict.reason,
+        "accepted_because": verdict.accepted_because if accepted else None,
+        "details": sorted(details),
+    }
+
+
+def _bounded_by(metric: str, limits: Mapping[str, float]) -> str | None:
+    """Return the limit that a metric is held to: its namesake, or for a drift's upper bound ``max_…`` of its task."""
+    if metric in limits:
+        return metric
+    task, _, kind = metric.rpartition(".")
+    limit = {
+        "drop_upper": f"{task}.max_drop",
+        "increase_upper": f"{task}.max_increase",
+        "mean_upper": f"{task}.max_mean",
+    }.get(kind)
+    return limit if limit in limits else None
+
+
+def quoted(text: str) -> Markup:
+    """Show what stands in backticks as code, everything escaped."""
+    parts = str(text).split("`")
+    if len(parts) % 2 == 0:
+        return Markup.escape(text)
+    return Markup().join(
+        Markup("<code>{}</code>").format(part) if number % 2 else part for number, part in enumerate(parts)
+    )
+
+
+def _tone(verdicts: Sequence[Verdict]) -> str:
+    if not verdicts or any(verdict.blocks for verdict in verdicts):
+        return "bad"
+    return "good" if all(verdict.status == "pass" for verdict in verdicts) else "warn"
+
+
+def _headline(verdicts: Sequence[Verdict]) -> str:
+    if not verdicts:
+        return "Not judged: no gate has a verdict"
+    blocking = [verdict.gate for verdict in verdicts if verdict.blocks]
+    if blocking:
+        return f"Refused by {' and '.join(blocking)}"
+    let = [verdict.gate for verdict in verdicts if verdict.status != "pass"]
+    if let:
+        return f"Accepted, {' and '.join(let)} inconclusive and let through in writing"
+    return "Every gate passed"
+
+
+def _tiles(subject: Subject, verdicts: Sequence[Verdict]) -> list[tuple[str, str]]:
+    """The figures that a person looks for first; one that was not measured says so."""
+    metrics = {name: value for verdict in verdicts for name, value in verdict.metrics.items()}
+    drops = [value for name, value in metrics.items() if name.endswith(".drop")]
+    increases = [value for name, value in metrics.items() if name.endswith(".increase")]
+    sizes = (subject.source_bytes, subject.released_bytes)
+    p95, speed, peak = (
+        metrics.get(name) for name in ("p95_latency_ms", "output_tokens_per_second", "peak_memory_bytes")
+    )
+    shown = {
+        "accuracy": f"{-100 * max(drops):+.2f} points" if drops else None,
+        "bits a byte": f"{100 * max(increases):+.2f} %" if increases else None,
+        "size": f"{sizes[1] / sizes[0]:.0%} of FP16" if sizes[0] and sizes[1] else None,
+        "p95 latency": f"{p95:,.0f} ms" if p95 is not None else None,
+        "tokens a second": f"{speed:,.1f}" if speed is not None else None,
+        "peak memory": f"{peak / 2**30:.2f} GiB" if peak is not None else None,
+    }
+    return [(label, value or NOT_MEASURED) for label, value in shown.items()]
+
+
+def _number(name: str, value: float) -> str:
+    """Write a metric with its unit, as its name has it; the page never decides anything."""
+    if name.endswith("_bytes"):
+        return shown_bytes(value)
+    if name.endswith("_ms"):
+        return f"{value:,.1f} ms"
+    return f"{int(value):,}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.5g}"
+
+
+def _json(path: Path | None) -> Any:  # noqa: ANN401 - what the file holds
+    if path is None:
+        return None
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ReportError(f"no report: {path} can't be read: {error}") from error
+
+
+def _lines(path: Path | None) -> Sequence[Mapping[str, Any]]:
+    if path is None:
+        return ()
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise ReportError(f"no report: {path} can't be read: {error}") from error

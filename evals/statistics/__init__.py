@@ -1,0 +1,1 @@
+"""Paired statistics, early looks, resampling and trends."""

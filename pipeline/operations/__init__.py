@@ -1,0 +1,1 @@
+"""What keeps releases in order: rescan, retention, tiering, notifications, metrics, doctor."""

@@ -1,0 +1,135 @@
+"""Load tests outside of a release: one line under any traffic, and FP16 beside every scheme."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from containers.image.build import ImageRecord
+from evals.load import load_test as loads
+from evals.load.comparison import BASELINE, Contender
+from evals.load.plan import Changes, LoadPlan
+from evals.report import load_report
+from evals.report.report import Evidence
+from pipeline.errors import SpecError
+from pipeline.settings import Settings
+from pipeline.spec import ModelSpec
+from pipeline.spec import load as load_spec
+from pipeline.stages import table
+from pipeline.stages.table import Bench
+from pipeline.store.artifacts import Artifact
+from pipeline.workers.environments import Progress
+from registry.verdict import Verdict
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One load test: its verdict, its evidence, and where both are, with the page."""
+
+    name: str
+    verdict: Verdict
+    evidence: Mapping[str, Any]
+    folder: Path
+    page: Path
+
+
+def find(name: str, settings: Settings) -> tuple[ModelSpec, str]:
+    """Return the model and the scheme of a release line, ``MODEL-SCHEME``; ``MODEL-fp16`` is what it was made from.
+
+    Raises:
+        SpecError: no model's file in the models' folder has it.
+    """
+    known = []
+    for path in sorted(settings.models.glob("*.yaml")):
+        spec = load_spec(path)
+        for scheme in (*spec.schemes, BASELINE):
+            if name == f"{spec.model}-{scheme}":
+                return spec, scheme
+            known.append(f"{spec.model}-{scheme}")
+    raise SpecError(f"no model in {settings.models} has the release line `{name}`: there are {', '.join(known)}")
+
+
+def changed(plan: LoadPlan, profiles: Sequence[str], changes: Mapping[str, Any]) -> LoadPlan:
+    """Return a plan with other profiles, each as it comes, and with ``changes`` of the section's own keys.
+
+    What the model's file changes of the profiles by name stays with those that it names; what it changes of all of them
+    goes where one is asked for that it does not name, but for its limits, which stay for all. ``changes`` have the last
+    word, over what the file says of one profile too; those of ``capacity`` leave the rest of that section as it is.
+    """
+    document = dict(plan)
+    if not set(profiles) <= set(plan.profiles):
+        document |= Changes().model_dump(exclude={"slo"})
+    said = dict.fromkeys(changes.keys() & Changes.model_fields.keys())
+    named = {name: plan.profiles.get(name, Changes()) for name in profiles or plan.profiles}
+    document["profiles"] = {name: own.model_copy(update=said) for name, own in named.items()}
+    search = changes.get("capacity")
+    if search is not None and plan.capacity is not None:
+        changes = {**changes, "capacity": {**plan.capacity.model_dump(), **search}}
+    return LoadPlan.model_validate({**document, **changes})
+
+
+def artifacts(bench: Bench) -> tuple[Artifact, Artifact]:
+    """Return the checkpoint and its image, made where they are not there; for `fp16` those of the source itself."""
+    source = table.source(bench)
+    checkpoint = source if bench.scheme_name == BASELINE else table.quantized(bench, source)
+    return checkpoint, table.image(bench, checkpoint)
+
+
+def load_now(bench: Bench, plan: LoadPlan, live: loads.Live) -> Loaded:
+    """Measure one release line under a plan, now, whatever was measured before; keep it under ``loads`` of the home."""
+    checkpoint, image = artifacts(bench)
+    return measure_now(bench, plan, image.document("image.json"), checkpoint, live)
+
+
+def measure_now(
+    bench: Bench, plan: LoadPlan, image: Mapping[str, Any], checkpoint: Artifact, live: loads.Live
+) -> Loaded:
+    """Measure an image, by its ``image.json``, with the checkpoint that is in it."""
+    name = bench.release_name
+    folder = bench.settings.home / "loads" / f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%S}"
+    folder.mkdir(parents=True)
+    with tempfile.TemporaryDirectory(prefix="load-", dir=folder) as scratch:
+        record = ImageRecord.model_validate(image)
+        evidence = table.load_test(bench, plan, record, checkpoint, folder, Path(scratch), live)
+    verdict = loads.judge(evidence, plan)
+    page = folder / "load.html"
+    seen = Evidence.read(folder)
+    load_report.write_page(page, name, verdict, evidence, seen.requests, seen.memory)
+    return Loaded(name, verdict, evidence, folder, page)
+
+
+def compare(
+    spec: ModelSpec,
+    schemes: Sequence[str],
+    plan: LoadPlan,
+    settings: Settings,
+    progress: Callable[[str], Progress],
+    price_per_hour: float | None,
+) -> tuple[list[dict[str, Any]], dict[str, Verdict], Path]:
+    """Measure FP16 and each scheme under the same plan, one after the other; return the table, verdicts and the page.
+
+    What was measured under that very plan before is reused. ``progress`` gives each scheme its own listener.
+    """
+    planned = spec.model_copy(update={"load": plan})
+    contenders, verdicts = [], {}
+    for scheme in (BASELINE, *schemes):
+        bench = Bench(planned, scheme, settings, progress(scheme))
+        checkpoint, image = artifacts(bench)
+        measured = table.load(bench, image, checkpoint)
+        contenders.append(Contender(scheme, checkpoint.size_bytes, measured.document("load.json")))
+        verdicts[scheme] = loads.judge(contenders[-1].load, plan)
+    page = settings.home / "reports" / f"{spec.model}-comparison.html"
+    rows = load_report.write_comparison(page, spec.model, contenders, verdicts, price_per_hour)
+    return rows, verdicts, page
+
+
+def price_per_hour(spec: ModelSpec) -> float | None:
+    """What the machine costs an hour, as the model's `cost` section has it: rented, else owned."""
+    if spec.cost is None:
+        return None
+    place = spec.cost.cloud or spec.cost.own
+    return None if place is None else place.dollars_per_hour

@@ -1,0 +1,138 @@
+"""What each asset shows in Dagster's UI, from its evidence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from dagster import MetadataValue, TableColumn, TableRecord, TableSchema
+
+from evals.drift.pairs import read_drift
+from evals.report import drift_pictures, load_pictures, pictures
+from evals.report.svg import as_markdown
+from pipeline.stages import promotion
+from pipeline.stages.metadata import RELEASE
+from pipeline.stages.standing import stays_taken_back
+from pipeline.stages.table import Bench, verdict
+from pipeline.store.artifacts import Artifact
+from registry.manifest import REPORT
+from registry.verdict import Verdict
+
+
+def files(_bench: Bench, made: Artifact) -> dict[str, Any]:
+    """A table of a checkpoint's files."""
+    return {
+        "files": MetadataValue.table(
+            [
+                TableRecord({"file": name, "bytes": entry["size"], "sha256": entry["sha256"]})
+                for name, entry in made.files.items()
+            ],
+            TableSchema([TableColumn("file"), TableColumn("bytes", "int"), TableColumn("sha256")]),
+        )
+    }
+
+
+def answers(_bench: Bench, made: Artifact) -> dict[str, Any]:
+    """How many items of each task were answered, and by what."""
+    document = made.document("answers.json")
+    return {
+        **{f"items of {name}": len(task["items"]) for name, task in document["tasks"].items()},
+        "engine": MetadataValue.json(document["engine"]),
+    }
+
+
+def drift(bench: Bench, made: Artifact) -> dict[str, Any]:
+    """What was lost, against its limits and item by item, and every figure of the drift gate."""
+    judged = verdict("drift", made, bench.spec)
+    pairs = read_drift(made.folder)
+    drawn = (
+        pictures.losses(judged),
+        pictures.accuracy(pairs, bench.scheme_name),
+        pictures.bits(pairs, bench.scheme_name),
+        drift_pictures.divergence(pairs.divergence, judged.limits.get("divergence.max_mean"))
+        if pairs.divergence
+        else None,
+        drift_pictures.layers(pairs.layers),
+    )
+    asked = {"suite": pairs.suite.name, "suite digest": pairs.suite.digest} if pairs.suite else {}
+    return {"judged": _judged(judged), **asked, **_pictures(*drawn), **_figures(judged.metrics)}
+
+
+def image(_bench: Bench, made: Artifact) -> dict[str, Any]:
+    """What the image is and stands on."""
+    document = made.document("image.json")
+    names = ("reference", "base", "base_digest", "pins_digest", "runtime", "minimum_driver")
+    return {
+        **{name: str(document[name]) for name in names},
+        "image size": f"{document['size_bytes'] / 1e9:.2f} GB",
+    }
+
+
+def scan(bench: Bench, made: Artifact) -> dict[str, Any]:
+    """What was found, by severity, and with which database; no count where nothing could be found."""
+    document = made.document("scan.json")
+    database = document["database"]["state"]
+    counts = {} if database in pictures.BLIND else document["counts"]
+    found = [
+        TableRecord({name: str(item[name]) for name in ("id", "severity", "package", "installed", "fixed")})
+        for item in document["vulnerabilities"][:100]
+    ]
+    return {
+        "judged": _judged(verdict("scan", made, bench.spec)),
+        **_pictures(pictures.vulnerabilities(document)),
+        **{f"vulnerabilities {severity}": count for severity, count in counts.items()},
+        "database": database,
+        "packages": document["packages"],
+        **({"vulnerabilities": MetadataValue.table(found)} if found else {}),
+    }
+
+
+def load(bench: Bench, made: Artifact) -> dict[str, Any]:
+    """How fast it answered, how much memory it took, and every figure of the load test."""
+    document = made.document("load.json")
+    judged = verdict("load", made, bench.spec)
+    requests = [json.loads(line) for line in (made.folder / "requests.jsonl").read_text().splitlines()]
+    samples = json.loads((made.folder / "memory.json").read_text())
+    drawn = (
+        pictures.latency(requests, judged.limits),
+        pictures.memory(samples, document["memory"]["limit_bytes"], judged.limits.get("peak_memory_bytes")),
+        load_pictures.capacity(document["capacity"]) if document["capacity"] else None,
+    )
+    findings = {"findings": "; ".join(document["findings"])} if document["findings"] else {}
+    return {"judged": _judged(judged), **findings, **_pictures(*drawn), **_figures(document["metrics"])}
+
+
+def release(bench: Bench, made: Artifact, *, candidate_only: bool = False) -> dict[str, Any]:
+    """Promote the release; tell where its report, its version and its image are, and its figures as numbers to plot.
+
+    Raises:
+        RegistryError: it may not be promoted, or can't be; no alias moved.
+    """
+    candidate_only = stays_taken_back(bench, made) or candidate_only
+    told = promotion.promoted(bench, made, candidate_only=candidate_only)
+    released, report = told[RELEASE], told["report"]
+    page = f"{bench.settings.mlflow_address}/#/models/{told['name']}/versions/{told['version']}"
+    return {
+        **told,
+        "report": MetadataValue.url(f"{bench.settings.mlflow_address}/{report}")
+        if report
+        else MetadataValue.path(made.folder / REPORT),
+        "MLflow": MetadataValue.url(page),
+        "image": released["image"],
+        **_figures(released["measured"]),
+    }
+
+
+def _judged(verdict: Verdict) -> str:
+    return f"{verdict.status}: {verdict.reason}"
+
+
+def _pictures(*drawn: str | None) -> dict[str, Any]:
+    """One entry, for Dagster folds up markdown of more than 1,000 characters: a click shows all of an asset's."""
+    shown = [as_markdown(svg) for svg in drawn if svg]
+    return {"pictures": MetadataValue.md("\n\n".join(shown))} if shown else {}
+
+
+def _figures(metrics: Mapping[str, float]) -> dict[str, Any]:
+    return {name: float(value) for name, value in metrics.items()}

@@ -1,0 +1,58 @@
+"""What a run tells the command line while it goes: one JSON object a line, made from Dagster's own event log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from typing import Any
+
+from dagster import DagsterEvent, InitLoggerContext, logger
+
+from pipeline.stages.metadata import CACHED, RELEASE, SECONDS, SIZE, STAGES, VERDICT, WORKER_SECONDS
+
+
+@logger
+def stream(_context: InitLoggerContext) -> logging.Logger:
+    """Write what a person wants to see of a run to stdout, each record as one JSON line."""
+    made = logging.Logger("slipway.stream", level=logging.DEBUG)  # noqa: LOG001 - not shared, so not in the registry
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(_Line())
+    handler.addFilter(lambda record: _event(record) is not None)
+    made.addHandler(handler)
+    return made
+
+
+class _Line(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return json.dumps(_event(record))
+
+
+def _event(record: logging.LogRecord) -> dict[str, Any] | None:
+    """Translate one log record, or None where it says nothing to a person."""
+    meta = getattr(record, "dagster_meta", {})
+    step = meta.get("step_key")
+    event = meta.get("dagster_event")
+    if event is None:
+        text = meta.get("orig_message", record.getMessage())
+        shown = step in STAGES and record.levelno == logging.INFO and not text.startswith("[pipes]")
+        return {"event": "progress", "stage": step, "text": text} if shown else None
+    return translate(event)
+
+
+def translate(event: DagsterEvent) -> dict[str, Any] | None:
+    """Translate a Dagster event: a stage that starts or is done, a gate that decided."""
+    if event.is_step_start and event.step_key in STAGES:
+        return {"event": "start", "stage": event.step_key}
+    if event.is_step_materialization:
+        metadata = event.materialization.metadata
+        return {
+            "event": "stage",
+            "name": event.asset_key.path[-1] if event.asset_key else None,
+            **{name: metadata[name].value for name in (SECONDS, CACHED, WORKER_SECONDS, SIZE) if name in metadata},
+            **({RELEASE: metadata[RELEASE].value} if RELEASE in metadata else {}),
+        }
+    if event.event_type_value == "ASSET_CHECK_EVALUATION":
+        judged = event.asset_check_evaluation_data.metadata.get(VERDICT)
+        return {"event": "gate", **judged.value} if judged else None  # type: ignore[dict-item]
+    return None

@@ -1,0 +1,218 @@
+"""Releasing a model from the command line: one process a scheme, their events shown, their endings gathered."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from containers.engine.engine import connect
+from containers.errors import EngineError
+from containers.sandbox import sandbox
+from pipeline.settings import Settings
+from pipeline.stages.metadata import SIZE, STAGES, figures
+from pipeline.store.artifacts import Store
+from pipeline.workers.launchers.local import how_it_ended
+
+Event = dict[str, Any]
+Show = Callable[[str, Event], None]
+PROGRAM = (sys.executable, "-m", "pipeline.orchestration.run")
+GO = "go"
+_GRACE_SECONDS = 30.0
+
+
+@dataclass
+class _Run:
+    """One scheme's process, and what it has told so far."""
+
+    scheme: str
+    process: subprocess.Popen[str]
+    log: Path
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    gates: list[dict[str, Any]] = field(default_factory=list)
+    sizes: dict[str, int] = field(default_factory=dict)
+    ending: Event | None = None
+
+    def follow(self, show: Show) -> None:
+        """Read events until the process ends."""
+        assert self.process.stdout is not None  # noqa: S101 - opened as a pipe below
+        with self.process.stdout as lines:
+            for line in lines:
+                event = _event(line)
+                if event is not None:
+                    self.hear(event, show)
+        self.process.wait()
+        if self.ending is None:
+            self.hear({"event": "end", "outcome": "failed", "release": None, "error": self._last_words()}, show)
+        elif not self.log.read_bytes():
+            self.log.unlink()
+
+    def hear(self, event: Event, show: Show) -> None:
+        """Keep what an event tells, and show it."""
+        if event["event"] == "stage":
+            self.sizes[event["name"]] = event.get(SIZE, 0)
+            self.stages.append({name: event[name] for name in ("name", "seconds", "cached", "worker_seconds")})
+        elif event["event"] == "gate":
+            self.gates.append(event)
+        elif event["event"] == "end":
+            self.ending = event
+        show(self.scheme, event)
+
+    def call_off(self) -> None:
+        """End the process, which has not done anything yet."""
+        with self.process:
+            self.process.kill()
+        self.log.unlink()
+
+    def document(self) -> dict[str, Any]:
+        """The scheme's part of `slipway release --json`."""
+        ending = self.ending or {"outcome": "failed", "release": None, "error": "it was not followed to its end"}
+        released = ending["release"] or {}
+        return {
+            "scheme": self.scheme,
+            "outcome": ending["outcome"],
+            "version": released.get("version"),
+            "aliases": released.get("aliases", []),
+            "manifest_digest": released.get("manifest_digest"),
+            "image": released.get("image"),
+            "stages": sorted(self.stages, key=_in_stage_order),
+            "gates": [
+                {name: gate.get(name) for name in ("name", "status", "reason", "blocks")}
+                for gate in sorted(self.gates, key=_in_stage_order)
+            ],
+            "measured": released.get("measured") or self._measured(),
+            "error": ending["error"],
+        }
+
+    def _measured(self) -> dict[str, float]:
+        """What is known of a release that was not made whole: all that its stages and gates have told."""
+        metrics = {name: value for gate in self.gates for name, value in gate.get("metrics", {}).items()}
+        return figures(metrics, self.sizes.get("source", 0), self.sizes.get("quantized", 0))
+
+    def _last_words(self) -> str:
+        tail = self.log.read_text(errors="replace").strip().splitlines()[-5:]
+        return "\n".join([f"the run {how_it_ended(self.process.returncode)} (log: {self.log})", *tail])
+
+
+def release(
+    model_file: Path,
+    schemes: Sequence[str],
+    settings: Settings,
+    show: Show,
+    program: Sequence[str] = PROGRAM,
+    meanwhile: Callable[[], Mapping[str, Sequence[Event]]] = dict,
+) -> list[dict[str, Any]]:
+    """Run the schemes side by side and return their part of the document, in the order given.
+
+    ``show(scheme, event)`` is called from several threads as things happen. On Ctrl-C every run is asked to stop, which
+    ends its worker and removes its container; what does not stop within 30 s is killed. ``program`` is what runs one:
+    it gets the model's file and the scheme, waits for the line ``go``, and prints events
+    (`pipeline.orchestration.run`). Until
+    ``meanwhile`` has been called it is only made ready: it returns, by scheme, what there is to tell of those that need
+    no run, and where it raises, none begins.
+    """
+    logs = settings.home / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    stamp = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}-{model_file.stem}"
+    runs: list[_Run] = []
+    try:
+        for scheme in schemes:
+            log = logs / f"{stamp}-{scheme}.log"
+            runs.append(_start([*program, str(model_file), scheme], scheme, log))
+        told = _until_ready(runs, meanwhile)
+        for run in runs:
+            for event in told.get(run.scheme, ()):
+                run.hear(event, show)
+        begun = [run for run in runs if run.scheme not in told]
+        readers = [threading.Thread(target=run.follow, args=(show,), daemon=True) for run in begun]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join()
+    except BaseException:
+        _stop(runs)
+        raise
+    return [run.document() for run in runs]
+
+
+def sweep(settings: Settings) -> None:
+    """Remove what runs of this home that were killed left behind: half-made artifacts, containers."""
+    Store(settings.home / "artifacts").sweep()
+    try:
+        client = connect(settings.docker_host, settings.home)
+    except EngineError:
+        return  # no engine, so no containers; the stage that needs one says so
+    try:
+        sandbox.sweep(client, settings.home)
+    finally:
+        client.close()
+
+
+def _in_stage_order(event: Mapping[str, Any]) -> int:
+    """The place of a stage, or of its gate: independent stages end in any order, the document has one."""
+    return STAGES.index(event["name"]) if event["name"] in STAGES else len(STAGES)
+
+
+def _event(line: str) -> dict[str, Any] | None:
+    """Parse one line of a run's stdout; None where it is no event, for a library may print there too."""
+    try:
+        event = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return event if isinstance(event, dict) and "event" in event else None
+
+
+def _start(command: Sequence[str], scheme: str, log: Path) -> _Run:
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            ["setpriv", "--pdeathsig", "KILL", *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            # Apart from the terminal, so that Ctrl-C reaches it once, from here.
+            process_group=0,
+            env={**os.environ, "PYTHONWARNINGS": "ignore"},
+        )
+    return _Run(scheme, process, log)
+
+
+def _until_ready(
+    runs: Sequence[_Run], meanwhile: Callable[[], Mapping[str, Sequence[Event]]]
+) -> Mapping[str, Sequence[Event]]:
+    """Do what is to be done before the runs begin, and let those begin that are needed; return what it told."""
+    try:
+        told = meanwhile()
+    except BaseException:
+        for run in runs:
+            run.call_off()
+        raise
+    for run in runs:
+        if run.scheme in told:
+            run.call_off()
+            continue
+        assert run.process.stdin is not None  # noqa: S101 - opened as a pipe above
+        with contextlib.suppress(BrokenPipeError), run.process.stdin as line:  # who has ended already tells it
+            line.write(f"{GO}\n")
+    return told
+
+
+def _stop(runs: Sequence[_Run]) -> None:
+    for run in runs:
+        with contextlib.suppress(ProcessLookupError):
+            run.process.send_signal(signal.SIGINT)
+    for run in runs:
+        try:
+            run.process.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            run.process.kill()
+            run.process.wait()

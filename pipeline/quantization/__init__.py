@@ -1,0 +1,1 @@
+"""Quantizing a model, and checking the result without the quantizer."""

@@ -1,0 +1,1 @@
+"""`slipway serve` and the UI: servers that Slipway starts and ends."""

@@ -1,0 +1,208 @@
+"""The gateway as a process: started in its own environment, told what to route to, asked how it is, drained."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from pydantic import ValidationError
+
+from containers.engine.engine import connect
+from containers.gateway import keys
+from containers.gateway.config import Routes
+from containers.gateway.config import Settings as GatewaySettings
+from containers.image.gateway_image import GatewayImage, build_gateway_image, contents
+from containers.sandbox import engine_log
+from pipeline.errors import SlipwayError
+from pipeline.settings import CHECKOUT, Settings
+from pipeline.store.artifacts import digest_file, write_whole
+from pipeline.workers.environments import ensure_environment
+
+Progress = Callable[[str], None]
+
+_START_SECONDS = 30.0
+_SWITCH_SECONDS = 10.0
+_STOP_SLACK_S = 10.0
+_MOST_BYTES = 1_000_000
+
+
+class GatewayError(SlipwayError):
+    """The gateway did not start, or ended by itself."""
+
+
+def key_file(home: Path) -> Path:
+    """Where a home's API keys are kept, as hashes."""
+    return home / "gateway" / "keys.json"
+
+
+def build_image(settings: Settings, progress: Progress) -> GatewayImage:
+    """Build the gateway's image, push it where the settings name a registry, and remember it.
+
+    Raises:
+        ContainerError: in one line.
+    """
+    client = connect(settings.docker_host, settings.home)
+    built = build_gateway_image(client, settings.home, progress, registry=settings.image_registry)
+    _image_file(settings.home).parent.mkdir(exist_ok=True)
+    write_whole(_image_file(settings.home), built.model_dump_json(indent=1))
+    return built
+
+
+def pushed_image(home: Path) -> str | None:
+    """``REPOSITORY@sha256:…`` of the image that this home last pushed of the gateway as it is now; None without one."""
+    try:
+        built = GatewayImage.model_validate_json(_image_file(home).read_bytes())
+    except (FileNotFoundError, ValidationError):  # none yet, or another Slipway's
+        return None
+    return built.reference if built.pushed and built.contents == contents() else None
+
+
+def _image_file(home: Path) -> Path:
+    return home / "gateway" / "image.json"
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """A running gateway; ``url`` is for clients and ``admin_url`` for whoever operates it.
+
+    Its ``log`` is also that of those before it: what this one wrote begins ``log_begins`` bytes into it.
+    """
+
+    url: str
+    admin_url: str
+    process: subprocess.Popen[bytes]
+    settings: GatewaySettings
+    log: Path
+    log_begins: int = 0
+
+    def route(self, routes: Routes) -> None:
+        """Put new routes into use, and return when they are.
+
+        Raises:
+            GatewayError: It does not take them, or ended.
+        """
+        write_whole(self.settings.routes, routes.model_dump_json(indent=1))
+        wanted = f"sha256:{digest_file(self.settings.routes)}"
+        self._until(lambda state: state["routes"] == wanted, "take the new routes")
+
+    def wait_ready(self, timeout_s: float = _SWITCH_SECONDS) -> None:
+        """Wait until every model has a replica that is well; ``GatewayError`` where that takes longer."""
+        self._until(lambda state: bool(state["ready"]), "find its replicas well", timeout_s)
+
+    def wait_idle(self, replicas: set[str], timeout_s: float) -> bool:
+        """Wait until replicas that left the routes have nothing more to do; False where that takes longer."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            working = {item["name"] for item in self.state()["replicas"] if item["running"]}
+            if not working & replicas:
+                return True
+            time.sleep(0.2)
+        return False
+
+    def state(self) -> dict[str, Any]:
+        """What the gateway says of itself; ``GatewayError`` where it ended."""
+        try:
+            return dict(httpx.get(f"{self.admin_url}/replicas", timeout=5, trust_env=False).json())
+        except httpx.HTTPError as error:
+            self.check()
+            raise GatewayError(f"the gateway does not answer: {error}") from error
+
+    def check(self) -> None:
+        """Raise ``GatewayError`` with its first error where it ended."""
+        if self.process.poll() is not None:
+            raise GatewayError(
+                f"the gateway ended with status {self.process.returncode}: {_reason(self.log, self.log_begins)}"
+            )
+
+    def _until(self, done: Callable[[dict[str, Any]], bool], what: str, timeout_s: float = _SWITCH_SECONDS) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not done(self.state()):
+            if time.monotonic() > deadline:
+                raise GatewayError(
+                    f"the gateway did not {what} within {timeout_s:g} s: {_reason(self.log, self.log_begins)}"
+                )
+            time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def gateway(settings: Settings, folder: Path, progress: Progress, **options: Any) -> Iterator[Gateway]:  # noqa: ANN401 - as GatewaySettings
+    """Run a gateway with its files in ``folder``; ``options`` are its settings. It drains at the end of the block.
+
+    It ends with this process, however that ends.
+
+    Raises:
+        GatewayError: It did not start; the message says why and where its log is.
+    """
+    python = ensure_environment("gateway", settings, progress) / "bin" / "python"
+    folder.mkdir(parents=True, exist_ok=True)
+    announced = folder / "ports.json"
+    announced.unlink(missing_ok=True)
+    given = {"keys": key_file(settings.home), "routes": folder / "routes.json", "announce": announced, **options}
+    configured = GatewaySettings.model_validate(given)
+    keys.create(configured.keys)
+    if not configured.routes.exists():
+        write_whole(configured.routes, Routes().model_dump_json())
+    write_whole(folder / "gateway.json", configured.model_dump_json(indent=1))
+    command = ["setpriv", "--pdeathsig", "TERM", str(python), "-m", "containers.gateway"]
+    log = folder / "gateway.log"
+    with log.open("ab") as stream:
+        begins = stream.tell()
+        process = subprocess.Popen(
+            [*command, "--config", str(folder / "gateway.json")],
+            cwd=CHECKOUT,
+            env={**settings.child_environment, "PYTHONUNBUFFERED": "1", "PYTHONNOUSERSITE": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            # Apart from the terminal, so that Ctrl-C reaches it once, from here.
+            process_group=0,
+        )
+    try:
+        ports = _announced(process, announced, log, begins)
+        yield Gateway(
+            f"http://{configured.host}:{ports['port']}",
+            f"http://{configured.admin_host}:{ports['admin_port']}",
+            process,
+            configured,
+            log,
+            begins,
+        )
+    finally:
+        _end(process, configured.drain_delay_s + configured.drain_timeout_s + _STOP_SLACK_S)
+
+
+def _announced(process: subprocess.Popen[bytes], announced: Path, log: Path, begins: int) -> dict[str, int]:
+    deadline = time.monotonic() + _START_SECONDS
+    while not announced.exists():
+        if process.poll() is not None:
+            raise GatewayError(f"the gateway did not start: {_reason(log, begins)}")
+        if time.monotonic() > deadline:
+            raise GatewayError(f"the gateway did not start within {_START_SECONDS:g} s: {_reason(log, begins)}")
+        time.sleep(0.02)
+    return dict(json.loads(announced.read_text()))
+
+
+def _end(process: subprocess.Popen[bytes], seconds: float) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _reason(log: Path, begins: int) -> str:
+    """Its first error, and where its log is."""
+    with log.open("rb") as stream:
+        stream.seek(begins)
+        text = stream.read(_MOST_BYTES).decode(errors="replace")
+    return f"{engine_log.root_error(text) or 'it told no error'}; log: {log}"

@@ -1,0 +1,183 @@
+"""Dagster's and MLflow's web servers, side by side on loopback, until Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+
+from pipeline.errors import SpecError
+from pipeline.orchestration.instance import bury_dead_runs, open_instance, storage_variables
+from pipeline.orchestration.partitions import add_partitions
+from pipeline.orchestration.release import sweep
+from pipeline.serving.guard import ORIGINS, REFUSED
+from pipeline.serving.servers import Server, ServerError, run
+from pipeline.settings import CHECKOUT, Settings
+from pipeline.spec import load
+from pipeline.store.artifacts import locked
+from registry.tracking import prepare, shown
+
+Progress = Callable[[str], None]
+
+# That `dagster dev` has a successor, and that its log handlers are not final, is for us to know, not for every log.
+_KNOWN = "ignore:Function `dev_command` is superseded,ignore:Handling yaml-defined logging"
+# Seconds that a tick may take, which asks hubs that may not answer, and reads weights that were touched.
+_PATIENT = {"DAGSTER_SENSOR_GRPC_TIMEOUT_SECONDS": "600", "DAGSTER_SCHEDULE_GRPC_TIMEOUT_SECONDS": "600"}
+_LOCATIONS = """{ workspaceOrError { __typename ... on PythonError { message } ... on Workspace { locationEntries {
+    locationOrLoadError { __typename ... on PythonError { message } } } } } }"""
+
+
+def serve(settings: Settings, port: int, progress: Progress) -> None:
+    """Serve Dagster on ``port`` and MLflow on the next, until interrupted.
+
+    The partitions of every model whose file is right are known to Dagster when its page opens, and what died since the
+    last time is buried.
+    Where MLflow is a server already (`MLFLOW_TRACKING_URI`), its address is told and none is started.
+
+    Raises:
+        ServerError: the home is served already, a port is taken, or a server does not start or ends by itself.
+    """
+
+    def refuse() -> None:
+        raise ServerError(f"another `slipway ui` serves {settings.home}: end it, or set SLIPWAY_HOME to another home")
+
+    settings.home.mkdir(parents=True, exist_ok=True)
+    # Two daemons on one home would take up the same runs twice.
+    with locked(settings.home / "ui.lock", waiting=refuse):
+        _serve(settings, port, progress)
+
+
+def _serve(settings: Settings, port: int, progress: Progress) -> None:
+    with open_instance(settings) as instance:
+        for path in sorted(settings.models.glob("*.yaml")):
+            try:
+                add_partitions(instance, load(path))
+            except SpecError as error:
+                progress(f"left out: {error}")
+        sweep(settings)
+        bury_dead_runs(instance, settings)
+    prepare(settings.tracking_uri)
+    remote = settings.tracking_uri.startswith("http")
+    servers = [_dagster(settings, port), *([] if remote else [_mlflow(settings, port + 1)])]
+    mlflow = shown(settings.tracking_uri) if remote else f"http://127.0.0.1:{port + 1}"
+    told = f"Dagster  http://127.0.0.1:{port}\nMLflow   {mlflow}\nCtrl-C ends {'it' if remote else 'both'}"
+    run(servers, progress, lambda: progress(told))
+
+
+def _dagster(settings: Settings, port: int) -> Server:
+    address = f"http://127.0.0.1:{port}"
+    return Server(
+        "Dagster",
+        [
+            *_guarded("dagster"),
+            *("dev", "-m", "pipeline.definitions", "--working-directory", str(CHECKOUT)),
+            *("-h", "127.0.0.1", "-p", str(port)),
+        ],
+        {
+            **os.environ,
+            "SLIPWAY_UI_ADDRESS": os.environ.get("SLIPWAY_UI_ADDRESS") or address,
+            "DAGSTER_HOME": str(_dagster_home(settings)),
+            **storage_variables(settings),
+            **_PATIENT,
+            "PYTHONWARNINGS": _KNOWN,
+            ORIGINS: _origins(port, os.environ.get("SLIPWAY_UI_ADDRESS")),
+        },
+        port,
+        settings.home / "logs" / "dagster.log",
+        lambda: _has_loaded(address) and _is_guarded("Dagster", address),
+    )
+
+
+def _dagster_home(settings: Settings) -> Path:
+    """A folder with the checkout's dagster.yaml, in the home: Dagster makes folders beside that file."""
+    folder = settings.home / "dagster"
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / "dagster.yaml"
+    link.unlink(missing_ok=True)
+    link.symlink_to(CHECKOUT / "dagster.yaml")
+    return folder
+
+
+def _has_loaded(address: str) -> bool:
+    """Whether Dagster answers and knows the pipeline.
+
+    Raises:
+        ServerError: it answers, but the pipeline can't be loaded.
+    """
+    try:
+        reply = httpx.post(f"{address}/graphql", json={"query": _LOCATIONS}, timeout=30, trust_env=False)
+        workspace = reply.raise_for_status().json()["data"]["workspaceOrError"]
+    except httpx.HTTPError:
+        return False
+    places = [entry["locationOrLoadError"] for entry in workspace.get("locationEntries", [])]
+    for place in (workspace, *(place for place in places if place)):
+        if place["__typename"] == "PythonError":
+            raise ServerError(f"Dagster can't load the pipeline: {place['message'].strip()}")
+    return bool(places) and all(places)
+
+
+def _mlflow(settings: Settings, port: int) -> Server:
+    address = f"http://127.0.0.1:{port}"
+    folder = settings.home / "mlflow"
+    folder.mkdir(parents=True, exist_ok=True)
+    # It needs the store's credentials, and nothing of the hub's or of Slipway's.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "SLIPWAY_"))}
+    return Server(
+        "MLflow",
+        [
+            *_guarded("mlflow"),
+            *("server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+            *("--default-artifact-root", str(folder / "artifacts")),
+        ],
+        {
+            **inherited,
+            # Not an argument: it may hold a password, and everybody on this machine can read arguments.
+            "MLFLOW_BACKEND_STORE_URI": settings.tracking_uri,
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            ORIGINS: _origins(port, settings.mlflow_address if os.environ.get("SLIPWAY_UI_ADDRESS") else None),
+        },
+        port,
+        settings.home / "logs" / "mlflow.log",
+        lambda: _answers(f"{address}/health") and _is_guarded("MLflow", address),
+    )
+
+
+def _answers(address: str) -> bool:
+    try:
+        return httpx.get(address, timeout=5, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _is_guarded(name: str, address: str) -> bool:
+    """If a server refuses other pages (`pipeline.serving.guard`); asked by a foreign name, as DNS rebinding has it.
+
+    Raises:
+        ServerError: it answers.
+    """
+    try:
+        reply = httpx.get(f"{address}/", headers={"Host": "slipway.invalid"}, timeout=30, trust_env=False)
+    except httpx.HTTPError:
+        return False
+    if reply.status_code != httpx.codes.FORBIDDEN or not reply.text.startswith(REFUSED):
+        raise ServerError(f"{name} answers requests of any web page: this version of it can't be guarded")
+    return True
+
+
+def _origins(port: int, address: str | None) -> str:
+    """The origins of a server on this port, and of the proxy in front of it where there is one."""
+    return ",".join([f"http://127.0.0.1:{port}", f"http://localhost:{port}", *([_origin(address)] if address else [])])
+
+
+def _origin(address: str) -> str:
+    parts = urlsplit(address)
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def _guarded(program: str) -> list[str]:
+    return [sys.executable, "-m", "pipeline.serving.guarded", program]

@@ -1,0 +1,1 @@
+"""Where weights come from: resolved, pulled, checked and locked."""

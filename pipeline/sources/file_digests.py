@@ -1,0 +1,48 @@
+"""The SHA-256 of files that others own and write to, so that a file that was only touched is the file that it was.
+
+A digest is remembered with the file's size, times and inode; who remembers none reads all of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from pipeline.store.artifacts import digest_file, write_whole
+
+# A file system's clock may stand still for some milliseconds: what was written so lately may be again, unseen.
+_SETTLED_NS = 1_000_000_000
+
+
+def digests_of(files: Iterable[Path], memory: Path | None = None) -> dict[Path, str]:
+    """Return each file's SHA-256, as 64 hex digits; ``memory`` is the file in which they are remembered."""
+    known = _read(memory)
+    found, read = {}, {}
+    for path in files:
+        stat = path.stat()
+        seen = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        before = known.get(str(path))
+        if before is not None and before[:-1] == seen:
+            found[path] = str(before[-1])
+            continue
+        began = time.time_ns()
+        found[path] = digest_file(path)
+        if stat.st_mtime_ns < began - _SETTLED_NS:
+            read[str(path)] = [*seen, found[path]]
+    if memory is not None and read:
+        with contextlib.suppress(OSError):  # a full disk, or another thread at it: what is not remembered is read again
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(memory, json.dumps({**known, **read}, indent=1))
+    return found
+
+
+def _read(memory: Path | None) -> Mapping[str, list[int | str]]:
+    """What is remembered; a memory that is lost or damaged costs a look at each file."""
+    try:
+        found = {} if memory is None else json.loads(memory.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,130 @@
+"""What is looked at before a release does any work: can this machine hold what it will make, and serve it?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from containers.hardware.gpu import Gpu, gpus
+from containers.hardware.gpu_models import GpuDataError, GpuModel, find_gpu
+from containers.image import profile as profiles
+from pipeline.errors import PlanError, SourceError, UnsupportedModelError
+from pipeline.planner.asking import describe_source, plan_described, refusals, sentences
+from pipeline.planner.data import check_data
+from pipeline.planner.memory import Workload
+from pipeline.planner.plan import Plan, SchemePlan
+from pipeline.settings import Settings
+from pipeline.sources import source as sources
+from pipeline.sources.lock import read_lock
+from pipeline.spec import ModelSpec
+from pipeline.stages.table import source_recipe
+from pipeline.store.artifacts import Store, require_room
+
+# What vLLM leaves free of a GPU by default.
+_VLLM_LEAVES = 0.08
+
+
+def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Callable[[str], None]) -> Plan | None:
+    """Plan a release and tell what it will take; None where the source can't be looked at, which its stage explains.
+
+    Raises:
+        PlanError: the disk is too small for what will be made, or what serves it can't hold a scheme.
+        UnsupportedModelError: a scheme can't be made of this model.
+        SpecError: calibration text, prompts or a task's data are not what they should be.
+    """
+    check_data(spec)
+    machine = [_model_of(gpu) for gpu in gpus()[:1]]
+    try:
+        pulled = _pulled(spec, settings)
+        described = describe_source(spec, settings, pulled)
+    except SourceError:
+        return None
+    except PlanError as error:
+        say(f"no plan: {error}")
+        return None
+    if refused := refusals(described.model, {name: spec.scheme(name) for name in schemes}):
+        raise UnsupportedModelError("; ".join(sentences(refused)))
+    try:
+        planned = plan_described(spec, described, spec.schemes, machine, _as_tested, {})
+    except PlanError as error:
+        # A model that the planner does not know yet may still be released.
+        say(f"no plan: {error}")
+        return None
+    chosen = [scheme for scheme in planned.schemes if scheme.weights.scheme in schemes]
+    for scheme in chosen:
+        weights = scheme.weights
+        say(f"plan: {weights.scheme} takes {weights.bytes / 1e6:,.1f} MB, {weights.bits_per_weight:.2f} bits a weight")
+    on_gpu = profiles.load(spec.runtime).minimum_driver is not None
+    problems = _disk(planned, settings, pulled) + [
+        problem
+        for scheme in chosen
+        for problem in (_too_large_for_gpu(scheme) if on_gpu else _too_large_for_limit(scheme, spec, settings))
+    ]
+    if problems:
+        raise PlanError("; ".join(problems))
+    return planned
+
+
+def _too_large_for_gpu(scheme: SchemePlan) -> list[str]:
+    """The load test serves on one GPU of this machine."""
+    return [
+        f"{scheme.weights.scheme} needs {placement.demand.total / 2**30:.1f} GiB on each of "
+        f"{placement.demand.tensor_parallel} {placement.gpu.name}, and this machine serves on one of "
+        f"{placement.usable_bytes / 2**30:.1f} GiB: `slipway plan` says what holds it"
+        for placement in scheme.placements
+        if not placement.fits or placement.demand.tensor_parallel > 1
+    ]
+
+
+def _too_large_for_limit(scheme: SchemePlan, spec: ModelSpec, settings: Settings) -> list[str]:
+    """The weights alone; of the CPU behind an engine elsewhere nothing is known, so its copies are not counted."""
+    limit, weights = int(spec.load.memory.limit_bytes), scheme.weights
+    isa = settings.cpu.instruction_set
+    held = weights.on_cpu(isa) if settings.engine_is_here else weights.bytes
+    if held <= limit:
+        return []
+    size, given = held / 2**30, limit / 2**30
+    copies = "" if held == weights.bytes else f", in float32 where a CPU with {isa} has no kernel for them"
+    return [
+        f"{weights.scheme} has {size:.2f} GiB of weights{copies}, and `load.memory.limit_bytes` gives {given:.2f} GiB"
+    ]
+
+
+def _as_tested(usual: Workload) -> Workload:
+    """One request at a time is what a server must hold to be tested at all."""
+    return Workload(context=usual.context, concurrency=1, headroom=_VLLM_LEAVES)
+
+
+def _pulled(spec: ModelSpec, settings: Settings) -> Path | None:
+    """The folder of the source where an earlier run has pulled it."""
+    resolved = sources.resolve(
+        spec.source.uri,
+        spec.source.revision,
+        endpoint=settings.hub_endpoint,
+        token=settings.hub_token,
+        lock=read_lock(spec.lock),
+        memory=settings.home / sources.DIGESTS,
+    )
+    found = Store(settings.home / "artifacts").find("source", source_recipe(resolved).key)
+    return None if found is None else found.folder
+
+
+def _disk(planned: Plan, settings: Settings, pulled: Path | None) -> list[str]:
+    """Whether what is still to be made fits; of a source that is here, its schemes may be too, and nothing is asked."""
+    if pulled is not None:
+        return []
+    try:
+        require_room(settings.home, planned.disk_bytes, settings.disk_floor, "all of source and releases")
+    except PlanError as error:
+        return [str(error)]
+    return []
+
+
+def _model_of(gpu: Gpu) -> GpuModel:
+    """This machine's GPU: its own memory, and what the data file says of its kind."""
+    try:
+        return find_gpu(gpu.name).model_copy(update={"memory_bytes": gpu.memory_bytes})
+    except GpuDataError:
+        known = {"architecture": "unknown", "bandwidth_bytes_per_s": 1.0, "flops": {"fp16": 1.0}, "watts": 1.0}
+        described = {"name": gpu.name, "capability": gpu.capability, "memory_bytes": gpu.memory_bytes}
+        return GpuModel.model_validate({**known, **described, "nvlink": False, "source": "NVML"})

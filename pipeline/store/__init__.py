@@ -1,0 +1,1 @@
+"""Content-addressed artifacts, and which of them each asset last made."""

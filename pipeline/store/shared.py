@@ -1,0 +1,100 @@
+"""Artifacts that homes share: in object storage, their files by content, found by the keys of their recipes.
+
+What one home has made, another fetches in place of making it: weights that were pulled, checkpoints, what their layers
+lost, what a GPU answered. Whatever else a release is made of is of the machine that it was made on: images, which come
+out the same anywhere, scans, load tests, what a processor answered, for two of them need not agree on the last bit.
+
+    PREFIX/artifacts/STAGE/KEY.json     the files, each with its content, and the notes; written last
+    PREFIX/sha256/HEX                   a content (`registry.objects`)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.store.artifacts import Artifact, Making, Recipe, Store, require_room
+from pipeline.workers.environments import Progress
+from registry.errors import TrackingError
+from registry.manifest import FileRecord, RelativePath
+from registry.objects import ObjectStore
+
+_STAGES = frozenset({"source", "quantized", "layers", "answers"})
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    files: Mapping[RelativePath, FileRecord]
+    notes: Mapping[str, Any]
+
+
+class SharedStore(Store):
+    """A home's own artifacts, and behind them those of all homes that share an object store.
+
+    One that is away or damaged stops nothing: what can't be fetched is made, and what can't be shared is kept.
+    """
+
+    def __init__(self, root: Path, floor: int, uri: str, progress: Progress) -> None:
+        """Share through ``s3://BUCKET/PREFIX``, and tell ``progress`` what comes from there and what does not."""
+        super().__init__(root, floor)
+        self.uri = uri
+        self.progress = progress
+
+    def _make(self, recipe: Recipe, place: Path, make: Callable[[Making], None]) -> Artifact:
+        if not _is_shared(recipe):
+            return super()._make(recipe, place, make)
+        objects = ObjectStore.opened(self.uri)
+        mend = False
+        try:
+            record = _record(recipe, objects)
+            if record is not None:
+                return super()._make(recipe, place, lambda making: self._fetch(record, making, objects))
+        except TrackingError as error:
+            self.progress(f"what others made of this can't be had: {error}")
+            mend = True
+        made = super()._make(recipe, place, make)
+        try:
+            self._share(recipe, made, objects, mend=mend)
+        except TrackingError as error:
+            self.progress(f"others can't have this: {error}")
+        return made
+
+    def _fetch(self, record: _Record, making: Making, objects: ObjectStore) -> None:
+        size = sum(file.size for file in record.files.values())
+        require_room(self.root, size, self.floor, f"what others made (in {self.uri})")
+        self.progress(f"made before, by others: fetching {size / 1e6:,.1f} MB from {self.uri}")
+        for name, file in record.files.items():
+            target = making.folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            objects.get(file, target)
+            making.sha256[name] = file.sha256
+        making.notes.update(record.notes)
+
+    def _share(self, recipe: Recipe, made: Artifact, objects: ObjectStore, *, mend: bool) -> None:
+        self.progress(f"sharing {made.size_bytes / 1e6:,.1f} MB through {self.uri}")
+        files = {name: FileRecord.model_validate(entry) for name, entry in made.files.items()}
+        for name, file in files.items():
+            if mend or not objects.has(file):
+                objects.put(made.folder / name, file, anew=True)
+        objects.note(_name(recipe), _Record(files=files, notes=made.notes).model_dump_json(indent=1))
+
+
+def _is_shared(recipe: Recipe) -> bool:
+    engine = recipe.parameters.get("engine", {})
+    return recipe.stage in _STAGES and engine.get("device") != "cpu"
+
+
+def _record(recipe: Recipe, objects: ObjectStore) -> _Record | None:
+    text = objects.noted(_name(recipe))
+    try:
+        return None if text is None else _Record.model_validate_json(text)
+    except ValidationError as error:
+        raise TrackingError(f"{objects.uri} has no record under {_name(recipe)}: {error.errors()[0]['msg']}") from error
+
+
+def _name(recipe: Recipe) -> str:
+    return f"artifacts/{recipe.stage}/{recipe.key}.json"

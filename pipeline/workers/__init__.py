@@ -1,0 +1,1 @@
+"""Worker scripts: their pinned environments, and where they run."""

@@ -1,0 +1,113 @@
+"""Pinned environments, one a worker, each made once.
+
+An environment is made from ``requirements/<name>.txt`` on first use and named after the digest of its pins; torch comes
+first and by version alone, since which build of it fits depends on the machine (see ``requirements/README.md``).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from uv import find_uv_bin
+
+from pipeline.errors import WorkerFailed
+from pipeline.settings import CHECKOUT, Settings
+from pipeline.store.artifacts import digest_file, digest_json
+from registry.file_systems import flock
+
+Progress = Callable[[str], None]
+
+REQUIREMENTS = CHECKOUT / "requirements"
+ENVIRONMENTS = ("autoawq", "gptqmodel", "autogptq", "lm-eval", "aiperf", "gateway")
+# What every worker finds in its environment, by the name that it has there.
+_HARNESS = {
+    "slipway_worker.py": Path(__file__).with_name("slipway_worker.py"),
+    "slipway_counting.py": CHECKOUT / "registry" / "counting.py",
+}
+_EXACT = CHECKOUT / "containers" / "runtimes" / "slipway_torch.py"
+_TAIL_LINES = 20
+
+
+def pins_digest(environment: str) -> str:
+    """``sha256:…`` over everything that decides what is installed in an environment."""
+    return digest_json({path.name: digest_file(path) for path in _pins(environment)})
+
+
+def pinned_version(distribution: str) -> str:
+    """The version of the distribution that gives an environment its name."""
+    names = {"autogptq": "auto-gptq"}
+    pattern = re.compile(rf"^{names.get(distribution, distribution)}==([^ ]+)", re.MULTILINE)
+    found = pattern.search((REQUIREMENTS / f"{distribution}.txt").read_text())
+    if found is None:
+        raise WorkerFailed(f"requirements/{distribution}.txt does not pin {distribution}")
+    return found[1]
+
+
+def environment_folder(environment: str, home: Path) -> Path:
+    """Where an environment lives once it is made; see `ensure_environment`."""
+    return home / "envs" / f"{environment}-{pins_digest(environment)[7:19]}"
+
+
+def ensure_environment(environment: str, settings: Settings, progress: Progress) -> Path:
+    """Make the environment if it is not there, and return its folder.
+
+    Raises:
+        WorkerFailed: the installer failed; the message ends with its last output.
+    """
+    folder = environment_folder(environment, settings.home)
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(folder.name + ".lock").open("w") as lock:
+        flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():
+            progress(f"making the {environment} environment (once; a minute or two where nothing is cached)")
+            _install(environment, folder, settings)
+    return folder
+
+
+def _pins(environment: str) -> list[Path]:
+    """The files that decide what is installed."""
+    pins = [REQUIREMENTS / f"{environment}.txt", REQUIREMENTS / "build.txt", *_HARNESS.values()]
+    return [REQUIREMENTS / "torch.txt", _EXACT, *pins] if _needs_torch(environment) else pins
+
+
+def _needs_torch(environment: str) -> bool:
+    return "# torch" in (REQUIREMENTS / f"{environment}.in").read_text().splitlines()
+
+
+def _install(environment: str, folder: Path, settings: Settings) -> None:
+    beside = folder.with_name(folder.name + ".part")
+    shutil.rmtree(beside, ignore_errors=True)
+    python = str(beside / "bin" / "python")
+    base = str(Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}")
+    steps = [["venv", "--relocatable", "--python", base, str(beside)]]
+    if _needs_torch(environment):
+        steps.append(["pip", "install", "--python", python, "-r", str(REQUIREMENTS / "torch.txt")])
+    pinned = str(REQUIREMENTS / f"{environment}.txt")
+    hashed = ["--no-deps", "--require-hashes", "--require-build-hashes"]
+    hashed += ["--build-constraints", str(REQUIREMENTS / "build.txt")]
+    steps.append(["pip", "install", "--python", python, *hashed, "-r", pinned])
+    variables = dict(settings.installer_environment)
+    # pip's name for a folder of wheels; uv has its own.
+    if "PIP_FIND_LINKS" in variables:
+        variables.setdefault("UV_FIND_LINKS", variables["PIP_FIND_LINKS"])
+    for step in steps:
+        done = subprocess.run([find_uv_bin(), *step], env=variables, capture_output=True, text=True, check=False)
+        if done.returncode:
+            shutil.rmtree(beside, ignore_errors=True)
+            tail = "\n".join(done.stderr.splitlines()[-_TAIL_LINES:])
+            raise WorkerFailed(f"can't make the {environment} environment (uv {step[0]} failed):\n{tail}")
+    (site,) = beside.glob("lib/python*/site-packages")
+    for name, path in _HARNESS.items():
+        shutil.copyfile(path, site / name)
+    if _needs_torch(environment):
+        shutil.copyfile(_EXACT, site / _EXACT.name)
+        (site / _EXACT.with_suffix(".pth").name).write_text(f"import {_EXACT.stem}\n")
+    beside.rename(folder)

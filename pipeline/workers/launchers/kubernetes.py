@@ -1,0 +1,253 @@
+"""A Kubernetes cluster as an engine of jobs, through its own HTTP interface.
+
+Each errand is a Job of one pod, which is never started twice and which the cluster removes in the end, whatever becomes
+of this process: Dagster's own client (`PipesK8sClient`) starts bare pods, which stay where their starter was killed.
+The image has the checkout, and the environment of ``requirements/node.txt`` first on its ``PATH``.
+"""
+
+from __future__ import annotations
+
+import ssl
+from typing import Any
+
+import httpx
+
+from containers.hardware.cpu import NODE_TERMS
+from pipeline.errors import SettingsError, WorkerFailed
+from pipeline.workers.launchers.http import SYSTEM_AUTHORITIES, Interface, client
+from pipeline.workers.launchers.placement import Kubernetes
+from pipeline.workers.launchers.task import Task
+from registry import network
+from registry.errors import NetworkError
+from registry.manifest import FileRecord
+
+# Seconds that a job that ended can still be looked at.
+_KEPT_SECONDS = 24 * 3600
+_POLL_SECONDS = 5.0
+_LONGEST_SAID = 500
+_HOME = "/var/lib/slipway"
+_UNPRIVILEGED = 65534
+# Without a GPU a worker multiplies with AVX2.
+_CPU_AFFINITY = {
+    "nodeAffinity": {
+        "requiredDuringSchedulingIgnoredDuringExecution": {
+            "nodeSelectorTerms": [{"matchExpressions": list(term)} for term in NODE_TERMS]
+        }
+    }
+}
+
+
+class KubernetesCluster:
+    """The jobs of a namespace."""
+
+    def __init__(self, where: Kubernetes) -> None:
+        """Speak to it only when asked something."""
+        self.where = where
+        self.name = f"Kubernetes at {where.address}, namespace {where.namespace}"
+        authority = f"`certificate` ({where.certificate})" if where.certificate else SYSTEM_AUTHORITIES
+        self.asked = Interface(self.name, self._connect, authority)
+        self.jobs = f"/apis/batch/v1/namespaces/{where.namespace}/jobs"
+        self._found: dict[str, dict[str, Any]] = {}
+        self._looked: dict[str, dict[str, Any]] = {}
+        self.pods = f"/api/v1/namespaces/{where.namespace}/pods"
+
+    @property
+    def does(self) -> str:
+        """The image, which is named by its digest."""
+        return self.where.image
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self.asked.close()
+
+    @property
+    def poll_seconds(self) -> float:
+        """Three requests each time, over one connection."""
+        return _POLL_SECONDS
+
+    def running(self, job: str) -> bool | None:
+        """Whether a job waits or runs: one that ended says so in its conditions; and remember it for `states`."""
+        found = self.asked.document(f"{self.jobs}/{job}")
+        if found is None:
+            return None
+        self._found[job] = found
+        return not _ended(found)
+
+    def was_stopped(self, job: str) -> bool:
+        """A job that is stopped is deleted; one that ended by itself is kept for a day."""
+        return self.asked.find(f"{self.jobs}/{job}") is None
+
+    def log(self, job: str) -> str:
+        """What the job's pod has printed; nothing as long as it has not begun."""
+        pod = self._looked.get(job) or self._pod(job)
+        if pod is None or _status(pod).get("phase") in {None, "Pending", "Unknown"}:
+            return ""
+        found = self.asked.find(f"{self.pods}/{pod['metadata']['name']}/log")
+        return "" if found is None else found.text
+
+    def states(self, job: str) -> tuple[str, ...]:
+        """What the job's and its pod's conditions, its container and its events say; and remember the pod for `log`."""
+        pod = self._pod(job)
+        if pod is not None:
+            self._looked[job] = pod
+        waits = pod is None or _status(pod).get("phase") == "Pending"
+        told = [*_said_by(self._found.get(job, {})), *_said_by(pod or {})]
+        if waits:
+            names = [job, *([pod["metadata"]["name"]] if pod else [])]
+            told += [line for name in names for line in self._warnings(name)]
+        return tuple(dict.fromkeys(told))
+
+    def why(self, job: str) -> str:
+        """The same once it has ended, and how its container did."""
+        pod = self._pod(job) or self._looked.get(job) or {}
+        ends = [f"{state['terminated'].get('reason')}, status {state['terminated'].get('exitCode')}"
+                for state in _containers(pod) if "terminated" in state]  # fmt: skip
+        return "; ".join([*self.states(job), *ends]) or "the cluster says nothing of it"
+
+    def _warnings(self, name: str) -> list[str]:
+        """The warnings among an object's events; nothing where one may not list them, which is no reason to fail."""
+        events = f"/api/v1/namespaces/{self.where.namespace}/events"
+        try:
+            found = self.asked.document(events, fieldSelector=f"involvedObject.name={name},type=Warning")
+        except WorkerFailed:
+            return []
+        items = (found or {}).get("items") or []
+        return [_line(each) for each in items if isinstance(each, dict) and each.get("message")]
+
+    def submit(self, job: str, errand: FileRecord, task: Task) -> None:
+        """Create the job."""
+        try:
+            self.asked.send("POST", self.jobs, json=self.manifest(job, errand, task))
+        except WorkerFailed:
+            if self.running(job) is None:  # an answer that was lost is no refusal
+                raise
+
+    def stop(self, job: str) -> None:
+        """Delete the job and its pod."""
+        self.asked.end("DELETE", f"{self.jobs}/{job}", params={"propagationPolicy": "Background"})
+
+    def manifest(self, job: str, errand: FileRecord, task: Task) -> dict[str, Any]:
+        """The job as Kubernetes takes it: hardened, on the nodes and with the resources that are configured."""
+        where = self.where
+        labels = {"app.kubernetes.io/name": "slipway-worker", "slipway/environment": task.environment}
+        resources = {"cpu": where.cpus, "memory": where.memory}
+        if where.ephemeral_storage:
+            resources["ephemeral-storage"] = where.ephemeral_storage
+        if where.gpus:
+            resources["nvidia.com/gpu"] = str(where.gpus)
+        variables = {**task.variables, "SLIPWAY_HOME": _HOME, "HOME": _HOME}
+        container = {
+            "name": "worker",
+            "image": where.image,
+            "command": [
+                "python",
+                "-m",
+                "pipeline.workers.launchers.node",
+                where.store,
+                errand.sha256,
+                str(errand.size),
+            ],
+            "env": [{"name": name, "value": value} for name, value in sorted(variables.items())],
+            "envFrom": [{"secretRef": {"name": name}} for name in where.secrets],
+            "resources": {"requests": resources, "limits": resources},
+            "volumeMounts": [{"name": "home", "mountPath": _HOME}, {"name": "tmp", "mountPath": "/tmp"}],  # noqa: S108 - inside the container
+            "securityContext": {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            },
+        }
+        home = {"persistentVolumeClaim": {"claimName": where.claim}} if where.claim else {"emptyDir": {}}
+        pod = {
+            "restartPolicy": "Never",
+            "automountServiceAccountToken": False,
+            "serviceAccountName": where.service_account,
+            "nodeSelector": dict(where.node_selector),
+            "affinity": {} if where.gpus else _CPU_AFFINITY,
+            "tolerations": [toleration.model_dump(exclude_none=True) for toleration in where.tolerations],
+            "securityContext": {
+                "runAsNonRoot": True,
+                "runAsUser": _UNPRIVILEGED,
+                "fsGroup": _UNPRIVILEGED,
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
+            "containers": [container],
+            "volumes": [{"name": "home", **home}, {"name": "tmp", "emptyDir": {}}],
+        }
+        chosen = {
+            "imagePullSecrets": [{"name": name} for name in where.image_pull_secrets],
+            "runtimeClassName": where.runtime_class,
+            "priorityClassName": where.priority_class,
+        }
+        pod |= {key: value for key, value in chosen.items() if value}
+        return {
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "metadata": {"name": job, "namespace": where.namespace, "labels": labels},
+            "spec": {
+                "backoffLimit": 0,
+                "activeDeadlineSeconds": round(where.hours * 3600),
+                "ttlSecondsAfterFinished": _KEPT_SECONDS,
+                "template": {"metadata": {"labels": labels}, "spec": pod},
+            },
+        }
+
+    def _pod(self, job: str) -> dict[str, Any] | None:
+        found = self.asked.document(self.pods, labelSelector=f"job-name={job}")
+        items = (found or {}).get("items")
+        return items[0] if items else None
+
+    def _connect(self) -> httpx.Client:
+        """Connect; as whom says the token, which the cluster renews, so that it is read for each request."""
+        where = self.where
+        try:
+            verify = ssl.create_default_context(cafile=str(where.certificate)) if where.certificate else None
+        except OSError as error:  # ssl's own are too
+            raise SettingsError(f"`certificate` of {self.name} can't be read: {error}") from error
+        made = client(where.address, {}, verify)
+        made.auth = self._authorized
+        return made
+
+    def _authorized(self, request: httpx.Request) -> httpx.Request:
+        """Say who asks."""
+        where = self.where
+        try:
+            token = network.token(str(where.token), where.token.read_text()) if where.token else ""
+        except NetworkError as error:
+            raise SettingsError(str(error)) from error
+        except OSError as error:
+            raise SettingsError(f"`token` of {self.name} can't be read: {error}") from error
+        if token:
+            request.headers["Authorization"] = f"Bearer {token}"
+        return request
+
+
+def _status(document: dict[str, Any]) -> dict[str, Any]:
+    found = document.get("status")
+    return found if isinstance(found, dict) else {}
+
+
+def _containers(pod: dict[str, Any]) -> list[dict[str, Any]]:
+    statuses = [*(_status(pod).get("initContainerStatuses") or ()), *(_status(pod).get("containerStatuses") or ())]
+    return [status.get("state") or {} for status in statuses]
+
+
+def _said_by(document: dict[str, Any]) -> list[str]:
+    """What an object says of itself in words: conditions, its own reason (an eviction's), what its container awaits."""
+    waiting = [state["waiting"] for state in _containers(document) if "waiting" in state]
+    told = [*_conditions(document), _status(document), *waiting]
+    return [_line(each) for each in told if each.get("message") or each in waiting]
+
+
+def _line(said: dict[str, Any]) -> str:
+    words = ": ".join(str(said[key]) for key in ("reason", "message") if said.get(key))
+    return " ".join(words.split())[:_LONGEST_SAID]
+
+
+def _conditions(document: dict[str, Any]) -> list[dict[str, Any]]:
+    return [each for each in _status(document).get("conditions") or () if isinstance(each, dict)]
+
+
+def _ended(job: dict[str, Any]) -> bool:
+    """Whether a job is complete or failed: Kubernetes' own sign that nothing more becomes of it."""
+    return any(each.get("type") in {"Complete", "Failed"} and each.get("status") == "True" for each in _conditions(job))

@@ -1,0 +1,107 @@
+"""A Ray cluster as an engine of jobs, through Ray's own HTTP interface; nothing of Ray is installed here.
+
+Ray places a job where its resources are. The code goes along as a package, named by its content, that Ray keeps; what a
+node needs beside is in ``requirements/ray.txt``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zipfile
+from functools import cached_property
+
+from pipeline.errors import WorkerFailed
+from pipeline.settings import CHECKOUT
+from pipeline.workers.launchers.http import SYSTEM_AUTHORITIES, Interface, client
+from pipeline.workers.launchers.placement import Ray
+from pipeline.workers.launchers.task import Task
+from registry.manifest import FileRecord
+
+_CODE = ("pipeline", "evals", "containers", "registry", "requirements")
+
+
+class RayCluster:
+    """The jobs of a cluster."""
+
+    def __init__(self, where: Ray) -> None:
+        """Speak to it only when asked something."""
+        self.where = where
+        self.name = f"the Ray cluster at {where.address}"
+        self.asked = Interface(self.name, lambda: client(where.address), SYSTEM_AUTHORITIES)
+
+    @cached_property
+    def package(self) -> bytes:
+        """The code that a node needs, as a zip file; the same code gives the same bytes."""
+        made = io.BytesIO()
+        with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
+            for path in sorted(path for folder in _CODE for path in (CHECKOUT / folder).rglob("*")):
+                if path.suffix in {".py", ".in", ".txt", ".yaml"} and "__pycache__" not in path.parts:
+                    archive.writestr(zipfile.ZipInfo(path.relative_to(CHECKOUT).as_posix()), path.read_bytes())
+        return made.getvalue()
+
+    @property
+    def does(self) -> str:
+        """The code's digest."""
+        return hashlib.sha256(self.package).hexdigest()
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self.asked.close()
+
+    @property
+    def poll_seconds(self) -> float:
+        """Ray's own interface is asked by its dashboard as often."""
+        return 1.0
+
+    def states(self, job: str) -> tuple[str, ...]:  # noqa: ARG002 - the protocol's
+        """Nothing: what Ray says of a job stands in its message, once it has ended."""
+        return ()
+
+    def running(self, job: str) -> bool | None:
+        """Whether a job waits or runs."""
+        found = self.asked.document(f"/api/jobs/{job}")
+        return None if found is None else found.get("status") in {"PENDING", "RUNNING"}
+
+    def was_stopped(self, job: str) -> bool:
+        """Ray keeps a stopped job, and says so."""
+        found = self.asked.document(f"/api/jobs/{job}")
+        return found is None or found.get("status") == "STOPPED"
+
+    def log(self, job: str) -> str:
+        """What the job has printed on its node."""
+        found = self.asked.document(f"/api/jobs/{job}/logs")
+        return "" if found is None else str(found.get("logs", ""))
+
+    def why(self, job: str) -> str:
+        """Ray's message."""
+        found = self.asked.document(f"/api/jobs/{job}")
+        return "it was deleted" if found is None else str(found.get("message"))
+
+    def submit(self, job: str, errand: FileRecord, task: Task) -> None:
+        """Give the cluster the code, where it has not got it, and the job."""
+        home = {"SLIPWAY_HOME": str(self.where.home)} if self.where.home else {}
+        document = {
+            "submission_id": job,
+            "entrypoint": f"python -m pipeline.workers.launchers.node {self.where.store} {errand.sha256} {errand.size}",
+            "entrypoint_num_cpus": self.where.cpus,
+            "entrypoint_num_gpus": self.where.gpus,
+            "entrypoint_resources": dict(self.where.resources),
+            "runtime_env": {"working_dir": self._give_code(), "env_vars": {**task.variables, **home}},
+            "metadata": {"slipway.script": task.script.stem, "slipway.environment": task.environment},
+        }
+        try:
+            self.asked.send("POST", "/api/jobs/", json=document)
+        except WorkerFailed:
+            if self.running(job) is None:  # an answer that was lost is no refusal
+                raise
+
+    def stop(self, job: str) -> None:
+        """Stop the job."""
+        self.asked.end("POST", f"/api/jobs/{job}/stop")
+
+    def _give_code(self) -> str:
+        name = f"_ray_pkg_{self.does[:32]}.zip"
+        if self.asked.find(f"/api/packages/gcs/{name}") is None:
+            self.asked.send("PUT", f"/api/packages/gcs/{name}", content=self.package)
+        return f"gcs://{name}"
