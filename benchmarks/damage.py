@@ -46,7 +46,7 @@ CHECKPOINTS: Mapping[str, tuple[Mapping[str, Any], bool]] = {
 
 
 @dataclass(frozen=True)
-class Bench:
+class StageContext:
     """Where it happens."""
 
     workers: Workers
@@ -122,12 +122,12 @@ def main() -> None:
         {"suite": "demo", "tasks": {"cloze": {"items": arguments.items}}, "engine": "hf"}
     )
     with tempfile.TemporaryDirectory() as place:
-        bench = Bench(Workers(Settings.read(os.environ), lambda _: None), Path(place), limits, calibration)
+        bench = StageContext(Workers(Settings.read(os.environ), lambda _: None), Path(place), limits, calibration)
         baseline = bench.asked(DEMO / "model", again=200)
         _report(chosen, lambda how: _judged(bench, baseline, how))
 
 
-def _judged(bench: Bench, baseline: tuple[Answers, Path], how: Mapping[str, Any]) -> tuple[Verdict, str]:
+def _judged(bench: StageContext, baseline: tuple[Answers, Path], how: Mapping[str, Any]) -> tuple[Verdict, str]:
     checkpoint = bench.checkpoint(how)
     return bench.verdict(baseline, bench.asked(checkpoint)), bench.worst_layer(checkpoint)
 

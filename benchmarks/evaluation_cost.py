@@ -36,7 +36,7 @@ from evals.drift.suite import TASKS
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec, find, load
 from pipeline.stages import evaluation, table
-from pipeline.stages.table import Bench
+from pipeline.stages.table import StageContext
 from pipeline.store.artifacts import Artifact, Store
 from pipeline.workers.environments import ensure_environment
 
@@ -52,14 +52,14 @@ def main() -> None:
     careful = parser.parse_args().careful
     settings = Settings.read(os.environ)
     spec = load(find("demo", settings.models))
-    bench = Bench(spec, "awq", settings, lambda _: None)
+    bench = StageContext(spec, "awq", settings, lambda _: None)
     _forget(bench.store, "answers", "layers", "drift")
     source = table.source(bench)
     baseline, ours = _timed(lambda: evaluation.baseline(bench, source))
     seconds = {"fp16": ours}
     models: dict[str, tuple[Artifact, Serve]] = {"fp16": (source, lambda: evaluation.serve_source(bench, source))}
     for scheme in spec.schemes:
-        of_scheme = Bench(spec, scheme, settings, lambda _: None)
+        of_scheme = StageContext(spec, scheme, settings, lambda _: None)
         quantized = table.quantized(of_scheme, source)
         image = table.image(of_scheme, quantized)
         _, seconds[scheme] = _timed(partial(evaluation.drift, of_scheme, source, baseline, quantized, image))
@@ -87,7 +87,7 @@ def _timed(stage: Callable[[], Artifact]) -> tuple[Artifact, float]:
     return stage(), time.monotonic() - started
 
 
-def _serve(bench: Bench, image_id: str) -> Serve:
+def _serve(bench: StageContext, image_id: str) -> Serve:
     return lambda: evaluation.serve_image(bench, image_id)
 
 

@@ -14,7 +14,7 @@ from containers.engine.engine import connect
 from containers.scan.trivy import engine_variables
 from pipeline.settings import Settings
 from pipeline.store.artifacts import Store
-from pipeline.store.materializations import Handles
+from pipeline.store.materializations import MaterializationIndex
 from registry import catalog
 
 DEMO = Path(__file__).parent.parent / "models" / "demo"
@@ -83,7 +83,7 @@ def forget(slipway: Slipway, stage: str, release: str = "demo|gptq") -> str:
     """
     settings = Settings.read(dict(slipway.variables))
     store = Store(settings.home / "artifacts")
-    place = Handles(settings).read("drift" if stage == "layers" else stage, release)
+    place = MaterializationIndex(settings).read("drift" if stage == "layers" else stage, release)
     assert place is not None
     made = store.find(*place)
     assert made is not None

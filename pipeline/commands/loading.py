@@ -63,7 +63,7 @@ def load(
     """  # noqa: D301 - click's mark for a paragraph that is kept as it is
     from pipeline.operations import load_tests  # noqa: PLC0415
     from pipeline.orchestration.release import sweep  # noqa: PLC0415
-    from pipeline.stages.table import Bench  # noqa: PLC0415
+    from pipeline.stages.table import StageContext  # noqa: PLC0415
 
     settings = Settings.read()
     spec, scheme = load_tests.find(name, settings)
@@ -73,7 +73,7 @@ def load(
     plan = load_tests.changed(spec.load, profiles, {key: value for key, value in asked.items() if value is not None})
     sweep(settings)
     with Figures() as figures:
-        done = load_tests.load_now(Bench(spec, scheme, settings, say), plan, figures)
+        done = load_tests.load_now(StageContext(spec, scheme, settings, say), plan, figures)
     if as_json:
         print_json({**_document(done), "evidence": done.evidence})
     else:

@@ -20,7 +20,7 @@ from pipeline.settings import Settings
 from pipeline.spec import ModelSpec
 from pipeline.spec import load as load_spec
 from pipeline.stages import table
-from pipeline.stages.table import Bench
+from pipeline.stages.table import StageContext
 from pipeline.store.artifacts import Artifact
 from pipeline.workers.environments import Progress
 from registry.verdict import Verdict
@@ -72,21 +72,21 @@ def changed(plan: LoadPlan, profiles: Sequence[str], changes: Mapping[str, Any])
     return LoadPlan.model_validate({**document, **changes})
 
 
-def artifacts(bench: Bench) -> tuple[Artifact, Artifact]:
+def artifacts(bench: StageContext) -> tuple[Artifact, Artifact]:
     """Return the checkpoint and its image, made where they are not there; for `fp16` those of the source itself."""
     source = table.source(bench)
     checkpoint = source if bench.scheme_name == BASELINE else table.quantized(bench, source)
     return checkpoint, table.image(bench, checkpoint)
 
 
-def load_now(bench: Bench, plan: LoadPlan, live: loads.Live) -> Loaded:
+def load_now(bench: StageContext, plan: LoadPlan, live: loads.Live) -> Loaded:
     """Measure one release line under a plan, now, whatever was measured before; keep it under ``loads`` of the home."""
     checkpoint, image = artifacts(bench)
     return measure_now(bench, plan, image.document("image.json"), checkpoint, live)
 
 
 def measure_now(
-    bench: Bench, plan: LoadPlan, image: Mapping[str, Any], checkpoint: Artifact, live: loads.Live
+    bench: StageContext, plan: LoadPlan, image: Mapping[str, Any], checkpoint: Artifact, live: loads.Live
 ) -> Loaded:
     """Measure an image, by its ``image.json``, with the checkpoint that is in it."""
     name = bench.release_name
@@ -117,7 +117,7 @@ def compare(
     planned = spec.model_copy(update={"load": plan})
     contenders, verdicts = [], {}
     for scheme in (BASELINE, *schemes):
-        bench = Bench(planned, scheme, settings, progress(scheme))
+        bench = StageContext(planned, scheme, settings, progress(scheme))
         checkpoint, image = artifacts(bench)
         measured = table.load(bench, image, checkpoint)
         contenders.append(Contender(scheme, checkpoint.size_bytes, measured.document("load.json")))

@@ -25,7 +25,7 @@ from containers.engine.engine import connect
 from containers.errors import EngineError
 from pipeline.settings import Settings
 from pipeline.store.artifacts import Store
-from pipeline.store.materializations import Handles, Place
+from pipeline.store.materializations import MaterializationIndex, Place
 from registry.catalog import lines
 from registry.file_systems import flock
 
@@ -76,7 +76,9 @@ def plan(
     """
     store = Store(settings.home / "artifacts")
     made = _made(store)
-    kept = _reachable(made, {*Handles(settings), *_kept(made, manifests, (now or datetime.now(UTC)) - _YOUNG)})
+    kept = _reachable(
+        made, {*MaterializationIndex(settings), *_kept(made, manifests, (now or datetime.now(UTC)) - _YOUNG)}
+    )
     described = _described(store, made)
     gone = [record for place, record in described.items() if place not in kept]
     images: list[Leftover] = []
@@ -94,7 +96,7 @@ def plan(
 def remove(leftovers: Sequence[Leftover], settings: Settings, progress: Progress) -> list[Leftover]:
     """Remove what is in the plan; return what was removed, with the bytes that it freed.
 
-    An image that a container or another name needs by now stays, and so does an artifact that somebody is making.
+    An image that a container or another name needs by now stays, and so does an artifact that somebody is draft.
     """
     store = Store(settings.home / "artifacts")
     images = [item for item in leftovers if item.kind == "image"]

@@ -14,7 +14,7 @@ from typing import Any
 from evals.load.comparison import differ_in_hardware
 from pipeline.errors import StoreError
 from pipeline.operations.load_tests import Loaded, measure_now
-from pipeline.stages.table import Bench
+from pipeline.stages.table import StageContext
 from pipeline.store.artifacts import Artifact
 from pipeline.trust import trust_of
 from registry.manifest import EVIDENCE
@@ -51,7 +51,7 @@ class Speed:
         return f"version {self.version}: {self.loaded.verdict.status}, {self.loaded.verdict.reason}; {beside}"
 
 
-def look_again(bench: Bench) -> Speed:
+def look_again(bench: StageContext) -> Speed:
     """Measure the champion of the bench's release line now.
 
     Raises:
@@ -86,7 +86,7 @@ def _asked(profile: Mapping[str, Any]) -> tuple[str, Mapping[str, float]]:
     return str(profile["name"]), profile["requested"]
 
 
-def _checkpoint(bench: Bench, name: str, digest: str) -> Artifact:
+def _checkpoint(bench: StageContext, name: str, digest: str) -> Artifact:
     """The checkpoint in the champion's image, for its tokenizer and its size."""
     found = bench.store.with_digest("quantized", digest)
     if found is None:

@@ -14,13 +14,13 @@ from evals.report.svg import as_markdown
 from pipeline.stages import promotion
 from pipeline.stages.metadata import RELEASE
 from pipeline.stages.standing import stays_taken_back
-from pipeline.stages.table import Bench, verdict
+from pipeline.stages.table import StageContext, verdict
 from pipeline.store.artifacts import Artifact
 from registry.manifest import REPORT
 from registry.verdict import Verdict
 
 
-def files(_bench: Bench, made: Artifact) -> dict[str, Any]:
+def files(_bench: StageContext, made: Artifact) -> dict[str, Any]:
     """A table of a checkpoint's files."""
     return {
         "files": MetadataValue.table(
@@ -33,7 +33,7 @@ def files(_bench: Bench, made: Artifact) -> dict[str, Any]:
     }
 
 
-def answers(_bench: Bench, made: Artifact) -> dict[str, Any]:
+def answers(_bench: StageContext, made: Artifact) -> dict[str, Any]:
     """How many items of each task were answered, and by what."""
     document = made.document("answers.json")
     return {
@@ -42,7 +42,7 @@ def answers(_bench: Bench, made: Artifact) -> dict[str, Any]:
     }
 
 
-def drift(bench: Bench, made: Artifact) -> dict[str, Any]:
+def drift(bench: StageContext, made: Artifact) -> dict[str, Any]:
     """What was lost, against its limits and item by item, and every figure of the drift gate."""
     judged = verdict("drift", made, bench.spec)
     pairs = read_drift(made.folder)
@@ -59,7 +59,7 @@ def drift(bench: Bench, made: Artifact) -> dict[str, Any]:
     return {"judged": _judged(judged), **asked, **_pictures(*drawn), **_figures(judged.metrics)}
 
 
-def image(_bench: Bench, made: Artifact) -> dict[str, Any]:
+def image(_bench: StageContext, made: Artifact) -> dict[str, Any]:
     """What the image is and stands on."""
     document = made.document("image.json")
     names = ("reference", "base", "base_digest", "pins_digest", "runtime", "minimum_driver")
@@ -69,7 +69,7 @@ def image(_bench: Bench, made: Artifact) -> dict[str, Any]:
     }
 
 
-def scan(bench: Bench, made: Artifact) -> dict[str, Any]:
+def scan(bench: StageContext, made: Artifact) -> dict[str, Any]:
     """What was found, by severity, and with which database; no count where nothing could be found."""
     document = made.document("scan.json")
     database = document["database"]["state"]
@@ -88,7 +88,7 @@ def scan(bench: Bench, made: Artifact) -> dict[str, Any]:
     }
 
 
-def load(bench: Bench, made: Artifact) -> dict[str, Any]:
+def load(bench: StageContext, made: Artifact) -> dict[str, Any]:
     """How fast it answered, how much memory it took, and every figure of the load test."""
     document = made.document("load.json")
     judged = verdict("load", made, bench.spec)
@@ -103,7 +103,7 @@ def load(bench: Bench, made: Artifact) -> dict[str, Any]:
     return {"judged": _judged(judged), **findings, **_pictures(*drawn), **_figures(document["metrics"])}
 
 
-def release(bench: Bench, made: Artifact, *, candidate_only: bool = False) -> dict[str, Any]:
+def release(bench: StageContext, made: Artifact, *, candidate_only: bool = False) -> dict[str, Any]:
     """Promote the release; tell where its report, its version and its image are, and its figures as numbers to plot.
 
     Raises:

@@ -28,12 +28,12 @@ from pipeline.orchestration.retries import fail
 from pipeline.settings import Settings
 from pipeline.stages import evaluation, promotion, table
 from pipeline.stages.metadata import CACHED, SECONDS, SIZE, WORKER_SECONDS
-from pipeline.stages.table import CODE, Bench
+from pipeline.stages.table import CODE, StageContext
 from pipeline.store.artifacts import Artifact
-from pipeline.store.materializations import Handles
+from pipeline.store.materializations import MaterializationIndex
 from pipeline.workers.messages import WorkerMessages
 
-# The pool queues runs that need what models run on; within a run `Bench.device` takes turns.
+# The pool queues runs that need what models run on; within a run `StageContext.device` takes turns.
 GPU = "gpu"
 # One group: Dagster's graph opens with several folded up, which would hide the stages and their gates.
 _asset = partial(asset, partitions_def=RELEASES, group_name="release", owners=["team:ml-engineers"])
@@ -136,15 +136,15 @@ def _run(
     context: AssetExecutionContext,
     settings: Settings,
     stage: Callable[..., Artifact],
-    told: Callable[[Bench, Artifact], Mapping[str, Any]],
+    told: Callable[[StageContext, Artifact], Mapping[str, Any]],
     *upstream: Artifact,
 ) -> Output[Artifact]:
     """Run a stage at its bench and tell what it made; an expected error becomes a one-line failure."""
     started = time.monotonic()
-    Handles(settings).begin(context.partition_key)
+    MaterializationIndex(settings).begin(context.partition_key)
     try:
         spec, scheme = spec_of(context, settings)
-        bench = Bench(spec, scheme, settings, context.log.info, lambda folder: _pipes(context, folder))
+        bench = StageContext(spec, scheme, settings, context.log.info, lambda folder: _pipes(context, folder))
         made = stage(bench, *upstream)
         seen = told(bench, made)
     except EXPECTED as error:

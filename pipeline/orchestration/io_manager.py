@@ -11,7 +11,7 @@ from dagster import DagsterInstance, Failure, InitResourceContext, InputContext,
 from pipeline.orchestration.instance import alive
 from pipeline.settings import Settings
 from pipeline.store.artifacts import Artifact, Store
-from pipeline.store.materializations import Handles
+from pipeline.store.materializations import MaterializationIndex
 
 
 class ArtifactHandles(IOManager):
@@ -19,7 +19,7 @@ class ArtifactHandles(IOManager):
 
     def __init__(self, settings: Settings) -> None:
         """Use the home's handles; the artifacts are its store's."""
-        self.handles = Handles(settings)
+        self.handles = MaterializationIndex(settings)
         self.store = Store(settings.home / "artifacts")
 
     def handle_output(self, context: OutputContext, obj: Artifact) -> None:

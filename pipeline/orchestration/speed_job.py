@@ -24,7 +24,7 @@ from pipeline.orchestration.assets import GPU
 from pipeline.orchestration.partitions import RELEASES, spec_of
 from pipeline.orchestration.retries import fail
 from pipeline.settings import Settings
-from pipeline.stages.table import Bench
+from pipeline.stages.table import StageContext
 
 SPEED_JOB = "load_champion"
 
@@ -34,7 +34,7 @@ def speed(context: OpExecutionContext, settings: ResourceParam[Settings]) -> Non
     """Does the champion still hold its service level, and is it as fast as it was when it was released?"""
     try:
         spec, scheme = spec_of(context, settings)
-        found = look_again(Bench(spec, scheme, settings, context.log.info))
+        found = look_again(StageContext(spec, scheme, settings, context.log.info))
     except EXPECTED as error:
         fail(context, error)
     figures = {**{f"slower {name}": share for name, share in found.slower.items()}, **found.loaded.verdict.metrics}

@@ -23,7 +23,7 @@ from containers.scan import scan_gate
 from pipeline.settings import CHECKOUT, Settings
 from pipeline.sources.lock import read_lock
 from pipeline.spec import ModelSpec
-from pipeline.stages.read_only import NotMade, Shelf, ShelfBench
+from pipeline.stages.read_only import NotMade, ReadOnlyContext, ReadOnlyStore
 from pipeline.stages.standing import acts, manifest_digest
 from pipeline.stages.walk import signed
 from pipeline.store.artifacts import Artifact, Recipe, digest_json
@@ -44,7 +44,7 @@ class Affected:
     why: str
 
 
-class LastScans(Shelf):
+class LastScans(ReadOnlyStore):
     """What was made, and of scans the image's newest: what is known today of a champion, the rescan looks up."""
 
     def made_by(self, recipe: Recipe) -> Artifact | None:
@@ -58,11 +58,11 @@ class LastScans(Shelf):
 
 
 @dataclass(frozen=True)
-class LookingBench(ShelfBench):
+class LookingBench(ReadOnlyContext):
     """A bench at which nothing is made, and no engine asked."""
 
     @property
-    def store(self) -> Shelf:
+    def store(self) -> ReadOnlyStore:
         """What was made."""
         return LastScans(self.settings.home / "artifacts")
 
@@ -142,7 +142,7 @@ def touched(specs: Iterable[ModelSpec], settings: Settings) -> str:
     return digest_json(seen)
 
 
-def _what_is_new(shelf: Shelf, recipe: Recipe) -> str:
+def _what_is_new(shelf: ReadOnlyStore, recipe: Recipe) -> str:
     """What sets a recipe apart from the one nearest to it of those that were made."""
     wanted = _leaves(asdict(recipe))
     others = [_leaves(record["recipe"]) for _, record in shelf.records(recipe.stage)]

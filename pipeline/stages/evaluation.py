@@ -31,9 +31,9 @@ from evals.drift.suite import questions
 from evals.errors import AnswersError
 from pipeline.errors import StoreError
 from pipeline.stages import table
-from pipeline.stages.read_only import NotMade, ShelfBench
-from pipeline.stages.table import CODE, Bench
-from pipeline.store.artifacts import Artifact, Making, Recipe, digest_file
+from pipeline.stages.read_only import NotMade, ReadOnlyContext
+from pipeline.stages.table import CODE, StageContext
+from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, digest_file
 from pipeline.workers.environments import pins_digest
 from pipeline.workers.launchers.chosen import are_here, have_gpus
 
@@ -42,7 +42,7 @@ Part = tuple[float, float]
 FP16 = "fp16"  # in the place of an image's id
 
 
-def baseline(bench: Bench, source: Artifact) -> Artifact:
+def baseline(bench: StageContext, source: Artifact) -> Artifact:
     """What FP16 answers: once for a model, a suite and an engine, whatever the scheme and however many releases.
 
     As served, it is mounted read-only into the runtime that every release of this profile is made of.
@@ -50,14 +50,14 @@ def baseline(bench: Bench, source: Artifact) -> Artifact:
     paired = on_one_instruction_set(bench, source)
     recipe = _recipe(paired, source, {"checkpoint": source.digest}, repeated=True)
 
-    def make(making: Making) -> None:
+    def make(draft: ArtifactDraft) -> None:
         with bench.device():
-            answer(paired, making, source, lambda: serve_source(bench, source), FP16)
+            answer(paired, draft, source, lambda: serve_source(bench, source), FP16)
 
     return bench.store.obtain(recipe, make)
 
 
-def drift(bench: Bench, source: Artifact, baseline: Artifact, quantized: Artifact, image: Artifact) -> Artifact:
+def drift(bench: StageContext, source: Artifact, baseline: Artifact, quantized: Artifact, image: Artifact) -> Artifact:
     """Ask the candidate what FP16 was asked, in the image that ships, and pair the answers.
 
     Raises:
@@ -100,7 +100,7 @@ def drift(bench: Bench, source: Artifact, baseline: Artifact, quantized: Artifac
         code=CODE["drift"],
     )
 
-    def make(making: Making) -> None:
+    def make(draft: ArtifactDraft) -> None:
         answered = read_answers(candidate.folder)
         try:
             compared = compare(
@@ -116,7 +116,7 @@ def drift(bench: Bench, source: Artifact, baseline: Artifact, quantized: Artifac
             # A data set that changed upstream gives its answers no other key.
             kept = f"{baseline.folder.parent} and {candidate.folder.parent}"
             raise AnswersError(f"{error} (what is kept is in {kept}: remove them, and run again)") from error
-        write_drift(compared, making.folder)
+        write_drift(compared, draft.folder)
 
     made = bench.store.obtain(recipe, make)
     # Beside each other, so that the longer of them is what the stage waited for.
@@ -125,7 +125,7 @@ def drift(bench: Bench, source: Artifact, baseline: Artifact, quantized: Artifac
 
 
 @dataclass(frozen=True)
-class _Past(ShelfBench):
+class _Past(ReadOnlyContext):
     """A bench that shows what was paired before; whether the engine still has the image does not matter."""
 
     def has_image(self, record: images.ImageRecord) -> bool:  # noqa: ARG002 - as the bench's
@@ -133,7 +133,7 @@ class _Past(ShelfBench):
         return True
 
 
-def on_one_instruction_set(bench: Bench, source: Artifact) -> Bench:
+def on_one_instruction_set(bench: StageContext, source: Artifact) -> StageContext:
     """Return the bench, told on which instruction set FP16 and candidate are asked, where a CPU of ours computes.
 
     It is this machine's. A release whose answers were paired on another CPU, with nothing changed since, keeps that
@@ -154,7 +154,7 @@ def on_one_instruction_set(bench: Bench, source: Artifact) -> Bench:
     return replace(bench, instruction_set=own)
 
 
-def _own_instruction_set(bench: Bench) -> InstructionSet | None:
+def _own_instruction_set(bench: StageContext) -> InstructionSet | None:
     """This CPU's; None where something else computes the answers."""
     if bench.spec.evals.engine == "hf":
         here = are_here(bench.settings) and not have_gpus(bench.settings)
@@ -163,7 +163,7 @@ def _own_instruction_set(bench: Bench) -> InstructionSet | None:
     return bench.settings.cpu.instruction_set if here else None
 
 
-def _candidate(bench: Bench, baseline: Artifact, quantized: Artifact, image: Artifact) -> Artifact:
+def _candidate(bench: StageContext, baseline: Artifact, quantized: Artifact, image: Artifact) -> Artifact:
     """What the candidate answers: in that very image, by its id, where it is served."""
     limits = bench.spec.evals
     inputs = {"checkpoint": quantized.digest, **({"image": image.digest} if limits.engine == "served" else {})}
@@ -176,15 +176,15 @@ def _candidate(bench: Bench, baseline: Artifact, quantized: Artifact, image: Art
         )
     image_id = images.ImageRecord.model_validate(image.document("image.json")).image_id
 
-    def make(making: Making) -> None:
+    def make(draft: ArtifactDraft) -> None:
         with bench.device():
             against = baseline if limits.looks > 1 else None
-            answer(bench, making, quantized, lambda: serve_image(bench, image_id), image_id, against)
+            answer(bench, draft, quantized, lambda: serve_image(bench, image_id), image_id, against)
 
     return bench.store.obtain(recipe, make)
 
 
-def _recipe(bench: Bench, checkpoint: Artifact, inputs: dict[str, str], *, repeated: bool) -> Recipe:
+def _recipe(bench: StageContext, checkpoint: Artifact, inputs: dict[str, str], *, repeated: bool) -> Recipe:
     """What determines answers: the questions, the engine that is asked, and nothing of the limits."""
     limits = bench.spec.evals
     kept = None if limits.divergence is None else limits.divergence.model_dump(mode="json", exclude={"max_mean"})
@@ -194,7 +194,7 @@ def _recipe(bench: Bench, checkpoint: Artifact, inputs: dict[str, str], *, repea
     return Recipe("answers", inputs, parameters, code=CODE["answers"], pins=pins_digest(asking.ENVIRONMENT))
 
 
-def _engine(bench: Bench, checkpoint: Artifact) -> dict[str, str]:
+def _engine(bench: StageContext, checkpoint: Artifact) -> dict[str, str]:
     """What computes the answers, and with which arguments: the same for FP16 and candidate."""
     if bench.spec.evals.engine == "hf":
         return {"name": "hf", "device": "cuda" if have_gpus(bench.settings) else "cpu", **_instruction_set(bench)}
@@ -209,12 +209,12 @@ def _engine(bench: Bench, checkpoint: Artifact) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _instruction_set(bench: Bench) -> dict[str, str]:
+def _instruction_set(bench: StageContext) -> dict[str, str]:
     return {} if bench.instruction_set is None else {"instruction_set": bench.instruction_set}
 
 
 def _served(
-    bench: Bench,
+    bench: StageContext,
     client: docker.DockerClient,
     image: str,
     **more: Any,  # noqa: ANN401 - as `sandbox.serve` takes it
@@ -236,7 +236,7 @@ def _served(
 
 
 @contextmanager
-def serve_source(bench: Bench, source: Artifact) -> Iterator[sandbox.Server]:
+def serve_source(bench: StageContext, source: Artifact) -> Iterator[sandbox.Server]:
     """Serve FP16 as a release of it would be: mounted read-only into the runtime, with the arguments of an image."""
     profile = profiles.load(bench.spec.runtime)
     with bench.engine() as client:
@@ -247,7 +247,7 @@ def serve_source(bench: Bench, source: Artifact) -> Iterator[sandbox.Server]:
 
 
 @contextmanager
-def serve_image(bench: Bench, image_id: str) -> Iterator[sandbox.Server]:
+def serve_image(bench: StageContext, image_id: str) -> Iterator[sandbox.Server]:
     """Serve a release's own image.
 
     Raises:
@@ -266,8 +266,8 @@ def serve_image(bench: Bench, image_id: str) -> Iterator[sandbox.Server]:
 
 
 def answer(
-    bench: Bench,
-    making: Making,
+    bench: StageContext,
+    draft: ArtifactDraft,
     checkpoint: Artifact,
     serve: Serve,
     image: str,
@@ -275,8 +275,8 @@ def answer(
 ) -> None:
     """Fill an artifact with a checkpoint's answers; FP16's with some asked twice, a candidate's perhaps in looks."""
     limits = bench.spec.evals
-    making.notes.update(_instruction_set(bench))
-    address = making.scratch / "address"
+    draft.notes.update(_instruction_set(bench))
+    address = draft.scratch / "address"
     serving = (
         asking.Serving(address, bench.spec.model, image, _engine(bench, checkpoint))
         if limits.engine == "served"
@@ -288,8 +288,8 @@ def answer(
             checkpoint.folder,
             limits,
             output,
-            run_worker=bench.workers(making) if serving is None else bench.workers_here(making),
-            scratch=making.scratch,
+            run_worker=bench.workers(draft) if serving is None else bench.workers_here(draft),
+            scratch=draft.scratch,
             progress=bench.progress,
             serving=serving,
             part=part,
@@ -300,7 +300,7 @@ def answer(
 
     def ask() -> None:
         if looked_against is None:
-            ask_part((0.0, 1.0), making.folder)
+            ask_part((0.0, 1.0), draft.folder)
             return
         reference = looked_against
 
@@ -310,13 +310,13 @@ def answer(
             bench.progress(f"a look at {fraction:.0%} of the suite: {judge(looked, limits).reason}")
             return is_decided(looked, limits)
 
-        asked = asking.in_looks(limits.fractions, ask_part, is_clear, making.scratch, making.folder)
-        making.notes["fraction"] = asked
+        asked = asking.in_looks(limits.fractions, ask_part, is_clear, draft.scratch, draft.folder)
+        draft.notes["fraction"] = asked
 
     @contextmanager
     def noted() -> Iterator[sandbox.Server]:
         with serve() as server:
-            making.notes["computed_on"] = server.computed_on.model_dump(mode="json")
+            draft.notes["computed_on"] = server.computed_on.model_dump(mode="json")
             yield server
 
     if serving is None:
@@ -334,7 +334,7 @@ def _computed_on(baseline: Artifact, candidate: Artifact) -> dict[Literal["FP16"
     }
 
 
-def _layers(bench: Bench, source: Artifact, quantized: Artifact, stop: threading.Event) -> Artifact:
+def _layers(bench: StageContext, source: Artifact, quantized: Artifact, stop: threading.Event) -> Artifact:
     """Where it went wrong, layer by layer, on the calibration text; until ``stop`` is set."""
     calibration = bench.spec.calibration
     recipe = Recipe(
@@ -350,11 +350,11 @@ def _layers(bench: Bench, source: Artifact, quantized: Artifact, stop: threading
         pins=pins_digest(asking.ENVIRONMENT),
     )
 
-    def make(making: Making) -> None:
+    def make(draft: ArtifactDraft) -> None:
         if not bench.spec.evals.layers:
-            (making.folder / "layers.json").write_text("[]")
+            (draft.folder / "layers.json").write_text("[]")
             return
-        workers = bench.workers(making)
+        workers = bench.workers(draft)
         workers.stop = stop
         layers = asking.measure_layers(
             source.folder,
@@ -362,14 +362,14 @@ def _layers(bench: Bench, source: Artifact, quantized: Artifact, stop: threading
             _calibration(bench),
             max_tokens=calibration.max_tokens,
             run_worker=workers,
-            scratch=making.scratch,
+            scratch=draft.scratch,
         )
-        (making.folder / "layers.json").write_text(json.dumps([layer.model_dump() for layer in layers]))
+        (draft.folder / "layers.json").write_text(json.dumps([layer.model_dump() for layer in layers]))
 
     return bench.store.obtain(recipe, make)
 
 
-def _calibration(bench: Bench) -> list[str]:
+def _calibration(bench: StageContext) -> list[str]:
     """The texts that the quantizer looked at."""
     calibration = bench.spec.calibration
     return [row["text"] for row in json_lines.read_rows(calibration.uri, json_lines.TEXTS, calibration.samples)]

@@ -17,8 +17,8 @@ from evals.drift.pairs import read_drift
 from evals.load import cost as costs
 from pipeline.errors import StoreError
 from pipeline.stages.metadata import RELEASE, figures
-from pipeline.stages.table import CODE, Bench, sha256_of
-from pipeline.store.artifacts import Artifact, Making, Recipe, digest_file
+from pipeline.stages.table import CODE, StageContext, sha256_of
+from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, digest_file
 from pipeline.trust import signing_key, trust_of
 from pipeline.workers.environments import pinned_version
 from registry import catalog, seal
@@ -56,7 +56,7 @@ _MADE_FROM: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def sealed(bench: Bench, *upstream: Artifact) -> Artifact:
+def sealed(bench: StageContext, *upstream: Artifact) -> Artifact:
     """Judge every gate's evidence again, and sign the release that it adds up to.
 
     ``upstream`` are the artifacts of source, quantized, drift, image, scan and load.
@@ -83,21 +83,21 @@ def sealed(bench: Bench, *upstream: Artifact) -> Artifact:
         code=CODE["release"],
     )
 
-    def make(making: Making) -> None:
+    def make(draft: ArtifactDraft) -> None:
         files = {name: quantized.folder / name for name in quantized.files}
         for gate, names in _EVIDENCE.items():
             files |= {f"{EVIDENCE}/{name}": evidence[gate].folder / name for name in names}
         waived = scan_gate.waived(evidence["scan"].document("scan.json"), bench.spec.scan)
-        files[f"{EVIDENCE}/waived.json"] = _listed(making, waived)
+        files[f"{EVIDENCE}/waived.json"] = _listed(draft, waived)
         files[_SBOM] = made["scan"].folder / "sbom.cdx.json"
         files[f"{EVIDENCE}/image.json"] = image.folder / "image.json"
-        seal.place(files, making.folder)
-        _write_cost(bench, making)
-        _write_mlbom(bench, making, made, list(verdicts.values()))
-        _write_report(bench, making, made, verdicts, waived)
+        seal.place(files, draft.folder)
+        _write_cost(bench, draft)
+        _write_mlbom(bench, draft, made, list(verdicts.values()))
+        _write_report(bench, draft, made, verdicts, waived)
         record = ImageRecord.model_validate(image.document("image.json"))
         manifest = seal.describe(
-            making.folder,
+            draft.folder,
             model=bench.spec.model,
             scheme=bench.scheme_name,
             source=_source(bench, source),
@@ -115,12 +115,12 @@ def sealed(bench: Bench, *upstream: Artifact) -> Artifact:
             mlbom=_MLBOM,
             hardware=_hardware(evidence["load"]),
         )
-        seal.seal(making.folder, key, manifest)
+        seal.seal(draft.folder, key, manifest)
 
     return bench.store.obtain(recipe, make)
 
 
-def promoted(bench: Bench, release: Artifact, *, candidate_only: bool = False) -> dict[str, Any]:
+def promoted(bench: StageContext, release: Artifact, *, candidate_only: bool = False) -> dict[str, Any]:
     """Register the sealed release and move the aliases; return what the command line and the UI tell of it.
 
     With ``candidate_only`` the champion stays, whatever the model's file says. The bills of materials are attached to
@@ -151,7 +151,7 @@ def promoted(bench: Bench, release: Artifact, *, candidate_only: bool = False) -
     }
 
 
-def settled(bench: Bench, release: Artifact, *, candidate_only: bool = False) -> dict[str, Any] | None:
+def settled(bench: StageContext, release: Artifact, *, candidate_only: bool = False) -> dict[str, Any] | None:
     """Return what `promoted` would tell of a release whose aliases are in their places; None where one would move.
 
     What is attached to the image is looked after as by `promoted`, and its bytes are not read again.
@@ -174,7 +174,7 @@ def settled(bench: Bench, release: Artifact, *, candidate_only: bool = False) ->
     return _released(release, promotion, "up-to-date")
 
 
-def _champion(bench: Bench, *, candidate_only: bool) -> Champion:
+def _champion(bench: StageContext, *, candidate_only: bool) -> Champion:
     return "manual" if candidate_only else bench.spec.registry.champion
 
 
@@ -202,12 +202,12 @@ def _check_chain(made: Mapping[str, Artifact]) -> None:
         raise StoreError(f"{'; '.join(others)}: run every stage again")
 
 
-def _source(bench: Bench, source: Artifact) -> Source:
+def _source(bench: StageContext, source: Artifact) -> Source:
     files = {name: FileRecord(sha256=entry["sha256"], size=entry["size"]) for name, entry in source.files.items()}
     return Source(uri=_public(bench.spec.source.uri), revision=source.notes["revision"], files=files)
 
 
-def _quantizer(bench: Bench, quantized: Artifact) -> Quantizer:
+def _quantizer(bench: StageContext, quantized: Artifact) -> Quantizer:
     record = quantized.notes
     calibration = record["calibration"]
     return Quantizer(
@@ -252,16 +252,16 @@ def _cited(gate: str) -> list[str]:
     return [f"{EVIDENCE}/{name}" for name in names]
 
 
-def _listed(making: Making, waived: Sequence[scan_gate.Waived]) -> Path:
+def _listed(draft: ArtifactDraft, waived: Sequence[scan_gate.Waived]) -> Path:
     """Write down what was let through in writing, with the days left on the day of the release."""
-    path = making.scratch / "waived.json"
+    path = draft.scratch / "waived.json"
     path.write_text(json.dumps([asdict(item) for item in waived], indent=1))
     return path
 
 
 def _write_report(
-    bench: Bench,
-    making: Making,
+    bench: StageContext,
+    draft: ArtifactDraft,
     made: Mapping[str, Artifact],
     verdicts: Mapping[str, Verdict],
     waived: Sequence[scan_gate.Waived],
@@ -285,9 +285,7 @@ def _write_report(
         digests={stage: artifact.digest for stage, artifact in made.items()},
         waived={f"{item.id} in {item.package}": _in_words(item) for item in waived},
     )
-    report.write(
-        making.folder / REPORT, subject, list(verdicts.values()), report.Evidence.read(making.folder / EVIDENCE)
-    )
+    report.write(draft.folder / REPORT, subject, list(verdicts.values()), report.Evidence.read(draft.folder / EVIDENCE))
 
 
 def _computed_on(made: Mapping[str, Artifact]) -> dict[str, str]:
@@ -297,16 +295,18 @@ def _computed_on(made: Mapping[str, Artifact]) -> dict[str, str]:
     return {label: str(each) for label, each in told.items() if each != ComputedOn()}
 
 
-def _write_cost(bench: Bench, making: Making) -> None:
+def _write_cost(bench: StageContext, draft: ArtifactDraft) -> None:
     """What a million tokens cost at this release's own throughput, where the model's file has prices."""
-    folder = making.folder / EVIDENCE
+    folder = draft.folder / EVIDENCE
     lines = (folder / "requests.jsonl").read_text().splitlines()
     carried = costs.throughput(json.loads((folder / "load.json").read_text()), map(json.loads, lines))
     if bench.spec.cost is not None and carried is not None:
         (folder / "cost.json").write_text(json.dumps(costs.document(bench.spec.cost, carried), indent=1))
 
 
-def _write_mlbom(bench: Bench, making: Making, made: Mapping[str, Artifact], verdicts: Sequence[Verdict]) -> None:
+def _write_mlbom(
+    bench: StageContext, draft: ArtifactDraft, made: Mapping[str, Artifact], verdicts: Sequence[Verdict]
+) -> None:
     """The model's bill of materials: what it is made from, how, on which data, and what was measured."""
     source, quantized, spec = made["source"], made["quantized"], bench.spec
     record = quantized.notes
@@ -327,10 +327,10 @@ def _write_mlbom(bench: Bench, making: Making, made: Mapping[str, Artifact], ver
     )
     image = made["image"].document("image.json")
     told = mlbom.document(model, verdicts, image["digest"])
-    (making.folder / _MLBOM).write_text(json.dumps(told, indent=1, sort_keys=True, allow_nan=False))
+    (draft.folder / _MLBOM).write_text(json.dumps(told, indent=1, sort_keys=True, allow_nan=False))
 
 
-def _attach(bench: Bench, release: Artifact) -> None:
+def _attach(bench: StageContext, release: Artifact) -> None:
     """Attach the bills of materials to the image in its registry, where it is in one."""
     image = release.document("release/evidence/image.json")
     if not image["pushed"]:

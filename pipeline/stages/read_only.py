@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline.errors import SlipwayError
-from pipeline.stages.table import Bench
-from pipeline.store.artifacts import Artifact, Making, Recipe, Store
+from pipeline.stages.table import StageContext
+from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, Store
 
 
 class NotMade(SlipwayError):
@@ -19,10 +19,10 @@ class NotMade(SlipwayError):
         super().__init__(f"`{recipe.stage}` is not made")
 
 
-class Shelf(Store):
+class ReadOnlyStore(Store):
     """What was made, and nothing else: what is not there is `NotMade`."""
 
-    def obtain(self, recipe: Recipe, make: Callable[[Making], None]) -> Artifact:  # noqa: ARG002 - as the store's
+    def obtain(self, recipe: Recipe, make: Callable[[ArtifactDraft], None]) -> Artifact:  # noqa: ARG002 - as the store's
         """Return what was made by the recipe."""
         found = self.made_by(recipe)
         if found is None:
@@ -39,10 +39,10 @@ class Shelf(Store):
 
 
 @dataclass(frozen=True)
-class ShelfBench(Bench):
+class ReadOnlyContext(StageContext):
     """A bench at which nothing is made."""
 
     @property
-    def store(self) -> Shelf:
+    def store(self) -> ReadOnlyStore:
         """What was made."""
-        return Shelf(self.settings.home / "artifacts")
+        return ReadOnlyStore(self.settings.home / "artifacts")

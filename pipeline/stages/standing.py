@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.stages.table import Bench
+from pipeline.stages.table import StageContext
 from pipeline.store.artifacts import Artifact
 from registry import catalog, journal
 from registry.resolve import CANDIDATE, CHAMPION
@@ -15,7 +15,7 @@ def manifest_digest(release: Artifact) -> str:
     return f"sha256:{release.files['release/manifest.json']['sha256']}"
 
 
-def acts(bench: Bench) -> Sequence[journal.Record]:
+def acts(bench: StageContext) -> Sequence[journal.Record]:
     """Who moved the aliases of the bench's line, in order; none where there is no line yet.
 
     Raises:
@@ -25,7 +25,7 @@ def acts(bench: Bench) -> Sequence[journal.Record]:
     return [] if line is None else journal.records(line)
 
 
-def stays_taken_back(bench: Bench, release: Artifact) -> bool:
+def stays_taken_back(bench: StageContext, release: Artifact) -> bool:
     """Say whether this very release was champion, and somebody made another the champion by hand since.
 
     It is still the candidate then, for nothing was released after it, and stays that, which is told: to run again what

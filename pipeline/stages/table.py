@@ -1,6 +1,6 @@
 """The stages of a release, in order: each names what determines its artifact, and makes it if it is not there.
 
-Nothing here knows Dagster. A stage takes the `Bench` it works at and the artifacts it works on, and returns its own.
+Nothing here knows Dagster. A stage takes a `StageContext` and the artifacts it works on, and returns its own.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from pipeline.sources.lock import read_lock
 from pipeline.spec import ModelSpec
 from pipeline.store.artifacts import (
     Artifact,
-    Making,
+    ArtifactDraft,
     Recipe,
     Store,
     digest_file,
@@ -60,7 +60,7 @@ from registry.verdict import Verdict
 
 
 @dataclass(frozen=True)
-class Bench:
+class StageContext:
     """What a stage works at: one model in one scheme, this machine's settings, and somebody who hears its progress.
 
     ``instruction_set`` is the CPU's on which answers are paired; None until `evaluation` has chosen it.
@@ -89,14 +89,14 @@ class Bench:
         root, floor, shared = self.settings.home / "artifacts", self.settings.disk_floor, self.settings.artifacts
         return Store(root, floor) if shared is None else SharedStore(root, floor, shared, self.progress)
 
-    def workers(self, making: Making) -> Workers:
+    def workers(self, draft: ArtifactDraft) -> Workers:
         """Give the runner of workers whose seconds count for ``making``."""
         elsewhere = launchers.launcher(self.settings, self.progress)
-        return Workers(self.settings, self.progress, making.worker_seconds, self.bootstrap, elsewhere)
+        return Workers(self.settings, self.progress, draft.worker_seconds, self.bootstrap, elsewhere)
 
-    def workers_here(self, making: Making) -> Workers:
+    def workers_here(self, draft: ArtifactDraft) -> Workers:
         """Give the runner of workers that ask a server of this machine, and so run beside it wherever others run."""
-        return Workers(self.settings, self.progress, making.worker_seconds, self.bootstrap)
+        return Workers(self.settings, self.progress, draft.worker_seconds, self.bootstrap)
 
     @contextlib.contextmanager
     def device(self) -> Iterator[None]:
@@ -276,7 +276,7 @@ def source_recipe(resolved: sources.ResolvedSource) -> Recipe:
     )
 
 
-def source(bench: Bench) -> Artifact:
+def source(bench: StageContext) -> Artifact:
     """Pull the model's weights at their pinned revision, every file checked, and hold them to the lock."""
     settings, wanted = bench.settings, bench.spec.source
     resolved = sources.resolve(
@@ -289,19 +289,19 @@ def source(bench: Bench) -> Artifact:
     )
     recipe = source_recipe(resolved)
 
-    def make(making: Making) -> None:
+    def make(draft: ArtifactDraft) -> None:
         require_room(settings.home, resolved.bytes, settings.disk_floor, f"{resolved.uri} (its weights)")
-        making.sha256.update(
-            sources.pull(resolved, making.folder, settings.home / "downloads", bench.progress),
+        draft.sha256.update(
+            sources.pull(resolved, draft.folder, settings.home / "downloads", bench.progress),
         )
-        making.notes["revision"] = sources.revision_of(resolved, making.sha256)
+        draft.notes["revision"] = sources.revision_of(resolved, draft.sha256)
 
     pulled = bench.store.obtain(recipe, make)
     sources.hold_to_lock(bench.spec.lock, resolved, sha256_of(pulled))
     return pulled
 
 
-def quantized(bench: Bench, source: Artifact) -> Artifact:
+def quantized(bench: StageContext, source: Artifact) -> Artifact:
     """Make the weights small, and check the result without the quantizer's help."""
     calibration, scheme = bench.spec.calibration, bench.scheme
     backend = quantization.backend_of(scheme)
@@ -318,7 +318,7 @@ def quantized(bench: Bench, source: Artifact) -> Artifact:
         pins=pins_digest(backend.environment),
     )
 
-    def make(making: Making) -> None:
+    def make(draft: ArtifactDraft) -> None:
         with bench.worker_device():
             record = quantization.quantize(
                 source.folder,
@@ -326,17 +326,17 @@ def quantized(bench: Bench, source: Artifact) -> Artifact:
                 calibration.samples,
                 calibration.max_tokens,
                 scheme,
-                making.folder,
-                bench.workers(making),
-                making.scratch,
+                draft.folder,
+                bench.workers(draft),
+                draft.scratch,
                 bench.progress,
             )
-        making.notes.update(record, pins_digest=recipe.pins)
+        draft.notes.update(record, pins_digest=recipe.pins)
 
     return bench.store.obtain(recipe, make)
 
 
-def image(bench: Bench, quantized: Artifact) -> Artifact:
+def image(bench: StageContext, quantized: Artifact) -> Artifact:
     """Put the checkpoint into its pinned runtime; push the image where a registry is configured."""
     profile = profiles.load(bench.spec.runtime)
     name, labels = bench.release_name, _image_labels(bench, quantized)
@@ -353,9 +353,9 @@ def image(bench: Bench, quantized: Artifact) -> Artifact:
         pins=profile.pins_digest(),
     )
 
-    def make(making: Making) -> None:
+    def make(draft: ArtifactDraft) -> None:
         alone = locked(bench.settings.home / "image.lock")
-        with bench.cores(), bench.engine() as client, alone, timed(making.worker_seconds):
+        with bench.cores(), bench.engine() as client, alone, timed(draft.worker_seconds):
             record = images.build_image(
                 client,
                 profile,
@@ -369,7 +369,7 @@ def image(bench: Bench, quantized: Artifact) -> Artifact:
                 sha256=sha256_of(quantized),
                 labels=labels,
             )
-        (making.folder / "image.json").write_text(record.model_dump_json(indent=1))
+        (draft.folder / "image.json").write_text(record.model_dump_json(indent=1))
 
     found = bench.store.find(recipe.stage, recipe.key)
     if found and not bench.has_image(_record(found)):
@@ -378,7 +378,7 @@ def image(bench: Bench, quantized: Artifact) -> Artifact:
     return bench.store.obtain(recipe, make)
 
 
-def scan(bench: Bench, image: Artifact, quantized: Artifact) -> Artifact:
+def scan(bench: StageContext, image: Artifact, quantized: Artifact) -> Artifact:
     """Look for known holes, secrets and misconfiguration in that very image."""
     home, record = bench.settings.home, _record(image)
     recipe = Recipe(
@@ -388,13 +388,13 @@ def scan(bench: Bench, image: Artifact, quantized: Artifact) -> Artifact:
         code=CODE["scan"],
     )
 
-    def make(making: Making) -> None:
-        laid_out = making.scratch / record.tag.partition(":")[2]
-        with bench.cores(), timed(making.worker_seconds):
+    def make(draft: ArtifactDraft) -> None:
+        laid_out = draft.scratch / record.tag.partition(":")[2]
+        with bench.cores(), timed(draft.worker_seconds):
             write_layout(record, quantized.folder, sha256_of(quantized), home, laid_out)
             purl = f"pkg:oci/{bench.release_name}@{record.digest}"
             subject = scans.in_layout(laid_out, digest_of(record.configuration.encode()), purl)
-            scans.scan(subject, home=home, folder=making.folder, progress=bench.progress)
+            scans.scan(subject, home=home, folder=draft.folder, progress=bench.progress)
 
     scanned = bench.store.obtain(recipe, make)
     for line in scan_gate.warnings(scanned.document("scan.json"), bench.spec.scan):
@@ -402,7 +402,7 @@ def scan(bench: Bench, image: Artifact, quantized: Artifact) -> Artifact:
     return scanned
 
 
-def load(bench: Bench, image: Artifact, quantized: Artifact, *, again: bool = False) -> Artifact:
+def load(bench: StageContext, image: Artifact, quantized: Artifact, *, again: bool = False) -> Artifact:
     """Put that very image under the traffic it will meet; ``again``, where it was before."""
     plan = bench.spec.load
     record = _record(image)
@@ -414,9 +414,9 @@ def load(bench: Bench, image: Artifact, quantized: Artifact, *, again: bool = Fa
         pins=pins_digest("aiperf"),
     )
 
-    def make(making: Making) -> None:
-        with timed(making.worker_seconds):  # the container's start and its traffic are the server's own time
-            load_test(bench, plan, record, quantized, making.folder, making.scratch)
+    def make(draft: ArtifactDraft) -> None:
+        with timed(draft.worker_seconds):  # the container's start and its traffic are the server's own time
+            load_test(bench, plan, record, quantized, draft.folder, draft.scratch)
 
     found = bench.store.find(recipe.stage, recipe.key)
     if found and (again or not loads.is_conclusive(found.document("load.json"), plan)):
@@ -426,7 +426,7 @@ def load(bench: Bench, image: Artifact, quantized: Artifact, *, again: bool = Fa
 
 
 def load_test(
-    bench: Bench,
+    bench: StageContext,
     plan: loads.LoadPlan,
     record: images.ImageRecord,
     quantized: Artifact,
@@ -482,7 +482,7 @@ def load_test(
             return loads.write_unhealthy(str(error), plan, folder)
 
 
-def _expected_memory(bench: Bench, record: images.ImageRecord, quantized: Artifact) -> Expected | None:
+def _expected_memory(bench: StageContext, record: images.ImageRecord, quantized: Artifact) -> Expected | None:
     """What the server should take: on a CPU, which may hold float32 copies of weights, by its instruction set."""
     weights = stored(describe_folder(quantized.folder).model)
     size = weights.bytes if record.minimum_driver else weights.on_cpu(bench.settings.cpu.instruction_set)
@@ -498,7 +498,7 @@ def verdict(gate: str, evidence: Artifact, spec: ModelSpec) -> Verdict:
     return loads.judge(evidence.document("load.json"), spec.load)
 
 
-def _image_labels(bench: Bench, quantized: Artifact) -> dict[str, str]:
+def _image_labels(bench: StageContext, quantized: Artifact) -> dict[str, str]:
     """Where the model is from, and what one request's cache takes: what the driver's gate and a registry's user ask."""
     config = quantized.document("config.json")
     source = bench.spec.source

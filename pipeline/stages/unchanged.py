@@ -14,11 +14,11 @@ from pipeline.sources.lock import read_lock
 from pipeline.spec import ModelSpec
 from pipeline.stages import promotion
 from pipeline.stages.metadata import CACHED, SECONDS, WORKER_SECONDS, judged
-from pipeline.stages.read_only import ShelfBench
+from pipeline.stages.read_only import ReadOnlyContext
 from pipeline.stages.standing import stays_taken_back
 from pipeline.stages.walk import walk
 from pipeline.store.artifacts import Artifact
-from pipeline.store.materializations import Handles
+from pipeline.store.materializations import MaterializationIndex
 
 
 def unchanged(spec: ModelSpec, scheme: str, settings: Settings) -> list[Event] | None:
@@ -30,7 +30,7 @@ def unchanged(spec: ModelSpec, scheme: str, settings: Settings) -> list[Event] |
     looked at is no reason to stop: the run comes to it, and says where.
     """
     said: list[str] = []
-    bench = ShelfBench(spec, scheme, settings, said.append)
+    bench = ReadOnlyContext(spec, scheme, settings, said.append)
     events: list[Event] = []
     made: dict[str, Artifact] = {}
     since = time.monotonic()
@@ -46,7 +46,7 @@ def unchanged(spec: ModelSpec, scheme: str, settings: Settings) -> list[Event] |
             since = time.monotonic()
         release = made.get("release")
         places = {name: (artifact.stage, artifact.key) for name, artifact in made.items()}
-        if release is None or not Handles(settings).went_through(f"{spec.model}|{scheme}", places):
+        if release is None or not MaterializationIndex(settings).went_through(f"{spec.model}|{scheme}", places):
             return None
         released = promotion.settled(bench, release, candidate_only=stays_taken_back(bench, release))
     except Exception:  # noqa: BLE001 - whatever it is, the run meets it in its stage, where it fails one scheme alone

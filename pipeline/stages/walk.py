@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipeline.stages import evaluation, promotion, table
-from pipeline.stages.table import Bench
+from pipeline.stages.table import StageContext
 from pipeline.store.artifacts import Artifact
 from registry.verdict import Verdict
 
 
-def walk(bench: Bench) -> Iterator[tuple[str, Artifact | Verdict]]:
+def walk(bench: StageContext) -> Iterator[tuple[str, Artifact | Verdict]]:
     """Go through a release as its run does: each stage's artifact, and each gate's verdict behind its evidence.
 
     The last is the signed release, or the verdict of a gate that refuses what is there.
@@ -34,7 +34,7 @@ def walk(bench: Bench) -> Iterator[tuple[str, Artifact | Verdict]]:
     yield "release", promotion.sealed(bench, source, quantized, drift, image, scan, load)
 
 
-def signed(bench: Bench) -> Artifact | None:
+def signed(bench: StageContext) -> Artifact | None:
     """Walk to the end; return the signed release, or None where a gate refuses what is there."""
     *_, (_, last) = walk(bench)
     return last if isinstance(last, Artifact) else None

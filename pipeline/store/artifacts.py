@@ -64,7 +64,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Making:
+class ArtifactDraft:
     """What a stage is given to fill: ``folder`` becomes the artifact, ``scratch`` is thrown away.
 
     A stage that hashed files while it wrote them says so in ``sha256`` (path → 64 hex digits), so that no byte
@@ -149,7 +149,7 @@ class Store:
         keys = (key for key, record in self.records(stage) if record["digest"] == digest)
         return next((found for key in keys if (found := self.find(stage, key))), None)
 
-    def obtain(self, recipe: Recipe, make: Callable[[Making], None]) -> Artifact:
+    def obtain(self, recipe: Recipe, make: Callable[[ArtifactDraft], None]) -> Artifact:
         """Return the recipe's artifact, having ``make`` fill it if it is not there.
 
         One process makes a key at a time; others wait for it. When ``make`` raises, or the process dies, nothing is
@@ -172,24 +172,24 @@ class Store:
         with locked(place.with_name(place.name + ".lock")):
             shutil.rmtree(place, ignore_errors=True)
 
-    def _make(self, recipe: Recipe, place: Path, make: Callable[[Making], None]) -> Artifact:
+    def _make(self, recipe: Recipe, place: Path, make: Callable[[ArtifactDraft], None]) -> Artifact:
         require_room(self.root, 0, self.floor, f"`{recipe.stage}`")
         beside = self.root / ".making" / f"{recipe.stage}-{recipe.key}"
         shutil.rmtree(beside, ignore_errors=True)
-        making = Making(folder=beside / "artifact" / "files", scratch=beside / "scratch")
-        making.folder.mkdir(parents=True)
-        making.scratch.mkdir()
+        draft = ArtifactDraft(folder=beside / "artifact" / "files", scratch=beside / "scratch")
+        draft.folder.mkdir(parents=True)
+        draft.scratch.mkdir()
         try:
             started = time.monotonic()
-            make(making)
-            files = _seal(making)
+            make(draft)
+            files = _seal(draft)
             record = {
                 "recipe": asdict(recipe),
                 "digest": digest_json(files),
                 "files": files,
-                "notes": making.notes,
+                "notes": draft.notes,
                 "seconds": time.monotonic() - started,
-                "worker_seconds": sum(making.worker_seconds),
+                "worker_seconds": sum(draft.worker_seconds),
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
             }
             write_whole(beside / "artifact" / "artifact.json", json.dumps(record, indent=1))
@@ -253,19 +253,19 @@ def write_whole(path: Path, text: str) -> None:
     beside.rename(path)
 
 
-def _seal(making: Making) -> dict[str, dict[str, Any]]:
+def _seal(draft: ArtifactDraft) -> dict[str, dict[str, Any]]:
     """Hash what is not hashed yet, make files read-only, and push everything to the disk."""
     files: dict[str, dict[str, Any]] = {}
-    for path in sorted(making.folder.rglob("*")):
+    for path in sorted(draft.folder.rglob("*")):
         if path.is_dir() and not path.is_symlink():
             continue
-        name = path.relative_to(making.folder).as_posix()
+        name = path.relative_to(draft.folder).as_posix()
         if path.is_symlink() or not path.is_file():
             raise StoreError(f"{name} is no plain file: an artifact holds nothing else")
         set_mode(path, 0o444)
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
-        files[name] = {"sha256": making.sha256.get(name) or digest_file(path), "size": path.stat().st_size}
+        files[name] = {"sha256": draft.sha256.get(name) or digest_file(path), "size": path.stat().st_size}
     return files
 
 

@@ -13,7 +13,7 @@ Place = tuple[str, str]
 """A stage, and an artifact's key."""
 
 
-class Handles:
+class MaterializationIndex:
     """A file an asset and partition, written each time that a run has made it or found it made; and when one began."""
 
     def __init__(self, settings: Settings) -> None:

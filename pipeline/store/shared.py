@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.store.artifacts import Artifact, Making, Recipe, Store, require_room
+from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, Store, require_room
 from pipeline.workers.environments import Progress
 from registry.errors import TrackingError
 from registry.manifest import FileRecord, RelativePath
@@ -44,7 +44,7 @@ class SharedStore(Store):
         self.uri = uri
         self.progress = progress
 
-    def _make(self, recipe: Recipe, place: Path, make: Callable[[Making], None]) -> Artifact:
+    def _make(self, recipe: Recipe, place: Path, make: Callable[[ArtifactDraft], None]) -> Artifact:
         if not _is_shared(recipe):
             return super()._make(recipe, place, make)
         objects = ObjectStore.opened(self.uri)
@@ -52,7 +52,7 @@ class SharedStore(Store):
         try:
             record = _record(recipe, objects)
             if record is not None:
-                return super()._make(recipe, place, lambda making: self._fetch(record, making, objects))
+                return super()._make(recipe, place, lambda draft: self._fetch(record, draft, objects))
         except TrackingError as error:
             self.progress(f"what others made of this can't be had: {error}")
             mend = True
@@ -63,16 +63,16 @@ class SharedStore(Store):
             self.progress(f"others can't have this: {error}")
         return made
 
-    def _fetch(self, record: _Record, making: Making, objects: ObjectStore) -> None:
+    def _fetch(self, record: _Record, draft: ArtifactDraft, objects: ObjectStore) -> None:
         size = sum(file.size for file in record.files.values())
         require_room(self.root, size, self.floor, f"what others made (in {self.uri})")
         self.progress(f"made before, by others: fetching {size / 1e6:,.1f} MB from {self.uri}")
         for name, file in record.files.items():
-            target = making.folder / name
+            target = draft.folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             objects.get(file, target)
-            making.sha256[name] = file.sha256
-        making.notes.update(record.notes)
+            draft.sha256[name] = file.sha256
+        draft.notes.update(record.notes)
 
     def _share(self, recipe: Recipe, made: Artifact, objects: ObjectStore, *, mend: bool) -> None:
         self.progress(f"sharing {made.size_bytes / 1e6:,.1f} MB through {self.uri}")

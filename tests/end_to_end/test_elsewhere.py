@@ -21,7 +21,7 @@ from real_server import AWS, BUCKET, postgres, s3_server
 from homes import Slipway, make_home
 from pipeline.settings import Settings
 from pipeline.store.artifacts import Store
-from pipeline.store.materializations import Handles
+from pipeline.store.materializations import MaterializationIndex
 from registry.objects import digest_of
 
 # What names the hour, or what was measured in it.
@@ -70,7 +70,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory, machine: Settings, slipw
 def lend_baseline(slipway: Slipway, home: Path) -> None:
     """Give a home what FP16 answered in another: a server of this machine is asked that wherever workers run."""
     settings = Settings.read(dict(slipway.variables))
-    store, place = Store(settings.home / "artifacts"), Handles(settings).read("baseline", "demo|gptq")
+    store, place = Store(settings.home / "artifacts"), MaterializationIndex(settings).read("baseline", "demo|gptq")
     assert place is not None
     found = store.find(*place)
     assert found is not None

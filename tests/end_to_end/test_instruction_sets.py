@@ -10,7 +10,7 @@ import pytest
 from homes import DEMO, Slipway
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec, load
-from pipeline.stages.table import Bench
+from pipeline.stages.table import StageContext
 from pipeline.stages.walk import walk
 from registry.verdict import Verdict
 
@@ -32,7 +32,7 @@ def test_a_cpu_without_avx512_answers_nearly_as_fp16_does(
     if machine.cpu.instruction_set == "avx2":
         pytest.skip("needs AVX-512: here every other test ran without")
     monkeypatch.setenv("SLIPWAY_CPU_ISA", "avx2")
-    bench = Bench(spec, scheme, Settings.read({**slipway.variables, "SLIPWAY_CPU_ISA": "avx2"}), print)
+    bench = StageContext(spec, scheme, Settings.read({**slipway.variables, "SLIPWAY_CPU_ISA": "avx2"}), print)
     for stage, made in walk(bench):
         if stage == "baseline":
             assert not isinstance(made, Verdict)

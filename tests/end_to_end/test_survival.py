@@ -81,9 +81,9 @@ def cut_off(slipway: Slipway, ui: Ui, stage: str) -> str:
     """Drop what a stage of the release has made, launch it, and return its run once it is in the middle of that."""
     made = forget(slipway, stage)
     run_id = ui.launch("gptq")
-    making = slipway.home / "artifacts" / ".making"
+    drafts = slipway.home / "artifacts" / ".making"
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while not list(making.glob(f"{made}-*")):
+    while not list(drafts.glob(f"{made}-*")):
         assert time.monotonic() < deadline, ui.status(run_id)
         time.sleep(0.002)
     return run_id

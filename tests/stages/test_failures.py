@@ -33,8 +33,8 @@ from pipeline.commands.show import FAILED, REFUSED
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec, load
 from pipeline.stages import evaluation
-from pipeline.stages.table import Bench
-from pipeline.store.artifacts import Artifact, Making, Recipe
+from pipeline.stages.table import StageContext
+from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe
 from registry.promote import promote
 from registry.signing import load_or_create_key
 from server_image import server_image
@@ -112,7 +112,7 @@ def record(image: str) -> dict[str, Any]:
 
 
 def test_at_its_start_of_an_evaluation(failing: Fail, slipway: Slipway) -> None:
-    bench = Bench(spec(), "gptq", Settings.read(dict(slipway.variables)), print)
+    bench = StageContext(spec(), "gptq", Settings.read(dict(slipway.variables)), print)
     with failing(0, "noweights") as image, pytest.raises(sandbox.SandboxError) as raised:
         evaluation.serve_image(bench, image).__enter__()
     one_line(str(raised.value), NO_WEIGHTS, slipway.home, "ended with status 1 before it was healthy")
@@ -120,11 +120,11 @@ def test_at_its_start_of_an_evaluation(failing: Fail, slipway: Slipway) -> None:
 
 def test_at_its_first_answer(failing: Fail, slipway: Slipway) -> None:
     """It ends with status 0, as vLLM's API server does once the engine behind it is dead."""
-    bench = Bench(spec(), "gptq", Settings.read(dict(slipway.variables)), print)
+    bench = StageContext(spec(), "gptq", Settings.read(dict(slipway.variables)), print)
     source = dataclasses.replace(artifact(slipway.home / "source"), folder=DEMO / "model")
 
-    def make(making: Making) -> None:
-        evaluation.answer(bench, making, source, lambda: evaluation.serve_image(bench, image), image)
+    def make(draft: ArtifactDraft) -> None:
+        evaluation.answer(bench, draft, source, lambda: evaluation.serve_image(bench, image), image)
 
     with failing(1, "cpu_gemm_wna16") as image, pytest.raises(AnswersError) as raised:
         bench.store.obtain(Recipe("answers", {}, {}, code="test"), make)

@@ -16,7 +16,7 @@ from homes import make_home
 from pipeline.operations import retention
 from pipeline.operations.retention import kept_manifests
 from pipeline.settings import Settings
-from pipeline.store.artifacts import Artifact, Making, Recipe, Store
+from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, Store
 from registry import journal, pull
 from registry.catalog import current, line
 from registry.promote import promote
@@ -125,8 +125,8 @@ def test_images_go_that_no_artifact_that_stays_names_and_no_container_uses(
         record = {"image_id": ids[name], "tag": name, "runtime": runtime, "runtime_image_id": ids[runtime]}
         text = json.dumps({**record, "layers": layers})
 
-        def make(making: Making) -> None:
-            (making.folder / "image.json").write_text(text)
+        def make(draft: ArtifactDraft) -> None:
+            (draft.folder / "image.json").write_text(text)
 
         return store.obtain(Recipe("image", inputs={}, parameters={}, code=name), make)
 

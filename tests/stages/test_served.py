@@ -15,7 +15,7 @@ from homes import DEMO, make_home
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec, load
 from pipeline.stages import evaluation, table
-from pipeline.stages.table import Bench
+from pipeline.stages.table import StageContext
 from pipeline.workers.runner import Workers
 from registry.counting import is_count
 
@@ -29,13 +29,13 @@ def spec() -> ModelSpec:
 
 
 @pytest.fixture(scope="module")
-def bench(spec: ModelSpec, machine: Settings, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def bench(spec: ModelSpec, machine: Settings, tmp_path_factory: pytest.TempPathFactory) -> StageContext:
     home = make_home(tmp_path_factory.mktemp("served") / "home", machine)
-    return Bench(spec, "gptq", Settings.read(home), print)
+    return StageContext(spec, "gptq", Settings.read(home), print)
 
 
 @pytest.fixture(scope="module")
-def served(bench: Bench) -> Path:
+def served(bench: StageContext) -> Path:
     """FP16's answers as served."""
     return evaluation.baseline(bench, table.source(bench)).folder
 

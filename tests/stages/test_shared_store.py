@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import PlanError
-from pipeline.store.artifacts import Artifact, Making, Recipe
+from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe
 from pipeline.store.shared import SharedStore
 from registry.errors import TrackingError
 from registry.manifest import FileRecord
@@ -33,13 +33,13 @@ class Home:
     def obtain(self, recipe: Recipe = RECIPE, floor: int = 0) -> Artifact:
         return SharedStore(self.folder, floor, self.uri, self.told.append).obtain(recipe, self._fill)
 
-    def _fill(self, making: Making) -> None:
+    def _fill(self, draft: ArtifactDraft) -> None:
         self.made += 1
-        (making.folder / "sub").mkdir()
-        (making.folder / "sub" / "weights").write_bytes(WEIGHTS)
-        (making.folder / "config.json").write_text("{}")
-        making.worker_seconds.append(2.0)
-        making.notes["revision"] = "0" * 40
+        (draft.folder / "sub").mkdir()
+        (draft.folder / "sub" / "weights").write_bytes(WEIGHTS)
+        (draft.folder / "config.json").write_text("{}")
+        draft.worker_seconds.append(2.0)
+        draft.notes["revision"] = "0" * 40
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from pipeline.stages.metadata import STAGES
 from pipeline.stages.unchanged import unchanged
 from pipeline.stages.walk import walk
 from pipeline.store.artifacts import Artifact
-from pipeline.store.materializations import Handles
+from pipeline.store.materializations import MaterializationIndex
 from pipeline.trust import signing_key, trust_of
 from registry import promote_version, rollback
 from registry.catalog import current
@@ -37,13 +37,13 @@ class Released:
 
     def release(self, spec: ModelSpec, lost: int = 1) -> None:
         """As a run does: each asset's handle is written when it is made, the release's after its promotion."""
-        Handles(self.settings).begin("demo|gptq")
+        MaterializationIndex(self.settings).begin("demo|gptq")
         bench = FillingBench(spec, "gptq", self.settings, lambda _: None, lost=lost)
         for name, found in walk(bench):
             if isinstance(found, Artifact):
                 if name == "release":
                     promotion.promoted(bench, found)
-                Handles(self.settings).write(name, "demo|gptq", (found.stage, found.key))
+                MaterializationIndex(self.settings).write(name, "demo|gptq", (found.stage, found.key))
 
     def release_another(self) -> ModelSpec:
         """Release what another calibration comes to, as a candidate; return its file."""
@@ -57,7 +57,7 @@ class Released:
 @pytest.fixture
 def has_every_image(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the place of an engine, for no image was built."""
-    monkeypatch.setattr(table.Bench, "has_image", lambda *_: True)
+    monkeypatch.setattr(table.StageContext, "has_image", lambda *_: True)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_what_is_as_it_was_is_told_as_its_run_would_tell_it(released: Released) 
 def test_a_run_is_needed_where_the_engine_has_lost_the_image(
     released: Released, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table.Bench, "has_image", lambda *_: False)
+    monkeypatch.setattr(table.StageContext, "has_image", lambda *_: False)
     assert unchanged(released.spec, "gptq", released.settings) is None
 
 
@@ -121,7 +121,7 @@ def test_a_run_is_needed_where_the_engine_is_damaged(released: Released, monkeyp
     def broken(*_: object) -> bool:
         raise docker.errors.APIError("500 Server Error")
 
-    monkeypatch.setattr(table.Bench, "has_image", broken)
+    monkeypatch.setattr(table.StageContext, "has_image", broken)
     assert unchanged(released.spec, "gptq", released.settings) is None
 
 
@@ -144,13 +144,13 @@ def test_a_run_is_needed_where_there_is_no_lock_and_none_is_written(released: Re
 
 
 def test_a_run_is_needed_behind_one_that_did_not_get_to_its_end(released: Released) -> None:
-    Handles(released.settings).begin("demo|gptq")
+    MaterializationIndex(released.settings).begin("demo|gptq")
     assert unchanged(released.spec, "gptq", released.settings) is None
 
 
 @pytest.mark.parametrize("stage", ["quantized", "release"])
 def test_a_run_is_needed_where_dagster_last_saw_something_else(released: Released, stage: str) -> None:
-    Handles(released.settings).write(stage, "demo|gptq", (stage, "0" * 64))
+    MaterializationIndex(released.settings).write(stage, "demo|gptq", (stage, "0" * 64))
     assert unchanged(released.spec, "gptq", released.settings) is None
 
 

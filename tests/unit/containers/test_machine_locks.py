@@ -18,7 +18,7 @@ from containers.hardware import machine_locks
 from containers.hardware.machine_locks import MachineLockError, default_folder, locked, try_lock
 from pipeline.settings import CHECKOUT, Settings
 from pipeline.spec import load
-from pipeline.stages.table import Bench
+from pipeline.stages.table import StageContext
 from registry.errors import FileSystemError
 
 if TYPE_CHECKING:
@@ -50,9 +50,9 @@ def holder(tmp_path: Path) -> Callable[[str], subprocess.Popen[str]]:
     return start
 
 
-def bench(home: Path, locks: Path, tell: Callable[[str], None] = print) -> Bench:
+def bench(home: Path, locks: Path, tell: Callable[[str], None] = print) -> StageContext:
     settings = Settings.read({"SLIPWAY_HOME": str(home), "SLIPWAY_LOCKS": str(locks)})
-    return Bench(load(CHECKOUT / "models" / "demo.yaml"), "awq", settings, tell)
+    return StageContext(load(CHECKOUT / "models" / "demo.yaml"), "awq", settings, tell)
 
 
 def test_two_homes_of_one_machine_never_have_the_device_at_once(tmp_path: Path) -> None:

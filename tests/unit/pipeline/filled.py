@@ -16,9 +16,9 @@ from release_evidence import DIGEST, IMAGE, LOAD, QUANTIZED_NOTES, SAMPLES, SCAN
 from homes import DEMO
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec, load
-from pipeline.stages.table import Bench
+from pipeline.stages.table import StageContext
 from pipeline.stages.walk import signed
-from pipeline.store.artifacts import Artifact, Making, Recipe, Store
+from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, Store
 
 # What the stages leave behind, by stage; a release is sealed for real.
 _FILES: Mapping[str, Mapping[str, Any]] = {
@@ -39,28 +39,28 @@ class FillingStore(Store):
         super().__init__(root)
         self.lost = lost
 
-    def obtain(self, recipe: Recipe, make: Callable[[Making], None]) -> Artifact:
+    def obtain(self, recipe: Recipe, make: Callable[[ArtifactDraft], None]) -> Artifact:
         return super().obtain(recipe, make if recipe.stage in {"source", "release"} else self._filling(recipe))
 
-    def _filling(self, recipe: Recipe) -> Callable[[Making], None]:
+    def _filling(self, recipe: Recipe) -> Callable[[ArtifactDraft], None]:
         stage = recipe.stage
         files = dict(_FILES[stage])
         if stage == "drift":
             files["drift.json"] = drift_of(self.lost).model_dump(mode="json", by_alias=True)
 
-        def fill(making: Making) -> None:
+        def fill(draft: ArtifactDraft) -> None:
             for name, content in files.items():
                 text = content if isinstance(content, str) else json.dumps(content)
-                (making.folder / name).write_text(text)
-            making.notes.update(QUANTIZED_NOTES if stage == "quantized" else {})
+                (draft.folder / name).write_text(text)
+            draft.notes.update(QUANTIZED_NOTES if stage == "quantized" else {})
             if "instruction_set" in recipe.parameters.get("engine", {}):
-                making.notes["instruction_set"] = recipe.parameters["engine"]["instruction_set"]
+                draft.notes["instruction_set"] = recipe.parameters["engine"]["instruction_set"]
 
         return fill
 
 
 @dataclass(frozen=True)
-class FillingBench(Bench):
+class FillingBench(StageContext):
     """A bench at which every stage is done at once, and no engine is needed."""
 
     lost: int = 1

@@ -13,8 +13,8 @@ from evals.drift.pairs import ChoicePairs, Divergence, DocumentPair, Drift, Text
 from homes import DEMO
 from pipeline.settings import Settings
 from pipeline.spec import load
-from pipeline.stages.table import Bench
-from pipeline.store.artifacts import Artifact, Making, Recipe, Store
+from pipeline.stages.table import StageContext
+from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, Store
 
 DIGEST = "sha256:" + "ab" * 32
 IMAGE = {
@@ -115,9 +115,9 @@ class Made:
     told: list[str] = field(default_factory=list)
 
     @property
-    def bench(self) -> Bench:
+    def bench(self) -> StageContext:
         """Where the demo's gptq scheme is released."""
-        return Bench(load(DEMO.with_suffix(".yaml")), "gptq", self.settings, self.told.append)
+        return StageContext(load(DEMO.with_suffix(".yaml")), "gptq", self.settings, self.told.append)
 
     def artifacts(self, weights: bytes = b"packed") -> dict[str, Artifact]:
         """What comes before the release, each from the ones before, by stage."""
@@ -141,10 +141,10 @@ class Made:
     def put(self, stage: str, inputs: Mapping[str, str], files: Mapping[str, str], **notes: Any) -> Artifact:  # noqa: ANN401
         """Make one artifact that holds these files."""
 
-        def make(making: Making) -> None:
+        def make(draft: ArtifactDraft) -> None:
             for name, text in files.items():
-                (making.folder / name).write_text(text)
-            making.notes.update(notes)
+                (draft.folder / name).write_text(text)
+            draft.notes.update(notes)
 
         recipe = Recipe(stage, inputs=inputs, parameters={"files": dict(files)}, code="by hand")
         return Store(self.settings.home / "artifacts").obtain(recipe, make)

@@ -13,7 +13,7 @@ from filled import FillingBench, FillingStore, Models
 from containers.hardware.cpu import INSTRUCTION_SETS
 from pipeline.errors import StoreError, WorkerFailed
 from pipeline.stages import evaluation, table
-from pipeline.store.artifacts import Artifact, Making, Recipe
+from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe
 from pipeline.workers.launchers.task import Ended, Task
 from pipeline.workers.runner import Workers
 
@@ -38,7 +38,7 @@ class Interrupted(FillingStore):
         super().__init__(root, lost=1)
         self.endless = endless
 
-    def obtain(self, recipe: Recipe, make: Callable[[Making], None]) -> Artifact:
+    def obtain(self, recipe: Recipe, make: Callable[[ArtifactDraft], None]) -> Artifact:
         if recipe.stage == "layers":
             return super(FillingStore, self).obtain(recipe, make)
         if recipe.stage == "answers" and self.endless.began.wait(60):
@@ -54,8 +54,8 @@ class InterruptedBench(FillingBench):
     def store(self) -> Interrupted:
         return Interrupted(self.settings.home / "artifacts", self.endless)
 
-    def workers(self, making: Making) -> Workers:
-        return Workers(self.settings, self.progress, making.worker_seconds, launcher=self.endless)
+    def workers(self, draft: ArtifactDraft) -> Workers:
+        return Workers(self.settings, self.progress, draft.worker_seconds, launcher=self.endless)
 
 
 def test_an_interrupt_while_a_candidate_is_asked_stops_what_measures_its_layers(tmp_path: Path) -> None:

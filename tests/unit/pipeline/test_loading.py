@@ -23,7 +23,7 @@ from pipeline.operations import load_tests
 from pipeline.settings import Settings
 from pipeline.spec import load
 from pipeline.stages import table
-from pipeline.stages.table import Bench
+from pipeline.stages.table import StageContext
 from pipeline.store.artifacts import Artifact
 from registry.verdict import Status, Verdict
 
@@ -109,7 +109,7 @@ def test_an_image_that_needs_a_gpu_is_not_started_where_there_is_none(
     spec = load(DEMO.with_suffix(".yaml"))
     record = ImageRecord.model_validate({**release_evidence.IMAGE, "minimum_driver": "580.65.06"})
     checkpoint = Artifact("quantized", "0", "0", tmp_path, {}, {}, {}, 0.0, 0.0, "", cached=True)
-    bench = Bench(spec, "awq", settings, print)
+    bench = StageContext(spec, "awq", settings, print)
     found = table.load_test(bench, spec.load, record, checkpoint, tmp_path, tmp_path)
     assert loads.judge(found, spec.load).cause == "no-gpu"
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from pipeline import cli
 from pipeline.operations.retention import Leftover, plan, remove
 from pipeline.settings import Settings
-from pipeline.store.artifacts import Artifact, Making, Recipe, Store, locked
+from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, Store, locked
 
 LATER = datetime.now(UTC) + timedelta(days=2)
 
@@ -33,10 +33,10 @@ def store(settings: Settings) -> Store:
 
 
 def put(store: Store, stage: str, inputs: Mapping[str, Artifact], files: Mapping[str, str], code: str = "") -> Artifact:
-    def make(making: Making) -> None:
+    def make(draft: ArtifactDraft) -> None:
         for name, text in files.items():
-            (making.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (making.folder / name).write_text(text)
+            (draft.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (draft.folder / name).write_text(text)
 
     digests = {name: of.digest for name, of in inputs.items()}
     return store.obtain(Recipe(stage, digests, parameters={}, code=code or json.dumps(files)), make)
@@ -119,8 +119,8 @@ def test_only_bytes_that_nothing_else_names_count_as_freed(settings: Settings, s
     first = put(store, "quantized", {}, {"shared": "12345", "elsewhere": "123", "own": "12"})
     os.link(first.folder / "elsewhere", tmp_path / "registry")
 
-    def link(making: Making) -> None:
-        os.link(first.folder / "shared", making.folder / "shared")
+    def link(draft: ArtifactDraft) -> None:
+        os.link(first.folder / "shared", draft.folder / "shared")
 
     second = store.obtain(Recipe("release", {"quantized": first.digest}, parameters={}, code=""), link)
     records = [(made.folder.parent / "artifact.json").stat().st_size for made in (first, second)]

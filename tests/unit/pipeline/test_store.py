@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import PlanError, StoreError
-from pipeline.store.artifacts import Making, Recipe, Store, digest_file, digest_json
+from pipeline.store.artifacts import ArtifactDraft, Recipe, Store, digest_file, digest_json
 
 RECIPE = Recipe("quantized", inputs={"source": "sha256:aa"}, parameters={"bits": 4}, code="1", pins="sha256:bb")
 
 
-def fill(making: Making) -> None:
-    (making.folder / "sub").mkdir()
-    (making.folder / "sub" / "weights").write_bytes(b"abc")
-    making.worker_seconds.append(2.0)
+def fill(draft: ArtifactDraft) -> None:
+    (draft.folder / "sub").mkdir()
+    (draft.folder / "sub" / "weights").write_bytes(b"abc")
+    draft.worker_seconds.append(2.0)
 
 
 def test_what_was_made_is_found_again_by_the_same_recipe(tmp_path: Path) -> None:
@@ -57,8 +57,8 @@ def test_the_digest_is_of_the_content_alone(tmp_path: Path) -> None:
 def test_a_maker_that_raises_leaves_nothing_and_the_next_starts_clean(tmp_path: Path) -> None:
     store = Store(tmp_path)
 
-    def fail(making: Making) -> None:
-        (making.folder / "half").write_text("x")
+    def fail(draft: ArtifactDraft) -> None:
+        (draft.folder / "half").write_text("x")
         raise RuntimeError("boom")
 
     with pytest.raises(RuntimeError, match="boom"):
@@ -71,8 +71,8 @@ def test_a_killed_maker_leaves_nothing_that_is_reused(tmp_path: Path) -> None:
     script = f"""
 import os, sys, pathlib
 from pipeline.store.artifacts import Recipe, Store
-def make(making):
-    (making.folder / "half").write_text("x")
+def make(draft):
+    (draft.folder / "half").write_text("x")
     print("making", flush=True)
     sys.stdin.read()
 Store(pathlib.Path({str(tmp_path)!r})).obtain(Recipe("s", inputs={{}}, parameters={{}}, code="1"), make)
@@ -96,9 +96,9 @@ Store(pathlib.Path({str(tmp_path)!r})).obtain(Recipe("s", inputs={{}}, parameter
 def test_two_makers_of_one_key_make_it_once(tmp_path: Path) -> None:
     store, calls, gate = Store(tmp_path), [], threading.Barrier(2)
 
-    def make(making: Making) -> None:
+    def make(draft: ArtifactDraft) -> None:
         calls.append(1)
-        fill(making)
+        fill(draft)
 
     def obtain() -> None:
         gate.wait()
@@ -115,9 +115,9 @@ def test_two_makers_of_one_key_make_it_once(tmp_path: Path) -> None:
 def test_a_sweep_spares_what_is_being_made(tmp_path: Path) -> None:
     store = Store(tmp_path)
 
-    def make(making: Making) -> None:
+    def make(draft: ArtifactDraft) -> None:
         store.sweep()
-        fill(making)
+        fill(draft)
 
     assert store.obtain(RECIPE, make).files
 
@@ -133,13 +133,13 @@ def test_a_truncated_file_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_link_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no plain file"):
-        Store(tmp_path).obtain(RECIPE, lambda making: (making.folder / "link").symlink_to("/etc/passwd"))
+        Store(tmp_path).obtain(RECIPE, lambda draft: (draft.folder / "link").symlink_to("/etc/passwd"))
 
 
 def test_a_digest_given_by_the_stage_is_not_computed_again(tmp_path: Path) -> None:
-    def make(making: Making) -> None:
-        fill(making)
-        making.sha256["sub/weights"] = "ff" * 32
+    def make(draft: ArtifactDraft) -> None:
+        fill(draft)
+        draft.sha256["sub/weights"] = "ff" * 32
 
     assert Store(tmp_path).obtain(RECIPE, make).files["sub/weights"]["sha256"] == "ff" * 32
 

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import pytest
 
-from pipeline.store.artifacts import Making, Recipe, Store
+from pipeline.store.artifacts import ArtifactDraft, Recipe, Store
 from registry import __main__ as command
 from registry.destination import beside, take_place
 from registry.errors import FileSystemError
@@ -27,8 +27,8 @@ def answers(number: int) -> Callable[..., NoReturn]:
     return refuse
 
 
-def write(making: Making) -> None:
-    (making.folder / "made.txt").write_text("made")
+def write(draft: ArtifactDraft) -> None:
+    (draft.folder / "made.txt").write_text("made")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
