@@ -6,7 +6,7 @@ STAMP := .venv/.pins
 # Two workers; with more, servers would share cores. What asserts times runs after that, beside nothing.
 PARALLEL := $(VENV)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
-.PHONY: demo test test-unit test-long check audit ui stop
+.PHONY: demo test test-unit test-long check audit site docs docs-reference ui stop
 
 LOCKS := $(filter-out requirements/torch.txt,$(wildcard requirements/*.txt containers/runtimes/*.txt))
 
@@ -28,10 +28,24 @@ test-long: $(STAMP)  ## What takes too long for every change: large transfers, a
 	SLIPWAY_FUZZ_EXAMPLES=5000 $(VENV)/python -m pytest -n 2 tests/unit/test_fuzz.py
 	$(VENV)/python tests/mutation.py
 
-check: $(STAMP)  ## Lint, format and types.
+check: $(STAMP) site  ## Lint, format and types; the documentation's site.
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
 	$(VENV)/mypy
+
+site: $(STAMP) .venv/docs/.pins  ## The documentation's site, in build/site; a warning is an error.
+	NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs build
+
+docs: site  ## The same, served on loopback; it follows changes.
+	NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs serve
+
+docs-reference: $(STAMP)  ## Write anew what the documentation takes from the code.
+	$(VENV)/python docs/generator
+
+.venv/docs/.pins: requirements/docs.txt | $(STAMP)
+	$(VENV)/uv venv --quiet --allow-existing .venv/docs
+	$(VENV)/uv pip install --quiet --python .venv/docs/bin/python --require-hashes -r requirements/docs.txt
+	touch $@
 
 audit: $(STAMP)  ## Every pinned version against PyPI's list of known vulnerabilities; needs PyPI itself (SECURITY.md).
 	$(VENV)/uv venv --quiet --allow-existing .venv/audit

@@ -1,7 +1,6 @@
 """``slipway``: take a model from pinned weights to a signed, promoted release that deployments can pull.
 
-Progress goes to stderr, results to stdout. Exit status: 0 done, 1 a stage or the environment failed, 2 usage, 3 a gate
-refused.
+Progress goes to stderr, results to stdout; `pipeline.commands.show.EXIT_STATUSES` says how a command ends.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from pipeline.commands import (
     scanning,
     serving,
 )
-from pipeline.commands.show import FAILED, INTERRUPTED, USAGE, live, progress
+from pipeline.commands.show import EXIT_STATUSES, FAILED, INTERRUPTED, USAGE, live, progress
 from pipeline.errors import SettingsError, SlipwayError, SpecError
 from pipeline.settings import Settings
 
@@ -72,13 +71,16 @@ def _die(message: str, status: int = FAILED) -> NoReturn:
     sys.exit(status)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=f"Exit status: {'; '.join(f'{status} {meaning}' for status, meaning in EXIT_STATUSES.items())}.",
+)
 @click.version_option(package_name="slipway")
 def main() -> None:
     """Release language models: quantize, measure, contain, scan, load-test, sign, promote.
 
-    State lives in $SLIPWAY_HOME (default: .slipway in the checkout). Exit status: 0 done, 1 a stage or the environment
-    failed, 2 usage (among it a wrong model file, and a scheme or a file system that can't do it), 3 a gate refused.
+    State lives in $SLIPWAY_HOME (default: .slipway in the checkout).
     """
 
 

@@ -27,51 +27,70 @@ _PASSED_ON = (
 _INSTALLER_PREFIXES = ("PIP_", "UV_", "XDG_CACHE_HOME", "HOME", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 
 
+def _read(variable: str, default: str) -> dict[str, str]:
+    """The variable that a setting is read from, and in words what it is where that is not set: for the reference."""
+    return {"variable": variable, "default": default}
+
+
 @dataclass(frozen=True)
 class Settings:
-    """Everything that the environment decides, read once.
+    """Everything that the environment decides, read once. The string below each field is its line in the reference."""
 
-    ``home`` holds all state; ``models`` the models' files; ``docker_host``, ``image_registry`` and
-    ``tracking_uri`` are None or the default where the environment is silent. ``signing_certificate`` (PEM, its own
-    first) says whose the key is, and ``policy`` is what `registry.policy` reads. ``dagster_postgres`` is the address of
-    the database that Dagster keeps its runs in, where that is not SQLite under the home; ``workers`` the file that says
-    where workers run, where that is not here (`pipeline.workers.launchers.placement`); ``artifacts`` the object store
-    through which homes share what they make (`pipeline.store.shared`). ``child_environment`` is what a worker inherits,
-    ``installer_environment`` what the package installer inherits. ``disk_floor`` is how many bytes of the home's disk
-    are left free whatever is made. ``locks`` is the folder of the locks that all homes of this machine share
-    (`containers.hardware.machine_locks`). ``cpu_limit`` (``SLIPWAY_CPU_ISA``) has this machine's CPU behave as one
-    without the
-    instruction sets above it, in containers too. Schedules keep the hours of ``timezone``. ``ui_address`` is where
-    others find the UI; failures and refusals are told to ``webhook`` (Slack's format) and, through ``mail_server``
-    (``smtp[s]://USER:PASSWORD@HOST:PORT``), to ``mail_to``.
-    """
-
-    home: Path
-    models: Path
-    docker_host: str | None
-    image_registry: str | None
-    tracking_uri: str
-    signing_key: Path
-    trusted_keys: tuple[Path, ...]
-    signing_certificate: Path | None
-    policy: Path | None
-    trivy_database: str | None
-    cold_store: str | None
-    artifacts: str | None
-    dagster_postgres: str | None = field(repr=False)
-    workers: Path | None
-    hub_endpoint: str
-    hub_token: str | None = field(repr=False)
+    home: Path = field(metadata=_read("SLIPWAY_HOME", "`.slipway` in the checkout"))
+    """The folder of all state: artifacts, environments, databases, logs, the signing key."""
+    models: Path = field(metadata=_read("SLIPWAY_MODELS", "`models` in the checkout"))
+    """The folder of model files."""
+    docker_host: str | None = field(metadata=_read("DOCKER_HOST", "the engine that answers"))
+    """The container engine."""
+    image_registry: str | None = field(metadata=_read("SLIPWAY_IMAGE_REGISTRY", "none: images stay in the engine"))
+    """Where images are pushed, `HOST:PORT/PATH`."""
+    tracking_uri: str = field(metadata=_read("MLFLOW_TRACKING_URI", "an SQLite file in the home"))
+    """The MLflow server that releases are registered in."""
+    signing_key: Path = field(
+        metadata=_read("SLIPWAY_SIGNING_KEY", "`keys/release.pem` in the home, made if it is not there")
+    )
+    """The private key that signs releases, PEM: P-256, P-384 or P-521."""
+    trusted_keys: tuple[Path, ...] = field(metadata=_read("SLIPWAY_TRUSTED_KEYS", "the signing key's public half"))
+    """Public keys that `pull` and `verify` trust, separated by `:`."""
+    signing_certificate: Path | None = field(metadata=_read("SLIPWAY_SIGNING_CERTIFICATE", "none"))
+    """The signing key's certificate and those that vouch for it, PEM, its own first."""
+    policy: Path | None = field(metadata=_read("SLIPWAY_POLICY", "none"))
+    """A policy (TOML) that says what is trusted, in place of `SLIPWAY_TRUSTED_KEYS`."""
+    trivy_database: str | None = field(
+        metadata=_read("SLIPWAY_TRIVY_DATABASE", "none: the database that is in the home")
+    )
+    """The OCI repository of Trivy's vulnerability database."""
+    cold_store: str | None = field(metadata=_read("SLIPWAY_COLD_STORE", "none"))
+    """Where `slipway gc --tier` moves unused versions, `s3://BUCKET/PREFIX`."""
+    artifacts: str | None = field(metadata=_read("SLIPWAY_ARTIFACTS", "none: each home makes its own"))
+    """The object store through which homes share artifacts, `s3://BUCKET/PREFIX`."""
+    dagster_postgres: str | None = field(repr=False, metadata=_read("SLIPWAY_DAGSTER_POSTGRES", "SQLite in the home"))
+    """Where Dagster keeps runs, events and schedules, `postgresql://USER:PASSWORD@HOST:PORT/DATABASE`."""
+    workers: Path | None = field(metadata=_read("SLIPWAY_WORKERS", "processes of this machine"))
+    """A YAML file that says where workers run."""
+    hub_endpoint: str = field(metadata=_read("HF_ENDPOINT", "`https://huggingface.co`"))
+    """The model hub."""
+    hub_token: str | None = field(repr=False, metadata=_read("HF_TOKEN", "none"))
+    """The token that the hub is asked with."""
+    disk_floor: int = field(metadata=_read("SLIPWAY_DISK_FLOOR", "`2GiB`"))
+    """How much of the home's disk stays free: no work starts below it, and no pull goes below it."""
+    locks: Path = field(metadata=_read("SLIPWAY_LOCKS", "`/run/lock`, else `/tmp`"))
+    """The folder where all homes and users of this machine lock its GPUs and cores."""
+    cpu_limit: InstructionSet | None = field(metadata=_read("SLIPWAY_CPU_ISA", "what the CPU has"))
+    """`avx2`: this machine's CPU behaves as one without AVX-512, in containers too."""
+    timezone: str = field(metadata=_read("SLIPWAY_TIMEZONE", "`UTC`"))
+    """The time zone of schedules, such as `Europe/Berlin`."""
+    ui_address: str = field(metadata=_read("SLIPWAY_UI_ADDRESS", "`http://127.0.0.1:3000`"))
+    """Where others find the UI (MLflow: the next port): for links, and the one other host name that it accepts."""
+    webhook: str | None = field(repr=False, metadata=_read("SLIPWAY_NOTIFY_WEBHOOK", "none"))
+    """Where failures and refusals are reported, in Slack's format."""
+    mail_server: str | None = field(repr=False, metadata=_read("SLIPWAY_NOTIFY_SMTP", "none"))
+    """The server that mails are sent through, `smtps://USER:PASSWORD@HOST:PORT` or `smtp://HOST:PORT`."""
+    mail_to: tuple[str, ...] = field(metadata=_read("SLIPWAY_NOTIFY_MAIL", "none"))
+    """Who is mailed failures and refusals, separated by commas."""
+    # What a worker inherits, and what the package installer inherits.
     child_environment: Mapping[str, str]
     installer_environment: Mapping[str, str] = field(repr=False)
-    disk_floor: int
-    locks: Path
-    cpu_limit: InstructionSet | None
-    timezone: str
-    ui_address: str
-    webhook: str | None = field(repr=False)
-    mail_server: str | None = field(repr=False)
-    mail_to: tuple[str, ...]
 
     @property
     def mlflow_address(self) -> str:

@@ -29,61 +29,78 @@ class _Section(BaseModel):
 
 
 class Source(_Section):
-    """Where the weights come from: ``file:FOLDER`` or ``hf://ORG/NAME``, with a commit, a tag or a branch."""
+    """Where the weights come from."""
 
     uri: str
+    """`file:FOLDER` or `hf://ORG/NAME`; a relative folder counts from the model file."""
     revision: str | None = None
+    """A commit, a tag or a branch; of a hub, `main` where it is left out."""
 
 
 class Calibration(_Section):
-    """Text that the quantizer looks at: JSON lines of ``{"text": …}``; the first ``samples``, cut to ``max_tokens``."""
+    """Text that the quantizer looks at."""
 
     uri: Path
+    """JSON lines of `{"text": …}`, as `file:PATH`."""
     samples: int = Field(default=128, ge=1)
+    """How many rows are used, from the first on."""
     max_tokens: int = Field(default=512, ge=16)
+    """What is longer is cut to so many tokens."""
 
 
 class Registry(_Section):
-    """What happens to a release whose gates all passed: ``automatic`` makes it champion, ``manual`` a candidate.
-
-    ``cold_aliases`` lets `slipway gc --tier` move away even what an alias names; it is then fetched on demand.
-    """
+    """What happens to a release whose gates all passed."""
 
     champion: Literal["automatic", "manual"] = "automatic"
+    """`automatic` makes it champion, `manual` leaves it a candidate for `slipway promote`."""
     cold_aliases: bool = False
+    """Whether `slipway gc --tier` may move away even what an alias names; it is then fetched on demand."""
 
 
 class Automation(_Section):
-    """What happens to the model without anybody asking: nothing, unless it is named here.
-
-    ``release``: anew as soon as an input is another (``on-change``: revision, calibration, suite, pins, limits), or in
-    the night after (``nightly``). ``upstream``: ``follow`` lets the night move the lock to a branch's newer commit,
-    ``locked`` stays and says so. ``rescan`` and ``load`` look again at what is champion; a load test that is ``slower``
-    than the release's own by more than that fraction is reported.
-    """
+    """What happens to the model without anybody asking: nothing, unless it is named here."""
 
     release: Literal["by-hand", "nightly", "on-change"] = "by-hand"
+    """When to release anew: never, in the night after an input changed, or as soon as that is seen (revision,
+    calibration, suite, pins, limits).
+    """
     upstream: Literal["locked", "follow"] = "locked"
+    """Whether the nightly run moves the lock to a branch's newer commit (`follow`), or stays and says so (`locked`)."""
     rescan: Literal["by-hand", "nightly"] = "by-hand"
+    """Whether the champion is scanned every night."""
     load: Literal["by-hand", "weekly"] = "by-hand"
+    """Whether the champion is put under load every week."""
     slower: float = Field(default=0.25, gt=0)
+    """By what fraction that load test may be slower than the release's own before it is reported."""
 
 
 class ModelSpec(_Section):
     """One model: where its weights come from, its schemes, and the limits that each gate holds it to."""
 
     model: str
+    """The model's name: lower-case letters, digits, `-` and `.`."""
     source: Source
+    """Where the weights come from."""
     license: str | None = None
+    """The license of the weights, for the image's labels and the bill of materials."""
     calibration: Calibration
+    """Text that the quantizer looks at."""
     schemes: Mapping[str, Scheme] = Field(min_length=1)
+    """How the model is quantized; each scheme is a release line, `MODEL-SCHEME`."""
     evals: DriftLimits
+    """What is asked of FP16 and the quantized model, and the loss that may pass."""
     runtime: str
+    """What serves the model: the name of a profile in `containers/runtimes/`."""
     scan: ScanPolicy = ScanPolicy()
+    """What the image may not have."""
     load: LoadPlan
+    """The traffic, and the limits under it."""
     cost: CostPlan | None = None
+    """Prices, for the report's arithmetic."""
     registry: Registry = Registry()
+    """What happens to a release whose gates all passed."""
     automation: Automation = Automation()
+    """What happens without anybody asking."""
     path: Path = Field(exclude=True)
 
     @field_validator("model")

@@ -1,8 +1,4 @@
-"""``slipway-registry``: what a deployment needs of Slipway, and nothing else: pull, watch, verify.
-
-Exit status: 0 done, 1 it could not be done now (no server, no disk), 2 usage, 3 refused (not what was signed, or not
-what the policy asks for), 4 no such release, 5 unchanged (``pull --if-changed``).
-"""
+"""``slipway-registry``: what a deployment needs of Slipway, and nothing else: pull, watch, verify."""
 
 from __future__ import annotations
 
@@ -36,6 +32,14 @@ from registry.verify import verify
 from registry.watch import run, watch
 
 DONE, FAILED, USAGE, REFUSED, NOT_FOUND, UNCHANGED = range(6)
+EXIT_STATUSES = {
+    DONE: "done",
+    FAILED: "not now: no server, no space, or nothing can be written there; try again",
+    USAGE: "usage",
+    REFUSED: "refused: not what was signed, not what the policy asks for, or the destination is somebody else's",
+    NOT_FOUND: "no such release, alias or version",
+    UNCHANGED: "unchanged (`--if-changed`)",
+}
 
 
 def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> int:
@@ -61,7 +65,13 @@ def status_of(error: RegistryError) -> int:
 
 
 def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("slipway-registry", description=__doc__, formatter_class=_Raw)
+    statuses = "\n".join(f"  {status}  {meaning}" for status, meaning in EXIT_STATUSES.items())
+    parser = argparse.ArgumentParser(
+        "slipway-registry",
+        description="Fetch releases, verified: pull, watch, verify.",
+        epilog=f"exit status:\n{statuses}",
+        formatter_class=_Raw,
+    )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--tracking-uri", default=environment.get("MLFLOW_TRACKING_URI", ""), help="default: $MLFLOW_TRACKING_URI"
@@ -100,7 +110,7 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
 
 
 class _Raw(argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the description."""
+    """Keeps the lines of the list of exit statuses."""
 
 
 def _trust(options: argparse.Namespace) -> Trust:

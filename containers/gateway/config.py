@@ -27,74 +27,103 @@ class _Section(BaseModel):
 
 
 class Settings(_Section):
-    """What holds from start to end. Ports of 0 are chosen by the system; ``announce`` is written once both are open.
-
-    ``redis`` (or the file ``redis_file`` that holds it, where it has a password) shares the limits among gateways;
-    without it they are in memory. ``rejected_per_minute`` is how many requests of a key may be wrong,
-    ``bodies_per_key`` how many of its requests may be read at a time, both at each gateway. ``engine_key_file`` holds
-    the key that replicas ask for. Seconds and bytes.
-    """
+    """What holds from start to end; seconds and bytes."""
 
     keys: Path
+    """The file of API keys."""
     routes: Path
+    """The file of routes."""
     host: str = "127.0.0.1"
+    """Where the API listens."""
     port: Port = 8080
+    """The API's port; 0 lets the system choose."""
     admin_host: str = "127.0.0.1"
+    """Where metrics and state are."""
     admin_port: Port = 9090
+    """Their port; 0 lets the system choose."""
     announce: Path | None = None
+    """A file that is written once both ports are open."""
     redis: str | None = None
+    """Shares the limits among gateways, `redis://HOST:PORT/NUMBER`; in memory where it is left out."""
     redis_file: Path | None = None
+    """A file that holds that address, where it has a password."""
     engine_key_file: Path | None = None
+    """The file of the key that replicas ask for."""
     max_connections: Count = 4096
+    """Open at once."""
     max_head_bytes: Count = 16 * 1024
+    """Of a request's head."""
     head_timeout_s: Seconds = 10.0
+    """For a whole head."""
     max_body_bytes: Count = 1024 * 1024
+    """Of a request's body."""
     body_timeout_s: Seconds = 20.0
+    """For a whole body."""
     max_answer_bytes: Count = 32 * 1024 * 1024
+    """Of an answer that is not a stream."""
     queue_size: Count = 512
+    """Requests that wait for a place."""
     queue_timeout_s: Seconds = 10.0
+    """How long one waits."""
     connect_timeout_s: Seconds = 2.0
+    """To a replica."""
     request_timeout_s: Seconds = 600.0
+    """For a whole answer."""
     stall_timeout_s: Seconds = 30.0
+    """For the next piece of an answer."""
     health_interval_s: Seconds = 1.0
+    """Between looks at a replica."""
     health_timeout_s: Seconds = 2.0
+    """For its answer."""
     reload_interval_s: Seconds = 0.25
+    """Between looks at the files of keys and routes."""
     wrong_keys_per_minute: Count = 60
+    """Of one address."""
     rejected_per_minute: Count = 120
+    """Wrong requests of one key, at each gateway."""
     bodies_per_key: Count = 16
+    """Requests of one key that are read at a time, at each gateway."""
     drain_delay_s: Annotated[float, Field(ge=0)] = 0.0
+    """How long requests are still taken after SIGTERM."""
     drain_timeout_s: Seconds = 60.0
+    """How long what has begun may take then."""
 
 
 class ReplicaRoute(_Section):
-    """One server: ``name`` is its label in metrics."""
+    """One server."""
 
     name: Label
+    """Its label in metrics."""
     url: Url
+    """Its address."""
 
 
 class Backend(_Section):
-    """One release that answers for a model, with its share of the traffic (a canary has the smaller one)."""
+    """One release that answers for a model."""
 
     release: Label
+    """Its name and version."""
     weight: Annotated[int, Field(ge=0, le=100)] = 100
+    """Its share of the traffic; a canary has the smaller one."""
     replicas: tuple[ReplicaRoute, ...]
+    """Its servers."""
 
 
 class ModelRoute(_Section):
-    """One model of the API.
-
-    ``served_as`` is its name inside the engine, ``tokenizer`` the folder of the release's tokenizer. A replica has at
-    most ``parallel`` requests at a time; an answer is ``default_tokens`` long at most where the client does not say.
-    """
+    """One model of the API."""
 
     served_as: str
+    """Its name inside the engine."""
     tokenizer: Path
+    """The folder of the release's tokenizer."""
     context: Count
+    """Tokens of prompt and answer together."""
     parallel: Count = 64
+    """Requests at one replica at a time."""
     default_tokens: Count = 512
-    chat: bool = True
+    """The longest answer where the client does not say."""
     backends: tuple[Backend, ...]
+    """The releases that answer."""
 
     @model_validator(mode="after")
     def _told_apart(self) -> ModelRoute:
@@ -105,9 +134,10 @@ class ModelRoute(_Section):
 
 
 class Routes(_Section):
-    """Every model by its name in the API."""
+    """Every model of the API."""
 
     models: Mapping[Label, ModelRoute] = Field(default_factory=dict)
+    """By its name in the API."""
 
 
 def read_settings(path: Path) -> Settings:

@@ -26,30 +26,34 @@ _Mebibytes = Annotated[int, BeforeValidator(_mebibytes)]
 
 
 class Cluster(BaseModel):
-    """The cluster's own: what is not set is not in the bundle.
-
-    ``runtime_class`` is for nodes that give containers no GPU without it. ``dns`` says whose pods answer names, and
-    ``dns_addresses`` are asked beside them: NodeLocal DNSCache's own, and the one of `kube-dns` that it takes over.
-    Where there is no ``surge``, an update replaces a replica before it starts the next one, for nodes that are full.
-    The engine's ``cpu_request``, in cores, is else a share of those that it was tested with. ``cpu_limits`` and
-    ``ephemeral_storage`` (MiB of the engine's; the other containers get small ones) are for namespaces whose quota asks
-    for limits. ``monitor_labels`` are those by which Prometheus' operator selects monitors and rules. ``redis_image``
-    keeps the limits that gateways share, as ``REPOSITORY@sha256:…``.
-    """
+    """The cluster's own: what is not set is not in the bundle."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     runtime_class: _Name | None = None
+    """For nodes that give containers no GPU without it: `nvidia`."""
     image_pull_secrets: tuple[_Name, ...] = ()
+    """For all pods; the secrets are yours."""
     priority_class: _Name | None = None
+    """For all pods."""
     surge: bool = True
+    """`false`: an update ends a replica before it starts the next one, for nodes that are full."""
     cpu_request: float | None = Field(default=None, ge=0.001, le=1024)
+    """The engine's, in cores; half of those that it was tested with where it is left out."""
     cpu_limits: bool = False
+    """Limits on every container, for namespaces whose quota asks for them."""
     ephemeral_storage: _Mebibytes | None = None
+    """The engine's request and limit, `8Gi`, and small limits on all other containers."""
     monitor_labels: Mapping[_LabelKey, _LabelValue] = {}
+    """Labels on monitors and rules, by which Prometheus' operator selects them."""
     redis_image: _ByDigest | None = None
+    """What keeps the limits that gateways share, `REPOSITORY@sha256:…`; the newest Valkey 8 by tag where it is left
+    out.
+    """
     dns: Literal["kube-dns", "openshift"] = "kube-dns"
+    """Which pods answer names."""
     dns_addresses: tuple[IPvAnyAddress, ...] = ()
+    """Addresses that answer names beside them: NodeLocal DNSCache's, and the one of `kube-dns` that it takes over."""
 
     @property
     def dns_blocks(self) -> tuple[str, ...]:

@@ -40,11 +40,14 @@ class _Section(BaseModel):
 
 
 class AllowedSecret(_Section):
-    """A finding of the secret scan that is none: the rule's ``id``, files by a glob (``*`` crosses ``/``), and why."""
+    """A finding of the secret scan that is a false alarm."""
 
     id: Words
+    """The rule's id."""
     path: str = Field(min_length=1, pattern=r"^/")
+    """The files, as a glob from `/`; `*` crosses `/`."""
     reason: Words
+    """Why it is a false alarm."""
 
     def covers(self, finding: Mapping[str, Any]) -> bool:
         """Say whether this is the finding meant."""
@@ -52,18 +55,20 @@ class AllowedSecret(_Section):
 
 
 class Waiver(_Section):
-    """A finding that is let through for a while: which one, who answers for it, why, and until when.
-
-    ``id`` is a vulnerability's or a misconfiguration's. ``package`` narrows it to one package by name, or by its purl
-    (``pkg:deb/debian/openssl``, with a version if it is meant for that alone). It holds to the end of the day
-    ``expires``, UTC.
-    """
+    """A finding that is let through for a while."""
 
     id: Words
+    """Of a vulnerability or a misconfiguration."""
     package: Words | None = None
+    """Only this package: its name, or its purl (`pkg:deb/debian/openssl`, with a version if it is meant for that
+    alone).
+    """
     owner: Words
+    """Who answers for it."""
     reason: Words
+    """Why it may stay."""
     expires: date
+    """The last day on which it holds, UTC; at most 90 days away."""
 
     @field_validator("expires", mode="before")
     @classmethod
@@ -145,26 +150,30 @@ def explained(error: Exception) -> str:
 
 
 class ScanPolicy(_Section):
-    """The ``scan:`` section of a model's file: what an image may not have. What it leaves out, policy.yaml says.
-
-    A vulnerability counts when its severity is in ``fail_on`` and, unless ``unfixed`` is ``fail``, a fixed version
-    exists. ``misconfigurations`` are severities too. A secret of any severity counts, unless ``secrets`` is ``ignore``
-    or an ``allowed_secrets``, here or in policy.yaml, covers it. ``waivers`` and OpenVEX files (``vex``) are added to
-    those of policy.yaml. ``rescan`` says what a new finding does to what is released: it is marked, or rolled back.
-    """
+    """The ``scan:`` section of a model's file: what an image may not have. What it leaves out, policy.yaml says."""
 
     fail_on: frozenset[Severity] = Field(default_factory=lambda: common().fail_on)
+    """Severities of vulnerabilities that count."""
     unfixed: Literal["ignore", "fail"] = Field(default_factory=lambda: common().unfixed)
+    """Whether vulnerabilities without a fixed version count."""
     secrets: Literal["fail", "ignore"] = Field(default_factory=lambda: common().secrets)
+    """Whether secrets of any severity count."""
     allowed_secrets: tuple[AllowedSecret, ...] = ()
+    """False alarms, added to those of policy.yaml."""
     misconfigurations: frozenset[Severity] = Field(default_factory=lambda: common().misconfigurations)
+    """Severities of misconfigurations that count."""
     max_database_age_hours: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         default_factory=lambda: common().max_database_age_hours
     )
+    """The greatest age of Trivy's database at the verdict; beyond it the verdict is inconclusive."""
     accept_inconclusive: Mapping[Cause, Words] = {}
+    """Causes of an inconclusive verdict that may pass, each with the reason."""
     waivers: tuple[Waiver, ...] = ()
+    """Findings let through for a while, added to those of policy.yaml."""
     vex: tuple[Path, ...] = ()
+    """OpenVEX documents, as `file:PATH`, added to those of policy.yaml."""
     rescan: Literal["mark", "rollback"] = "mark"
+    """What a new finding does to the champion: the version is marked, or rolled back."""
 
     @field_validator("vex")
     @classmethod

@@ -19,37 +19,41 @@ CAUSES = frozenset(
 
 
 class DivergenceLimits(BaseModel):
-    """Gross damage: next-token distributions against FP16's over the first ``documents`` of a likelihood task.
-
-    ``max_mean`` is in nats a token, at most; the ``top`` likeliest tokens are kept a position.
-    """
+    """Gross damage: next-token distributions against FP16's over a likelihood task."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_mean: Annotated[float, Field(gt=0)] = 0.1
+    """The greatest mean KL divergence, in nats a token."""
     documents: Annotated[int, Field(ge=2)] = 64
+    """How many documents are compared, from the first on."""
     max_tokens: Annotated[int, Field(ge=8)] = 512
+    """How many tokens of each."""
     top: Annotated[int, Field(ge=1, le=20)] = 20
+    """How many of the likeliest tokens are kept a position."""
 
 
 class DriftLimits(AskedTasks):
-    """The `evals` section of a model's file: what is asked, of which engine, and the loss that is let through.
-
-    ``engine`` is ``served`` (the image that ships, by vLLM) or ``hf`` (lm-eval's HF backend, for what vLLM can't load).
-    ``looks`` asks the suite in so many growing parts and stops when the verdict is clear. ``again`` items a task are
-    asked of FP16 twice. ``layers`` measures each quantized layer, for which both networks must fit into memory.
-    ``accept_inconclusive`` maps a cause, or several joined by ``+`` and sorted (`judge`), to why it may pass.
-    """
+    """The `evals` section of a model's file: what is asked, of which engine, and the loss that is let through."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     engine: Literal["served", "hf"] = "served"
+    """`served` asks the image that ships, by vLLM; `hf` asks lm-eval's HF backend, for what vLLM can't load."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """Of each two-sided interval: at 0.95 either error is at most 2.5%."""
     looks: Annotated[int, Field(ge=1, le=20)] = 1
+    """In how many growing parts the suite is asked; asking stops when the verdict is clear."""
     again: Annotated[int, Field(ge=0)] = 200
+    """About how many items of each graded task FP16 answers twice: the noise floor."""
     divergence: DivergenceLimits | None = DivergenceLimits()
+    """The ceiling for gross damage; `null` leaves it out."""
     layers: bool = True
+    """Whether the error of each quantized layer is measured; both networks must fit into memory."""
     accept_inconclusive: Mapping[str, Annotated[str, Field(min_length=1)]] = {}
+    """Causes of an inconclusive verdict that may pass, each with the reason; several causes are sorted and joined by
+    `+`.
+    """
 
     @field_validator("accept_inconclusive")
     @classmethod

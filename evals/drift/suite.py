@@ -31,29 +31,40 @@ class _Frozen(BaseModel):
 
 
 class TaskLimits(_Frozen):
-    """One task: what it asks, how, how much its answer counts, and the loss that is let through.
-
-    ``max_drop`` bounds the drop in accuracy (absolute: 0.02 is two points), ``max_increase`` that of bits a byte
-    (relative: 0.01 is one percent). A task of ours names its ``data`` and takes ``items`` spread evenly over it;
-    lm-eval's own name a ``task`` (the key without), take the first ``items`` of each of its parts, and say how many
-    there are (``size``), in how many groups, and about how many ``tokens`` one takes, so that a plan needs no download.
-    """
+    """One task: what it asks, how, how much its answer counts, and the loss that may pass."""
 
     task: str | None = None
+    """The task's name in lm-eval, or one of ours (`cloze`, `perplexity`); the key where it is left out."""
     data: Path | None = None
+    """The file that one of our tasks asks, as `file:PATH`."""
     items: Annotated[int, Field(gt=0)] | None = None
+    """How many items are asked: of our tasks spread over the file, of lm-eval's the first of each part."""
     metric: str | None = None
+    """The metric of lm-eval's task, where it has several."""
     filter: str | None = None
+    """The filter of lm-eval's task, where it has several."""
     fewshot: Annotated[int, Field(ge=0)] | None = None
+    """How many examples precede each item."""
     chat_template: bool = False
+    """Whether the model's chat template is used."""
     metadata: Mapping[str, str] = {}
+    """What lm-eval's task is told beside."""
     kind: Kind | None = None
+    """How the task is asked, for plans: by choices, written answers, or the likelihood of text."""
     size: Annotated[int, Field(gt=0)] | None = None
+    """How many items there are, for plans."""
     groups: Annotated[int, Field(gt=0)] = 1
+    """In how many groups they come, for plans and for intervals."""
     tokens: Annotated[int, Field(gt=0)] | None = None
+    """About how many tokens an item takes, for plans."""
     tier: Tier = "critical"
+    """What hangs on it: `critical` must be shown to hold, `supporting` must not be shown to fail, `advisory` is
+    reported.
+    """
     max_drop: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """The greatest drop in accuracy, absolute: 0.02 is two points."""
     max_increase: Annotated[float, Field(ge=0)] | None = None
+    """The greatest increase in bits a byte, relative: 0.01 is one percent."""
 
     @model_validator(mode="after")
     def _one_limit(self) -> TaskLimits:
@@ -122,8 +133,13 @@ class AskedTasks(_Frozen):
     """
 
     suite: str | None = None
+    """The name of a suite in `evals/suites`."""
     seed: int = 1234
+    """Draws the few-shot examples."""
     tasks: Annotated[Mapping[str, TaskLimits], Field(min_length=1)]
+    """Tasks by name; beside a suite they change single keys of its tasks or add tasks, without one they are all there
+    is.
+    """
 
     @model_validator(mode="before")
     @classmethod

@@ -31,19 +31,23 @@ _COLLAPSED = 0.85
 
 
 class CapacitySearch(BaseModel):
-    """How the capacity is searched for: steps of ``step_seconds``, longer where fewer than ``min_requests`` fit.
+    """How the capacity is searched for.
 
-    The search ends when the rates that hold and that don't are within ``tolerance`` of each other and the one that
-    holds held twice, or after ``max_steps``.
+    The search ends when the rates that hold and that don't are close to each other and the one that holds held twice.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     step_seconds: Positive = 20.0
+    """Seconds of one step; longer where fewer than `min_requests` fit."""
     min_requests: Annotated[int, Field(ge=20)] = 100
+    """Requests of one step, at least."""
     max_steps: Annotated[int, Field(ge=2, le=40)] = 12
+    """Steps, at most."""
     tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """By what fraction the rates that hold and that don't may differ at the end."""
     max_rate: Positive | None = None
+    """The highest rate that is tried."""
 
     def longest_step_s(self, start: float, answer_s: float) -> float:
         """The longest that a step of a search from the rate ``start`` takes, where an answer takes ``answer_s``."""

@@ -35,27 +35,31 @@ class _Section(BaseModel):
 
 
 class Cloud(_Section):
-    """A rented machine that holds one replica: dollars an hour."""
+    """A rented machine that holds one replica."""
 
     dollars_per_hour: Positive
+    """Its price."""
     name: str = "cloud"
+    """Its name in the report."""
 
 
 class Own(_Section):
-    """A bought machine that holds one replica.
-
-    ``dollars`` over ``years``; ``watts`` while it works, times ``cooling`` (the building's power over the machine's),
-    at ``dollars_per_kwh``; ``upkeep`` a year as a share of its price. ``utilisation`` is the share of the time it has
-    work.
-    """
+    """A bought machine that holds one replica."""
 
     dollars: Positive
+    """Its price."""
     years: Positive = 3.0
+    """How long it is used."""
     watts: Positive = 700.0
+    """Its power while it works."""
     cooling: Annotated[float, Field(ge=1)] = 1.4
+    """The building's power over the machine's."""
     dollars_per_kwh: Annotated[float, Field(ge=0)] = 0.15
+    """The price of power."""
     upkeep: Annotated[float, Field(ge=0)] = 0.05
+    """Of its price, a year."""
     utilisation: Share = 0.5
+    """The share of the time in which it has work."""
 
     @property
     def dollars_per_hour(self) -> float:
@@ -65,26 +69,31 @@ class Own(_Section):
 
 
 class Api(_Section):
-    """What somebody else asks for the same: dollars for a million tokens of prompts, and of answers."""
+    """What a provider asks for the same, in dollars for a million tokens."""
 
     input: Annotated[float, Field(ge=0)]
+    """Of prompts."""
     output: Positive
+    """Of answers."""
     name: str = "API"
+    """Its name in the report."""
 
 
 class CostPlan(_Section):
-    """The ``cost:`` section: prices, and the load of a day.
-
-    ``requests_per_day`` is the load to plan for, in the shape of ``day``: 24 numbers, of which only the proportions
-    count. ``target`` is the share of its capacity that a replica is run at, the rest is left for bursts.
-    """
+    """The ``cost:`` section: prices, and the load of a day."""
 
     cloud: Cloud | None = None
+    """A rented machine."""
     own: Own | None = None
+    """A bought machine."""
     api: Api | None = None
+    """A provider's API."""
     requests_per_day: Positive | None = None
+    """The load to plan for."""
     day: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=24, max_length=24)] = USUAL_DAY
+    """Its shape: 24 numbers, of which only the proportions count; a working day where it is left out."""
     target: Share = 0.7
+    """The share of its capacity that a replica is run at; the rest is left for bursts."""
 
 
 @dataclass(frozen=True)

@@ -21,34 +21,44 @@ class _Section(BaseModel):
 
 
 class Canary(_Section):
-    """A prompt whose greedy continuation is known: the answer must start with ``expect``."""
+    """A prompt whose greedy continuation is known."""
 
     prompt: str
+    """What is asked before any traffic."""
     expect: str = Field(min_length=1)
+    """What the answer must begin with."""
 
 
 class Memory(_Section):
-    """The container's memory limit (``12GiB`` or bytes), and the share of it that must stay free at the peak.
-
-    ``max_leak_per_request`` bounds what a profile that tests for leaks (``soak``) may find: the lower end of the
-    interval of the memory's slope, a request.
-    """
+    """The container's memory."""
 
     limit_bytes: ByteSize
+    """What the container gets, `12GiB` or bytes."""
     headroom: float = Field(default=0.2, ge=0, lt=1)
+    """The share of it that must be free at the peak."""
     max_leak_per_request: ByteSize = ByteSize(64 * 1024)
+    """What a profile that looks for leaks (`soak`) may find a request: the lower end of the interval of the memory's
+    slope.
+    """
 
 
 class Changes(_Section):
-    """What a model's file changes of a traffic profile; None leaves it as the profile has it."""
+    """What a model's file changes of a traffic profile; what is left out stays as the profile has it."""
 
     request_rate: Positive | None = None
+    """Requests a second."""
     seconds: Positive | None = None
+    """How long requests arrive."""
     input_tokens: Lengths | None = None
+    """The length of prompts, without what they share."""
     output_tokens: Lengths | None = None
+    """The length of answers."""
     seed: int | None = None
+    """Draws due times, lengths and prompts."""
     warmup_requests: Annotated[int, Field(ge=0)] | None = None
+    """Requests before the clock starts."""
     slo: Slo = Slo()
+    """Limits."""
 
     def applied(self, profile: TrafficProfile) -> TrafficProfile:
         """Return the profile with these changes."""
@@ -63,27 +73,34 @@ class Changes(_Section):
 class LoadPlan(Changes):
     """The ``load:`` section: the traffic, and the limits that the server is held to under it.
 
-    ``profiles`` names profiles of ``evals/load/traffic``, a list or a mapping of each to what is changed of it; the
-    same
-    keys beside it change all of them. The first profile's metrics bear plain names, those of others their profile's
-    (``rag.p95_ttft_ms``). ``capacity`` has the capacity searched for under the first profile's traffic; ``faults`` has
-    the server mistreated at the end, after which it must answer again within ``max_recovery_s`` of its restart. A load
-    generator that is later than ``max_client_late_ms`` with one request in
-    twenty can't keep up; one hiccup is counted, as all lateness is, as the server's latency.
+    Keys of a profile beside ``profiles`` change all of them. The first profile's metrics have plain names, those of
+    others begin with their profile's (``rag.p95_ttft_ms``).
     """
 
     prompts: Path
+    """JSON lines of `{"text": …}`, as `file:PATH`; more of it than any profile sends."""
     profiles: Mapping[str, Changes] = Field(default_factory=lambda: {"quick": Changes()}, min_length=1)
+    """Profiles of `evals/traffic`: a list of names, or each with what is changed of it."""
     request_timeout_s: Positive = 60.0
+    """Seconds after which a request has failed."""
     start_timeout_s: Positive = 600.0
+    """Seconds that the server has to become healthy."""
     max_recovery_s: Positive = 300.0
+    """Seconds that the server has after a restart to answer again (`faults`)."""
     cpus: Positive | None = None
+    """At most so many cores for the server; all that are free where it is left out."""
     max_client_late_ms: Positive = 250.0
+    """How late the load generator may be with one request in twenty, before the verdict is inconclusive."""
     canary: Canary
+    """A prompt that must be answered right before any traffic."""
     memory: Memory
+    """The container's memory."""
     capacity: CapacitySearch | None = None
+    """Search for the highest rate that keeps the limits, under the first profile."""
     faults: bool = False
+    """Whether the server is mistreated at the end."""
     accept_inconclusive: Mapping[CAUSES, Annotated[str, Field(min_length=1)]] = {}
+    """Causes of an inconclusive verdict that may pass, each with the reason."""
 
     @field_validator("profiles", mode="before")
     @classmethod

@@ -20,34 +20,47 @@ _FORMER = {f"p{share}_inter_token_ms": f"p{share}_tpot_ms" for share in PERCENTI
 
 
 class Slo(BaseModel):
-    """What the server is held to. A limit that is None is measured, not judged.
+    """What the server is held to. What has no limit is measured, not judged.
 
-    Latency (the whole answer) and ``ttft`` (time to first token) count from the moment a request was due; ``tpot`` is
-    the time per output token after the first. All in milliseconds; percentiles are those of the answered requests, by
-    nearest rank. ``error_rate`` is the share of the requests due that got no good answer. ``start_seconds`` is the cold
-    start, from the container's creation to its first healthy answer. ``min_capacity_requests_per_second`` has the
-    capacity searched for.
+    Percentiles are those of the answered requests, by nearest rank.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     p50_latency_ms: Positive | None = None
+    """Percentile 50 of the milliseconds of the whole answer, from the moment the request was due."""
     p90_latency_ms: Positive | None = None
+    """Percentile 90 of the milliseconds of the whole answer, from the moment the request was due."""
     p95_latency_ms: Positive | None = None
+    """Percentile 95 of the milliseconds of the whole answer, from the moment the request was due."""
     p99_latency_ms: Positive | None = None
+    """Percentile 99 of the milliseconds of the whole answer, from the moment the request was due."""
     p50_ttft_ms: Positive | None = None
+    """Percentile 50 of the milliseconds to the first token, from the moment the request was due."""
     p90_ttft_ms: Positive | None = None
+    """Percentile 90 of the milliseconds to the first token, from the moment the request was due."""
     p95_ttft_ms: Positive | None = None
+    """Percentile 95 of the milliseconds to the first token, from the moment the request was due."""
     p99_ttft_ms: Positive | None = None
+    """Percentile 99 of the milliseconds to the first token, from the moment the request was due."""
     p50_tpot_ms: Positive | None = None
+    """Percentile 50 of the milliseconds per output token after the first."""
     p90_tpot_ms: Positive | None = None
+    """Percentile 90 of the milliseconds per output token after the first."""
     p95_tpot_ms: Positive | None = None
+    """Percentile 95 of the milliseconds per output token after the first."""
     p99_tpot_ms: Positive | None = None
+    """Percentile 99 of the milliseconds per output token after the first."""
     error_rate: float = Field(default=0.0, ge=0, le=1)
+    """Share of the requests due that got no good answer."""
     start_seconds: Positive | None = None
+    """Seconds from the container's creation to its first healthy answer."""
     min_output_tokens_per_second: Positive | None = None
+    """Output tokens a second, at least."""
     min_requests_per_second: Positive | None = None
+    """Answered requests a second, at least."""
     min_capacity_requests_per_second: Positive | None = None
+    """The highest rate that keeps the other limits, at least; it is then searched for."""
 
     @model_validator(mode="before")
     @classmethod

@@ -23,8 +23,14 @@ _ENDLESS = 10_000
 # Cells up to this width are never broken; a terminal too narrow for all of them breaks the longer ones.
 _SHORT = 24
 
-# Exit statuses; 0 is done.
 FAILED, USAGE, REFUSED, INTERRUPTED = 1, 2, 3, 130
+EXIT_STATUSES = {
+    0: "done; of a release: promoted, or up to date",
+    FAILED: "a stage or the environment failed",
+    USAGE: "usage: an option, a model file, or a scheme or a file system that can't do what is asked",
+    REFUSED: "a gate refused",
+    INTERRUPTED: "interrupted; the same command goes on from there",
+}
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 

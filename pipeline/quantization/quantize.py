@@ -44,22 +44,26 @@ _SERVED_BITS = (4, 8)
 
 
 class Scheme(BaseModel):
-    """How a model is quantized.
-
-    ``bits`` a weight (AWQ 4; GPTQ 2, 3, 4 or 8) and ``group_size`` input weights that share a scale. GPTQ alone has
-    ``symmetric`` and ``desc_act`` (columns in order of activation). ``clone_saved_weights: false`` switches off the
-    remedy that AutoAWQ needs on CPU and so gives a spoiled checkpoint: only a test of the gates wants that.
-    """
+    """How a model is quantized."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: Method
+    """The format of the quantized weights."""
     backend: BackendName
+    """The program that quantizes; AWQ by `autoawq` or `gptqmodel`, GPTQ by `gptqmodel` or `autogptq`."""
     bits: int = 4
+    """Bits a weight: AWQ 4; GPTQ 2, 3, 4 or 8."""
     group_size: int = 128
+    """How many input weights share a scale: AWQ 32, 64 or 128; GPTQ 16 to 256, or -1 for a whole row."""
     symmetric: bool = True
+    """GPTQ only: no zero points."""
     desc_act: bool = False
+    """GPTQ only: columns in order of activation."""
     clone_saved_weights: bool = Field(default=True, exclude_if=lambda value: value is True)
+    """AutoAWQ only: `false` switches off the remedy that it needs on a CPU and so gives a spoiled checkpoint, for tests
+    of the gates.
+    """
 
     @model_validator(mode="after")
     def _supported(self) -> Scheme:

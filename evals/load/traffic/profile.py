@@ -33,17 +33,19 @@ class _Section(BaseModel):
 
 
 class Lengths(_Section):
-    """A length in tokens: lognormal by its median and its 95th percentile, or always the same where no p95 is given.
+    """A length in tokens: lognormal where ``p95`` is given, else always the same. A plain number is a fixed length.
 
-    Lengths of real prompts and answers have the long right tail of a lognormal. Drawn lengths are kept between
-    ``minimum`` and ``maximum`` (by default a quarter of the median, and twice the 95th percentile). A plain
-    number in YAML is a fixed length.
+    Lengths of real prompts and answers have the long right tail of a lognormal.
     """
 
     median: Count
+    """The median."""
     p95: Count | None = None
+    """The 95th percentile."""
     minimum: Count | None = None
+    """The shortest that is drawn; a quarter of the median where it is left out."""
     maximum: Count | None = None
+    """The longest that is drawn; twice the 95th percentile where it is left out."""
 
     @model_validator(mode="before")
     @classmethod

@@ -29,32 +29,37 @@ class _Placement(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     gpus: int = Field(default=0, ge=0)
+    """GPUs a worker."""
 
 
 class Container(_Placement):
-    """Containers of this machine's engine, at most ``memory`` bytes each (``32GiB``).
-
-    ``image`` has the system's libraries, and Python where this machine's is the system's own; by its id or digest.
-    """
+    """Containers of this machine's engine."""
 
     launcher: Literal["container"]
+    """What runs workers."""
     image: str | None = Field(default=None, pattern=r"sha256:[0-9a-f]{64}$")
+    """The system's libraries, and Python where this machine's is the system's own, by id or digest; the CPU runtime's
+    base where it is left out.
+    """
     memory: ByteSize = ByteSize(32 * 2**30)
+    """Of each container, at most."""
 
 
 class Ray(_Placement):
-    """A Ray cluster: the address of its jobs' interface, what one worker takes of it, and the object store between.
-
-    ``resources`` are the cluster's own names, with how much of each; ``home`` is where a node keeps environments, if
-    its own ``SLIPWAY_HOME`` does not say so.
-    """
+    """A Ray cluster."""
 
     launcher: Literal["ray"]
+    """What runs workers."""
     address: str = Field(pattern=r"^https?://[^/]+$")
+    """Of its jobs' interface."""
     store: _Store
+    """The object store between here and there."""
     cpus: float = Field(default=1, gt=0)
+    """CPUs a worker."""
     resources: Mapping[str, float] = {}
+    """The cluster's own names, with how much of each a worker takes."""
     home: Path | None = None
+    """Where a node keeps environments, if its own `SLIPWAY_HOME` does not say so."""
 
 
 class Toleration(BaseModel):
@@ -63,40 +68,56 @@ class Toleration(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     key: str | None = None
+    """The taint's key."""
     operator: Literal["Exists", "Equal"] | None = None
+    """How it is compared."""
     value: str | None = None
+    """The taint's value."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    """The taint's effect."""
 
 
 class Kubernetes(_Placement):
-    """A namespace of a Kubernetes cluster, the image that does errands, and what one worker takes and puts up with.
-
-    ``ephemeral_storage`` is requested and the limit: what a pod keeps on its node, environments and weights among it.
-    As whom it is asked says the file ``token``; ``certificate`` is the cluster's authority. ``secrets`` hold S3's
-    variables, ``image_pull_secrets`` the image registry's; the volume of ``claim`` keeps workers' environments, which
-    are else made in each pod. ``runtime_class`` is for nodes that give containers no GPU without it. A
-    job that takes longer than ``hours`` is ended.
-    """
+    """A namespace of a Kubernetes cluster; each worker is a Job of one pod."""
 
     launcher: Literal["kubernetes"]
+    """What runs workers."""
     address: str = Field(default="https://kubernetes.default.svc", pattern=r"^https?://[^/]+$")
+    """Of the cluster's API."""
     token: Path | None = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
+    """The file of the token that it is asked with."""
     certificate: Path | None = Path("/var/run/secrets/kubernetes.io/serviceaccount/ca.crt")
+    """The file of the cluster's authority."""
     namespace: str = "default"
+    """Where jobs run."""
     image: str = Field(pattern=r"@sha256:[0-9a-f]{64}$")
+    """What runs a worker: the checkout, and `requirements/node.txt` first on its `PATH`; by digest."""
     store: _Store
+    """The object store between here and there."""
     cpus: _Quantity = "4"
+    """CPUs a worker."""
     memory: _Quantity = "16Gi"
+    """Memory a worker."""
     ephemeral_storage: _Quantity | None = None
+    """What a pod keeps on its node, environments and weights among it: request and limit."""
     node_selector: Mapping[str, str] = {}
+    """Labels of nodes."""
     tolerations: tuple[Toleration, ...] = ()
+    """Taints that workers put up with."""
     service_account: str = "default"
+    """Of the pods."""
     secrets: tuple[str, ...] = ()
+    """Secrets that hold S3's variables."""
     image_pull_secrets: tuple[str, ...] = ()
+    """Secrets of the image's registry."""
     runtime_class: str | None = None
+    """For nodes that give containers no GPU without it: `nvidia`."""
     priority_class: str | None = None
+    """Of the pods."""
     claim: str | None = None
+    """The volume that keeps workers' environments; without it each pod makes its own."""
     hours: float = Field(default=24, gt=0)
+    """Then a job is ended."""
 
 
 Placement = Annotated[Container | Ray | Kubernetes, Field(discriminator="launcher")]
