@@ -133,7 +133,7 @@ class AskedTasks(_Frozen):
     """
 
     suite: str | None = None
-    """The name of a suite in `evals/suites`."""
+    """The name of a suite in `evals/drift/suites`."""
     seed: int = 1234
     """Draws the few-shot examples."""
     tasks: Annotated[Mapping[str, TaskLimits], Field(min_length=1)]

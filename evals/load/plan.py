@@ -80,7 +80,7 @@ class LoadPlan(Changes):
     prompts: Path
     """JSON lines of `{"text": …}`, as `file:PATH`; more of it than any profile sends."""
     profiles: Mapping[str, Changes] = Field(default_factory=lambda: {"quick": Changes()}, min_length=1)
-    """Profiles of `evals/traffic`: a list of names, or each with what is changed of it."""
+    """Profiles of `evals/load/traffic`: a list of names, or each with what is changed of it."""
     request_timeout_s: Positive = 60.0
     """Seconds after which a request has failed."""
     start_timeout_s: Positive = 600.0
