@@ -1,4 +1,4 @@
-"""What the drift gate says of real damage: makes the table of evals/README.md, on the demo model.
+"""What the drift gate says of real damage: makes the table of docs/explanation/drift.md, on the demo model.
 
     SLIPWAY_HOME=… python benchmarks/damage.py [--items 800] [NAME…]
 

@@ -1,4 +1,4 @@
-"""How often the drift gate errs, by simulation: writes evals/error_rates.svg and prints the table of evals/README.md.
+"""How often the drift gate errs, by simulation: writes the picture and prints the table of docs/explanation/drift.md.
 
     python benchmarks/error_rates.py [--trials 2000]
 
@@ -25,7 +25,7 @@ MARGIN = 0.01
 SIZES, FLIPS = (200, 1000, 5000), (0.02, 0.05, 0.10)
 DROPS = tuple(step / 1000 for step in range(-10, 31, 2))
 COLOURS = {200: "warn", 1000: "b", 5000: "good"}
-PICTURE = Path(__file__).parent.parent / "evals" / "error_rates.svg"
+PICTURE = Path(__file__).parent.parent / "docs" / "pictures" / "error_rates.svg"
 
 
 def draws(items: int, flips: float, drop: float, trials: int, looks: int) -> NDArray[np.int64]:

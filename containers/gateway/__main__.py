@@ -15,7 +15,7 @@ def main() -> int:
     """Read the settings and serve."""
     parser = argparse.ArgumentParser(prog="containers.gateway", description=__doc__)
     parser.add_argument(
-        "--config", type=Path, required=True, help="The settings, JSON; see containers/gateway/README.md."
+        "--config", type=Path, required=True, help="The settings, JSON; see docs/reference/gateway-files.md."
     )
     parser.add_argument("--no-request-log", action="store_true", help="No line a request.")
     arguments = parser.parse_args()

@@ -21,7 +21,7 @@ _ASSIGNING = "slipway-assign-cores.lock"
 # How many servers may share one core; the next one waits for none of them and takes all cores.
 _MOST_ON_A_CORE = 16
 # The load generator and the engine's own processes that compute nothing need a core beside the threads that compute,
-# which never sleep: even of two cores one is better left to them (containers/README.md has the measurement).
+# which never sleep: even of two cores one is better left to them (docs/explanation/hardware.md has the measurement).
 _CLIENT_CORES = 1
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 

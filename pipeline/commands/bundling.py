@@ -23,7 +23,7 @@ from pipeline.settings import Settings
 )
 @click.option(
     "--cluster", "described", metavar="FILE", type=click.Path(path_type=Path),
-    help="What is the cluster's own, in YAML: containers/kubernetes/README.md has every key.",
+    help="What is the cluster's own, in YAML; docs/reference/cluster-file.md has every key.",
 )  # fmt: skip
 @as_json
 def bundle(

@@ -30,11 +30,15 @@ from pipeline.settings import CHECKOUT, Settings
 from pipeline.spec import load
 from pipeline.workers.launchers.placement import placement
 from registry import policy
-from registry.__main__ import _parser
+from registry.__main__ import EXIT_STATUSES, _parser
 
 DOCS = CHECKOUT / "docs"
 GENERATED = DOCS / "reference"
-PAGES = sorted([*CHECKOUT.glob("*.md"), *(page for page in DOCS.rglob("*.md") if page.parent != GENERATED)])
+PAGES = sorted([
+    *CHECKOUT.glob("*.md"),
+    *(page for page in DOCS.rglob("*.md") if page.parent != GENERATED),
+    *(page for folder in ("containers", "evals", "pipeline", "registry") for page in (CHECKOUT / folder).rglob("*.md")),
+])  # fmt: skip
 DEMO = CHECKOUT / "models" / "demo.yaml"
 SCHEMA = json.loads((DOCS / "model.schema.json").read_text())
 # What the pages call beside ours.
@@ -146,6 +150,13 @@ def test_every_command_within_a_sentence_exists_with_its_options(page: Path) -> 
         make([target])
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(CHECKOUT)))
+def test_every_link_leads_to_a_file_of_the_checkout(page: Path) -> None:
+    """Links of the site are checked, with their anchors, when it is built; this looks at all other pages, too."""
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
 @pytest.mark.parametrize("block", blocks("yaml"))
 def test_every_example_in_yaml_is_read_by_what_reads_it(block: Block, tmp_path: Path) -> None:
     document = yaml.safe_load(block.text)
@@ -236,6 +247,11 @@ def test_what_the_documentation_takes_from_the_code_is_current() -> None:
         [sys.executable, DOCS / "generator", "--check"], cwd=CHECKOUT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_clients_readme_has_its_exit_statuses() -> None:
+    rows = re.findall(r"^\| (\d) \| (.*) \|$", (CHECKOUT / "registry" / "README.md").read_text(), re.MULTILINE)
+    assert {int(status): meaning for status, meaning in rows} == EXIT_STATUSES
 
 
 def test_every_variable_that_is_read_is_declared() -> None:

@@ -6,14 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 from click.testing import CliRunner
 
 from containers.kubernetes.cluster import Cluster
 from pipeline.cli import main
 from pipeline.errors import SpecError
 from pipeline.serving.deployment import cluster
-from pipeline.settings import CHECKOUT
 
 
 def written(folder: Path, text: str) -> Path:
@@ -55,10 +53,3 @@ def test_the_command_reads_it_before_it_asks_the_registry(tmp_path: Path) -> Non
     done = CliRunner().invoke(main, ["bundle", "demo-awq", "--out", str(tmp_path / "b"), "--cluster", described])
     assert "`surge`: " in str(done.exception) + done.output
     assert not (tmp_path / "b").exists()
-
-
-def test_the_documentation_has_every_key_with_its_default() -> None:
-    text = (CHECKOUT / "containers" / "kubernetes" / "README.md").read_text()
-    (block,) = re.findall(r"(?m)^    runtime_class:.*\n(?:    .*\n)+", text)
-    assert Cluster.model_validate(yaml.safe_load(block)) == Cluster()
-    assert list(yaml.safe_load(block)) == list(Cluster.model_fields)
