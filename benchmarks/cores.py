@@ -116,7 +116,8 @@ def serving(count: int | None, settings: Settings) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as locks, sandbox.serve(
         client, runtime.image_id, name="slipway-cores", home=settings.home, memory_bytes=6 * 2**30,
         command=serving_arguments(profile, DEMO / "model", "demo"), mounts={DEMO / "model": "/model"},
-        cores=None if count is None else CoreRequest(Path(locks), count), start_timeout_s=600, progress=print,
+        cores=None if count is None else CoreRequest(Path(locks), count), cpu_limit=settings.cpu_limit,
+        start_timeout_s=600, progress=print,
     ) as server:  # fmt: skip
         yield server.url
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import socket
 import threading
@@ -35,7 +34,7 @@ from containers.engine.owner import (
 from containers.errors import ContainerError
 from containers.hardware import core_pool
 from containers.hardware.core_pool import CoreRequest, Cores
-from containers.hardware.cpu import this_cpu
+from containers.hardware.cpu import Cpu, InstructionSet, this_cpu
 from containers.image import gpu_compatibility
 from containers.sandbox import engine_log, isolation, kernels, logs
 from containers.sandbox.engine_log import Failure
@@ -71,8 +70,9 @@ class Server:
 
     ``started_seconds`` counts from the container's creation to its first healthy answer. ``died`` says how it ended and
     why, or None while it runs; ``failing`` says what is wrong with one that runs. ``network`` says how far the
-    container can see. ``url`` may change when it is restarted. ``cores`` are those that it was given, where it was
-    given some by number; ``kernels`` are what its engine says of itself. What it wrote is kept in the folder ``logs``.
+    container can see. ``url`` may change when it is restarted. ``cores`` are those of this machine that it was given,
+    where it was given some by number, and ``cpu`` is what they belong to; ``kernels`` are what its engine says of
+    itself. What it wrote is kept in the folder ``logs``.
     """
 
     url: str
@@ -86,6 +86,7 @@ class Server:
     network: str | None = None
     start_timeout_s: float = 300.0
     cores: Cores | None = None
+    cpu: Cpu | None = None
     kernels: Kernels | None = None
     failing: Callable[[], Failure | None] = lambda: None
     logs: Path | None = None
@@ -96,11 +97,11 @@ class Server:
 
     @property
     def computed_on(self) -> ComputedOn:
-        """What computes its answers. With cores of this machine and no word of its engine, it is this machine's CPU."""
+        """What computes its answers; what its engine says of the CPU counts more than what this machine knows."""
         cpu: dict[str, Any] = {}
+        if self.cpu is not None:
+            cpu = {"cpu_model": self.cpu.model, "instruction_set": self.cpu.instruction_set}
         if self.cores is not None:
-            here = this_cpu()
-            cpu = {"cpu_model": here.model, "instruction_set": here.instruction_set}
             cpu |= {"cores": self.cores.numbers, "cores_shared": self.cores.shared}
         if self.kernels is not None:
             cpu |= self.kernels.model_dump(include={"cpu_model", "instruction_set"})
@@ -137,6 +138,7 @@ def serve(
     mounts: Mapping[Path, str] | None = None,
     gpu: str | None = None,
     cores: CoreRequest | None = None,
+    cpu_limit: InstructionSet | None = None,
     start_timeout_s: float = 300.0,
     lifetime_s: float | None = None,
     progress: Progress,
@@ -163,6 +165,7 @@ def serve(
         mounts: folders of the engine's machine, by where they appear in the container, read-only.
         gpu: a device, by index or UUID, or None.
         cores: which of this machine's cores to reserve for it, where the engine is this machine's; None for no choice.
+        cpu_limit: what the CPU is to behave as, where it has more.
         start_timeout_s: how long the server may take to get healthy.
         lifetime_s: when the container is killed, whatever it does; None for never.
         progress: told about the wait.
@@ -185,7 +188,7 @@ def serve(
         container = create(client, image, {
             "name": full_name,
             "labels": {**(labels or {}), **ownership(home)},
-            "environment": {**_ENVIRONMENT, **_cpu_limit(), **_bound_to(given), **(environment or {})},
+            "environment": {**_ENVIRONMENT, **_limited_to(cpu_limit), **_bound_to(given), **(environment or {})},
             "command": None if command is None else list(command),
             "volumes": {str(path): {"bind": place, "mode": "ro"} for path, place in (mounts or {}).items()},
             "device_requests": None if gpu is None else [DeviceRequest(device_ids=[gpu], capabilities=[["gpu"]])],
@@ -210,7 +213,8 @@ def serve(
                 with _ended_after(container, lifetime_s):
                     yield Server(
                         url, seconds, memory_bytes, cpus, sampler, lambda: _how_it_died(container, kept), container,
-                        gpu, reach, start_timeout_s, given, _kernels(container),
+                        gpu, reach, start_timeout_s, given,
+                        None if given is None else this_cpu(cpu_limit), _kernels(container),
                         lambda: _how_it_fails(container, kept), kept,
                     )  # fmt: skip
             finally:
@@ -242,6 +246,11 @@ def _bound_to(cores: Cores | None) -> dict[str, str]:
     return {} if cores is None else {"VLLM_CPU_OMP_THREADS_BIND": cores.cpuset}
 
 
+def _limited_to(instruction_set: InstructionSet | None) -> dict[str, str]:
+    """What the runtimes' `slipway_torch.py` reads."""
+    return {} if instruction_set is None else {"SLIPWAY_CPU_ISA": instruction_set}
+
+
 def sweep(client: docker.DockerClient, home: Path) -> list[str]:
     """Remove the containers and networks of ``home`` that a process of this machine did not live to remove.
 
@@ -261,11 +270,6 @@ def sweep(client: docker.DockerClient, home: Path) -> list[str]:
     for marker in markers:
         marker.unlink(missing_ok=True)
     return swept
-
-
-def _cpu_limit() -> dict[str, str]:
-    """What a runtime reads of this process's environment: with it a CPU behaves as one without AVX-512."""
-    return {name: os.environ[name] for name in ("SLIPWAY_CPU_ISA",) if name in os.environ}
 
 
 def hardening(memory_bytes: int) -> dict[str, Any]:

@@ -156,6 +156,7 @@ class Fleet:
             labels={sandbox.STAGE_LABEL: "serve", REPLICA_LABEL: name},
             gpu=found[index % len(found)].uuid if found else None,
             cores=None if self._needs_gpu else self._share_of_cores(),
+            cpu_limit=self._settings.cpu_limit,
             start_timeout_s=self._resources.start_timeout_s,
             progress=lambda line: self._progress(f"{name}: {line}"),
         )

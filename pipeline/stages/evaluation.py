@@ -229,6 +229,7 @@ def _served(
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         gpu=next((found.uuid for found in gpus()), None) if needs_gpu else None,
         cores=bench.server_cores(),
+        cpu_limit=bench.settings.cpu_limit,
         start_timeout_s=bench.spec.load.start_timeout_s,
         progress=bench.progress,
         **more,

@@ -460,6 +460,7 @@ def load_test(
                     cpus=plan.cpus,
                     gpu=None if gpu is None else gpu.uuid,
                     cores=bench.server_cores(plan.cpus, with_client=True),
+                    cpu_limit=bench.settings.cpu_limit,
                     start_timeout_s=plan.start_timeout_s,
                     lifetime_s=plan.lifetime_s,
                     labels={sandbox.STAGE_LABEL: "load"},

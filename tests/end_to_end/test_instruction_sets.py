@@ -26,12 +26,11 @@ def spec() -> ModelSpec:
 
 @pytest.mark.parametrize("scheme", ["awq", "gptq"])
 def test_a_cpu_without_avx512_answers_nearly_as_fp16_does(
-    scheme: str, spec: ModelSpec, slipway: Slipway, machine: Settings, monkeypatch: pytest.MonkeyPatch
+    scheme: str, spec: ModelSpec, slipway: Slipway, machine: Settings
 ) -> None:
     """FP16 is asked once for both, in the same mode."""
     if machine.cpu.instruction_set == "avx2":
         pytest.skip("needs AVX-512: here every other test ran without")
-    monkeypatch.setenv("SLIPWAY_CPU_ISA", "avx2")
     bench = StageContext(spec, scheme, Settings.read({**slipway.variables, "SLIPWAY_CPU_ISA": "avx2"}), print)
     for stage, made in walk(bench):
         if stage == "baseline":

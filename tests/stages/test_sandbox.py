@@ -20,6 +20,7 @@ import pytest
 from docker.models.containers import Container
 
 from containers.hardware.core_pool import CoreRequest
+from containers.hardware.cpu import this_cpu
 from containers.image.base import ensure_base
 from containers.image.profile import load
 from containers.sandbox import isolation
@@ -99,8 +100,20 @@ def test_servers_run_on_cores_of_their_own(start: Callable[..., Any], tmp_path: 
         assert two.cores.shared == (one.cores.numbers == two.cores.numbers)
         assert two.cores.shared == (len(os.sched_getaffinity(0)) == 1)
     with start() as server:
-        assert server.cores is None
+        assert (server.cores, server.cpu) == (None, None)
         assert server.container.attrs["HostConfig"]["CpusetCpus"] == ""
+
+
+def test_a_server_is_held_to_an_older_cpu_where_it_is_asked(
+    start: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller's own environment is nothing to it: the limit comes from the settings that were read."""
+    monkeypatch.setenv("SLIPWAY_CPU_ISA", "avx512")
+    probe = ["python3", "-c", "import os; print(os.environ.get('SLIPWAY_CPU_ISA'))"]
+    for limit, seen in (("avx2", b"avx2"), (None, b"None")):
+        with start(cores=CoreRequest(tmp_path, 1), cpu_limit=limit) as server:
+            assert server.container.exec_run(probe).output.strip() == seen
+            assert server.computed_on.instruction_set == this_cpu(limit).instruction_set
 
 
 def test_what_an_engine_says_of_its_kernels_is_read_from_its_log(start: Callable[..., Any], tmp_path: Path) -> None:

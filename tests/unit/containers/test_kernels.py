@@ -7,6 +7,7 @@ import json
 import pytest
 
 from containers.hardware.core_pool import Cores
+from containers.hardware.cpu import Cpu
 from containers.sandbox.kernels import ComputedOn, find
 from containers.sandbox.memory import MemorySampler
 from containers.sandbox.sandbox import Server
@@ -63,10 +64,10 @@ def test_a_server_says_what_computes_its_answers() -> None:
 
     assert server().computed_on == ComputedOn()
     assert server(gpu="GPU-1").computed_on == ComputedOn(gpu="GPU-1")
-    alone = server(cores=Cores((0, 1))).computed_on
-    assert (alone.cores, alone.cores_shared, alone.kernels) == ((0, 1), False, None)
-    assert alone.instruction_set is not None
-    told = server(cores=Cores((1,), shared=True), kernels=find([line(TOLD)])).computed_on
+    cpu = Cpu("A CPU", "x86_64", "avx2", 2)
+    alone = server(cores=Cores((0, 1)), cpu=cpu).computed_on
+    assert alone == ComputedOn(cpu_model="A CPU", instruction_set="avx2", cores=(0, 1))
+    told = server(cores=Cores((1,), shared=True), cpu=cpu, kernels=find([line(TOLD)])).computed_on
     assert str(told) == (
         "AMD EPYC 7R13 Processor, avx2, 1 cores (1) shared with other servers, 2 threads, bfloat16 between layers, "
         "16-bit layers by float32, Float32WNA16LinearKernel for 28 layers, attention CPU_ATTN, KV cache bfloat16"
