@@ -11,7 +11,7 @@ import pytest
 from filled import FillingBench, FillingStore, Models
 
 from containers.hardware.cpu import INSTRUCTION_SETS
-from pipeline.errors import StoreError, WorkerFailed
+from pipeline.errors import WorkerFailed
 from pipeline.stages import evaluation, table
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe
 from pipeline.workers.launchers.task import Ended, Task
@@ -71,18 +71,25 @@ def test_an_interrupt_while_a_candidate_is_asked_stops_what_measures_its_layers(
     assert bench.endless.was_stopped
 
 
-def test_answers_of_two_instruction_sets_are_not_paired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp16_is_asked_anew_where_the_candidate_is_asked_on_another_instruction_set(tmp_path: Path) -> None:
+    """As where the image of a pair of another CPU was built anew, and came out with another digest."""
     models = Models(tmp_path)
     bench = models.bench(models.write(), "gptq")
     source = table.source(bench)
     quantized = table.quantized(bench, source)
     image = table.image(bench, quantized)
-    baseline = evaluation.baseline(replace(bench, instruction_set="avx512"), source)
-    with pytest.raises(
-        StoreError, match=r"FP16 was answered on a CPU with avx512, .* one with avx2.*run `baseline` again"
-    ):
-        evaluation.drift(replace(bench, instruction_set="avx2"), source, baseline, quantized, image)
-    assert [record["recipe"]["inputs"].get("image") for _, record in bench.store.records("answers")] == [None]
+    told: list[str] = []
+    avx2 = replace(bench, instruction_set="avx2", progress=told.append)
+    elsewhere = evaluation.baseline(replace(bench, instruction_set="avx512"), source)
+    paired = evaluation.drift(avx2, source, elsewhere, quantized, image)
+    assert told == ["FP16 was asked on a CPU with avx512: asking it on this one, with avx2"]
+    asked = [record["recipe"] for _, record in bench.store.records("answers")]
+    assert sorted((each["parameters"]["engine"]["instruction_set"], "image" in each["inputs"]) for each in asked) == [
+        ("avx2", False), ("avx2", True), ("avx512", False),
+    ]  # fmt: skip
+    here = evaluation.baseline(avx2, source)
+    assert here.cached
+    assert evaluation.drift(avx2, source, here, quantized, image).key == paired.key
 
 
 def test_a_candidate_is_asked_on_the_cpu_of_fp16_though_another_one_has_asked_it(tmp_path: Path) -> None:
