@@ -35,7 +35,7 @@ from pipeline.stages.read_only import NotMade, ReadOnlyContext
 from pipeline.stages.table import CODE, StageContext
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, digest_file
 from pipeline.workers.environments import pins_digest
-from pipeline.workers.launchers.chosen import are_here, have_gpus
+from pipeline.workers.launchers.configured import are_here, have_gpus
 
 Serve = Callable[[], AbstractContextManager[sandbox.Server]]
 Part = tuple[float, float]

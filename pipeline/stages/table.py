@@ -54,7 +54,7 @@ from pipeline.store.artifacts import (
 )
 from pipeline.store.shared import SharedStore
 from pipeline.workers.environments import Progress, pins_digest
-from pipeline.workers.launchers import chosen as launchers
+from pipeline.workers.launchers import configured as launchers
 from pipeline.workers.runner import Bootstrap, Workers
 from registry.verdict import Verdict
 

@@ -23,7 +23,7 @@ from pipeline.errors import SettingsError, UnansweredError, WorkerFailed
 from pipeline.settings import CHECKOUT, Settings
 from pipeline.workers.environments import Progress
 from pipeline.workers.launchers import http, jobs, kubernetes
-from pipeline.workers.launchers.chosen import launcher
+from pipeline.workers.launchers.configured import launcher
 from pipeline.workers.launchers.kubernetes import KubernetesCluster
 from pipeline.workers.launchers.placement import Kubernetes, placement
 from pipeline.workers.launchers.task import Task
@@ -116,8 +116,8 @@ def test_a_worker_runs_on_the_nodes_and_with_the_gpus_that_are_configured(
 def test_a_mistake_in_a_job_would_be_found(elsewhere: Elsewhere) -> None:
     where = placement(elsewhere.file)
     assert isinstance(where, Kubernetes)
-    errand = FileRecord(sha256="a" * 64, size=3)
-    manifest = KubernetesCluster(where).manifest("a-job", errand, Task("aiperf", Path("s.py"), {}, Path(), {}))
+    remote_job = FileRecord(sha256="a" * 64, size=3)
+    manifest = KubernetesCluster(where).manifest("a-job", remote_job, Task("aiperf", Path("s.py"), {}, Path(), {}))
     kubernetes_validate.validate(manifest, "1.37", strict=True)
     manifest["spec"]["template"]["spec"]["nodeSelektor"] = {}
     with pytest.raises(kubernetes_validate.ValidationError):
@@ -127,10 +127,10 @@ def test_a_mistake_in_a_job_would_be_found(elsewhere: Elsewhere) -> None:
 def test_a_worker_without_a_gpu_states_the_cpu_that_it_needs(elsewhere: Elsewhere) -> None:
     where = placement(elsewhere.file)
     assert isinstance(where, Kubernetes)
-    errand = FileRecord(sha256="a" * 64, size=3)
+    remote_job = FileRecord(sha256="a" * 64, size=3)
     manifests = [
         KubernetesCluster(where.model_copy(update={"gpus": gpus})).manifest(
-            "a-job", errand, Task("aiperf", Path("s.py"), {}, Path(), {})
+            "a-job", remote_job, Task("aiperf", Path("s.py"), {}, Path(), {})
         )
         for gpus in (0, 2)
     ]

@@ -24,7 +24,7 @@ from worker_processes import wait_until_gone
 from pipeline.errors import UnansweredError, WorkerFailed
 from pipeline.settings import CHECKOUT, Settings
 from pipeline.workers.launchers import http
-from pipeline.workers.launchers.chosen import launcher
+from pipeline.workers.launchers.configured import launcher
 from pipeline.workers.runner import Workers
 
 ENVIRONMENT = "aiperf"  # the lightest
@@ -156,7 +156,7 @@ SLEEPS = "Path({began!r}).write_text(str(time.time_ns()))\ntime.sleep({seconds})
 RUN = """
 import sys
 from pathlib import Path
-from pipeline.workers.launchers.chosen import launcher
+from pipeline.workers.launchers.configured import launcher
 from pipeline.settings import Settings
 from pipeline.workers.runner import Workers
 

@@ -18,7 +18,7 @@ from containers.sandbox import sandbox
 from containers.sandbox.sandbox import home_digest
 from pipeline.errors import WorkerFailed
 from pipeline.settings import CHECKOUT, Settings
-from pipeline.workers.launchers.chosen import launcher
+from pipeline.workers.launchers.configured import launcher
 from pipeline.workers.runner import Workers
 
 Run = Callable[..., dict[str, Any]]

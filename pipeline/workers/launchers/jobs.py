@@ -1,7 +1,7 @@
 """Workers as jobs of an engine that others run: sent by digest, submitted, followed, stopped, and fetched by digest.
 
-A job is named after its errand and what does it: whoever asks for the same while it runs, because the process that
-started it was killed, follows that very job.
+A job's name is derived from its `RemoteJob` and from the code or image that runs it. So a process that asks for the
+same work while the job runs, because the process that started it was killed, follows that job.
 
 A job that was seen outlives what happens to its engine's interface: a server that restarts answers nothing, and then
 for some seconds that one may not (Kubernetes' 403 until its roles are read). So it is asked again for minutes, and a
@@ -20,7 +20,7 @@ from typing import Protocol, TypeVar
 
 from pipeline.errors import UnansweredError, WorkerFailed
 from pipeline.workers.environments import Progress
-from pipeline.workers.launchers.errand import message, outcome_in, receive, send
+from pipeline.workers.launchers.remote_job import message, outcome_in, receive, send
 from pipeline.workers.launchers.task import MESSAGES, Ended, Task
 from registry.manifest import FileRecord
 from registry.objects import ObjectStore
@@ -45,7 +45,7 @@ class Engine(Protocol):
 
     @property
     def does(self) -> str:
-        """What does errands there, by content: the code's digest, or an image."""
+        """What runs remote jobs there, by content: the code's digest, or an image."""
         ...
 
     @property
@@ -73,8 +73,8 @@ class Engine(Protocol):
         """What the engine says of a job's end, or of why it has not begun."""
         ...
 
-    def submit(self, job: str, errand: FileRecord, task: Task) -> None:
-        """Start `pipeline.workers.launchers.node` on an errand, under a name that no other job has."""
+    def submit(self, job: str, remote_job: FileRecord, task: Task) -> None:
+        """Start `pipeline.workers.launchers.node` for a remote job, under a name that no other job has."""
         ...
 
     def stop(self, job: str) -> None:
@@ -97,7 +97,7 @@ class Jobs:
         self._states: list[str] = []
 
     def __call__(self, task: Task) -> Ended:
-        """Send the errand, follow its job to the end, and fetch what came of it.
+        """Send the remote job, follow its job to the end, and fetch its outcome.
 
         Raises:
             UnansweredError: the engine does not answer.
@@ -105,20 +105,20 @@ class Jobs:
             TrackingError: the object store refuses, or holds something else than its names say.
         """
         store = ObjectStore.opened(self.store)
-        errand = send(task, store)
-        stem = hashlib.sha256(f"{errand.sha256} {self.engine.does}".encode()).hexdigest()[:32]
+        remote_job = send(task, store)
+        stem = hashlib.sha256(f"{remote_job.sha256} {self.engine.does}".encode()).hexdigest()[:32]
         outcome = None
         with contextlib.closing(self.engine):
             while outcome is None:
-                outcome = self._tried(f"slipway-{stem}", errand, task)
+                outcome = self._tried(f"slipway-{stem}", remote_job, task)
         return receive(outcome, task, store)
 
-    def _tried(self, stem: str, errand: FileRecord, task: Task) -> FileRecord | None:
+    def _tried(self, stem: str, remote_job: FileRecord, task: Task) -> FileRecord | None:
         """Start a job, or join the one that runs, and follow it; None where another run took it away meanwhile."""
         job, running = self._next(stem)
         try:
             if not running:
-                self.engine.submit(job, errand, task)
+                self.engine.submit(job, remote_job, task)
             self.progress(f"{self.engine.name} {'runs it already' if running else 'is given it'}, as {job}")
             return self._follow(job, task, joined=bool(running))
         except Exception as error:

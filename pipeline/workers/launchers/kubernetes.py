@@ -1,7 +1,7 @@
 """A Kubernetes cluster as an engine of jobs, through its own HTTP interface.
 
-Each errand is a Job of one pod, which is never started twice and which the cluster removes in the end, whatever becomes
-of this process: Dagster's own client (`PipesK8sClient`) starts bare pods, which stay where their starter was killed.
+Each remote job is a Job of one pod. It is never started twice, and the cluster removes it in the end even if this
+process is killed. Dagster's own client (`PipesK8sClient`) starts bare pods, which stay when their starter is killed.
 The image has the checkout, and the environment of ``requirements/node.txt`` first on its ``PATH``.
 """
 
@@ -16,6 +16,7 @@ from containers.hardware.cpu import NODE_TERMS
 from pipeline.errors import SettingsError, WorkerFailed
 from pipeline.workers.launchers.http import SYSTEM_AUTHORITIES, Interface, client
 from pipeline.workers.launchers.placement import Kubernetes
+from pipeline.workers.launchers.remote_job import node_command
 from pipeline.workers.launchers.task import Task
 from registry import network
 from registry.errors import NetworkError
@@ -114,10 +115,10 @@ class KubernetesCluster:
         items = (found or {}).get("items") or []
         return [_line(each) for each in items if isinstance(each, dict) and each.get("message")]
 
-    def submit(self, job: str, errand: FileRecord, task: Task) -> None:
+    def submit(self, job: str, remote_job: FileRecord, task: Task) -> None:
         """Create the job."""
         try:
-            self.asked.send("POST", self.jobs, json=self.manifest(job, errand, task))
+            self.asked.send("POST", self.jobs, json=self.manifest(job, remote_job, task))
         except WorkerFailed:
             if self.running(job) is None:  # an answer that was lost is no refusal
                 raise
@@ -126,7 +127,7 @@ class KubernetesCluster:
         """Delete the job and its pod."""
         self.asked.end("DELETE", f"{self.jobs}/{job}", params={"propagationPolicy": "Background"})
 
-    def manifest(self, job: str, errand: FileRecord, task: Task) -> dict[str, Any]:
+    def manifest(self, job: str, remote_job: FileRecord, task: Task) -> dict[str, Any]:
         """The job as Kubernetes takes it: hardened, on the nodes and with the resources that are configured."""
         where = self.where
         labels = {"app.kubernetes.io/name": "slipway-worker", "slipway/environment": task.environment}
@@ -139,14 +140,7 @@ class KubernetesCluster:
         container = {
             "name": "worker",
             "image": where.image,
-            "command": [
-                "python",
-                "-m",
-                "pipeline.workers.launchers.node",
-                where.store,
-                errand.sha256,
-                str(errand.size),
-            ],
+            "command": node_command(where.store, remote_job),
             "env": [{"name": name, "value": value} for name, value in sorted(variables.items())],
             "envFrom": [{"secretRef": {"name": name}} for name in where.secrets],
             "resources": {"requests": resources, "limits": resources},

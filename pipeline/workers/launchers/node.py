@@ -1,9 +1,9 @@
-"""Doing an errand on this machine: ``python -m pipeline.workers.launchers.node s3://BUCKET/PREFIX SHA256 SIZE``.
+"""Run a remote job on this machine: ``python -m pipeline.workers.launchers.node s3://BUCKET/PREFIX SHA256 SIZE``.
 
-It fetches what the errand reads, runs its worker in its pinned environment as a process of this machine, puts what came
-of it into the store, and says on stdout, among what the worker reports through Dagster Pipes, where that is. As whom it
-reaches the store its own environment says (``AWS_…``), of which the worker sees nothing; environments are kept under
-``SLIPWAY_HOME``.
+It fetches the files that the remote job reads, runs its worker in its pinned environment as a process of this machine,
+and puts the outcome into the store. It prints the outcome's place to stdout, as one of the messages of Dagster Pipes.
+The store's credentials come from its own environment (``AWS_…``); the worker does not see them. Worker environments are
+kept under ``SLIPWAY_HOME``.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from dagster_pipes import (
 from pipeline.errors import SlipwayError
 from pipeline.settings import Settings
 from pipeline.store.artifacts import is_locked, locked
-from pipeline.workers.launchers.errand import Errand, announced, get_document, pack, put_document, unpack
 from pipeline.workers.launchers.local import Local
 from pipeline.workers.launchers.messages import lines
+from pipeline.workers.launchers.remote_job import RemoteJob, announced, get_document, pack, put_document, unpack
 from pipeline.workers.launchers.task import MESSAGES
 from registry import untrusted
 from registry.errors import RegistryError
@@ -41,7 +41,7 @@ _LOCK = "lock"
 
 
 def main() -> None:
-    """Do the errand that the arguments name."""
+    """Run the remote job that the arguments name."""
     uri, sha256, size = sys.argv[1:]
     # Whoever stops this process wants its worker and its files gone.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
@@ -56,29 +56,29 @@ def main() -> None:
 
 @contextlib.contextmanager
 def own_folder(scratch: Path) -> Iterator[Path]:
-    """Give an empty folder below ``scratch``, and remove it; what processes that were killed left there goes first."""
+    """Give an empty folder below ``scratch`` and remove it at the end; remove folders of killed processes first."""
     scratch.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
-        # Nobody may find the folder between its making and its lock: it would look like a dead process's.
+        # Without this lock, another process could find the folder before it is locked, and remove it as a leftover.
         with locked(scratch.with_suffix(".lock")):
-            for left in scratch.glob("errand-*"):
+            for left in scratch.glob("remote-job-*"):
                 if not is_locked(left / _LOCK):
                     shutil.rmtree(left, ignore_errors=True)
-            made = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="errand-", dir=scratch)))
+            made = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="remote-job-", dir=scratch)))
             held.enter_context(locked(made / _LOCK))
-        folder = made / "errand"
+        folder = made / "remote-job"
         folder.mkdir()
         yield folder
 
 
 def do(record: FileRecord, store: ObjectStore, folder: Path, settings: Settings) -> FileRecord:
-    """Do an errand in an empty folder, and return its outcome's record in the store.
+    """Run a remote job in an empty folder, and return its outcome's record in the store.
 
     Raises:
-        SlipwayError, RegistryError: it could not be done; that the worker failed is an outcome like any other.
+        SlipwayError, RegistryError: it could not be run. A worker that failed is an outcome and raises nothing.
     """
-    errand = get_document(Errand, record, folder / "errand.json", store)
-    task = unpack(errand, folder, store)
+    remote_job = get_document(RemoteJob, record, folder / "remote_job.json", store)
+    task = unpack(remote_job, folder, store)
     with _reporting(task.folder) as variables:
         ended = Local(settings, _say)(replace(task, variables=variables))
     return put_document(pack(ended, task, folder, store), folder / "outcome.json", store)

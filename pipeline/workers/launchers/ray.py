@@ -15,6 +15,7 @@ from pipeline.errors import WorkerFailed
 from pipeline.settings import CHECKOUT
 from pipeline.workers.launchers.http import SYSTEM_AUTHORITIES, Interface, client
 from pipeline.workers.launchers.placement import Ray
+from pipeline.workers.launchers.remote_job import node_command
 from pipeline.workers.launchers.task import Task
 from registry.manifest import FileRecord
 
@@ -78,12 +79,12 @@ class RayCluster:
         found = self.asked.document(f"/api/jobs/{job}")
         return "it was deleted" if found is None else str(found.get("message"))
 
-    def submit(self, job: str, errand: FileRecord, task: Task) -> None:
+    def submit(self, job: str, remote_job: FileRecord, task: Task) -> None:
         """Give the cluster the code, where it has not got it, and the job."""
         home = {"SLIPWAY_HOME": str(self.where.home)} if self.where.home else {}
         document = {
             "submission_id": job,
-            "entrypoint": f"python -m pipeline.workers.launchers.node {self.where.store} {errand.sha256} {errand.size}",
+            "entrypoint": " ".join(node_command(self.where.store, remote_job)),
             "entrypoint_num_cpus": self.where.cpus,
             "entrypoint_num_gpus": self.where.gpus,
             "entrypoint_resources": dict(self.where.resources),

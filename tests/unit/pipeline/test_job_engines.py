@@ -9,11 +9,11 @@ import pytest
 from recording_server import Answer, Asked, own_certificate, recording
 
 from pipeline.errors import WorkerFailed
-from pipeline.workers.launchers.errand import announced
 from pipeline.workers.launchers.jobs import Jobs
 from pipeline.workers.launchers.kubernetes import KubernetesCluster
 from pipeline.workers.launchers.placement import Kubernetes, Ray
 from pipeline.workers.launchers.ray import RayCluster
+from pipeline.workers.launchers.remote_job import announced
 from pipeline.workers.launchers.task import MESSAGES, Task
 from registry.manifest import FileRecord
 

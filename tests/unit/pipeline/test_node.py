@@ -1,4 +1,4 @@
-"""What a node that does errands keeps on its disk: its own folder, and nothing of the dead."""
+"""What a node that does remote jobs keeps on its disk: its own folder, and nothing of the dead."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.settings import CHECKOUT
 from pipeline.workers.launchers import node
 from pipeline.workers.launchers.node import own_folder
 
-# An errand in its middle, with a checkpoint's weights.
+# A remote job in its middle, with a checkpoint's weights.
 BUSY = """
 import sys
 from pathlib import Path
@@ -27,7 +27,7 @@ with own_folder(Path(sys.argv[1])) as folder:
 """
 
 
-def test_what_a_killed_errand_left_is_removed_by_the_next_and_one_that_goes_on_is_spared(tmp_path: Path) -> None:
+def test_what_a_killed_remote_job_left_is_removed_by_the_next_and_one_that_goes_on_is_spared(tmp_path: Path) -> None:
     busy = [
         subprocess.Popen(
             [sys.executable, "-c", BUSY, str(tmp_path / "scratch")],

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.errors import SettingsError
 from pipeline.settings import Settings
-from pipeline.workers.launchers.chosen import have_gpus, launcher
+from pipeline.workers.launchers.configured import have_gpus, launcher
 from pipeline.workers.launchers.jobs import Jobs
 from pipeline.workers.launchers.local import Local
 from pipeline.workers.launchers.placement import placement

@@ -14,7 +14,7 @@ from dagster_pipes import PipesDefaultMessageWriter
 from pipeline.errors import WorkerFailed
 from pipeline.settings import Settings
 from pipeline.store.artifacts import write_whole
-from pipeline.workers.launchers import errand
+from pipeline.workers.launchers import remote_job
 from pipeline.workers.launchers.task import LOG, MESSAGES, RESULT, RESULT_BYTES, Ended, Task
 from pipeline.workers.messages import WorkerMessages
 from pipeline.workers.runner import Workers
@@ -84,7 +84,7 @@ def test_an_output_with_a_link_is_refused_before_anybody_reads_it(tmp_path: Path
 
 @pytest.mark.parametrize("name", [LOG, RESULT])
 def test_a_node_sends_no_file_that_a_link_leads_to(tmp_path: Path, outside: Path, name: str) -> None:
-    folder = tmp_path / "errand"
+    folder = tmp_path / "remote-job"
     work = folder / "work"
     work.mkdir(parents=True)
     (folder / "out").mkdir()
@@ -92,13 +92,13 @@ def test_a_node_sends_no_file_that_a_link_leads_to(tmp_path: Path, outside: Path
     (work / name).unlink(missing_ok=True)
     (work / name).symlink_to(outside)
     with pytest.raises(UntrustedFileError, match=name):
-        errand.pack(Ended(0, 1.0), Task("e", Path("s.py"), {}, work, {}), folder, _Store())  # type: ignore[arg-type]
+        remote_job.pack(Ended(0, 1.0), Task("e", Path("s.py"), {}, work, {}), folder, _Store())  # type: ignore[arg-type]
 
 
-def test_a_node_gives_its_worker_no_file_from_outside_the_errand(tmp_path: Path) -> None:
-    asked = errand.Errand(environment="e", script="s.py", request={"model": {"slipway.file": "/etc"}}, inputs={})
+def test_a_node_gives_its_worker_no_file_from_outside_the_remote_job(tmp_path: Path) -> None:
+    asked = remote_job.RemoteJob(environment="e", script="s.py", request={"model": {"slipway.file": "/etc"}}, inputs={})
     with pytest.raises(WorkerFailed, match="outside"):
-        errand.unpack(asked, tmp_path, _Store())  # type: ignore[arg-type]
+        remote_job.unpack(asked, tmp_path, _Store())  # type: ignore[arg-type]
 
 
 def test_a_request_is_not_written_through_a_link_that_an_earlier_worker_left(tmp_path: Path, outside: Path) -> None:

@@ -15,9 +15,9 @@ from real_server import BUCKET
 from pipeline.errors import WorkerFailed
 from pipeline.settings import CHECKOUT, Settings
 from pipeline.workers.environments import ensure_environment
-from pipeline.workers.launchers import errand
-from pipeline.workers.launchers.errand import announced, message, outcome_in, receive, send
+from pipeline.workers.launchers import remote_job
 from pipeline.workers.launchers.node import do
+from pipeline.workers.launchers.remote_job import announced, message, outcome_in, receive, send
 from pipeline.workers.launchers.task import Ended, Task
 from registry.errors import TrackingError, UntrustedFileError
 from registry.manifest import FileRecord
@@ -50,7 +50,7 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
     checkout, source, folder = tmp_path / "checkout", tmp_path / "source", tmp_path / "folder"
     for made in (checkout, source, folder, tmp_path / "elsewhere", tmp_path / "output"):
         made.mkdir()
-    monkeypatch.setattr(errand, "CHECKOUT", checkout)
+    monkeypatch.setattr(remote_job, "CHECKOUT", checkout)
     (checkout / "script.py").write_text(SCRIPT)
     (source / "model.safetensors").write_bytes(os.urandom(3_000_000))
     (tmp_path / "text.txt").write_text("text")
@@ -85,7 +85,7 @@ def test_what_is_there_already_is_not_sent_again(task: Task, store: ObjectStore)
     assert send(task, store) == send(task, store)
     before = list(objects())
     send(replace(task, request={**task.request, "bits": 3}), store)
-    assert len(list(objects())) == len(before) + 1  # the errand itself
+    assert len(list(objects())) == len(before) + 1  # the remote job itself
 
 
 def objects() -> Iterator[str]:
@@ -125,7 +125,7 @@ def test_an_outcome_that_leaves_its_folder_is_refused(
     store.get(outcome, tmp_path / "outcome.json")
     (tmp_path / "outcome.json").write_text((tmp_path / "outcome.json").read_text().replace("text.txt", name))
     with pytest.raises(WorkerFailed, match="holds no outcome"):
-        receive(errand.put(tmp_path / "outcome.json", store), task, store)
+        receive(remote_job.put(tmp_path / "outcome.json", store), task, store)
     assert not list(tmp_path.rglob("escaped.txt"))
 
 
@@ -134,14 +134,14 @@ def test_a_link_in_the_output_is_refused(task: Task, store: ObjectStore, setting
         run(replace(task, request={**task.request, "link": True}), store, settings, tmp_path)
 
 
-def test_by_the_command_an_errand_says_where_its_outcome_is(
+def test_by_the_command_a_remote_job_says_where_its_outcome_is(
     home: dict[str, str], settings: Settings, task: Task, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the command line, with what a node's image has, it is the real checkout's: a script that fails in words."""
     calibration = next(iter(task.request["deep"]))["text"]
     request = {"output": task.request["output"], "source": task.request["model"], "calibration": calibration}
     real = replace(task, script=CHECKOUT / "evals" / "load" / "traffic" / "client.py", request=request)
-    monkeypatch.setattr(errand, "CHECKOUT", CHECKOUT)
+    monkeypatch.setattr(remote_job, "CHECKOUT", CHECKOUT)
     sent = send(real, store)
     python = ensure_environment("node", settings, print) / "bin" / "python"
     command = [python, "-m", "pipeline.workers.launchers.node", store.uri, sent.sha256, str(sent.size)]

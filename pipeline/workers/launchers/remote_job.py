@@ -1,10 +1,10 @@
 """A task that is done on another machine: what it reads goes there by digest, what it makes comes back by digest.
 
-An errand is a document in the object store, named by its own digest, that names everything the worker reads by its
+A remote job is a document in the object store, named by its own digest, that names everything the worker reads by its
 content; its outcome is another. Every file is checked where it arrives, on the way there and on the way back, so that
 neither the store nor the network is trusted with more than being there.
 
-    errand   {"environment", "script", "request", "inputs": {"in/0/model.safetensors": {"sha256", "size"}}}
+    remote job   {"environment", "script", "request", "inputs": {"in/0/model.safetensors": {"sha256", "size"}}}
     outcome  {"status", "seconds", "result", "log", "outputs": {"model.safetensors": {"sha256", "size"}}}
 """
 
@@ -38,7 +38,7 @@ class _Document(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Errand(_Document):
+class RemoteJob(_Document):
     """What is to be done, its files by content; ``script`` is a path in the checkout."""
 
     environment: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
@@ -58,7 +58,7 @@ class Outcome(_Document):
 
 
 def send(task: Task, store: ObjectStore) -> FileRecord:
-    """Put what a task reads into the store, and return the errand's own record there.
+    """Put what a task reads into the store, and return the remote job's own record there.
 
     Raises:
         TrackingError: the store refuses.
@@ -75,17 +75,17 @@ def send(task: Task, store: ObjectStore) -> FileRecord:
 
     request = {key: {_FILE: "out"} if key == OUTPUT else _replaced(task.request[key], named) for key in task.request}
     inputs = {place: put(path, store) for place, path in sorted(found.items())}
-    errand = Errand(
+    remote_job = RemoteJob(
         environment=task.environment,
         script=task.script.relative_to(CHECKOUT).as_posix(),
         request=request,
         inputs=inputs,
     )
-    return put_document(errand, task.folder / "errand.json", store)
+    return put_document(remote_job, task.folder / "remote_job.json", store)
 
 
 def receive(outcome: FileRecord, task: Task, store: ObjectStore) -> Ended:
-    """Fetch what came of an errand to where the task wants it, each file with its digest.
+    """Fetch what came of a remote job to where the task wants it, each file with its digest.
 
     Raises:
         TrackingError: the store refuses, or holds something else.
@@ -104,14 +104,14 @@ def receive(outcome: FileRecord, task: Task, store: ObjectStore) -> Ended:
     return Ended(told.status, told.seconds)
 
 
-def unpack(errand: Errand, folder: Path, store: ObjectStore) -> Task:
-    """Fetch what an errand reads into a folder of this machine, and return the task that it is here.
+def unpack(remote_job: RemoteJob, folder: Path, store: ObjectStore) -> Task:
+    """Fetch what a remote job reads into a folder of this machine, and return the task that it is here.
 
     Raises:
         TrackingError: the store refuses, or holds something else.
         WorkerFailed: it names a file outside its folder.
     """
-    for place, record in errand.inputs.items():
+    for place, record in remote_job.inputs.items():
         target = folder / place
         target.parent.mkdir(parents=True, exist_ok=True)
         store.get(record, target)
@@ -119,10 +119,10 @@ def unpack(errand: Errand, folder: Path, store: ObjectStore) -> Task:
     work = folder / "work"
     work.mkdir()
     try:
-        request = _placed(errand.request, folder)
+        request = _placed(remote_job.request, folder)
     except ValidationError as error:
-        raise WorkerFailed(f"the errand names a file outside its folder: {error.errors()[0]['msg']}") from error
-    return Task(errand.environment, CHECKOUT / errand.script, request, work, {})
+        raise WorkerFailed(f"the remote job names a file outside its folder: {error.errors()[0]['msg']}") from error
+    return Task(remote_job.environment, CHECKOUT / remote_job.script, request, work, {})
 
 
 def pack(ended: Ended, task: Task, folder: Path, store: ObjectStore) -> Outcome:
@@ -157,7 +157,7 @@ def _kept(task: Task, name: str, limit: int, folder: Path) -> Path | None:
 
 
 def announced(outcome: FileRecord) -> str:
-    """One line that says where an errand's outcome is, as a message of Dagster Pipes, which others read as one."""
+    """One line that says where a remote job's outcome is, as a message of Dagster Pipes, which others read as one."""
     payload = {_OUTCOME: outcome.model_dump()}
     method = {"method": "report_custom_message", "params": {"payload": payload}}
     return json.dumps({PIPES_PROTOCOL_VERSION_FIELD: PIPES_PROTOCOL_VERSION, **method})
@@ -180,6 +180,11 @@ def outcome_in(payload: object) -> FileRecord | None:
         return FileRecord.model_validate(payload[_OUTCOME])
     except ValidationError as error:
         raise WorkerFailed(f"the job names an outcome that is not valid: {error.errors()[0]['msg']}") from error
+
+
+def node_command(store: str, remote_job: FileRecord) -> list[str]:
+    """The command that runs a remote job on its node (`pipeline.workers.launchers.node`)."""
+    return ["python", "-m", "pipeline.workers.launchers.node", store, remote_job.sha256, str(remote_job.size)]
 
 
 def put(path: Path, store: ObjectStore) -> FileRecord:
