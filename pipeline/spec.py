@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from evals.load.cost import CostPlan
 from evals.load.load_test import LoadPlan
 from pipeline.errors import SpecError
 from pipeline.quantization.quantize import Scheme
-from pipeline.yaml_file import explain, hint, keys, read
+from pipeline.yaml_file import explain, hint, keys, listed, read
 
 _NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 # The keys that name a file of data, by their path; ``*`` is any key.
@@ -166,21 +167,23 @@ def load(path: Path) -> ModelSpec:
     """
     document = read(path)
     # What the file can't say: where it is.
-    problems = [f"unknown key `path`{hint('path', _known_keys())}"] if "path" in document else []
+    known = _known_keys()
+    problems = [f"unknown key `path`{hint('path', known)}"] if "path" in document else []
+    wrong: Iterable[str] = ()
     try:
         resolved = _resolved(document, path.parent, problems)
         spec = ModelSpec.model_validate({**resolved, "path": path})
     except ValidationError as error:
-        problems += [explain(detail, _known_keys()) for detail in error.errors()]
+        wrong = (explain(detail, known) for detail in error.errors())
     except OSError as error:
         problems.append(f"a name or path in it can't be looked up: {error.strerror}")
     except UnicodeError:
         problems.append("it holds half of a character (a lone `\\uD800` to `\\uDFFF`)")
     else:
         problems += _not_served(spec)
-    if problems:
-        raise SpecError("\n".join([f"{path} is not a model's file:", *(f"  {problem}" for problem in problems)]))
-    return spec
+        if not problems:
+            return spec
+    raise SpecError(listed(f"{path} is not a model's file:", itertools.chain(problems, wrong)))
 
 
 def _not_served(spec: ModelSpec) -> Iterator[str]:

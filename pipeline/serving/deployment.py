@@ -18,7 +18,7 @@ from pipeline.errors import PlanError, SpecError
 from pipeline.planner.facts import read_facts
 from pipeline.settings import Settings
 from pipeline.trust import trust_of
-from pipeline.yaml_file import explain, keys, read
+from pipeline.yaml_file import explain, keys, listed, read
 from registry.manifest import EVIDENCE
 from registry.pull import Glance, glance
 
@@ -57,8 +57,8 @@ def cluster(path: Path) -> Cluster:
     try:
         return Cluster.model_validate(read(path))
     except ValidationError as error:
-        problems = [f"  {explain(detail, keys(Cluster))}" for detail in error.errors()]
-        raise SpecError("\n".join([f"{path} does not describe a cluster:", *problems])) from error
+        problems = (explain(detail, keys(Cluster)) for detail in error.errors())
+        raise SpecError(listed(f"{path} does not describe a cluster:", problems)) from error
 
 
 def simulated(evidence: Evidence, found: Mapping[str, Number]) -> dict[str, str]:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError
 
 from pipeline.errors import SettingsError, SpecError
-from pipeline.yaml_file import explain, keys, read
+from pipeline.yaml_file import explain, keys, listed, read
 
 _Store = Annotated[str, Field(pattern=r"^s3://[a-z0-9.-]+(/[\w./-]+)?$")]
 # As Kubernetes writes amounts; its schemas take any text.
@@ -138,9 +138,9 @@ def placement(path: Path) -> Container | Ray | Kubernetes:
         raise SettingsError(f"`SLIPWAY_WORKERS`: {error}") from error
     except ValidationError as error:
         known = {*keys(Container), *keys(Ray), *keys(Kubernetes)}
-        problems = [explain(detail, known) for detail in map(_without_kind, error.errors())]
-        told = "\n".join([f"{path} (`SLIPWAY_WORKERS`) does not say where workers run:", *map("  {}".format, problems)])
-        raise SettingsError(told) from error
+        problems = (explain(detail, known) for detail in map(_without_kind, error.errors()))
+        heading = f"{path} (`SLIPWAY_WORKERS`) does not say where workers run:"
+        raise SettingsError(listed(heading, problems)) from error
 
 
 def _without_kind(detail: Any) -> dict[str, Any]:  # noqa: ANN401 - pydantic's own error record

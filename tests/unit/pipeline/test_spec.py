@@ -120,6 +120,14 @@ def test_every_problem_is_listed_at_once(write: Write) -> None:
         assert f"`{key}`" in message
 
 
+def test_of_thousands_of_problems_the_first_are_listed(write: Write) -> None:
+    message = refusal(write(put("scan.fail_on", [None] * 5000)))
+    told = message.splitlines()[1:]
+    assert len(told) == 21
+    assert told[0].strip().startswith("`scan.fail_on.0`")
+    assert told[-1].strip() == "and more"
+
+
 @pytest.mark.parametrize("key", ["model", "source", "calibration.uri", "schemes", "evals.tasks", "runtime", "load.slo"])
 def test_a_missing_key_is_named(write: Write, key: str) -> None:
     if key == "load.slo":  # the one that has a default
