@@ -6,7 +6,7 @@ STAMP := .venv/.pins
 # Two workers; with more, servers would share cores. What asserts times runs after that, beside nothing.
 PARALLEL := $(VENV)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
-.PHONY: demo test test-unit test-long check audit site docs docs-reference ui stop
+.PHONY: demo test test-unit test-long check audit site docs docs-reference docs-pictures ui stop
 
 LOCKS := $(filter-out requirements/torch.txt,$(wildcard requirements/*.txt containers/runtimes/*.txt))
 
@@ -41,6 +41,9 @@ docs: site  ## The same, served on loopback; it follows changes.
 
 docs-reference: $(STAMP)  ## Write anew what the documentation takes from the code.
 	$(VENV)/python docs/generator
+
+docs-pictures: $(STAMP)  ## Make the documentation's pictures of Dagster and MLflow anew, with the browser test.
+	SLIPWAY_PICTURES=docs/pictures $(VENV)/python -m pytest tests/end_to_end/test_ui.py -k a_person_launches
 
 .venv/docs/.pins: requirements/docs.txt | $(STAMP)
 	$(VENV)/uv venv --quiet --allow-existing .venv/docs

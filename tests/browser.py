@@ -9,12 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urljoin
 
+from PIL import Image
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
 from containers.engine.engine import install_packages
 
 JOB = "/locations/pipeline.definitions/jobs/release_model"
 _WAIT_MS = 180_000
+# The folder of the documentation's pictures, where they are to be made anew.
+PICTURES = "SLIPWAY_PICTURES"
 
 
 class Browser:
@@ -55,10 +58,13 @@ class Browser:
         """Wait until the page that is shown within the page has the text."""
         expect(self.page.frame_locator("iframe").get_by_text(text).first).to_be_visible()
 
-    def picture(self, name: str) -> None:
+    def picture(self, name: str, *, documented: str | None = None) -> None:
+        """Keep what is shown; and, where `make docs-pictures` asks for it, as one of the documentation's pictures."""
         path = self.folder / f"{name}.png"
         self.page.screenshot(path=path)
         assert path.stat().st_size > 10_000  # nothing is this small but an empty page
+        if documented is not None and PICTURES in os.environ:
+            Image.open(path).quantize(128).save(Path(os.environ[PICTURES]) / f"{documented}.png", optimize=True)
 
     def launch(self, scheme: str | None) -> str:
         """Release the demo in one scheme, or in all of them as a backfill; return the path of the run or backfill."""

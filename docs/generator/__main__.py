@@ -11,11 +11,12 @@ from pathlib import Path
 
 import commands
 import files
+import folders
 import settings
 import stages
 
 DOCS = Path(__file__).resolve().parent.parent
-PAGES = {**files.PAGES, **commands.PAGES, **settings.PAGES, **stages.PAGES}
+PAGES = {**files.PAGES, **commands.PAGES, **settings.PAGES, **stages.PAGES, **folders.PAGES}
 
 
 def main(arguments: list[str]) -> int:

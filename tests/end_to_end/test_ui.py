@@ -63,16 +63,18 @@ def reads_what_was_made(browser: Browser) -> None:
     for asset in ("drift", "scan", "load", "release"):
         browser.open(f"/assets/{asset}?partition=demo%7Cgptq")
         browser.sees("Owners", "ml-engineers", "Metadata")
-        browser.picture(f"4-{asset}")
+        browser.picture(f"4-{asset}", documented="asset" if asset == "drift" else None)
         if asset in {"drift", "load"}:
             browser.shows_pictures()
             browser.picture(f"4-{asset}-pictures")
     # In MLflow, from the asset itself and from its version.
     browser.follows("release/report.html")
     browser.reads("let through in writing")
-    browser.picture("4-report")
+    browser.picture("4-report", documented="report")
     browser.open("/assets/release?partition=demo%7Cgptq")
     browser.follows("/#/models/demo-gptq/versions/")
+    browser.sees("The report")
+    browser.picture("4-version", documented="version")
     browser.follows("The report")
     browser.reads("let through in writing")
 
@@ -86,7 +88,7 @@ def test_a_person_launches_watches_reads_and_backfills_in_a_browser(
     with chromium(f"http://127.0.0.1:{ui.port}", machine.home / "test-artifacts" / "ui") as browser:
         browser.open("/asset-groups")
         browser.sees("source", "quantized", "image", "baseline", "drift", "scan", "load", "release")
-        browser.picture("1-graph")
+        browser.picture("1-graph", documented="graph")
 
         # One partition, with something to do for as long as a page takes to open, and something new in the end, but
         # nothing that a browser's own work beside it would spoil.
@@ -98,7 +100,7 @@ def test_a_person_launches_watches_reads_and_backfills_in_a_browser(
         browser.picture("2-live-logs")
         assert ui.wait(run.rpartition("/")[2], seconds=PATIENCE_SECONDS) == "SUCCESS"
         browser.sees("Success")
-        browser.picture("3-promoted")
+        browser.picture("3-promoted", documented="run")
         after = slipway.aliases()["demo-gptq"]
         (new,) = set(after) - set(versions)
         assert after[new] == ("candidate", "champion")
