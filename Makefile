@@ -6,7 +6,7 @@ STAMP := .venv/.pins
 # Two workers; with more, servers would share cores. What asserts times runs after that, beside nothing.
 PARALLEL := $(VENV)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
-.PHONY: demo test test-unit test-long check audit site docs docs-reference docs-pictures ui stop
+.PHONY: demo test test-unit test-long check audit site docs docs-reference docs-pictures wheels ui stop
 
 LOCKS := $(filter-out requirements/torch.txt,$(wildcard requirements/*.txt containers/runtimes/*.txt))
 
@@ -50,6 +50,10 @@ docs-pictures: $(STAMP)  ## Make the documentation's pictures of Dagster and MLf
 	$(VENV)/uv pip install --quiet --python .venv/docs/bin/python --require-hashes -r requirements/docs.txt
 	touch $@
 
+wheels: $(STAMP)  ## The wheels of slipway and slipway-registry, in build/wheels.
+	$(VENV)/uv build --quiet --wheel . -o build/wheels --require-hashes --build-constraints requirements/hatchling.txt
+	$(VENV)/uv build --quiet --wheel registry -o build/wheels --require-hashes --build-constraints requirements/hatchling.txt
+
 audit: $(STAMP)  ## Every pinned version against PyPI's list of known vulnerabilities; needs PyPI itself (SECURITY.md).
 	$(VENV)/uv venv --quiet --allow-existing .venv/audit
 	$(VENV)/uv pip install --quiet --python .venv/audit/bin/python --require-hashes -r requirements/audit.txt
@@ -61,11 +65,11 @@ ui: $(STAMP)  ## Dagster and MLflow on loopback.
 stop:  ## End the private container engine, if one was started.
 	$(VENV)/slipway stop
 
-$(STAMP): requirements/development.txt requirements/hatchling.txt requirements/uv.txt pyproject.toml
+$(STAMP): requirements/development.txt requirements/hatchling.txt requirements/uv.txt pyproject.toml registry/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "slipway needs Python 3.11 or later: PYTHON=python3.11 make"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq python3-venv; } || { echo "install python3-venv"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(VENV)/pip install --quiet --require-hashes -r requirements/uv.txt
 	$(VENV)/uv pip install --compile-bytecode --python $(VENV)/python --require-hashes -r requirements/development.txt
-	$(VENV)/uv pip install --quiet --python $(VENV)/python --no-deps --require-build-hashes --build-constraints requirements/hatchling.txt -e .
+	$(VENV)/uv pip install --quiet --python $(VENV)/python --no-deps --require-build-hashes --build-constraints requirements/hatchling.txt -e . -e registry
 	touch $(STAMP)

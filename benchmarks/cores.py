@@ -32,9 +32,9 @@ from containers.image import profile as profiles
 from containers.image.build import serving_arguments
 from containers.image.runtime import build_runtime
 from containers.sandbox import sandbox
-from pipeline.settings import CHECKOUT, Settings
+from pipeline.settings import Settings
 
-DEMO = CHECKOUT / "models" / "demo"
+DEMO = Path(__file__).parent.parent / "models" / "demo"
 OWN_CHOICE = "vLLM's own choice"
 PROMPTS, CONNECTIONS, SCORED_REQUESTS = 32, 4, 4
 RATE, TRAFFIC_SECONDS, OUTPUT_TOKENS = 4.0, 8.0, 32

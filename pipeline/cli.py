@@ -80,7 +80,7 @@ def _die(message: str, status: int = FAILED) -> NoReturn:
 def main() -> None:
     """Release language models: quantize, measure, contain, scan, load-test, sign, promote.
 
-    State lives in $SLIPWAY_HOME (default: .slipway in the checkout).
+    State lives in $SLIPWAY_HOME (default: .slipway in the checkout; installed: ~/.local/share/slipway).
     """
 
 

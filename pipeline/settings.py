@@ -12,11 +12,10 @@ from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pipeline.errors import SettingsError
+from pipeline.resources import CHECKOUT
 
 if TYPE_CHECKING:
     from containers.hardware.cpu import Cpu, InstructionSet
-
-CHECKOUT = Path(__file__).resolve().parent.parent
 
 # What a child process needs of the parent's environment; everything else, secrets among it, stays behind.
 _PASSED_ON = (
@@ -36,9 +35,16 @@ def _read(variable: str, default: str) -> dict[str, str]:
 class Settings:
     """Everything that the environment decides, read once. The string below each field is its line in the reference."""
 
-    home: Path = field(metadata=_read("SLIPWAY_HOME", "`.slipway` in the checkout"))
+    home: Path = field(
+        metadata=_read(
+            "SLIPWAY_HOME",
+            "`.slipway` in the checkout; of a wheel: `$XDG_DATA_HOME/slipway`, else `~/.local/share/slipway`",
+        )
+    )
     """The folder of all state: artifacts, environments, databases, logs, the signing key."""
-    models: Path = field(metadata=_read("SLIPWAY_MODELS", "`models` in the checkout"))
+    models: Path = field(
+        metadata=_read("SLIPWAY_MODELS", "`models` in the checkout; of a wheel: in the current folder")
+    )
     """The folder of model files."""
     docker_host: str | None = field(metadata=_read("DOCKER_HOST", "the engine that answers"))
     """The container engine."""
@@ -126,12 +132,14 @@ class Settings:
         Raises:
             SettingsError: ``SLIPWAY_HOME`` is empty or no folder, or another variable is not what it should be.
         """
-        home = _folder(environment.get("SLIPWAY_HOME", str(CHECKOUT / ".slipway")), "SLIPWAY_HOME")
+        home = _folder(environment.get("SLIPWAY_HOME", _default_home(environment)), "SLIPWAY_HOME")
         key = Path(environment.get("SLIPWAY_SIGNING_KEY", home / "keys" / "release.pem")).expanduser().absolute()
         trusted = environment.get("SLIPWAY_TRUSTED_KEYS")
         return cls(
             home=home,
-            models=_folder(environment.get("SLIPWAY_MODELS", str(CHECKOUT / "models")), "SLIPWAY_MODELS"),
+            models=_folder(
+                environment.get("SLIPWAY_MODELS", str((CHECKOUT or Path.cwd()) / "models")), "SLIPWAY_MODELS"
+            ),
             docker_host=environment.get("DOCKER_HOST") or None,
             image_registry=environment.get("SLIPWAY_IMAGE_REGISTRY") or None,
             tracking_uri=_tracking_uri(environment) or f"sqlite:///{home}/mlflow/mlflow.db",
@@ -251,10 +259,20 @@ def _tracking_uri(environment: Mapping[str, str]) -> str | None:
     return with_credentials(uri, environment)
 
 
+def _default_home(environment: Mapping[str, str]) -> str:
+    """The checkout's own; without one, the user's, for all folders: it holds gigabytes, and the signing key."""
+    if CHECKOUT is not None:
+        return str(CHECKOUT / ".slipway")
+    return f"{environment.get('XDG_DATA_HOME') or '~/.local/share'}/slipway"
+
+
 def _folder(text: str, name: str) -> Path:
     if not text:
         raise SettingsError(f"`{name}` is empty: name a folder, or unset it for the default")
-    folder = Path(text).expanduser().absolute()
+    try:
+        folder = Path(text).expanduser().absolute()
+    except RuntimeError as error:  # this user has no home directory
+        raise SettingsError(f"`{name}` is {text}, and this user has no home directory: set {name}") from error
     if folder.exists() and not folder.is_dir():
         raise SettingsError(f"`{name}` is {folder}, which is no folder: name another, or remove the file")
     return folder

@@ -18,7 +18,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import kubernetes_validate
 
-from pipeline.settings import CHECKOUT
+from checkout import CHECKOUT
 
 NAMESPACE, TOKEN = "models", "a-token"
 _JOBS = f"/apis/batch/v1/namespaces/{NAMESPACE}/jobs"

@@ -25,7 +25,6 @@ Progress = Callable[[str], None]
 # A release line's name is MODEL-SCHEME: none is called this.
 NAME = "gateway"
 _PACKAGE = Path(__file__).parent.parent
-_REQUIREMENTS = _PACKAGE.parent / "requirements"
 # Where the modules lie, and what is run from: the folder that holds them is the first place Python looks in.
 _FOLDER = "gateway"
 _PORT, _ADMIN_PORT = (Settings.model_fields[name].default for name in ("port", "admin_port"))
@@ -49,16 +48,18 @@ class GatewayImage(BaseModel):
 
 
 def build_gateway_image(
-    client: docker.DockerClient, home: Path, progress: Progress, *, registry: str | None = None
+    client: docker.DockerClient, requirements: Path, home: Path, progress: Progress, *, registry: str | None = None
 ) -> GatewayImage:
     """Put the gateway's image together; push it where ``registry`` (a repository's prefix) is given.
+
+    ``requirements`` is the folder that holds the pins of the gateway's environment, ``gateway.txt``.
 
     Raises:
         ImageError, WheelError, EngineError: in one line each; nothing half-made bears a tag.
     """
-    profile = _profile()
+    profile = _profile(requirements)
     runtime = build_runtime(client, profile, home, progress)
-    digest = contents()
+    digest = contents(requirements)
     version = digest.removeprefix("sha256:")[:12]
     labels = {
         "org.opencontainers.image.title": NAME,
@@ -80,13 +81,13 @@ def build_gateway_image(
     )
 
 
-def contents() -> str:
+def contents(requirements: Path) -> str:
     """Return ``sha256:…`` over the pins, the modules and the image's settings of the gateway as they are now."""
-    profile = _profile()
+    profile = _profile(requirements)
     return digest_of(canonical([profile.pins_digest(), _modules().key, _settings(profile)]))
 
 
-def _profile() -> RuntimeProfile:
+def _profile(requirements: Path) -> RuntimeProfile:
     """The CPU runtime's base and Python, with the pins of the environment in which `slipway serve` runs the gateway."""
     like = load("vllm-cpu")
     return RuntimeProfile(
@@ -95,7 +96,7 @@ def _profile() -> RuntimeProfile:
         python=like.python,
         platform=like.platform,
         lock="gateway.txt",
-        folder=_REQUIREMENTS,
+        folder=requirements,
         # A bundle runs `python` in it by that name.
         environment={"PATH": "/opt/venv/bin:/usr/local/bin:/usr/bin:/bin"},
         entrypoint=("/opt/venv/bin/python", "-m", "containers.gateway"),

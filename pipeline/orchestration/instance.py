@@ -11,7 +11,8 @@ from pathlib import Path
 
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
-from pipeline.settings import CHECKOUT, Settings
+from pipeline.resources import RESOURCES
+from pipeline.settings import Settings
 from pipeline.store.artifacts import is_locked, locked
 from registry.file_systems import flock
 
@@ -39,7 +40,7 @@ def open_instance(settings: Settings) -> Iterator[DagsterInstance]:
     os.environ.update(storage_variables(settings))
     # Two processes that make the same new database at once would trip over each other's tables.
     with locked(settings.home / "dagster.lock"):
-        opened = DagsterInstance.from_config(str(CHECKOUT))
+        opened = DagsterInstance.from_config(str(RESOURCES))
     with opened as instance:
         yield instance
 

@@ -25,7 +25,8 @@ from pipeline.workers.launchers.local import how_it_ended
 
 Event = dict[str, Any]
 Show = Callable[[str, Event], None]
-PROGRAM = (sys.executable, "-m", "pipeline.orchestration.run")
+# -P: the current folder may hold folders named as our packages are.
+PROGRAM = (sys.executable, "-P", "-m", "pipeline.orchestration.run")
 GO = "go"
 _GRACE_SECONDS = 30.0
 

@@ -22,7 +22,8 @@ from containers.gateway.config import Settings as GatewaySettings
 from containers.image.gateway_image import GatewayImage, build_gateway_image, contents
 from containers.sandbox import engine_log
 from pipeline.errors import SlipwayError
-from pipeline.settings import CHECKOUT, Settings
+from pipeline.resources import PACKAGES, REQUIREMENTS
+from pipeline.settings import Settings
 from pipeline.store.artifacts import digest_file, write_whole
 from pipeline.workers.environments import ensure_environment
 
@@ -50,7 +51,7 @@ def build_image(settings: Settings, progress: Progress) -> GatewayImage:
         ContainerError: in one line.
     """
     client = connect(settings.docker_host, settings.home)
-    built = build_gateway_image(client, settings.home, progress, registry=settings.image_registry)
+    built = build_gateway_image(client, REQUIREMENTS, settings.home, progress, registry=settings.image_registry)
     _image_file(settings.home).parent.mkdir(exist_ok=True)
     write_whole(_image_file(settings.home), built.model_dump_json(indent=1))
     return built
@@ -62,7 +63,7 @@ def pushed_image(home: Path) -> str | None:
         built = GatewayImage.model_validate_json(_image_file(home).read_bytes())
     except (FileNotFoundError, ValidationError):  # none yet, or another Slipway's
         return None
-    return built.reference if built.pushed and built.contents == contents() else None
+    return built.reference if built.pushed and built.contents == contents(REQUIREMENTS) else None
 
 
 def _image_file(home: Path) -> Path:
@@ -157,7 +158,7 @@ def gateway(settings: Settings, folder: Path, progress: Progress, **options: Any
         begins = stream.tell()
         process = subprocess.Popen(
             [*command, "--config", str(folder / "gateway.json")],
-            cwd=CHECKOUT,
+            cwd=_modules(folder),
             env={**settings.child_environment, "PYTHONUNBUFFERED": "1", "PYTHONNOUSERSITE": "1"},
             stdin=subprocess.DEVNULL,
             stdout=stream,
@@ -177,6 +178,16 @@ def gateway(settings: Settings, folder: Path, progress: Progress, **options: Any
         )
     finally:
         _end(process, configured.drain_delay_s + configured.drain_timeout_s + _STOP_SLACK_S)
+
+
+def _modules(folder: Path) -> Path:
+    """A folder with the gateway's own package alone: site-packages holds other versions of what it imports."""
+    modules = folder / "modules"
+    modules.mkdir(exist_ok=True)
+    link = modules / "containers"
+    link.unlink(missing_ok=True)
+    link.symlink_to(PACKAGES / "containers")
+    return modules
 
 
 def _announced(process: subprocess.Popen[bytes], announced: Path, log: Path, begins: int) -> dict[str, int]:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pipeline.resources import PACKAGES
 from pipeline.serving.guard import Guard, origins_of
 
 _MLFLOW_APP = "mlflow.server.fastapi_app:app"
@@ -52,6 +53,8 @@ def _mlflow() -> None:
 
     def guarded(*arguments: Any, **options: Any) -> list[str]:  # noqa: ANN401 - as MLflow has it
         command: list[str] = build(*arguments, **options)
+        # uvicorn would look for the application in the current folder first.
+        command += ["--app-dir", str(PACKAGES)]
         return ["pipeline.serving.guarded_mlflow:app" if part == _MLFLOW_APP else part for part in command]
 
     server._build_uvicorn_command = guarded  # noqa: SLF001

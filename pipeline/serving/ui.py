@@ -14,9 +14,10 @@ from pipeline.errors import SpecError
 from pipeline.orchestration.instance import bury_dead_runs, open_instance, storage_variables
 from pipeline.orchestration.partitions import add_partitions
 from pipeline.orchestration.release import sweep
+from pipeline.resources import PACKAGES, RESOURCES
 from pipeline.serving.guard import ORIGINS, REFUSED
 from pipeline.serving.servers import Server, ServerError, run
-from pipeline.settings import CHECKOUT, Settings
+from pipeline.settings import Settings
 from pipeline.spec import load
 from pipeline.store.artifacts import locked
 from registry.tracking import prepare, shown
@@ -27,6 +28,8 @@ Progress = Callable[[str], None]
 _KNOWN = "ignore:Function `dev_command` is superseded,ignore:Handling yaml-defined logging"
 # Seconds that a tick may take, which asks hubs that may not answer, and reads weights that were touched.
 _PATIENT = {"DAGSTER_SENSOR_GRPC_TIMEOUT_SECONDS": "600", "DAGSTER_SCHEDULE_GRPC_TIMEOUT_SECONDS": "600"}
+# The current folder may hold folders that are named as our packages are.
+_OWN_PACKAGES = {"PYTHONSAFEPATH": "1"}
 _LOCATIONS = """{ workspaceOrError { __typename ... on PythonError { message } ... on Workspace { locationEntries {
     locationOrLoadError { __typename ... on PythonError { message } } } } } }"""
 
@@ -74,7 +77,7 @@ def _dagster(settings: Settings, port: int) -> Server:
         "Dagster",
         [
             *_guarded("dagster"),
-            *("dev", "-m", "pipeline.definitions", "--working-directory", str(CHECKOUT)),
+            *("dev", "-m", "pipeline.definitions", "--working-directory", str(PACKAGES)),
             *("-h", "127.0.0.1", "-p", str(port)),
         ],
         {
@@ -84,6 +87,7 @@ def _dagster(settings: Settings, port: int) -> Server:
             **storage_variables(settings),
             **_PATIENT,
             "PYTHONWARNINGS": _KNOWN,
+            **_OWN_PACKAGES,
             ORIGINS: _origins(port, os.environ.get("SLIPWAY_UI_ADDRESS")),
         },
         port,
@@ -93,12 +97,12 @@ def _dagster(settings: Settings, port: int) -> Server:
 
 
 def _dagster_home(settings: Settings) -> Path:
-    """A folder with the checkout's dagster.yaml, in the home: Dagster makes folders beside that file."""
+    """A folder with Slipway's dagster.yaml, in the home: Dagster makes folders beside that file."""
     folder = settings.home / "dagster"
     folder.mkdir(parents=True, exist_ok=True)
     link = folder / "dagster.yaml"
     link.unlink(missing_ok=True)
-    link.symlink_to(CHECKOUT / "dagster.yaml")
+    link.symlink_to(RESOURCES / "dagster.yaml")
     return folder
 
 
@@ -139,6 +143,7 @@ def _mlflow(settings: Settings, port: int) -> Server:
             "MLFLOW_BACKEND_STORE_URI": settings.tracking_uri,
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "MLFLOW_DISABLE_TELEMETRY": "true",
+            **_OWN_PACKAGES,
             ORIGINS: _origins(port, settings.mlflow_address if os.environ.get("SLIPWAY_UI_ADDRESS") else None),
         },
         port,

@@ -20,7 +20,9 @@ from typing import Any
 from containers.image import profile as profiles
 from containers.image.build import ImageRecord
 from containers.scan import scan_gate
-from pipeline.settings import CHECKOUT, Settings
+from evals.drift import suite
+from pipeline.resources import REQUIREMENTS
+from pipeline.settings import Settings
 from pipeline.sources.lock import read_lock
 from pipeline.spec import ModelSpec
 from pipeline.stages.read_only import NotMade, ReadOnlyContext, ReadOnlyStore
@@ -127,7 +129,7 @@ def touched(specs: Iterable[ModelSpec], settings: Settings) -> str:
 
     It costs a look at each file's size and time, and tells where it is worth to look closer.
     """
-    places = {settings.models, CHECKOUT / "requirements", profiles.RUNTIMES, CHECKOUT / "evals" / "suites"}
+    places = {settings.models, REQUIREMENTS, profiles.RUNTIMES, suite.SUITES}
     for spec in specs:
         data = (spec.calibration.uri, spec.load.prompts, *(task.data for task in spec.evals.tasks.values()))
         places |= {path for path in data if path is not None}

@@ -37,7 +37,8 @@ from pipeline.planner.sources import describe_folder
 from pipeline.planner.weights import stored
 from pipeline.quantization import quantize as quantization
 from pipeline.quantization.quantize import Scheme
-from pipeline.settings import CHECKOUT, Settings
+from pipeline.resources import PACKAGES
+from pipeline.settings import Settings
 from pipeline.sources import source as sources
 from pipeline.sources.lock import read_lock
 from pipeline.spec import ModelSpec
@@ -158,8 +159,8 @@ class StageContext:
 
 def code_of(*names: str) -> str:
     """Digest of the files and folders that implement a stage: what they say, so that a changed stage runs again."""
-    files = [path for name in names for path in _python_files(CHECKOUT / name)]
-    return digest_json({path.relative_to(CHECKOUT).as_posix(): digest_file(path) for path in files})
+    files = [path for name in names for path in _python_files(PACKAGES / name)]
+    return digest_json({path.relative_to(PACKAGES).as_posix(): digest_file(path) for path in files})
 
 
 def _python_files(place: Path) -> list[Path]:

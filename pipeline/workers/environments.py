@@ -17,20 +17,20 @@ from pathlib import Path
 from uv import find_uv_bin
 
 from pipeline.errors import WorkerFailed
-from pipeline.settings import CHECKOUT, Settings
+from pipeline.resources import PACKAGES, REQUIREMENTS
+from pipeline.settings import Settings
 from pipeline.store.artifacts import digest_file, digest_json
 from registry.file_systems import flock
 
 Progress = Callable[[str], None]
 
-REQUIREMENTS = CHECKOUT / "requirements"
 ENVIRONMENTS = ("autoawq", "gptqmodel", "autogptq", "lm-eval", "aiperf", "gateway")
 # What every worker finds in its environment, by the name that it has there.
 _HARNESS = {
     "slipway_worker.py": Path(__file__).with_name("slipway_worker.py"),
-    "slipway_counting.py": CHECKOUT / "registry" / "counting.py",
+    "slipway_counting.py": PACKAGES / "registry" / "counting.py",
 }
-_EXACT = CHECKOUT / "containers" / "runtimes" / "slipway_torch.py"
+_EXACT = PACKAGES / "containers" / "runtimes" / "slipway_torch.py"
 _TAIL_LINES = 20
 
 

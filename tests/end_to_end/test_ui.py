@@ -16,9 +16,10 @@ import pytest
 import yaml
 
 from browser import Browser, chromium
+from checkout import CHECKOUT
 from homes import DEMO, Slipway, forget
 from pipeline.orchestration.instance import open_instance
-from pipeline.settings import CHECKOUT, Settings
+from pipeline.settings import Settings
 from ui_server import PATIENCE_SECONDS, RUNS, TERMINATE, Ui, processes_of, two_free_ports, workers_of
 
 

@@ -19,8 +19,9 @@ from real_server import AWS, BUCKET, s3_server
 from test_ray import ENVIRONMENT, RUN, SLEEPS, wait_for, write
 from worker_processes import wait_until_gone
 
+from checkout import CHECKOUT
 from pipeline.errors import SettingsError, UnansweredError, WorkerFailed
-from pipeline.settings import CHECKOUT, Settings
+from pipeline.settings import Settings
 from pipeline.workers.environments import Progress
 from pipeline.workers.launchers import http, jobs, kubernetes
 from pipeline.workers.launchers.configured import launcher

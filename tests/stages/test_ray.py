@@ -21,8 +21,9 @@ from ray_cluster import Cluster, ray_cluster
 from real_server import AWS, BUCKET, free_port, s3_server
 from worker_processes import wait_until_gone
 
+from checkout import CHECKOUT
 from pipeline.errors import UnansweredError, WorkerFailed
-from pipeline.settings import CHECKOUT, Settings
+from pipeline.settings import Settings
 from pipeline.workers.launchers import http
 from pipeline.workers.launchers.configured import launcher
 from pipeline.workers.runner import Workers

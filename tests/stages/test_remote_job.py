@@ -12,8 +12,9 @@ import boto3
 import pytest
 from real_server import BUCKET
 
+from checkout import CHECKOUT
 from pipeline.errors import WorkerFailed
-from pipeline.settings import CHECKOUT, Settings
+from pipeline.settings import Settings
 from pipeline.workers.environments import ensure_environment
 from pipeline.workers.launchers import remote_job
 from pipeline.workers.launchers.node import do
@@ -50,7 +51,7 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
     checkout, source, folder = tmp_path / "checkout", tmp_path / "source", tmp_path / "folder"
     for made in (checkout, source, folder, tmp_path / "elsewhere", tmp_path / "output"):
         made.mkdir()
-    monkeypatch.setattr(remote_job, "CHECKOUT", checkout)
+    monkeypatch.setattr(remote_job, "PACKAGES", checkout)
     (checkout / "script.py").write_text(SCRIPT)
     (source / "model.safetensors").write_bytes(os.urandom(3_000_000))
     (tmp_path / "text.txt").write_text("text")
@@ -141,7 +142,7 @@ def test_by_the_command_a_remote_job_says_where_its_outcome_is(
     calibration = next(iter(task.request["deep"]))["text"]
     request = {"output": task.request["output"], "source": task.request["model"], "calibration": calibration}
     real = replace(task, script=CHECKOUT / "evals" / "load" / "traffic" / "client.py", request=request)
-    monkeypatch.setattr(remote_job, "CHECKOUT", CHECKOUT)
+    monkeypatch.setattr(remote_job, "PACKAGES", CHECKOUT)
     sent = send(real, store)
     python = ensure_environment("node", settings, print) / "bin" / "python"
     command = [python, "-m", "pipeline.workers.launchers.node", store.uri, sent.sha256, str(sent.size)]

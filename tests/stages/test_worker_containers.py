@@ -14,10 +14,11 @@ import docker
 import pytest
 from test_ray import ENVIRONMENT, RUN, wait_for, write
 
+from checkout import CHECKOUT
 from containers.sandbox import sandbox
 from containers.sandbox.sandbox import home_digest
 from pipeline.errors import WorkerFailed
-from pipeline.settings import CHECKOUT, Settings
+from pipeline.settings import Settings
 from pipeline.workers.launchers.configured import launcher
 from pipeline.workers.runner import Workers
 

@@ -22,11 +22,12 @@ import pytest
 import yaml
 from dagster import validate_run_config
 
+from checkout import CHECKOUT
 from containers.gateway import config as gateway
 from pipeline.cli import main
 from pipeline.definitions import defs
 from pipeline.serving.deployment import cluster
-from pipeline.settings import CHECKOUT, Settings
+from pipeline.settings import Settings
 from pipeline.spec import load
 from pipeline.workers.launchers.placement import placement
 from registry import policy

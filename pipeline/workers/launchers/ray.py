@@ -10,16 +10,17 @@ import hashlib
 import io
 import zipfile
 from functools import cached_property
+from pathlib import Path
 
 from pipeline.errors import WorkerFailed
-from pipeline.settings import CHECKOUT
+from pipeline.resources import IN_WHEEL, PACKAGES, REQUIREMENTS
 from pipeline.workers.launchers.http import SYSTEM_AUTHORITIES, Interface, client
 from pipeline.workers.launchers.placement import Ray
 from pipeline.workers.launchers.remote_job import node_command
 from pipeline.workers.launchers.task import Task
 from registry.manifest import FileRecord
 
-_CODE = ("pipeline", "evals", "containers", "registry", "requirements")
+_CODE = ("pipeline", "evals", "containers", "registry")
 
 
 class RayCluster:
@@ -36,9 +37,12 @@ class RayCluster:
         """The code that a node needs, as a zip file; the same code gives the same bytes."""
         made = io.BytesIO()
         with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
-            for path in sorted(path for folder in _CODE for path in (CHECKOUT / folder).rglob("*")):
+            # Laid out as an installed wheel is, from a checkout too.
+            files = {path.relative_to(PACKAGES): path for folder in _CODE for path in (PACKAGES / folder).rglob("*")}
+            files |= {Path(IN_WHEEL, "requirements", path.name): path for path in REQUIREMENTS.iterdir()}
+            for name, path in sorted(files.items()):
                 if path.suffix in {".py", ".in", ".txt", ".yaml"} and "__pycache__" not in path.parts:
-                    archive.writestr(zipfile.ZipInfo(path.relative_to(CHECKOUT).as_posix()), path.read_bytes())
+                    archive.writestr(zipfile.ZipInfo(name.as_posix()), path.read_bytes())
         return made.getvalue()
 
     @property

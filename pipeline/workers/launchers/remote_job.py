@@ -20,7 +20,7 @@ from dagster_pipes import PIPES_PROTOCOL_VERSION, PIPES_PROTOCOL_VERSION_FIELD
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from pipeline.errors import WorkerFailed
-from pipeline.settings import CHECKOUT
+from pipeline.resources import PACKAGES
 from pipeline.store.artifacts import write_whole
 from pipeline.workers.launchers.task import LOG, LOG_BYTES, OUTPUT, RESULT, RESULT_BYTES, Ended, Task
 from registry import untrusted
@@ -39,7 +39,7 @@ class _Document(BaseModel):
 
 
 class RemoteJob(_Document):
-    """What is to be done, its files by content; ``script`` is a path in the checkout."""
+    """What is to be done, its files by content; ``script`` is a path below the folder of the packages."""
 
     environment: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     script: RelativePath
@@ -77,7 +77,7 @@ def send(task: Task, store: ObjectStore) -> FileRecord:
     inputs = {place: put(path, store) for place, path in sorted(found.items())}
     remote_job = RemoteJob(
         environment=task.environment,
-        script=task.script.relative_to(CHECKOUT).as_posix(),
+        script=task.script.relative_to(PACKAGES).as_posix(),
         request=request,
         inputs=inputs,
     )
@@ -122,7 +122,7 @@ def unpack(remote_job: RemoteJob, folder: Path, store: ObjectStore) -> Task:
         request = _placed(remote_job.request, folder)
     except ValidationError as error:
         raise WorkerFailed(f"the remote job names a file outside its folder: {error.errors()[0]['msg']}") from error
-    return Task(remote_job.environment, CHECKOUT / remote_job.script, request, work, {})
+    return Task(remote_job.environment, PACKAGES / remote_job.script, request, work, {})
 
 
 def pack(ended: Ended, task: Task, folder: Path, store: ObjectStore) -> Outcome:

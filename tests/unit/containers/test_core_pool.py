@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from checkout import CHECKOUT
 from containers.hardware.core_pool import CoreRequest, Cores, neighbours_together, reserved
-from pipeline.settings import CHECKOUT
 
 HOLD = """
 import sys

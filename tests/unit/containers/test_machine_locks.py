@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from checkout import CHECKOUT
 from containers.hardware import machine_locks
 from containers.hardware.machine_locks import MachineLockError, default_folder, locked, try_lock
-from pipeline.settings import CHECKOUT, Settings
+from pipeline.settings import Settings
 from pipeline.spec import load
 from pipeline.stages.table import StageContext
 from registry.errors import FileSystemError

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.settings import CHECKOUT
+from checkout import CHECKOUT
 from pipeline.workers.launchers.confinement import status_of
 
 SECRET = "what the parent was started with"  # noqa: S105

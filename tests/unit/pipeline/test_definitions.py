@@ -29,6 +29,7 @@ from dagster._core.execution.resources_init import get_required_resource_keys_to
 from release_evidence import Made, settings_of
 from sqlalchemy.exc import IntegrityError
 
+from checkout import CHECKOUT
 from homes import DEMO
 from pipeline.orchestration import checks, jobs
 from pipeline.orchestration.events import stream
@@ -36,7 +37,6 @@ from pipeline.orchestration.io_manager import ArtifactHandles, partitions_stand
 from pipeline.orchestration.jobs import RELEASE_JOB
 from pipeline.orchestration.partitions import MODEL_FILE_TAG, RELEASES, add_partitions
 from pipeline.orchestration.run_outcome import ending
-from pipeline.settings import CHECKOUT
 from pipeline.spec import load
 from pipeline.stages.metadata import CACHED, SECONDS, STAGES, WORKER_SECONDS
 from pipeline.store.artifacts import Artifact

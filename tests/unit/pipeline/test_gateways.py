@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from containers.image.gateway_image import GatewayImage, contents
+from pipeline.resources import REQUIREMENTS
 from pipeline.serving.gateway_process import pushed_image
 
 DIGEST = "sha256:" + "ab" * 32
 BUILT = GatewayImage(
-    reference=f"registry.example/gateway@{DIGEST}", pushed=True, digest=DIGEST, image_id=DIGEST, contents=contents(),
-    size_bytes=1,
+    reference=f"registry.example/gateway@{DIGEST}", pushed=True, digest=DIGEST, image_id=DIGEST,
+    contents=contents(REQUIREMENTS), size_bytes=1,
 )  # fmt: skip
 
 

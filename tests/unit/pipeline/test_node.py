@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, DAGSTER_PIPES_MESSAGES_ENV_VAR, decode_param
 
-from pipeline.settings import CHECKOUT
+from checkout import CHECKOUT
 from pipeline.workers.launchers import node
 from pipeline.workers.launchers.node import own_folder
 

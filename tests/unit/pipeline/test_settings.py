@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from checkout import CHECKOUT
 from pipeline.errors import SettingsError
-from pipeline.settings import CHECKOUT, Settings
+from pipeline.settings import Settings
 
 
 def test_everything_has_a_default_in_the_checkout() -> None:

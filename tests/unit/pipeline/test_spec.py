@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
+from checkout import CHECKOUT
 from homes import DEMO
 from pipeline.errors import SpecError
-from pipeline.settings import CHECKOUT
 from pipeline.spec import find, load
 
 # What `evals: {suite: demo}` stands for, listed.

@@ -11,8 +11,8 @@ import pytest
 from filled import FillingBench, Models
 from hub_server import COMMIT, REPOSITORY, serving
 
+from checkout import CHECKOUT
 from homes import DEMO
-from pipeline.settings import CHECKOUT
 from pipeline.stages import table
 from pipeline.store import artifacts
 
