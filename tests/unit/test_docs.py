@@ -14,7 +14,8 @@ from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import click
 import jsonschema_rs
@@ -24,6 +25,8 @@ from dagster import validate_run_config
 
 from checkout import CHECKOUT
 from containers.gateway import config as gateway
+from containers.gateway.metrics import Metrics
+from containers.gateway.router import Router
 from pipeline.cli import main
 from pipeline.definitions import defs
 from pipeline.serving.deployment import cluster
@@ -248,6 +251,15 @@ def test_what_the_documentation_takes_from_the_code_is_current() -> None:
         [sys.executable, DOCS / "generator", "--check"], cwd=CHECKOUT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_gateways_metrics_are_those_in_its_guide() -> None:
+    metrics = Metrics()
+    metrics.show(cast("Router", SimpleNamespace(pools={}, everyone=list)), list)
+    shown = {each.name.removeprefix("slipway_gateway_") for each in metrics.registry.collect()}
+    table = (DOCS / "how-to" / "run-the-gateway.md").read_text().partition("## Metrics")[2]
+    told = re.findall(r"`([a-z_]+)`", " ".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)))
+    assert {name.removesuffix("_total") for name in told} == shown
 
 
 def test_the_clients_readme_has_its_exit_statuses() -> None:
