@@ -253,6 +253,11 @@ def test_what_the_documentation_takes_from_the_code_is_current() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_every_test_that_security_names_exists() -> None:
+    for path, name in re.findall(r"`(tests/[\w/.]+)(?:::(\w+))?`", (CHECKOUT / "SECURITY.md").read_text()):
+        assert f"def {name}" in (CHECKOUT / path).read_text(), f"{path}::{name}"
+
+
 def test_the_gateways_metrics_are_those_in_its_guide() -> None:
     metrics = Metrics()
     metrics.show(cast("Router", SimpleNamespace(pools={}, everyone=list)), list)
