@@ -1,31 +1,35 @@
-"""What can go wrong around containers; every message is one line that says what to do."""
+"""Errors of container engines, images and scans. Each message is one line that says what to do."""
 
 from __future__ import annotations
 
 
 class ContainerError(Exception):
-    """The family: catch this to catch them all."""
+    """Base class of all errors of this package."""
 
 
 class EngineError(ContainerError):
-    """No container engine answers, one cannot be started, or it went away in the middle of its work."""
+    """No container engine answers, it could not be started, or it stopped during an operation."""
 
 
 class ProfileError(ContainerError):
-    """A runtime profile or its lock does not say what it must."""
+    """A runtime profile or its lock is invalid."""
 
 
 class WheelError(ContainerError):
-    """A wheel could not be had, or is not the one that the lock names."""
+    """A wheel could not be downloaded, or differs from the one that the lock names."""
 
 
 class ImageError(ContainerError):
-    """A base, a runtime or a model's image could not be made, found or pushed."""
+    """An image (base, runtime or model) could not be built, found or pushed."""
 
 
 class UnreachableRegistryError(ImageError):
-    """A container registry does not answer: the same may go well in a while."""
+    """A container registry does not answer; a later try may succeed."""
 
 
 class PolicyError(ContainerError):
-    """The scan's policy, a waiver or a VEX document does not say what it must."""
+    """The scan's policy, a waiver or a VEX document is invalid."""
+
+
+class ScanError(ContainerError):
+    """An image could not be scanned, or Trivy's output or the stored evidence is incomplete."""

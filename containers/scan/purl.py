@@ -1,4 +1,4 @@
-"""Package URLs, as far as telling one package from another goes (the purl specification)."""
+"""Compares package URLs (the purl specification)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from urllib.parse import parse_qsl, unquote
 
 
 def matches(wanted: str, found: str | None) -> bool:
-    """Say whether ``found`` is the package that ``wanted`` names: version and qualifiers count where it gives them."""
+    """Return whether ``found`` is the package ``wanted``; version and qualifiers count only if ``wanted`` has them."""
     if found is None:
         return False
     name, version, qualifiers = _parsed(wanted)
@@ -23,7 +23,7 @@ def _parsed(purl: str) -> tuple[str, str | None, dict[str, str]]:
     rest, _, query = rest.partition("?")
     kind, _, path = rest.removeprefix("pkg:").lstrip("/").partition("/")
     at = path.rfind("@")
-    # An @ at the start of a part is a scope's (npm), not a version's.
+    # An @ at the start of a segment begins an npm scope, not a version.
     place, version = (path[:at], unquote(path[at + 1 :])) if at > 0 and path[at - 1] != "/" else (path, None)
     name = unquote(place)
     if kind.lower() == "pypi":

@@ -1,8 +1,8 @@
-"""OpenVEX documents: what a supplier, or we ourselves, say of a vulnerability in a product, read strictly.
+"""OpenVEX documents: statements of a supplier, or our own, about vulnerabilities in a product, read strictly.
 
-The format is OpenVEX 0.2.0 (openvex.dev). A statement of ``not_affected`` gives its reason, as the specification asks;
-a document that is older than `OLDEST_DAYS`, or of the future, is refused, for nothing else in the format makes a
-statement end. Of the statements about a finding, the latest counts.
+The format is OpenVEX 0.2.0 (openvex.dev). A ``not_affected`` statement must give a reason, as the specification
+requires. The format has no expiry date, so a document older than `OLDEST_DAYS`, or dated in the future, is refused. Of
+several statements about a finding, the latest counts.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import MAXYEAR, MINYEAR, UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from containers.errors import PolicyError
+from containers.scan.evidence import Misconfiguration, Vulnerability
 from containers.scan.purl import matches
 from registry.bounded_json import Bounds, read_json
 
 OLDEST_DAYS = 365
-# How far the clocks of those who write documents may be ahead of ours.
-_CLOCKS_APART = timedelta(hours=1)
+# An author's clock may be this far ahead of ours.
+_CLOCK_SKEW = timedelta(hours=1)
 _BOUNDS = Bounds(bytes=16 << 20, values=500_000)
 _MOST_SHOWN = 5
 _CONTEXT = "https://openvex.dev/ns"
@@ -41,12 +42,11 @@ class _Component(_Part):
     identifiers: Mapping[str, str] = {}
     hashes: Mapping[str, str] = {}
 
-    def is_(self, purl: str | None) -> bool:
-        """Say whether this names the package or image with that purl, by its id and by its identifier.
+    def names(self, purl: str | None) -> bool:
+        """Return whether this names the package or image with that purl, by its id and by its identifiers.
 
-        Both must, where both are there: of a component whose id is an image and whose identifier is a package nobody
-        can say which is meant. Hashes can't be compared with anything that a scan finds, so that one with them is
-        none that was found.
+        All of them must match: a component whose id is an image and whose identifier is a package is ambiguous.
+        A component with hashes matches nothing, because scan findings have no hashes to compare with.
         """
         named = [self.id, *(value for kind, value in self.identifiers.items() if kind == "purl")]
         return not self.hashes and all(name.startswith("pkg:") and matches(name, purl) for name in named)
@@ -64,7 +64,7 @@ class _Vulnerability(_Part):
 
 
 class Statement(_Part):
-    """One statement: of which vulnerability, in which products, with which status and why."""
+    """The status of one vulnerability in some products, with the reason."""
 
     id: str | None = Field(default=None, alias="@id")
     version: int | None = None
@@ -93,25 +93,27 @@ class Statement(_Part):
 
     @property
     def clears(self) -> bool:
-        """Whether the statement takes a finding away."""
+        """Whether the statement clears a finding."""
         return self.status in {"not_affected", "fixed"}
 
     @property
     def reason(self) -> str:
-        """Why, in words."""
+        """The reason as text."""
         return self.impact_statement or (self.justification or self.status).replace("_", " ")
 
-    def covers(self, finding: Mapping[str, Any], image: str | None = None) -> bool:
-        """Say whether this is the finding meant: the vulnerability, by name or alias, in this very package.
+    def covers(self, finding: Vulnerability | Misconfiguration, image: str | None = None) -> bool:
+        """Return whether the statement is about this vulnerability, by name or alias, in this package.
 
-        A product with ``subcomponents`` is an image with packages in it: it must be the one whose purl is ``image``.
+        A product with ``subcomponents`` is an image with packages in it; its purl must match ``image``.
         """
-        if finding["id"] not in {self.vulnerability.name, *self.vulnerability.aliases}:
+        if not isinstance(finding, Vulnerability):
+            return False
+        if finding.id not in {self.vulnerability.name, *self.vulnerability.aliases}:
             return False
         return any(
-            any(part.is_(finding.get("purl")) for part in product.subcomponents) and product.is_(image)
+            any(part.names(finding.purl) for part in product.subcomponents) and product.names(image)
             if product.subcomponents
-            else product.is_(finding.get("purl"))
+            else product.names(finding.purl)
             for product in self.products
         )
 
@@ -132,7 +134,7 @@ def read_vex(path: Path, now: datetime | None = None) -> list[Statement]:
     """Read a document's statements.
 
     Raises:
-        PolicyError: it is no OpenVEX document, too old to go by, or of the future.
+        PolicyError: it is not a valid OpenVEX document, is too old, or is dated in the future.
     """
     try:
         with path.open("rb") as stream:
@@ -141,18 +143,22 @@ def read_vex(path: Path, now: datetime | None = None) -> list[Statement]:
         problems = error.errors(include_url=False, include_input=False)
         wrong = [f"`{'.'.join(map(str, item['loc']))[:200]}`: {item['msg']}" for item in problems[:_MOST_SHOWN]]
         wrong += [f"and {len(problems) - _MOST_SHOWN} more"] * (len(problems) > _MOST_SHOWN)
-        raise PolicyError(f"{path.name} is no OpenVEX document: {'; '.join(wrong)}") from error
+        raise PolicyError(f"{path.name} is not a valid OpenVEX document: {'; '.join(wrong)}") from error
     except (OSError, ValueError) as error:
-        raise PolicyError(f"{path.name} is no OpenVEX document: {' '.join(str(error).split())}") from error
-    said, now = _zoned(document.last_updated or document.timestamp), now or datetime.now(UTC)
-    if now - said > timedelta(days=OLDEST_DAYS):
-        raise PolicyError(f"{path.name} is of {said:%Y-%m-%d}, more than {OLDEST_DAYS} days old: look at it again")
+        raise PolicyError(f"{path.name} is not a valid OpenVEX document: {' '.join(str(error).split())}") from error
+    dated, now = _zoned(document.last_updated or document.timestamp), now or datetime.now(UTC)
+    if now - dated > timedelta(days=OLDEST_DAYS):
+        raise PolicyError(
+            f"{path.name} is dated {dated:%Y-%m-%d}, over {OLDEST_DAYS} days ago: review it and update its timestamp"
+        )
     made = [
         _zoned(statement.last_updated or statement.timestamp or document.last_updated or document.timestamp)
         for statement in document.statements
     ]
-    if max(said, *made) - now > _CLOCKS_APART:
-        raise PolicyError(f"{path.name} is of {max(said, *made):%Y-%m-%d %H:%M} UTC, which is in the future")
+    if max(dated, *made) - now > _CLOCK_SKEW:
+        raise PolicyError(
+            f"{path.name} is dated {max(dated, *made):%Y-%m-%d %H:%M} UTC, in the future: correct its timestamp"
+        )
     return [
         statement.model_copy(update={"author": document.author, "source": path.name, "made": when})
         for statement, when in zip(document.statements, made, strict=True)
@@ -160,7 +166,7 @@ def read_vex(path: Path, now: datetime | None = None) -> list[Statement]:
 
 
 def _zoned(time: datetime) -> datetime:
-    """UTC, where the time names no zone; the first and the last day there is are not moved, which would overflow."""
+    """Convert to UTC; a time without a zone is UTC. In the first and last year a conversion could overflow."""
     if time.tzinfo is None or time.year in {MINYEAR, MAXYEAR}:
         return time.replace(tzinfo=UTC)
     return time.astimezone(UTC)

@@ -11,14 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from containers.scan.evidence import SEVERITIES, ScanEvidence
 from evals.drift.pairs import ChoicePairs, Drift, TextPairs
 from evals.load.load_test import percentile
 from evals.report.svg import WIDTH, Axis, Canvas
 from registry.verdict import Verdict
 
-SEVERITIES = ("CRITICAL", "HIGH", "MEDIUM", "LOW", "UNKNOWN")
-# States of Trivy's database in which no vulnerability can be found, so that none found means nothing.
-BLIND = ("absent", "damaged", "empty")
 _LEFT, _RIGHT = 116, 22
 _BINS = 24
 
@@ -161,21 +159,21 @@ def memory(samples: Sequence[Mapping[str, Any]], limit_bytes: float, allowed_byt
     return canvas.svg()
 
 
-def vulnerabilities(scan: Mapping[str, Any]) -> str | None:
-    """Draw what the scan found by severity, and how much of it a newer package mends."""
-    if scan["database"]["state"] in BLIND:
+def vulnerabilities(scan: ScanEvidence) -> str | None:
+    """Draw the vulnerabilities by severity, and how many of them a newer package version fixes."""
+    if scan.database.is_blind:
         return None
-    counts, fixable = scan["counts"], scan.get("fixable", {})
+    counts, fixable = scan.counts, scan.fixable
     canvas = Canvas("Vulnerabilities in the image, by severity", 30 + 28 * len(SEVERITIES))
     canvas.key(_LEFT, 14, [("bad", "fixed in a newer version"), ("a", "no fix yet")])
     axis = Axis(0, max(1, *(counts[severity] for severity in SEVERITIES)), _LEFT, WIDTH - _RIGHT - 40)
     for row, severity in enumerate(SEVERITIES):
         y = 28 + 28 * row
-        total, mended = counts[severity], fixable.get(severity, 0)
+        total, fixed = counts[severity], fixable[severity]
         canvas.text(0, y + 14, severity.capitalize(), "ink", size=13)
         canvas.line([(axis(0), y), (axis(0), y + 20)], "grid")
-        canvas.box(axis(0), y, axis(mended) - axis(0), 20, "bad")
-        canvas.box(axis(mended), y, axis(total) - axis(mended), 20, "a")
+        canvas.box(axis(0), y, axis(fixed) - axis(0), 20, "bad")
+        canvas.box(axis(fixed), y, axis(total) - axis(fixed), 20, "a")
         canvas.text(axis(total) + 6, y + 14, f"{total:,}", "ink")
     return canvas.svg()
 

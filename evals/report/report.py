@@ -14,6 +14,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from containers.errors import ScanError
+from containers.scan.evidence import ScanEvidence, read_scan
 from evals.drift.pairs import Drift, read_drift
 from evals.errors import AnswersError, EvaluationError
 from evals.load.cost import sentences as told_costs
@@ -34,7 +36,7 @@ class Evidence:
     """What the gates read, as it is on disk; None or empty where there is no such file."""
 
     drift: Drift | None = None
-    scan: Mapping[str, Any] | None = None
+    scan: ScanEvidence | None = None
     load: Mapping[str, Any] | None = None
     requests: Sequence[Mapping[str, Any]] = ()
     memory: Sequence[Mapping[str, Any]] = ()
@@ -54,14 +56,14 @@ class Evidence:
         try:
             return cls(
                 drift=read_drift(found["drift.json"].parent) if "drift.json" in found else None,
-                scan=_json(found.get("scan.json")),
+                scan=read_scan(found["scan.json"].parent) if "scan.json" in found else None,
                 load=_json(found.get("load.json")),
                 requests=_lines(found.get("requests.jsonl")),
                 memory=_json(found.get("memory.json")) or (),
                 image=_json(found.get("image.json")),
                 cost=_json(found.get("cost.json")),
             )
-        except AnswersError as error:
+        except (AnswersError, ScanError) as error:
             raise ReportError(f"no report: {error}") from error
 
 
@@ -175,10 +177,10 @@ def _divergence(drift: Drift | None, verdict: Verdict | None) -> str | None:
     return drift_pictures.divergence(drift.divergence, verdict.limits.get("divergence.max_mean") if verdict else None)
 
 
-def _blind(scan: Mapping[str, Any] | None) -> str:
+def _blind(scan: ScanEvidence | None) -> str:
     if scan is None:
         return "the image was not scanned"
-    return f"the vulnerability database was {scan['database']['state']}, so none was looked for"
+    return f"the vulnerability database was {scan.database.state}, so vulnerabilities were not searched for"
 
 
 def _row(verdict: Verdict) -> dict[str, Any]:

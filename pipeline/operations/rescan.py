@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import docker
 import requests
 
 from containers.engine.engine import connect
-from containers.errors import ContainerError
+from containers.errors import ContainerError, ScanError
 from containers.scan import scan as scans
 from containers.scan import scan_gate
+from containers.scan.evidence import ScanEvidence, read_scan
 from containers.scan.policy import ScanPolicy
 from pipeline.errors import SlipwayError, SpecError
 from pipeline.settings import Settings
@@ -132,7 +132,7 @@ def _rescanned(settings: Settings, version: Version, progress: Progress) -> Resc
     action, why = ("none", "") if not verdict.blocks else ("marked", f"tag `{TAG}`")
     if verdict.status == "fail" and policy.rescan == "rollback":
         action, why = _gone_back(settings, version, policy, verdict, progress)
-    return Rescanned(version.name, version.version, verdict, by, action, why, float(evidence.get("seconds", 0.0)))
+    return Rescanned(version.name, version.version, verdict, by, action, why, evidence.seconds)
 
 
 def policy_of(settings: Settings, model: str | None, progress: Progress) -> ScanPolicy:
@@ -149,7 +149,7 @@ def policy_of(settings: Settings, model: str | None, progress: Progress) -> Scan
     return load(path).scan
 
 
-def looked_at(settings: Settings, reference: str, progress: Progress) -> tuple[dict[str, Any], str]:
+def looked_at(settings: Settings, reference: str, progress: Progress) -> tuple[ScanEvidence, str]:
     """Return a release's evidence under today's database, and by what it was had: ``sbom`` or ``image``.
 
     Raises:
@@ -166,11 +166,11 @@ def looked_at(settings: Settings, reference: str, progress: Progress) -> tuple[d
                 reference, f"{EVIDENCE}/{file}", folder / file,
                 tracking_uri=settings.tracking_uri, trusted_keys=trusted,
             )  # fmt: skip
-        known = json.loads((folder / "scan.json").read_text())
+        known = read_scan(folder)
         try:
             sbom = folder / "sbom.cdx.json"
             return scans.scan_sbom(sbom, known, home=settings.home, folder=folder, progress=progress), "sbom"
-        except scans.ScanError as error:
+        except ScanError as error:
             progress(f"{error}: looking at the image itself")
         record = json.loads((folder / "image.json").read_text())
         client = connect(settings.docker_host, settings.home)
@@ -178,7 +178,7 @@ def looked_at(settings: Settings, reference: str, progress: Progress) -> tuple[d
             image = record["reference"] if record["pushed"] else record["image_id"]
             if record["pushed"]:
                 _pull(client, image)
-            subject = scans.in_engine(client, image, purl=known.get("purl"))
+            subject = scans.in_engine(client, image, purl=known.purl)
             return scans.scan(subject, home=settings.home, folder=folder, progress=progress), "image"
         finally:
             client.close()
@@ -188,13 +188,13 @@ def _pull(client: docker.DockerClient, reference: str) -> None:
     try:
         client.images.pull(reference)
     except (docker.errors.APIError, requests.RequestException) as error:
-        raise scans.ScanError(f"the engine can't pull {reference}: {error}") from error
+        raise ScanError(f"the engine can't pull {reference}: {error}") from error
 
 
-def _mark(settings: Settings, version: Version, verdict: Verdict, evidence: dict[str, Any]) -> None:
+def _mark(settings: Settings, version: Version, verdict: Verdict, evidence: ScanEvidence) -> None:
     told = {
         "status": verdict.status, "blocks": verdict.blocks, "reason": verdict.reason[:_LONGEST_REASON],
-        "at": datetime.now(UTC).isoformat(timespec="seconds"), "database": evidence["database"]["digest"],
+        "at": datetime.now(UTC).isoformat(timespec="seconds"), "database": evidence.database.digest,
     }  # fmt: skip
     with open_backend(settings.tracking_uri) as backend:
         backend.set_version_tag(version.name, version.version, TAG, json.dumps(told))

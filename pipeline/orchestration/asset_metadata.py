@@ -8,6 +8,7 @@ from typing import Any
 
 from dagster import MetadataValue, TableColumn, TableRecord, TableSchema
 
+from containers.scan.evidence import read_scan
 from evals.drift.pairs import read_drift
 from evals.report import drift_pictures, load_pictures, pictures
 from evals.report.svg import as_markdown
@@ -71,19 +72,18 @@ def image(_bench: StageContext, made: Artifact) -> dict[str, Any]:
 
 def scan(bench: StageContext, made: Artifact) -> dict[str, Any]:
     """What was found, by severity, and with which database; no count where nothing could be found."""
-    document = made.document("scan.json")
-    database = document["database"]["state"]
-    counts = {} if database in pictures.BLIND else document["counts"]
+    evidence = read_scan(made.folder)
+    counts = {} if evidence.database.is_blind else evidence.counts
     found = [
-        TableRecord({name: str(item[name]) for name in ("id", "severity", "package", "installed", "fixed")})
-        for item in document["vulnerabilities"][:100]
+        TableRecord({name: str(getattr(item, name)) for name in ("id", "severity", "package", "installed", "fixed")})
+        for item in evidence.vulnerabilities[:100]
     ]
     return {
         "judged": _judged(verdict("scan", made, bench.spec)),
-        **_pictures(pictures.vulnerabilities(document)),
+        **_pictures(pictures.vulnerabilities(evidence)),
         **{f"vulnerabilities {severity}": count for severity, count in counts.items()},
-        "database": database,
-        "packages": document["packages"],
+        "database": evidence.database.state,
+        "packages": evidence.packages,
         **({"vulnerabilities": MetadataValue.table(found)} if found else {}),
     }
 

@@ -13,13 +13,13 @@ import contextlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from containers.image import profile as profiles
 from containers.image.build import ImageRecord
 from containers.scan import scan_gate
+from containers.scan.evidence import read_scan
 from evals.drift import suite
 from pipeline.resources import REQUIREMENTS
 from pipeline.settings import Settings
@@ -72,8 +72,8 @@ class LookingBench(ReadOnlyContext):
         """Judge as a run would, but for how old a scan's database has got: a run scans with the one of its own day."""
         if gate != "scan":
             return super().verdict(gate, evidence)
-        scan = evidence.document("scan.json")
-        return scan_gate.judge(scan, self.spec.scan, database_at=datetime.fromisoformat(scan["scanned_at"]))
+        scan = read_scan(evidence.folder)
+        return scan_gate.judge(scan, self.spec.scan, database_at=scan.scanned_at)
 
     def has_image(self, record: ImageRecord) -> bool:  # noqa: ARG002 - as the bench's
         """Take it for granted: no engine is asked, and what it has lost the stage builds again when it is run."""

@@ -13,6 +13,7 @@ from containers.hardware.gpu import gpus
 from containers.image.build import ImageRecord
 from containers.sandbox.kernels import ComputedOn
 from containers.scan import mlbom, scan_gate
+from containers.scan.evidence import read_scan
 from evals.drift.pairs import read_drift
 from evals.load import cost as costs
 from pipeline.errors import StoreError
@@ -87,7 +88,7 @@ def sealed(bench: StageContext, *upstream: Artifact) -> Artifact:
         files = {name: quantized.folder / name for name in quantized.files}
         for gate, names in _EVIDENCE.items():
             files |= {f"{EVIDENCE}/{name}": evidence[gate].folder / name for name in names}
-        waived = scan_gate.waived(evidence["scan"].document("scan.json"), bench.spec.scan)
+        waived = scan_gate.waived(read_scan(evidence["scan"].folder), bench.spec.scan)
         files[f"{EVIDENCE}/waived.json"] = _listed(draft, waived)
         files[_SBOM] = made["scan"].folder / "sbom.cdx.json"
         files[f"{EVIDENCE}/image.json"] = image.folder / "image.json"

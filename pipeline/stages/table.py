@@ -27,6 +27,7 @@ from containers.image.oci import digest_of
 from containers.sandbox import sandbox
 from containers.scan import scan as scans
 from containers.scan import scan_gate, trivy
+from containers.scan.evidence import read_scan
 from evals.drift import drift_gate as drifts
 from evals.drift.pairs import read_drift
 from evals.load import load_test as loads
@@ -217,6 +218,7 @@ CODE: Mapping[str, str] = {
     "scan": code_of(
         *(
             "containers/scan/scan.py",
+            "containers/scan/evidence.py",
             "containers/scan/trivy.py",
             "containers/scan/trivy_db.py",
             "containers/image/layout.py",
@@ -398,7 +400,7 @@ def scan(bench: StageContext, image: Artifact, quantized: Artifact) -> Artifact:
             scans.scan(subject, home=home, folder=draft.folder, progress=bench.progress)
 
     scanned = bench.store.obtain(recipe, make)
-    for line in scan_gate.warnings(scanned.document("scan.json"), bench.spec.scan):
+    for line in scan_gate.warnings(read_scan(scanned.folder), bench.spec.scan):
         bench.progress(f"warning: {line}")
     return scanned
 
@@ -496,7 +498,7 @@ def verdict(gate: str, evidence: Artifact, spec: ModelSpec) -> Verdict:
     if gate == drifts.GATE:
         return drifts.judge(read_drift(evidence.folder), spec.evals)
     if gate == "scan":
-        return scan_gate.judge(evidence.document("scan.json"), spec.scan)
+        return scan_gate.judge(read_scan(evidence.folder), spec.scan)
     return loads.judge(evidence.document("load.json"), spec.load)
 
 

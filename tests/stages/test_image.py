@@ -24,6 +24,7 @@ from containers.image import assembly, build, profile, runtime, wheels
 from containers.image.base import ensure_base
 from containers.image.layout import write_layout
 from containers.sandbox import sandbox
+from containers.scan.evidence import ScanEvidence
 from containers.scan.scan import in_engine, in_layout, scan
 from homes import FIRST_CALLS
 from pipeline.settings import Settings
@@ -109,11 +110,11 @@ def test_a_scan_of_its_layers_finds_what_a_scan_in_the_engine_finds(
     assert of_layers["misconfigurations"] == [("DS-0026", "image")]
 
 
-def seen(evidence: dict[str, Any]) -> dict[str, Any]:
-    """What a scan found, whatever it calls the image: Trivy gives it the name by which it was asked for it."""
-    called = {"image": "image", evidence["image_id"]: "image"}
-    found = [(item["id"], called[item["target"]]) for item in evidence["misconfigurations"]]
-    return {**{name: evidence[name] for name in COMPARED}, "misconfigurations": found}
+def seen(evidence: ScanEvidence) -> dict[str, Any]:
+    """What a scan found, without the name that Trivy gives the image, which depends on how it was read."""
+    called = {"image": "image", evidence.image_id: "image"}
+    found = [(item.id, called[item.place]) for item in evidence.misconfigurations]
+    return {**{name: getattr(evidence, name) for name in COMPARED}, "misconfigurations": found}
 
 
 def test_a_changed_checkpoint_is_not_laid_out(machine: Settings, record: build.ImageRecord, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from release_folder import FILES, make_release
 from synthetic_image import make_image
 from trivy_db.make_trivy_db import write_database
 
+from containers.scan.evidence import Secret
 from containers.scan.scan import in_engine, scan
 from homes import DEMO, SLIPWAY, make_home
 from pipeline.operations.rescan import TAG, RescanError, Rescanned, rescan
@@ -187,7 +188,7 @@ def test_a_line_that_is_not_there_is_named(variables: dict[str, str]) -> None:
     assert "`demo-qwa`: there is no such release" in done.stderr
 
 
-SECRET = {"id": "private-key", "severity": "HIGH", "title": "key", "target": "/srv/key.pem", "line": 1}
+SECRET = Secret(id="private-key", severity="HIGH", title="key", target="/srv/key.pem", line=1)
 
 
 @dataclass
@@ -204,9 +205,10 @@ class Home:
         home = {"SLIPWAY_HOME": str(self.folder / "home"), "SLIPWAY_MODELS": str(self.folder / "models")}
         return Settings.read({**home, **self.variables})
 
-    def release(self, model: str, *secrets: dict[str, Any]) -> None:
+    def release(self, model: str, *secrets: Secret) -> None:
         self.number += 1
-        evidence = {"scan.json": {**SCAN, "secrets": secrets}, "sbom.cdx.json": {}, "image.json": {"pushed": False}}
+        scanned = SCAN.model_copy(update={"secrets": secrets}).model_dump(mode="json", by_alias=True)
+        evidence = {"scan.json": scanned, "sbom.cdx.json": {}, "image.json": {"pushed": False}}
         files = {**FILES, "config.json": json.dumps({"number": self.number}).encode()}
         files |= {f"release/evidence/{name}": json.dumps(content).encode() for name, content in evidence.items()}
         folder, key = self.folder / f"release-{self.number}", signing_key(self.settings)

@@ -20,12 +20,14 @@ from synthetic_image import FILES, make_image
 from trivy_db.make_trivy_db import write_database
 from trivy_db.push_trivy_db import push_database
 
+from containers.errors import ScanError
 from containers.image.blobs import BlobStore
 from containers.image.layers import Member, archive
 from containers.image.oci import OciImage, documents, place
 from containers.scan import trivy
+from containers.scan.evidence import ScanEvidence, read_scan
 from containers.scan.policy import ScanPolicy
-from containers.scan.scan import ScanError, Subject, in_engine, in_layout, scan, scan_key, scan_sbom
+from containers.scan.scan import ScanTarget, in_engine, in_layout, scan, scan_key, scan_sbom
 from containers.scan.scan_gate import judge, waived, warnings
 from containers.scan.trivy import TrivyError, database, find_trivy, update_database
 
@@ -52,7 +54,7 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
-def run(engine: docker.DockerClient, image: str, home: Path, folder: Path) -> dict[str, Any]:
+def run(engine: docker.DockerClient, image: str, home: Path, folder: Path) -> ScanEvidence:
     return scan(in_engine(engine, image), home=home, folder=folder, progress=print)
 
 
@@ -66,16 +68,16 @@ def test_findings_of_every_kind_are_in_the_evidence_and_fail(
 ) -> None:
     write_database(tmp_path / "trivy", ADVISORIES)
     evidence = run(engine, image, tmp_path, folder)
-    found = {(item["id"], item["package"], item["severity"], item["fixed"]) for item in evidence["vulnerabilities"]}
+    found = {(item.id, item.package, item.severity, item.fixed) for item in evidence.vulnerabilities}
     assert found == {
         ("CVE-2099-0001", "libssl3", "CRITICAL", "3.0.99-1~deb12u1"),
         ("CVE-2099-0001", "openssl", "CRITICAL", "3.0.99-1~deb12u1"),
         ("CVE-2099-0002", "tar", "LOW", None),
         ("CVE-2099-0003", "idna", "HIGH", "3.7"),
     }
-    assert (evidence["image_id"], evidence["database"]["state"], evidence["packages"]) == (image, "ok", 4)
+    assert (evidence.image_id, evidence.database.state, evidence.packages) == (image, "ok", 4)
     assert judge(evidence, ScanPolicy()).status == "fail"
-    assert json.loads((folder / "scan.json").read_text()) == evidence
+    assert read_scan(folder) == evidence
     sbom = json.loads((folder / "sbom.cdx.json").read_text())
     assert "pkg:pypi/idna@3.6" in {component.get("purl") for component in sbom["components"]}
 
@@ -106,7 +108,7 @@ def test_a_database_that_trivy_takes_in_silence_is_told(
     evidence = run(engine, image, tmp_path, folder)
     verdict = judge(evidence, ScanPolicy())
     assert (verdict.status, verdict.cause) == ("inconclusive", cause)
-    assert evidence["sbom_components"] >= 4
+    assert evidence.sbom_components >= 4
 
 
 def test_a_damaged_database_is_told_and_not_used(
@@ -126,8 +128,8 @@ def test_a_key_left_in_the_image_and_a_root_user_fail(
         evidence = run(engine, image, tmp_path, folder)
     finally:
         engine.images.remove(image, force=True)
-    assert [(item["id"], item["target"]) for item in evidence["secrets"]] == [("private-key", "/srv/key.pem")]
-    assert {item["id"] for item in evidence["misconfigurations"] if item["severity"] == "HIGH"} == {"DS-0002"}
+    assert [(item.id, item.target) for item in evidence.secrets] == [("private-key", "/srv/key.pem")]
+    assert {item.id for item in evidence.misconfigurations if item.severity == "HIGH"} == {"DS-0002"}
     verdict = judge(evidence, ScanPolicy())
     assert verdict.status == "fail"
     assert "private-key in /srv/key.pem" in verdict.reason
@@ -150,11 +152,13 @@ def test_what_is_waived_passes_with_a_warning_until_it_ends(
     verdict = judge(evidence, under(1))
     assert (verdict.status, verdict.metrics["findings_waived"]) == ("pass", 3)  # openssl, libssl3 and idna
     assert {item.days_left for item in waived(evidence, under(1))} == {1}
-    assert any("the waiver of CVE-2099-0001 in openssl ends in 1 days" in line for line in warnings(evidence, under(1)))
+    assert any(
+        "the waiver of CVE-2099-0001 in openssl expires in 1 days" in line for line in warnings(evidence, under(1))
+    )
     assert judge(evidence, under(-1)).status == "fail"
 
 
-def laid_out(folder: Path, files: Mapping[str, str]) -> Subject:
+def laid_out(folder: Path, files: Mapping[str, str]) -> ScanTarget:
     """An image in a folder, that no engine has."""
     members = [Member(name, text.encode()) for name, text in files.items()]
     blob = BlobStore(folder / "images").plain(archive(members).chunks())
@@ -168,14 +172,11 @@ def laid_out(folder: Path, files: Mapping[str, str]) -> Subject:
 
 def test_a_bill_of_materials_tells_what_its_image_tells(tmp_path: Path, folder: Path) -> None:
     write_database(tmp_path / "trivy", ADVISORIES)
-    subject = laid_out(tmp_path, FILES)
-    evidence = scan(subject, home=tmp_path, folder=folder, progress=print)
-    assert (evidence["purl"], len(evidence["vulnerabilities"])) == (subject.purl, 4)
+    target = laid_out(tmp_path, FILES)
+    evidence = scan(target, home=tmp_path, folder=folder, progress=print)
+    assert (evidence.purl, len(evidence.vulnerabilities)) == (target.purl, 4)
     again = scan_sbom(folder / "sbom.cdx.json", evidence, home=tmp_path, folder=folder, progress=print)
-    changing = ("scanned_at", "seconds")
-    assert {name: again[name] for name in again if name not in changing} == {
-        name: evidence[name] for name in evidence if name not in changing
-    }
+    assert again.model_copy(update={"scanned_at": evidence.scanned_at, "seconds": evidence.seconds}) == evidence
 
 
 def test_an_image_in_which_nothing_is_recognized_proves_nothing(tmp_path: Path, folder: Path) -> None:
@@ -212,7 +213,7 @@ def test_a_killed_trivy_is_an_error_and_the_next_scan_works(
         stop.set()
         killer.join()
     assert not (folder / "scan.json").exists()
-    assert run(engine, image, tmp_path, folder)["image_id"] == image
+    assert run(engine, image, tmp_path, folder).image_id == image
     assert not list((tmp_path / "trivy" / "scratch").iterdir())
 
 
@@ -244,7 +245,7 @@ def test_trivy_sees_nothing_of_the_callers_environment(
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        assert run(engine, image, tmp_path, folder)["packages"] == 4
+        assert run(engine, image, tmp_path, folder).packages == 4
     finally:
         stop.set()
         watcher.join()

@@ -1,17 +1,26 @@
-"""The scan's policy: what is refused when it is read, and what gets through, by whose word and until when."""
+"""The scan's policy: what is refused when it is read, and which findings waivers and VEX documents allow."""
 
 from __future__ import annotations
 
 import json
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from containers.errors import PolicyError
 from containers.scan import policy
+from containers.scan.evidence import (
+    SEVERITIES,
+    DatabaseUsed,
+    Misconfiguration,
+    OperatingSystem,
+    ScanEvidence,
+    Severity,
+    TrivyBuild,
+    Vulnerability,
+)
 from containers.scan.policy import ScanPolicy, Waiver
 from containers.scan.purl import matches
 from containers.scan.scan_gate import judge, waived, warnings
@@ -33,23 +42,30 @@ def waiver(expires: int = 30, **changes: object) -> dict[str, object]:
     }  # fmt: skip
 
 
-def finding(**changes: object) -> dict[str, Any]:
-    return {
-        "id": "CVE-2099-0001", "package": "openssl", "installed": "3.0.15", "fixed": "3.0.16", "severity": "CRITICAL",
-        "purl": OPENSSL, **changes,
-    }  # fmt: skip
+def finding(severity: Severity = "CRITICAL", package: str = "openssl", purl: str = OPENSSL) -> Vulnerability:
+    return Vulnerability(
+        id="CVE-2099-0001", package=package, installed="3.0.15", fixed="3.0.16", severity=severity, purl=purl
+    )
 
 
-def evidence(*found: dict[str, Any]) -> dict[str, Any]:
-    counts = dict.fromkeys(policy.SEVERITIES, 0)
-    for item in found:
-        counts[item["severity"]] += 1
-    return {
-        "packages": 3, "purl": IMAGE, "os": {"family": "debian", "name": "12", "end_of_life": False},
-        "vulnerabilities": list(found), "secrets": [], "misconfigurations": [], "counts": counts,
-        "scanned_at": datetime.now(UTC).isoformat(),
-        "database": {"state": "ok", "updated_at": datetime.now(UTC).isoformat(), "damage": None, "lacking": []},
-    }  # fmt: skip
+def evidence(
+    *found: Vulnerability, misconfigurations: tuple[Misconfiguration, ...] = (), purl: str | None = IMAGE
+) -> ScanEvidence:
+    now = datetime.now(UTC)
+    return ScanEvidence(
+        image_id="sha256:" + "ab" * 32,
+        os=OperatingSystem(family="debian", name="12"),
+        scanned_at=now,
+        trivy=TrivyBuild(version="0.76.0", sha256="ab" * 32),
+        database=DatabaseUsed(state="ok", updated_at=now.isoformat()),
+        packages=3,
+        sbom_components=4,
+        counts={severity: sum(item.severity == severity for item in found) for severity in SEVERITIES},
+        fixable=dict.fromkeys(SEVERITIES, 0),
+        vulnerabilities=found,
+        misconfigurations=misconfigurations,
+        purl=purl,
+    )
 
 
 def under(*waivers: dict[str, object], **rest: object) -> ScanPolicy:
@@ -66,8 +82,8 @@ def test_the_committed_policy_is_whole() -> None:
     [
         ({"expires": None}, "expires"),
         ({"expire": "2026-01-01"}, "expire"),
-        ({"expires": day(policy.LONGEST_WAIVER_DAYS + 1)}, "ends within 90 days"),
-        ({"expires": f"{day(3)}T12:00:00"}, "expected a day"),
+        ({"expires": day(policy.LONGEST_WAIVER_DAYS + 1)}, "expire within 90 days"),
+        ({"expires": f"{day(3)}T12:00:00"}, "expected a date"),
         ({"owner": ""}, "owner"),
         ({"reason": "  "}, "reason"),
         ({"id": ""}, "id"),
@@ -91,7 +107,7 @@ def test_every_key_of_a_waiver_must_be_there(key: str) -> None:
 )
 def test_a_wrong_policy_file_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "policy.yaml").write_text(text)
-    with pytest.raises(PolicyError, match=r"policy\.yaml is no scan policy") as caught:
+    with pytest.raises(PolicyError, match=r"policy\.yaml is not a valid scan policy") as caught:
         policy.read_common(tmp_path / "policy.yaml")
     assert "\n" not in str(caught.value)
 
@@ -107,7 +123,7 @@ def test_a_finding_is_waived_to_the_end_of_the_day_and_counts_from_the_next() ->
     assert judge(found, allowed, now=tomorrow).status == "pass"
     over = judge(found, allowed, now=after)
     assert over.status == "fail"
-    assert f"over since {day(1)}: the waiver of CVE-2099-0001" in over.reason
+    assert f"the waiver of CVE-2099-0001 expired on {day(1)}" in over.reason
 
 
 def test_the_same_evidence_is_judged_alike_today_and_tomorrow_while_a_waiver_holds() -> None:
@@ -128,11 +144,9 @@ def test_what_was_waived_is_listed_with_the_days_left() -> None:
 
 def test_a_waiver_that_ends_soon_or_covers_nothing_warns() -> None:
     (line,) = warnings(evidence(finding()), under(waiver(1)))
-    assert line == f"the waiver of CVE-2099-0001 in openssl ends in 1 days, on {day(1)} (jane@example.org)"
+    assert line == f"the waiver of CVE-2099-0001 in openssl expires in 1 days, on {day(1)} (jane@example.org)"
     assert warnings(evidence(finding()), under(waiver(policy.WARN_DAYS + 1))) == []
-    assert warnings(evidence(), under(waiver())) == [
-        "the waiver of CVE-2099-0001 covers nothing that was found: remove it"
-    ]
+    assert warnings(evidence(), under(waiver())) == ["the waiver of CVE-2099-0001 matches no finding: remove it"]
 
 
 @pytest.mark.parametrize(
@@ -149,8 +163,8 @@ def test_a_waiver_may_be_for_one_package_alone(package: str, *, covered: bool) -
 
 
 def test_a_misconfiguration_is_waived_by_its_id() -> None:
-    root = {"id": "DS-0002", "severity": "HIGH", "title": "root", "target": "image"}
-    found = {**evidence(), "misconfigurations": [root]}
+    root = Misconfiguration(id="DS-0002", severity="HIGH", title="root", target="image")
+    found = evidence(misconfigurations=(root,))
     assert judge(found, ScanPolicy()).status == "fail"
     assert judge(found, under(waiver(id="DS-0002"))).status == "pass"
 
@@ -197,7 +211,7 @@ def test_a_statement_about_packages_in_an_image_is_about_that_image_alone(
     products = [{"@id": product, "subcomponents": [{"@id": "pkg:deb/debian/openssl"}]}]
     allowed = ScanPolicy(vex=(vex(tmp_path, products=products),))
     assert judge(evidence(finding()), allowed).status == ("pass" if cleared else "fail")
-    assert judge({**evidence(finding()), "purl": None}, allowed).status == "fail"
+    assert judge(evidence(finding(), purl=None), allowed).status == "fail"
 
 
 PACKAGE = "pkg:deb/debian/openssl"
@@ -284,7 +298,7 @@ def test_an_endless_vex_document_is_refused_in_one_short_line(tmp_path: Path, te
 
 
 def test_a_vex_document_of_the_first_day_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PolicyError, match="days old"):
+    with pytest.raises(PolicyError, match="days ago"):
         read_vex(vex(tmp_path, timestamp="0001-01-01T00:00:00+23:00"))
 
 

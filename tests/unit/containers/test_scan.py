@@ -1,4 +1,4 @@
-"""The scan's verdict: what fails, what proves nothing, and what passes."""
+"""The scan gate: what fails, what is inconclusive, and what passes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from containers.errors import ScanError
 from containers.scan import scan_gate
+from containers.scan.evidence import ScanEvidence, Secret, Severity, read_scan, write_scan
 from containers.scan.policy import AllowedSecret, ScanPolicy, common
-from containers.scan.scan import ScanError, _read_report, scan_key, summarize
+from containers.scan.scan import _read_report, scan_key, summarize
 from containers.scan.trivy_db import Database
 from registry.verdict import Verdict
 
@@ -46,7 +48,7 @@ def evidence(
     known: Database | None = None,
     secrets: tuple[dict[str, Any], ...] = (),
     wrong: tuple[dict[str, Any], ...] = (),
-) -> dict[str, Any]:
+) -> ScanEvidence:
     report = {
         "SchemaVersion": 2,
         "Metadata": {"ImageID": IMAGE, "OS": {"Family": "debian", "Name": "12.8"}},
@@ -60,7 +62,7 @@ def evidence(
     return summarize(report, known or database(), NOW, components=3)
 
 
-def judge(found: dict[str, Any], policy: ScanPolicy, now: datetime = NOW) -> Verdict:
+def judge(found: ScanEvidence, policy: ScanPolicy, now: datetime = NOW) -> Verdict:
     return scan_gate.judge(found, policy, now=now)
 
 
@@ -101,7 +103,7 @@ def test_many_findings_are_named_in_part_and_counted_in_full() -> None:
 @pytest.mark.parametrize("lacking", ["VulnerabilityID", "PkgName", "InstalledVersion"])
 def test_a_finding_that_leaves_something_out_is_kept_counted_and_reported(lacking: str) -> None:
     found = evidence({key: value for key, value in vulnerability().items() if key != lacking})
-    assert found["counts"]["CRITICAL"] == 1
+    assert found.counts["CRITICAL"] == 1
     verdict = judge(found, ScanPolicy())
     assert verdict.status == "fail"
     assert "unknown" in verdict.reason
@@ -110,15 +112,14 @@ def test_a_finding_that_leaves_something_out_is_kept_counted_and_reported(lackin
 @pytest.mark.parametrize(
     ("stated", "counted"), [("NEGLIGIBLE", "UNKNOWN"), (None, "UNKNOWN"), ("critical", "CRITICAL")]
 )
-def test_a_severity_that_is_not_known_here_is_counted_as_unknown(stated: str | None, counted: str) -> None:
+def test_a_severity_that_is_not_known_here_is_counted_as_unknown(stated: str | None, counted: Severity) -> None:
     found = evidence(vulnerability() | {"Severity": stated})
-    assert found["counts"][counted] == 1
+    assert found.counts[counted] == 1
     policy = ScanPolicy(fail_on=frozenset({"UNKNOWN", "CRITICAL"}))
     assert judge(found, policy).status == "fail"
     assert judge(evidence(secrets=({"Severity": stated, "Title": "a key"},)), policy).status == "fail"
-    assert (
-        evidence(wrong=({"Severity": stated, "Title": "runs as root"},))["misconfigurations"][0]["severity"] == counted
-    )
+    (misconfiguration,) = evidence(wrong=({"Severity": stated, "Title": "runs as root"},)).misconfigurations
+    assert misconfiguration.severity == counted
 
 
 def test_a_secret_fails_and_is_never_quoted() -> None:
@@ -131,7 +132,7 @@ def test_a_secret_fails_and_is_never_quoted() -> None:
         "Code": {},
     }
     found = evidence(secrets=(secret,))
-    assert "hunter2" not in json.dumps(found)
+    assert "hunter2" not in found.model_dump_json()
     verdict = judge(found, ScanPolicy())
     assert (verdict.status, "private-key in /etc/key.pem:3" in verdict.reason) == ("fail", True)
     assert judge(found, ScanPolicy(secrets="ignore")).status == "pass"
@@ -142,9 +143,9 @@ def test_only_the_secret_that_is_allowed_by_rule_and_path_gets_through() -> None
     policy = ScanPolicy(allowed_secrets=(allowed,))
     verdict = judge(evidence(secrets=({"RuleID": "private-key"},)), policy)
     assert (verdict.status, verdict.metrics["secrets_allowed"]) == ("pass", 1)
-    assert "1 findings let through" in verdict.reason
+    assert "1 allowed by policy" in verdict.reason
     assert judge(evidence(secrets=({"RuleID": "aws-access-key-id"},)), policy).status == "fail"
-    assert not allowed.covers({"id": "private-key", "target": "/srv/key.pem"})
+    assert not allowed.covers(Secret(id="private-key", severity="LOW", target="/srv/key.pem"))
 
 
 def test_the_common_exceptions_have_their_reasons() -> None:
@@ -217,7 +218,7 @@ def test_an_age_may_be_looked_at_as_it_was_at_the_scan() -> None:
 def test_a_system_past_its_end_of_life_is_told() -> None:
     found = evidence()
     assert "end of life" not in judge(found, ScanPolicy()).reason
-    found["os"]["end_of_life"] = True
+    found = found.model_copy(update={"os": found.os.model_copy(update={"end_of_life": True})})
     assert "debian 12.8 is past its end of life" in judge(found, ScanPolicy()).reason
     assert scan_gate.warnings(found, ScanPolicy()) == ["debian 12.8 is past its end of life"]
 
@@ -258,10 +259,10 @@ def test_a_database_that_is_published_anew_makes_a_new_scan_whose_evidence_is_as
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "not whole"),
-        ('{"SchemaVersion": 2, "Metadata": {"Ima', "not whole"),
-        ("[]", "not whole"),
-        ('{"SchemaVersion": 2}', "not whole"),
+        ("", "incomplete"),
+        ('{"SchemaVersion": 2, "Metadata": {"Ima', "incomplete"),
+        ("[]", "incomplete"),
+        ('{"SchemaVersion": 2}', "incomplete"),
         ('{"SchemaVersion": 3, "Metadata": {"ImageID": "' + IMAGE + '"}}', "schema 3"),
         ('{"SchemaVersion": 2, "Metadata": {"ImageID": "sha256:other"}}', "sha256:other"),
     ],
@@ -273,5 +274,47 @@ def test_a_report_that_is_cut_off_or_about_something_else_is_an_error(tmp_path: 
 
 
 def test_no_report_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ScanError, match="not whole"):
+    with pytest.raises(ScanError, match="incomplete"):
         _read_report(tmp_path / "trivy.json", IMAGE)
+
+
+def test_evidence_is_read_as_it_was_written(tmp_path: Path) -> None:
+    found = evidence(vulnerability(), secrets=({"RuleID": "private-key", "StartLine": 3},), wrong=({"ID": "DS-0002"},))
+    write_scan(found, tmp_path)
+    assert read_scan(tmp_path) == found
+    document = json.loads((tmp_path / "scan.json").read_text())
+    assert (document["schema"], document["scanned_at"]) == ("slipway/scan/1", NOW.isoformat())
+
+
+# As the first release of slipway wrote it: without `purl` and with Trivy's own severities.
+OLD = {
+    "schema": "slipway/scan/1", "image_id": IMAGE, "repo_digests": [],
+    "os": {"family": "debian", "name": "12.8", "end_of_life": False},
+    "scanned_at": "2026-11-24T00:00:00+00:00", "trivy": {"version": "0.76.0", "sha256": "ab" * 32},
+    "database": {
+        "state": "ok", "lacking": [], "damage": None, "digest": "sha256:db",
+        "updated_at": "2026-11-23T18:10:11.123456789Z", "next_update": "2026-11-24T18:10:11.123456789Z",
+    },
+    "packages": 261, "sbom_components": 262,
+    "counts": {"CRITICAL": 0, "HIGH": 0, "MEDIUM": 0, "LOW": 0, "UNKNOWN": 1},
+    "fixable": {"CRITICAL": 0, "HIGH": 0, "MEDIUM": 0, "LOW": 0, "UNKNOWN": 0},
+    "vulnerabilities": [
+        {"id": "CVE-2026-1", "package": "tar", "installed": "1.34", "fixed": None, "severity": "NEGLIGIBLE",
+         "status": "affected", "title": None, "url": None, "purl": "pkg:deb/debian/tar@1.34"},
+    ],
+    "secrets": [], "misconfigurations": [], "seconds": 3.25,
+}  # fmt: skip
+
+
+def test_evidence_of_an_old_release_is_read(tmp_path: Path) -> None:
+    (tmp_path / "scan.json").write_text(json.dumps(OLD))
+    found = read_scan(tmp_path)
+    assert (found.packages, found.purl, found.vulnerabilities[0].severity) == (261, None, "UNKNOWN")
+    assert judge(found, ScanPolicy(), now=datetime(2026, 11, 24, tzinfo=UTC)).status == "pass"
+
+
+@pytest.mark.parametrize("text", ["{", "{}", json.dumps({**OLD, "packages": -1}), json.dumps({**OLD, "purls": []})])
+def test_evidence_that_is_damaged_is_an_error_that_names_the_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "scan.json").write_text(text)
+    with pytest.raises(ScanError, match=r"scan\.json.*scan the image again"):
+        read_scan(tmp_path)

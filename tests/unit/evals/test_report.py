@@ -8,12 +8,12 @@ import random
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
 import release_evidence
 
+from containers.scan.evidence import DatabaseUsed
 from evals.drift.answers import AskedSuite
 from evals.drift.drift_gate import judge as judge_drift
 from evals.drift.limits import DriftLimits
@@ -79,11 +79,13 @@ MEMORY = [
     }
     for number in range(500)
 ]
-SCAN: dict[str, Any] = {
-    "database": {"state": "fresh"},
-    "counts": {"CRITICAL": 0, "HIGH": 3, "MEDIUM": 41, "LOW": 120, "UNKNOWN": 2},
-    "fixable": {"CRITICAL": 0, "HIGH": 1, "MEDIUM": 12, "LOW": 3, "UNKNOWN": 0},
-}
+SCAN = release_evidence.SCAN.model_copy(
+    update={
+        "database": DatabaseUsed(state="ok"),
+        "counts": {"CRITICAL": 0, "HIGH": 3, "MEDIUM": 41, "LOW": 120, "UNKNOWN": 2},
+        "fixable": {"CRITICAL": 0, "HIGH": 1, "MEDIUM": 12, "LOW": 3, "UNKNOWN": 0},
+    }
+)
 LOAD_LIMITS = {"p95_latency_ms": 800.0, "p95_ttft_ms": 3000.0, "error_rate": 0.0, "peak_memory_bytes": 4.8 * GIB}
 LOAD = Verdict(
     gate="load",
@@ -176,9 +178,9 @@ def test_nothing_measured_is_said_for_every_picture_and_figure() -> None:
 
 
 def test_a_blind_scan_shows_no_zero() -> None:
-    blind = Evidence(scan={**SCAN, "database": {"state": "absent"}, "counts": dict.fromkeys(SCAN["counts"], 0)})
+    blind = Evidence(scan=release_evidence.SCAN)
     page = Page(render(SUBJECT, VERDICTS, blind))
-    assert "not measured: the vulnerability database was absent, so none was looked for" in page.text
+    assert "not measured: the vulnerability database was absent, so vulnerabilities were not searched for" in page.text
 
 
 def test_a_refusal_is_the_headline() -> None:

@@ -27,7 +27,7 @@ _FILES: Mapping[str, Mapping[str, Any]] = {
     "answers": {"answers.json": {}},
     "layers": {"layers.json": []},
     "drift": {"drift.json": drift_of(1).model_dump(mode="json", by_alias=True)},
-    "scan": {"scan.json": SCAN, "trivy.json": {}, "sbom.cdx.json": {}},
+    "scan": {"scan.json": SCAN.model_dump(mode="json", by_alias=True), "trivy.json": {}, "sbom.cdx.json": {}},
     "load": {"load.json": LOAD, "requests.jsonl": "", "memory.json": SAMPLES},
 }
 

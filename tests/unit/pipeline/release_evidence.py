@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from containers.scan.evidence import SEVERITIES, DatabaseUsed, OperatingSystem, ScanEvidence, TrivyBuild
 from evals.drift.answers import AskedSuite
 from evals.drift.pairs import ChoicePairs, Divergence, DocumentPair, Drift, TextPairs
 from homes import DEMO
@@ -24,17 +26,17 @@ IMAGE = {
     "minimum_driver": None, "size_bytes": 10**9, "model_bytes": 1000, "port": 8000, "user": 65534, "labels": {},
     "manifest": "{}", "configuration": "{}",
 }  # fmt: skip
-NONE_FOUND = dict.fromkeys(("CRITICAL", "HIGH", "MEDIUM", "LOW", "UNKNOWN"), 0)
-SCAN = {
-    "schema": "slipway/scan/1", "image_id": DIGEST, "repo_digests": [],
-    "os": {"family": "debian", "name": "12.1", "end_of_life": False},
-    "scanned_at": "2026-11-24T00:00:00+00:00", "trivy": {"version": "0.76.0", "sha256": "ab" * 32},
-    "database": {
-        "state": "absent", "lacking": [], "damage": None, "digest": None, "updated_at": None, "next_update": None,
-    },
-    "packages": 261, "sbom_components": 262, "counts": NONE_FOUND, "fixable": NONE_FOUND,
-    "vulnerabilities": [], "secrets": [], "misconfigurations": [],
-}  # fmt: skip
+SCAN = ScanEvidence(
+    image_id=DIGEST,
+    os=OperatingSystem(family="debian", name="12.1"),
+    scanned_at=datetime(2026, 11, 24, tzinfo=UTC),
+    trivy=TrivyBuild(version="0.76.0", sha256="ab" * 32),
+    database=DatabaseUsed(state="absent"),
+    packages=261,
+    sbom_components=262,
+    counts=dict.fromkeys(SEVERITIES, 0),
+    fixable=dict.fromkeys(SEVERITIES, 0),
+)
 COMPUTED_ON = {
     "gpu": None, "cpu_model": "AMD EPYC 7R13", "instruction_set": "avx2", "cores": [0, 1], "cores_shared": False,
     "kernels": {
@@ -132,7 +134,11 @@ class Made:
         of_image = {"image": image.digest}
         paired = {"drift.json": drift_of(self.lost).model_dump_json(by_alias=True)}
         drift = self.put("drift", {**of_checkpoint, **of_image}, paired)
-        scan = self.put("scan", of_image, {"scan.json": json.dumps(SCAN), "trivy.json": "{}", "sbom.cdx.json": "{}"})
+        scan = self.put(
+            "scan",
+            of_image,
+            {"scan.json": SCAN.model_dump_json(by_alias=True), "trivy.json": "{}", "sbom.cdx.json": "{}"},
+        )
         measured = {"load.json": json.dumps(LOAD), "requests.jsonl": "", "memory.json": json.dumps(SAMPLES)}
         load_test = self.put("load", {**of_image, **of_checkpoint}, measured)
         made = (source, quantized, image, drift, scan, load_test)

@@ -15,6 +15,7 @@ from hub_server import COMMIT, REPOSITORY, serving
 from release_evidence import SCAN
 
 from containers.scan import scan_gate
+from containers.scan.evidence import DatabaseUsed
 from pipeline.errors import SourceError
 from pipeline.sources.lock import Lock, LockedFile, write_lock
 from pipeline.spec import ModelSpec
@@ -152,9 +153,11 @@ def test_a_newer_vulnerability_database_is_the_rescans_business(
 def test_a_database_that_has_got_old_since_hides_no_other_change(
     models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fresh = {"state": "ok", "updated_at": datetime.now(UTC).isoformat()}
-    scan = {**SCAN, "scanned_at": fresh["updated_at"], "database": {**SCAN["database"], **fresh}}
-    monkeypatch.setitem(_FILES, "scan", {**_FILES["scan"], "scan.json": scan})
+    now = datetime.now(UTC)
+    fresh = DatabaseUsed(state="ok", updated_at=now.isoformat())
+    scan = SCAN.model_copy(update={"scanned_at": now, "database": fresh})
+    files = {**_FILES["scan"], "scan.json": scan.model_dump(mode="json", by_alias=True)}
+    monkeypatch.setitem(_FILES, "scan", files)
     spec = models.write()
     register(models.release(spec), monkeypatch)
 
