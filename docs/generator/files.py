@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from fields import Schema, described, one_line, page, table
@@ -13,6 +14,7 @@ from pydantic import BaseModel
 from containers.gateway import config as gateway
 from containers.image.build import ImageRecord
 from containers.kubernetes.cluster import Cluster
+from containers.scan.evidence import ScanEvidence
 from evals.drift.pairs import Drift
 from evals.drift.suite import load_suite, suite_names
 from evals.load.traffic import profile as traffic
@@ -122,11 +124,12 @@ def gateway_files() -> str:
     return page("The gateway's files", intro, parts)
 
 
-# The documents of a release, by their names in its folder `release/`.
+# What stages leave, and a release carries in its folder `release/`.
 EVIDENCE: Mapping[str, type[BaseModel]] = {
-    "manifest.json": Manifest,
-    "evidence/drift.json": Drift,
-    "image.json": ImageRecord,
+    "manifest": Manifest,
+    "drift": Drift,
+    "scan": ScanEvidence,
+    "image": ImageRecord,
 }
 
 
@@ -134,13 +137,16 @@ def evidence() -> str:
     """The documents that stages leave and a release carries."""
     parts = []
     for name, model in EVIDENCE.items():
-        own = name.rpartition("/")[2].replace(".", "-")
-        parts += [re.sub(r"(\(#|\{ #)", rf"\g<1>{own}-", part) for part in _tables(schema_of(model), f"`{name}`")]
-    return page(
-        "Evidence",
-        "The documents that stages leave. `manifest.json` is signed, and names the files of a release.",
-        parts,
+        parts += [re.sub(r"(\(#|\{ #)", rf"\g<1>{name}-", part) for part in _tables(schema_of(model), f"`{name}.json`")]
+    intro = (
+        "The documents that stages leave. `manifest.json` is signed, and names the files of a release. "
+        f"JSON schemas: {', '.join(f'[`{name}`](../{_schema_file(name)})' for name in EVIDENCE)}."
     )
+    return page("Evidence", intro, parts)
+
+
+def _schema_file(name: str) -> str:
+    return f"{name}.schema.json" if name == "manifest" else f"schemas/{name}.schema.json"
 
 
 def suites() -> str:
@@ -223,5 +229,10 @@ PAGES = {
     "reference/cluster-file.md": cluster_file,
     "reference/gateway-files.md": gateway_files,
     "reference/evidence.md": evidence,
+    **{
+        _schema_file(name): partial(_published, schema_of(model), f"urn:slipway:{name}")
+        for name, model in EVIDENCE.items()
+        if name != "manifest"
+    },
     "reference/suites.md": suites,
 }

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from fields import cell, page, row
 
-from pipeline.settings import CHECKOUT
+from pipeline.resources import PACKAGES
 
-_PACKAGES = ("pipeline", "evals", "containers", "registry")
+_NAMES = ("pipeline", "evals", "containers", "registry")
 
 
 def folders() -> str:
@@ -18,13 +18,13 @@ def folders() -> str:
     rows = ["| folder | has |", "|---|---|"]
     for folder in _folders():
         told = (ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or "").split("\n\n")
-        rows.append(row(f"`{folder.relative_to(CHECKOUT)}/`", cell(told[0])))
+        rows.append(row(f"`{folder.relative_to(PACKAGES)}/`", cell(told[0])))
     return page("Folders of the code", "", ["\n".join(rows)])
 
 
 def _folders() -> Iterator[Path]:
-    for package in _PACKAGES:
-        yield from sorted(path.parent for path in (CHECKOUT / package).rglob("__init__.py"))
+    for name in _NAMES:
+        yield from sorted(path.parent for path in (PACKAGES / name).rglob("__init__.py"))
 
 
 PAGES = {"reference/folders.md": folders}
