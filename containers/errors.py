@@ -33,3 +33,11 @@ class PolicyError(ContainerError):
 
 class ScanError(ContainerError):
     """An image could not be scanned, or Trivy's output or the stored evidence is incomplete."""
+
+
+class SandboxError(ContainerError):
+    """A container did not start, was not healthy in time, or stopped; the message says why and where its log is."""
+
+
+class UnhealthyError(SandboxError):
+    """The server in the container stopped before it was healthy, or was not healthy in time: the release fails."""

@@ -133,6 +133,22 @@ def redirect_problem(method: str, here: str, there: str) -> str | None:
     return None
 
 
+def answer_problem(method: str, here: str, there: str | None, content_encoding: str) -> str | None:
+    """Return why an answer is refused before its body is read; None if it may be read or followed.
+
+    ``there`` is the absolute address of its redirect, if it is one. The text continues a sentence that begins with the
+    name of the server.
+    """
+    problem = None if there is None else redirect_problem(method, here, there)
+    if problem is not None:
+        return f"is not followed: {problem}"
+    try:
+        refuse_encoding(content_encoding)
+    except NetworkError as error:
+        return str(error)
+    return None
+
+
 def same_origin(one: str, other: str) -> bool:
     """Whether two addresses have scheme, host and port in common; a malformed one has none with any."""
     try:

@@ -261,15 +261,11 @@ class Registry:
 
     def _bound(self, answer: httpx.Response) -> None:
         """Hold an answer to its bounds before its body is read, a redirect's and a token service's too."""
-        if answer.has_redirect_location:
-            there = self._there(answer)
-            problem = network.redirect_problem(answer.request.method, str(answer.url), str(there))
-            if problem is not None:
-                raise DistributionError(f"the registry {self.host} is not followed: {problem}")
-        try:
-            network.refuse_encoding(answer.headers.get("Content-Encoding", ""))
-        except NetworkError as error:
-            raise DistributionError(f"the registry {self.host} {error}") from error
+        there = str(self._there(answer)) if answer.has_redirect_location else None
+        encoding = answer.headers.get("Content-Encoding", "")
+        problem = network.answer_problem(answer.request.method, str(answer.url), there, encoding)
+        if problem is not None:
+            raise DistributionError(f"the registry {self.host} {problem}")
         size = answer.request.extensions.get(_SIZE) if answer.is_success else None
         answer.stream = _Bounded(cast("httpx.SyncByteStream", answer.stream), size, self.host)
 

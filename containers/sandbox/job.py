@@ -12,7 +12,7 @@ from docker.models.containers import Container
 from docker.types import DeviceRequest
 
 from containers.engine.owner import marked, ownership
-from containers.sandbox.sandbox import create, hardening, remove, terminated_by_exception, told
+from containers.sandbox.container import create, engine_errors, hardening, remove, terminated_by_exception
 from registry import untrusted
 
 # What a shell says of a process that was killed, as the engine does of a container's.
@@ -63,7 +63,7 @@ def run(
     with terminated_by_exception(), marked(home, str(options["name"])):
         container = create(client, image, options)
         try:
-            with told(f"can't run a container of {image}"):
+            with engine_errors(f"can't run a container of {image}"):
                 container.start()
                 status = int(container.wait()["StatusCode"])
                 _keep_log(container, folder, log)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import docker
@@ -31,12 +28,13 @@ from containers.engine.owner import (
     marked,
     ownership,
 )
-from containers.errors import ContainerError
+from containers.errors import SandboxError, UnhealthyError
 from containers.hardware import core_pool
 from containers.hardware.core_pool import CoreRequest, Cores
 from containers.hardware.cpu import Cpu, InstructionSet, this_cpu
 from containers.image import gpu_compatibility
-from containers.sandbox import engine_log, isolation, kernels, logs
+from containers.sandbox import failure, isolation, kernels, logs
+from containers.sandbox.container import create, engine_errors, hardening, remove, terminated_by_exception
 from containers.sandbox.engine_log import Failure
 from containers.sandbox.kernels import ComputedOn, Kernels
 from containers.sandbox.memory import MemorySampler, container_reader
@@ -46,22 +44,11 @@ Progress = Callable[[str], None]
 STAGE_LABEL = "slipway.stage"
 
 PORT = "8000/tcp"
-USER = "65534:65534"
-PROCESSES = 1024
-SHARED_MEMORY = "1g"
 # vLLM asks for its own address by a route to the outside, which there is none of here. An illegal instruction in one of
 # its processes leaves no trace but what Python's fault handler writes.
 _ENVIRONMENT = {"HOME": "/tmp", "VLLM_HOST_IP": "127.0.0.1", "PYTHONFAULTHANDLER": "1"}  # noqa: S108 - inside the container
 _POLL_SECONDS = 0.25
 _PROGRESS_SECONDS = 10.0
-
-
-class SandboxError(ContainerError):
-    """A container did not start, did not get healthy in time, or died; the message says why and where its log is."""
-
-
-class UnhealthyError(SandboxError):
-    """The server itself died before it was healthy, or was not healthy in time: the release's fault."""
 
 
 @dataclass
@@ -115,7 +102,10 @@ class Server:
         """
         if self.container is None:
             raise SandboxError("this server is no container's: it can't be restarted")
-        with told(f"can't restart the container {self.container.name}"), isolation.unplugged(self.container) as seal:
+        with (
+            engine_errors(f"can't restart the container {self.container.name}"),
+            isolation.unplugged(self.container) as seal,
+        ):
             self.container.restart(timeout=1)
             sealed = seal()
         if self.network == isolation.ISOLATED and not sealed:
@@ -212,10 +202,10 @@ def serve(
                 sampler.phase = "idle"
                 with _ended_after(container, lifetime_s):
                     yield Server(
-                        url, seconds, memory_bytes, cpus, sampler, lambda: _how_it_died(container, kept), container,
+                        url, seconds, memory_bytes, cpus, sampler, lambda: failure.stopped(container, kept), container,
                         gpu, reach, start_timeout_s, given,
                         None if given is None else this_cpu(cpu_limit), _kernels(container),
-                        lambda: _how_it_fails(container, kept), kept,
+                        lambda: failure.failing(container, kept), kept,
                     )  # fmt: skip
             finally:
                 sampler.stop()
@@ -272,21 +262,6 @@ def sweep(client: docker.DockerClient, home: Path) -> list[str]:
     return swept
 
 
-def hardening(memory_bytes: int) -> dict[str, Any]:
-    """What every container of ours is held to, as the SDK takes it."""
-    return {
-        "read_only": True,
-        "tmpfs": {"/tmp": "rw,exec,nosuid,nodev,mode=1777"},  # noqa: S108 - inside the container
-        "cap_drop": ["ALL"],
-        "security_opt": ["no-new-privileges"],
-        "user": USER,
-        "pids_limit": PROCESSES,
-        "mem_limit": memory_bytes,
-        "memswap_limit": memory_bytes,
-        "shm_size": SHARED_MEMORY,
-    }
-
-
 def _reached_by(network: str | None) -> dict[str, Any]:
     """Where its port is: on a network of its own, or published on loopback where there is none."""
     if network is None:
@@ -314,35 +289,14 @@ def _ended_after(container: Container, seconds: float | None) -> Iterator[None]:
         timer.cancel()
 
 
-@contextlib.contextmanager
-def told(what: str) -> Iterator[None]:
-    """Turn the engine's errors into this module's."""
-    try:
-        yield
-    except (docker.errors.APIError, requests.RequestException) as error:
-        raise SandboxError(f"{what}: {_explanation(error)}") from error
-
-
-def create(client: docker.DockerClient, image: str, options: dict[str, Any]) -> Container:
-    """Create a container; ``SandboxError`` where the engine can't, or has no such image."""
-    try:
-        with told(f"can't create a container of {image}"):
-            return client.containers.create(image, **options)
-    except SandboxError as error:
-        if isinstance(error.__cause__, docker.errors.ImageNotFound):
-            raise SandboxError(f"the engine has no image {image}: build it again") from error
-        raise
-
-
 def _start(container: Container) -> bool:
     """Start a container; return whether it can reach nothing, this machine's services included."""
-    with told(f"can't start a container of {container.attrs['Image']}"), isolation.unplugged(container) as seal:
+    with (
+        engine_errors(f"can't start a container of {container.attrs['Image']}"),
+        isolation.unplugged(container) as seal,
+    ):
         container.start()
         return seal()
-
-
-def _explanation(error: Exception) -> str:
-    return str(getattr(error, "explanation", None) or error)
 
 
 def _wait(container: Container, started: float, timeout: float, progress: Progress, kept: Path | None) -> str:
@@ -351,7 +305,7 @@ def _wait(container: Container, started: float, timeout: float, progress: Progre
     url: str | None = None
     with httpx.Client(timeout=2.0, trust_env=False) as http:
         while True:
-            died = _how_it_died(container, kept)
+            died = failure.stopped(container, kept)
             if died is not None:
                 raise UnhealthyError(f"the server {died.told(' before it was healthy')}")
             url = url or _address(container)
@@ -359,7 +313,7 @@ def _wait(container: Container, started: float, timeout: float, progress: Progre
                 return url
             now = time.monotonic()
             if now - started > timeout:
-                late = _with_reason(container, f"was not healthy within {timeout:.0f} s", kept)
+                late = failure.with_error(container, f"was not healthy within {timeout:.0f} s", kept)
                 raise UnhealthyError(f"the server {late}")
             if now - told > _PROGRESS_SECONDS:
                 told = now
@@ -382,111 +336,3 @@ def _address(container: Container) -> str | None:
         return f"http://127.0.0.1:{bindings[0]['HostPort']}"
     own = next((each["IPAddress"] for each in settings["Networks"].values() if each.get("IPAddress")), None)
     return f"http://{own}:{PORT.partition('/')[0]}" if own else None
-
-
-def _how_it_died(container: Container, kept: Path | None) -> Failure | None:
-    """Say how a container ended, and why; None while it runs. What it wrote is kept in ``kept``."""
-    try:
-        container.reload()
-    except docker.errors.NotFound:
-        return Failure("was removed by someone else", may_pass=True)
-    except (docker.errors.APIError, requests.RequestException) as error:
-        return Failure(f"can't be seen any more: the engine doesn't answer ({_explanation(error)})", may_pass=True)
-    state = container.attrs["State"]
-    if state["Running"]:
-        return None
-    status = state["ExitCode"]
-    if state.get("OOMKilled"):
-        return _with_reason(container, f"{_out_of_memory(container)}, exit status {status})", kept, explained=True)
-    ending, may_pass = engine_log.by_status(status)
-    return _with_reason(container, ending, kept, may_pass=may_pass, calm=status == 0)
-
-
-def _how_it_fails(container: Container, kept: Path | None) -> Failure | None:
-    """Say what is wrong with a container that runs: its engine is dead, or a process of it ran out of memory."""
-    try:
-        if _ran_out_of_memory(container):
-            return _with_reason(container, f"{_out_of_memory(container)}, the rest still runs)", kept, explained=True)
-        if not engine_log.is_dead(logs.read(container, _started(container))):
-            return None
-    except (docker.errors.APIError, requests.RequestException):
-        return None
-    return _with_reason(container, "failed", kept)
-
-
-def _out_of_memory(container: Container) -> str:
-    return f"ran out of memory (limit {container.attrs['HostConfig']['Memory'] / 2**30:.2f} GiB"
-
-
-def _ran_out_of_memory(container: Container) -> bool:
-    """Whether the kernel ended a process of a running container for want of memory since it was started.
-
-    The engine says so of a container only when it ends.
-    """
-    assert container.client is not None  # noqa: S101 - it came from one
-    wanted = {"container": container.id, "event": "oom"}
-    until = f"{time.time():.9f}"  # of now: the engine waits for a time to come
-    since = int(_started(container))
-    told = container.client.api.events(since=since, until=until, filters=wanted)  # type: ignore[call-overload] # a text
-    return any(True for _ in told)
-
-
-def _started(container: Container) -> float:
-    """When it was started last, in seconds since 1970: what it wrote before is of another life."""
-    try:
-        return datetime.fromisoformat(container.attrs["State"]["StartedAt"][:19] + "+00:00").timestamp()
-    except ValueError:
-        return 0.0
-
-
-def _with_reason(
-    container: Container, ending: str, kept: Path | None, *, may_pass: bool = False, explained: bool = False,
-    calm: bool = False,
-) -> Failure:  # fmt: skip
-    """Add the engine's first error to how it ended, unless that explains it, and keep what it wrote.
-
-    vLLM's API server takes its leave ``calm``ly, with status 0, when the engine behind it has failed.
-    """
-    try:
-        wrote = logs.read(container, _started(container))
-    except (docker.errors.APIError, requests.RequestException):
-        wrote = ""
-    log = None if kept is None else logs.keep(container, kept)
-    if explained:
-        return Failure(ending, None, log)
-    error = engine_log.root_error(wrote)
-    if calm and engine_log.is_dead(wrote):
-        ending, calm = "failed", False
-    return Failure(ending, error, log, may_pass=calm or (may_pass and error is None))
-
-
-def remove(container: Container) -> None:
-    """Remove a container with its volumes; that it is gone already, or going, is as good."""
-    try:
-        container.remove(force=True, v=True)
-    except docker.errors.NotFound:
-        return
-    except docker.errors.APIError as error:
-        if "is already in progress" not in _explanation(error):
-            raise SandboxError(f"can't remove the container {container.name}: {_explanation(error)}") from error
-
-
-@contextlib.contextmanager
-def terminated_by_exception() -> Iterator[None]:
-    """Let SIGTERM unwind the stack for the time of the block, so that what was started is removed.
-
-    Only in the main thread, where Python can, and only where nobody else handles the signal.
-    """
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if not ours:
-        yield
-        return
-
-    def leave(number: int, _frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -69,23 +69,24 @@ def _ask_plainly(request: httpx2.Request) -> None:
 
 def _check(answer: httpx2.Response) -> None:
     """Hold an answer to the policy before its body is read; of one that is no success there is none."""
-    if answer.has_redirect_location:
-        try:
-            there = answer.url.join(answer.headers["Location"])
-            _ = there.host  # decoded, which fails for what is no name
-        except (httpx2.InvalidURL, ValueError) as error:
-            raise SourceError(f"the hub at {answer.url.host} is not followed: the address is malformed") from error
-        problem = network.redirect_problem(answer.request.method, str(answer.url), str(there))
-        if problem is not None:
-            raise SourceError(f"the hub at {answer.url.host} is not followed: {problem}")
-    try:
-        network.refuse_encoding(answer.headers.get("Content-Encoding", ""))
-    except NetworkError as error:
-        raise SourceError(f"the hub at {answer.url.host} {error}") from error
+    there = str(_redirect_target(answer)) if answer.has_redirect_location else None
+    encoding = answer.headers.get("Content-Encoding", "")
+    problem = network.answer_problem(answer.request.method, str(answer.url), there, encoding)
+    if problem is not None:
+        raise SourceError(f"the hub at {answer.url.host} {problem}")
     if not answer.is_success:
         answer.stream = _NoBody(cast("httpx2.SyncByteStream", answer.stream))
     # `huggingface_hub` would print it.
     answer.headers.pop("X-HF-Warning", None)
+
+
+def _redirect_target(answer: httpx2.Response) -> httpx2.URL:
+    try:
+        there = answer.url.join(answer.headers["Location"])
+        _ = there.host  # decoding fails for an invalid host name
+    except (httpx2.InvalidURL, ValueError) as error:
+        raise SourceError(f"the hub at {answer.url.host} is not followed: the address is malformed") from error
+    return there
 
 
 class _NoBody(httpx2.SyncByteStream):

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import docker
 
+from containers.errors import SandboxError
 from containers.hardware.cpu import INSTRUCTION_SETS, InstructionSet
 from containers.hardware.gpu import gpus
 from containers.image import build as images
@@ -263,11 +264,11 @@ def serve_image(bench: StageContext, image_id: str) -> Iterator[sandbox.Server]:
         with bench.engine() as client, _served(bench, client, image_id) as server:
             started = True
             yield server
-    except sandbox.SandboxError as error:
+    except SandboxError as error:
         if started:
             raise
         remedy = "if vLLM can't load this scheme, evaluate it with `evals: {engine: hf}`"
-        raise sandbox.SandboxError(f"the image of `{bench.scheme_name}` can't be asked: {error}; {remedy}") from error
+        raise SandboxError(f"the image of `{bench.scheme_name}` can't be asked: {error}; {remedy}") from error
 
 
 def answer(

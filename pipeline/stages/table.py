@@ -15,6 +15,7 @@ from typing import Any
 import docker
 
 from containers.engine.engine import connect
+from containers.errors import UnhealthyError
 from containers.hardware import gpu_pool, machine_locks
 from containers.hardware.core_pool import CoreRequest
 from containers.hardware.cpu import InstructionSet
@@ -241,6 +242,8 @@ CODE: Mapping[str, str] = {
         ),
         *(
             "containers/sandbox/sandbox.py",
+            "containers/sandbox/container.py",
+            "containers/sandbox/failure.py",
             "containers/sandbox/engine_log.py",
             "containers/sandbox/isolation.py",
             "containers/sandbox/memory.py",
@@ -481,7 +484,7 @@ def load_test(
                     live=live,
                     expected=_expected_memory(bench, record, quantized),
                 )
-        except sandbox.UnhealthyError as error:
+        except UnhealthyError as error:
             bench.progress(str(error))
             return loads.write_unhealthy(str(error), plan, folder)
 

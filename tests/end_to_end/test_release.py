@@ -18,7 +18,7 @@ import pytest
 import yaml
 from docker.models.containers import Container
 
-from containers.sandbox.sandbox import home_digest
+from containers.engine.owner import home_digest
 from homes import DEMO, Slipway, forget
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import docker
 import pytest
 
-from containers.sandbox.sandbox import home_digest
+from containers.engine.owner import home_digest
 from homes import Slipway, forget
 from pipeline.orchestration.instance import open_instance
 from pipeline.settings import Settings

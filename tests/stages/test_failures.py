@@ -21,6 +21,8 @@ from click.testing import CliRunner
 from docker.models.containers import Container
 from release_folder import FILES, make_release
 
+from containers.engine.owner import HOME_LABEL, home_digest
+from containers.errors import SandboxError, UnhealthyError
 from containers.image.base import ensure_base
 from containers.image.build import ImageRecord
 from containers.image.profile import load as load_profile
@@ -70,7 +72,7 @@ def failing(engine: docker.DockerClient, base: str) -> Fail:
 @pytest.fixture(autouse=True)
 def _nothing_remains(engine: docker.DockerClient, slipway: Slipway) -> Iterator[None]:
     yield
-    label = f"{sandbox.HOME_LABEL}={sandbox.home_digest(slipway.home)}"
+    label = f"{HOME_LABEL}={home_digest(slipway.home)}"
     assert engine.containers.list(all=True, filters={"label": label}) == []
     assert engine.networks.list(filters={"label": label}) == []
 
@@ -113,7 +115,7 @@ def record(image: str) -> dict[str, Any]:
 
 def test_at_its_start_of_an_evaluation(failing: Fail, slipway: Slipway) -> None:
     bench = StageContext(spec(), "gptq", Settings.read(dict(slipway.variables)), print)
-    with failing(0, "noweights") as image, pytest.raises(sandbox.SandboxError) as raised:
+    with failing(0, "noweights") as image, pytest.raises(SandboxError) as raised:
         evaluation.serve_image(bench, image).__enter__()
     one_line(str(raised.value), NO_WEIGHTS, slipway.home, "ended with status 1 before it was healthy")
 
@@ -198,7 +200,7 @@ def test_a_process_of_it_that_ran_out_of_memory_while_the_rest_lives(
 
 def test_an_illegal_instruction_is_told_by_name(engine: docker.DockerClient, base: str, slipway: Slipway) -> None:
     """A real one, as of kernels that were built for another CPU."""
-    with server_image(engine, base, "--illegal", "1") as image, pytest.raises(sandbox.UnhealthyError) as raised:
+    with server_image(engine, base, "--illegal", "1") as image, pytest.raises(UnhealthyError) as raised:
         sandbox.serve(
             engine, image, name="slipway-test", home=slipway.home, memory_bytes=128 * MIB, progress=print
         ).__enter__()

@@ -19,13 +19,15 @@ import httpx
 import pytest
 from docker.models.containers import Container
 
+from containers.engine.owner import HOME_LABEL, home_digest
+from containers.errors import SandboxError, UnhealthyError
 from containers.hardware.core_pool import CoreRequest
 from containers.hardware.cpu import this_cpu
 from containers.image.base import ensure_base
 from containers.image.profile import load
 from containers.sandbox import isolation
 from containers.sandbox.memory import _stats_reader
-from containers.sandbox.sandbox import HOME_LABEL, SandboxError, Server, UnhealthyError, home_digest, serve, sweep
+from containers.sandbox.sandbox import Server, serve, sweep
 from evals.load import faults
 from homes import Slipway
 from server_image import server_image

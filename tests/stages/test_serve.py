@@ -24,9 +24,9 @@ import pytest
 from docker.models.containers import Container
 from release_folder import FILES, make_release
 
+from containers.engine.owner import HOME_LABEL, home_digest
 from containers.image.base import ensure_base
 from containers.image.profile import load
-from containers.sandbox.sandbox import HOME_LABEL, home_digest
 from gateways import TOKENIZER
 from homes import SLIPWAY, Slipway, make_home
 from open_loop import Outcome, drive, quantile

@@ -15,8 +15,8 @@ import pytest
 from test_ray import ENVIRONMENT, RUN, wait_for, write
 
 from checkout import CHECKOUT
+from containers.engine.owner import home_digest
 from containers.sandbox import sandbox
-from containers.sandbox.sandbox import home_digest
 from pipeline.errors import WorkerFailed
 from pipeline.settings import Settings
 from pipeline.workers.launchers.configured import launcher

@@ -17,8 +17,8 @@ from docker.models.containers import Container
 
 from containers.engine.owner import OWNER_LABEL, home_digest, is_alive, left_behind, marked, ownership, start_time
 from containers.sandbox import memory
+from containers.sandbox.container import terminated_by_exception
 from containers.sandbox.memory import MemorySampler, _stats_reader
-from containers.sandbox.sandbox import terminated_by_exception
 
 
 def test_this_process_owns_what_it_starts(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from containers.errors import SandboxError
 from containers.sandbox.engine_log import Failure
 from containers.sandbox.memory import MemorySampler
-from containers.sandbox.sandbox import SandboxError, Server
+from containers.sandbox.sandbox import Server
 from evals.drift import served
 from evals.drift.answers import Answers
 from evals.drift.asking import RUNS, in_looks, while_serving
