@@ -82,7 +82,7 @@ class Pool:
         try:
             async with asyncio.timeout(timeout_s):
                 return await entry.place
-        except BaseException as error:
+        except BaseException as error:  # a client that left cancels the wait: its place must be free again
             if entry.place.done() and not entry.place.cancelled():
                 entry.place.result().release()  # it came just too late
             if isinstance(error, TimeoutError):

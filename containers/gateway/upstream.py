@@ -143,7 +143,7 @@ class Upstream:
             answer = await self._connections.handle_async_request(request)
             try:
                 opened = await self._open(answer, call)
-            except BaseException:
+            except BaseException:  # a cancelled request among them: the connection must not stay open
                 await answer.aclose()
                 raise
         except httpx.HTTPError:

@@ -90,7 +90,7 @@ def _lock(path: Path, operation: int) -> int:
             flock(descriptor, operation)
             if _is_still(path, descriptor):
                 return descriptor
-        except BaseException:
+        except BaseException:  # Ctrl-C while it waits among them: an open descriptor would keep the lock
             os.close(descriptor)
             raise
         os.close(descriptor)

@@ -78,7 +78,7 @@ class BlobStore:
                 os.fsync(file.fileno())
                 set_mode(beside, 0o644)
                 beside.rename(self.path(digest))
-            except BaseException:
+            except BaseException:  # Ctrl-C among them: no half-written blob stays
                 beside.unlink(missing_ok=True)
                 raise
         return digest, size

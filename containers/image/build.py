@@ -258,7 +258,7 @@ def push_layers(
     with ThreadPoolExecutor(UPLOADS) as pool:
         try:
             return list(pool.map(push, [*shared, *layers]))[len(shared) :]
-        except BaseException:
+        except BaseException:  # Ctrl-C among them: uploads that run in threads must end
             registry.stop()
             pool.shutdown(cancel_futures=True)
             raise

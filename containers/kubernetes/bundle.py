@@ -107,7 +107,7 @@ def write_bundle(
         if folder.exists():
             folder.rmdir()
         part.rename(folder)
-    except BaseException:
+    except BaseException:  # Ctrl-C among them: no half-written bundle stays
         shutil.rmtree(part, ignore_errors=True)
         raise
     return Written(folder, tuple(sorted(files)), found, tuple(_warnings(values)))

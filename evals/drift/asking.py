@@ -125,7 +125,7 @@ def while_serving(serve: Callable[[], AbstractContextManager[Server]], address: 
             with serve() as server:
                 _announce(address, server.url)
                 return _answer(future, server)
-        except BaseException as error:
+        except BaseException as error:  # an interrupt among them: the worker waits for an address
             if not address.exists():
                 _announce(address, f"the server did not start: {error}")
             raise
@@ -148,7 +148,7 @@ def _answer(future: Future[T], server: Server) -> T:
             failure = server.died()
             if failure is not None:
                 raise _stopped(failure) from None
-        except Exception as error:
+        except Exception as error:  # whatever the worker met: a server that ended explains it better
             failure = server.failed()
             if failure is not None:
                 raise _stopped(failure) from error

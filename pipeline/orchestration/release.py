@@ -139,7 +139,7 @@ def release(
             reader.start()
         for reader in readers:
             reader.join()
-    except BaseException:
+    except BaseException:  # Ctrl-C among them: no run goes on without this process
         _stop(runs)
         raise
     return [run.document() for run in runs]
@@ -193,7 +193,7 @@ def _until_ready(
     """Do what is to be done before the runs begin, and let those begin that are needed; return what it told."""
     try:
         told = meanwhile()
-    except BaseException:
+    except BaseException:  # Ctrl-C among them: processes that were started must not wait for ever
         for run in runs:
             run.call_off()
         raise

@@ -195,7 +195,7 @@ class Serving:
             for fleet in [*started, *grown]:
                 fleet.wait_ready(self.gateway.check)
             self._switch(wishes, started)
-        except BaseException:
+        except BaseException:  # a signal among them: replicas that were started get no traffic yet
             for fleet in started:
                 fleet.stop()
             raise
@@ -212,7 +212,7 @@ class Serving:
         self.wishes = wishes
         try:
             self._publish()
-        except BaseException:
+        except BaseException:  # a signal among them: the routes that worked come back
             self.wishes = before
             with contextlib.suppress(GatewayError):
                 self._publish()

@@ -121,7 +121,7 @@ class Jobs:
                 self.engine.submit(job, remote_job, task)
             self.progress(f"{self.engine.name} {'runs it already' if running else 'is given it'}, as {job}")
             return self._follow(job, task, joined=bool(running))
-        except Exception as error:
+        except Exception as error:  # whatever failed, the job may still be running
             if task.stop.is_set() and not running:
                 self.engine.stop(job)
             elif task.stop.is_set():
