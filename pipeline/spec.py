@@ -18,7 +18,8 @@ from evals.load.cost import CostPlan
 from evals.load.load_test import LoadPlan
 from pipeline.errors import SpecError
 from pipeline.quantization.quantize import Scheme
-from pipeline.yaml_file import explain, hint, keys, listed, read
+from pipeline.yaml_file import explain, keys, listed, read
+from registry.suggestions import suggestion
 
 _NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 # The keys that name a file of data, by their path; ``*`` is any key.
@@ -122,7 +123,7 @@ class ModelSpec(_Section):
     @classmethod
     def _known_runtime(cls, name: str) -> str:
         if name not in profile.names():
-            raise ValueError(f"there is no such runtime{hint(name, profile.names())}")
+            raise ValueError(f"there is no such runtime{suggestion(name, profile.names())}")
         return name
 
     @property
@@ -137,7 +138,7 @@ class ModelSpec(_Section):
             SpecError: the model has no such scheme.
         """
         if name not in self.schemes:
-            raise SpecError(f"{self.path} has no scheme `{name}`{hint(name, self.schemes)}")
+            raise SpecError(f"{self.path} has no scheme `{name}`{suggestion(name, self.schemes)}")
         return self.schemes[name]
 
 
@@ -155,7 +156,7 @@ def find(model: str, models: Path) -> Path:
     path = models / f"{model}.yaml"
     if not path.is_file():
         known = sorted(item.stem for item in models.glob("*.yaml"))
-        raise SpecError(f"no model `{model}` in {models}{hint(model, known)}")
+        raise SpecError(f"no model `{model}` in {models}{suggestion(model, known)}")
     return path
 
 
@@ -168,7 +169,7 @@ def load(path: Path) -> ModelSpec:
     document = read(path)
     # What the file can't say: where it is.
     known = _known_keys()
-    problems = [f"unknown key `path`{hint('path', known)}"] if "path" in document else []
+    problems = [f"unknown key `path`{suggestion('path', known)}"] if "path" in document else []
     wrong: Iterable[str] = ()
     try:
         resolved = _resolved(document, path.parent, problems)

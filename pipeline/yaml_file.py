@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import yaml
 from pydantic import BaseModel
 
 from pipeline.errors import SpecError
+from registry.suggestions import suggestion
 
 # A model's file has some kilobytes and some hundred values, those that an alias repeats counted each time.
 _MOST_BYTES = 256 * 1024
@@ -61,7 +61,7 @@ def explain(detail: Any, known: Iterable[str]) -> str:  # noqa: ANN401 - pydanti
     *above, key = [str(part) for part in detail["loc"]] or ["the file"]
     path = ".".join([*above, key])
     if detail["type"] == "extra_forbidden":
-        return f"unknown key `{path}`{hint(key, known)}"
+        return f"unknown key `{path}`{suggestion(key, known)}"
     if detail["type"] == "missing":
         return f"`{path}` is missing"
     if key == "[key]" and detail["type"] == "literal_error":
@@ -77,15 +77,6 @@ def keys(model: type[BaseModel]) -> Iterator[str]:
         for part in [info.annotation, *getattr(info.annotation, "__args__", ())]:
             if isinstance(part, type) and issubclass(part, BaseModel):
                 yield from keys(part)
-
-
-def hint(name: str, known: Iterable[str]) -> str:
-    """What a wrong name was meant to be, or all that there are where they are few; nothing where neither helps."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    if near:
-        return f": did you mean `{near[0]}`?"
-    return f": there are {', '.join(f'`{item}`' for item in known)}" if len(known) <= 12 and known else ""
 
 
 def _shown(value: object) -> str:

@@ -7,7 +7,6 @@ ways to the same answer.
 
 from __future__ import annotations
 
-import difflib
 import sqlite3
 from collections import defaultdict
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from registry.backend import EXPERIMENT, MANIFEST_TAG, MODEL_TAG, TURNS, Line, V
 from registry.errors import TrackingError
 from registry.tracking import database_path
 
-__all__ = ["MANIFEST_TAG", "MODEL_TAG", "Version", "champion_digest", "current", "line", "lines", "names", "nearest"]
+__all__ = ["MANIFEST_TAG", "MODEL_TAG", "Version", "champion_digest", "current", "line", "lines", "names"]
 
 _WORKSPACE = "default"
 _DELETED = "Deleted_Internal"
@@ -121,14 +120,6 @@ def champion_digest(tracking_uri: str, name: str) -> str | None:
     """Return the manifest digest of what deployments pull now; None where nothing was promoted."""
     found = [version for version in current(tracking_uri, name) if "champion" in version.aliases]
     return found[0].manifest_digest if found else None
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """Return `` (did you mean `X`?)``, or what there is, or that there is nothing."""
-    near = difflib.get_close_matches(name, known, n=1)
-    if near:
-        return f" (did you mean `{near[0]}`?)"
-    return f" (there is {', '.join(f'`{item}`' for item in known)})" if known else " (there is nothing yet)"
 
 
 def _asked(tracking_uri: str, name: str) -> list[Version]:

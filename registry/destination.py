@@ -16,20 +16,22 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from registry import untrusted
 from registry.errors import DiskError, FileSystemError, PullError, UntrustedFileError
-from registry.file_systems import flock, sync_folder
+from registry.file_locks import flock
+from registry.file_systems import sync_folder
+from registry.progress import Progress
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 @contextmanager
-def beside(destination: Path, digest: str, progress: Callable[[str], None]) -> Iterator[Path]:
+def beside(destination: Path, digest: str, progress: Progress) -> Iterator[Path]:
     """Give the folder for the release ``digest``; on an error what is in it stays for the next try, if it is anything.
 
     Raises:
@@ -97,7 +99,7 @@ def is_empty(folder: Path) -> bool:
     return folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
 
 
-def _taken(destination: Path, digest: str, progress: Callable[[str], None]) -> tuple[Path, int]:
+def _taken(destination: Path, digest: str, progress: Progress) -> tuple[Path, int]:
     """Lock the folder; where the file system has no locks, make one of our own, whose name nobody else takes."""
     try:
         return _locked(destination, digest, progress)
@@ -108,7 +110,7 @@ def _taken(destination: Path, digest: str, progress: Callable[[str], None]) -> t
         return part, os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
 
 
-def _locked(destination: Path, digest: str, progress: Callable[[str], None]) -> tuple[Path, int]:
+def _locked(destination: Path, digest: str, progress: Progress) -> tuple[Path, int]:
     """Make or find the folder and lock it; wait where another pull of the same release fills it."""
     prefix = f".{destination.name}.part-"
     part = destination.with_name(prefix + digest.rpartition(":")[2][:16])

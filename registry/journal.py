@@ -32,8 +32,9 @@ from typing import Annotated, Literal, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from registry.backend import Backend, Line
+from registry.digests import canonical_json, digest_of
 from registry.errors import PromotionError, SigningError, TrackingError
-from registry.manifest import Digest, canonical_json, digest_of
+from registry.manifest import Digest
 from registry.promotion_lock import Turn
 from registry.signing import PublicKey, Signature, SigningKey, verify_signature
 

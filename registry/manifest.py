@@ -18,8 +18,6 @@ The format, ``slipway.release/v1``:
 
 from __future__ import annotations
 
-import hashlib
-import json
 import unicodedata
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -39,6 +37,7 @@ from pydantic import (
 )
 
 from registry.bounded_json import Bounds, DocumentError, read_json
+from registry.digests import canonical_json, digest_of
 from registry.errors import ManifestError
 from registry.verdict import Verdict
 
@@ -270,17 +269,6 @@ class Manifest(_Part):
             if digest != f"sha256:{self.files[path].sha256}":
                 raise ValueError(f"`{path}` has another digest as evidence than among `files`")
         return self
-
-
-def canonical_json(document: Any) -> bytes:  # noqa: ANN401 - any JSON value
-    """Write a JSON value in the canonical form that this module describes; ``ValueError`` for NaN."""
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text.encode()
-
-
-def digest_of(data: bytes) -> str:
-    """Return ``sha256:`` and the SHA-256 of ``data``."""
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
 def utc_now() -> str:

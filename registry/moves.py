@@ -6,22 +6,22 @@ finishes what a killed one had begun (`registry.journal`), verifies the stored v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from registry import journal
 from registry.backend import Backend, Line, Version, only_version, open_backend
-from registry.catalog import current, names, nearest
+from registry.catalog import current, names
 from registry.errors import PromotionError, PullError, VerificationError
 from registry.journal import Action, Entry, Record, Target
 from registry.policy import Policy, Trust, policy_of
+from registry.progress import Progress, silent
 from registry.promotion_lock import Turn, turn
 from registry.resolve import CANARY, CHAMPION, PREVIOUS, Meaning, check, meaning, standing
 from registry.signing import PublicKey, SigningKey
 from registry.stored import verify_stored
-
-Progress = Callable[[str], None]
+from registry.suggestions import suggestion
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def promote_version(
     why: str = "by hand",
     who: str | None = None,
     key: SigningKey | None = None,
-    progress: Progress = lambda _: None,
+    progress: Progress = silent,
 ) -> Moved:
     """Make a registered version champion; ``previous`` names the champion before. The canary, if it is this, ends.
 
@@ -100,7 +100,7 @@ def rollback(
     why: str = "by hand",
     who: str | None = None,
     key: SigningKey | None = None,
-    progress: Progress = lambda _: None,
+    progress: Progress = silent,
 ) -> Moved:
     """Swap ``champion`` and ``previous``, the version that becomes champion verified anew. Twice, and all is as before.
 
@@ -134,7 +134,7 @@ def canary(
     why: str = "by hand",
     who: str | None = None,
     key: SigningKey | None = None,
-    progress: Progress = lambda _: None,
+    progress: Progress = silent,
 ) -> Moved:
     """Record that ``weight`` percent of the traffic is for this version, and the rest for the champion; 0 ends it.
 
@@ -276,7 +276,7 @@ def _opened(
 ) -> Iterator[tuple[Turn, Backend, Line, Entry | None]]:
     """Give the turn, the store, the line as it is once everything is finished, and what was finished."""
     if not current(tracking_uri, name):
-        raise PromotionError(f"there is no release `{name}`{nearest(name, names(tracking_uri))}")
+        raise PromotionError(f"there is no release `{name}`{suggestion(name, names(tracking_uri))}")
     with turn(tracking_uri, name, progress) as held, open_backend(tracking_uri) as backend:
         finished = recover(held, backend, name, tracking_uri, policy, progress)
         line = backend.line(name)

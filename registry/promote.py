@@ -23,8 +23,9 @@ from registry.catalog import current, line
 from registry.errors import Problem, PromotionError, PullError, RegistryError, TrackingError, VerificationError
 from registry.locations import checked_folder
 from registry.manifest import DOCUMENTS, MANIFEST, REPORT, Manifest
-from registry.moves import Progress, appoint, recover, signers
+from registry.moves import appoint, recover, signers
 from registry.policy import Policy, Trust, policy_of
+from registry.progress import Progress, silent
 from registry.promotion_lock import turn
 from registry.resolve import CANDIDATE, CHAMPION
 from registry.seal import place
@@ -70,7 +71,7 @@ def promote(
     why: str = "every gate passed",
     who: str | None = None,
     key: SigningKey | None = None,
-    progress: Progress = lambda _: None,
+    progress: Progress = silent,
 ) -> Promotion:
     """Verify the release in ``folder``, register it as a version of ``MODEL-SCHEME``, and move the aliases to it.
 

@@ -22,21 +22,21 @@ the lease.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import random
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from registry.backend import TURNS, Backend, Version, open_backend
 from registry.errors import PromotionError, RefusedError, RegistryError, TrackingError
-from registry.file_systems import flock
+from registry.file_locks import locked
+from registry.progress import Progress
 from registry.tracking import database_path
 
 LEASE_SECONDS = 60.0
@@ -54,7 +54,7 @@ class Turn:
 
 
 @contextmanager
-def turn(tracking_uri: str, name: str, progress: Callable[[str], None]) -> Iterator[Turn]:
+def turn(tracking_uri: str, name: str, progress: Progress) -> Iterator[Turn]:
     """Wait for one's turn to promote in the release line ``name``, and hold it meanwhile.
 
     Raises:
@@ -76,18 +76,14 @@ def turn(tracking_uri: str, name: str, progress: Callable[[str], None]) -> Itera
 
 
 @contextmanager
-def _file_lock(database: Path, progress: Callable[[str], None]) -> Iterator[None]:
-    try:
-        database.parent.mkdir(parents=True, exist_ok=True)
-        lock = database.with_name(database.name + ".promotion.lock").open("w")
-    except OSError as error:
-        raise TrackingError(f"can't promote: `{error.filename}`: {error.strerror}") from error
-    with lock:
+def _file_lock(database: Path, progress: Progress) -> Iterator[None]:
+    lock = database.with_name(database.name + ".promotion.lock")
+    with ExitStack() as held:
         try:
-            flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress("waiting for another promotion to end")
-            flock(lock, fcntl.LOCK_EX)
+            database.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(lock, lambda: progress("waiting for another promotion to end")))
+        except OSError as error:
+            raise TrackingError(f"can't promote: `{error.filename}`: {error.strerror}") from error
         yield
 
 
@@ -120,7 +116,7 @@ class _Ticket(Turn):
                 time.sleep(random.uniform(0.02, 0.1 * min(attempt, 10)))  # noqa: S311 - spreads those who collided
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    def wait(self, progress: Callable[[str], None]) -> None:
+    def wait(self, progress: Progress) -> None:
         """Return when every ticket with a lower number is handed in, or its maker dead."""
         told = False
         while True:

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from registry.manifest import MANIFEST, Manifest, canonical_json, digest_of
+from registry.digests import canonical_json, digest_of
+from registry.manifest import MANIFEST, Manifest
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,15 +14,16 @@ from tempfile import TemporaryDirectory
 
 from registry.backend import Version
 from registry.cache import Cache
-from registry.catalog import nearest
 from registry.destination import beside, discard, is_empty, take_place
 from registry.download import Moved, download
 from registry.errors import ArgumentError, ManifestError, Problem, PullError, TrackingError, VerificationError
 from registry.file_systems import set_mode, sync_folder
 from registry.manifest import DOCUMENTS, MANIFEST, FileRecord, Manifest
 from registry.policy import Policy, Trust, policy_of
+from registry.progress import Progress, silent
 from registry.resolve import CHAMPION, resolve
 from registry.stored import blamed, fetch_documents, reading
+from registry.suggestions import suggestion
 from registry.verify import VerificationReport, look, verify
 from registry.version_files import Artifacts
 
@@ -59,7 +60,7 @@ def pull(
     required_gates: Sequence[str] | None = None,
     cache: Path | None = None,
     replace: bool = False,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = silent,
 ) -> Pulled:
     """Fetch the release that ``NAME@ALIAS`` names (``NAME`` alone: its champion) into the new folder ``destination``.
 
@@ -118,12 +119,12 @@ def fetch_file(reference: str, name: str, target: Path, *, tracking_uri: str, tr
     version = resolve(*_parsed(reference), tracking_uri, policy)
     target = target.absolute()
     digest = version.manifest_digest or ""
-    with reading(version, tracking_uri) as stored, beside(target, digest, lambda _: None) as part:
+    with reading(version, tracking_uri) as stored, beside(target, digest, silent) as part:
         try:
             with blamed(version):
                 manifest = fetch_documents(stored, part, version, policy).manifest
                 if name not in manifest.files:
-                    raise PullError(f"the release has no file `{name}`{nearest(name, sorted(manifest.files))}")
+                    raise PullError(f"the release has no file `{name}`{suggestion(name, sorted(manifest.files))}")
                 download(name, part / name, manifest.files[name], partial(stored.open, name), Moved())
             (part / name).replace(target)
         finally:
@@ -187,7 +188,7 @@ def _former(destination: Path) -> Manifest:
 
 
 def _gathered(
-    stored: Artifacts, part: Path, version: Version, policy: Policy, have: Cache, progress: Callable[[str], None]
+    stored: Artifacts, part: Path, version: Version, policy: Policy, have: Cache, progress: Progress
 ) -> tuple[VerificationReport, Moved]:
     """Put the release together in ``part``, every byte held against the manifest; throw it away where one differs.
 

@@ -17,10 +17,11 @@ from pathlib import Path
 
 from registry import catalog, journal, trails
 from registry.backend import Line, Version
-from registry.catalog import names, nearest
+from registry.catalog import names
 from registry.errors import NotFoundError, PullError
 from registry.journal import Entry, Record
 from registry.policy import Policy
+from registry.suggestions import suggestion
 from registry.tracking import shown
 
 CANDIDATE, CHAMPION, PREVIOUS, CANARY = "candidate", "champion", "previous", "canary"
@@ -155,11 +156,11 @@ def _settled(name: str, alias: str, tracking_uri: str, policy: Policy, *, absent
     for attempt in range(1, _ATTEMPTS + 1):
         line = catalog.line(tracking_uri, name)
         if line is None:
-            raise NotFoundError(f"no release `{name}` in {shown(tracking_uri)}{nearest(name, names(tracking_uri))}")
+            raise NotFoundError(f"no release `{name}` in {shown(tracking_uri)}{suggestion(name, names(tracking_uri))}")
         if pinned is not None:
             return line, Meaning(pinned, pinned=True)
         if alias not in line.aliases and not absent:
-            raise NotFoundError(f"no version of `{name}` is `{alias}`{nearest(alias, sorted(line.aliases))}")
+            raise NotFoundError(f"no version of `{name}` is `{alias}`{suggestion(alias, sorted(line.aliases))}")
         try:
             return line, meaning(line, alias, policy)
         except UnexplainedError:

@@ -9,7 +9,7 @@ is an upload that no version has: it is in the next plan. The audit trail stays.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,6 +19,7 @@ from registry.backend import EXPERIMENT, MANIFEST_TAG, Embedded, Version, pages
 from registry.cache import unused
 from registry.catalog import artifact_root, current, line, lines, names
 from registry.locations import checked_folder
+from registry.progress import Progress, silent
 from registry.promote import discard_upload, line_of
 from registry.promotion_lock import turn
 from registry.resolve import needed
@@ -73,9 +74,7 @@ def plan(
     return found + [Doomed("cached file", path.name, why, path.stat().st_size, path=path) for path in files]
 
 
-def remove(
-    doomed: Sequence[Doomed], tracking_uri: str, progress: Callable[[str], None] = lambda _: None
-) -> list[Doomed]:
+def remove(doomed: Sequence[Doomed], tracking_uri: str, progress: Progress = silent) -> list[Doomed]:
     """Remove what is in the plan and nothing refers to now; return what was removed.
 
     Raises:

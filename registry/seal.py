@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from registry import sigstore_bundle
+from registry.atomic_write import write_atomically
 from registry.errors import ManifestError, Problem, SigningError, VerificationError
 from registry.manifest import (
     EVIDENCE,
@@ -66,16 +67,17 @@ def seal(folder: Path, key: SigningKey, manifest: Manifest) -> Manifest:
 
 def _sign(folder: Path, key: SigningKey, manifest: Manifest) -> None:
     data = manifest.canonical()
-    _write_whole(folder / MANIFEST, data)
+    (folder / MANIFEST).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / MANIFEST, data)
     if not key.signs_models:
-        _write_whole(folder / SIGNATURE, key.sign(data).to_bytes())
+        write_atomically(folder / SIGNATURE, key.sign(data).to_bytes())
         return
     provenance = sigstore_bundle.sign_statement(statement(manifest), key)
-    _write_whole(folder / PROVENANCE, provenance)
+    write_atomically(folder / PROVENANCE, provenance)
     digests = {name: record.sha256 for name, record in manifest.files.items()}
     for name, content in ((MANIFEST, data), (PROVENANCE, provenance)):
         digests[name] = hashlib.sha256(content).hexdigest()
-    _write_whole(
+    write_atomically(
         folder / SIGNATURE, sigstore_bundle.sign_statement(sigstore_bundle.files_statement(manifest.name, digests), key)
     )
 
@@ -159,13 +161,3 @@ def _cpu() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return (names[0] if names else "") or platform.processor() or "unknown"
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with beside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.rename(path)

@@ -13,7 +13,6 @@ import base64
 import hashlib
 import os
 import stat
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,9 +34,11 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from registry.atomic_write import create_atomically
 from registry.bounded_json import DocumentError, check_bounds
+from registry.digests import canonical_json
 from registry.errors import SigningError
-from registry.manifest import BOUNDS, Hex256, canonical_json
+from registry.manifest import BOUNDS, Hex256
 
 PAYLOAD_TYPE = "application/vnd.slipway.release.v1+json"
 _KINDS = "on the curve P-256, P-384 or P-521, or Ed25519"
@@ -187,11 +188,11 @@ def load_or_create_key(path: Path) -> SigningKey:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         made = ec.generate_private_key(ec.SECP256R1())
         pem = made.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        _create_once(path, pem, 0o600)
+        create_atomically(path, pem, 0o600)
     key = load_key(path)
     public = public_path(path)
     if not public.exists():
-        _create_once(public, key.public.pem(), 0o644)
+        create_atomically(public, key.public.pem(), 0o644)
     elif load_public_key(public) != key.public:
         raise SigningError(f"`{public}` is not the public half of `{path}`: remove it, and it is written anew")
     return key
@@ -285,23 +286,6 @@ def _curve_hash(key: ec.EllipticCurvePublicKey) -> hashes.HashAlgorithm:
 
 def _is_known(curve: ec.EllipticCurve) -> bool:
     return curve.name in ("secp256r1", "secp384r1", "secp521r1")
-
-
-def _create_once(path: Path, data: bytes, mode: int) -> None:
-    """Write a whole file under a name that is free; whoever was first stays."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(file.fileno(), mode)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return
-    finally:
-        Path(temporary).unlink()
 
 
 def _short(keyid: str) -> str:

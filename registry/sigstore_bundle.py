@@ -19,8 +19,9 @@ from typing import Any
 
 from registry.bounded_json import DocumentError, read_json
 from registry.certificates import Authority, signer_of
+from registry.digests import canonical_json
 from registry.errors import SigningError
-from registry.manifest import BOUNDS, SIGNATURE, canonical_json
+from registry.manifest import BOUNDS, SIGNATURE
 from registry.provenance import STATEMENT
 from registry.signing import PublicKey, SigningKey, encoded
 

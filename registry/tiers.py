@@ -26,12 +26,14 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from registry import untrusted
+from registry.atomic_write import write_atomically
 from registry.backend import Version
 from registry.catalog import artifact_root, current, names
 from registry.errors import ManifestError, TrackingError, UntrustedFileError
 from registry.locations import checked, checked_folder
 from registry.manifest import MANIFEST, CoveredPath, FileRecord, Manifest
 from registry.objects import ObjectStore, digest_of
+from registry.progress import Progress
 from registry.promotion_lock import turn
 from registry.retention import referred
 from registry.tracking import local_folder
@@ -97,7 +99,7 @@ def cold_files(folder: Path) -> tuple[str, Mapping[str, FileRecord]]:
     return marker.store, marker.files
 
 
-def cool(version: Version, store: ObjectStore, progress: Callable[[str], None], least: int = LEAST_BYTES) -> int:
+def cool(version: Version, store: ObjectStore, progress: Progress, least: int = LEAST_BYTES) -> int:
     """Move a version's large files to the store; return how many bytes that freed here.
 
     Raises:
@@ -129,7 +131,7 @@ def cool(version: Version, store: ObjectStore, progress: Callable[[str], None], 
     return freed
 
 
-def warm(version: Version, store: ObjectStore, progress: Callable[[str], None]) -> int:
+def warm(version: Version, store: ObjectStore, progress: Progress) -> int:
     """Bring a version's cold files back, from ``store`` or the one that they were moved to; return the bytes fetched.
 
     Raises:
@@ -196,7 +198,7 @@ def plan_moves(
 
 
 def carry_out(
-    moves: list[Move], tracking_uri: str, store: ObjectStore, progress: Callable[[str], None], least: int = LEAST_BYTES
+    moves: list[Move], tracking_uri: str, store: ObjectStore, progress: Progress, least: int = LEAST_BYTES
 ) -> list[Move]:
     """Make the moves, each line's in its turn, so that no alias moves meanwhile; return those that were made.
 
@@ -244,12 +246,7 @@ def _mark(folder: Path, store: str, files: Mapping[str, FileRecord]) -> None:
         "store": store,
         "files": {name: record.model_dump() for name, record in files.items()},
     }
-    part = folder.parent / f"{MARKER}.part"
-    with part.open("w") as stream:
-        stream.write(json.dumps(document, indent=1))
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(folder.parent / MARKER)
+    write_atomically(folder.parent / MARKER, json.dumps(document, indent=1))
 
 
 def _used(path: Path) -> datetime:

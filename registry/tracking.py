@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import socket
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from registry.errors import TrackingError
-from registry.file_systems import flock
+from registry.file_locks import locked
 from registry.network import proxy_for
 
 if TYPE_CHECKING:
@@ -148,8 +147,7 @@ def prepare(tracking_uri: str) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_name(path.name + ".tables.lock").open("w") as lock:
-            flock(lock, fcntl.LOCK_EX)
+        with locked(path.with_name(path.name + ".tables.lock")):
             if not path.exists():
                 _make_tables(path)
     except OSError as error:

@@ -6,12 +6,11 @@ What was cut off the end of a trail, with the aliases set back, looks like an ea
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 from registry import journal, untrusted
+from registry.atomic_write import write_atomically
 from registry.backend import Line
 from registry.errors import DiskError, PullError, UntrustedFileError
 from registry.policy import Policy
@@ -48,11 +47,7 @@ def remember(cache: Path, tracking_uri: str, line: Line, policy: Policy) -> None
         )
     if longest > seen:
         try:
-            with NamedTemporaryFile("w", dir=place.parent, prefix=f".{line.name}.", delete=False) as new:
-                new.write(f"{longest} {_entry_digest(trail, longest)}")
-                new.flush()
-                os.fsync(new.fileno())
-            Path(new.name).replace(place)
+            write_atomically(place, f"{longest} {_entry_digest(trail, longest)}")
         except OSError as error:
             raise DiskError(f"can't write to the cache `{cache}`: {error.strerror}") from error
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from registry.errors import ArgumentError, DiskError, NotFoundError, PolicyError, RegistryError, TrackingError
 from registry.policy import Trust
+from registry.progress import Progress, silent
 from registry.pull import Pulled, pull
 
 
@@ -23,7 +24,7 @@ def watch(
     trusted_keys: Trust,
     required_gates: Sequence[str] | None = None,
     cache: Path | None = None,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = silent,
 ) -> None:
     """Call ``tell`` with each release that the destination comes to hold, the first one as soon as it is there.
 

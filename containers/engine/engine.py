@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import docker
@@ -16,9 +15,8 @@ import requests
 from containers.engine import private_engine
 from containers.errors import EngineError
 from containers.hardware import machine_locks
-from registry.file_systems import flock
-
-Progress = Callable[[str], None]
+from registry.file_locks import locked
+from registry.progress import Progress
 
 DEFAULT_SOCKET = Path("/var/run/docker.sock")
 PING_SECONDS = 10
@@ -209,6 +207,5 @@ def _locked(home: Path) -> Iterator[None]:
     """Let one process at a time start or stop the private engine of ``home``."""
     root = private_engine.paths(home).root
     root.mkdir(parents=True, exist_ok=True, mode=0o711)
-    with (root / "lock").open("w") as file:
-        flock(file, fcntl.LOCK_EX)
+    with locked(root / "lock"):
         yield

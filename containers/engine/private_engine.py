@@ -6,7 +6,6 @@ by docker's userland proxy, and nothing is routed further.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import ipaddress
 import json
@@ -16,7 +15,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,8 @@ import docker
 import requests
 
 from containers.errors import EngineError
-from registry.file_systems import flock
-
-Progress = Callable[[str], None]
+from registry.file_locks import locked
+from registry.progress import Progress
 
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # sun_path of a Unix socket holds 108 bytes with its final zero (unix(7)); containerd's is the longest of them.
@@ -326,8 +324,7 @@ def _run_ip(*words: str) -> str:
 def _make_bridge(name: str) -> None:
     """Make the engine's bridge with a free subnet. Engines of other homes choose theirs one after the other."""
     Path("/run/lock").mkdir(parents=True, exist_ok=True)
-    with Path("/run/lock/slipway-network.lock").open("w") as lock:
-        flock(lock, fcntl.LOCK_EX)
+    with locked(Path("/run/lock/slipway-network.lock")):
         subnet = free_subnet(name, _networks())
         _run_ip("link", "add", name, "type", "bridge")
         _run_ip("address", "add", f"{subnet.network_address + 1}/{subnet.prefixlen}", "dev", name)

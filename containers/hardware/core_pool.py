@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from containers.hardware.machine_locks import locked, try_lock
-
-Progress = Callable[[str], None]
+from registry.progress import Progress
 
 _ASSIGNING = "slipway-assign-cores.lock"
 # How many servers may share one core; the next one waits for none of them and takes all cores.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from containers.errors import ContainerError
+from registry.suggestions import suggestion
 
 DATA = Path(__file__).with_name("gpus.yaml")
 
@@ -78,9 +78,8 @@ def find_gpu(name: str) -> GpuModel:
     inside = [gpu for gpu in known_gpus() if set(_words(gpu.name)) <= words]
     if inside:
         return max(inside, key=lambda gpu: len(gpu.name))
-    near = difflib.get_close_matches(wanted, list(by_name), n=1)
-    hint = f"did you mean `{by_name[near[0]].name}`?" if near else ", ".join(gpu.name for gpu in known_gpus())
-    raise GpuDataError(f"there is no GPU `{name}` in {DATA.name}: {hint}")
+    known = suggestion(name, (gpu.name for gpu in known_gpus()))
+    raise GpuDataError(f"there is no GPU `{name}` in {DATA.name}{known}")
 
 
 def _plain(name: str) -> str:

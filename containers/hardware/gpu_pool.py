@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pynvml
 
 from containers.hardware.gpu import Gpu, gpus
 from containers.hardware.machine_locks import try_lock
-
-Progress = Callable[[str], None]
+from registry.progress import Progress
 
 _POLL_SECONDS = 1.0
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from containers.errors import ContainerError
-from registry.file_systems import flock
+from registry.file_locks import flock
 
 DEVICE = "slipway-device.lock"
 CORES = "slipway-cores.lock"

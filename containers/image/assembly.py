@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ from docker.models.containers import Container
 from containers.engine.owner import marked, ownership
 from containers.errors import EngineError, ImageError
 from containers.image.layers import CHUNK, FileLayer, Member, archive, normalized
-
-Progress = Callable[[str], None]
+from registry.progress import Progress
 
 # Docker's word for it in a container's differences.
 _REMOVED = 2

@@ -13,7 +13,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,12 @@ from containers.image import loading, packages
 from containers.image.blobs import Blob, BlobStore
 from containers.image.distribution import DOCUMENT, Registry, parse
 from containers.image.layers import EPOCH, normalized_file
-from containers.image.oci import OciImage, canonical, digest_of
+from containers.image.oci import OciImage
 from containers.image.profile import DebianRecipe, RuntimeProfile
 from containers.image.pulled import ImageManifest, Index, Platform, read_configuration, read_manifest
-
-Progress = Callable[[str], None]
+from registry.atomic_write import write_atomically
+from registry.digests import canonical_json, digest_of
+from registry.progress import Progress
 
 REPOSITORY = "slipway-base"
 RECIPE_LABEL = "slipway.base.recipe"
@@ -152,7 +153,7 @@ def _prepared(
     progress: Progress,
 ) -> BaseImage:  # fmt: skip
     """Add what the base lacks: its distribution's packages as they stood at the snapshot, in a layer of ours."""
-    key = digest_of(canonical([base.digest, profile.base.packages, profile.base.snapshot, packages.VERSION]))
+    key = digest_of(canonical_json([base.digest, profile.base.packages, profile.base.snapshot, packages.VERSION]))
     record = _remembered(store, key.removeprefix("sha256:"))
     if record is None:
         fetched = packages.fetch(client, profile, base.reference, home, progress)
@@ -227,11 +228,8 @@ def _remember(store: BlobStore, key: str, base: BaseImage) -> None:
     layers = [{name: getattr(layer, name) for name in _KEPT} for layer in base.layers]
     path = store.root / "bases" / f"{key}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(
-        canonical({"name": base.name, "digest": base.digest, "settings": base.settings, "layers": layers})
-    )
-    beside.rename(path)
+    record = {"name": base.name, "digest": base.digest, "settings": base.settings, "layers": layers}
+    write_atomically(path, canonical_json(record))
 
 
 def _need_mmdebstrap(recipe: DebianRecipe, progress: Progress) -> None:

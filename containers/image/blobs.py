@@ -17,6 +17,7 @@ from pathlib import Path
 
 from containers.errors import ImageError
 from containers.image.layers import FileLayer, read_file, write_chunks
+from registry.atomic_write import write_atomically
 from registry.file_systems import set_mode
 
 PLAIN = "application/vnd.oci.image.layer.v1.tar"
@@ -145,6 +146,4 @@ def _expect(digest: str, expected: str | None) -> None:
 
 def _note(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text)
-    beside.rename(path)
+    write_atomically(path, text)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +28,7 @@ from containers.image.layers import FileLayer, plain_files
 from containers.image.oci import OciImage
 from containers.image.profile import RuntimeProfile
 from containers.image.runtime import PORT, Runtime, build_runtime
-
-Progress = Callable[[str], None]
+from registry.progress import Progress
 
 RELEASE_REPOSITORY = "slipway"
 # Longer contexts than this are asked for in words; a cache for 128k tokens fits few machines.

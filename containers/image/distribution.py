@@ -25,9 +25,10 @@ import httpx
 
 from containers.errors import ImageError, UnreachableRegistryError
 from containers.image.layers import CHUNK
-from containers.image.oci import EMPTY, INDEX, MANIFEST, canonical, digest_of
+from containers.image.oci import EMPTY, INDEX, MANIFEST
 from registry import network
 from registry.bounded_json import Bounds, DocumentError, read_json
+from registry.digests import canonical_json, digest_of
 from registry.errors import NetworkError
 
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
@@ -206,7 +207,7 @@ class Registry:
         self.put_blob(repository, empty)
         layer = {"mediaType": kind, "digest": self.put_blob(repository, data), "size": len(data),
                  "annotations": {"org.opencontainers.image.title": title}}  # fmt: skip
-        manifest = canonical(
+        manifest = canonical_json(
             {
                 "schemaVersion": 2,
                 "mediaType": MANIFEST,
@@ -246,7 +247,7 @@ class Registry:
     def _list_referrer(self, repository: str, subject: str, entry: dict[str, Any]) -> None:
         others = [item for item in self.referrers(repository, subject) if item["digest"] != entry["digest"]]
         listed = sorted([*others, entry], key=lambda item: str(item["digest"]))
-        index = canonical({"schemaVersion": 2, "mediaType": INDEX, "manifests": listed})
+        index = canonical_json({"schemaVersion": 2, "mediaType": INDEX, "manifests": listed})
         self.put_manifest(repository, _fallback_tag(subject), index, INDEX)
 
     def _location(self, answer: httpx.Response) -> httpx.URL:

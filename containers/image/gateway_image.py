@@ -6,7 +6,6 @@ a read-only root, with its settings in ``/etc/slipway/gateway.json``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,10 @@ from pydantic import BaseModel, ConfigDict
 from containers.gateway.config import Settings
 from containers.image.build import place_image
 from containers.image.layers import FileLayer, Member, archive
-from containers.image.oci import canonical, digest_of
 from containers.image.profile import RuntimeProfile, load
 from containers.image.runtime import build_runtime, health_check
-
-Progress = Callable[[str], None]
+from registry.digests import canonical_json, digest_of
+from registry.progress import Progress
 
 # A release line's name is MODEL-SCHEME: none is called this.
 NAME = "gateway"
@@ -84,7 +82,7 @@ def build_gateway_image(
 def contents(requirements: Path) -> str:
     """Return ``sha256:…`` over the pins, the modules and the image's settings of the gateway as they are now."""
     profile = _profile(requirements)
-    return digest_of(canonical([profile.pins_digest(), _modules().key, _settings(profile)]))
+    return digest_of(canonical_json([profile.pins_digest(), _modules().key, _settings(profile)]))
 
 
 def _profile(requirements: Path) -> RuntimeProfile:

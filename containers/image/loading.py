@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from io import BufferedReader
 from typing import Any
 
@@ -17,8 +17,6 @@ from containers.image.assembly import explain
 from containers.image.blobs import Blob, BlobStore
 from containers.image.layers import CHUNK, Stream, pieces
 from containers.image.oci import OciImage, common_start, saved
-
-Progress = Callable[[str], None]
 
 
 def existing(client: docker.DockerClient, name: str, labels: Mapping[str, str]) -> Image | None:

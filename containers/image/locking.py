@@ -9,16 +9,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from containers.errors import ProfileError
 from containers.image.distribution import DistributionError, Registry, parse
-from containers.image.oci import digest_of
 from containers.image.profile import RuntimeProfile, inputs, lock_digest, read_lock
-
-Progress = Callable[[str], None]
+from registry.digests import digest_of
+from registry.progress import Progress
 
 SCHEMA = "slipway.runtime-lock/v2"
 

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from containers.image.blobs import Blob
 from containers.image.layers import EPOCH_TEXT, member_bytes, padding_after
+from registry.digests import canonical_json, digest_of
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 CONFIG = "application/vnd.oci.image.config.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"
 EMPTY = "application/vnd.oci.empty.v1+json"
-
-
-def canonical(document: object) -> bytes:
-    """Sorted keys, no white space: one document, one digest."""
-    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-
-
-def digest_of(data: bytes) -> str:
-    """``sha256:`` and the digest of bytes."""
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
 @dataclass(frozen=True)
@@ -44,7 +33,7 @@ class OciImage:
     def config(self) -> bytes:
         """The image's configuration; its digest is what Docker calls the image's id."""
         history = [{"created": EPOCH_TEXT, "created_by": f"slipway: {comment}"} for comment in self.comments]
-        return canonical(
+        return canonical_json(
             {
                 "architecture": "amd64",
                 "os": "linux",
@@ -59,7 +48,7 @@ class OciImage:
     def manifest(self) -> bytes:
         """The image's manifest; its digest is the image's name in a registry."""
         config = self.config
-        return canonical(
+        return canonical_json(
             {
                 "schemaVersion": 2,
                 "mediaType": MANIFEST,
@@ -95,7 +84,7 @@ def saved(image: OciImage, tag: str, skipped: int = 0) -> Iterator[bytes]:
         yield from layer.chunks()
         yield padding_after(layer.size)
     layers = [place(layer.digest) for layer in image.layers]
-    loaded = canonical([{"Config": place(image.config_digest), "RepoTags": [tag], "Layers": layers}])
+    loaded = canonical_json([{"Config": place(image.config_digest), "RepoTags": [tag], "Layers": layers}])
     found = documents(image.manifest, image.config, {"io.containerd.image.name": tag})
     for name, data in {**found, "manifest.json": loaded}.items():
         yield member_bytes(name, len(data)) + data + padding_after(len(data))
@@ -110,8 +99,8 @@ def documents(manifest: bytes, configuration: bytes, annotations: Mapping[str, s
     return {
         place(digest_of(configuration)): configuration,
         place(digest_of(manifest)): manifest,
-        "index.json": canonical({"schemaVersion": 2, "mediaType": INDEX, "manifests": [described]}),
-        "oci-layout": canonical({"imageLayoutVersion": "1.0.0"}),
+        "index.json": canonical_json({"schemaVersion": 2, "mediaType": INDEX, "manifests": [described]}),
+        "oci-layout": canonical_json({"imageLayoutVersion": "1.0.0"}),
     }
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
 
@@ -20,8 +20,7 @@ from containers.errors import ImageError
 from containers.image.assembly import changed, ran, taken
 from containers.image.layers import CHUNK, Stream, archive, plain_files
 from containers.image.profile import RuntimeProfile
-
-Progress = Callable[[str], None]
+from registry.progress import Progress
 
 # Raised when the same packages become another layer.
 VERSION = 1

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from containers.errors import ProfileError
 from containers.image.layers import EPOCH, FORMAT
+from registry.suggestions import suggestion
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -182,7 +182,9 @@ def stated(name: str, folder: Path = RUNTIMES) -> RuntimeProfile:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ProfileError(f"no runtime `{name}`{_suggestion(name, names(folder))}: see {folder}") from error
+        raise ProfileError(
+            f"no runtime `{name}`{suggestion(name, names(folder))} (profiles are in {folder})"
+        ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ProfileError(f"{path.name} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -284,12 +286,7 @@ def _explain(item: ErrorDetails) -> str:
     path = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         owner = Base if path.startswith("base.") else RuntimeProfile
-        return f"unknown key `{path}`{_suggestion(path.rpartition('.')[2], owner.model_fields)}"
+        return f"unknown key `{path}`{suggestion(path.rpartition('.')[2], owner.model_fields)}"
     if item["type"] == "missing":
         return f"`{path}` is missing"
     return f"`{path}`: {item['msg'].removeprefix('Value error, ')}, found {item['input']!r}"[:300]
-
-
-def _suggestion(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean `{close[0]}`?)" if close else f" (there are {', '.join(known)})"

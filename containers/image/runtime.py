@@ -6,13 +6,11 @@ taken out of its container as a layer of ours, so the same wheels on the same ba
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +23,13 @@ from containers.image.base import BaseImage, ensure_base, given_base, store_of
 from containers.image.blobs import Blob, BlobStore
 from containers.image.gpu_compatibility import labels_of
 from containers.image.layers import Member, archive, plain_files
-from containers.image.oci import OciImage, canonical, digest_of
+from containers.image.oci import OciImage
 from containers.image.profile import RUNTIMES, SCRIPTS, RuntimeProfile
 from containers.image.wheels import check_wheels, fetch_wheels, wheels_digest
-from registry.file_systems import flock
-
-Progress = Callable[[str], None]
+from registry.atomic_write import write_atomically
+from registry.digests import canonical_json, digest_of
+from registry.file_locks import locked
+from registry.progress import Progress
 
 REPOSITORY = "slipway-runtime"
 PORT = 8000
@@ -72,9 +71,8 @@ def build_runtime(
     """
     store = store_of(home)
     (store.root / "runtimes").mkdir(parents=True, exist_ok=True)
-    with (store.root / "runtimes" / f"{profile.name}.lock").open("w") as lock:
-        # Two builds at once would do the same minutes of work twice.
-        flock(lock, fcntl.LOCK_EX)
+    # Two builds at once would do the same minutes of work twice.
+    with locked(store.root / "runtimes" / f"{profile.name}.lock"):
         start = given_base(client, base, home) if base else ensure_base(client, profile, home, progress)
         found = _kept(profile, start, store)
         if found is None:
@@ -126,9 +124,7 @@ def _assembled(
         layer = store.plain(taken(box, "/opt/venv", what=what))
     record = {"digest": layer.digest, "size": layer.size, "wheels": wheels_digest(folder)}
     path = _place(profile, start, store)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(canonical(record))
-    beside.rename(path)
+    write_atomically(path, canonical_json(record))
     progress(f"{what} assembled in {time.monotonic() - began:.0f} s: {layer.size / 1e9:.2f} GB, {layer.digest[:19]}")
     return layer, str(record["wheels"])
 
@@ -144,7 +140,7 @@ def _kept(profile: RuntimeProfile, start: BaseImage, store: BlobStore) -> tuple[
 
 
 def _place(profile: RuntimeProfile, start: BaseImage, store: BlobStore) -> Path:
-    key = digest_of(canonical([profile.contents_digest(), [layer.diff_id for layer in start.layers]]))
+    key = digest_of(canonical_json([profile.contents_digest(), [layer.diff_id for layer in start.layers]]))
     return store.root / "runtimes" / f"{key.removeprefix('sha256:')}.json"
 
 

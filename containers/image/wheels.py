@@ -15,8 +15,7 @@ from pathlib import Path
 from containers.errors import WheelError
 from containers.image.profile import RUNTIMES, RuntimeProfile, normalized, read_lock
 from registry.counting import Counter
-
-Progress = Callable[[str], None]
+from registry.progress import Progress
 
 _FETCHING = re.compile(
     r"(?P<what>Downloading|Using cached|Processing|Saved) \S+\.whl(?:#\S*)?"
@@ -164,7 +163,7 @@ class Fetched:
         self._megabytes += float(found["size"] or 0) * _MEGABYTES.get(found["unit"] or "", 0.0)
 
 
-def _pip_download(profile: RuntimeProfile, arguments: Sequence[str], hear: Callable[[str], None]) -> None:
+def _pip_download(profile: RuntimeProfile, arguments: Sequence[str], hear: Progress) -> None:
     """Run ``pip download`` for the image's Python and platform; ``hear`` gets what it says, line by line."""
     command = [
         sys.executable,

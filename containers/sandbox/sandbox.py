@@ -38,8 +38,7 @@ from containers.sandbox.container import create, engine_errors, hardening, remov
 from containers.sandbox.engine_log import Failure
 from containers.sandbox.kernels import ComputedOn, Kernels
 from containers.sandbox.memory import MemorySampler, container_reader
-
-Progress = Callable[[str], None]
+from registry.progress import Progress
 
 STAGE_LABEL = "slipway.stage"
 

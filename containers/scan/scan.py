@@ -34,6 +34,7 @@ from containers.scan.evidence import (
     write_scan,
 )
 from containers.scan.trivy_db import Database
+from registry.progress import Progress
 
 # Raised when the scan's evidence changes for the same inputs.
 EVIDENCE_VERSION = 2
@@ -94,7 +95,7 @@ def in_layout(folder: Path, image_id: str, purl: str | None = None) -> ScanTarge
 
 
 def scan(
-    target: ScanTarget, *, home: Path, folder: Path, progress: trivy.Progress, timeout_s: float = 3600.0
+    target: ScanTarget, *, home: Path, folder: Path, progress: Progress, timeout_s: float = 3600.0
 ) -> ScanEvidence:
     """Scan an image once and write ``trivy.json``, ``sbom.cdx.json`` and ``scan.json`` into ``folder``.
 
@@ -135,7 +136,7 @@ def scan(
 
 
 def scan_sbom(
-    sbom: Path, known: ScanEvidence, *, home: Path, folder: Path, progress: trivy.Progress, timeout_s: float = 600.0
+    sbom: Path, known: ScanEvidence, *, home: Path, folder: Path, progress: Progress, timeout_s: float = 600.0
 ) -> ScanEvidence:
     """Search the packages of an image's bill of materials for vulnerabilities; takes seconds and needs no image.
 

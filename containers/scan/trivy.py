@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -11,7 +10,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -20,9 +19,8 @@ from docker.transport import UnixHTTPAdapter
 
 from containers.errors import ContainerError
 from containers.scan.trivy_db import Database, read_database
-from registry.file_systems import flock
-
-Progress = Callable[[str], None]
+from registry.file_locks import locked
+from registry.progress import Progress
 
 VERSION = "0.76.0"
 # Of the binary for Linux x86-64, whichever package carries it.
@@ -116,12 +114,7 @@ def running(home: Path, progress: Progress) -> Iterator[Run]:
     trivy, cache = find_trivy(), cache_folder(home.absolute())
     scratch = cache / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
-    with (cache / "slipway.lock").open("w") as lock:
-        try:
-            flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress("waiting for another scan to end")
-            flock(lock, fcntl.LOCK_EX)
+    with locked(cache / "slipway.lock", lambda: progress("waiting for another scan to end")):
         # What a killed run left.
         shutil.rmtree(scratch)
         scratch.mkdir()

@@ -22,6 +22,8 @@ from evals.drift.overlap import pooled
 from evals.drift.pairs import Layer
 from evals.drift.suite import AskedTasks
 from evals.errors import AnswersError
+from registry.atomic_write import write_atomically
+from registry.progress import Progress
 
 ENVIRONMENT = "lm-eval"
 WORKER = Path(__file__).with_name("answer.py")
@@ -30,7 +32,6 @@ SERVED = "vllm-served"
 RUNS = "runs.npz"
 _POLL_SECONDS = 0.5
 
-Progress = Callable[[str], None]
 RunWorker = Callable[[str, Path, Mapping[str, Any], Path], dict[str, Any]]
 T = TypeVar("T")
 
@@ -132,9 +133,7 @@ def while_serving(serve: Callable[[], AbstractContextManager[Server]], address: 
 
 
 def _announce(address: Path, text: str) -> None:
-    beside = address.with_name(f"{address.name}.part")
-    beside.write_text(text, encoding="utf-8")
-    beside.rename(address)
+    write_atomically(address, text)
 
 
 def _answer(future: Future[T], server: Server) -> T:

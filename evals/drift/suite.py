@@ -6,7 +6,6 @@ tasks.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from evals.errors import SuiteError
+from registry.suggestions import suggestion
 
 TASKS = Path(__file__).with_name("tasks")
 SUITES = Path(__file__).with_name("suites")
@@ -100,7 +100,7 @@ def load_suite(name: str) -> dict[str, Any]:
         ValueError: there is no such suite.
     """
     if name not in suite_names():
-        raise ValueError(f"there is no suite `{name}`{near(name, suite_names())}")
+        raise ValueError(f"there is no suite `{name}`{suggestion(name, suite_names())}")
     path = SUITES / f"{name}.yaml"
     document: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     for task in document["tasks"].values():
@@ -118,12 +118,6 @@ def suite_names() -> list[str]:
 def task_names() -> list[str]:
     """Return our own tasks; lm-eval's are known to lm-eval alone."""
     return sorted(path.stem for path in TASKS.glob("*.yaml"))
-
-
-def near(name: str, known: list[str]) -> str:
-    """Return a hint at a near name, or at all of a few."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f": did you mean `{close[0]}`?" if close else f": there are {', '.join(f'`{item}`' for item in known)}"
 
 
 class AskedTasks(_Frozen):
@@ -161,7 +155,7 @@ class AskedTasks(_Frozen):
         for name, task in tasks.items():
             asked, ours = task.task or name, task_names()
             if task.data is not None and asked not in ours:
-                raise ValueError(f"there is no task `{asked}` over a file of data{near(asked, ours)}")
+                raise ValueError(f"there is no task `{asked}` over a file of data{suggestion(asked, ours)}")
             if asked in ours and task.data is None:
                 raise ValueError(f"`{name}` needs `data`: a file of what to ask")
         return tasks

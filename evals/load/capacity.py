@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from evals.load.slo import DISTRIBUTIONS, PERCENTILES, Positive, met, percentile
 from evals.statistics.trend import Queue, queue
+from registry.progress import Progress
 
 # Seconds of arrivals and rate → the rows of what became of the requests, and the client's own lateness at p95 in ms.
 Load = Callable[[float, float], tuple[Sequence[Mapping[str, Any]], float]]
@@ -81,7 +82,7 @@ def search(
     load: Load,
     *,
     max_client_late_ms: float,
-    progress: Callable[[str], None],
+    progress: Progress,
 ) -> dict[str, Any]:
     """Find the capacity and return the evidence: the rate, its interval, knee and collapse, and every step.
 

@@ -25,8 +25,7 @@ from docker.models.containers import Container
 
 from containers.errors import ContainerError
 from containers.sandbox.sandbox import Server
-
-Progress = Callable[[str], None]
+from registry.progress import Progress
 
 CONNECTIONS = 1000
 # A server that was mistreated, and lives, must answer within this.

@@ -33,13 +33,13 @@ from evals.load.traffic.schedule import plan as schedule_of
 from evals.statistics.trend import queue
 from registry import untrusted
 from registry.errors import UntrustedFileError
+from registry.progress import Progress
 
 __all__ = [
     "GATE", "Canary", "LoadError", "LoadPlan", "Memory", "Slo", "is_conclusive", "judge", "load_key", "measure",
     "percentile", "write_unhealthy", "write_without_gpu",
 ]  # fmt: skip
 
-Progress = Callable[[str], None]
 Live = Callable[[Mapping[str, Any]], None]
 RunWorker = Callable[[str, Path, Mapping[str, Any], Path], dict[str, Any]]
 

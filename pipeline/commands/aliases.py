@@ -81,14 +81,15 @@ def canary(name: str, version: str, weight: int, why: str, *, as_json: bool) -> 
 def history(name: str, *, as_json: bool) -> None:
     """Show the audit trail of release line NAME: who moved which alias, when, from what, to what, and why."""
     from pipeline.trust import trust_of  # noqa: PLC0415
-    from registry.catalog import line, names, nearest  # noqa: PLC0415
+    from registry.catalog import line, names  # noqa: PLC0415
     from registry.journal import records  # noqa: PLC0415
     from registry.policy import policy_of  # noqa: PLC0415
+    from registry.suggestions import suggestion  # noqa: PLC0415
 
     settings = Settings.read()
     found = line(settings.tracking_uri, name)
     if found is None:
-        progress.print(f"there is no release `{name}`{nearest(name, names(settings.tracking_uri))}")
+        progress.print(f"there is no release `{name}`{suggestion(name, names(settings.tracking_uri))}")
     journal = [] if found is None else records(found)
     trusted = policy_of(trust_of(settings)).keys
     if as_json:

@@ -81,13 +81,13 @@ def metrics(out: Path | None, *, as_json: bool) -> None:
     """Print what Prometheus should know: champions and rescans, runs, queue, verdicts, stages' seconds, store."""
     from pipeline.operations.metrics import exposition, look  # noqa: PLC0415
     from pipeline.orchestration.instance import open_instance  # noqa: PLC0415
-    from pipeline.store.artifacts import write_whole  # noqa: PLC0415
+    from registry.atomic_write import write_atomically  # noqa: PLC0415
 
     settings = Settings.read()
     with open_instance(settings) as instance:
         found = look(settings, instance)
     if out is not None:
-        write_whole(out, exposition(found))
+        write_atomically(out, exposition(found))
     if as_json:
         print_json(asdict(found))
     elif out is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import click
@@ -14,6 +14,7 @@ from rich.text import Text
 
 from pipeline.commands.show import REFUSED, as_json, live, print_json, print_table, progress, results, say, styled
 from pipeline.settings import Settings
+from registry.progress import Progress
 
 if TYPE_CHECKING:
     from pipeline.operations.load_tests import Loaded
@@ -126,7 +127,7 @@ def compare(
     plan = load_tests.changed(spec.load, [profile] if profile else list(spec.load.profiles)[:1], changes)
     sweep(settings)
 
-    def listener(scheme: str) -> Callable[[str], None]:
+    def listener(scheme: str) -> Progress:
         return lambda line: say(f"{scheme:10} {line}")
 
     rows, verdicts, page = load_tests.compare(

@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from pipeline.commands.show import FAILED, as_json, print_json, print_table, progress, results
 from pipeline.settings import Settings
+from registry.suggestions import suggestion
 
 
 @click.command()
@@ -31,7 +32,7 @@ def status(model: str | None, *, as_json: bool) -> None:
         shown = [(name, number, " ".join(aliases), *rest) for name, number, aliases, *rest in rows]
         print_table([name.replace("_", " ") for name in columns], [[str(cell or "-") for cell in row] for row in shown])
     elif model:
-        progress.print(f"nothing of `{model}` is released{catalog.nearest(model, catalog.names(uri))}")
+        progress.print(f"nothing of `{model}` is released{suggestion(model, catalog.names(uri))}")
     else:
         progress.print("nothing is released yet: `slipway release demo`")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,8 +15,8 @@ from pipeline.settings import Settings
 from pipeline.workers.environments import ENVIRONMENTS, ensure_environment, environment_folder
 from registry import tracking
 from registry.errors import TrackingError
+from registry.progress import Progress
 
-Progress = Callable[[str], None]
 FIX = "slipway doctor --fix"
 _FREE_GIB = 20
 

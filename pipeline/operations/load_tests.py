@@ -22,7 +22,7 @@ from pipeline.spec import load as load_spec
 from pipeline.stages import table
 from pipeline.stages.table import StageContext
 from pipeline.store.artifacts import Artifact
-from pipeline.workers.environments import Progress
+from registry.progress import Progress
 from registry.verdict import Verdict
 
 

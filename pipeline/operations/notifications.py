@@ -20,7 +20,7 @@ import httpx
 
 from pipeline.errors import SlipwayError
 from pipeline.settings import Settings
-from pipeline.store.artifacts import write_whole
+from registry.atomic_write import write_atomically
 from registry.errors import NetworkError
 from registry.network import proxy_for, tls
 
@@ -108,7 +108,7 @@ def _ways(notice: Notice, settings: Settings) -> Mapping[str, Callable[[], None]
 
 
 def _write(path: Path, notice: Notice, ways: Collection[str]) -> None:
-    write_whole(path, json.dumps({"notice": asdict(notice), "ways": list(ways)}))
+    write_atomically(path, json.dumps({"notice": asdict(notice), "ways": list(ways)}))
 
 
 def _tried(tell: Callable[[], None]) -> str | None:

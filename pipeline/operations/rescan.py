@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,11 +32,11 @@ from registry.errors import NotFoundError, RegistryError
 from registry.manifest import EVIDENCE
 from registry.moves import rollback
 from registry.policy import policy_of as trust_policy
+from registry.progress import Progress
 from registry.pull import fetch_file
 from registry.resolve import CHAMPION, PREVIOUS, resolve
+from registry.suggestions import suggestion
 from registry.verdict import Verdict
-
-Progress = Callable[[str], None]
 
 TAG = "slipway.rescan"
 # MLflow cuts a tag's value off at 5000 characters.
@@ -112,7 +112,7 @@ def _with_champion(settings: Settings, names: list[str]) -> Iterator[str]:
         if line is not None and CHAMPION in line.aliases:
             yield name
         elif names:
-            hint = "it has no champion" if name in known else f"there is no such release{catalog.nearest(name, known)}"
+            hint = "it has no champion" if name in known else f"there is no such release{suggestion(name, known)}"
             raise NotFoundError(f"`{name}`: {hint}")
 
 

@@ -9,10 +9,9 @@ homes may share the engine; so an image's artifact goes after the image, and wha
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -27,12 +26,12 @@ from pipeline.settings import Settings
 from pipeline.store.artifacts import Store
 from pipeline.store.materializations import MaterializationIndex, Place
 from registry.catalog import lines
-from registry.file_systems import flock
+from registry.file_locks import locked_if_free
+from registry.progress import Progress
 
 if TYPE_CHECKING:
     from registry import retention
 
-Progress = Callable[[str], None]
 
 _YOUNG = timedelta(days=1)
 _ENGINE_ERRORS = (docker.errors.DockerException, requests.RequestException)
@@ -244,10 +243,8 @@ def _removed_images(images: Sequence[Leftover], settings: Settings, progress: Pr
 def _removed(store: Store, place: Place) -> int | None:
     """Remove an artifact, in one step for whoever looks; return the bytes freed, None where its lock is held."""
     folder = _folder(store, place)
-    with folder.with_name(f"{folder.name}.lock").open("w") as stream:
-        try:
-            flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with locked_if_free(folder.with_name(f"{folder.name}.lock")) as is_free:
+        if not is_free:
             return None
         beside = store.root / ".making" / "-".join(place)
         shutil.rmtree(beside, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 
 from pipeline.errors import SettingsError, SpecError
@@ -10,10 +10,11 @@ from pipeline.settings import Settings
 from pipeline.spec import find, load
 from registry.catalog import MODEL_TAG, current
 from registry.objects import ObjectStore
+from registry.progress import Progress
 from registry.tiers import Move, carry_out, plan_moves
 
 
-def move(settings: Settings, unused_for: timedelta, progress: Callable[[str], None], *, yes: bool) -> Sequence[Move]:
+def move(settings: Settings, unused_for: timedelta, progress: Progress, *, yes: bool) -> Sequence[Move]:
     """Plan the moves, and make them where ``yes``; return those that are planned, or were made.
 
     Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import time
 from collections.abc import Iterator
@@ -13,8 +12,7 @@ from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
 from pipeline.resources import RESOURCES
 from pipeline.settings import Settings
-from pipeline.store.artifacts import is_locked, locked
-from registry.file_systems import flock
+from registry.file_locks import is_locked, locked, locked_if_free
 
 # A run takes its marker within a moment of its start, and ends within one of giving it back.
 _UNCLAIMED = "unclaimed"
@@ -55,15 +53,9 @@ def alive(run_id: str, settings: Settings) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         # Nobody may find the marker between its making and its lock: it would look like a dead run's.
         with locked(_burying(settings)):
-            stream = held.enter_context(marker.open("w"))
-            try:
-                flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                said_before = True
-            else:
-                said_before = False
+            is_first = held.enter_context(locked_if_free(marker))
         yield
-        if not said_before:
+        if is_first:
             marker.unlink(missing_ok=True)
 
 

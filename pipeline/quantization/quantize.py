@@ -23,12 +23,12 @@ from pipeline.compatibility.description import ModelDescription
 from pipeline.compatibility.safetensors_headers import HeaderError, read_model
 from pipeline.errors import QuantizeError
 from pipeline.quantization import checkpoint
-from pipeline.store.artifacts import digest_file
 from registry import untrusted
+from registry.digests import digest_file
 from registry.file_systems import set_mode
+from registry.progress import Progress
 
 RunWorker = Callable[[str, Path, Mapping[str, Any], Path], dict[str, Any]]
-Progress = Callable[[str], None]
 
 Method = Literal["awq", "gptq"]
 BackendName = Literal["autoawq", "gptqmodel", "autogptq"]

@@ -25,8 +25,7 @@ from containers.sandbox import sandbox
 from pipeline.errors import SlipwayError
 from pipeline.settings import Settings
 from registry.manifest import Manifest
-
-Progress = Callable[[str], None]
+from registry.progress import Progress
 
 REPLICA_LABEL = "slipway.replica"
 _POLL_SECONDS = 0.5

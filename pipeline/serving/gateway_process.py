@@ -24,10 +24,10 @@ from containers.sandbox import engine_log
 from pipeline.errors import SlipwayError
 from pipeline.resources import PACKAGES, REQUIREMENTS
 from pipeline.settings import Settings
-from pipeline.store.artifacts import digest_file, write_whole
 from pipeline.workers.environments import ensure_environment
-
-Progress = Callable[[str], None]
+from registry.atomic_write import write_atomically
+from registry.digests import digest_file
+from registry.progress import Progress
 
 _START_SECONDS = 30.0
 _SWITCH_SECONDS = 10.0
@@ -53,7 +53,7 @@ def build_image(settings: Settings, progress: Progress) -> GatewayImage:
     client = connect(settings.docker_host, settings.home)
     built = build_gateway_image(client, REQUIREMENTS, settings.home, progress, registry=settings.image_registry)
     _image_file(settings.home).parent.mkdir(exist_ok=True)
-    write_whole(_image_file(settings.home), built.model_dump_json(indent=1))
+    write_atomically(_image_file(settings.home), built.model_dump_json(indent=1))
     return built
 
 
@@ -90,7 +90,7 @@ class Gateway:
         Raises:
             GatewayError: It does not take them, or ended.
         """
-        write_whole(self.settings.routes, routes.model_dump_json(indent=1))
+        write_atomically(self.settings.routes, routes.model_dump_json(indent=1))
         wanted = f"sha256:{digest_file(self.settings.routes)}"
         self._until(lambda state: state["routes"] == wanted, "take the new routes")
 
@@ -150,8 +150,8 @@ def gateway(settings: Settings, folder: Path, progress: Progress, **options: Any
     configured = GatewaySettings.model_validate(given)
     keys.create(configured.keys)
     if not configured.routes.exists():
-        write_whole(configured.routes, Routes().model_dump_json())
-    write_whole(folder / "gateway.json", configured.model_dump_json(indent=1))
+        write_atomically(configured.routes, Routes().model_dump_json())
+    write_atomically(folder / "gateway.json", configured.model_dump_json(indent=1))
     command = ["setpriv", "--pdeathsig", "TERM", str(python), "-m", "containers.gateway"]
     log = folder / "gateway.log"
     with log.open("ab") as stream:

@@ -19,14 +19,13 @@ from pipeline.serving.fleet import Fleet
 from pipeline.serving.gateway_process import Gateway, GatewayError, gateway
 from pipeline.serving.servers import interrupted_by_signals
 from pipeline.settings import Settings
-from pipeline.store.artifacts import locked
 from pipeline.trust import trust_of
 from registry import pull
 from registry.errors import RegistryError
+from registry.file_locks import locked
 from registry.policy import policy_of
+from registry.progress import Progress
 from registry.resolve import traffic
-
-Progress = Callable[[str], None]
 
 _DRAIN_SECONDS = 600.0
 _CHECK_SECONDS = 0.5

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import SlipwayError
-
-Progress = Callable[[str], None]
+from registry.progress import Progress
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _START_SECONDS = 180.0

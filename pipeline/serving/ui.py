@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -19,10 +18,9 @@ from pipeline.serving.guard import ORIGINS, REFUSED
 from pipeline.serving.servers import Server, ServerError, run
 from pipeline.settings import Settings
 from pipeline.spec import load
-from pipeline.store.artifacts import locked
+from registry.file_locks import locked
+from registry.progress import Progress
 from registry.tracking import prepare, shown
-
-Progress = Callable[[str], None]
 
 # That `dagster dev` has a successor, and that its log handlers are not final, is for us to know, not for every log.
 _KNOWN = "ignore:Function `dev_command` is superseded,ignore:Handling yaml-defined logging"

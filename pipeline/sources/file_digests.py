@@ -11,7 +11,8 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from pipeline.store.artifacts import digest_file, write_whole
+from registry.atomic_write import write_atomically
+from registry.digests import digest_file
 
 # A file system's clock may stand still for some milliseconds: what was written so lately may be again, unseen.
 _SETTLED_NS = 1_000_000_000
@@ -35,7 +36,7 @@ def digests_of(files: Iterable[Path], memory: Path | None = None) -> dict[Path, 
     if memory is not None and read:
         with contextlib.suppress(OSError):  # a full disk, or another thread at it: what is not remembered is read again
             memory.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(memory, json.dumps({**known, **read}, indent=1))
+            write_atomically(memory, json.dumps({**known, **read}, indent=1))
     return found
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -35,8 +35,7 @@ from registry import network
 from registry.bounded_json import Bounds, DocumentError, read_json
 from registry.counting import Counter
 from registry.errors import NetworkError
-
-Progress = Callable[[str], None]
+from registry.progress import Progress
 
 _COMMIT, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 # Never asked through a proxy.

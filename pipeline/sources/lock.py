@@ -18,7 +18,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.errors import SourceError
-from pipeline.store.artifacts import write_whole
+from registry.atomic_write import write_atomically
 
 _SCHEMA = "slipway/lock/1"
 
@@ -98,7 +98,7 @@ def read_lock(path: Path) -> Lock | None:
 
 def write_lock(lock: Lock) -> None:
     """Write a lock to its path, whole or not at all."""
-    write_whole(lock.path, json.dumps({"schema": _SCHEMA, **lock.model_dump(mode="json")}, indent=2) + "\n")
+    write_atomically(lock.path, json.dumps({"schema": _SCHEMA, **lock.model_dump(mode="json")}, indent=2) + "\n")
 
 
 def portable(uri: str, lock: Path) -> str:

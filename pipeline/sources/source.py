@@ -33,17 +33,17 @@ from pipeline.compatibility.safetensors_headers import (
 from pipeline.errors import SourceError
 from pipeline.sources.file_digests import digests_of
 from pipeline.sources.lock import Lock, LockedFile, portable, read_lock, write_lock
-from pipeline.store.artifacts import digest_json
 from registry import untrusted
 from registry.bounded_json import Bounds, DocumentError, read_json
+from registry.digests import digest_json
 from registry.errors import UntrustedFileError
 from registry.file_systems import set_mode
+from registry.progress import Progress
 from registry.walk import entries
 
 if TYPE_CHECKING:
     from pipeline.sources.hub import Hub
 
-Progress = Callable[[str], None]
 
 # The file of a home in which `resolve` remembers.
 DIGESTS = "digests.json"

@@ -28,8 +28,9 @@ from pipeline.spec import ModelSpec
 from pipeline.stages.read_only import NotMade, ReadOnlyContext, ReadOnlyStore
 from pipeline.stages.standing import acts, manifest_digest
 from pipeline.stages.walk import signed
-from pipeline.store.artifacts import Artifact, Recipe, digest_json
+from pipeline.store.artifacts import Artifact, Recipe
 from registry import catalog
+from registry.digests import digest_json
 from registry.verdict import Verdict
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from containers.hardware.gpu import Gpu, gpus
@@ -19,12 +19,13 @@ from pipeline.sources.lock import read_lock
 from pipeline.spec import ModelSpec
 from pipeline.stages.table import source_recipe
 from pipeline.store.artifacts import Store, require_room
+from registry.progress import Progress
 
 # What vLLM leaves free of a GPU by default.
 _VLLM_LEAVES = 0.08
 
 
-def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Callable[[str], None]) -> Plan | None:
+def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Progress) -> Plan | None:
     """Plan a release and tell what it will take; None where the source can't be looked at, which its stage explains.
 
     Raises:

@@ -34,9 +34,10 @@ from pipeline.errors import StoreError
 from pipeline.stages import table
 from pipeline.stages.read_only import NotMade, ReadOnlyContext
 from pipeline.stages.table import CODE, StageContext
-from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, digest_file
+from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe
 from pipeline.workers.environments import pins_digest
 from pipeline.workers.launchers.configured import are_here, have_gpus
+from registry.digests import digest_file
 
 Serve = Callable[[], AbstractContextManager[sandbox.Server]]
 Part = tuple[float, float]

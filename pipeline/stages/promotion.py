@@ -19,10 +19,11 @@ from evals.load import cost as costs
 from pipeline.errors import StoreError
 from pipeline.stages.metadata import RELEASE, figures
 from pipeline.stages.table import CODE, StageContext, sha256_of
-from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, digest_file
+from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe
 from pipeline.trust import signing_key, trust_of
 from pipeline.workers.environments import pinned_version
 from registry import catalog, seal
+from registry.digests import digest_file
 from registry.manifest import (
     EVIDENCE,
     REPORT,

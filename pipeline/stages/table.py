@@ -24,7 +24,6 @@ from containers.image import build as images
 from containers.image import gpu_compatibility
 from containers.image import profile as profiles
 from containers.image.layout import has_layers, write_layout
-from containers.image.oci import digest_of
 from containers.sandbox import sandbox
 from containers.scan import scan as scans
 from containers.scan import scan_gate, trivy
@@ -44,21 +43,14 @@ from pipeline.settings import Settings
 from pipeline.sources import source as sources
 from pipeline.sources.lock import read_lock
 from pipeline.spec import ModelSpec
-from pipeline.store.artifacts import (
-    Artifact,
-    ArtifactDraft,
-    Recipe,
-    Store,
-    digest_file,
-    digest_json,
-    locked,
-    require_room,
-    timed,
-)
+from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, Store, require_room, timed
 from pipeline.store.shared import SharedStore
-from pipeline.workers.environments import Progress, pins_digest
+from pipeline.workers.environments import pins_digest
 from pipeline.workers.launchers import configured as launchers
 from pipeline.workers.runner import Bootstrap, Workers
+from registry.digests import digest_file, digest_json, digest_of
+from registry.file_locks import locked
+from registry.progress import Progress
 from registry.verdict import Verdict
 
 

@@ -13,8 +13,6 @@ complete or absent: a stage writes beside, everything is synced, one rename publ
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -26,25 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PlanError, StoreError
-from registry import untrusted
-from registry.file_systems import flock, set_mode, sync_folder
-
-_CHUNK = 4 * 1024 * 1024
-
-
-def digest_json(document: object) -> str:
-    """``sha256:…`` of the document's canonical JSON (sorted keys, no white space, UTF-8, no NaN)."""
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
-
-
-def digest_file(path: Path) -> str:
-    """Sha256 of a file's bytes, as 64 hex digits, read in chunks."""
-    total = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            total.update(chunk)
-    return total.hexdigest()
+from registry.atomic_write import write_atomically
+from registry.digests import digest_file, digest_json
+from registry.file_locks import locked, locked_if_free
+from registry.file_systems import set_mode, sync_folder
 
 
 @dataclass(frozen=True)
@@ -192,7 +175,7 @@ class Store:
                 "worker_seconds": sum(draft.worker_seconds),
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
             }
-            write_whole(beside / "artifact" / "artifact.json", json.dumps(record, indent=1))
+            write_atomically(beside / "artifact" / "artifact.json", json.dumps(record, indent=1))
             sync_folder(beside / "artifact")
             (beside / "artifact").rename(place)
             sync_folder(place.parent)
@@ -206,9 +189,9 @@ class Store:
         """Remove what processes that died had half made."""
         for beside in (self.root / ".making").glob("*-*"):
             stage, _, key = beside.name.rpartition("-")
-            with (self.root / stage / f"{key}.lock").open("w") as stream, contextlib.suppress(BlockingIOError):
-                flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(beside, ignore_errors=True)
+            with locked_if_free(self.root / stage / f"{key}.lock") as is_free:
+                if is_free:
+                    shutil.rmtree(beside, ignore_errors=True)
 
 
 def _artifact(stage: str, place: Path, record: Mapping[str, Any], *, cached: bool) -> Artifact:
@@ -243,16 +226,6 @@ def require_room(place: Path, needed: int, floor: int, what: str) -> None:
         )
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all: beside, synced, renamed."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with untrusted.create_file(path.parent, beside.name) as stream:  # a worker may write to that folder too
-        stream.write(text.encode())
-        stream.flush()
-        os.fsync(stream.fileno())
-    beside.rename(path)
-
-
 def _seal(draft: ArtifactDraft) -> dict[str, dict[str, Any]]:
     """Hash what is not hashed yet, make files read-only, and push everything to the disk."""
     files: dict[str, dict[str, Any]] = {}
@@ -267,33 +240,6 @@ def _seal(draft: ArtifactDraft) -> dict[str, dict[str, Any]]:
             os.fsync(stream.fileno())
         files[name] = {"sha256": draft.sha256.get(name) or digest_file(path), "size": path.stat().st_size}
     return files
-
-
-@contextlib.contextmanager
-def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold a lock on a file, one that the kernel drops when the process ends, however it ends.
-
-    ``waiting`` is called once where somebody else's stands in the way.
-    """
-    with path.open("w") as stream:
-        try:
-            flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting()
-            flock(stream, fcntl.LOCK_EX)
-        yield
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock on a file; nobody does where there is none."""
-    try:
-        with path.open("r+") as stream:
-            flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        pass
-    return False
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pipeline.settings import Settings
-from pipeline.store.artifacts import write_whole
+from registry.atomic_write import write_atomically
 
 Place = tuple[str, str]
 """A stage, and an artifact's key."""
@@ -28,7 +28,7 @@ class MaterializationIndex:
         """Note which artifact this asset's partition is now."""
         path = self.path(asset, partition)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps({"stage": place[0], "key": place[1]}))
+        write_atomically(path, json.dumps({"stage": place[0], "key": place[1]}))
 
     def begin(self, partition: str) -> None:
         """Note that a run is about to make something of this partition."""

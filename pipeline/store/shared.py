@@ -17,10 +17,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, Store, require_room
-from pipeline.workers.environments import Progress
 from registry.errors import TrackingError
 from registry.manifest import FileRecord, RelativePath
 from registry.objects import ObjectStore
+from registry.progress import Progress
 
 _STAGES = frozenset({"source", "quantized", "layers", "answers"})
 

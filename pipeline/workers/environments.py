@@ -6,12 +6,10 @@ first and by version alone, since which build of it fits depends on the machine 
 
 from __future__ import annotations
 
-import fcntl
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from uv import find_uv_bin
@@ -19,10 +17,9 @@ from uv import find_uv_bin
 from pipeline.errors import WorkerFailed
 from pipeline.resources import PACKAGES, REQUIREMENTS
 from pipeline.settings import Settings
-from pipeline.store.artifacts import digest_file, digest_json
-from registry.file_systems import flock
-
-Progress = Callable[[str], None]
+from registry.digests import digest_file, digest_json
+from registry.file_locks import locked
+from registry.progress import Progress
 
 ENVIRONMENTS = ("autoawq", "gptqmodel", "autogptq", "lm-eval", "aiperf", "gateway")
 # What every worker finds in its environment, by the name that it has there.
@@ -64,8 +61,7 @@ def ensure_environment(environment: str, settings: Settings, progress: Progress)
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(folder.name + ".lock").open("w") as lock:
-        flock(lock, fcntl.LOCK_EX)
+    with locked(folder.with_name(folder.name + ".lock")):
         if not folder.is_dir():
             progress(f"making the {environment} environment (once; a minute or two where nothing is cached)")
             _install(environment, folder, settings)

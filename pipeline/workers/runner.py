@@ -14,10 +14,10 @@ from typing import Any
 
 from pipeline.errors import WorkerFailed
 from pipeline.settings import Settings
-from pipeline.workers.environments import Progress
 from pipeline.workers.launchers.local import Local, how_it_ended
 from pipeline.workers.launchers.task import LOG, LOG_BYTES, OUTPUT, RESULT, RESULT_BYTES, Launcher, Task
 from registry import untrusted
+from registry.progress import Progress
 
 Bootstrap = Callable[[Path], contextlib.AbstractContextManager[Mapping[str, str]]]
 

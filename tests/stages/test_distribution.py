@@ -14,8 +14,9 @@ from containers.image import base as bases
 from containers.image.blobs import BlobStore
 from containers.image.build import model_layers, push_layers
 from containers.image.distribution import DistributionError, Registry, parse
-from containers.image.oci import OciImage, digest_of
+from containers.image.oci import OciImage
 from containers.scan import mlbom
+from registry.digests import digest_of
 
 
 @pytest.fixture

@@ -22,7 +22,6 @@ from worker_processes import wait_until_gone
 from checkout import CHECKOUT
 from pipeline.errors import SettingsError, UnansweredError, WorkerFailed
 from pipeline.settings import Settings
-from pipeline.workers.environments import Progress
 from pipeline.workers.launchers import http, jobs, kubernetes
 from pipeline.workers.launchers.configured import launcher
 from pipeline.workers.launchers.kubernetes import KubernetesCluster
@@ -30,6 +29,7 @@ from pipeline.workers.launchers.placement import Kubernetes, placement
 from pipeline.workers.launchers.task import Task
 from pipeline.workers.runner import Workers
 from registry.manifest import FileRecord
+from registry.progress import Progress
 
 IMAGE = "registry.example/slipway-worker@sha256:" + "a" * 64
 

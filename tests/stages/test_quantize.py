@@ -17,8 +17,8 @@ from homes import DEMO
 from pipeline.errors import WorkerFailed
 from pipeline.quantization.quantize import Scheme, quantize
 from pipeline.settings import Settings
-from pipeline.store.artifacts import digest_file
 from pipeline.workers.runner import Workers
+from registry.digests import digest_file
 
 AWQ = {"method": "awq", "backend": "autoawq", "group_size": 64}
 GPTQ = {"method": "gptq", "backend": "gptqmodel", "group_size": 64}

@@ -399,7 +399,7 @@ def test_what_does_not_exist_is_said_with_what_does(
 
 
 def test_pulling_from_nothing_makes_nothing(tmp_path: Path, key: SigningKey) -> None:
-    with pytest.raises(PullError, match="there is nothing yet"):
+    with pytest.raises(PullError, match="there are none yet"):
         pull("demo-awq", tmp_path / "out", tracking_uri=f"sqlite:///{tmp_path}/none.db", trusted_keys=[key.public])
     assert list(tmp_path.iterdir()) == []
 

@@ -6,7 +6,6 @@ their time, their lengths and their limits.
 
 from __future__ import annotations
 
-import difflib
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from evals.errors import EvaluationError
 from evals.load.slo import Positive, Slo
+from registry.suggestions import suggestion
 
 FOLDER = Path(__file__).parent
 # Standard normal quantile of 0.95: where `p95` of a lognormal lies.
@@ -198,9 +198,7 @@ def load(name: str, folder: Path = FOLDER) -> TrafficProfile:
     path = folder / f"{name}.yaml"
     known = names(folder)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(f'`{each}`' for each in known)}"
-        raise ProfileError(f"no traffic profile `{name}`: {hint}")
+        raise ProfileError(f"no traffic profile `{name}`{suggestion(name, known)}")
     try:
         return TrafficProfile.model_validate({**(yaml.safe_load(path.read_bytes()) or {}), "name": name})
     except ValidationError as error:

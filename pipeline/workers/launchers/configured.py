@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from containers.hardware.gpu import gpus
 from pipeline.settings import Settings
-from pipeline.workers.environments import Progress
 from pipeline.workers.launchers.local import Local
 from pipeline.workers.launchers.task import Launcher
+from registry.progress import Progress
 
 
 def launcher(settings: Settings, progress: Progress) -> Launcher:

@@ -21,11 +21,12 @@ from containers.image import profile
 from containers.image.base import ensure_base
 from containers.sandbox import job
 from pipeline.settings import Settings
-from pipeline.store.artifacts import write_whole
-from pipeline.workers.environments import Progress, ensure_environment
+from pipeline.workers.environments import ensure_environment
 from pipeline.workers.launchers.local import worker_environment
 from pipeline.workers.launchers.placement import Container
 from pipeline.workers.launchers.task import LOG, OUTPUT, Ended, Task
+from registry.atomic_write import write_atomically
+from registry.progress import Progress
 
 _BASE_OF = "vllm-cpu"
 
@@ -47,7 +48,7 @@ class Containers:
         """
         folder = task.folder
         python = ensure_environment(task.environment, self.settings, self.progress) / "bin" / "python"
-        write_whole(folder / "request.json", json.dumps(task.request, default=os.fspath))
+        write_atomically(folder / "request.json", json.dumps(task.request, default=os.fspath))
         files = ("--request", str(folder / "request.json"), "--result", str(folder / "result.json"))
         reads = {python.parents[1], task.script.parent, *_interpreter(), *_read(task.request)}
         output = task.request.get(OUTPUT)

@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 from pipeline.errors import UnansweredError, WorkerFailed
-from pipeline.workers.environments import Progress
 from pipeline.workers.launchers.remote_job import message, outcome_in, receive, send
 from pipeline.workers.launchers.task import MESSAGES, Ended, Task
 from registry.manifest import FileRecord
 from registry.objects import ObjectStore
+from registry.progress import Progress
 
 # How long a job that was seen is asked after while its engine refuses or does not answer, beside `http`'s own patience.
 _PATIENCE_SECONDS = 600.0

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from pipeline.errors import WorkerFailed
 from pipeline.settings import Settings
-from pipeline.store.artifacts import write_whole
-from pipeline.workers.environments import Progress, ensure_environment
+from pipeline.workers.environments import ensure_environment
 from pipeline.workers.launchers.confinement import confined, is_hidden, status_of
 from pipeline.workers.launchers.task import LOG, RESULT, Ended, Task
 from registry import untrusted
+from registry.atomic_write import write_atomically
+from registry.progress import Progress
 
 # How often is looked whether a task is to stop.
 _LOOK_SECONDS = 0.5
@@ -38,7 +39,7 @@ class Local:
         """
         folder = task.folder
         python = ensure_environment(task.environment, self.settings, self.progress) / "bin" / "python"
-        write_whole(folder / "request.json", json.dumps(task.request, default=os.fspath))
+        write_atomically(folder / "request.json", json.dumps(task.request, default=os.fspath))
         files = ("--request", str(folder / "request.json"), "--result", str(folder / RESULT))
         command = confined([str(python), str(task.script), *files])
         if not is_hidden():

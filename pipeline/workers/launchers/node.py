@@ -27,13 +27,13 @@ from dagster_pipes import (
 
 from pipeline.errors import SlipwayError
 from pipeline.settings import Settings
-from pipeline.store.artifacts import is_locked, locked
 from pipeline.workers.launchers.local import Local
 from pipeline.workers.launchers.messages import lines
 from pipeline.workers.launchers.remote_job import RemoteJob, announced, get_document, pack, put_document, unpack
 from pipeline.workers.launchers.task import MESSAGES
 from registry import untrusted
 from registry.errors import RegistryError
+from registry.file_locks import is_locked, locked
 from registry.manifest import FileRecord
 from registry.objects import ObjectStore
 

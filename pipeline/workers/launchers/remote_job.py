@@ -21,9 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from pipeline.errors import WorkerFailed
 from pipeline.resources import PACKAGES
-from pipeline.store.artifacts import write_whole
 from pipeline.workers.launchers.task import LOG, LOG_BYTES, OUTPUT, RESULT, RESULT_BYTES, Ended, Task
 from registry import untrusted
+from registry.atomic_write import write_atomically
 from registry.manifest import FileRecord, RelativePath
 from registry.objects import ObjectStore, digest_of
 
@@ -197,7 +197,7 @@ def put(path: Path, store: ObjectStore) -> FileRecord:
 
 def put_document(document: _Document, path: Path, store: ObjectStore) -> FileRecord:
     """Write a document to ``path`` and into the store; return its record."""
-    write_whole(path, document.model_dump_json())
+    write_atomically(path, document.model_dump_json())
     return put(path, store)
 
 

@@ -20,8 +20,8 @@ from containers.errors import ImageError
 from containers.image import base, distribution
 from containers.image.blobs import BlobStore
 from containers.image.distribution import DistributionError, Registry
-from containers.image.oci import digest_of
 from registry import network
+from registry.digests import digest_of
 
 DIGEST = "sha256:" + "a" * 64
 LAYER = {"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": digest_of(b"layer"), "size": 5}

@@ -89,8 +89,8 @@ def test_the_pins_digest_covers_profile_and_lock(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"entrypiont": ["x"]}, r"unknown key `entrypiont` \(did you mean `entrypoint`\?\)"),
-        ({"base": {"imgae": "x"}}, r"unknown key `base.imgae` \(did you mean `image`\?\)"),
+        ({"entrypiont": ["x"]}, r"unknown key `entrypiont`: did you mean `entrypoint`\?"),
+        ({"base": {"imgae": "x"}}, r"unknown key `base.imgae`: did you mean `image`\?"),
         ({"base": {}}, "expected either `image` or `debian`"),
         ({"base": {"image": "Ubuntu 24.04"}}, "`base.image`"),
         ({"base": {"image": f"u@sha256:{HASH}", "packages": ["gcc"]}}, "`packages` and `snapshot` come together"),
@@ -167,7 +167,7 @@ def test_all_that_is_wrong_is_listed(tmp_path: Path) -> None:
 
 
 def test_a_misspelt_profile_is_suggested(tmp_path: Path) -> None:
-    with pytest.raises(ProfileError, match=r"no runtime `sone` \(did you mean `some`\?\)"):
+    with pytest.raises(ProfileError, match=r"no runtime `sone`: did you mean `some`\?"):
         profile.load("sone", written(tmp_path, {}))
 
 

@@ -16,7 +16,8 @@ from click.testing import CliRunner
 from pipeline import cli
 from pipeline.operations.retention import Leftover, plan, remove
 from pipeline.settings import Settings
-from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, Store, locked
+from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, Store
+from registry.file_locks import locked
 
 LATER = datetime.now(UTC) + timedelta(days=2)
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import PlanError, StoreError
-from pipeline.store.artifacts import ArtifactDraft, Recipe, Store, digest_file, digest_json
+from pipeline.store.artifacts import ArtifactDraft, Recipe, Store
+from registry.digests import digest_file, digest_json
 
 RECIPE = Recipe("quantized", inputs={"source": "sha256:aa"}, parameters={"bits": 4}, code="1", pins="sha256:bb")
 

@@ -9,7 +9,7 @@ import pytest
 from pipeline.serving import ui
 from pipeline.serving.servers import ServerError
 from pipeline.settings import Settings
-from pipeline.store.artifacts import locked
+from registry.file_locks import locked
 
 
 def test_a_home_that_is_served_is_not_served_twice(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ from dagster_pipes import PipesDefaultMessageWriter
 
 from pipeline.errors import WorkerFailed
 from pipeline.settings import Settings
-from pipeline.store.artifacts import write_whole
 from pipeline.workers.launchers import remote_job
 from pipeline.workers.launchers.task import LOG, MESSAGES, RESULT, RESULT_BYTES, Ended, Task
 from pipeline.workers.messages import WorkerMessages
 from pipeline.workers.runner import Workers
+from registry.atomic_write import write_atomically
 from registry.errors import UntrustedFileError
 
 Leave = Callable[[Path], object]
@@ -104,8 +104,8 @@ def test_a_node_gives_its_worker_no_file_from_outside_the_remote_job(tmp_path: P
 def test_a_request_is_not_written_through_a_link_that_an_earlier_worker_left(tmp_path: Path, outside: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    (folder / f".request.json.{os.getpid()}.part").symlink_to(outside)
-    write_whole(folder / "request.json", "{}")
+    (folder / "request.json").symlink_to(outside)
+    write_atomically(folder / "request.json", "{}")
     assert (folder / "request.json").read_text() == "{}"
     assert outside.read_text() == "secret"
 

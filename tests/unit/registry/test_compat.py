@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from registry import VerificationError, verify
+from registry.digests import canonical_json
 from registry.errors import ManifestError
-from registry.manifest import Later, Manifest, canonical_json
+from registry.manifest import Later, Manifest
 from registry.policy import Policy
 from registry.schema import schema
 from registry.signing import load_certificates, load_trusted_keys

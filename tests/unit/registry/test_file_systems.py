@@ -15,7 +15,8 @@ from pipeline.store.artifacts import ArtifactDraft, Recipe, Store
 from registry import __main__ as command
 from registry.destination import beside, take_place
 from registry.errors import FileSystemError
-from registry.file_systems import flock, set_mode, sync_folder
+from registry.file_locks import flock
+from registry.file_systems import set_mode, sync_folder
 
 DIGEST = "sha256:" + "a" * 64
 

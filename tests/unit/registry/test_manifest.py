@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from release_folder import DIGEST, make_release
 
+from registry.digests import canonical_json, digest_of
 from registry.errors import ManifestError
 from registry.manifest import (
     SCHEMA,
@@ -26,8 +27,6 @@ from registry.manifest import (
     Quantizer,
     Sbom,
     Source,
-    canonical_json,
-    digest_of,
 )
 from registry.signing import SigningKey
 from registry.verdict import Verdict

@@ -132,7 +132,7 @@ def test_a_destination_that_is_taken_stays_as_it_is(registered: str, signing_key
 
 def test_one_file_of_a_release_is_one_that_it_has(registered: str, signing_key: SigningKey, tmp_path: Path) -> None:
     known = [signing_key.public]
-    with pytest.raises(PullError, match=r"has no file `config\.jso` \(did you mean `config\.json`"):
+    with pytest.raises(PullError, match=r"has no file `config\.jso`: did you mean `config\.json`"):
         fetch_file("demo-awq", "config.jso", tmp_path / "x", tracking_uri=registered, trusted_keys=known)
     assert not (tmp_path / "x").exists()
     assert list(glance("demo-awq", ["config.json", "y"], tracking_uri=registered, trusted_keys=known).files) == [

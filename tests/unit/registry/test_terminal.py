@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from registry import __main__ as command
 from registry import verify
+from registry.digests import canonical_json
 from registry.errors import VerificationError
-from registry.manifest import canonical_json
 from registry.signing import SigningKey
 from registry.terminal import printable
 
