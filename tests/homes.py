@@ -20,7 +20,7 @@ from registry import catalog
 DEMO = Path(__file__).parent.parent / "models" / "demo"
 FIRST_CALLS = Path(__file__).with_name("first_calls.py")
 # What all homes of a machine have in common.
-_OF_THE_MACHINE = {"SLIPWAY_LOCKS", "SLIPWAY_CPU_ISA"}
+OF_THE_MACHINE = {"SLIPWAY_LOCKS", "SLIPWAY_CPU_ISA"}
 # What `drift` is made of, each by a worker of its own.
 _PARTS = {"drift": ("answers", "candidate"), "layers": ("layers", "layers")}
 SLIPWAY = str(Path(sys.executable).parent / "slipway")
@@ -41,7 +41,7 @@ def make_home(folder: Path, machine: Settings) -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name in _OF_THE_MACHINE or not name.startswith(("SLIPWAY_", "MLFLOW_"))
+        if name in OF_THE_MACHINE or not name.startswith(("SLIPWAY_", "MLFLOW_"))
     }
     return {**kept, "SLIPWAY_HOME": str(folder), **engine}
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from real_server import free_port
 
+from homes import OF_THE_MACHINE
 from pipeline.settings import Settings
 from pipeline.workers.environments import ensure_environment
 
@@ -47,7 +48,8 @@ def ray_cluster(folder: Path, machine: Settings, s3: Mapping[str, str]) -> Itera
     # Ray's sockets have long names, and a socket's may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as short:
         environment = {
-            **s3, "PATH": f"{python.parent}:{os.environ['PATH']}", "HOME": str(folder),
+            **s3, **{name: os.environ[name] for name in OF_THE_MACHINE if name in os.environ},
+            "PATH": f"{python.parent}:{os.environ['PATH']}", "HOME": str(folder),
             "RAY_TMPDIR": short, "RAY_USAGE_STATS_ENABLED": "0",
             # Without it Ray takes the machine's own address for the loopback's.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",

@@ -204,6 +204,11 @@ def test_a_bundle_that_is_none_is_refused(
         open_bundle(json.dumps(bundle).encode(), [signing_key.public])
 
 
+def test_whoever_trusts_no_key_is_told_so(release: Path) -> None:
+    with pytest.raises(SigningError, match="no trusted public key was given"):
+        open_bundle((release / SIGNATURE).read_bytes(), [])
+
+
 def test_a_statement_that_contradicts_itself_is_refused(release: Path, signing_key: SigningKey) -> None:
     _, payload = open_bundle((release / SIGNATURE).read_bytes(), [signing_key.public])
     told = json.loads(payload)
