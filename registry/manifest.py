@@ -109,68 +109,96 @@ class FileRecord(_Part):
     """One file: its SHA-256 in hexadecimal and its size in bytes."""
 
     sha256: Hex256
+    """In hexadecimal."""
     size: Count
+    """In bytes."""
 
 
 class Source(_Part):
     """Where the weights came from: ``revision`` is a commit or the digest of the files, never a branch."""
 
     uri: Text
+    """As in the model file."""
     revision: Text
+    """A commit, or the digest of the files; never a branch."""
     files: Mapping[RelativePath, FileRecord]
+    """By their path."""
 
 
 class Calibration(_Part):
     """The text that the quantizer looked at."""
 
     uri: Text
+    """As in the model file."""
     digest: Digest
+    """Of the text."""
     samples: Count
+    """How many rows were used."""
     max_tokens: Count
+    """What was longer was cut to so many tokens."""
 
 
 class Quantizer(_Part):
     """What made the weights smaller; ``pins_digest`` is that of the locked environment it ran in."""
 
     backend: Name
+    """The program."""
     version: Text
+    """Its version."""
     method: Name
+    """The format of the weights."""
     parameters: Mapping[str, Scalar]
+    """Of the scheme."""
     calibration: Calibration | None
+    """The text that it looked at."""
     pins_digest: Digest
+    """Of the locked environment that it ran in."""
 
 
 class GateRecord(_Part):
     """A gate's verdict, and the digest of each file of the release that it rests on."""
 
     verdict: Verdict
+    """What the gate concluded."""
     evidence: Mapping[CoveredPath, Digest] = Field(min_length=1)
+    """The digest of each file of the release that the verdict rests on."""
 
 
 class Image(_Part):
     """The container that was scanned and loaded; ``minimum_driver`` is the GPU driver it needs, if any."""
 
     reference: Text
+    """`REPOSITORY@sha256:…`, or the id in the engine where it was not pushed."""
     digest: Digest
+    """Of its OCI manifest."""
     base_digest: Digest
+    """Of the base image."""
     pins_digest: Digest
+    """Of the runtime: its profile, its lock and what builds it."""
     runtime: Name
+    """The runtime's name."""
     minimum_driver: Text | None
+    """The GPU driver that it needs, if any."""
 
 
 class Sbom(_Part):
     """A bill of materials, the image's (``sbom``) or the model's (``mlbom``): a file of the release."""
 
     path: CoveredPath
+    """Of the file in the release."""
     digest: Digest
+    """Of the file."""
 
 
 class Accelerator(_Part):
     """A GPU that took part in the tests."""
 
     name: Text
+    """As NVML reports it."""
     memory_bytes: Count
+    """All of its memory."""
     driver: Text
+    """The driver's version."""
 
 
 class Kernels(_Part):
@@ -180,40 +208,65 @@ class Kernels(_Part):
     """
 
     linear_16bit: Text
+    """What multiplied 16-bit layers."""
     linear_quantized: Mapping[Text, Count]
+    """How many layers each quantized kernel had."""
     compute_dtype: Text
+    """What layers hand to each other."""
     threads: Count
+    """How many threads computed."""
     kv_cache_dtype: Text
+    """Of the KV cache."""
     attention: Text
+    """The implementation of attention."""
 
 
 class Hardware(_Part):
     """What the release was tested on; ``instruction_set`` is the CPU's best that the tests used."""
 
     machine: Text
+    """The architecture, such as `x86_64`."""
     cpu: Text
+    """The CPU's model."""
     cores: Count
+    """Logical CPUs."""
     memory_bytes: Count
+    """Of the machine."""
     accelerators: tuple[Accelerator, ...] = ()
+    """GPUs that took part."""
     instruction_set: Annotated[Text | None, Later()] = None
+    """The CPU's best that the tests used."""
     kernels: Annotated[Kernels | None, Later()] = None
+    """The kernels that computed on the CPU."""
 
 
 class Manifest(_Part):
     """A release: one model in one quantization scheme, and everything that was found out about it."""
 
     schema_version: Literal["slipway.release/v1"] = Field(alias="schema")
+    """The format of this document."""
     model: Name
+    """The model's name."""
     scheme: Name
+    """The scheme's name."""
     source: Source
+    """Where the weights came from."""
     quantizer: Quantizer
+    """What quantized them."""
     gates: tuple[GateRecord, ...]
+    """Every verdict, with its evidence."""
     image: Image
+    """The container that was scanned and load-tested."""
     sbom: Sbom
+    """The image's bill of materials."""
     mlbom: Annotated[Sbom | None, Later()] = None
+    """The model's bill of materials."""
     hardware: Hardware
+    """What the release was tested on."""
     files: Mapping[CoveredPath, FileRecord]
+    """Every file of the release but this one, its signature and `provenance.json`."""
     created: Timestamp
+    """When the release was sealed, UTC."""
 
     @property
     def name(self) -> str:

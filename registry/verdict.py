@@ -22,12 +22,19 @@ class Verdict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     gate: str
+    """The gate's name."""
     status: Status
+    """`inconclusive` where the evidence decides nothing."""
     reason: str
+    """In words, with the figures that decided."""
     cause: str | None = None
+    """Why it is inconclusive, as the model file names it."""
     metrics: Mapping[str, float] = {}
+    """What was measured, unrounded; what could not be measured is absent."""
     limits: Mapping[str, float] = {}
+    """What it was compared with."""
     accepted_because: str | None = None
+    """The reason with which the model file accepts the cause."""
 
     @field_validator("metrics", "limits")
     @classmethod

@@ -39,6 +39,7 @@ def described(schema: Schema, classes: Mapping[str, type]) -> Schema:
     sections = {**schema.get("$defs", {}), str(schema["title"]): schema}
     for name, section in sections.items():
         told = meanings(classes[name]) if name in classes else {}
+        told |= {str(each.alias): told[key] for key, each in _fields(classes.get(name)) if each.alias and key in told}
         section.pop("title", None)
         section["description"] = one_line(section.get("description", ""))
         for key, field in section.get("properties", {}).items():
@@ -46,6 +47,10 @@ def described(schema: Schema, classes: Mapping[str, type]) -> Schema:
             if key in told:
                 field["description"] = one_line(told[key])
     return schema
+
+
+def _fields(model: type | None) -> Iterable[tuple[str, Any]]:
+    return getattr(model, "model_fields", {}).items()
 
 
 def table(section: Schema) -> str:
