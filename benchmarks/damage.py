@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from evals.drift.answers import Answers
-from evals.drift.asking import ask, measure_layers, overlapping
+from evals.drift.asking import ask, overlapping
 from evals.drift.divergence import read_top
 from evals.drift.drift_gate import judge
+from evals.drift.layer_errors import measure_layers
 from evals.drift.limits import DriftLimits
 from evals.drift.pairs import compare
 from pipeline.quantization.quantize import Scheme, quantize

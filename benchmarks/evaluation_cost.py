@@ -35,8 +35,10 @@ from evals.drift.asking import ENVIRONMENT
 from evals.drift.suite import TASKS
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec, find, load
-from pipeline.stages import evaluation, table
-from pipeline.stages.table import StageContext
+from pipeline.stages.answers import serve_image, serve_source
+from pipeline.stages.context import StageContext
+from pipeline.stages.run import run, run_until
+from pipeline.stages.table import BASELINE, DRIFT
 from pipeline.store.artifacts import Artifact, Store
 from pipeline.workers.environments import ensure_environment
 
@@ -52,19 +54,18 @@ def main() -> None:
     careful = parser.parse_args().careful
     settings = Settings.read(os.environ)
     spec = load(find("demo", settings.models))
-    bench = StageContext(spec, "awq", settings, lambda _: None)
-    _forget(bench.store, "answers", "layers", "drift")
-    source = table.source(bench)
-    baseline, ours = _timed(lambda: evaluation.baseline(bench, source))
+    context = StageContext(spec, "awq", settings, lambda _: None)
+    _forget(context.store, "answers", "layers", "drift")
+    source = run_until("source", context)["source"]
+    baseline, ours = _timed(lambda: run(BASELINE, context, {"source": source}))
     seconds = {"fp16": ours}
-    models: dict[str, tuple[Artifact, Serve]] = {"fp16": (source, lambda: evaluation.serve_source(bench, source))}
+    models: dict[str, tuple[Artifact, Serve]] = {"fp16": (source, lambda: serve_source(context, source))}
     for scheme in spec.schemes:
         of_scheme = StageContext(spec, scheme, settings, lambda _: None)
-        quantized = table.quantized(of_scheme, source)
-        image = table.image(of_scheme, quantized)
-        _, seconds[scheme] = _timed(partial(evaluation.drift, of_scheme, source, baseline, quantized, image))
-        image_id = ImageRecord.model_validate(image.document("image.json")).image_id
-        models[scheme] = (quantized, _serve(bench, image_id))
+        made = {**run_until("image", of_scheme), "baseline": baseline}
+        _, seconds[scheme] = _timed(partial(run, DRIFT, of_scheme, made))
+        image_id = ImageRecord.model_validate(made["image"].document("image.json")).image_id
+        models[scheme] = (made["quantized"], _serve(context, image_id))
     _told("slipway", seconds)
     with tempfile.TemporaryDirectory() as place, _client(settings, Path(place)) as client:
         _write_tasks(spec, Path(place))
@@ -87,8 +88,8 @@ def _timed(stage: Callable[[], Artifact]) -> tuple[Artifact, float]:
     return stage(), time.monotonic() - started
 
 
-def _serve(bench: StageContext, image_id: str) -> Serve:
-    return lambda: evaluation.serve_image(bench, image_id)
+def _serve(context: StageContext, image_id: str) -> Serve:
+    return lambda: serve_image(context, image_id)
 
 
 def _told(what: str, seconds: dict[str, float]) -> None:

@@ -19,7 +19,6 @@ from evals.drift.answers import Answers, read_answers
 from evals.drift.divergence import FILE as TOP
 from evals.drift.limits import DivergenceLimits
 from evals.drift.overlap import pooled
-from evals.drift.pairs import Layer
 from evals.drift.suite import AskedTasks
 from evals.errors import AnswersError
 from registry.atomic_write import write_atomically
@@ -27,7 +26,6 @@ from registry.progress import Progress
 
 ENVIRONMENT = "lm-eval"
 WORKER = Path(__file__).with_name("answer.py")
-LAYERS_WORKER = Path(__file__).with_name("layers.py")
 SERVED = "vllm-served"
 RUNS = "runs.npz"
 _POLL_SECONDS = 0.5
@@ -207,21 +205,6 @@ def _join_runs(folders: Sequence[Path], parts: Sequence[Answers], output: Path) 
             before += len(part.tasks[name].items)
         arrays |= {f"{name}.runs": np.concatenate(runs), f"{name}.items": np.concatenate(items)}
     np.savez_compressed(output, **arrays)
-
-
-def measure_layers(
-    source: Path,
-    checkpoint: Path,
-    texts: Sequence[str],
-    *,
-    max_tokens: int,
-    run_worker: RunWorker,
-    scratch: Path,
-) -> list[Layer]:
-    """Return each quantized layer's relative output error on texts, in the network's order (`evals.drift.layers`)."""
-    request = {"source": source, "checkpoint": checkpoint, "texts": list(texts), "max_tokens": max_tokens}
-    found = run_worker(ENVIRONMENT, LAYERS_WORKER, request, scratch)
-    return [Layer.model_validate(layer) for layer in found["layers"]]
 
 
 def overlapping(answers: Answers, folder: Path, calibration: Iterable[str]) -> dict[str, list[str]]:

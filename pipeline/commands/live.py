@@ -74,6 +74,11 @@ class LiveDisplay:
                 self._live.stop()
                 self._live = None
 
+    def drop_group(self, first: Hashable) -> None:
+        """Remove the lines whose keys are tuples that begin with ``first``."""
+        with self._lock:
+            self.drop(*(key for key in self._rows if isinstance(key, tuple) and key[0] == first))
+
     def clear(self) -> None:
         """Remove all lines."""
         with self._lock:

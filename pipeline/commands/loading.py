@@ -64,7 +64,7 @@ def load(
     """  # noqa: D301 - click's mark for a paragraph that is kept as it is
     from pipeline.operations import load_tests  # noqa: PLC0415
     from pipeline.orchestration.release import sweep  # noqa: PLC0415
-    from pipeline.stages.table import StageContext  # noqa: PLC0415
+    from pipeline.stages.context import StageContext  # noqa: PLC0415
 
     settings = Settings.read()
     spec, scheme = load_tests.find(name, settings)

@@ -51,7 +51,7 @@ def release(model: str, schemes: Sequence[str], *, as_json: bool) -> None:
         sweep(settings)
         told = {scheme: events for scheme in wanted if (events := unchanged(spec, scheme, settings)) is not None}
         if len(told) < len(wanted):
-            from pipeline.stages.before import foresee  # noqa: PLC0415 - as above
+            from pipeline.stages.preflight import foresee  # noqa: PLC0415 - as above
 
             if about_cpu:
                 say(about_cpu)

@@ -16,7 +16,6 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.commands.live import LiveDisplay
-from pipeline.stages.metadata import STAGES
 
 # A pipe or a file has no width: there a table is as wide as its cells, so that a line stays a line.
 _ENDLESS = 10_000
@@ -120,7 +119,7 @@ def _follow(scheme: str, event: Mapping[str, Any]) -> bool:
         case "stage":
             live.drop((scheme, event["name"]))
         case "end":
-            live.drop(*((scheme, stage) for stage in STAGES))
+            live.drop_group(scheme)
     return False
 
 

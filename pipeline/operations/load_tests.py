@@ -19,8 +19,10 @@ from pipeline.errors import SpecError
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec
 from pipeline.spec import load as load_spec
-from pipeline.stages import table
-from pipeline.stages.table import StageContext
+from pipeline.stages import load
+from pipeline.stages.context import StageContext
+from pipeline.stages.run import run, run_until
+from pipeline.stages.table import IMAGE, LOAD, SOURCE
 from pipeline.store.artifacts import Artifact
 from registry.progress import Progress
 from registry.verdict import Verdict
@@ -72,29 +74,31 @@ def changed(plan: LoadPlan, profiles: Sequence[str], changes: Mapping[str, Any])
     return LoadPlan.model_validate({**document, **changes})
 
 
-def artifacts(bench: StageContext) -> tuple[Artifact, Artifact]:
+def artifacts(context: StageContext) -> tuple[Artifact, Artifact]:
     """Return the checkpoint and its image, made where they are not there; for `fp16` those of the source itself."""
-    source = table.source(bench)
-    checkpoint = source if bench.scheme_name == BASELINE else table.quantized(bench, source)
-    return checkpoint, table.image(bench, checkpoint)
+    if context.scheme_name != BASELINE:
+        made = run_until("image", context)
+        return made["quantized"], made["image"]
+    source = run(SOURCE, context, {})
+    return source, run(IMAGE, context, {"quantized": source})
 
 
-def load_now(bench: StageContext, plan: LoadPlan, live: loads.Live) -> Loaded:
+def load_now(context: StageContext, plan: LoadPlan, live: loads.Live) -> Loaded:
     """Measure one release line under a plan, now, whatever was measured before; keep it under ``loads`` of the home."""
-    checkpoint, image = artifacts(bench)
-    return measure_now(bench, plan, image.document("image.json"), checkpoint, live)
+    checkpoint, image = artifacts(context)
+    return measure_now(context, plan, image.document("image.json"), checkpoint, live)
 
 
 def measure_now(
-    bench: StageContext, plan: LoadPlan, image: Mapping[str, Any], checkpoint: Artifact, live: loads.Live
+    context: StageContext, plan: LoadPlan, image: Mapping[str, Any], checkpoint: Artifact, live: loads.Live
 ) -> Loaded:
     """Measure an image, by its ``image.json``, with the checkpoint that is in it."""
-    name = bench.release_name
-    folder = bench.settings.home / "loads" / f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%S}"
+    name = context.release_name
+    folder = context.settings.home / "loads" / f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%S}"
     folder.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix="load-", dir=folder) as scratch:
         record = ImageRecord.model_validate(image)
-        evidence = table.load_test(bench, plan, record, checkpoint, folder, Path(scratch), live)
+        evidence = load.measure(context, plan, record, checkpoint, folder, Path(scratch), live)
     verdict = loads.judge(evidence, plan)
     page = folder / "load.html"
     seen = Evidence.read(folder)
@@ -117,9 +121,9 @@ def compare(
     planned = spec.model_copy(update={"load": plan})
     contenders, verdicts = [], {}
     for scheme in (BASELINE, *schemes):
-        bench = StageContext(planned, scheme, settings, progress(scheme))
-        checkpoint, image = artifacts(bench)
-        measured = table.load(bench, image, checkpoint)
+        context = StageContext(planned, scheme, settings, progress(scheme))
+        checkpoint, image = artifacts(context)
+        measured = run(LOAD, context, {"quantized": checkpoint, "image": image})
         contenders.append(Contender(scheme, checkpoint.size_bytes, measured.document("load.json")))
         verdicts[scheme] = loads.judge(contenders[-1].load, plan)
     page = settings.home / "reports" / f"{spec.model}-comparison.html"

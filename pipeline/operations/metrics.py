@@ -20,7 +20,8 @@ from pipeline.operations.rescan import TAG, Mark
 from pipeline.orchestration import checks
 from pipeline.orchestration.jobs import RELEASE_JOB
 from pipeline.settings import Settings
-from pipeline.stages.metadata import CACHED, SECONDS, STAGES, VERDICT
+from pipeline.stages.metadata import CACHED, SECONDS, VERDICT
+from pipeline.stages.table import STAGES
 from pipeline.store.artifacts import Store
 from registry import catalog
 
@@ -121,13 +122,13 @@ def _stages(instance: DagsterInstance) -> Iterator[Mapping[str, Any]]:
     """How long each stage of each release took when it was last made, and not taken from the store."""
     for stage in STAGES:
         seen = set()
-        for record in instance.fetch_materializations(AssetRecordsFilter(AssetKey(stage)), limit=_NEWEST).records:
+        for record in instance.fetch_materializations(AssetRecordsFilter(AssetKey(stage.name)), limit=_NEWEST).records:
             made = record.asset_materialization
             release = _release(record.partition_key)
             if made is None or release in seen or made.metadata[CACHED].value:
                 continue
             seen.add(release)
-            yield {"release": release, "stage": stage, "seconds": made.metadata[SECONDS].value}
+            yield {"release": release, "stage": stage.name, "seconds": made.metadata[SECONDS].value}
 
 
 def _store_bytes(store: Store) -> Mapping[str, int]:

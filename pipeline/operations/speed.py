@@ -14,7 +14,7 @@ from typing import Any
 from evals.load.comparison import differ_in_hardware
 from pipeline.errors import StoreError
 from pipeline.operations.load_tests import Loaded, measure_now
-from pipeline.stages.table import StageContext
+from pipeline.stages.context import StageContext
 from pipeline.store.artifacts import Artifact
 from pipeline.trust import trust_of
 from registry.manifest import EVIDENCE
@@ -51,21 +51,21 @@ class Speed:
         return f"version {self.version}: {self.loaded.verdict.status}, {self.loaded.verdict.reason}; {beside}"
 
 
-def look_again(bench: StageContext) -> Speed:
-    """Measure the champion of the bench's release line now.
+def look_again(context: StageContext) -> Speed:
+    """Measure the champion of the context's release line now.
 
     Raises:
         RegistryError: there is no champion, or it is not what was signed.
         StoreError: it was not made in this home, or is gone from it.
         ContainerError: the engine has lost its image, or does not answer.
     """
-    settings, name = bench.settings, bench.release_name
+    settings, name = context.settings, context.release_name
     names = (f"{EVIDENCE}/image.json", f"{EVIDENCE}/load.json")
     champion = glance(f"{name}@{CHAMPION}", names, tracking_uri=settings.tracking_uri, trusted_keys=trust_of(settings))
     record, then = (json.loads(champion.files[each]) for each in names)
-    checkpoint = _checkpoint(bench, name, str(record["model_digest"]))
-    loaded = measure_now(bench, bench.spec.load, record, checkpoint, lambda _: None)
-    return Speed(champion.version, loaded, slower(then, loaded.evidence), bench.spec.automation.slower)
+    checkpoint = _checkpoint(context, name, str(record["model_digest"]))
+    loaded = measure_now(context, context.spec.load, record, checkpoint, lambda _: None)
+    return Speed(champion.version, loaded, slower(then, loaded.evidence), context.spec.automation.slower)
 
 
 def slower(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, float]:
@@ -86,9 +86,9 @@ def _asked(profile: Mapping[str, Any]) -> tuple[str, Mapping[str, float]]:
     return str(profile["name"]), profile["requested"]
 
 
-def _checkpoint(bench: StageContext, name: str, digest: str) -> Artifact:
+def _checkpoint(context: StageContext, name: str, digest: str) -> Artifact:
     """The checkpoint in the champion's image, for its tokenizer and its size."""
-    found = bench.store.with_digest("quantized", digest)
+    found = context.store.with_digest("quantized", digest)
     if found is None:
-        raise StoreError(f"the champion of `{name}` was not made in {bench.settings.home}: load-test it where it was")
+        raise StoreError(f"the champion of `{name}` was not made in {context.settings.home}: load-test it where it was")
     return found

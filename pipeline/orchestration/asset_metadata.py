@@ -1,9 +1,9 @@
-"""What each asset shows in Dagster's UI, from its evidence."""
+"""What each asset shows in Dagster's UI, from its evidence. A stage without an entry shows its size and digest."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dagster import MetadataValue, TableColumn, TableRecord, TableSchema
@@ -12,16 +12,19 @@ from containers.scan.evidence import read_scan
 from evals.drift.pairs import read_drift
 from evals.report import drift_pictures, load_pictures, pictures
 from evals.report.svg import as_markdown
-from pipeline.stages import promotion
+from pipeline.stages import drift as drift_stage
+from pipeline.stages import load as load_stage
+from pipeline.stages import scan as scan_stage
+from pipeline.stages.context import StageContext
 from pipeline.stages.metadata import RELEASE
-from pipeline.stages.standing import stays_taken_back
-from pipeline.stages.table import StageContext, verdict
+from pipeline.stages.promotion import PromotedRelease
+from pipeline.stages.stage import Stage
 from pipeline.store.artifacts import Artifact
 from registry.manifest import REPORT
 from registry.verdict import Verdict
 
 
-def files(_bench: StageContext, made: Artifact) -> dict[str, Any]:
+def files(_context: StageContext, made: Artifact) -> dict[str, Any]:
     """A table of a checkpoint's files."""
     return {
         "files": MetadataValue.table(
@@ -34,7 +37,7 @@ def files(_bench: StageContext, made: Artifact) -> dict[str, Any]:
     }
 
 
-def answers(_bench: StageContext, made: Artifact) -> dict[str, Any]:
+def answers(_context: StageContext, made: Artifact) -> dict[str, Any]:
     """How many items of each task were answered, and by what."""
     document = made.document("answers.json")
     return {
@@ -43,14 +46,14 @@ def answers(_bench: StageContext, made: Artifact) -> dict[str, Any]:
     }
 
 
-def drift(bench: StageContext, made: Artifact) -> dict[str, Any]:
+def drift(context: StageContext, made: Artifact) -> dict[str, Any]:
     """What was lost, against its limits and item by item, and every figure of the drift gate."""
-    judged = verdict("drift", made, bench.spec)
+    judged = drift_stage.judge(made, context.spec)
     pairs = read_drift(made.folder)
     drawn = (
         pictures.losses(judged),
-        pictures.accuracy(pairs, bench.scheme_name),
-        pictures.bits(pairs, bench.scheme_name),
+        pictures.accuracy(pairs, context.scheme_name),
+        pictures.bits(pairs, context.scheme_name),
         drift_pictures.divergence(pairs.divergence, judged.limits.get("divergence.max_mean"))
         if pairs.divergence
         else None,
@@ -60,7 +63,7 @@ def drift(bench: StageContext, made: Artifact) -> dict[str, Any]:
     return {"judged": _judged(judged), **asked, **_pictures(*drawn), **_figures(judged.metrics)}
 
 
-def image(_bench: StageContext, made: Artifact) -> dict[str, Any]:
+def image(_context: StageContext, made: Artifact) -> dict[str, Any]:
     """What the image is and stands on."""
     document = made.document("image.json")
     names = ("reference", "base", "base_digest", "pins_digest", "runtime", "minimum_driver")
@@ -70,7 +73,7 @@ def image(_bench: StageContext, made: Artifact) -> dict[str, Any]:
     }
 
 
-def scan(bench: StageContext, made: Artifact) -> dict[str, Any]:
+def scan(context: StageContext, made: Artifact) -> dict[str, Any]:
     """What was found, by severity, and with which database; no count where nothing could be found."""
     evidence = read_scan(made.folder)
     counts = {} if evidence.database.is_blind else evidence.counts
@@ -79,7 +82,7 @@ def scan(bench: StageContext, made: Artifact) -> dict[str, Any]:
         for item in evidence.vulnerabilities[:100]
     ]
     return {
-        "judged": _judged(verdict("scan", made, bench.spec)),
+        "judged": _judged(scan_stage.judge(made, context.spec)),
         **_pictures(pictures.vulnerabilities(evidence)),
         **{f"vulnerabilities {severity}": count for severity, count in counts.items()},
         "database": evidence.database.state,
@@ -88,10 +91,10 @@ def scan(bench: StageContext, made: Artifact) -> dict[str, Any]:
     }
 
 
-def load(bench: StageContext, made: Artifact) -> dict[str, Any]:
+def load(context: StageContext, made: Artifact) -> dict[str, Any]:
     """How fast it answered, how much memory it took, and every figure of the load test."""
     document = made.document("load.json")
-    judged = verdict("load", made, bench.spec)
+    judged = load_stage.judge(made, context.spec)
     requests = [json.loads(line) for line in (made.folder / "requests.jsonl").read_text().splitlines()]
     samples = json.loads((made.folder / "memory.json").read_text())
     drawn = (
@@ -103,24 +106,37 @@ def load(bench: StageContext, made: Artifact) -> dict[str, Any]:
     return {"judged": _judged(judged), **findings, **_pictures(*drawn), **_figures(document["metrics"])}
 
 
-def release(bench: StageContext, made: Artifact, *, candidate_only: bool = False) -> dict[str, Any]:
-    """Promote the release; tell where its report, its version and its image are, and its figures as numbers to plot.
+_DESCRIBED: Mapping[str, Callable[[StageContext, Artifact], dict[str, Any]]] = {
+    "source": files,
+    "quantized": files,
+    "image": image,
+    "baseline": answers,
+    "drift": drift,
+    "scan": scan,
+    "load": load,
+}
 
-    Raises:
-        RegistryError: it may not be promoted, or can't be; no alias moved.
-    """
-    candidate_only = stays_taken_back(bench, made) or candidate_only
-    told = promotion.promoted(bench, made, candidate_only=candidate_only)
-    released, report = told[RELEASE], told["report"]
-    page = f"{bench.settings.mlflow_address}/#/models/{told['name']}/versions/{told['version']}"
+
+def describe(stage: Stage, context: StageContext, made: Artifact) -> dict[str, Any]:
+    """Return the metadata of a stage's artifact."""
+    described = _DESCRIBED.get(stage.name)
+    return {} if described is None else described(context, made)
+
+
+def describe_promotion(context: StageContext, made: Artifact, promoted: PromotedRelease) -> dict[str, Any]:
+    """Return where a promoted release's report, version and image are, and its figures as numbers to plot."""
+    address = context.settings.mlflow_address
     return {
-        **told,
-        "report": MetadataValue.url(f"{bench.settings.mlflow_address}/{report}")
-        if report
+        "name": promoted.name,
+        "version": promoted.version,
+        "aliases": ", ".join(promoted.aliases),
+        RELEASE: promoted.document(),
+        "report": MetadataValue.url(f"{address}/{promoted.report}")
+        if promoted.report
         else MetadataValue.path(made.folder / REPORT),
-        "MLflow": MetadataValue.url(page),
-        "image": released["image"],
-        **_figures(released["measured"]),
+        "MLflow": MetadataValue.url(f"{address}/#/models/{promoted.name}/versions/{promoted.version}"),
+        "image": promoted.image,
+        **_figures(promoted.measured),
     }
 
 

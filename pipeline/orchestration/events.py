@@ -9,7 +9,8 @@ from typing import Any
 
 from dagster import DagsterEvent, InitLoggerContext, logger
 
-from pipeline.stages.metadata import CACHED, RELEASE, SECONDS, SIZE, STAGES, VERDICT, WORKER_SECONDS
+from pipeline.stages.metadata import CACHED, RELEASE, SECONDS, SIZE, VERDICT, WORKER_SECONDS
+from pipeline.stages.table import BY_NAME
 
 
 @logger
@@ -35,14 +36,14 @@ def _event(record: logging.LogRecord) -> dict[str, Any] | None:
     event = meta.get("dagster_event")
     if event is None:
         text = meta.get("orig_message", record.getMessage())
-        shown = step in STAGES and record.levelno == logging.INFO and not text.startswith("[pipes]")
+        shown = step in BY_NAME and record.levelno == logging.INFO and not text.startswith("[pipes]")
         return {"event": "progress", "stage": step, "text": text} if shown else None
     return translate(event)
 
 
 def translate(event: DagsterEvent) -> dict[str, Any] | None:
     """Translate a Dagster event: a stage that starts or is done, a gate that decided."""
-    if event.is_step_start and event.step_key in STAGES:
+    if event.is_step_start and event.step_key in BY_NAME:
         return {"event": "start", "stage": event.step_key}
     if event.is_step_materialization:
         metadata = event.materialization.metadata

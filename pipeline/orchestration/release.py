@@ -19,7 +19,7 @@ from containers.engine.engine import connect
 from containers.errors import EngineError
 from containers.sandbox import sandbox
 from pipeline.settings import Settings
-from pipeline.stages.metadata import SIZE, STAGES, figures
+from pipeline.stages.metadata import SIZE, figures
 from pipeline.store.artifacts import Store
 from pipeline.workers.launchers.local import how_it_ended
 
@@ -85,10 +85,10 @@ class _Run:
             "aliases": released.get("aliases", []),
             "manifest_digest": released.get("manifest_digest"),
             "image": released.get("image"),
-            "stages": sorted(self.stages, key=_in_stage_order),
+            "stages": _in_stage_order(self.stages),
             "gates": [
                 {name: gate.get(name) for name in ("name", "status", "reason", "blocks")}
-                for gate in sorted(self.gates, key=_in_stage_order)
+                for gate in _in_stage_order(self.gates)
             ],
             "measured": released.get("measured") or self._measured(),
             "error": ending["error"],
@@ -158,9 +158,12 @@ def sweep(settings: Settings) -> None:
         client.close()
 
 
-def _in_stage_order(event: Mapping[str, Any]) -> int:
-    """The place of a stage, or of its gate: independent stages end in any order, the document has one."""
-    return STAGES.index(event["name"]) if event["name"] in STAGES else len(STAGES)
+def _in_stage_order(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Sort events of stages, or of their gates: independent stages end in any order, the document has one."""
+    from pipeline.stages.table import BY_NAME  # noqa: PLC0415 - takes a second to import, while the runs start
+
+    order = list(BY_NAME)
+    return sorted(events, key=lambda event: order.index(event["name"]) if event["name"] in order else len(order))
 
 
 def _event(line: str) -> dict[str, Any] | None:

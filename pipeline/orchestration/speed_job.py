@@ -24,7 +24,7 @@ from pipeline.orchestration.assets import GPU
 from pipeline.orchestration.partitions import RELEASES, spec_of
 from pipeline.orchestration.retries import fail
 from pipeline.settings import Settings
-from pipeline.stages.table import StageContext
+from pipeline.stages.context import StageContext
 
 SPEED_JOB = "load_champion"
 

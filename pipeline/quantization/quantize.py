@@ -102,8 +102,8 @@ class Backend(Protocol):
         ...
 
     @property
-    def code(self) -> tuple[Path, ...]:
-        """Its worker script, first, and what that imports of ours: together the code version of what it makes."""
+    def script(self) -> Path:
+        """Its worker."""
         ...
 
     @property
@@ -124,8 +124,8 @@ class _Current:
     bits: tuple[int, ...]
 
     @property
-    def code(self) -> tuple[Path, ...]:
-        return (_SCRIPTS / f"{self.environment}.py", _SCRIPTS / "quantizer_common.py")
+    def script(self) -> Path:
+        return _SCRIPTS / f"{self.environment}.py"
 
     def view(self, source: Path, scratch: Path) -> Path:
         config = _read_config(source)
@@ -161,7 +161,7 @@ _BACKENDS: Mapping[tuple[str, str], Backend] = {
 
 
 def backend_of(scheme: Scheme) -> Backend:
-    """The backend of a scheme: its environment's pins and its code belong to the key of what it makes."""
+    """Return what quantizes a scheme. Its environment's pins and its script are part of the checkpoint's key."""
     return _BACKENDS[scheme.method, scheme.backend]
 
 
@@ -205,7 +205,7 @@ def quantize(
         "seed": _SEED,
     }
     progress(f"quantizing: {scheme.method} by {scheme.backend}, {scheme.bits} bits, groups of {scheme.group_size}")
-    result = run_worker(backend.environment, backend.code[0], request, scratch)
+    result = run_worker(backend.environment, backend.script, request, scratch)
     _assemble(written, source, config, result["quantization_config"], output)
     found = checkpoint.check(output, source, scheme)
     progress(f"checked: {found.layers} layers, {found.bytes / 1e6:.1f} MB, {found.bits_per_weight:.2f} bits a weight")

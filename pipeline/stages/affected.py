@@ -1,10 +1,9 @@
-"""Which releases would make something anew if they were run now: the stages' own recipes say, and nothing is made.
+"""Which releases a run would change now: a dry run with the stages' own recipes says so, and nothing is made.
 
-A release is walked as a run would go through it, on a shelf that hands out what was made before and makes nothing. The
-first artifact that is not there is what has changed. A gate that refused what is there ends the walk: a verdict stands
-until its evidence or its limits are others. Where every artifact is there, the release is only to be promoted, unless
-it is the candidate: a run always makes its release that, and nothing else does. So a model's file that is as it was two
-releases ago is followed back, and a champion that a person has taken back stays so.
+The first artifact that is missing is what has changed. A gate that blocks ends the dry run: its verdict stands until
+its evidence or its limits change. Where every artifact is there, a run would only promote the release, unless it is the
+candidate already: a run always makes its release the candidate, and nothing else does. So a model's file that says
+again what it said two releases ago is followed back, and a champion that a person has replaced stays replaced.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from containers.image import profile as profiles
-from containers.image.build import ImageRecord
 from containers.scan import scan_gate
 from containers.scan.evidence import read_scan
 from evals.drift import suite
@@ -25,10 +23,12 @@ from pipeline.resources import REQUIREMENTS
 from pipeline.settings import Settings
 from pipeline.sources.lock import read_lock
 from pipeline.spec import ModelSpec
-from pipeline.stages.read_only import NotMade, ReadOnlyContext, ReadOnlyStore
-from pipeline.stages.standing import acts, manifest_digest
-from pipeline.stages.walk import signed
-from pipeline.store.artifacts import Artifact, Recipe
+from pipeline.stages.context import StageContext
+from pipeline.stages.dry_run import DryRun, Missing
+from pipeline.stages.promotion import audit_trail, manifest_digest
+from pipeline.stages.stage import Gate, Stage
+from pipeline.stages.table import LOAD, SCAN
+from pipeline.store.artifacts import Artifact, Recipe, Store
 from registry import catalog
 from registry.digests import digest_json
 from registry.verdict import Verdict
@@ -38,7 +38,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Affected:
-    """A release that a run would change. ``key`` is another whenever the first thing to be made is another."""
+    """A release that a run would change. ``key`` changes with the first artifact that would be made."""
 
     model: str
     scheme: str
@@ -47,65 +47,59 @@ class Affected:
     why: str
 
 
-class LastScans(ReadOnlyStore):
-    """What was made, and of scans the image's newest: what is known today of a champion, the rescan looks up."""
+class InputsDryRun(DryRun):
+    """A dry run that looks at what a release is made from, and not at what changes around it from day to day.
 
-    def made_by(self, recipe: Recipe) -> Artifact | None:
-        """Return what was made by the recipe, in a scan with whichever database."""
-        if recipe.stage != "scan":
-            return super().made_by(recipe)
-        for key, record in self.records(recipe.stage):
+    What today's vulnerability database finds is the rescan's question, and an image that the engine has lost is built
+    again when the release is run for another reason.
+    """
+
+    def find(self, recipe: Recipe) -> Artifact | None:
+        """Return the artifact of a recipe; of a scan, the image's newest, whichever database it used."""
+        if recipe.stage != SCAN.name:
+            return super().find(recipe)
+        for key, record in self.store.records(recipe.stage):
             if record["recipe"]["inputs"] == recipe.inputs and record["recipe"]["code"] == recipe.code:
-                return self.find(recipe.stage, key)
+                return self.store.find(recipe.stage, key)
         return None
 
+    def stale(self, stage: Stage, artifact: Artifact) -> str | None:
+        """Say why a run would make an artifact again; no engine is asked for an image."""
+        return super().stale(stage, artifact) if stage is LOAD else None
 
-@dataclass(frozen=True)
-class LookingBench(ReadOnlyContext):
-    """A bench at which nothing is made, and no engine asked."""
-
-    @property
-    def store(self) -> ReadOnlyStore:
-        """What was made."""
-        return LastScans(self.settings.home / "artifacts")
-
-    def verdict(self, gate: str, evidence: Artifact) -> Verdict:
-        """Judge as a run would, but for how old a scan's database has got: a run scans with the one of its own day."""
-        if gate != "scan":
-            return super().verdict(gate, evidence)
+    def judge(self, stage: str, gate: Gate, evidence: Artifact) -> Verdict:
+        """Judge as a run would; a scan as on its own day, since a run would scan with today's database."""
+        if stage != SCAN.name:
+            return super().judge(stage, gate, evidence)
         scan = read_scan(evidence.folder)
-        return scan_gate.judge(scan, self.spec.scan, database_at=scan.scanned_at)
-
-    def has_image(self, record: ImageRecord) -> bool:  # noqa: ARG002 - as the bench's
-        """Take it for granted: no engine is asked, and what it has lost the stage builds again when it is run."""
-        return True
+        return scan_gate.judge(scan, self.context.spec.scan, database_at=scan.scanned_at)
 
 
 def affected(spec: ModelSpec, scheme: str, settings: Settings) -> Affected | None:
     """Return what a run of this release would change; None where it would change nothing.
 
     Raises:
-        SlipwayError, ContainerError, EvaluationError, RegistryError: it can't be told; a run would fail of the same.
+        SlipwayError, ContainerError, EvaluationError, RegistryError: a look fails, as a run would.
     """
-    bench = LookingBench(spec, scheme, settings, lambda _: None)
-    try:
-        release = signed(bench)
-    except NotMade as lacking:
-        recipe = lacking.recipe
-        if recipe.stage == "load" and lacking.again:
-            return None  # it told nothing for sure, and was judged so: to measure again is for a person to ask
-        why = "to be made again" if lacking.again else _what_is_new(bench.store, recipe)
-        return Affected(spec.model, scheme, recipe.stage, recipe.key, f"{recipe.stage}: {why}")
-    if release is None:
+    context = StageContext(spec, scheme, settings, lambda _: None)
+    dry_run = InputsDryRun(context)
+    found = dry_run.last()
+    if isinstance(found, Missing):
+        if found.stale:
+            return None  # an inconclusive load test was judged as the model's file says: a person asks for another
+        recipe = found.recipe
+        why = f"{recipe.stage}: {_what_is_new(dry_run.store, recipe)}"
+        return Affected(spec.model, scheme, recipe.stage, recipe.key, why)
+    if isinstance(found, Verdict):
         return None
-    versions = catalog.current(settings.tracking_uri, bench.release_name)
-    registered = [version for version in versions if version.manifest_digest == manifest_digest(release)]
+    versions = catalog.current(settings.tracking_uri, context.release_name)
+    registered = [version for version in versions if version.manifest_digest == manifest_digest(found)]
     if any("candidate" in version.aliases for version in registered):
         return None
     why = "another is candidate" if registered else "not registered"
-    # What is signed can be asked for more than once, each time that the line has moved away from it.
-    moves = len(acts(bench))
-    return Affected(spec.model, scheme, "release", f"{release.key}-{moves}", f"release: signed, and {why}")
+    # A release can be asked for more than once, each time that the line has moved away from it.
+    moves = len(audit_trail(context))
+    return Affected(spec.model, scheme, "release", f"{found.key}-{moves}", f"release: signed, and {why}")
 
 
 def moved_upstream(spec: ModelSpec, settings: Settings) -> str | None:
@@ -126,9 +120,9 @@ def moved_upstream(spec: ModelSpec, settings: Settings) -> str | None:
 
 
 def touched(specs: Iterable[ModelSpec], settings: Settings) -> str:
-    """A digest that is another once any file that these models' releases are made from was written to.
+    """Return a digest that changes when any file that these models' releases are made from is written to.
 
-    It costs a look at each file's size and time, and tells where it is worth to look closer.
+    It reads each file's size and times only, so it says cheaply whether `affected` is worth asking.
     """
     places = {settings.models, REQUIREMENTS, profiles.RUNTIMES, suite.SUITES}
     for spec in specs:
@@ -139,16 +133,16 @@ def touched(specs: Iterable[ModelSpec], settings: Settings) -> str:
     seen = {}
     for place in places:
         for path in [place, *place.rglob("*")]:
-            with contextlib.suppress(FileNotFoundError):  # removed meanwhile: the next look sees it so
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile: the next look sees that
                 stat = path.stat()
                 seen[str(path)] = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
     return digest_json(seen)
 
 
-def _what_is_new(shelf: ReadOnlyStore, recipe: Recipe) -> str:
-    """What sets a recipe apart from the one nearest to it of those that were made."""
+def _what_is_new(store: Store, recipe: Recipe) -> str:
+    """The parts of a recipe that differ from the most similar one that was made."""
     wanted = _leaves(asdict(recipe))
-    others = [_leaves(record["recipe"]) for _, record in shelf.records(recipe.stage)]
+    others = [_leaves(record["recipe"]) for _, record in store.records(recipe.stage)]
     if not others:
         return "never made"
     differing = [
@@ -159,7 +153,7 @@ def _what_is_new(shelf: ReadOnlyStore, recipe: Recipe) -> str:
 
 
 def _leaves(document: Mapping[str, Any], above: str = "") -> dict[str, object]:
-    """A nested mapping as one, each leaf under its dotted path."""
+    """Flatten a nested mapping: each leaf under its dotted path."""
     found: dict[str, object] = {}
     for name, value in document.items():
         found |= _leaves(value, f"{above}{name}.") if isinstance(value, Mapping) else {f"{above}{name}": value}

@@ -1,6 +1,6 @@
-"""A release that a run would leave exactly as it is, told as its run would tell it, and without one.
+"""A release that a run would leave exactly as it is, reported as its run would report it, and without one.
 
-Dagster takes longer to be loaded than all the looks that say that nothing is to be done.
+Loading Dagster takes longer than the whole dry run.
 """
 
 from __future__ import annotations
@@ -12,54 +12,56 @@ from pipeline.orchestration.release import Event
 from pipeline.settings import Settings
 from pipeline.sources.lock import read_lock
 from pipeline.spec import ModelSpec
-from pipeline.stages import promotion
+from pipeline.stages.context import StageContext
+from pipeline.stages.dry_run import DryRun, Missing
 from pipeline.stages.metadata import CACHED, SECONDS, WORKER_SECONDS, judged
-from pipeline.stages.read_only import ReadOnlyContext
-from pipeline.stages.standing import stays_taken_back
-from pipeline.stages.walk import walk
+from pipeline.stages.promotion import already_promoted
 from pipeline.store.artifacts import Artifact
 from pipeline.store.materializations import MaterializationIndex
+from registry.verdict import Verdict
 
 
 def unchanged(spec: ModelSpec, scheme: str, settings: Settings) -> list[Event] | None:
-    """Return what a run would tell (as `pipeline.orchestration.events`), or None where it would do anything.
+    """Return the events of a run (as `pipeline.orchestration.events`) that changes nothing; None where it would.
 
-    It would do nothing where every artifact is made, as of today's vulnerability database; where the engine still has
-    the image; where no gate refuses; where the registry's aliases are as the model's file wants them and the audit
-    trail has them; and where the last run got to the end of all that, so that Dagster shows no other. What can't be
-    looked at is no reason to stop: the run comes to it, and says where.
+    It changes nothing where every artifact is there, of today's vulnerability database; where the engine still has the
+    image; where no gate blocks; where the registry's aliases and audit trail are as the model's file wants them; and
+    where the last run came to its end with these artifacts, so that Dagster shows no others. An error is no reason to
+    stop here: the run meets it in its stage, and says where.
     """
-    said: list[str] = []
-    bench = ReadOnlyContext(spec, scheme, settings, said.append)
+    lines: list[str] = []
+    context = StageContext(spec, scheme, settings, lines.append)
     events: list[Event] = []
     made: dict[str, Artifact] = {}
     since = time.monotonic()
     try:
         if read_lock(spec.lock) is None:
-            return None  # never released: the look at its source would write one
-        for name, found in walk(bench):
-            if isinstance(found, Artifact):
-                made[name] = found
-                events += [*_progress(name, said), _done(name, time.monotonic() - since)]
-            else:
+            return None  # never released: a run would write the lock
+        for name, found in DryRun(context):
+            if isinstance(found, Missing):
+                return None
+            if isinstance(found, Verdict):
                 events.append({"event": "gate", **judged(found)})
+            else:
+                made[name] = found
+                events += [*_progress(name, lines), _done(name, time.monotonic() - since)]
             since = time.monotonic()
         release = made.get("release")
         places = {name: (artifact.stage, artifact.key) for name, artifact in made.items()}
         if release is None or not MaterializationIndex(settings).went_through(f"{spec.model}|{scheme}", places):
             return None
-        released = promotion.settled(bench, release, candidate_only=stays_taken_back(bench, release))
+        promoted = already_promoted(context, release)
     except Exception:  # noqa: BLE001 - whatever it is, the run meets it in its stage, where it fails one scheme alone
         return None
-    if released is None:
+    if promoted is None:
         return None
-    ending = {"event": "end", "outcome": released["outcome"], "release": released, "error": None}
-    return [*events, *_progress("release", said), ending]
+    end = {"event": "end", "outcome": promoted.outcome, "release": promoted.document(), "error": None}
+    return [*events, *_progress("release", lines), end]
 
 
-def _progress(stage: str, said: list[str]) -> Iterator[Event]:
-    while said:
-        yield {"event": "progress", "stage": stage, "text": said.pop(0)}
+def _progress(stage: str, lines: list[str]) -> Iterator[Event]:
+    while lines:
+        yield {"event": "progress", "stage": stage, "text": lines.pop(0)}
 
 
 def _done(stage: str, seconds: float) -> Event:

@@ -87,6 +87,11 @@ class Artifact:
         return json.loads((self.folder / name).read_text())
 
     @property
+    def sha256(self) -> dict[str, str]:
+        """Each file's sha256, as 64 hex digits, by its path in the artifact."""
+        return {name: str(entry["sha256"]) for name, entry in self.files.items()}
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of all files together."""
         return sum(int(entry["size"]) for entry in self.files.values())

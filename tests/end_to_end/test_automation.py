@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filled import FillingBench, Models
+from filled import FillingContext, Models, release
 from hub_server import REPOSITORY, StandInHub, serving
 
 from homes import DEMO, Slipway, make_home
 from pipeline.settings import Settings
-from pipeline.stages import promotion
-from pipeline.stages.walk import signed
+from pipeline.stages.promotion import promote
 from ui_server import PATIENCE_SECONDS, RUNS, Ui, processes_of
 from ui_server import REPOSITORY as LOCATION
 from webhook_server import Webhook, listening
@@ -54,10 +53,8 @@ def models(tmp_path_factory: pytest.TempPathFactory, machine: Settings, hub: Sta
     gptq = {"gptq": {"method": "gptq", "backend": "gptqmodel", "bits": 4, "group_size": 64}}
     for spec in (models.write("remote", source=remote(hub)), models.write("local", schemes=gptq)):
         for scheme in spec.schemes:
-            bench = FillingBench(spec, scheme, models.settings, lambda _: None)
-            release = signed(bench)
-            assert release is not None
-            promotion.promoted(bench, release)
+            context = FillingContext(spec, scheme, models.settings, lambda _: None)
+            promote(context, release(context)["release"])
     return models
 
 

@@ -34,8 +34,8 @@ from pipeline.cli import main
 from pipeline.commands.show import FAILED, REFUSED
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec, load
-from pipeline.stages import evaluation
-from pipeline.stages.table import StageContext
+from pipeline.stages.answers import answer, serve_image
+from pipeline.stages.context import StageContext
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe
 from registry.promote import promote
 from registry.signing import load_or_create_key
@@ -114,22 +114,22 @@ def record(image: str) -> dict[str, Any]:
 
 
 def test_at_its_start_of_an_evaluation(failing: Fail, slipway: Slipway) -> None:
-    bench = StageContext(spec(), "gptq", Settings.read(dict(slipway.variables)), print)
+    context = StageContext(spec(), "gptq", Settings.read(dict(slipway.variables)), print)
     with failing(0, "noweights") as image, pytest.raises(SandboxError) as raised:
-        evaluation.serve_image(bench, image).__enter__()
+        serve_image(context, image).__enter__()
     one_line(str(raised.value), NO_WEIGHTS, slipway.home, "ended with status 1 before it was healthy")
 
 
 def test_at_its_first_answer(failing: Fail, slipway: Slipway) -> None:
     """It ends with status 0, as vLLM's API server does once the engine behind it is dead."""
-    bench = StageContext(spec(), "gptq", Settings.read(dict(slipway.variables)), print)
+    context = StageContext(spec(), "gptq", Settings.read(dict(slipway.variables)), print)
     source = dataclasses.replace(artifact(slipway.home / "source"), folder=DEMO / "model")
 
     def make(draft: ArtifactDraft) -> None:
-        evaluation.answer(bench, draft, source, lambda: evaluation.serve_image(bench, image), image)
+        answer(context, draft, source, lambda: serve_image(context, image), image)
 
     with failing(1, "cpu_gemm_wna16") as image, pytest.raises(AnswersError) as raised:
-        bench.store.obtain(Recipe("answers", {}, {}, code="test"), make)
+        context.store.obtain(Recipe("answers", {}, {}, code="test"), make)
     one_line(str(raised.value), NO_KERNEL, slipway.home, "the server failed during evaluation")
     assert "again" not in str(raised.value)
 

@@ -6,19 +6,21 @@ from pathlib import Path
 
 from release_evidence import Made, settings_of
 
-from pipeline.stages import promotion
+from pipeline.stages.promotion import promote
+from pipeline.stages.run import run
+from pipeline.stages.table import RELEASE
 
 
 def test_the_first_promotion_says_promoted_and_the_same_again_up_to_date(tmp_path: Path) -> None:
     made = Made(settings_of(tmp_path / "home"))
-    release = promotion.sealed(made.bench, *made.artifacts().values())
-    first = promotion.promoted(made.bench, release)["release"]
+    release = run(RELEASE, made.context, made.artifacts())
+    first = promote(made.context, release).document()
     assert (first["outcome"], first["version"], first["aliases"]) == ("promoted", "1", ["candidate", "champion"])
-    again = promotion.promoted(made.bench, release)["release"]
+    again = promote(made.context, release).document()
     assert again == {**first, "outcome": "up-to-date"}
-    newer = promotion.sealed(made.bench, *made.artifacts(weights=b"other").values())
-    second = promotion.promoted(made.bench, newer)["release"]
+    newer = run(RELEASE, made.context, made.artifacts(weights=b"other"))
+    second = promote(made.context, newer).document()
     assert (second["outcome"], second["version"]) == ("promoted", "2")
     # What was champion before becomes so again, and that is told.
-    back = promotion.promoted(made.bench, release)["release"]
+    back = promote(made.context, release).document()
     assert (back["outcome"], back["version"]) == ("promoted", "1")

@@ -14,8 +14,8 @@ from evals.drift.divergence import agreement, kl, read_top
 from homes import DEMO, make_home
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec, load
-from pipeline.stages import evaluation, table
-from pipeline.stages.table import StageContext
+from pipeline.stages.context import StageContext
+from pipeline.stages.run import run_until
 from pipeline.workers.runner import Workers
 from registry.counting import is_count
 
@@ -29,15 +29,15 @@ def spec() -> ModelSpec:
 
 
 @pytest.fixture(scope="module")
-def bench(spec: ModelSpec, machine: Settings, tmp_path_factory: pytest.TempPathFactory) -> StageContext:
+def context(spec: ModelSpec, machine: Settings, tmp_path_factory: pytest.TempPathFactory) -> StageContext:
     home = make_home(tmp_path_factory.mktemp("served") / "home", machine)
     return StageContext(spec, "gptq", Settings.read(home), print)
 
 
 @pytest.fixture(scope="module")
-def served(bench: StageContext) -> Path:
+def served(context: StageContext) -> Path:
     """FP16's answers as served."""
-    return evaluation.baseline(bench, table.source(bench)).folder
+    return run_until("baseline", context)["baseline"].folder
 
 
 @pytest.fixture(scope="module")

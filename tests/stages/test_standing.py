@@ -6,9 +6,9 @@ from pathlib import Path
 
 from release_evidence import Made, settings_of
 
-from pipeline.orchestration import asset_metadata
-from pipeline.stages import promotion
-from pipeline.stages.standing import acts
+from pipeline.stages.promotion import audit_trail, promote
+from pipeline.stages.run import run
+from pipeline.stages.table import RELEASE
 from pipeline.store.artifacts import Artifact
 from pipeline.trust import signing_key, trust_of
 from registry import rollback
@@ -16,7 +16,7 @@ from registry.catalog import current
 
 
 def sealed(made: Made, weights: bytes) -> Artifact:
-    return promotion.sealed(made.bench, *made.artifacts(weights).values())
+    return run(RELEASE, made.context, made.artifacts(weights))
 
 
 def by_alias(made: Made) -> dict[str, str]:
@@ -28,19 +28,25 @@ def test_a_cached_run_follows_its_file_back_and_leaves_a_rollback_as_it_is(tmp_p
     made = Made(settings_of(tmp_path / "home"))
     first, second = sealed(made, b"packed"), sealed(made, b"packeD")
     for release in (first, second):
-        asset_metadata.release(made.bench, release)
+        promote(made.context, release)
     assert by_alias(made) == {"candidate": "2", "champion": "2", "previous": "1"}
 
     rollback("demo-gptq", made.settings.tracking_uri, trust_of(made.settings), key=signing_key(made.settings))
     before = by_alias(made)
     assert before == {"candidate": "2", "champion": "1", "previous": "2"}
-    assert asset_metadata.release(made.bench, second)["release"]["outcome"] == "up-to-date"
+    assert promote(made.context, second).outcome == "up-to-date"
     assert by_alias(made) == before
-    assert "taken back by hand" in made.told[-1]
+    assert "a person has replaced it" in made.told[-1]
 
     # Its file says the first again, and then the second, which is no rollback's any more.
-    asset_metadata.release(made.bench, first)
+    promote(made.context, first)
     assert by_alias(made) == {"candidate": "1", "champion": "1", "previous": "2"}
-    asset_metadata.release(made.bench, second)
+    promote(made.context, second)
     assert by_alias(made) == {"candidate": "2", "champion": "2", "previous": "1"}
-    assert [act.entry.action for act in acts(made.bench)] == ["promote", "promote", "rollback", "promote", "promote"]
+    assert [act.entry.action for act in audit_trail(made.context)] == [
+        "promote",
+        "promote",
+        "rollback",
+        "promote",
+        "promote",
+    ]

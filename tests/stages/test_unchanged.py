@@ -9,16 +9,16 @@ from pathlib import Path
 
 import docker
 import pytest
-from filled import FillingBench, Models
+from filled import FillingContext, Models, release
 
 from pipeline.orchestration.release import Event
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec
-from pipeline.stages import promotion, table
-from pipeline.stages.metadata import STAGES
+from pipeline.stages import scan
+from pipeline.stages.context import StageContext
+from pipeline.stages.promotion import promote
+from pipeline.stages.table import BY_NAME
 from pipeline.stages.unchanged import unchanged
-from pipeline.stages.walk import walk
-from pipeline.store.artifacts import Artifact
 from pipeline.store.materializations import MaterializationIndex
 from pipeline.trust import signing_key, trust_of
 from registry import promote_version, rollback
@@ -38,12 +38,11 @@ class Released:
     def release(self, spec: ModelSpec, lost: int = 1) -> None:
         """As a run does: each asset's handle is written when it is made, the release's after its promotion."""
         MaterializationIndex(self.settings).begin("demo|gptq")
-        bench = FillingBench(spec, "gptq", self.settings, lambda _: None, lost=lost)
-        for name, found in walk(bench):
-            if isinstance(found, Artifact):
-                if name == "release":
-                    promotion.promoted(bench, found)
-                MaterializationIndex(self.settings).write(name, "demo|gptq", (found.stage, found.key))
+        context = FillingContext(spec, "gptq", self.settings, lambda _: None, lost=lost)
+        for name, found in release(context).items():
+            if name == "release":
+                promote(context, found)
+            MaterializationIndex(self.settings).write(name, "demo|gptq", (found.stage, found.key))
 
     def release_another(self) -> ModelSpec:
         """Release what another calibration comes to, as a candidate; return its file."""
@@ -57,7 +56,7 @@ class Released:
 @pytest.fixture
 def has_every_image(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the place of an engine, for no image was built."""
-    monkeypatch.setattr(table.StageContext, "has_image", lambda *_: True)
+    monkeypatch.setattr(StageContext, "has_image", lambda *_: True)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +78,7 @@ def test_what_is_as_it_was_is_told_as_its_run_would_tell_it(released: Released) 
     events = unchanged(released.spec, "gptq", released.settings)
     assert events is not None
     done = [event for event in events if event["event"] == "stage"]
-    assert [event["name"] for event in done] == list(STAGES)
+    assert [event["name"] for event in done] == list(BY_NAME)
     assert all(event["cached"] and event["worker_seconds"] == 0 for event in done)
     gates = [(event["name"], event["blocks"]) for event in events if event["event"] == "gate"]
     assert gates == [("drift", False), ("scan", False), ("load", False)]
@@ -93,7 +92,7 @@ def test_what_is_as_it_was_is_told_as_its_run_would_tell_it(released: Released) 
 def test_a_run_is_needed_where_the_engine_has_lost_the_image(
     released: Released, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table.StageContext, "has_image", lambda *_: False)
+    monkeypatch.setattr(StageContext, "has_image", lambda *_: False)
     assert unchanged(released.spec, "gptq", released.settings) is None
 
 
@@ -106,8 +105,8 @@ def test_a_run_is_needed_where_no_engine_answers(released: Released, monkeypatch
 def test_a_run_is_needed_for_a_newer_vulnerability_database(
     released: Released, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = table.trivy.database(released.settings.home)
-    monkeypatch.setattr(table.trivy, "database", lambda _: replace(real, digest="sha256:new"))
+    real = scan.trivy.database(released.settings.home)
+    monkeypatch.setattr(scan.trivy, "database", lambda _: replace(real, digest="sha256:new"))
     assert unchanged(released.spec, "gptq", released.settings) is None
 
 
@@ -121,7 +120,7 @@ def test_a_run_is_needed_where_the_engine_is_damaged(released: Released, monkeyp
     def broken(*_: object) -> bool:
         raise docker.errors.APIError("500 Server Error")
 
-    monkeypatch.setattr(table.StageContext, "has_image", broken)
+    monkeypatch.setattr(StageContext, "has_image", broken)
     assert unchanged(released.spec, "gptq", released.settings) is None
 
 
@@ -170,7 +169,7 @@ def test_a_run_is_needed_where_the_aliases_are_others_than_the_file_wants_and_no
     rollback("demo-gptq", *registry, key=signing_key(settings))
     events = unchanged(champion, "gptq", settings)
     assert aliases(events) == ["candidate", "previous"]
-    assert [event["text"] for event in events or () if "taken back by hand" in event.get("text", "")]
+    assert [event["text"] for event in events or () if "a person has replaced it" in event.get("text", "")]
 
 
 def aliases(events: list[Event] | None) -> list[str]:

@@ -58,6 +58,7 @@ def test_only_the_pipeline_knows_dagster(package: str) -> None:
         "sources.source",
         "quantization.quantize",
         "stages.promotion",
+        "stages.preflight",
         "operations.retention",
         "stages.unchanged",
     ],

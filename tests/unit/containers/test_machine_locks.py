@@ -19,7 +19,7 @@ from containers.hardware import machine_locks
 from containers.hardware.machine_locks import MachineLockError, default_folder, locked, try_lock
 from pipeline.settings import Settings
 from pipeline.spec import load
-from pipeline.stages.table import StageContext
+from pipeline.stages.context import StageContext
 from registry.errors import FileSystemError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def holder(tmp_path: Path) -> Callable[[str], subprocess.Popen[str]]:
     return start
 
 
-def bench(home: Path, locks: Path, tell: Callable[[str], None] = print) -> StageContext:
+def context(home: Path, locks: Path, tell: Callable[[str], None] = print) -> StageContext:
     settings = Settings.read({"SLIPWAY_HOME": str(home), "SLIPWAY_LOCKS": str(locks)})
     return StageContext(load(CHECKOUT / "models" / "demo.yaml"), "awq", settings, tell)
 
@@ -65,14 +65,14 @@ def test_two_homes_of_one_machine_never_have_the_device_at_once(tmp_path: Path) 
         told.append(line)
         waiting.set()
 
-    second = bench(tmp_path / "b", tmp_path, tell)
+    second = context(tmp_path / "b", tmp_path, tell)
 
     def other() -> None:
         with second.device():
             order.append("second")
 
     thread = threading.Thread(target=other)
-    with bench(tmp_path / "a", tmp_path).device():
+    with context(tmp_path / "a", tmp_path).device():
         thread.start()
         assert waiting.wait(10)
         order.append("first")
@@ -82,8 +82,8 @@ def test_two_homes_of_one_machine_never_have_the_device_at_once(tmp_path: Path) 
 
 
 def test_a_timed_model_waits_for_heavy_work_of_another_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.stages.table.gpus", list)
-    one, two = bench(tmp_path / "a", tmp_path), bench(tmp_path / "b", tmp_path)
+    monkeypatch.setattr("pipeline.stages.context.gpus", list)
+    one, two = context(tmp_path / "a", tmp_path), context(tmp_path / "b", tmp_path)
     with one.cores(), two.cores():
         assert try_lock(tmp_path, machine_locks.CORES) is None
     with one.cores(alone=True):

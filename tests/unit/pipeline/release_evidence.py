@@ -15,7 +15,7 @@ from evals.drift.pairs import ChoicePairs, Divergence, DocumentPair, Drift, Text
 from homes import DEMO
 from pipeline.settings import Settings
 from pipeline.spec import load
-from pipeline.stages.table import StageContext
+from pipeline.stages.context import StageContext
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, Store
 
 DIGEST = "sha256:" + "ab" * 32
@@ -117,7 +117,7 @@ class Made:
     told: list[str] = field(default_factory=list)
 
     @property
-    def bench(self) -> StageContext:
+    def context(self) -> StageContext:
         """Where the demo's gptq scheme is released."""
         return StageContext(load(DEMO.with_suffix(".yaml")), "gptq", self.settings, self.told.append)
 
@@ -133,10 +133,10 @@ class Made:
         )
         of_image = {"image": image.digest}
         paired = {"drift.json": drift_of(self.lost).model_dump_json(by_alias=True)}
-        drift = self.put("drift", {**of_checkpoint, **of_image}, paired)
+        drift = self.put("drift", {"source": source.digest, **of_checkpoint, **of_image}, paired)
         scan = self.put(
             "scan",
-            of_image,
+            {**of_checkpoint, **of_image},
             {"scan.json": SCAN.model_dump_json(by_alias=True), "trivy.json": "{}", "sbom.cdx.json": "{}"},
         )
         measured = {"load.json": json.dumps(LOAD), "requests.jsonl": "", "memory.json": json.dumps(SAMPLES)}

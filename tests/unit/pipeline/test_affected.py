@@ -20,7 +20,7 @@ from pipeline.errors import SourceError
 from pipeline.sources.lock import Lock, LockedFile, write_lock
 from pipeline.spec import ModelSpec
 from pipeline.stages import affected as looking
-from pipeline.stages import table
+from pipeline.stages import quantized, scan
 from pipeline.stages.affected import affected, moved_upstream, touched
 from pipeline.store.artifacts import Artifact
 from registry.backend import Version
@@ -126,8 +126,8 @@ def test_new_weights_are_told_at_the_source(models: Models, released: ModelSpec)
 def test_new_pins_of_one_quantizer_affect_its_schemes_alone(
     models: Models, released: ModelSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = table.pins_digest
-    monkeypatch.setattr(table, "pins_digest", lambda name: "new" if name == "autoawq" else real(name))
+    real = quantized.pins_digest
+    monkeypatch.setattr(quantized, "pins_digest", lambda name: "new" if name == "autoawq" else real(name))
     assert told(models, released) == {"awq": "quantized: pins changed", "gptq": None}
 
 
@@ -145,8 +145,8 @@ def test_a_refused_release_is_not_tried_again_until_its_limits_are_others(models
 def test_a_newer_vulnerability_database_is_the_rescans_business(
     models: Models, released: ModelSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = table.trivy.database(models.settings.home)
-    monkeypatch.setattr(table.trivy, "database", lambda _: replace(real, digest="sha256:new"))
+    real = scan.trivy.database(models.settings.home)
+    monkeypatch.setattr(scan.trivy, "database", lambda _: replace(real, digest="sha256:new"))
     assert told(models, released) == {"awq": None, "gptq": None}
 
 
@@ -260,7 +260,7 @@ def test_a_finished_release_is_up_to_date_on_another_cpu_and_a_new_pair_gets_a_n
     fast_cpu: None, models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def answers() -> list[tuple[str, str]]:
-        made = models.bench(spec, "awq").store.records("answers")
+        made = models.context(spec, "awq").store.records("answers")
         engines = [record["recipe"]["parameters"]["engine"] for _, record in made]
         return sorted(
             (engine["instruction_set"], "FP16" if "image" not in record["recipe"]["inputs"] else "candidate")

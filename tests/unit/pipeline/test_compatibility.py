@@ -24,7 +24,7 @@ from pipeline.planner.sources import describe_folder
 from pipeline.quantization.quantize import Scheme
 from pipeline.settings import Settings
 from pipeline.spec import load
-from pipeline.stages.before import foresee
+from pipeline.stages.preflight import foresee
 
 DATA = Path(__file__).parents[2] / "data"
 FAMILIES: dict[str, Any] = json.loads((DATA / "model_families.json").read_text())["families"]

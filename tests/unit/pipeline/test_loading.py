@@ -22,8 +22,8 @@ from pipeline.errors import SpecError
 from pipeline.operations import load_tests
 from pipeline.settings import Settings
 from pipeline.spec import load
-from pipeline.stages import table
-from pipeline.stages.table import StageContext
+from pipeline.stages.context import StageContext
+from pipeline.stages.load import measure
 from pipeline.store.artifacts import Artifact
 from registry.verdict import Status, Verdict
 
@@ -109,8 +109,8 @@ def test_an_image_that_needs_a_gpu_is_not_started_where_there_is_none(
     spec = load(DEMO.with_suffix(".yaml"))
     record = ImageRecord.model_validate({**release_evidence.IMAGE, "minimum_driver": "580.65.06"})
     checkpoint = Artifact("quantized", "0", "0", tmp_path, {}, {}, {}, 0.0, 0.0, "", cached=True)
-    bench = StageContext(spec, "awq", settings, print)
-    found = table.load_test(bench, spec.load, record, checkpoint, tmp_path, tmp_path)
+    context = StageContext(spec, "awq", settings, print)
+    found = measure(context, spec.load, record, checkpoint, tmp_path, tmp_path)
     assert loads.judge(found, spec.load).cause == "no-gpu"
 
 

@@ -41,7 +41,7 @@ from pipeline.quantization.quantize import Scheme
 from pipeline.settings import Settings
 from pipeline.sources.source import resolve
 from pipeline.spec import ModelSpec, Source, load
-from pipeline.stages.before import foresee
+from pipeline.stages.preflight import foresee
 from registry.manifest import Manifest
 from registry.pull import Glance
 

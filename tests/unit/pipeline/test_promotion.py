@@ -13,6 +13,8 @@ from containers.image.distribution import DistributionError
 from pipeline.errors import StoreError
 from pipeline.expected_errors import is_transient
 from pipeline.stages import promotion
+from pipeline.stages.run import run
+from pipeline.stages.table import RELEASE
 from pipeline.store.artifacts import Artifact
 from pipeline.trust import trust_of
 from registry.errors import PromotionError, SigningError
@@ -26,7 +28,7 @@ def made(tmp_path: Path) -> Made:
 
 
 def seal(made: Made, artifacts: dict[str, Artifact]) -> Artifact:
-    return promotion.sealed(made.bench, *artifacts.values())
+    return run(RELEASE, made.context, artifacts)
 
 
 def test_what_is_sealed_verifies_and_holds_every_gate_and_its_evidence(made: Made) -> None:
@@ -71,7 +73,7 @@ def test_a_local_folder_is_named_without_its_place(made: Made) -> None:
     release = seal(made, made.artifacts())
     assert release.document("release/manifest.json")["source"]["uri"] == "file:model"
     for name in ("manifest.json", "report.html"):
-        assert str(made.bench.spec.path.parent) not in (release.folder / "release" / name).read_text()
+        assert str(made.context.spec.path.parent) not in (release.folder / "release" / name).read_text()
 
 
 def test_the_same_evidence_is_sealed_once(made: Made) -> None:
@@ -107,7 +109,7 @@ def test_a_release_that_was_changed_after_it_was_sealed_is_not_promoted(made: Ma
     weights.chmod(0o644)
     weights.write_bytes(b"packeD")
     with pytest.raises(PromotionError, match=r"model\.safetensors"):
-        promotion.promoted(made.bench, release)
+        promotion.promote(made.context, release)
 
 
 def test_no_alias_moves_while_the_bills_can_not_be_attached_to_the_image(
@@ -118,14 +120,14 @@ def test_no_alias_moves_while_the_bills_can_not_be_attached_to_the_image(
     release = seal(made, made.artifacts())
     for _ in range(2):  # the second time as the first: they are not forgotten
         with pytest.raises(DistributionError, match=r"127\.0\.0\.1:9 can't be reached") as caught:
-            promotion.promoted(made.bench, release)
+            promotion.promote(made.context, release)
         assert is_transient(caught.value)
     assert not (made.settings.home / "mlflow" / "mlflow.db").exists()
 
 
 def test_the_figures_of_a_release_are_its_verdicts_own(made: Made) -> None:
     manifest = seal(made, made.artifacts()).document("release/manifest.json")
-    told = promotion._measured(manifest)
+    told = promotion.measured(manifest)
     assert told["accuracy_change"] == pytest.approx(-1 / 800)
     assert told["bits_per_byte_change"] > 0
     assert told["size_bytes"] == len("packed") + len("{}")

@@ -8,11 +8,12 @@ from pathlib import Path
 from threading import Event
 
 import pytest
-from filled import FillingBench, FillingStore, Models
+from filled import FillingContext, FillingStore, Models
 
 from containers.hardware.cpu import INSTRUCTION_SETS
 from pipeline.errors import WorkerFailed
-from pipeline.stages import evaluation, table
+from pipeline.stages.run import run, run_until
+from pipeline.stages.table import BASELINE, DRIFT
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe
 from pipeline.workers.launchers.task import Ended, Task
 from pipeline.workers.runner import Workers
@@ -47,7 +48,7 @@ class Interrupted(FillingStore):
 
 
 @dataclass(frozen=True)
-class InterruptedBench(FillingBench):
+class InterruptedContext(FillingContext):
     endless: Endless = field(default_factory=Endless)
 
     @property
@@ -55,55 +56,54 @@ class InterruptedBench(FillingBench):
         return Interrupted(self.settings.home / "artifacts", self.endless)
 
     def workers(self, draft: ArtifactDraft) -> Workers:
-        return Workers(self.settings, self.progress, draft.worker_seconds, launcher=self.endless)
+        workers = Workers(self.settings, self.progress, draft.worker_seconds, launcher=self.endless)
+        workers.stop = self.stop
+        return workers
 
 
 def test_an_interrupt_while_a_candidate_is_asked_stops_what_measures_its_layers(tmp_path: Path) -> None:
     models = Models(tmp_path)
-    filling = FillingBench(models.write(), "gptq", models.settings, lambda _: None)
-    source = table.source(filling)
-    quantized = table.quantized(filling, source)
-    image = table.image(filling, quantized)
-    baseline = replace(evaluation.baseline(filling, source), inputs={"checkpoint": source.digest})
-    bench = InterruptedBench(filling.spec, "gptq", models.settings, lambda _: None)
+    context = FillingContext(models.write(), "gptq", models.settings, lambda _: None)
+    made = run_until("baseline", context) | run_until("image", context)
+    interrupted = InterruptedContext(context.spec, "gptq", models.settings, lambda _: None)
     with pytest.raises(KeyboardInterrupt):
-        evaluation.drift(bench, source, baseline, quantized, image)
-    assert bench.endless.was_stopped
+        run(DRIFT, interrupted, made)
+    assert interrupted.endless.was_stopped
 
 
 def test_fp16_is_asked_anew_where_the_candidate_is_asked_on_another_instruction_set(tmp_path: Path) -> None:
     """As where the image of a pair of another CPU was built anew, and came out with another digest."""
     models = Models(tmp_path)
-    bench = models.bench(models.write(), "gptq")
-    source = table.source(bench)
-    quantized = table.quantized(bench, source)
-    image = table.image(bench, quantized)
+    context = models.context(models.write(), "gptq")
+    made = run_until("image", context)
+    source = {"source": made["source"]}
     told: list[str] = []
-    avx2 = replace(bench, instruction_set="avx2", progress=told.append)
-    elsewhere = evaluation.baseline(replace(bench, instruction_set="avx512"), source)
-    paired = evaluation.drift(avx2, source, elsewhere, quantized, image)
+    avx2 = replace(context, instruction_set="avx2", progress=told.append)
+    elsewhere = run(BASELINE, replace(context, instruction_set="avx512"), source)
+    paired = run(DRIFT, avx2, {**made, "baseline": elsewhere})
     assert told == ["FP16 was asked on a CPU with avx512: asking it on this one, with avx2"]
-    asked = [record["recipe"] for _, record in bench.store.records("answers")]
+    asked = [record["recipe"] for _, record in context.store.records("answers")]
     assert sorted((each["parameters"]["engine"]["instruction_set"], "image" in each["inputs"]) for each in asked) == [
         ("avx2", False), ("avx2", True), ("avx512", False),
     ]  # fmt: skip
-    here = evaluation.baseline(avx2, source)
+    here = run(BASELINE, avx2, source)
     assert here.cached
-    assert evaluation.drift(avx2, source, here, quantized, image).key == paired.key
+    assert run(DRIFT, avx2, {**made, "baseline": here}).key == paired.key
 
 
 def test_a_candidate_is_asked_on_the_cpu_of_fp16_though_another_one_has_asked_it(tmp_path: Path) -> None:
     """FP16 is asked before the image is made, which may come out as the one that was paired elsewhere."""
     models = Models(tmp_path)
-    bench = models.bench(models.write(), "gptq")
-    source = table.source(bench)
-    quantized = table.quantized(bench, source)
-    image = table.image(bench, quantized)
-    own = bench.settings.cpu.instruction_set
+    context = models.context(models.write(), "gptq")
+    made = run_until("image", context)
+    source = {"source": made["source"]}
+    own = context.settings.cpu.instruction_set
     other = next(each for each in INSTRUCTION_SETS if each != own)
-    elsewhere = replace(bench, instruction_set=other)
-    evaluation.drift(elsewhere, source, evaluation.baseline(elsewhere, source), quantized, image)
-    baseline = evaluation.baseline(replace(bench, instruction_set=own), source)
-    evaluation.drift(bench, source, baseline, quantized, image)
-    asked = [record["recipe"] for _, record in bench.store.records("answers") if "image" in record["recipe"]["inputs"]]
+    elsewhere = replace(context, instruction_set=other)
+    run(DRIFT, elsewhere, {**made, "baseline": run(BASELINE, elsewhere, source)})
+    baseline = run(BASELINE, replace(context, instruction_set=own), source)
+    run(DRIFT, context, {**made, "baseline": baseline})
+    asked = [
+        record["recipe"] for _, record in context.store.records("answers") if "image" in record["recipe"]["inputs"]
+    ]
     assert {recipe["parameters"]["engine"]["instruction_set"] for recipe in asked} == {own, other}

@@ -14,10 +14,8 @@ from pipeline.planner.data import check_data
 from pipeline.planner.memory import Workload
 from pipeline.planner.plan import Plan, SchemePlan
 from pipeline.settings import Settings
-from pipeline.sources import source as sources
-from pipeline.sources.lock import read_lock
 from pipeline.spec import ModelSpec
-from pipeline.stages.table import source_recipe
+from pipeline.stages.source import recipe_of, resolve
 from pipeline.store.artifacts import Store, require_room
 from registry.progress import Progress
 
@@ -98,15 +96,8 @@ def _as_tested(usual: Workload) -> Workload:
 
 def _pulled(spec: ModelSpec, settings: Settings) -> Path | None:
     """The folder of the source where an earlier run has pulled it."""
-    resolved = sources.resolve(
-        spec.source.uri,
-        spec.source.revision,
-        endpoint=settings.hub_endpoint,
-        token=settings.hub_token,
-        lock=read_lock(spec.lock),
-        memory=settings.home / sources.DIGESTS,
-    )
-    found = Store(settings.home / "artifacts").find("source", source_recipe(resolved).key)
+    recipe = recipe_of(resolve(spec, settings))
+    found = Store(settings.home / "artifacts").find(recipe.stage, recipe.key)
     return None if found is None else found.folder
 
 

@@ -1,0 +1,165 @@
+"""Asking one checkpoint the questions of a suite: what `baseline` and the candidate of `drift` have in common."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import docker
+
+from containers.errors import SandboxError
+from containers.hardware.gpu import gpus
+from containers.image import build as images
+from containers.image import profile as profiles
+from containers.image.runtime import build_runtime
+from containers.sandbox import sandbox
+from evals.drift import asking
+from evals.drift.answers import Answers
+from evals.drift.suite import questions
+from pipeline.stages.context import StageContext
+from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe
+from pipeline.workers.environments import pins_digest
+from pipeline.workers.launchers.configured import have_gpus
+
+Serve = Callable[[], AbstractContextManager[sandbox.Server]]
+Part = tuple[float, float]
+AskPart = Callable[[Part, Path], Answers]
+FP16 = "fp16"  # in the place of an image's id
+
+
+def recipe_of(
+    context: StageContext, checkpoint: Artifact, inputs: Mapping[str, str], more: Mapping[str, Any], code: str
+) -> Recipe:
+    """The questions and the engine that is asked; no limit, since limits judge answers and do not change them."""
+    limits = context.spec.evals
+    kept = None if limits.divergence is None else limits.divergence.model_dump(mode="json", exclude={"max_mean"})
+    parameters = {**questions(limits), "engine": engine_of(context, checkpoint), "divergence": kept, **more}
+    return Recipe("answers", inputs, parameters, code=code, pins=pins_digest(asking.ENVIRONMENT))
+
+
+def engine_of(context: StageContext, checkpoint: Artifact) -> dict[str, str]:
+    """What computes the answers, and with which arguments: the same for FP16 and candidate."""
+    on = {} if context.instruction_set is None else {"instruction_set": context.instruction_set}
+    if context.spec.evals.engine == "hf":
+        return {"name": "hf", "device": "cuda" if have_gpus(context.settings) else "cpu", **on}
+    gpu = next((found.name for found in gpus()), None)
+    profile = profiles.load(context.spec.runtime)
+    return {
+        "name": asking.SERVED,
+        "runtime": profile.name,
+        "pins": profile.pins_digest(),
+        "device": gpu if profile.minimum_driver and gpu else "cpu",
+        "arguments": " ".join(images.serving_arguments(profile, checkpoint.folder, context.spec.model)),
+        **on,
+    }
+
+
+def answer(
+    context: StageContext,
+    draft: ArtifactDraft,
+    checkpoint: Artifact,
+    serve: Serve,
+    image: str,
+    ask: Callable[[AskPart], None] | None = None,
+) -> None:
+    """Fill an artifact with a checkpoint's answers, of lm-eval or of the server that ``serve`` starts.
+
+    ``image`` is its image's id, or `FP16`, of which some items are asked twice. ``ask`` asks in parts; all is asked in
+    one where it is not given.
+    """
+    limits = context.spec.evals
+    if context.instruction_set is not None:
+        draft.notes["instruction_set"] = context.instruction_set
+    address = draft.scratch / "address"
+    serving = (
+        asking.Serving(address, context.spec.model, image, engine_of(context, checkpoint))
+        if limits.engine == "served"
+        else None
+    )
+
+    def ask_part(part: Part, output: Path) -> Answers:
+        return asking.ask(
+            checkpoint.folder,
+            limits,
+            output,
+            run_worker=context.workers(draft) if serving is None else context.local_workers(draft),
+            scratch=draft.scratch,
+            progress=context.progress,
+            serving=serving,
+            part=part,
+            divergence=limits.divergence if part[0] == 0 else None,
+            again=limits.again if image == FP16 else 0,
+            hub=asking.Hub(context.settings.hub_endpoint, context.settings.home / "hub"),
+        )
+
+    def ask_all() -> None:
+        if ask is None:
+            ask_part((0.0, 1.0), draft.folder)
+        else:
+            ask(ask_part)
+
+    @contextmanager
+    def noted() -> Iterator[sandbox.Server]:
+        with serve() as server:
+            draft.notes["computed_on"] = server.computed_on.model_dump(mode="json")
+            yield server
+
+    if serving is None:
+        ask_all()
+    else:
+        asking.while_serving(noted, address, ask_all)
+
+
+@contextmanager
+def serve_source(context: StageContext, source: Artifact) -> Iterator[sandbox.Server]:
+    """Serve FP16 as its release would be served: mounted read-only into the runtime, with an image's arguments."""
+    profile = profiles.load(context.spec.runtime)
+    with context.engine() as client:
+        runtime = build_runtime(client, profile, context.settings.home, context.progress)
+        command = images.serving_arguments(profile, source.folder, context.spec.model)
+        with _served(context, client, runtime.image_id, command=command, mounts={source.folder: "/model"}) as server:
+            yield server
+
+
+@contextmanager
+def serve_image(context: StageContext, image_id: str) -> Iterator[sandbox.Server]:
+    """Serve a release's own image.
+
+    Raises:
+        SandboxError: it does not start; says what to do where vLLM can't load such a scheme.
+    """
+    started = False
+    try:
+        with context.engine() as client, _served(context, client, image_id) as server:
+            started = True
+            yield server
+    except SandboxError as error:
+        if started:
+            raise
+        remedy = "if vLLM can't load this scheme, evaluate it with `evals: {engine: hf}`"
+        raise SandboxError(f"the image of `{context.scheme_name}` can't be asked: {error}; {remedy}") from error
+
+
+def _served(
+    context: StageContext,
+    client: docker.DockerClient,
+    image: str,
+    **more: Any,  # noqa: ANN401 - as `sandbox.serve` takes it
+) -> AbstractContextManager[sandbox.Server]:
+    """Start an image as the load test does, but with all of the machine's memory: only the answers count here."""
+    needs_gpu = profiles.load(context.spec.runtime).minimum_driver is not None
+    return sandbox.serve(
+        client,
+        image,
+        name=f"slipway-evaluation-{context.spec.model}",
+        home=context.settings.home,
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        gpu=next((found.uuid for found in gpus()), None) if needs_gpu else None,
+        cores=context.server_cores(),
+        start_timeout_s=context.spec.load.start_timeout_s,
+        progress=context.progress,
+        **more,
+    )

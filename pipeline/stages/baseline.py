@@ -1,0 +1,26 @@
+"""The stage `baseline`: what FP16 answers, once for a model, a suite and an engine, whatever the scheme.
+
+Where a server answers, the source is mounted read-only into the runtime that every image of this profile is built on.
+"""
+
+from __future__ import annotations
+
+from pipeline.stages import answers
+from pipeline.stages.code_version import code_version
+from pipeline.stages.context import StageContext
+from pipeline.stages.stage import Inputs
+from pipeline.store.artifacts import ArtifactDraft, Recipe
+
+
+def recipe(context: StageContext, inputs: Inputs) -> Recipe:
+    """The source and the questions, some of which are asked twice."""
+    source = inputs["source"]
+    again = {"again": context.spec.evals.again}
+    return answers.recipe_of(context, source, {"source": source.digest}, again, code_version(__name__))
+
+
+def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
+    """Ask FP16."""
+    source = inputs["source"]
+    with context.device():
+        answers.answer(context, draft, source, lambda: answers.serve_source(context, source), answers.FP16)

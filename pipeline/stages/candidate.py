@@ -1,0 +1,55 @@
+"""The candidate's answers, a part of the stage `drift`: of the image that ships where it is served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from evals.drift import asking
+from evals.drift.answers import Answers, read_answers
+from evals.drift.divergence import read_top
+from evals.drift.drift_gate import is_clear, judge
+from evals.drift.pairs import compare
+from pipeline.stages import answers
+from pipeline.stages.code_version import code_version
+from pipeline.stages.context import StageContext
+from pipeline.stages.stage import Inputs
+from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe
+
+
+def recipe(context: StageContext, inputs: Inputs) -> Recipe:
+    """The checkpoint, its image where that is asked, and the questions."""
+    limits, quantized = context.spec.evals, inputs["quantized"]
+    taken = {"quantized": quantized.digest}
+    if limits.engine == "served":
+        taken["image"] = inputs["image"].digest
+    judged = {}
+    if limits.looks > 1:
+        # The limits and FP16's answers decide when to stop, so with other limits it is asked again.
+        taken["baseline"] = inputs["baseline"].digest
+        judged = {"looks": limits.looks, "limits": limits.model_dump(mode="json", exclude={"accept_inconclusive"})}
+    return answers.recipe_of(context, quantized, taken, judged, code_version(__name__))
+
+
+def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
+    """Ask the candidate, in looks where the model's file says so."""
+    quantized, image_id = inputs["quantized"], str(inputs["image"].document("image.json")["image_id"])
+
+    def ask_in_looks(ask_part: answers.AskPart) -> None:
+        draft.notes["fraction"] = _ask_in_looks(context, ask_part, inputs["baseline"], draft)
+
+    with context.device():
+        ask = ask_in_looks if context.spec.evals.looks > 1 else None
+        answers.answer(context, draft, quantized, lambda: answers.serve_image(context, image_id), image_id, ask)
+
+
+def _ask_in_looks(context: StageContext, ask_part: answers.AskPart, baseline: Artifact, draft: ArtifactDraft) -> float:
+    """Ask until the verdict is clear; return the fraction of the suite that was asked."""
+    limits = context.spec.evals
+
+    def is_decided(answered: Answers, folder: Path, fraction: float) -> bool:
+        tops = (read_top(baseline.folder), read_top(folder))
+        drift = compare(read_answers(baseline.folder), answered, fraction=fraction, tops=tops)
+        context.progress(f"a look at {fraction:.0%} of the suite: {judge(drift, limits).reason}")
+        return is_clear(drift, limits)
+
+    return asking.in_looks(limits.fractions, ask_part, is_decided, draft.scratch, draft.folder)

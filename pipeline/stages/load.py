@@ -1,0 +1,124 @@
+"""The stage `load`: the very image that ships, under the traffic that it will meet."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from containers.errors import UnhealthyError
+from containers.hardware import gpu_pool
+from containers.image import profile as profiles
+from containers.image.build import ImageRecord
+from containers.sandbox import sandbox
+from evals.load import load_test
+from evals.load.expected_memory import Expected, expect
+from pipeline.planner.sources import describe_folder
+from pipeline.planner.weights import stored
+from pipeline.spec import ModelSpec
+from pipeline.stages.code_version import code_version
+from pipeline.stages.context import StageContext
+from pipeline.stages.image import record_of
+from pipeline.stages.stage import Inputs, digests
+from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, timed
+from pipeline.workers.environments import pins_digest
+from pipeline.workers.runner import Workers
+from registry.digests import digest_file
+from registry.verdict import Verdict
+
+
+def recipe(context: StageContext, inputs: Inputs) -> Recipe:
+    """The image, the checkpoint, the traffic with its prompts, and the load generator's pins."""
+    plan = context.spec.load
+    return Recipe(
+        "load",
+        inputs=digests(inputs),
+        parameters={**load_test.load_key(plan), "prompts": digest_file(plan.prompts)},
+        code=code_version(__name__),
+        pins=pins_digest("aiperf"),
+    )
+
+
+def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
+    """Measure; the container's start and its traffic count as worker time."""
+    with timed(draft.worker_seconds):
+        measure(
+            context, context.spec.load, record_of(inputs["image"]), inputs["quantized"], draft.folder, draft.scratch
+        )
+
+
+def stale(context: StageContext, load: Artifact) -> str | None:
+    """Say so where the last load test was inconclusive: its server was disturbed, so the next may decide."""
+    if load_test.is_conclusive(load.document("load.json"), context.spec.load):
+        return None
+    return "the last load test was inconclusive: measuring again"
+
+
+def judge(load: Artifact, spec: ModelSpec) -> Verdict:
+    """Compare the measurements with the model's service level."""
+    return load_test.judge(load.document("load.json"), spec.load)
+
+
+def measure(
+    context: StageContext,
+    plan: load_test.LoadPlan,
+    record: ImageRecord,
+    checkpoint: Artifact,
+    folder: Path,
+    scratch: Path,
+    live: load_test.Live = lambda _: None,
+) -> Mapping[str, Any]:
+    """Serve an image in the sandbox, on a GPU of its own where it needs one, and measure it under a plan's traffic.
+
+    A server that never gets healthy is evidence: the gate fails it, the stage does not. An image that needs a GPU is
+    not started where there is none: that is inconclusive.
+    """
+    with (
+        context.device(),
+        context.cores(alone=True),
+        gpu_pool.reserved(context.progress, context.settings.locks)
+        if record.minimum_driver
+        else contextlib.nullcontext() as gpu,
+    ):
+        if record.minimum_driver and gpu is None:
+            return load_test.write_without_gpu(plan, folder)
+        try:
+            with (
+                context.engine() as client,
+                sandbox.serve(
+                    client,
+                    record.image_id,
+                    name=f"slipway-{context.release_name}",
+                    home=context.settings.home,
+                    memory_bytes=plan.memory.limit_bytes,
+                    cpus=plan.cpus,
+                    gpu=None if gpu is None else gpu.uuid,
+                    cores=context.server_cores(plan.cpus, with_client=True),
+                    start_timeout_s=plan.start_timeout_s,
+                    lifetime_s=plan.lifetime_s,
+                    labels={sandbox.STAGE_LABEL: "load"},
+                    progress=context.progress,
+                ) as server,
+            ):
+                return load_test.measure(
+                    server,
+                    plan,
+                    tokenizer=checkpoint.folder,
+                    folder=folder,
+                    scratch=scratch,
+                    run_worker=Workers(context.settings, context.progress, bootstrap=context.bootstrap),
+                    progress=context.progress,
+                    live=live,
+                    expected=_expected_memory(context, record, checkpoint),
+                )
+        except UnhealthyError as error:
+            context.progress(str(error))
+            return load_test.write_unhealthy(str(error), plan, folder)
+
+
+def _expected_memory(context: StageContext, record: ImageRecord, checkpoint: Artifact) -> Expected | None:
+    """What the server should take: on a CPU, which may hold float32 copies of weights, by its instruction set."""
+    weights = stored(describe_folder(checkpoint.folder).model)
+    size = weights.bytes if record.minimum_driver else weights.on_cpu(context.settings.cpu.instruction_set)
+    return expect(size, record.runtime, profiles.load(record.runtime).full_environment)

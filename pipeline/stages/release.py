@@ -1,0 +1,248 @@
+"""The stage `release`: every gate's evidence and the checkpoint, under one signed manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from containers.hardware.gpu import gpus
+from containers.sandbox.kernels import ComputedOn
+from containers.scan import mlbom, scan_gate
+from containers.scan.evidence import read_scan
+from evals.drift.pairs import read_drift
+from evals.load import cost as costs
+from pipeline.stages.code_version import code_version
+from pipeline.stages.context import StageContext, prepared
+from pipeline.stages.image import record_of
+from pipeline.stages.stage import Gate, Inputs, digests
+from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe
+from pipeline.trust import signing_key, signing_key_if_any
+from pipeline.workers.environments import pinned_version
+from registry import seal
+from registry.digests import digest_file
+from registry.manifest import (
+    EVIDENCE,
+    REPORT,
+    Accelerator,
+    Calibration,
+    FileRecord,
+    Hardware,
+    Image,
+    Kernels,
+    Quantizer,
+    Source,
+    utc_now,
+)
+
+Gates = Mapping[str, Gate]
+
+SBOM = f"{EVIDENCE}/sbom.cdx.json"
+MLBOM = f"{EVIDENCE}/mlbom.cdx.json"
+
+
+def prepare(context: StageContext, inputs: Inputs, *, gates: Gates) -> StageContext:
+    """Judge every gate's evidence again, and load the key that signs. A first release makes the key.
+
+    A dry run has judged the evidence already.
+    """
+    key = signing_key_if_any(context.settings) if context.dry else signing_key(context.settings)
+    verdicts = context.verdicts or {name: gate.judge(inputs[name], context.spec) for name, gate in gates.items()}
+    return replace(context, key=key, verdicts=verdicts)
+
+
+def recipe(context: StageContext, inputs: Inputs) -> Recipe:
+    """Everything before, the verdicts by the limits as they are now, and the key."""
+    spec, key = context.spec, context.key
+    signer = None if key is None else [key.public.keyid, *(hashlib.sha256(one).hexdigest() for one in key.certificates)]
+    return Recipe(
+        "release",
+        inputs=digests(inputs),
+        parameters={
+            "model": spec.model,
+            "scheme": context.scheme_name,
+            "verdicts": {name: verdict.model_dump(mode="json") for name, verdict in context.verdicts.items()},
+            "key": signer,
+            "cost": None if spec.cost is None else spec.cost.model_dump(mode="json"),
+        },
+        code=code_version(__name__),
+    )
+
+
+def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft, *, gates: Gates) -> None:
+    """Gather the evidence and sign it.
+
+    Raises:
+        SigningError: a gate blocks.
+    """
+    source, quantized = inputs["source"], inputs["quantized"]
+    files = {name: quantized.folder / name for name in quantized.files}
+    for name, gate in gates.items():
+        files |= {f"{EVIDENCE}/{file}": inputs[name].folder / file for file in gate.evidence}
+    waived = scan_gate.waived(read_scan(inputs["scan"].folder), context.spec.scan)
+    files[f"{EVIDENCE}/waived.json"] = _listed(draft, waived)
+    files[SBOM] = inputs["scan"].folder / "sbom.cdx.json"
+    files[f"{EVIDENCE}/image.json"] = inputs["image"].folder / "image.json"
+    seal.place(files, draft.folder)
+    _write_cost(context, draft)
+    _write_mlbom(context, draft, inputs)
+    _write_report(context, draft, inputs, waived)
+    record = record_of(inputs["image"])
+    manifest = seal.describe(
+        draft.folder,
+        model=context.spec.model,
+        scheme=context.scheme_name,
+        source=_source(context, source),
+        quantizer=_quantizer(context, quantized),
+        gates=[(context.verdicts[name], _cited(name, gate)) for name, gate in gates.items()],
+        image=Image(
+            reference=record.reference,
+            digest=record.digest,
+            base_digest=record.base_digest,
+            pins_digest=record.pins_digest,
+            runtime=record.runtime,
+            minimum_driver=record.minimum_driver,
+        ),
+        sbom=SBOM,
+        mlbom=MLBOM,
+        hardware=_hardware(inputs["load"]),
+    )
+    seal.seal(draft.folder, prepared(context.key), manifest)
+
+
+def public_uri(uri: str) -> str:
+    """Return the URI as it is published: of a local folder its name alone, since its path is private."""
+    return f"file:{Path(uri).name}" if uri.startswith("file:") else uri
+
+
+def _cited(name: str, gate: Gate) -> list[str]:
+    """The evidence that a gate's verdict rests on, as paths in the release."""
+    return [f"{EVIDENCE}/{file}" for file in (*gate.evidence, *(["waived.json"] if name == "scan" else []))]
+
+
+def _source(context: StageContext, source: Artifact) -> Source:
+    files = {name: FileRecord(sha256=entry["sha256"], size=entry["size"]) for name, entry in source.files.items()}
+    return Source(uri=public_uri(context.spec.source.uri), revision=source.notes["revision"], files=files)
+
+
+def _quantizer(context: StageContext, quantized: Artifact) -> Quantizer:
+    record = quantized.notes
+    calibration = record["calibration"]
+    return Quantizer(
+        backend=record["backend"],
+        version=pinned_version(record["backend"]),
+        method=record["method"],
+        parameters=record["parameters"],
+        calibration=Calibration(
+            uri=context.spec.calibration.uri.name,
+            digest=f"sha256:{calibration['sha256']}",
+            samples=calibration["samples"],
+            max_tokens=calibration["max_tokens"],
+        ),
+        pins_digest=record["pins_digest"],
+    )
+
+
+def _hardware(load: Artifact) -> Hardware:
+    """This machine, with the CPU and the kernels that the load test's server reported."""
+    here = seal.this_machine(
+        [Accelerator(name=gpu.name, memory_bytes=gpu.memory_bytes, driver=gpu.driver) for gpu in gpus()]
+    )
+    tested = _load_tested_on(load)
+    kernels = tested.kernels
+    return here.model_copy(
+        update={
+            "instruction_set": tested.instruction_set,
+            "kernels": None
+            if kernels is None
+            else Kernels.model_validate(kernels.model_dump(exclude={"instruction_set", "cpu_model"})),
+        }
+    )
+
+
+def _load_tested_on(load: Artifact) -> ComputedOn:
+    return ComputedOn.model_validate(load.document("load.json")["server"].get("computed_on") or {})
+
+
+def _listed(draft: ArtifactDraft, waived: Sequence[scan_gate.Waived]) -> Path:
+    """Write the findings that a waiver let through, each with its days left on the day of the release."""
+    path = draft.scratch / "waived.json"
+    path.write_text(json.dumps([asdict(item) for item in waived], indent=1))
+    return path
+
+
+def _write_report(
+    context: StageContext,
+    draft: ArtifactDraft,
+    inputs: Inputs,
+    waived: Sequence[scan_gate.Waived],
+) -> None:
+    from evals.report import report  # noqa: PLC0415 - templates and pictures are loaded when a report is written
+    from evals.report.pictures import Stage  # noqa: PLC0415
+
+    source, quantized = inputs["source"], inputs["quantized"]
+    subject = report.Subject(
+        model=context.spec.model,
+        scheme=context.scheme_name,
+        created=utc_now(),
+        source_bytes=source.size_bytes,
+        released_bytes=quantized.size_bytes,
+        stages=[Stage(name, each.seconds, each.worker_seconds, cached=each.cached) for name, each in inputs.items()],
+        facts={
+            "source": public_uri(context.spec.source.uri),
+            "revision": source.notes["revision"],
+            **_computed_on(inputs),
+        },
+        digests=digests(inputs),
+        waived={f"{item.id} in {item.package}": _in_words(item) for item in waived},
+    )
+    report.write(
+        draft.folder / REPORT, subject, list(context.verdicts.values()), report.Evidence.read(draft.folder / EVIDENCE)
+    )
+
+
+def _computed_on(inputs: Inputs) -> dict[str, str]:
+    """What computed the answers and the load test, where that is known."""
+    found = {f"{side} evaluated on": each for side, each in read_drift(inputs["drift"].folder).computed_on.items()}
+    found["load-tested on"] = _load_tested_on(inputs["load"])
+    return {label: str(each) for label, each in found.items() if each != ComputedOn()}
+
+
+def _write_cost(context: StageContext, draft: ArtifactDraft) -> None:
+    """The price of a million tokens at this release's own throughput, where the model's file has prices."""
+    folder = draft.folder / EVIDENCE
+    lines = (folder / "requests.jsonl").read_text().splitlines()
+    throughput = costs.throughput(json.loads((folder / "load.json").read_text()), map(json.loads, lines))
+    if context.spec.cost is not None and throughput is not None:
+        (folder / "cost.json").write_text(json.dumps(costs.document(context.spec.cost, throughput), indent=1))
+
+
+def _write_mlbom(context: StageContext, draft: ArtifactDraft, inputs: Inputs) -> None:
+    """The model's bill of materials: its source, quantizer and data, and what was measured."""
+    source, quantized, spec = inputs["source"], inputs["quantized"], context.spec
+    record = quantized.notes
+    data = {spec.calibration.uri.name: ("calibration", str(record["calibration"]["sha256"]))}
+    for name, task in spec.evals.tasks.items():
+        if task.data is not None:
+            data[task.data.name] = (f"evaluation: {name}", digest_file(task.data))
+    model = mlbom.Model(
+        name=context.release_name,
+        version=quantized.digest,
+        base=public_uri(spec.source.uri),
+        base_revision=source.notes["revision"],
+        licence=spec.license,
+        architecture=(quantized.document("config.json").get("architectures") or ["unknown"])[0],
+        quantization={"method": record["method"], "backend": record["backend"], **record["parameters"]},
+        files=quantized.sha256,
+        datasets=data,
+    )
+    document = mlbom.document(model, list(context.verdicts.values()), record_of(inputs["image"]).digest)
+    (draft.folder / MLBOM).write_text(json.dumps(document, indent=1, sort_keys=True, allow_nan=False))
+
+
+def _in_words(item: scan_gate.Waived) -> str:
+    """A waiver: its severity, owner, reason, and the days that it has left."""
+    left = "" if item.days_left is None else f", until {item.expires}, {item.days_left} days left"
+    return f"{item.severity}, {item.by} by {item.owner}{left}: {item.reason}"

@@ -1,0 +1,64 @@
+"""The stage `source`: the model's weights at their pinned revision, every file checked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pipeline.settings import Settings
+from pipeline.sources import source as sources
+from pipeline.sources.lock import read_lock
+from pipeline.spec import ModelSpec
+from pipeline.stages.code_version import code_version
+from pipeline.stages.context import StageContext, prepared
+from pipeline.stages.stage import Inputs
+from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, require_room
+
+
+def resolve(spec: ModelSpec, settings: Settings) -> sources.ResolvedSource:
+    """Find out what the model's source holds, without pulling it; the digests of a folder's files are remembered.
+
+    Raises:
+        SourceError: it can't be reached, holds what is refused, or is not what the lock pins.
+    """
+    return sources.resolve(
+        spec.source.uri,
+        spec.source.revision,
+        endpoint=settings.hub_endpoint,
+        token=settings.hub_token,
+        lock=read_lock(spec.lock),
+        memory=settings.home / sources.DIGESTS,
+    )
+
+
+def prepare(context: StageContext, _inputs: Inputs) -> StageContext:
+    """Resolve the revision."""
+    return replace(context, source=resolve(context.spec, context.settings))
+
+
+def recipe(context: StageContext, _inputs: Inputs) -> Recipe:
+    """The URI and the content."""
+    return recipe_of(prepared(context.source))
+
+
+def recipe_of(resolved: sources.ResolvedSource) -> Recipe:
+    """The recipe of a source that is resolved."""
+    parameters = {"uri": resolved.uri, "content": resolved.fingerprint}
+    return Recipe("source", inputs={}, parameters=parameters, code=code_version(__name__))
+
+
+def make(context: StageContext, _inputs: Inputs, draft: ArtifactDraft) -> None:
+    """Pull the files."""
+    settings, resolved = context.settings, prepared(context.source)
+    require_room(settings.home, resolved.bytes, settings.disk_floor, f"{resolved.uri} (its weights)")
+    draft.sha256.update(sources.pull(resolved, draft.folder, settings.home / "downloads", context.progress))
+    draft.notes["revision"] = sources.revision_of(resolved, draft.sha256)
+
+
+def accept(context: StageContext, source: Artifact) -> None:
+    """Hold the files to the lock. A first release writes the lock.
+
+    Raises:
+        SourceError: a file is not what the lock pins.
+    """
+    if context.spec.lock.exists() or not context.dry:
+        sources.hold_to_lock(context.spec.lock, prepared(context.source), source.sha256)
