@@ -45,8 +45,8 @@ def cores(rate: float, folder: Path) -> tuple[float, float, float]:
             Server(url, 0.0, 1 << 30, None, sampler, lambda: None), plan, tokenizer=DEMO / "model", folder=evidence,
             scratch=scratch, run_worker=Workers(Settings.read(), print), progress=lambda _: None,
         )  # fmt: skip
-    late = found["profiles"][0]["traffic"]["client_late_ms"]["p99"]
-    return found["client"]["cores"], found["client"]["cpu_seconds"], late
+    late = found.profiles[0].traffic.client_late_ms["p99"]
+    return found.client.cores or 0.0, found.client.cpu_seconds, late
 
 
 def main() -> None:

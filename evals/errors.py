@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Self
+
+from pydantic import ValidationError
+
 
 class EvaluationError(Exception):
     """The family; its message is one line for a person and ends with what to do."""
@@ -13,3 +17,14 @@ class AnswersError(EvaluationError):
 
 class SuiteError(EvaluationError):
     """An evaluation that cannot be asked: an unknown task, missing data, too few items."""
+
+
+class LoadEvidenceError(EvaluationError):
+    """A load test's evidence that can't be read, or does not have the expected form."""
+
+    @classmethod
+    def of(cls, error: ValidationError, where: str) -> Self:
+        """The first problem of a document that does not have the expected form."""
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the document"
+        return cls(f"{where}: `{place}`: {first['msg']}: run the load test again")

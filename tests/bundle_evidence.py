@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import load_evidence
+
 from containers.kubernetes.bundle import Images, Written, write_bundle
 from containers.kubernetes.cluster import Cluster
-from containers.kubernetes.numbers import Evidence
+from containers.kubernetes.numbers import BundleEvidence, ReplicaMeasurements
+from pipeline.serving.deployment import measurements
+from registry.manifest import Manifest
+from registry.verdict import Verdict
 
 DIGEST = "sha256:" + "ab" * 32
 REDIS = f"registry.example:5000/valkey@sha256:{'ef' * 32}"
@@ -15,49 +23,66 @@ GATEWAY = f"registry.example/slipway-gateway@sha256:{'cd' * 32}"
 IMAGE = {"user": 65534, "port": 8000}
 
 
-def manifest(**changes: object) -> dict[str, Any]:
+def manifest(**changes: object) -> Manifest:
+    """The manifest of the demo's release; ``changes`` are of its keys."""
     limits = {"p95_latency_ms": 2000.0, "error_rate": 0.0, "peak_memory_bytes": 3.4e9}
-    image = {"reference": f"registry.example/demo@{DIGEST}", "digest": DIGEST, "minimum_driver": None}
-    return {
-        "model": "demo", "scheme": "awq", "image": image, "files": {"model.safetensors": {"size": 3_800_000}},
-        "hardware": {"cores": 2, "accelerators": []},
-        "gates": [{"verdict": {"gate": "load", "limits": limits}}], **changes,
-    }  # fmt: skip
-
-
-def evidence(**changes: object) -> Evidence:
-    """The demo's: four requests a second were asked for, on two cores."""
-    metrics = {
-        "start_seconds": 23.9, "peak_memory_bytes": 2.4e9, "p95_latency_ms": 97.4, "p99_tpot_ms": 2.5,
-        "requests_per_second": 4.1, "output_tokens_per_second": 131.0,
-    }  # fmt: skip
-    load = {
-        "metrics": metrics, "memory": {"limit_bytes": 4 * 2**30, "peak": {"memory_bytes": 2_400_000_000}},
-        "server": {"start_seconds": 23.9, "cpus": None}, "capacity": None,
-    }  # fmt: skip
-    given: dict[str, Any] = {
-        "manifest": manifest(), "manifest_digest": DIGEST, "version": "3", "load": load, "context": 1024,
-        "requests": [{"error": None, "latency_ms": 65.0 + row, "output_tokens": 32} for row in range(40)],
-    }  # fmt: skip
-    return Evidence(**{**given, **changes})
-
-
-def on_gpu() -> Evidence:
-    """A larger model on a GPU: 12 requests a second at the service level, two seconds each."""
-    plain = evidence()
-    load = {
-        **plain.load,
-        "memory": {"limit_bytes": 32 * 2**30, "peak": {"gpu_memory_bytes": 73_000_000_000}},
-        "metrics": {**plain.load["metrics"], "kv_cache_used_peak": 0.61},
-        "capacity": {
-            "requests_per_second": 12.0, "output_tokens_per_second": 1500.0,
-            "steps": [{"rate": 12.0, "metrics": {"mean_latency_ms": 2000.0}}],
+    weights = files(3_800_000)
+    document = {
+        "schema": "slipway.release/v1", "model": "demo", "scheme": "awq", "created": "2026-11-24T01:02:03Z",
+        "source": {"uri": "hf://org/demo", "revision": "0" * 40, "files": weights}, "files": weights,
+        "quantizer": {
+            "backend": "autoawq", "version": "0.2.9", "method": "awq", "parameters": {}, "calibration": None,
+            "pins_digest": DIGEST,
         },
+        "sbom": {"path": "release/evidence/sbom.cdx.json", "digest": DIGEST},
+        "hardware": {"machine": "x86_64", "cpu": "AMD EPYC", "cores": 2, "memory_bytes": 8 * 2**30},
+        "image": image(), "gates": [load_gate(limits)], **changes,
     }  # fmt: skip
+    return Manifest.model_validate_json(json.dumps(document))
+
+
+def files(weights_bytes: int) -> dict[str, object]:
+    """The files of a release whose weights have that size."""
+    sizes = {"model.safetensors": weights_bytes, "release/evidence/load.json": 0, "release/evidence/sbom.cdx.json": 0}
+    return {name: {"sha256": "ab" * 32, "size": size} for name, size in sizes.items()}
+
+
+def image(**changes: object) -> dict[str, object]:
+    """The image of the release; by default pushed to a registry and in no need of a GPU."""
+    return {
+        "reference": f"registry.example/demo@{DIGEST}", "digest": DIGEST, "base_digest": DIGEST, "pins_digest": DIGEST,
+        "runtime": "vllm-cpu", "minimum_driver": None, **changes,
+    }  # fmt: skip
+
+
+def load_gate(limits: Mapping[str, float]) -> dict[str, object]:
+    """The load gate's record in a manifest."""
+    verdict = Verdict(gate="load", status="pass", reason="within its limits", limits=limits)
+    return {"verdict": verdict.model_dump(mode="json"), "evidence": {"release/evidence/load.json": DIGEST}}
+
+
+def measured(**changes: object) -> ReplicaMeasurements:
+    """What the demo's load test measured: four requests a second were sent; its cores are not known."""
+    found = replace(measurements(load_evidence.measured(), load_evidence.requests()), cores=None)
+    return replace(found, **changes)  # type: ignore[arg-type]  # by name
+
+
+def evidence(**changes: object) -> BundleEvidence:
+    """The evidence of the demo's release."""
+    given: dict[str, Any] = {"manifest": manifest(), "version": "3", "measured": measured(), "context": 1024}
+    return BundleEvidence(**{**given, **changes})
+
+
+def on_gpu() -> BundleEvidence:
+    """A larger model on a GPU: 12 requests a second at the service level, two seconds each."""
+    served = measured(
+        metrics={**measured().metrics, "kv_cache_used_peak": 0.61}, memory_limit_bytes=32 * 2**30,
+        gpu_memory_peak_bytes=73_000_000_000, capacity=12.0, capacity_latency_ms=2000.0,
+    )  # fmt: skip
     gpu = {"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 85520809984, "driver": "580.65.06"}
-    image = {"reference": f"registry.example/demo@{DIGEST}", "digest": DIGEST, "minimum_driver": "580.65.06"}
-    released = manifest(image=image, hardware={"cores": 16, "accelerators": [gpu]})
-    return evidence(manifest=released, load=load, context=8192, hourly=[20.0] * 23 + [60.0])
+    hardware = {"machine": "x86_64", "cpu": "AMD EPYC", "cores": 16, "memory_bytes": 2**38, "accelerators": [gpu]}
+    released = manifest(image=image(minimum_driver="580.65.06"), hardware=hardware)
+    return evidence(manifest=released, measured=served, context=8192, hourly=[20.0] * 23 + [60.0])
 
 
 def cluster(**changes: object) -> Cluster:
@@ -70,5 +95,5 @@ def cluster(**changes: object) -> Cluster:
     })  # fmt: skip
 
 
-def written(given: Evidence, folder: Path, placed: Cluster | None = None) -> Written:
+def written(given: BundleEvidence, folder: Path, placed: Cluster | None = None) -> Written:
     return write_bundle(given, IMAGE, folder, images=Images(gateway=GATEWAY), cluster=placed)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from typing import Any
+
+from evals.load.requests import RequestRecord
 
 
 def served(due_ms: Sequence[float], service_ms: Sequence[float], workers: int) -> list[float]:
@@ -18,12 +19,12 @@ def served(due_ms: Sequence[float], service_ms: Sequence[float], workers: int) -
     return ends
 
 
-def rows(due_ms: Sequence[float], service_ms: Sequence[float], workers: int) -> list[dict[str, Any]]:
-    """The rows that a perfect client would write of such a server."""
+def rows(due_ms: Sequence[float], service_ms: Sequence[float], workers: int) -> list[RequestRecord]:
+    """The records that a perfect client would write of such a server."""
     return [
-        {
-            "number": number, "due_ms": due, "start_ms": due, "late_ms": 0.0, "end_ms": end, "latency_ms": end - due,
-            "ttft_ms": end - due, "tpot_ms": 1.0, "input_tokens": 8, "output_tokens": 8, "error": None,
-        }
+        RequestRecord(
+            number=number, due_ms=due, start_ms=due, late_ms=0.0, end_ms=end, latency_ms=end - due, ttft_ms=end - due,
+            tpot_ms=1.0, input_tokens=8, output_tokens=8, error=None,
+        )
         for number, (due, end) in enumerate(zip(due_ms, served(due_ms, service_ms, workers), strict=True))
     ]  # fmt: skip

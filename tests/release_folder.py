@@ -21,7 +21,7 @@ FILES = {
     "release/evidence/drift.json": b'{"accuracy": 0.88}',
     "release/evidence/scan.json": b'{"vulnerabilities": 0}',
     "release/evidence/sbom.cdx.json": b'{"bomFormat": "CycloneDX"}',
-    "release/evidence/load.json": b'{"p95_latency_ms": 120.5}',
+    "release/evidence/load.json": (Path(__file__).parent / "data/load_test/load.json").read_bytes(),
     "release/report.html": b"<!doctype html>",
 }
 

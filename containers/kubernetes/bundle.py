@@ -20,7 +20,7 @@ from containers.kubernetes.alerts import Alert, alerts, healthy, recordings
 from containers.kubernetes.cluster import Cluster
 from containers.kubernetes.dashboard import dashboard
 from containers.kubernetes.names import mebibytes, object_name, thousandths
-from containers.kubernetes.numbers import Evidence, Number, numbers, progress_seconds, tested_cores
+from containers.kubernetes.numbers import BundleEvidence, Number, numbers, progress_seconds, tested_cores
 
 TEMPLATES = Path(__file__).with_name("templates")
 NAMESPACE = "slipway"
@@ -58,7 +58,7 @@ class Written:
 
 
 def write_bundle(
-    evidence: Evidence,
+    evidence: BundleEvidence,
     image: Mapping[str, Any],
     folder: Path,
     *,
@@ -85,8 +85,8 @@ def write_bundle(
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BundleError(f"{folder} is not empty: name another folder, or remove it")
-    if not evidence.load.get("server", {}).get("start_seconds"):
-        raise BundleError("the load test has no start of a server in it: release again")
+    if not evidence.measured.start_seconds:
+        raise BundleError("the load test measured no start of a server: release again")
     cluster = cluster or Cluster()
     found = {**numbers(evidence), "progress_seconds": progress_seconds(evidence, image.get("size_bytes"))}
     if cluster.cpu_request is not None:
@@ -114,21 +114,21 @@ def write_bundle(
 
 
 def _values(
-    evidence: Evidence, image: Mapping[str, Any], images: Images, found: Mapping[str, Number]
+    evidence: BundleEvidence, image: Mapping[str, Any], images: Images, found: Mapping[str, Number]
 ) -> dict[str, Any]:
     """What the templates are filled with beside the namespaces."""
     manifest = evidence.manifest
-    line = f"{manifest['model']}-{manifest['scheme']}"
+    line = manifest.name
     name = object_name(line)
-    reference, digest = str(manifest["image"]["reference"]), str(manifest["image"]["digest"])
+    reference, digest = manifest.image.reference, manifest.image.digest
     pushed = "@" in reference
     repository = images.engine or (reference.partition("@")[0] if pushed else f"registry.invalid/{name}")
     gateway, _, gateway_digest = (images.gateway or "registry.invalid/slipway-gateway").partition("@")
-    driver = str(manifest["image"]["minimum_driver"] or "0.0")
+    driver = manifest.image.minimum_driver or "0.0"
     major, minor = [*(int(part) for part in driver.split(".")[:2]), 0][:2]
     share = float(found["gpu_memory_share"].value)
     return {
-        "name": name, "line": line, "version": evidence.version, "digest": evidence.manifest_digest, "n": found,
+        "name": name, "line": line, "version": evidence.version, "digest": manifest.digest, "n": found,
         "image": f"{repository}@{digest}", "pushed": pushed or images.engine is not None,
         "user": int(image["user"]), "port": int(image["port"]), "model_folder": _MODEL_FOLDER,
         "on_gpu": evidence.on_gpu, "cpu_terms": NODE_TERMS,
@@ -141,7 +141,7 @@ def _values(
     }  # fmt: skip
 
 
-def _of_the_cluster(cluster: Cluster, evidence: Evidence) -> dict[str, Any]:
+def _of_the_cluster(cluster: Cluster, evidence: BundleEvidence) -> dict[str, Any]:
     """What the templates are filled with of the cluster's own."""
     redis, _, redis_digest = (cluster.redis_image or _REDIS[0]).partition("@")
     storage, weights = cluster.ephemeral_storage, _weights_mebibytes(evidence)
@@ -171,9 +171,9 @@ def _check_request(cluster: Cluster, cores: float) -> None:
         )
 
 
-def _weights_mebibytes(evidence: Evidence) -> float:
+def _weights_mebibytes(evidence: BundleEvidence) -> float:
     """All files of the release, and as much again for a pull under way, which may hold each of them twice."""
-    return 2 * sum(int(file["size"]) for file in evidence.manifest["files"].values()) / 2**20
+    return 2 * sum(file.size for file in evidence.manifest.files.values()) / 2**20
 
 
 class _Shown:
@@ -202,7 +202,7 @@ def _render(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _documents(
-    evidence: Evidence, values: Mapping[str, Any], found: Mapping[str, Number], rules: str
+    evidence: BundleEvidence, values: Mapping[str, Any], found: Mapping[str, Number], rules: str
 ) -> dict[str, str]:
     """The files that are data: the gateway's settings and routes, the operator's rules, their tests, the dashboard."""
     name = str(values["name"])
@@ -226,8 +226,8 @@ def _gateway(name: str, found: Mapping[str, Number]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _routes(evidence: Evidence, line: str, found: Mapping[str, Number]) -> dict[str, Any]:
-    model = str(evidence.manifest["model"])
+def _routes(evidence: BundleEvidence, line: str, found: Mapping[str, Number]) -> dict[str, Any]:
+    model = evidence.manifest.model
     backend = {"release": f"{line}@v{evidence.version}", "weight": 100, "replicas": []}
     route = {
         "served_as": model, "tokenizer": _TOKENIZER, "context": evidence.context,

@@ -1,4 +1,4 @@
-"""The numbers of a bundle, each with where it comes from: the manifest, the load test, or a stated choice."""
+"""The numbers of a bundle, each with its source: the manifest, the load test, or a stated choice."""
 
 from __future__ import annotations
 
@@ -8,26 +8,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from containers.kubernetes.names import mebibytes, thousandths
+from registry.manifest import Manifest
 
-# The API that people have in mind when they state nothing: an answer within half a second.
+# The service level of a release whose model's file states none: an answer within half a second.
 USUAL_P95_MS = 500.0
-# A service level of no errors at all leaves no budget that could burn: one request in a thousand does.
+# A service level of no errors at all leaves no error budget: one request in a thousand does.
 LEAST_ERROR_RATE = 0.001
-# Of its measured capacity a replica is run at this share; the rest carries bursts while another starts.
+# A replica runs at this share of its measured capacity; the rest carries bursts while another replica starts.
 HEADROOM_TARGET = 0.7
 LONGEST_GRACE_S = 600
-# vLLM's tokens stay within this share of its cache before it begins to preempt, which it does when the cache is full.
+# Another replica starts when this share of vLLM's cache is in use: when it is full, vLLM preempts requests.
 KV_TARGET = 0.8
-# Of the cores that it was tested with a replica asks for this share: the rest of such a node is for what else must run
-# there (the node's own, the gateway), and the replica has what of it is idle.
+# A replica requests this share of the cores that it was tested with: the rest of such a node is for what else must run
+# there (the node's own processes, the gateway). The replica uses the idle part of it too.
 CPU_SHARE = 0.5
-# Kubernetes' own, after which a rollout that gets no further is told.
+# Kubernetes' default, after which a rollout without progress is reported.
 _PROGRESS_SECONDS = 600
-# A node pulls and unpacks an image at so many bytes a second, on a slow day.
+# The start of a server whose load test states none.
+_START_SECONDS = 60.0
+# A slow node pulls and unpacks an image at this rate, in bytes a second.
 _PULL_RATE = 20e6
-# The time that a token takes, and what it was called before.
-_TOKEN_METRICS = ("p99_tpot_ms", "p99_inter_token_ms")
-# What the gateway sends a replica at a time where it is told nothing.
+_TPOT = "p99_tpot_ms"
+# Requests that the gateway sends a replica at a time by default.
 _PARALLEL = 64
 
 
@@ -43,49 +45,68 @@ class Number:
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What a bundle is made from: a release's manifest and load test, as JSON, and the load test's requests.
+class AnsweredRequest:
+    """One request of the load test that was answered."""
 
-    ``context`` is the model's longest context in tokens, ``hourly`` the requests a second in each hour of the day that
+    latency_ms: float
+    output_tokens: int | None
+
+
+@dataclass(frozen=True)
+class ReplicaMeasurements:
+    """What the load test measured on one replica; ``metrics`` by their names in ``load.json``.
+
+    ``start_seconds`` is None if the server never became healthy. ``cores`` is how many it was tested with, if that is
+    known. ``capacity`` is in requests a second, and None if it was not searched for; ``capacity_latency_ms`` is the
+    mean latency at that rate.
+    """
+
+    metrics: Mapping[str, float]
+    start_seconds: float | None
+    memory_limit_bytes: int
+    gpu_memory_peak_bytes: int | None = None
+    cores: float | None = None
+    capacity: float | None = None
+    capacity_latency_ms: float | None = None
+    requests: Sequence[AnsweredRequest] = ()
+
+
+@dataclass(frozen=True)
+class BundleEvidence:
+    """What a bundle is made from: a release's manifest, and what its load test measured.
+
+    ``context`` is the model's longest context in tokens; ``hourly`` the requests a second in each hour of the day that
     the release's ``cost.json`` plans for, if any; ``version`` the registry's.
     """
 
-    manifest: Mapping[str, Any]
-    manifest_digest: str
+    manifest: Manifest
     version: str
-    load: Mapping[str, Any]
-    requests: Sequence[Mapping[str, Any]]
+    measured: ReplicaMeasurements
     context: int
     hourly: Sequence[float] | None = None
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """What the load test measured."""
-        return dict(self.load.get("metrics", {}))
+        """The metrics of the load test."""
+        return self.measured.metrics
 
     @property
     def limits(self) -> Mapping[str, float]:
-        """What the load gate held it to."""
-        found = [gate["verdict"]["limits"] for gate in self.manifest["gates"] if gate["verdict"]["gate"] == "load"]
-        return dict(found[0]) if found else {}
+        """The limits of the load gate."""
+        return next((gate.verdict.limits for gate in self.manifest.gates if gate.verdict.gate == "load"), {})
 
     @property
     def on_gpu(self) -> bool:
-        """Whether what serves it needs a GPU."""
-        return self.manifest["image"]["minimum_driver"] is not None
+        """Whether the image needs a GPU."""
+        return self.manifest.image.minimum_driver is not None
 
     @property
     def searched(self) -> bool:
-        """Whether the load test looked for the capacity; else its traffic says what was asked, not what is possible."""
-        return bool((self.load.get("capacity") or {}).get("requests_per_second"))
-
-    @property
-    def good(self) -> list[Mapping[str, Any]]:
-        """The requests that were answered."""
-        return [row for row in self.requests if row.get("error") is None and row.get("latency_ms") is not None]
+        """Whether the load test searched for the capacity; otherwise its rate is the one that was sent."""
+        return bool(self.measured.capacity)
 
 
-def numbers(evidence: Evidence) -> dict[str, Number]:
+def numbers(evidence: BundleEvidence) -> dict[str, Number]:
     """Return every number of the bundle by its name in the templates."""
     capacity, in_flight = _capacity(evidence)
     found = {"capacity": capacity, "in_flight": in_flight}
@@ -97,84 +118,85 @@ def numbers(evidence: Evidence) -> dict[str, Number]:
     return found
 
 
-def progress_seconds(evidence: Evidence, image_bytes: int | None) -> Number:
+def progress_seconds(evidence: BundleEvidence, image_bytes: int | None) -> Number:
     """How long a new replica may take before its rollout counts as stuck; ``image_bytes`` are uncompressed."""
-    start = 3 * float(evidence.load["server"]["start_seconds"])
+    start = 3 * _start_seconds(evidence)
     if not image_bytes:
-        return Number(_PROGRESS_SECONDS, "Kubernetes' own: image.json has no size_bytes")
+        return Number(_PROGRESS_SECONDS, "Kubernetes' default: image.json has no size_bytes")
     return Number(
         max(_PROGRESS_SECONDS, math.ceil(image_bytes / _PULL_RATE + start)),
         f"image.json: {image_bytes / 1e9:.1f} GB at {_PULL_RATE / 1e6:.0f} MB/s, a choice, and three starts of "
-        f"{start / 3:.1f} s (load.json); at least Kubernetes' own {_PROGRESS_SECONDS}",
+        f"{start / 3:.1f} s (load.json); at least Kubernetes' default of {_PROGRESS_SECONDS}",
     )
 
 
-def _capacity(evidence: Evidence) -> tuple[Number, Number]:
-    """Requests a second that one replica carries, and how many are under way then: rate times mean latency (Little)."""
-    search = evidence.load.get("capacity") or {}
-    mean = _mean([row["latency_ms"] for row in evidence.good]) / 1000
-    if search.get("requests_per_second"):
-        rate = float(search["requests_per_second"])
-        steps = [step for step in search.get("steps", ()) if step["rate"] == rate]
-        mean = next((step["metrics"]["mean_latency_ms"] / 1000 for step in steps if step.get("metrics")), mean)
+def _start_seconds(evidence: BundleEvidence) -> float:
+    return evidence.measured.start_seconds or _START_SECONDS
+
+
+def _capacity(evidence: BundleEvidence) -> tuple[Number, Number]:
+    """Requests a second that one replica carries, and how many are in flight then: rate times mean latency (Little)."""
+    measured = evidence.measured
+    mean_ms = _mean([request.latency_ms for request in measured.requests])
+    if measured.capacity:
+        rate, mean_ms = measured.capacity, measured.capacity_latency_ms or mean_ms
         why = "load.json: capacity.requests_per_second, the highest rate at which the service level held"
     else:
-        rate = float(evidence.metrics.get("requests_per_second", 0.0)) or 1.0
-        why = (
-            "load.json: metrics.requests_per_second; the capacity was not searched for, so this is what was asked of it"
-        )
-    under_way = max(1.0, rate * mean)
+        rate = measured.metrics.get("requests_per_second") or 1.0
+        why = "load.json: metrics.requests_per_second, the rate that was sent; the capacity was not searched for"
+    in_flight = max(1.0, rate * mean_ms / 1000)
     return (
         Number(round(rate, 3), why),
         Number(
-            round(under_way, 2), f"Little's law: {rate:.3g} requests/s at {1000 * mean:.0f} ms in the mean (load.json)"
+            round(in_flight, 2),
+            f"Little's law: {rate:.3g} requests/s at a mean latency of {mean_ms:.0f} ms (load.json)",
         ),
     )
 
 
-def _resources(evidence: Evidence) -> dict[str, Number]:
-    limit = int(evidence.load["memory"]["limit_bytes"])
+def _resources(evidence: BundleEvidence) -> dict[str, Number]:
+    limit = evidence.measured.memory_limit_bytes
     peak = int(evidence.metrics.get("peak_memory_bytes") or limit)
-    gpu_peak = evidence.load["memory"].get("peak", {}).get("gpu_memory_bytes")
-    accelerators = evidence.manifest["hardware"]["accelerators"]
-    whole = accelerators[0]["memory_bytes"] if accelerators else None
+    gpu_peak = evidence.measured.gpu_memory_peak_bytes
+    accelerators = evidence.manifest.hardware.accelerators
+    whole = accelerators[0].memory_bytes if accelerators else None
     share = gpu_peak / whole if gpu_peak and whole else 0.92
-    told = "load.json: memory.peak.gpu_memory_bytes over the GPU's memory (manifest: hardware)"
-    whole_gpu = f"{told}" if gpu_peak else "vLLM's own default: 0.92 of a GPU, taken up front"
-    tested = f"load.json: memory.limit_bytes, the limit that it was tested in; its peak was {peak / 2**20:.0f}Mi"
-    cores, told_cores = tested_cores(evidence)
+    gpu_why = (
+        "load.json: memory.peak.gpu_memory_bytes over the GPU's memory (manifest: hardware)"
+        if gpu_peak
+        else "vLLM's default: 0.92 of a GPU, taken at the start"
+    )
+    tested = f"load.json: memory.limit_bytes, the limit in the load test; the peak was {peak / 2**20:.0f}Mi"
+    cores, cores_why = tested_cores(evidence)
     return {
         "memory_limit": Number(mebibytes(limit / 2**20), tested),
         "memory_peak_share": Number(round(peak / limit, 3), f"load.json: a peak of {peak} bytes, a limit of {limit}"),
-        "cpus": Number(thousandths(1000 * cores), told_cores),
+        "cpus": Number(thousandths(1000 * cores), cores_why),
         "cpu_request": Number(
             thousandths(max(1, 1000 * CPU_SHARE * cores)),
-            f"{CPU_SHARE:.0%} of the {cores:g} cores of the tests ({told_cores}): a node never has all of its own "
-            "free, and what is idle is used beyond the request",
+            f"{CPU_SHARE:.0%} of the {cores:g} cores of the load test ({cores_why}): a node never has all its cores "
+            "free, and the replica may use idle ones beyond its request",
         ),
         "gpus": Number(
             int(evidence.on_gpu),
-            "load.json: it was tested on one GPU"
+            "load.json: the load test ran on one GPU"
             if evidence.on_gpu
-            else "manifest: image.minimum_driver: it needs none",
+            else "manifest: image.minimum_driver: the image needs no GPU",
         ),
-        "gpu_memory_share": Number(round(share, 3), whole_gpu),
+        "gpu_memory_share": Number(round(share, 3), gpu_why),
     }
 
 
-def tested_cores(evidence: Evidence) -> tuple[float, str]:
-    """How many cores it was tested with, and what says so."""
-    server = evidence.load.get("server", {})
-    given = (server.get("computed_on") or {}).get("cores")
-    cores = server.get("cpus") or (len(given) if given else None)
-    if cores:
-        return float(cores), "load.json: server.cpus or the cores it was given, what it was tested with"
-    return float(evidence.manifest["hardware"]["cores"]), "manifest: hardware.cores, the machine of the tests"
+def tested_cores(evidence: BundleEvidence) -> tuple[float, str]:
+    """How many cores the server had in the load test, and the source of that number."""
+    if evidence.measured.cores:
+        return evidence.measured.cores, "load.json: server.cpus, or the number of server.computed_on.cores"
+    return float(evidence.manifest.hardware.cores), "manifest: hardware.cores, of the machine of the tests"
 
 
-def _timings(evidence: Evidence) -> dict[str, Number]:
-    start = float(evidence.load["server"]["start_seconds"] or 60.0)
-    longest = max((row["latency_ms"] for row in evidence.good), default=0.0) / 1000
+def _timings(evidence: BundleEvidence) -> dict[str, Number]:
+    start = _start_seconds(evidence)
+    longest = max((request.latency_ms for request in evidence.measured.requests), default=0.0) / 1000
     metric, token = _token_seconds(evidence)
     whole = evidence.context * token
     grace = min(LONGEST_GRACE_S, math.ceil(max(longest, whole)) + 10)
@@ -182,99 +204,102 @@ def _timings(evidence: Evidence) -> dict[str, Number]:
         "start_seconds": Number(math.ceil(start), f"load.json: server.start_seconds {start:.1f}, rounded up"),
         "start_failures": Number(
             math.ceil(3 * start / 5),
-            f"three times the {start:.1f} s that it took to start (load.json), in periods of 5 s",
+            f"three times the {start:.1f} s of a start (load.json), in periods of 5 s",
         ),
         "grace_seconds": Number(
             grace,
             f"the longest answer: {evidence.context} tokens at {1000 * token:.2f} ms ({metric}), "
             f"the longest measured {longest:.2f} s; 10 s on top, at most {LONGEST_GRACE_S}",
         ),
-        "drain_seconds": Number(5, "a choice: endpoints are told of a pod's end within a few seconds"),
+        "drain_seconds": Number(5, "a choice: endpoints learn of a pod's end within a few seconds"),
     }
 
 
-def _token_seconds(evidence: Evidence) -> tuple[str, float]:
-    """Seconds that a token takes at the most, and which measurement says so: of the metric, or of the requests."""
-    for name in _TOKEN_METRICS:
-        if evidence.metrics.get(name):
-            return f"load.json: {name}", float(evidence.metrics[name]) / 1000
-    measured = [row["latency_ms"] / row["output_tokens"] for row in evidence.good if row.get("output_tokens")]
-    return "requests.jsonl: the slowest request's latency a token", max(measured, default=0.0) / 1000
+def _token_seconds(evidence: BundleEvidence) -> tuple[str, float]:
+    """The longest time of a token in seconds, and its source: the metric, or else the slowest request."""
+    found = evidence.metrics.get(_TPOT)
+    if found:
+        return f"load.json: {_TPOT}", found / 1000
+    measured = [each.latency_ms / each.output_tokens for each in evidence.measured.requests if each.output_tokens]
+    return "requests.jsonl: the slowest request's latency per token", max(measured, default=0.0) / 1000
 
 
-def _service_level(evidence: Evidence) -> dict[str, Number]:
+def _service_level(evidence: BundleEvidence) -> dict[str, Number]:
     limits = evidence.limits
     p95, errors = limits.get("p95_latency_ms"), float(limits.get("error_rate", 0.0))
-    held = "manifest: gates.load.limits.p95_latency_ms, what the release was held to"
+    held = "manifest: gates.load.limits.p95_latency_ms, the limit of the release"
     measured = evidence.metrics.get("p95_latency_ms")
     beside = f"; measured {measured:.0f} ms" if measured else ""
     budget = max(errors, LEAST_ERROR_RATE)
     return {
         "p95_seconds": Number(
             (p95 or USUAL_P95_MS) / 1000,
-            (held if p95 else f"the usual {USUAL_P95_MS:.0f} ms: the model's file names none") + beside,
+            (held if p95 else f"the usual {USUAL_P95_MS:.0f} ms: the model's file states no limit") + beside,
         ),
         "error_budget": Number(
             budget,
             "manifest: gates.load.limits.error_rate"
             if errors >= LEAST_ERROR_RATE
-            else f"the release allows {errors:g} (manifest: gates.load.limits.error_rate): no budget can't burn",
+            else f"a choice: the release allows only {errors:g} (manifest: gates.load.limits.error_rate)",
         ),
     }
 
 
-def _scaling(evidence: Evidence, rate: float, under_way: float, start: int) -> dict[str, Number]:
+def _scaling(evidence: BundleEvidence, rate: float, in_flight: float, start: int) -> dict[str, Number]:
     peak = max(evidence.hourly) if evidence.hourly else None
     most = 10 if peak is None else max(2, math.ceil(1.5 * peak / (HEADROOM_TARGET * rate)))
     kv_peak = evidence.metrics.get("kv_cache_used_peak")
-    told = f"load.json: metrics.kv_cache_used_peak, at most {kv_peak or 0:.1%} was used in the load test"
-    seen = told if kv_peak is not None else "its use was not measured"
-    target = HEADROOM_TARGET * under_way
+    seen = (
+        "its use was not measured"
+        if kv_peak is None
+        else f"load.json: metrics.kv_cache_used_peak, at most {kv_peak:.1%} was used in the load test"
+    )
+    target = HEADROOM_TARGET * in_flight
     return {
-        "replicas": Number(2, "a choice: one may be lost, or replaced, while the other answers"),
+        "replicas": Number(2, "a choice: one may be lost or replaced while the other answers"),
         "most_replicas": Number(
             most,
-            "a choice: no load of a day is known (`cost.requests_per_day`)"
+            "a choice: the model's file has no `cost.requests_per_day`"
             if peak is None
             else f"cost.json: {peak:.3g} requests/s in the busiest hour, half as much again, at "
             f"{HEADROOM_TARGET:.0%} of {rate:.3g} a replica",
         ),
         "outstanding_target": Number(
             thousandths(max(1, 1000 * target)),
-            f"{HEADROOM_TARGET:.0%} of the {under_way:.3g} requests that are under way at a replica's capacity",
+            f"{HEADROOM_TARGET:.0%} of the {in_flight:.3g} requests in flight at a replica's capacity",
         ),
         "waiting_target": Number(
-            thousandths(max(1, 1000 * (1 - HEADROOM_TARGET) * under_way)),
-            f"the other {1 - HEADROOM_TARGET:.0%} of {under_way:.3g}: who waits beyond that waits past the capacity",
+            thousandths(max(1, 1000 * (1 - HEADROOM_TARGET) * in_flight)),
+            f"the other {1 - HEADROOM_TARGET:.0%} of {in_flight:.3g}: waiting requests beyond that exceed the capacity",
         ),
         "kv_target": Number(
             thousandths(1000 * KV_TARGET), f"a choice: vLLM preempts requests when its cache is full; {seen}"
         ),
         "scale_up_seconds": Number(
             max(15, start),
-            f"a replica starts in {start} s (load.json): no second doubling before the first one answers",
+            f"a replica starts in {start} s (load.json): no second doubling before the first new replica answers",
         ),
         "scale_down_seconds": Number(
             max(300, 10 * start),
-            f"ten starts of {start} s, at least Kubernetes' own 300 s: what is given up costs a start",
+            f"ten starts of {start} s, at least Kubernetes' default of 300 s: a replica that is removed costs a start",
         ),
     }
 
 
 def _gateway(found: Mapping[str, Number], *, known: bool) -> dict[str, Number]:
-    rate, under_way = float(found["capacity"].value), float(found["in_flight"].value)
+    rate, in_flight = float(found["capacity"].value), float(found["in_flight"].value)
     wait = 10
-    capacity = f"as many as are under way at a replica's capacity: {under_way:.3g}"
-    unknown = "the gateway's own: the capacity was not searched for, so vLLM's queue takes what it takes"
-    two = f"what two replicas of {rate:.3g} requests/s answer in the {wait} s that one waits"
+    capacity = f"as many as are in flight at a replica's capacity: {in_flight:.3g}"
+    unknown = "the gateway's default: the capacity was not searched for, and vLLM queues what it can't serve"
+    two = f"what two replicas of {rate:.3g} requests/s answer in the {wait} s that a request waits"
     return {
-        "parallel": Number(max(1, math.ceil(under_way)), capacity) if known else Number(_PARALLEL, unknown),
+        "parallel": Number(max(1, math.ceil(in_flight)), capacity) if known else Number(_PARALLEL, unknown),
         "queue_size": Number(max(8, math.ceil(rate * wait * 2)), two),
-        "queue_timeout": Number(wait, "a choice: who has waited so long has mostly gone"),
+        "queue_timeout": Number(wait, "a choice: most clients give up after that time"),
         "queue_alert": Number(
             max(1, math.ceil(2 * rate)), f"what one replica of {rate:.3g} requests/s answers in two seconds (load.json)"
         ),
-        "request_timeout": Number(found["grace_seconds"].value, f"as the grace period: {found['grace_seconds'].why}"),
+        "request_timeout": Number(found["grace_seconds"].value, f"the grace period: {found['grace_seconds'].why}"),
     }
 
 

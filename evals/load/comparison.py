@@ -1,78 +1,111 @@
-"""FP16 and each scheme under the same traffic: what each takes, gives and costs, in one table and one picture."""
+"""FP16 and each scheme under the same traffic: the rows of their comparison."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from containers.sandbox.kernels import ComputedOn
+from evals.load.evidence import LoadEvidence
 
 BASELINE = "fp16"
 
 
 @dataclass(frozen=True)
-class Contender:
+class ComparedScheme:
     """One scheme: its checkpoint's size in bytes, and the evidence of its load test."""
 
     name: str
     size_bytes: int
-    load: Mapping[str, Any]
+    load: LoadEvidence
 
 
-def table(contenders: Sequence[Contender], price_per_hour: float | None) -> list[dict[str, Any]]:
-    """One row a contender, in their order; what was not measured is None.
+class ComparisonRow(BaseModel):
+    """One scheme of a comparison; what was not measured is None.
 
-    ``cost_per_million_tokens`` is that of output tokens on a machine of ``price_per_hour`` that is kept at its
-    capacity: price / (tokens a second * 3600) * 10^6. Nobody runs at capacity all day; the ratio between schemes
-    holds nevertheless.
+    ``cost_per_million_tokens`` is the cost of output tokens on a machine that is kept at its capacity: price /
+    (tokens a second * 3600) * 10^6. No machine is at its capacity all day, but the ratio between schemes holds.
     """
-    return [_row(contender, price_per_hour) for contender in contenders]
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    size_bytes: int
+    peak_memory_bytes: float | None = None
+    start_seconds: float | None = None
+    error_rate: float | None = None
+    p50_latency_ms: float | None = None
+    p95_latency_ms: float | None = None
+    p99_latency_ms: float | None = None
+    p95_ttft_ms: float | None = None
+    p50_tpot_ms: float | None = None
+    output_tokens_per_second: float | None = None
+    request_rate: float | None = None
+    capacity_requests_per_second: float | None = None
+    capacity_interval: tuple[float | None, float | None] | None = None
+    capacity_output_tokens_per_second: float | None = None
+    cost_per_million_tokens: float | None = None
+
+    def measure(self, name: str) -> float | None:
+        """A measure by its name."""
+        value: float | None = getattr(self, name)
+        return value
 
 
-def _row(contender: Contender, price: float | None) -> dict[str, Any]:
-    metrics, found = contender.load["metrics"], contender.load["capacity"]
-    names = (
-        "peak_memory_bytes", "start_seconds", "error_rate", "p50_latency_ms", "p95_latency_ms", "p99_latency_ms",
-        "p95_ttft_ms", "p50_tpot_ms", "output_tokens_per_second",
-    )  # fmt: skip
-    tokens = found["output_tokens_per_second"] if found else None
-    profile = next(iter(contender.load["profiles"]), None)
-    return {
-        "name": contender.name,
-        "size_bytes": contender.size_bytes,
-        **{name: metrics.get(name) for name in names},
-        "request_rate": profile["requested"]["rate"] if profile else None,
-        "capacity_requests_per_second": found["requests_per_second"] if found else None,
-        "capacity_interval": found["interval"] if found else None,
-        "capacity_output_tokens_per_second": tokens,
-        "cost_per_million_tokens": price / (tokens * 3600) * 1e6 if price is not None and tokens else None,
+_METRICS = (
+    "peak_memory_bytes", "start_seconds", "error_rate", "p50_latency_ms", "p95_latency_ms", "p99_latency_ms",
+    "p95_ttft_ms", "p50_tpot_ms", "output_tokens_per_second",
+)  # fmt: skip
+# The measures in the order in which they are shown.
+MEASURES = tuple(name for name in ComparisonRow.model_fields if name not in {"name", "capacity_interval"})
+
+
+def table(schemes: Sequence[ComparedScheme], price_per_hour: float | None) -> list[ComparisonRow]:
+    """One row for each scheme, in their order."""
+    return [_row(scheme, price_per_hour) for scheme in schemes]
+
+
+def _row(scheme: ComparedScheme, price: float | None) -> ComparisonRow:
+    metrics, found = scheme.load.metrics, scheme.load.capacity
+    tokens = found.output_tokens_per_second if found else None
+    profile = next(iter(scheme.load.profiles), None)
+    return ComparisonRow(
+        name=scheme.name,
+        size_bytes=scheme.size_bytes,
+        **{name: metrics[name] for name in _METRICS if name in metrics},
+        request_rate=profile.requested.rate if profile else None,
+        capacity_requests_per_second=found.requests_per_second if found else None,
+        capacity_interval=found.interval if found else None,
+        capacity_output_tokens_per_second=tokens,
+        cost_per_million_tokens=price / (tokens * 3600) * 1e6 if price is not None and tokens else None,
+    )
+
+
+def incomparable(schemes: Sequence[ComparedScheme]) -> list[str]:
+    """Say why the schemes can't be compared: other traffic, another engine, other limits, other hardware."""
+    aspects: dict[str, Callable[[LoadEvidence], object]] = {
+        "the traffic differs": lambda load: [each.requested for each in load.profiles],
+        "the engine's version differs": lambda load: load.server.version,
+        "the container's limits differ": lambda load: (load.server.cpus, load.server.memory_limit_bytes),
     }
-
-
-def incomparable(contenders: Sequence[Contender]) -> list[str]:
-    """Say what keeps the contenders from being compared: other traffic, another engine, other limits."""
-    aspects: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-        "the traffic differs": lambda load: [each["requested"] for each in load["profiles"]],
-        "the engine's version differs": lambda load: load["server"]["version"],
-        "the container's limits differ": lambda load: [load["server"][name] for name in ("cpus", "memory_limit_bytes")],
-    }
-    found = [words for words, seen in aspects.items() if len({json.dumps(seen(each.load)) for each in contenders}) > 1]
-    first, *others = [each.load for each in contenders]
+    first, *others = [each.load for each in schemes]
+    found = [words for words, seen in aspects.items() if any(seen(other) != seen(first) for other in others)]
     if any(differ_in_hardware(first, other) for other in others):
         found.append("the CPU, its cores or the GPU differ")
     return found
 
 
-def differ_in_hardware(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two load tests are known to have been served by different hardware; the first evidence named none."""
-    told = [load["server"].get("computed_on") for load in (one, other)]
-    return None not in told and _speed_of(told[0]) != _speed_of(told[1])
+def differ_in_hardware(one: LoadEvidence, other: LoadEvidence) -> bool:
+    """Whether two load tests ran on hardware that is known to differ; early evidence does not state its hardware."""
+    first, second = one.server.computed_on, other.server.computed_on
+    return first is not None and second is not None and _speed_of(first) != _speed_of(second)
 
 
-def _speed_of(computed_on: Mapping[str, Any]) -> list[Any]:
-    """Of hardware what latencies follow from: which cores they were does not matter; how many, and for whom, does."""
-    cores = computed_on["cores"]
-    return [
-        computed_on["cpu_model"], computed_on["instruction_set"], cores and len(cores), computed_on["cores_shared"],
-        bool(computed_on["gpu"]),
-    ]  # fmt: skip
+def _speed_of(hardware: ComputedOn) -> tuple[object, ...]:
+    """What latencies depend on: the CPU, how many cores and whether they were shared, but not which cores."""
+    return (
+        hardware.cpu_model, hardware.instruction_set, hardware.cores and len(hardware.cores), hardware.cores_shared,
+        bool(hardware.gpu),
+    )  # fmt: skip

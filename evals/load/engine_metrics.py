@@ -1,4 +1,4 @@
-"""What vLLM says of itself on ``/metrics``: its KV cache, its queue, its prefix cache. Other engines say nothing."""
+"""vLLM's own metrics, read from ``/metrics``: KV cache, queue, prefix cache. Other engines have none of them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import httpx
+
+from evals.load.requests import RequestRecord
 
 # Labels of `vllm:cache_config_info`.
 _POOL = ("block_size", "num_gpu_blocks")
 _LINE = re.compile(r"^(?P<name>vllm:[a-z_0-9]+)(?:\{[^}]*\})? (?P<value>\S+)$", re.MULTILINE)
-# vLLM's counters (0.32), and what their growth over a profile is called here.
+# vLLM's counters (0.32), and the names of their growth over a profile.
 _COUNTERS = {
     "vllm:prefix_cache_queries_total": "prefix_cache_queries",
     "vllm:prefix_cache_hits_total": "prefix_cache_hits",
@@ -23,9 +24,9 @@ _COUNTERS = {
 
 @dataclass(frozen=True)
 class Scrape:
-    """All of an engine's figures at one moment, each summed over its labels; ``at`` in seconds since the epoch.
+    """An engine's metrics at one moment, each summed over its labels; ``at`` in seconds since the epoch.
 
-    ``block_tokens`` and ``blocks`` are the size of the KV cache's pool, where the engine tells.
+    ``block_tokens`` and ``blocks`` are the size of the KV cache's pool, if the engine states it.
     """
 
     values: Mapping[str, float]
@@ -34,10 +35,10 @@ class Scrape:
     blocks: int | None = None
 
     def since(self, before: Scrape) -> dict[str, float]:
-        """What happened between two scrapes: preemptions, and the share of prompt tokens found in the prefix cache."""
+        """Preemptions between two scrapes, and the share of prompt tokens found in the prefix cache."""
         grown = {
-            told: self.values[name] - before.values.get(name, 0.0)
-            for name, told in _COUNTERS.items()
+            metric: self.values[name] - before.values.get(name, 0.0)
+            for name, metric in _COUNTERS.items()
             if name in self.values
         }
         metrics = {"preemptions": grown["preemptions"]} if "preemptions" in grown else {}
@@ -53,11 +54,11 @@ class Scrape:
             "vllm:num_requests_running": "running",
             "vllm:num_requests_waiting": "waiting",
         }
-        return {told: self.values[name] for name, told in names.items() if name in self.values}
+        return {metric: self.values[name] for name, metric in names.items() if name in self.values}
 
 
 def scrape(url: str) -> Scrape | None:
-    """Read ``/metrics``; None where there is none, or nothing of vLLM's on it."""
+    """Read ``/metrics``; None if there is none, or none of vLLM's metrics on it."""
     try:
         text = httpx.get(f"{url}/metrics", timeout=5, trust_env=False).raise_for_status().text
     except httpx.HTTPError:
@@ -66,7 +67,7 @@ def scrape(url: str) -> Scrape | None:
 
 
 def parse(text: str) -> Scrape | None:
-    """Read Prometheus' text format as far as vLLM's plain counters and gauges go."""
+    """Parse vLLM's plain counters and gauges out of Prometheus' text format."""
     values: dict[str, float] = {}
     for match in _LINE.finditer(text):
         try:
@@ -78,33 +79,35 @@ def parse(text: str) -> Scrape | None:
     return Scrape(values, time.time(), *(sizes.get(name) for name in _POOL)) if values else None
 
 
-def pool(scrapes: Sequence[Scrape], rows: Sequence[Mapping[str, Any]], start: float) -> dict[str, float]:
-    """How full the KV cache's pool was, how many requests ran and waited, and how much of what it held was waste.
+def pool(scrapes: Sequence[Scrape], requests: Sequence[RequestRecord], start: float) -> dict[str, float]:
+    """The peaks of the KV cache's use and of requests running and waiting, and how much of the cache was wasted.
 
-    ``scrapes`` were taken while ``rows`` were sent, which began at ``start`` (seconds since the epoch). Waste is the
-    share of the blocks in use that no token needs: a request's last block is seldom full. It is that of the fullest
-    moment; an answer's tokens are taken to have come evenly.
+    ``scrapes`` were taken while ``requests`` were sent, which began at ``start`` (seconds since the epoch). Waste is
+    the share of the blocks in use that hold no token, because a request's last block is seldom full. It is measured at
+    the fullest moment, as if the tokens of an answer came evenly.
     """
     if not scrapes:
         return {}
-    figures = {
-        f"{told}_peak": max(scrape.kv_cache[told] for scrape in scrapes if told in scrape.kv_cache)
-        for told in ("kv_cache_used", "running", "waiting")
-        if any(told in scrape.kv_cache for scrape in scrapes)
+    metrics = {
+        f"{name}_peak": max(scrape.kv_cache[name] for scrape in scrapes if name in scrape.kv_cache)
+        for name in ("kv_cache_used", "running", "waiting")
+        if any(name in scrape.kv_cache for scrape in scrapes)
     }
     fullest = max(scrapes, key=lambda scrape: scrape.kv_cache.get("kv_cache_used", 0.0))
     if fullest.blocks and fullest.block_tokens and fullest.kv_cache.get("kv_cache_used"):
         held = fullest.kv_cache["kv_cache_used"] * fullest.blocks * fullest.block_tokens
-        needed = sum(_tokens_at(row, 1000 * (fullest.at - start)) for row in rows)
+        needed = sum(_tokens_at(request, 1000 * (fullest.at - start)) for request in requests)
         if 0 < needed <= held:
-            figures["kv_cache_waste"] = 1 - needed / held
-    return figures
+            metrics["kv_cache_waste"] = 1 - needed / held
+    return metrics
 
 
-def _tokens_at(row: Mapping[str, Any], at_ms: float) -> float:
-    """The tokens of a request that the cache holds at a moment; none before its first, nor after its last."""
-    if row["error"] is not None or not row["due_ms"] + row["ttft_ms"] <= at_ms <= row["end_ms"]:
+def _tokens_at(request: RequestRecord, at_ms: float) -> float:
+    """The tokens of a request in the cache at a moment; none before its first token, nor after its last."""
+    if request.ttft_ms is None or request.end_ms is None:
         return 0.0
-    first = row["due_ms"] + row["ttft_ms"]
-    share = (at_ms - first) / (row["end_ms"] - first) if row["end_ms"] > first else 1.0
-    return float((row["input_tokens"] or 0) + share * (row["output_tokens"] or 0))
+    first, last = request.due_ms + request.ttft_ms, request.end_ms
+    if not first <= at_ms <= last:
+        return 0.0
+    share = (at_ms - first) / (last - first) if last > first else 1.0
+    return float((request.input_tokens or 0) + share * (request.output_tokens or 0))

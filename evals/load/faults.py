@@ -1,7 +1,7 @@
-"""Faults on purpose: what a server must survive, and what it must say.
+"""Fault injection: what a server must survive, and how it must report it.
 
-Each fault is one function that mistreats the server and returns what it saw; what must hold is stated beside it, at the
-end. Those that end the server come last, and each of them waits until it is back.
+Each fault is one function that inflicts it and returns what was seen; the table at the end states what must hold. The
+faults that end the server come last, and each of them waits until the server is back.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from docker.models.containers import Container
 
 from containers.errors import ContainerError
 from containers.sandbox.sandbox import Server
+from evals.load.evidence import FaultResult
 from registry.progress import Progress
 
 CONNECTIONS = 1000
-# A server that was mistreated, and lives, must answer within this.
+# A server that survives a fault must answer within this time.
 ANSWER_SECONDS = 30.0
-# One whose engine died must say on /health that it is not healthy, or be gone, within this.
+# A server whose engine died must be unhealthy on /health, or gone, within this time.
 UNHEALTHY_SECONDS = 30.0
 _ENGINE_PROCESS = "EngineCore"
-_CROWD_THREADS = 8
-# Files that this process has open beside the crowd's connections.
+_CONNECTION_THREADS = 8
+# Files that this process has open beside the connections.
 _OTHER_FILES = 256
 _MEMINFO = Path("/proc/meminfo")
 # What this machine keeps free while a container's memory is filled.
@@ -42,10 +43,10 @@ _SPARE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a fault showed, in words, and whether what had to hold held: None where it could not be inflicted.
+class FaultOutcome:
+    """What was seen, in words, and whether it was as required: None if the fault could not be inflicted.
 
-    ``seconds`` is what the recovery took, ``limit_seconds`` what it may take.
+    ``seconds`` is how long the recovery took, ``limit_seconds`` how long it may take.
     """
 
     words: str
@@ -55,8 +56,8 @@ class Seen:
 
 
 @dataclass
-class Victim:
-    """The server and what is needed to ask it for something."""
+class FaultTarget:
+    """The server, and how to send it requests."""
 
     server: Server
     model: str
@@ -65,21 +66,21 @@ class Victim:
 
     @property
     def container(self) -> Container:
-        """The server's container; faults that need one are inflicted on no other server."""
+        """The server's container; faults that need one are left out for other servers."""
         assert self.server.container is not None  # noqa: S101 - `inflict` asked
         return self.server.container
 
     @property
     def url(self) -> str:
-        """Where completions are asked for; a restart may have moved it."""
+        """The URL of completions; a restart may change it."""
         return f"{self.server.url}/v1/completions"
 
     def body(self, **changes: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
-        """A small request, and what is wrong with it."""
+        """A small request, with ``changes``."""
         return {"model": self.model, "prompt": "import", "max_tokens": 4, "temperature": 0, **changes}
 
     def answers(self) -> bool:
-        """Whether it is healthy and answers a small request in time."""
+        """Whether the server is healthy and answers a small request in time."""
         deadline = time.monotonic() + ANSWER_SECONDS
         while time.monotonic() < deadline:
             with contextlib.suppress(httpx.HTTPError):
@@ -93,7 +94,7 @@ class Victim:
         return httpx.post(self.url, json=self.body(**changes), timeout=ANSWER_SECONDS, trust_env=False)
 
     def is_healthy(self) -> bool:
-        """What ``/health`` says; no answer is no health."""
+        """Whether ``/health`` says so; no answer counts as unhealthy."""
         try:
             return httpx.get(f"{self.server.url}/health", timeout=5, trust_env=False).status_code == httpx.codes.OK
         except httpx.HTTPError:
@@ -102,112 +103,118 @@ class Victim:
 
 def inflict(
     server: Server, model: str, context: int | None, *, recovery_s: float, progress: Progress
-) -> list[dict[str, Any]]:
-    """Mistreat the server in every way there is; return a row for each: what was done, what had to hold, what was seen.
+) -> list[FaultResult]:
+    """Inflict every fault and return a result for each.
 
-    ``ok`` is None in the row of a fault that could not be inflicted, and its words say why. A fault that ends in an
-    error of the network or of the engine did not hold. ``recovery_s`` is what the server may take from a restart to its
-    next answer.
+    ``ok`` is None for a fault that could not be inflicted, and ``seen`` says why. A fault that ends in an error of the
+    network or of the engine was not survived. ``recovery_s`` is how long the server may take from a restart to its next
+    answer.
     """
-    victim = Victim(server, model, context, recovery_s)
-    table: list[dict[str, Any]] = []
+    target = FaultTarget(server, model, context, recovery_s)
+    results: list[FaultResult] = []
     gone = False
-    for name, must, mistreat in (*_GENTLE, *_ROUGH):
+    for name, must, fault in (*_GENTLE, *_ROUGH):
         if gone:
-            seen = _left_out("the server did not come back from the one before")
-        elif server.container is None and (name, must, mistreat) in _ROUGH:
-            seen = _left_out("the server is in no container of ours")
+            outcome = _left_out("the server did not recover from the fault before")
+        elif server.container is None and (name, must, fault) in _ROUGH:
+            outcome = _left_out("the server does not run in a container of Slipway's")
         else:
-            seen = _tried(mistreat, victim)
-            gone = server.died() is not None and _lost(victim) is not None
-        told = "NOT INFLICTED" if seen.ok is None else "held" if seen.ok else "DID NOT HOLD"
-        progress(f"{name}: {told}; {seen.words}")
-        table.append({
-            "name": name, "must": must, "seen": seen.words, "ok": seen.ok, "seconds": seen.seconds,
-            "limit_seconds": seen.limit_seconds,
-        })  # fmt: skip
-    return table
+            outcome = _tried(fault, target)
+            gone = server.died() is not None and _lost(target) is not None
+        verdict = "NOT INFLICTED" if outcome.ok is None else "survived" if outcome.ok else "NOT SURVIVED"
+        progress(f"{name}: {verdict}; {outcome.words}")
+        results.append(
+            FaultResult(
+                name=name,
+                must=must,
+                seen=outcome.words,
+                ok=outcome.ok,
+                seconds=outcome.seconds,
+                limit_seconds=outcome.limit_seconds,
+            )
+        )
+    return results
 
 
-def _tried(mistreat: Mistreat, victim: Victim) -> Seen:
+def _tried(fault: Fault, target: FaultTarget) -> FaultOutcome:
     try:
-        return mistreat(victim)
+        return fault(target)
     except (OSError, httpx.HTTPError, docker.errors.DockerException, ContainerError) as error:
-        return Seen(f"it ended in an error: {type(error).__name__}: {error}", ok=False)
+        return FaultOutcome(f"it ended in an error: {type(error).__name__}: {error}", ok=False)
 
 
-def _left_out(why: str) -> Seen:
-    return Seen(f"not inflicted: {why}", ok=None)
+def _left_out(why: str) -> FaultOutcome:
+    return FaultOutcome(f"not inflicted: {why}", ok=None)
 
 
-def _refused(victim: Victim, allowed: tuple[int, ...], send: Callable[[], httpx.Response]) -> Seen:
-    """A request that is wrong must be refused with the right status and a reason, and harm nobody else."""
+def _refused(target: FaultTarget, allowed: tuple[int, ...], send: Callable[[], httpx.Response]) -> FaultOutcome:
+    """Send a wrong request: the server must refuse it with the right status and a reason, and still answer others."""
     try:
         reply = send()
     except httpx.HTTPError as error:
-        return Seen(f"no HTTP answer: {type(error).__name__}", ok=False)
+        return FaultOutcome(f"no HTTP answer: {type(error).__name__}", ok=False)
     try:
         reasoned = "error" in reply.json() or "detail" in reply.json()
     except ValueError:
         reasoned = False
-    alive = victim.answers()
+    alive = target.answers()
     words = f"HTTP {reply.status_code}, {'with' if reasoned else 'without'} a reason in JSON"
-    return Seen(
-        words if alive else f"{words}; afterwards it answers nothing",
+    return FaultOutcome(
+        words if alive else f"{words}; afterwards the server does not answer",
         ok=reply.status_code in allowed and reasoned and alive,
     )
 
 
-def _malformed(victim: Victim) -> Seen:
+def _malformed(target: FaultTarget) -> FaultOutcome:
     headers = {"Content-Type": "application/json"}
     return _refused(
-        victim, (400, 422),
-        lambda: httpx.post(victim.url, content=b'{"model": ', headers=headers, timeout=ANSWER_SECONDS, trust_env=False),
+        target, (400, 422),
+        lambda: httpx.post(target.url, content=b'{"model": ', headers=headers, timeout=ANSWER_SECONDS, trust_env=False),
     )  # fmt: skip
 
 
-def _unknown_model(victim: Victim) -> Seen:
-    return _refused(victim, (404,), lambda: victim.ask(model="no-such-model"))
+def _unknown_model(target: FaultTarget) -> FaultOutcome:
+    return _refused(target, (404,), lambda: target.ask(model="no-such-model"))
 
 
-def _too_long(victim: Victim) -> Seen:
-    words = "import os " * (victim.context or 200_000)
-    return _refused(victim, (400, 413), lambda: victim.ask(prompt=words))
+def _too_long(target: FaultTarget) -> FaultOutcome:
+    words = "import os " * (target.context or 200_000)
+    return _refused(target, (400, 413), lambda: target.ask(prompt=words))
 
 
-def _hangs_up(victim: Victim) -> Seen:
-    with _stream(victim, max_tokens=_long(victim)) as stream:
+def _hangs_up(target: FaultTarget) -> FaultOutcome:
+    with _stream(target, max_tokens=_long(target)) as stream:
         stream.recv(256)
-    return _others(victim)
+    return _others(target)
 
 
-def _slow_reader(victim: Victim) -> Seen:
-    """Somebody asks and reads nothing; others must not wait for that."""
-    with _stream(victim, max_tokens=_long(victim)):
-        return _others(victim)
+def _slow_reader(target: FaultTarget) -> FaultOutcome:
+    """Send a request and read nothing of the answer; others must not wait for that."""
+    with _stream(target, max_tokens=_long(target)):
+        return _others(target)
 
 
-def _others(victim: Victim) -> Seen:
-    """Whether, and when, somebody else is answered."""
+def _others(target: FaultTarget) -> FaultOutcome:
+    """Whether, and when, another client is answered."""
     started = time.monotonic()
-    ok = victim.answers()
+    ok = target.answers()
     seconds = time.monotonic() - started
     words = f"answered in {seconds:.1f} s" if ok else f"no answer in {ANSWER_SECONDS:.0f} s"
-    return Seen(words, ok=ok, seconds=seconds, limit_seconds=ANSWER_SECONDS)
+    return FaultOutcome(words, ok=ok, seconds=seconds, limit_seconds=ANSWER_SECONDS)
 
 
-def _crowd(victim: Victim) -> Seen:
-    """Open very many connections, have a request on each, and read what comes back."""
-    payload = _payload(victim, max_tokens=1)
-    gate = threading.Barrier(_CROWD_THREADS, timeout=4 * ANSWER_SECONDS)
+def _many_connections(target: FaultTarget) -> FaultOutcome:
+    """Open very many connections, send a request on each, and read the answers."""
+    payload = _payload(target, max_tokens=1)
+    gate = threading.Barrier(_CONNECTION_THREADS, timeout=4 * ANSWER_SECONDS)
     answers: list[str] = []
 
-    def sit(count: int) -> None:
+    def connect(count: int) -> None:
         with contextlib.ExitStack() as stack:
             try:
-                sockets = [stack.enter_context(_connect(victim)) for _ in range(count)]
+                sockets = [stack.enter_context(_connect(target)) for _ in range(count)]
             except OSError:
-                gate.abort()  # else the other threads would wait for this one
+                gate.abort()  # otherwise the other threads would wait for this one
                 raise
             gate.wait()
             for each in sockets:
@@ -217,10 +224,10 @@ def _crowd(victim: Victim) -> Seen:
                 answers.append(each.recv(64).split(b" ")[1].decode())
 
     errors = []
-    with _open_files(CONNECTIONS + _OTHER_FILES) as most, ThreadPoolExecutor(_CROWD_THREADS) as pool:
+    with _open_files(CONNECTIONS + _OTHER_FILES) as most, ThreadPoolExecutor(_CONNECTION_THREADS) as pool:
         if most < CONNECTIONS + _OTHER_FILES:
-            return _left_out(f"this machine lets a process open {most} files (`ulimit -Hn`)")
-        for done in [pool.submit(sit, CONNECTIONS // _CROWD_THREADS) for _ in range(_CROWD_THREADS)]:
+            return _left_out(f"this machine allows a process {most} open files (`ulimit -Hn`)")
+        for done in [pool.submit(connect, CONNECTIONS // _CONNECTION_THREADS) for _ in range(_CONNECTION_THREADS)]:
             try:
                 done.result()
             except threading.BrokenBarrierError:
@@ -228,13 +235,13 @@ def _crowd(victim: Victim) -> Seen:
             except (OSError, IndexError) as error:
                 errors.insert(0, f"{type(error).__name__}: {error}")
     counts = ", ".join(f"{answers.count(status)} times {status}" for status in sorted(set(answers)))
-    ok = len(answers) == CONNECTIONS and set(answers) <= {"200", "429", "503"} and victim.answers()
-    return Seen("; ".join([counts or "no answer", *errors[:1]]), ok=ok)
+    ok = len(answers) == CONNECTIONS and set(answers) <= {"200", "429", "503"} and target.answers()
+    return FaultOutcome("; ".join([counts or "no answer", *errors[:1]]), ok=ok)
 
 
 @contextlib.contextmanager
 def _open_files(wanted: int) -> Iterator[int]:
-    """Let this process open so many files for a while, as far as it may; gives how many it then may."""
+    """Raise this process's limit of open files, as far as allowed; yields the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = max(soft, wanted if hard == resource.RLIM_INFINITY else min(wanted, hard))
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
@@ -244,52 +251,52 @@ def _open_files(wanted: int) -> Iterator[int]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def _engine_killed(victim: Victim) -> Seen:
-    """Kill the process that computes, and leave the one that listens."""
+def _engine_killed(target: FaultTarget) -> FaultOutcome:
+    """Kill the process that computes, and leave the one that listens for requests."""
     script = (
         f'for p in /proc/[0-9]*; do read -r name < $p/comm; case "$name" in *{_ENGINE_PROCESS[:8]}*) '
         "kill -9 ${p#/proc/} && echo killed;; esac; done"
     )
-    if b"killed" not in victim.container.exec_run(["sh", "-c", script]).output:
-        return _left_out(f"no process of the container is called {_ENGINE_PROCESS}, or it has no shell to kill it")
+    if b"killed" not in target.container.exec_run(["sh", "-c", script]).output:
+        return _left_out(f"the container has no process named {_ENGINE_PROCESS}, or no shell to kill it with")
     started = time.monotonic()
-    while victim.is_healthy() and time.monotonic() - started < UNHEALTHY_SECONDS:
+    while target.is_healthy() and time.monotonic() - started < UNHEALTHY_SECONDS:
         time.sleep(0.1)
     unhealthy = time.monotonic() - started
-    said = unhealthy < UNHEALTHY_SECONDS
-    words = f"not healthy after {unhealthy:.1f} s" if said else f"still called healthy after {UNHEALTHY_SECONDS:.0f} s"
-    return _recovered(victim, words, ok=said)
+    reported = unhealthy < UNHEALTHY_SECONDS
+    words = f"unhealthy after {unhealthy:.1f} s" if reported else f"still healthy after {UNHEALTHY_SECONDS:.0f} s"
+    return _recovered(target, words, ok=reported)
 
 
-def _out_of_memory(victim: Victim) -> Seen:
-    """Fill the container's memory from within, until the kernel ends what is largest in it.
+def _out_of_memory(target: FaultTarget) -> FaultOutcome:
+    """Fill the container's memory from within, until the kernel kills its largest process.
 
-    Lowering the limit would do, where the kernel took it: cgroup v1 refuses a limit below what is in use.
+    Lowering the limit instead does not always work: cgroup v1 refuses a limit below what is in use.
     """
-    lacking = _memory_lacking(victim.server)
+    lacking = _memory_lacking(target.server)
     if lacking is not None:
         return _left_out(lacking)
     with contextlib.suppress(docker.errors.APIError):
-        if victim.container.exec_run(["tail", "/dev/zero"]).exit_code in {126, 127}:
+        if target.container.exec_run(["tail", "/dev/zero"]).exit_code in {126, 127}:
             return _left_out("the image has no `tail` to fill the memory with")
     started = time.monotonic()
     while time.monotonic() - started < UNHEALTHY_SECONDS:
-        died = victim.server.died()
+        died = target.server.died()
         if died is not None:
-            return _recovered(victim, str(died), ok="ran out of memory" in died.ending)
-        if time.monotonic() - started > 2 and victim.answers():
-            return Seen("another process was ended, the server answers", ok=True)
+            return _recovered(target, str(died), ok="ran out of memory" in died.ending)
+        if time.monotonic() - started > 2 and target.answers():
+            return FaultOutcome("another process was killed, the server answers", ok=True)
         time.sleep(0.2)
-    return _recovered(victim, "it runs on and answers nothing", ok=False)
+    return _recovered(target, "the server runs on and does not answer", ok=False)
 
 
 def _memory_lacking(server: Server) -> str | None:
-    """Say that this machine would run out of memory before the container does; None where it has enough.
+    """Say why this machine can't fill the container's memory: it would run out first. None where it has enough.
 
-    A machine whose cgroups can't be seen is another one, of whose memory nothing is known here.
+    If the container's cgroup can't be read, the container is on another machine, whose free memory is unknown.
     """
     if not server.memory.source.startswith("cgroup"):
-        return "the container is on another machine, whose free memory can't be seen"
+        return "the container is on another machine, whose free memory is unknown"
     held = next((each["memory_bytes"] for each in reversed(server.memory.samples) if "memory_bytes" in each), 0)
     fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
     free = int(fields["MemAvailable"].split()[0]) * 1024
@@ -299,11 +306,11 @@ def _memory_lacking(server: Server) -> str | None:
     return f"filling its limit takes {needed / 2**30:.2f} GiB, and this machine has {free / 2**30:.2f} GiB free"
 
 
-def _killed_under_load(victim: Victim) -> Seen:
-    """Kill the container while it answers: clients must get an error and not wait, health must be false at once."""
-    with _stream(victim, max_tokens=_long(victim)) as stream:
+def _killed_under_load(target: FaultTarget) -> FaultOutcome:
+    """Kill the container while it answers: clients must get an error at once, and it must be unhealthy."""
+    with _stream(target, max_tokens=_long(target)) as stream:
         stream.recv(256)
-        victim.container.kill()
+        target.container.kill()
         started = time.monotonic()
         stream.settimeout(ANSWER_SECONDS)
         ended = True
@@ -315,78 +322,78 @@ def _killed_under_load(victim: Victim) -> Seen:
         except ConnectionError:
             pass
         seconds = time.monotonic() - started
-    unhealthy = not victim.is_healthy()
-    words = f"clients {'saw it' if ended else 'did not see it'} after {seconds:.1f} s"
-    return _recovered(victim, f"{words}, health {'false' if unhealthy else 'still true'}", ok=ended and unhealthy)
+    unhealthy = not target.is_healthy()
+    words = f"clients {'got an error' if ended else 'still waited'} after {seconds:.1f} s"
+    return _recovered(target, f"{words}, {'unhealthy' if unhealthy else 'still healthy'}", ok=ended and unhealthy)
 
 
-def _recovered(victim: Victim, words: str, *, ok: bool) -> Seen:
-    """Restart the server and add whether, and when, it answered again."""
+def _recovered(target: FaultTarget, words: str, *, ok: bool) -> FaultOutcome:
+    """Restart the server, and add whether and when it answered again."""
     started = time.monotonic()
-    lost = _lost(victim)
+    lost = _lost(target)
     seconds = time.monotonic() - started
     again = lost or f"answers again {seconds:.0f} s after the restart"
-    in_time = lost is None and seconds <= victim.recovery_s
-    return Seen(f"{words}; {again}", ok=ok and in_time, seconds=seconds, limit_seconds=victim.recovery_s)
+    in_time = lost is None and seconds <= target.recovery_s
+    return FaultOutcome(f"{words}; {again}", ok=ok and in_time, seconds=seconds, limit_seconds=target.recovery_s)
 
 
-def _lost(victim: Victim) -> str | None:
-    """Restart the server; say that it does not come back, and why, or None where it answers again."""
+def _lost(target: FaultTarget) -> str | None:
+    """Restart the server; return why it does not recover, or None if it answers again."""
     try:
-        victim.server.restart()
+        target.server.restart()
     except ContainerError as error:
-        return f"it does not come back: {error}"
-    if victim.answers():
+        return f"the server did not recover: {error}"
+    if target.answers():
         return None
-    failure = victim.server.failed()
-    return "it does not come back" if failure is None else f"it does not come back: the server {failure}"
+    failure = target.server.failed()
+    return "the server did not recover" if failure is None else f"the server did not recover: it {failure}"
 
 
-Mistreat = Callable[[Victim], Seen]
+Fault = Callable[[FaultTarget], FaultOutcome]
 
-_GENTLE: tuple[tuple[str, str, Mistreat], ...] = (
+_GENTLE: tuple[tuple[str, str, Fault], ...] = (
     ("malformed JSON", "HTTP 400 or 422 with a reason", _malformed),
     ("unknown model name", "HTTP 404 with a reason", _unknown_model),
     ("prompt over the context", "HTTP 400 or 413 with a reason", _too_long),
     ("client hangs up", "the next request is answered", _hangs_up),
-    ("slow reader", "others are answered meanwhile", _slow_reader),
+    ("slow reader", "other requests are answered meanwhile", _slow_reader),
     (
         f"{CONNECTIONS:,} connections at once",
         "each gets an HTTP answer (200, 429 or 503), and it is healthy afterwards",
-        _crowd,
+        _many_connections,
     ),
 )
-# These need the container; each ends in a restart, where the server died of it.
-_ROUGH: tuple[tuple[str, str, Mistreat], ...] = (
-    ("engine process killed", "health turns false; a restart brings it back", _engine_killed),
+# These need the container; each restarts the server if it died.
+_ROUGH: tuple[tuple[str, str, Fault], ...] = (
+    ("engine process killed", "it becomes unhealthy; it recovers after a restart", _engine_killed),
     (
         "memory limit hit",
-        "it is told as such, or the server lives on; a restart brings it back",
+        "its end is reported as out of memory, or it survives; it recovers after a restart",
         _out_of_memory,
     ),
     (
         "container killed under load",
-        "clients see the end, health is false, a restart brings it back",
+        "clients get an error, it is unhealthy, it recovers after a restart",
         _killed_under_load,
     ),
 )
 
 
-def _long(victim: Victim) -> int:
-    """Tokens of an answer that takes a while."""
-    return min(1024, (victim.context or 2048) // 2)
+def _long(target: FaultTarget) -> int:
+    """The tokens of a long answer."""
+    return min(1024, (target.context or 2048) // 2)
 
 
-def _connect(victim: Victim) -> socket.socket:
-    place = urlsplit(victim.server.url)
+def _connect(target: FaultTarget) -> socket.socket:
+    place = urlsplit(target.server.url)
     made = socket.create_connection((str(place.hostname), int(place.port or 80)), timeout=ANSWER_SECONDS)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     return made
 
 
-def _payload(victim: Victim, **changes: Any) -> bytes:  # noqa: ANN401 - JSON
-    body = json.dumps(victim.body(**changes)).encode()
-    host = urlsplit(victim.server.url).netloc
+def _payload(target: FaultTarget, **changes: Any) -> bytes:  # noqa: ANN401 - JSON
+    body = json.dumps(target.body(**changes)).encode()
+    host = urlsplit(target.server.url).netloc
     head = (
         "POST /v1/completions HTTP/1.1",
         f"Host: {host}",
@@ -397,8 +404,8 @@ def _payload(victim: Victim, **changes: Any) -> bytes:  # noqa: ANN401 - JSON
 
 
 @contextlib.contextmanager
-def _stream(victim: Victim, max_tokens: int) -> Iterator[socket.socket]:
-    """A connection on which a streamed answer has been asked for; closed at the end, whatever came."""
-    with _connect(victim) as connection:
-        connection.sendall(_payload(victim, max_tokens=max_tokens, stream=True, ignore_eos=True))
+def _stream(target: FaultTarget, max_tokens: int) -> Iterator[socket.socket]:
+    """A connection on which a streamed answer was requested; it is closed at the end."""
+    with _connect(target) as connection:
+        connection.sendall(_payload(target, max_tokens=max_tokens, stream=True, ignore_eos=True))
         yield connection

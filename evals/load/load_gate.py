@@ -1,30 +1,30 @@
-"""The load gate: evidence against the plan's limits. A pure function, so that a changed limit is judged anew."""
+"""The load gate: compares evidence with the plan's limits. A pure function: a changed limit needs no new load test."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
+from evals.load.evidence import LoadEvidence
 from evals.load.plan import LoadPlan
 from evals.load.slo import met, plain, sentence
 from registry.verdict import Verdict
 
 GATE = "load"
-# Docker's own figures come about once a second, and a busy machine may miss some.
+# Docker's own figures come about once a second; a busy machine may miss some of them.
 MOST_UNWATCHED_SECONDS = 10.0
 
 
-def judge(evidence: Mapping[str, Any], plan: LoadPlan) -> Verdict:
-    """Hold the evidence of `load.measure` against the plan's limits, unrounded; a metric that is missing fails.
+def judge(evidence: LoadEvidence, plan: LoadPlan) -> Verdict:
+    """Compare the evidence of a load test with the plan's limits, unrounded; a metric that is missing fails.
 
-    A server that never got healthy, a failed canary, a dead server, a fault that it did not survive, a leak or another
-    limit not met is a fail. Traffic that was not the traffic asked for (a client that was late, requests that never
-    went out), a capacity that the client could not drive to, memory that nobody watched and a GPU that is not there are
-    inconclusive, unless something failed that they can't explain.
+    A server that never became healthy, a failed canary, a dead server, a fault that it did not survive, a leak or a
+    missed limit fails. Traffic other than requested (a late client, requests that were not sent), a search for the
+    capacity that the client ended, memory that was not sampled, and a missing GPU are inconclusive, unless something
+    failed that they can't explain.
     """
     limits = plan.limits()
-    metrics = dict(evidence["metrics"])
-    lacking = evidence.get("lacking")
+    metrics = dict(evidence.metrics)
+    lacking = evidence.lacking
     if lacking is not None:
         return _inconclusive("no-gpu", lacking, plan, metrics, limits)
     failures = _outright(evidence)
@@ -38,20 +38,20 @@ def judge(evidence: Mapping[str, Any], plan: LoadPlan) -> Verdict:
     if doubt is not None:
         return _inconclusive(*doubt, plan, metrics, limits)
     sent = ", ".join(
-        f"{each['traffic']['requests']} requests at {profile.rate:g}/s"
+        f"{each.traffic.requests} requests at {profile.rate:g}/s"
         + (f" ({profile.name})" if len(plan.traffic) > 1 else "")
-        for each, profile in zip(evidence["profiles"], plan.traffic, strict=True)
+        for each, profile in zip(evidence.profiles, plan.traffic, strict=True)
     )
     reason = f"{sent}: " + ", ".join(sentence(name, metrics, limits) for name in limits)
     return Verdict(gate=GATE, status="pass", reason=reason, metrics=metrics, limits=limits)
 
 
-def is_conclusive(evidence: Mapping[str, Any], plan: LoadPlan) -> bool:
-    """Say whether the evidence is worth keeping: the traffic was as asked for, and the server lived to its end.
+def is_conclusive(evidence: LoadEvidence, plan: LoadPlan) -> bool:
+    """Say whether the evidence can be reused: the traffic was as requested, and the server lived to its end.
 
-    What isn't should be measured again by the next run instead of being judged again.
+    The next run measures again what is not conclusive.
     """
-    if evidence.get("lacking") or evidence["server"]["died"] is not None or evidence["canary"]["error"] is not None:
+    if evidence.lacking or evidence.server.died is not None or evidence.canary.error is not None:
         return False
     return _doubt(evidence, plan) is None
 
@@ -63,83 +63,83 @@ def _inconclusive(
     return verdict.accepting({str(each): why for each, why in plan.accept_inconclusive.items()})
 
 
-def _explains(cause: str, name: str, evidence: Mapping[str, Any], limits: Mapping[str, float]) -> bool:
+def _explains(cause: str, name: str, evidence: LoadEvidence, limits: Mapping[str, float]) -> bool:
     """Whether a doubt may be why a limit was missed.
 
-    A late client lengthens latencies, and the time that throughput is counted over. A request that never went out is
-    counted as an error; those that went out and came to nothing are the server's.
+    A late client lengthens latencies, and the time that throughput is counted over. A request that was never sent
+    counts as an error; one that was sent and failed is the server's error.
     """
     metric = plain(name)
     if metric == "capacity_requests_per_second":
         return _capacity_doubt(evidence, limits) is not None
     if cause == "memory-unwatched":
-        return metric in {"peak_memory_bytes", "leak_bytes_per_request"} and name not in evidence["metrics"]
+        return metric in {"peak_memory_bytes", "leak_bytes_per_request"} and name not in evidence.metrics
     if metric == "error_rate":
         return cause == "incomplete" and all(
-            each["traffic"]["sent"] - each["traffic"]["answered"] <= limits[name] * each["traffic"]["requests"]
-            for each in evidence["profiles"]
+            each.traffic.sent - each.traffic.answered <= limits[name] * each.traffic.requests
+            for each in evidence.profiles
         )
     return metric.endswith(("latency_ms", "ttft_ms")) or metric in {"output_tokens_per_second", "requests_per_second"}
 
 
-def _outright(evidence: Mapping[str, Any]) -> list[str]:
-    """What fails whatever the limits are."""
-    server, canary = evidence["server"], evidence["canary"]
-    if server["start_seconds"] is None:
-        return [f"the server never got healthy: {server['died']}"]
-    if server["died"] is not None:
-        return [f"during the load test the server {server['died']}"]
-    if canary["ok"]:
+def _outright(evidence: LoadEvidence) -> list[str]:
+    """Failures that do not depend on the limits."""
+    server, canary = evidence.server, evidence.canary
+    if server.start_seconds is None:
+        return [f"the server never became healthy: {server.died}"]
+    if server.died is not None:
+        return [f"during the load test the server {server.died}"]
+    if canary.ok:
         return []
-    said = f"answered {canary['answer']!r}" if canary["error"] is None else f"failed ({canary['error']})"
-    return [f"canary: {canary['prompt']!r} must continue with {canary['expect']!r}, the server {said}"]
+    got = f"answered {canary.answer!r}" if canary.error is None else f"failed ({canary.error})"
+    return [f"canary: the answer to {canary.prompt!r} must begin with {canary.expect!r}, but the server {got}"]
 
 
-def _failure(name: str, metrics: Mapping[str, float], limits: Mapping[str, float], evidence: Mapping[str, Any]) -> str:
+def _failure(name: str, metrics: Mapping[str, float], limits: Mapping[str, float], evidence: LoadEvidence) -> str:
     if name == "faults_failed" and name in metrics:
-        failed = [f"{fault['name']} ({fault['seen']})" for fault in evidence["faults"] if fault["ok"] is False]
-        return f"not survived: {', '.join(failed)}"
+        failed = [f"{fault.name} ({fault.seen})" for fault in evidence.faults or () if fault.ok is False]
+        return f"faults not survived: {', '.join(failed)}"
     if name == "leak_bytes_per_request" and name in metrics:
         return f"memory leaks: at least {sentence(name, metrics, limits).removeprefix(f'{name} ')}"
     return sentence(name, metrics, limits)
 
 
-def _doubt(evidence: Mapping[str, Any], plan: LoadPlan) -> tuple[str, str] | None:
-    """Say why the traffic was not the traffic asked for, as cause and reason."""
-    if not evidence["canary"]["ok"]:
+def _doubt(evidence: LoadEvidence, plan: LoadPlan) -> tuple[str, str] | None:
+    """Say why the traffic was not as requested, as cause and reason."""
+    if not evidence.canary.ok:
         return None
     profiles = plan.traffic
-    if len(evidence["profiles"]) != len(profiles):
-        return "incomplete", f"{len(evidence['profiles'])} of {len(profiles)} profiles were sent: run again"
-    for each, profile in zip(evidence["profiles"], profiles, strict=True):
-        traffic = each["traffic"]
+    if len(evidence.profiles) != len(profiles):
+        return "incomplete", f"{len(evidence.profiles)} of {len(profiles)} profiles were sent: run again"
+    for each, profile in zip(evidence.profiles, profiles, strict=True):
+        traffic = each.traffic
         wanted = profile.requests
-        if traffic["requests"] != wanted or traffic["sent"] != wanted or not traffic["is_complete"]:
+        if traffic.requests != wanted or traffic.sent != wanted or not traffic.is_complete:
             return "incomplete", (
-                f"the load generator sent {traffic['sent']} of {wanted} requests of `{profile.name}` and says "
-                f"{'it is done' if traffic['is_complete'] else 'that it did not finish'}: run again"
+                f"the load generator sent {traffic.sent} of {wanted} requests of `{profile.name}` and "
+                f"{'finished' if traffic.is_complete else 'did not finish'}: run again"
             )
-        late = traffic["client_late_ms"]["p95"]
+        late = traffic.client_late_ms["p95"]
         if late > plan.max_client_late_ms:
             return "client-late", (
                 f"the load generator itself was late: {late:.0f} ms at p95 of `{profile.name}`, limit "
                 f"{plan.max_client_late_ms:g} ms; run again on a quieter machine"
             )
-    unwatched = evidence["memory"]["unwatched_seconds"]
+    unwatched = evidence.memory.unwatched_seconds
     if unwatched > MOST_UNWATCHED_SECONDS:
         return "memory-unwatched", (
-            f"the memory was not sampled for {unwatched:.0f} s, limit {MOST_UNWATCHED_SECONDS:g} s: its peak may have "
-            "been then; run again"
+            f"the memory was not sampled for {unwatched:.0f} s, limit {MOST_UNWATCHED_SECONDS:g} s: the peak may have "
+            "been missed; run again"
         )
     return _capacity_doubt(evidence, plan.limits())
 
 
-def _capacity_doubt(evidence: Mapping[str, Any], limits: Mapping[str, float]) -> tuple[str, str] | None:
-    """Say why the search for the capacity ended below what is asked for without having found the server's own limit."""
-    found, floor = evidence["capacity"], limits.get("capacity_requests_per_second")
-    if found is None or floor is None or found["conclusive"] or (found["requests_per_second"] or 0.0) >= floor:
+def _capacity_doubt(evidence: LoadEvidence, limits: Mapping[str, float]) -> tuple[str, str] | None:
+    """Say why the search for the capacity ended below the required rate without reaching the server's own limit."""
+    found, floor = evidence.capacity, limits.get("capacity_requests_per_second")
+    if found is None or floor is None or found.conclusive or (found.requests_per_second or 0.0) >= floor:
         return None
-    if found["first_failing"] is not None and found["first_failing"] <= floor:
+    if found.first_failing is not None and found.first_failing <= floor:
         return None
-    cause = "client-late" if found["steps"][-1]["status"] == "unclear" else "incomplete"
-    return cause, f"the search for the capacity ended early: {found['reason']}; {floor:g}/s are asked for"
+    cause = "client-late" if found.steps[-1].status == "unclear" else "incomplete"
+    return cause, f"the search for the capacity ended early: {found.reason}; {floor:g}/s are required"

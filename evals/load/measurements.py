@@ -1,48 +1,57 @@
-"""What a load test's measurements add up to: metrics by their limits' names, memory, the client's cost, findings."""
+"""Metrics from a load test's measurements, by their limits' names; memory, the client's cost, and findings."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from containers.sandbox.sandbox import Server
-from evals.load.expected_memory import Expected, compared
+from evals.load import evidence as documents
+from evals.load import requests as records
+from evals.load.capacity import Capacity
+from evals.load.evidence import ClientCost, FaultResult, Leak, LoadEvidence, MemoryResult, ProfileResult
+from evals.load.expected_memory import ExpectedMemory, compared
+from evals.load.requests import RequestRecord
 from evals.load.slo import DISTRIBUTIONS, PERCENTILES, percentile
 from evals.load.traffic.profile import TrafficProfile
 from evals.statistics.trend import slope
 
+# A sample of the server's memory: the seconds since its start, the phase, and bytes by source.
+MemorySample = Mapping[str, str | int | float]
+
+MEMORY = "memory.json"
 _MOST_SAMPLES = 6000
-# The slope of the memory begins after this share of the traffic: pools and caches fill first.
+# The slope of the memory is fitted after this share of the traffic, once pools and caches are full.
 _SETTLING_SHARE = 0.2
-# A client that takes more than this may take the server's cores.
+# A client that takes more cores than this may slow the server down.
 _COSTLY_CORES = 1.0
 
 
-def request_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What a profile's requests add up to, by the names of the limits; what could not be measured is absent."""
+def request_metrics(requests: Sequence[RequestRecord]) -> dict[str, float]:
+    """The metrics of a profile's requests, by the names of the limits; what could not be measured is absent."""
     metrics: dict[str, float] = {}
-    if not rows:
+    if not requests:
         return metrics
-    good = [row for row in rows if row["error"] is None]
-    metrics["error_rate"] = (len(rows) - len(good)) / len(rows)
+    good = [request for request in requests if request.answered]
+    metrics["error_rate"] = (len(requests) - len(good)) / len(requests)
     for column in DISTRIBUTIONS:
-        values = [row[column] for row in good if row.get(column) is not None]
+        values = [value for request in good if (value := request.column(column)) is not None]
         if values:
             metrics |= {f"p{share}_{column}": percentile(values, share) for share in PERCENTILES}
     if good:
-        seconds = (max(row["due_ms"] + row["latency_ms"] for row in good) - min(row["start_ms"] for row in good)) / 1000
-        metrics["output_tokens_per_second"] = sum(row["output_tokens"] or 0 for row in good) / seconds
+        ended = max(request.due_ms + (request.latency_ms or 0.0) for request in good)
+        seconds = (ended - min(request.sent_ms for request in good)) / 1000
+        metrics["output_tokens_per_second"] = sum(request.output_tokens or 0 for request in good) / seconds
         metrics["requests_per_second"] = len(good) / seconds
     return metrics
 
 
 def all_metrics(
     server: Server,
-    measured: Sequence[Mapping[str, Any]],
-    found: Mapping[str, Any] | None,
-    survived: Sequence[Mapping[str, Any]] | None,
+    measured: Sequence[ProfileResult],
+    found: Capacity | None,
+    survived: Sequence[FaultResult] | None,
 ) -> dict[str, float]:
     """Everything that a limit can be set for, by name; what could not be measured is absent."""
     metrics: dict[str, float] = {"start_seconds": server.started_seconds}
@@ -50,110 +59,109 @@ def all_metrics(
     if peak is not None:
         metrics["peak_memory_bytes"] = float(peak)
     for number, each in enumerate(measured):
-        prefix = f"{each['name']}." if number else ""
-        metrics |= {f"{prefix}{name}": value for name, value in each["metrics"].items()}
-    leaks = [each["leak"]["bytes_per_request"][1] for each in measured if each["leak"]]
+        prefix = f"{each.name}." if number else ""
+        metrics |= {f"{prefix}{name}": value for name, value in each.metrics.items()}
+    leaks = [each.leak.bytes_per_request[1] for each in measured if each.leak]
     if leaks:
         metrics["leak_bytes_per_request"] = max(leaks)
-    if found is not None:
-        for name in ("requests_per_second", "output_tokens_per_second"):
-            # None beside a rate that failed: the level holds at no rate. None alone: the search told nothing.
-            if found[name] is not None or found["first_failing"] is not None:
-                metrics[f"capacity_{name}"] = found[name] or 0.0
+    # No rate beside one that failed: the level holds at no rate. No rate at all: the search was inconclusive.
+    if found is not None and (found.requests_per_second is not None or found.first_failing is not None):
+        metrics["capacity_requests_per_second"] = found.requests_per_second or 0.0
+        metrics["capacity_output_tokens_per_second"] = found.output_tokens_per_second or 0.0
     if survived is not None:
-        metrics["faults_failed"] = float(sum(fault["ok"] is False for fault in survived))
+        metrics["faults_failed"] = float(sum(fault.ok is False for fault in survived))
     return metrics
 
 
-def leak(samples: Sequence[Mapping[str, Any]], profile: TrafficProfile) -> dict[str, Any] | None:
-    """The slope of the memory under load, a second and a request, each as estimate and 95% interval."""
+def leak(samples: Sequence[MemorySample], profile: TrafficProfile) -> Leak | None:
+    """The slope of the memory under load; None where there are too few samples."""
     loaded = [sample for sample in samples if sample["phase"] == "load" and "memory_bytes" in sample]
     settled = loaded[int(_SETTLING_SHARE * len(loaded)) :]
     try:
-        found = slope([each["seconds"] for each in settled], [each["memory_bytes"] for each in settled])
+        found = slope([float(each["seconds"]) for each in settled], [float(each["memory_bytes"]) for each in settled])
     except ValueError:
         return None
-    ends = [found.estimate, found.lower, found.upper]
     rate = profile.requests / profile.seconds
-    return {"bytes_per_second": ends, "bytes_per_request": [end / rate for end in ends], "samples": len(settled)}
+    return Leak(
+        bytes_per_second=(found.estimate, found.lower, found.upper),
+        bytes_per_request=(found.estimate / rate, found.lower / rate, found.upper / rate),
+        samples=len(settled),
+    )
 
 
 def memory(
-    server: Server, measured: Sequence[Mapping[str, Any]], expected: Expected | None, unwatched: float
-) -> dict[str, Any]:
-    """The memory's peaks, by phase too, how densely it was sampled, its leaks, and the prediction beside it.
+    server: Server, measured: Sequence[ProfileResult], expected: ExpectedMemory | None, unwatched: float
+) -> MemoryResult:
+    """The server's memory in the load test; its peaks leave the faults out.
 
     ``unwatched`` is the longest time without a sample, in seconds, faults left out.
     """
     sampler = server.memory
     names = sorted({name for sample in sampler.samples for name in sample} - {"seconds", "phase"})
     peaks = {name: sampler.peak(name, outside="faults") for name in names}
-    return {
-        "limit_bytes": server.memory_bytes,
-        "source": sampler.source,
-        "samples": len(sampler.samples),
-        "hertz": sampler.hertz(),
-        "unwatched_seconds": unwatched,
-        "peak": peaks,
-        "phases": sampler.peaks_by_phase(),
-        "leaks": {each["name"]: each["leak"] for each in measured if each["leak"]},
-        "expected": None if expected is None else compared(expected, peaks),
-    }
+    return MemoryResult(
+        limit_bytes=server.memory_bytes,
+        source=sampler.source,
+        samples=len(sampler.samples),
+        hertz=sampler.hertz(),
+        unwatched_seconds=unwatched,
+        peak=peaks,
+        phases=sampler.peaks_by_phase(),
+        leaks={each.name: each.leak for each in measured if each.leak},
+        expected=None if expected is None else compared(expected, peaks),
+    )
 
 
-def client_cost(drives: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the load generator itself cost: all its processor time, and the most cores that it had under way."""
-    cores = [each["cores"] for each in drives if each.get("cores") is not None]
-    return {
-        "cpu_seconds": sum(each.get("cpu_seconds", 0.0) for each in drives),
-        "seconds": sum(each.get("seconds", 0.0) for each in drives),
-        "cores": max(cores, default=None),
-    }
+def client_cost(drives: Sequence[ClientCost]) -> ClientCost:
+    """What the load generator took over all its runs: processor time, wall time, and the most cores of any."""
+    return ClientCost(
+        cpu_seconds=sum(each.cpu_seconds for each in drives),
+        seconds=sum(each.seconds for each in drives),
+        cores=max((each.cores for each in drives if each.cores is not None), default=None),
+    )
 
 
-def findings(evidence: Mapping[str, Any]) -> list[str]:
+def findings(evidence: LoadEvidence) -> tuple[str, ...]:
     """What a person should know and no limit is about."""
     found = []
-    cores = evidence["client"]["cores"]
+    cores = evidence.client.cores
     if cores is not None and cores > _COSTLY_CORES:
         found.append(
             f"the load generator itself took {cores:.2f} cores, which the server lacked if the two share a machine"
         )
-    if evidence["server"]["computed_on"]["cores_shared"]:
-        found.append("the server shared its cores with other servers, which made it slower when they were busy")
-    expected = evidence["memory"]["expected"]
-    if expected is not None and expected["off"]:
-        found.append(expected["sentence"])
-    left_out = [fault["name"] for fault in evidence["faults"] or () if fault["ok"] is None]
+    if evidence.server.computed_on is not None and evidence.server.computed_on.cores_shared:
+        found.append("the server shared its cores with other servers, which slowed it down while they were busy")
+    expected = evidence.memory.expected
+    if expected is not None and expected.off:
+        found.append(expected.sentence)
+    left_out = [fault.name for fault in evidence.faults or () if fault.ok is None]
     if left_out:
-        found.append(f"not every fault could be inflicted: {', '.join(left_out)}")
-    for each in evidence["profiles"]:
-        if each["shortened"]:
-            found.append(f"`{each['name']}` was shortened to the model's context: its figures are of shorter requests")
-        if each["traffic"].get("warmup_errors"):
-            wrong = each["traffic"]["warmup_errors"]
-            found.append(f"{len(wrong)} warm-up requests of `{each['name']}` failed: {wrong[0]}")
-        if each["queue"] and each["queue"]["growing"]:
-            found.append(f"the queue grew all through `{each['name']}`: at that rate the server is saturated")
-    return found
+        found.append(f"some faults could not be inflicted: {', '.join(left_out)}")
+    for each in evidence.profiles:
+        if each.shortened:
+            found.append(
+                f"`{each.name}` was shortened to the model's context: its measurements are of shorter requests"
+            )
+        if wrong := each.traffic.warmup_errors:
+            found.append(f"{len(wrong)} warm-up requests of `{each.name}` failed: {wrong[0]}")
+        if each.queue and each.queue.growing:
+            found.append(f"the queue grew all through `{each.name}`: the server is saturated at that rate")
+    return tuple(found)
 
 
 def write(
-    folder: Path,
-    evidence: Mapping[str, Any],
-    rows: Sequence[Mapping[str, Any]],
-    samples: Sequence[Mapping[str, Any]],
+    folder: Path, evidence: LoadEvidence, requests: Sequence[RequestRecord], samples: Sequence[MemorySample]
 ) -> None:
     """Write ``load.json``, ``requests.jsonl`` and ``memory.json``."""
-    (folder / "requests.jsonl").write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
-    (folder / "memory.json").write_text(json.dumps(_thinned(samples), allow_nan=False))
-    (folder / "load.json").write_text(json.dumps(evidence, indent=1, allow_nan=False))
+    (folder / records.FILE).write_text(records.format_requests(requests), encoding="utf-8")
+    (folder / MEMORY).write_text(json.dumps(_thinned(samples), allow_nan=False), encoding="utf-8")
+    (folder / documents.FILE).write_text(evidence.format(), encoding="utf-8")
 
 
-def _thinned(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Of a long run keep the highest sample of each stretch: an hour at ten a second is no reading for a person."""
+def _thinned(samples: Sequence[MemorySample]) -> list[MemorySample]:
+    """Keep the highest sample of each stretch of a long run, so that a report can show them all."""
     size = -(-len(samples) // _MOST_SAMPLES) or 1
     return [
-        max(samples[at : at + size], key=lambda sample: sample.get("memory_bytes", 0))
+        max(samples[at : at + size], key=lambda sample: float(sample.get("memory_bytes", 0)))
         for at in range(0, len(samples), size)
     ]

@@ -1,4 +1,4 @@
-"""What a server is held to, by name: limits of its service level, and how a measurement compares with each."""
+"""The service level objectives of a server by name, and how a measurement compares with each limit."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PERCENTILES = (50, 90, 95, 99)
 # Columns of requests.jsonl whose percentiles are metrics, `p95_latency_ms` for one.
 DISTRIBUTIONS = ("latency_ms", "ttft_ms", "tpot_ms")
-# Limits from below: the metric must reach them. Each is `min_` and its metric's name in the YAML.
+# Lower limits: the metric must reach them. In the YAML each is `min_` and its metric's name.
 FLOORS = frozenset({"output_tokens_per_second", "requests_per_second", "capacity_requests_per_second"})
-# What the time per output token was called first; a model's file may say so still.
+# Former names of the time per output token, in older models' files and older evidence.
 _FORMER = {f"p{share}_inter_token_ms": f"p{share}_tpot_ms" for share in PERCENTILES}
 
 
 class Slo(BaseModel):
-    """What the server is held to. What has no limit is measured, not judged.
+    """Limits of the service level. A metric without a limit is measured and not judged.
 
-    Percentiles are those of the answered requests, by nearest rank.
+    Percentiles are over the answered requests, by nearest rank.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,22 +67,28 @@ class Slo(BaseModel):
     def _renamed(cls, given: Any) -> Any:  # noqa: ANN401 - whatever stands in the file
         if not isinstance(given, Mapping):
             return given
-        return {_FORMER.get(key, key) if isinstance(key, str) else key: value for key, value in given.items()}
+        return {current_name(key) if isinstance(key, str) else key: value for key, value in given.items()}
 
     def over(self, defaults: Slo) -> Slo:
-        """Return these limits, and those of ``defaults`` where nothing was said here."""
-        said = self.model_dump(include=self.model_fields_set)
-        return Slo.model_validate({**defaults.model_dump(include=defaults.model_fields_set), **said})
+        """Return these limits, and those of ``defaults`` that are not set here."""
+        own = self.model_dump(include=self.model_fields_set)
+        return Slo.model_validate({**defaults.model_dump(include=defaults.model_fields_set), **own})
 
     def limits(self) -> dict[str, float]:
         """Every limit by the name of the metric that it bounds."""
         return {name.removeprefix("min_"): value for name, value in self.model_dump().items() if value is not None}
 
 
+def current_name(metric: str) -> str:
+    """The present name of a metric, of whichever profile (``chat.p99_tpot_ms``), that may go by a former one."""
+    prefix, dot, name = metric.rpartition(".")
+    return f"{prefix}{dot}{_FORMER.get(name, name)}"
+
+
 def percentile(values: Iterable[float], share: float) -> float:
     """Return the nearest-rank percentile: the least value that ``share`` percent of the values don't exceed.
 
-    Always a value that occurred, never one between two.
+    It is always one of the values.
     """
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share / 100 * len(ordered)) - 1)]
@@ -99,7 +105,7 @@ def plain(name: str) -> str:
 
 
 def met(name: str, metrics: Mapping[str, float], limits: Mapping[str, float]) -> bool:
-    """Whether a metric is within its limit, unrounded; one that is missing is not."""
+    """Whether a metric is within its limit, compared unrounded; a missing metric is not."""
     if name not in metrics:
         return False
     return metrics[name] >= limits[name] if is_floor(name) else metrics[name] <= limits[name]
@@ -115,7 +121,7 @@ def sentence(name: str, metrics: Mapping[str, float], limits: Mapping[str, float
 
 
 def shown(name: str, value: float) -> str:
-    """A measurement with its unit, as its name has it."""
+    """A measurement with its unit, which its name states."""
     if "bytes" in plain(name):
         per = " a request" if name.endswith("per_request") else ""
         return (f"{value / 2**30:.2f} GiB" if abs(value) >= 2**28 else f"{value / 2**20:.3f} MiB") + per

@@ -1,4 +1,4 @@
-"""Pictures of what quantization changed beneath the accuracies: next-token distributions, and layer by layer."""
+"""Pictures of the changes behind the accuracies: next-token distributions, and the error of each layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from evals.drift.pairs import ChoicePairs, Divergence, Drift, Example, Layer
 from evals.report.svg import WIDTH, Axis, Canvas
 
 _LEFT, _RIGHT = 116, 22
-_LAYERS = 48  # rows of a picture; a larger network is shown by its worst
+_LAYERS = 48  # rows of a picture; of a larger network only the worst layers are shown
 
 
 def divergence(found: Divergence, ceiling: float | None) -> str:
@@ -32,16 +32,16 @@ def divergence(found: Divergence, ceiling: float | None) -> str:
         side, anchor = (-4, "end") if near else (4, "start")
         canvas.text(across(mark) + side, _height(words), f"{words} {mark:.4f}", colour, anchor, 11)
     for row, bucket in enumerate(found.buckets):
-        told = (
+        words = (
             f"from position {bucket['start']:.0f}: mean {bucket['mean']:.4f}, p99 {bucket['p99']:.3f} nats,"
-            f" {bucket['agreement']:.1%} agree on the likeliest token"
+            f" {bucket['agreement']:.1%} agree on the most likely token"
         )
-        canvas.text(44, 252 + 17 * row, told, size=11)
+        canvas.text(44, 252 + 17 * row, words, size=11)
     return canvas.svg()
 
 
 def layers(found: Sequence[Layer]) -> str | None:
-    """Draw each quantized layer's relative output error, in the network's order; of many the worst."""
+    """Draw each quantized layer's relative output error, in the network's order; of a large network only the worst."""
     if not found:
         return None
     shown = list(found)
@@ -50,13 +50,13 @@ def layers(found: Sequence[Layer]) -> str | None:
         shown = [layer for layer in shown if layer.error >= least][:_LAYERS]
     left = 190
     canvas = Canvas("Relative output error of each quantized layer, on calibration text", 26 + 13 * len(shown))
-    canvas.text(0, 12, f"{len(shown)} of {len(found)} layers; the middle of all is {_middle(found):.2%}", size=11)
+    canvas.text(0, 12, f"{len(shown)} of {len(found)} layers; median of all {_median(found):.2%}", size=11)
     axis = Axis(0, max(layer.error for layer in shown), left, WIDTH - _RIGHT - 40)
     for row, layer in enumerate(shown):
         y = 20 + 13 * row
         name = layer.name.removeprefix("model.")
         canvas.text(0, y + 9, name if len(name) <= 34 else f"…{name[-33:]}", "ink", size=10)
-        worse = layer.error > 2 * _middle(found)
+        worse = layer.error > 2 * _median(found)
         canvas.box(axis(0), y, axis(layer.error) - axis(0), 10, "warn" if worse else "b", opacity=0.8)
         canvas.text(axis(layer.error) + 5, y + 9, f"{layer.error:.2%}", size=10)
     return canvas.svg()
@@ -72,7 +72,7 @@ def examples(drift: Drift) -> list[tuple[str, Example]]:
     ]
 
 
-def _middle(found: Sequence[Layer]) -> float:
+def _median(found: Sequence[Layer]) -> float:
     return sorted(layer.error for layer in found)[len(found) // 2]
 
 

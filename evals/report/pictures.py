@@ -1,7 +1,7 @@
-"""The pictures of a release: what was lost, how fast it answers, how much memory it takes, what is wrong in its image.
+"""The pictures of a release: losses, latency, memory, vulnerabilities, sizes, and the time of each stage.
 
-Each takes evidence as it is on disk and returns SVG, or None where there is nothing to show: what was not measured must
-be said, never drawn as zero.
+Each takes evidence and returns SVG, or None where there is nothing to show: what was not measured is never drawn as
+zero.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import Any
 
 from containers.scan.evidence import SEVERITIES, ScanEvidence
 from evals.drift.pairs import ChoicePairs, Drift, TextPairs
-from evals.load.load_test import percentile
+from evals.load.measurements import MemorySample
+from evals.load.requests import RequestRecord
+from evals.load.slo import percentile
 from evals.report.svg import WIDTH, Axis, Canvas
 from registry.verdict import Verdict
 
@@ -22,8 +24,8 @@ _BINS = 24
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A stage's seconds, and how many of them its workers took; ``cached`` where the seconds are of an earlier run."""
+class StageTime:
+    """A stage's seconds, and how many of them its workers took; ``cached``: the seconds are of an earlier run."""
 
     name: str
     seconds: float
@@ -32,7 +34,7 @@ class Stage:
 
 
 def losses(verdict: Verdict) -> str | None:
-    """Draw the drift gate's decision: each task's loss with its interval, in shares of what its limit allows."""
+    """Draw the drift gate's decision: each task's loss with its interval, as a share of its limit."""
     rows = list(_loss_rows(verdict))
     if not rows:
         return None
@@ -42,7 +44,7 @@ def losses(verdict: Verdict) -> str | None:
     axis = Axis(low, high, _LEFT, WIDTH - _RIGHT)
     bottom = 20 + 46 * len(rows)
     canvas.area([(axis(1), 8), (axis(high), 8), (axis(high), bottom), (axis(1), bottom)], "bad", opacity=0.1)
-    for value, colour, words in ((0.0, "grid", "nothing lost"), (1.0, "bad", "limit")):
+    for value, colour, words in ((0.0, "grid", "no loss"), (1.0, "bad", "limit")):
         canvas.line([(axis(value), 8), (axis(value), bottom)], colour, dash="4 3" if value else "")
         canvas.text(axis(value), bottom + 16, words, anchor="middle")
     for number, (estimate, lower, upper, task, words) in enumerate(rows):
@@ -78,22 +80,22 @@ def accuracy(drift: Drift, scheme: str) -> str | None:
 
 
 def bits(drift: Drift, scheme: str) -> str | None:
-    """Draw how many more bits a byte each document costs after quantization, in percent."""
+    """Draw the increase in bits per byte of each document after quantization, in percent."""
     tasks = [(name, pairs) for name, pairs in drift.tasks.items() if isinstance(pairs, TextPairs) and pairs.documents]
     if not tasks:
         return None
-    canvas = Canvas(f"Bits a byte: change of each document from FP16 to {scheme}", 190 * len(tasks))
+    canvas = Canvas(f"Bits per byte: change of each document from FP16 to {scheme}", 190 * len(tasks))
     for number, (name, pairs) in enumerate(tasks):
         _bits(canvas, 190 * number, name, pairs, scheme)
     return canvas.svg()
 
 
-def latency(requests: Sequence[Mapping[str, Any]], limits: Mapping[str, float]) -> str | None:
+def latency(requests: Sequence[RequestRecord], limits: Mapping[str, float]) -> str | None:
     """Draw the share of requests answered within a time: first token and whole answer, with p95 and its limit."""
-    good = [row for row in requests if row.get("error") is None]
+    good = [request for request in requests if request.answered]
     curves = []
     for column, colour, words in (("ttft_ms", "a", "first token"), ("latency_ms", "b", "whole answer")):
-        values = sorted(float(row[column]) for row in good if row.get(column) is not None)
+        values = sorted(value for request in good if (value := request.column(column)) is not None)
         if values:
             curves.append((column, colour, words, values))
     if not curves:
@@ -118,12 +120,12 @@ def latency(requests: Sequence[Mapping[str, Any]], limits: Mapping[str, float]) 
     for row, (column, _, words, values) in enumerate(curves):
         limit = limits.get(f"p95_{column}")
         allowed = "" if limit is None else f" of {limit:,.0f} allowed"
-        told = f"{words}: p50 {percentile(values, 50):,.0f} ms, p95 {percentile(values, 95):,.0f} ms{allowed}"
-        canvas.text(44, 252 + 17 * row, told, size=11)
+        figures = f"{words}: p50 {percentile(values, 50):,.0f} ms, p95 {percentile(values, 95):,.0f} ms{allowed}"
+        canvas.text(44, 252 + 17 * row, figures, size=11)
     return canvas.svg()
 
 
-def memory(samples: Sequence[Mapping[str, Any]], limit_bytes: float, allowed_bytes: float | None = None) -> str | None:
+def memory(samples: Sequence[MemorySample], limit_bytes: float, allowed_bytes: float | None = None) -> str | None:
     """Draw the container's memory over time with its limit, and the peak that the headroom allows."""
     points = [(float(row["seconds"]), float(row["memory_bytes"])) for row in samples if "memory_bytes" in row]
     if not points:
@@ -152,7 +154,7 @@ def memory(samples: Sequence[Mapping[str, Any]], limit_bytes: float, allowed_byt
         y = up(value / gib)
         canvas.line([(44, y), (WIDTH - _RIGHT, y)], colour, dash="4 3")
         canvas.text(50, y + 13, f"{words} {value / gib:.2f} GiB", colour, size=11)
-    # As it is judged: the faults, which fill the memory on purpose, left out.
+    # The gate judges this peak: it leaves the faults out, which fill the memory on purpose.
     judged = [row for row in samples if "memory_bytes" in row and row.get("phase") != "faults"]
     peak = max((float(row["memory_bytes"]) for row in judged), default=0.0)
     canvas.text(44, 252, f"peak {peak / gib:.2f} GiB, {peak / limit_bytes:.0%} of the limit", size=11)
@@ -193,12 +195,12 @@ def sizes(before: int, after: int, scheme: str) -> str | None:
     return canvas.svg()
 
 
-def stages(seconds: Sequence[Stage]) -> str | None:
-    """Draw where the time went: the workers' own seconds, and what is around them."""
+def stages(seconds: Sequence[StageTime]) -> str | None:
+    """Draw the time of each stage: its workers' seconds, and the rest."""
     if not seconds:
         return None
-    canvas = Canvas("Seconds a stage", 30 + 26 * len(seconds))
-    canvas.key(_LEFT, 14, [("b", "worker, engine, container"), ("a", "around it")])
+    canvas = Canvas("Seconds by stage", 30 + 26 * len(seconds))
+    canvas.key(_LEFT, 14, [("b", "worker, engine, container"), ("a", "orchestration")])
     axis = Axis(0, max(stage.seconds for stage in seconds), _LEFT, WIDTH - _RIGHT - 90)
     for row, stage in enumerate(seconds):
         y = 26 + 26 * row
@@ -213,14 +215,14 @@ def stages(seconds: Sequence[Stage]) -> str | None:
 
 
 def shown_bytes(value: float) -> str:
-    """Return bytes as a person reads them."""
+    """Return bytes with a unit."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if value >= size:
             return f"{value / size:.2f} {unit}" if value < 10 * size else f"{value / size:.1f} {unit}"
     return f"{value:.0f} B"
 
 
-# What is limited, the unit in which it is told, and how many of these are one.
+# Kind of limit → metric, its unit in the picture, and the factor to that unit.
 _KINDS = {"max_drop": ("drop", "points", 100), "max_increase": ("increase", "%", 100), "max_mean": ("mean", "nats", 1)}
 
 
@@ -235,8 +237,8 @@ def _loss_rows(verdict: Verdict) -> list[tuple[float, float, float, str, str]]:
         if not key or limit <= 0 or estimate is None or lower is None or upper is None:
             continue
         ends = f"{scale * lower:+.2f} to {scale * upper:+.2f}" if scale > 1 else f"{lower:.4f} to {upper:.4f}"
-        told = f"{scale * estimate:+.2f}" if scale > 1 else f"{estimate:.4f}"
-        words = f"{told} {unit} ({ends}), {scale * limit:.2f} allowed"
+        value = f"{scale * estimate:+.2f}" if scale > 1 else f"{estimate:.4f}"
+        words = f"{value} {unit} ({ends}), {scale * limit:.2f} allowed"
         rows.append((estimate / limit, lower / limit, upper / limit, task, words))
     return rows
 
@@ -255,7 +257,7 @@ def _flips(canvas: Canvas, top: float, pairs: ChoicePairs) -> None:
 
 
 def _bits(canvas: Canvas, top: float, name: str, pairs: TextPairs, scheme: str) -> None:
-    """Draw a histogram of the documents' change, with the change of all text taken together."""
+    """Draw a histogram of the documents' changes, with the change over all text."""
     changes = [
         100 * (document.candidate_nats / document.baseline_nats - 1)
         for document in pairs.documents
@@ -265,8 +267,8 @@ def _bits(canvas: Canvas, top: float, name: str, pairs: TextPairs, scheme: str) 
     after = sum(document.candidate_nats for document in pairs.documents)
     in_bits = math.log(2) * sum(document.bytes for document in pairs.documents)
     canvas.text(0, top + 16, name, "ink", size=13)
-    told = f"FP16 {before / in_bits:.4f}, {scheme} {after / in_bits:.4f} bits a byte"
-    canvas.text(_LEFT, top + 16, f"{told} over {len(pairs.documents):,} documents")
+    words = f"FP16 {before / in_bits:.4f}, {scheme} {after / in_bits:.4f} bits per byte"
+    canvas.text(_LEFT, top + 16, f"{words} over {len(pairs.documents):,} documents")
     if not changes or before <= 0:
         return
     axis = Axis(min(0.0, *changes), max(0.0, *changes) * 1.001 + 1e-9, _LEFT, WIDTH - _RIGHT)
@@ -284,7 +286,7 @@ def _bits(canvas: Canvas, top: float, name: str, pairs: TextPairs, scheme: str) 
     canvas.line([(axis(0), top + 30), (axis(0), up(0))], "ink", dash="2 3")
     total = 100 * (after / before - 1)
     canvas.line([(axis(total), top + 30), (axis(total), up(0))], "bad" if total > 0 else "good", width=2)
-    canvas.text(_LEFT, top + 180, f"documents by their change; all text together {total:+.2f}%", size=11)
+    canvas.text(_LEFT, top + 180, f"documents by their change; over all text {total:+.2f}%", size=11)
 
 
 def _grid(canvas: Canvas, across: Axis, up: Axis, unit: str, shown: Any) -> None:  # noqa: ANN401 - a format
@@ -297,6 +299,6 @@ def _grid(canvas: Canvas, across: Axis, up: Axis, unit: str, shown: Any) -> None
 
 
 def _thinned(points: Sequence[tuple[float, float]], most: int = 400) -> list[tuple[float, float]]:
-    """Keep the highest point of each step in time: a peak is never thinned away."""
+    """Keep the highest point of each step in time, so that peaks stay."""
     size = math.ceil(len(points) / most)
     return [max(points[at : at + size], key=lambda point: point[1]) for at in range(0, len(points), size)]

@@ -1,6 +1,6 @@
-"""The report of one release: a page that needs nothing but itself, with every verdict, its reason and its evidence.
+"""The report of one release: one self-contained page with every verdict, its reason and its evidence.
 
-What was not measured says so. The page holds no script, loads nothing, and its pictures are part of it.
+What was not measured is marked as such. The page has no script, loads nothing, and contains its pictures.
 """
 
 from __future__ import annotations
@@ -11,93 +11,90 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from containers.errors import ScanError
 from containers.scan.evidence import ScanEvidence, read_scan
 from evals.drift.pairs import Drift, read_drift
-from evals.errors import AnswersError, EvaluationError
-from evals.load.cost import sentences as told_costs
-from evals.report import cost_pictures, drift_pictures, load_pictures, load_report, pictures
-from evals.report.pictures import Stage, shown_bytes
-from evals.report.svg import page_colours
+from evals.errors import AnswersError, EvaluationError, LoadEvidenceError
+from evals.load.cost import CostEvidence, read_cost
+from evals.load.cost import sentences as cost_sentences
+from evals.load.evidence import LoadEvidence, read_load_evidence
+from evals.load.measurements import MemorySample
+from evals.load.requests import RequestRecord, read_requests
+from evals.report import cost_pictures, drift_pictures, html, load_pictures, load_report, pictures
+from evals.report.pictures import StageTime, shown_bytes
 from registry.verdict import Verdict
 
 NOT_MEASURED = "not measured"
 
 
 class ReportError(EvaluationError):
-    """Evidence that is there and can't be read; the message names the file."""
+    """Evidence that exists and can't be read; the message names the file."""
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What the gates read, as it is on disk; None or empty where there is no such file."""
+class ReportEvidence:
+    """The evidence that the gates read; None or empty where there is no such file."""
 
     drift: Drift | None = None
     scan: ScanEvidence | None = None
-    load: Mapping[str, Any] | None = None
-    requests: Sequence[Mapping[str, Any]] = ()
-    memory: Sequence[Mapping[str, Any]] = ()
+    load: LoadEvidence | None = None
+    requests: Sequence[RequestRecord] = ()
+    memory: Sequence[MemorySample] = ()
     image: Mapping[str, Any] | None = None
-    cost: Mapping[str, Any] | None = None
+    cost: CostEvidence | None = None
 
     @classmethod
-    def read(cls, *folders: Path) -> Evidence:
+    def read(cls, *folders: Path) -> ReportEvidence:
         """Read the evidence files, from ``drift.json`` to ``cost.json``, by their names.
 
-        Each is looked for in every folder: a release's ``release/evidence``, or the stages' own.
+        Each file may be in any of the folders: a release's ``release/evidence``, or those of the stages' artifacts.
 
         Raises:
-            ReportError: A file is there and can't be read.
+            ReportError: a file exists and can't be read.
         """
         found = {path.name: path for folder in folders for path in sorted(folder.glob("*.json*"))}
         try:
             return cls(
                 drift=read_drift(found["drift.json"].parent) if "drift.json" in found else None,
                 scan=read_scan(found["scan.json"].parent) if "scan.json" in found else None,
-                load=_json(found.get("load.json")),
-                requests=_lines(found.get("requests.jsonl")),
+                load=read_load_evidence(found["load.json"].parent) if "load.json" in found else None,
+                requests=read_requests(found["requests.jsonl"].parent) if "requests.jsonl" in found else (),
                 memory=_json(found.get("memory.json")) or (),
                 image=_json(found.get("image.json")),
-                cost=_json(found.get("cost.json")),
+                cost=read_cost(found["cost.json"]) if "cost.json" in found else None,
             )
-        except (AnswersError, ScanError) as error:
-            raise ReportError(f"no report: {error}") from error
+        except (AnswersError, LoadEvidenceError, ScanError) as error:
+            raise ReportError(f"the report can't be written: {error}") from error
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What the report is about. ``facts``, ``waived`` and ``digests`` are shown as given: label → value."""
+class ReportedRelease:
+    """The release that a report describes. ``facts``, ``waived`` and ``digests`` are shown as given: label → value."""
 
     model: str
     scheme: str
     created: str
     source_bytes: int | None = None
     released_bytes: int | None = None
-    stages: Sequence[Stage] = ()
+    stages: Sequence[StageTime] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
     waived: Mapping[str, str] = field(default_factory=dict)
 
 
-def write(path: Path, subject: Subject, verdicts: Sequence[Verdict], evidence: Evidence) -> None:
+def write(path: Path, subject: ReportedRelease, verdicts: Sequence[Verdict], evidence: ReportEvidence) -> None:
     """Write the report of a release; the same evidence gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render(subject, verdicts, evidence), encoding="utf-8")
 
 
-def render(subject: Subject, verdicts: Sequence[Verdict], evidence: Evidence) -> str:
+def render(subject: ReportedRelease, verdicts: Sequence[Verdict], evidence: ReportEvidence) -> str:
     """Return the report of a release as one HTML page."""
-    loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["quoted"] = quoted
     by_gate = {verdict.gate: verdict for verdict in verdicts}
-    light, dark = page_colours()
-    return environment.get_template("report.html.j2").render(
+    return html.render(
+        "report.html.j2",
         subject=subject,
         verdicts=[_row(verdict) for verdict in verdicts],
         headline=_headline(verdicts),
@@ -105,40 +102,38 @@ def render(subject: Subject, verdicts: Sequence[Verdict], evidence: Evidence) ->
         tiles=_tiles(subject, verdicts),
         load=load_report.section(evidence.load, by_gate["load"]) if evidence.load and "load" in by_gate else None,
         figures=_figures(subject, verdicts, evidence),
-        costs=evidence.cost["rows"] if evidence.cost else [],
-        cost_notes=told_costs(evidence.cost) if evidence.cost else [],
+        costs=evidence.cost.rows if evidence.cost else [],
+        cost_notes=cost_sentences(evidence.cost) if evidence.cost else [],
         flips=drift_pictures.examples(evidence.drift) if evidence.drift else [],
-        light=Markup(light),  # noqa: S704 - constants of ours
-        dark=Markup(dark),  # noqa: S704 - as above
     )
 
 
 @dataclass(frozen=True)
 class _Figure:
-    """A picture under its heading, or why there is none."""
+    """A picture under its heading, or why it is missing."""
 
     heading: str
     svg: Markup | None
     missing: str
 
 
-def _figures(subject: Subject, verdicts: Sequence[Verdict], evidence: Evidence) -> list[_Figure]:
+def _figures(subject: ReportedRelease, verdicts: Sequence[Verdict], evidence: ReportEvidence) -> list[_Figure]:
     by_gate = {verdict.gate: verdict for verdict in verdicts}
     drift, scheme = evidence.drift, subject.scheme
     limits = by_gate["load"].limits if "load" in by_gate else {}
-    limit = (evidence.load or {}).get("memory", {}).get("limit_bytes")
+    limit = evidence.load.memory.limit_bytes if evidence.load else None
     sizes = (subject.source_bytes, subject.released_bytes)
     no_drift, no_load = "the drift stage left no answers", "no request was answered"
     drawn = [
         (
-            "What was lost, against its limit",
+            "Loss, against its limit",
             pictures.losses(by_gate["drift"]) if "drift" in by_gate else None,
             no_drift,
         ),
         ("Accuracy and flips", pictures.accuracy(drift, scheme) if drift else None, no_drift),
-        ("Bits a byte", pictures.bits(drift, scheme) if drift else None, no_drift),
+        ("Bits per byte", pictures.bits(drift, scheme) if drift else None, no_drift),
         ("Divergence from FP16", _divergence(drift, by_gate.get("drift")), "distributions were not compared"),
-        ("Layer by layer", drift_pictures.layers(drift.layers) if drift else None, "no layer was held against FP16's"),
+        ("Layer by layer", drift_pictures.layers(drift.layers) if drift else None, "no layer was compared with FP16's"),
         ("Latency", pictures.latency(evidence.requests, limits), no_load),
         (
             "Memory",
@@ -152,9 +147,9 @@ def _figures(subject: Subject, verdicts: Sequence[Verdict], evidence: Evidence) 
             "sizes were not given",
         ),
         *_costs(evidence.cost),
-        ("Where the time went", pictures.stages(subject.stages), "no stage was timed"),
+        ("Time by stage", pictures.stages(subject.stages), "no stage was timed"),
     ]
-    if found := (evidence.load or {}).get("capacity"):
+    if evidence.load and (found := evidence.load.capacity):
         drawn.insert(5, ("Capacity", load_pictures.capacity(found), "fewer than two rates were answered"))
     return [
         _Figure(heading, None if svg is None else Markup(svg), missing)  # noqa: S704 - our canvas escapes its text
@@ -162,12 +157,12 @@ def _figures(subject: Subject, verdicts: Sequence[Verdict], evidence: Evidence) 
     ]
 
 
-def _costs(found: Mapping[str, Any] | None) -> list[tuple[str, str | None, str]]:
+def _costs(found: CostEvidence | None) -> list[tuple[str, str | None, str]]:
     if found is None:
-        return []  # prices are the owner's to give, no measurement that is missing
+        return []  # the model's file has no prices, which is not a missing measurement
     drawn = [("Dollars for a million output tokens", cost_pictures.per_million(found), "there are no prices")]
-    if found["day"]:
-        drawn.append(("A day, by the hour", cost_pictures.day(found), "no load of a day was given"))
+    if found.day:
+        drawn.append(("A day, by the hour", cost_pictures.day(found), "the model's file has no `requests_per_day`"))
     return drawn
 
 
@@ -184,7 +179,7 @@ def _blind(scan: ScanEvidence | None) -> str:
 
 
 def _row(verdict: Verdict) -> dict[str, Any]:
-    """A gate as the table shows it: every limit with the metric that it bounds, then the other metrics."""
+    """A gate as the table shows it: the metrics, each with its limit, then the limits that were not measured."""
     bounded = {name: _bounded_by(name, verdict.limits) for name in verdict.metrics}
     details = [
         (name, _number(name, value), "" if limit is None else _number(name, verdict.limits[limit]))
@@ -199,7 +194,7 @@ def _row(verdict: Verdict) -> dict[str, Any]:
     accepted = verdict.status == "inconclusive" and not verdict.blocks
     return {
         "gate": verdict.gate,
-        "status": "let through" if accepted else verdict.status,
+        "status": "accepted" if accepted else verdict.status,
         "tone": "bad" if verdict.blocks else "warn" if accepted else "good",
         "reason": verdict.reason,
         "accepted_because": verdict.accepted_because if accepted else None,
@@ -208,7 +203,7 @@ def _row(verdict: Verdict) -> dict[str, Any]:
 
 
 def _bounded_by(metric: str, limits: Mapping[str, float]) -> str | None:
-    """Return the limit that a metric is held to: its namesake, or for a drift's upper bound ``max_…`` of its task."""
+    """Return the limit of a metric: the one of its name, or for a drift metric's upper bound ``max_…`` of its task."""
     if metric in limits:
         return metric
     task, _, kind = metric.rpartition(".")
@@ -220,16 +215,6 @@ def _bounded_by(metric: str, limits: Mapping[str, float]) -> str | None:
     return limit if limit in limits else None
 
 
-def quoted(text: str) -> Markup:
-    """Show what stands in backticks as code, everything escaped."""
-    parts = str(text).split("`")
-    if len(parts) % 2 == 0:
-        return Markup.escape(text)
-    return Markup().join(
-        Markup("<code>{}</code>").format(part) if number % 2 else part for number, part in enumerate(parts)
-    )
-
-
 def _tone(verdicts: Sequence[Verdict]) -> str:
     if not verdicts or any(verdict.blocks for verdict in verdicts):
         return "bad"
@@ -238,18 +223,18 @@ def _tone(verdicts: Sequence[Verdict]) -> str:
 
 def _headline(verdicts: Sequence[Verdict]) -> str:
     if not verdicts:
-        return "Not judged: no gate has a verdict"
+        return "Not judged: there is no verdict of any gate"
     blocking = [verdict.gate for verdict in verdicts if verdict.blocks]
     if blocking:
         return f"Refused by {' and '.join(blocking)}"
-    let = [verdict.gate for verdict in verdicts if verdict.status != "pass"]
-    if let:
-        return f"Accepted, {' and '.join(let)} inconclusive and let through in writing"
+    inconclusive = [verdict.gate for verdict in verdicts if verdict.status != "pass"]
+    if inconclusive:
+        return f"Accepted: {' and '.join(inconclusive)} inconclusive, accepted in the model's file"
     return "Every gate passed"
 
 
-def _tiles(subject: Subject, verdicts: Sequence[Verdict]) -> list[tuple[str, str]]:
-    """The figures that a person looks for first; one that was not measured says so."""
+def _tiles(subject: ReportedRelease, verdicts: Sequence[Verdict]) -> list[tuple[str, str]]:
+    """The most important figures."""
     metrics = {name: value for verdict in verdicts for name, value in verdict.metrics.items()}
     drops = [value for name, value in metrics.items() if name.endswith(".drop")]
     increases = [value for name, value in metrics.items() if name.endswith(".increase")]
@@ -259,7 +244,7 @@ def _tiles(subject: Subject, verdicts: Sequence[Verdict]) -> list[tuple[str, str
     )
     shown = {
         "accuracy": f"{-100 * max(drops):+.2f} points" if drops else None,
-        "bits a byte": f"{100 * max(increases):+.2f} %" if increases else None,
+        "bits per byte": f"{100 * max(increases):+.2f} %" if increases else None,
         "size": f"{sizes[1] / sizes[0]:.0%} of FP16" if sizes[0] and sizes[1] else None,
         "p95 latency": f"{p95:,.0f} ms" if p95 is not None else None,
         "tokens a second": f"{speed:,.1f}" if speed is not None else None,
@@ -269,7 +254,7 @@ def _tiles(subject: Subject, verdicts: Sequence[Verdict]) -> list[tuple[str, str
 
 
 def _number(name: str, value: float) -> str:
-    """Write a metric with its unit, as its name has it; the page never decides anything."""
+    """Write a metric with its unit, which its name states."""
     if name.endswith("_bytes"):
         return shown_bytes(value)
     if name.endswith("_ms"):
@@ -283,13 +268,4 @@ def _json(path: Path | None) -> Any:  # noqa: ANN401 - what the file holds
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise ReportError(f"no report: {path} can't be read: {error}") from error
-
-
-def _lines(path: Path | None) -> Sequence[Mapping[str, Any]]:
-    if path is None:
-        return ()
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise ReportError(f"no report: {path} can't be read: {error}") from error
+        raise ReportError(f"the report can't be written: {path} can't be read: {error}") from error

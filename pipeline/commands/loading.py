@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import click
@@ -17,7 +17,9 @@ from pipeline.settings import Settings
 from registry.progress import Progress
 
 if TYPE_CHECKING:
-    from pipeline.operations.load_tests import Loaded
+    from evals.load.comparison import ComparisonRow
+    from evals.load.load_test import TrafficProgress
+    from pipeline.operations.load_tests import LoadTestResult
 
 _LINE_SECONDS = 5.0
 # Steps of a comparison's search, shorter than a release's: there are several to measure.
@@ -76,7 +78,7 @@ def load(
     with Figures() as figures:
         done = load_tests.load_now(StageContext(spec, scheme, settings, say), plan, figures)
     if as_json:
-        print_json({**_document(done), "evidence": done.evidence})
+        print_json({**_document(done), "evidence": done.evidence.model_dump(mode="json", by_alias=True)})
     else:
         _show(done)
     sys.exit(REFUSED if done.verdict.blocks else 0)
@@ -136,7 +138,9 @@ def compare(
     )  # fmt: skip
     if as_json:
         told = {scheme: verdict.model_dump(mode="json") for scheme, verdict in verdicts.items()}
-        print_json({"model": spec.model, "rows": rows, "verdicts": told, "page": str(page)})
+        print_json(
+            {"model": spec.model, "rows": [row.model_dump() for row in rows], "verdicts": told, "page": str(page)}
+        )
     else:
         _show_comparison(rows)
         for scheme, verdict in verdicts.items():
@@ -159,65 +163,61 @@ class Figures:
     def __exit__(self, *_: object) -> None:
         live.drop(self)
 
-    def __call__(self, told: Mapping[str, Any]) -> None:
-        """Show one report of the client (`evals.load.traffic.client.Watch`)."""
-        line = _figures(told)
+    def __call__(self, going: TrafficProgress) -> None:
+        """Show the progress of the traffic."""
+        line = _figures(going)
         with self._lock:
             if live.shows:
-                share = told["answered"] / told["total"] if told["phase"] == "load" and told["total"] else None
+                share = going.answered / going.total if going.phase == "load" and going.total else None
                 live.set(self, "", Text.from_markup(line).plain, share)
             elif (
-                told["phase"] == "load"
+                going.phase == "load"
                 and line != self._last
                 and time.monotonic() - self._told > _LINE_SECONDS
-                and told["answered"]
+                and going.answered
             ):
                 self._told, self._last = time.monotonic(), line
                 progress.print(line)
 
 
-def _figures(told: Mapping[str, Any]) -> str:
-    if told["phase"] != "load":
-        return f"[cyan]{told['purpose']}[/] {told['phase']}"
-    parts = [f"{told['answered']}/{told['total']} answered"]
-    parts += [f"[red]{told['errors']} errors[/]"] if told["errors"] else []
-    for name, words in (("p50_latency_ms", "p50"), ("p95_latency_ms", "p95"), ("p95_ttft_ms", "first token p95")):
-        if told[name] is not None:
-            parts.append(f"{words} {told[name]:,.0f} ms")
-    parts.append(f"{told['tokens_per_second']:,.0f} tokens/s")
-    return f"[cyan]{told['purpose']}[/] at {told['rate']:.3g}/s, {told['elapsed_s']:.0f} s: {', '.join(parts)}"
+def _figures(going: TrafficProgress) -> str:
+    if going.phase != "load":
+        return f"[cyan]{going.purpose}[/] {going.phase}"
+    parts = [f"{going.answered}/{going.total} answered"]
+    parts += [f"[red]{going.errors} errors[/]"] if going.errors else []
+    latencies = (
+        ("p50", going.p50_latency_ms), ("p95", going.p95_latency_ms), ("first token p95", going.p95_ttft_ms),
+    )  # fmt: skip
+    parts += [f"{words} {value:,.0f} ms" for words, value in latencies if value is not None]
+    parts.append(f"{going.tokens_per_second:,.0f} tokens/s")
+    return f"[cyan]{going.purpose}[/] at {going.rate:.3g}/s, {going.elapsed_s:.0f} s: {', '.join(parts)}"
 
 
-def _document(done: Loaded) -> dict[str, Any]:
+def _document(done: LoadTestResult) -> dict[str, Any]:
     verdict = done.verdict.model_dump(mode="json")
     return {"name": done.name, "verdict": verdict, "folder": str(done.folder), "page": str(done.page)}
 
 
-def _show(done: Loaded) -> None:
+def _show(done: LoadTestResult) -> None:
     from evals.report.load_report import fault_row, limit_row  # noqa: PLC0415
 
     rows = [limit_row(name, done.verdict) for name in done.verdict.limits]
     print_table(
         ("limit", "measured", "allowed", "verdict"),
-        [(row["name"], row["measured"], row["limit"], styled(row["verdict"])) for row in rows],
+        [(row.name, row.measured, row.limit, styled(row.verdict)) for row in rows],
     )
-    for fault in map(fault_row, done.evidence["faults"] or ()):
-        recovery = f", recovery {fault['recovery']}" if fault["recovery"] else ""
-        results.print(f"{fault['name']}: {fault['verdict']}, {escape(fault['seen'])}{recovery}")
-    if done.evidence["capacity"]:
-        results.print(f"\ncapacity: {done.evidence['capacity']['reason']}")
-    for finding in done.evidence["findings"]:
+    for fault in map(fault_row, done.evidence.faults or ()):
+        recovery = f", recovery {fault.recovery}" if fault.recovery else ""
+        results.print(f"{fault.name}: {fault.verdict}, {escape(fault.seen)}{recovery}")
+    if done.evidence.capacity is not None:
+        results.print(f"\ncapacity: {done.evidence.capacity.reason}")
+    for finding in done.evidence.findings:
         results.print(f"[yellow]note:[/] {escape(finding)}")
     results.print(f"\n{done.name} {styled(done.verdict.status)}: {escape(done.verdict.reason)}")
     results.print(f"the page: {escape(str(done.page))}")
 
 
-def _show_comparison(rows: Sequence[Mapping[str, Any]]) -> None:
-    from evals.report.load_report import cell, label  # noqa: PLC0415
+def _show_comparison(rows: Sequence[ComparisonRow]) -> None:
+    from evals.report.load_report import lines  # noqa: PLC0415
 
-    measures = [name for name in rows[0] if name not in {"name", "capacity_interval"}]
-    names = [name for name in measures if any(row[name] is not None for row in rows)]
-    print_table(
-        ("measure", *(str(row["name"]) for row in rows)),
-        [(label(name), *(cell(name, row[name]) for row in rows)) for name in names],
-    )
+    print_table(("measure", *(row.name for row in rows)), [(label, *cells) for label, cells in lines(rows)])

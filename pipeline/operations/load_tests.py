@@ -11,10 +11,11 @@ from typing import Any
 
 from containers.image.build import ImageRecord
 from evals.load import load_test as loads
-from evals.load.comparison import BASELINE, Contender
+from evals.load.comparison import BASELINE, ComparedScheme, ComparisonRow
+from evals.load.evidence import LoadEvidence, read_load_evidence
 from evals.load.plan import Changes, LoadPlan
 from evals.report import load_report
-from evals.report.report import Evidence
+from evals.report.report import ReportEvidence
 from pipeline.errors import SpecError
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec
@@ -29,12 +30,12 @@ from registry.verdict import Verdict
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadTestResult:
     """One load test: its verdict, its evidence, and where both are, with the page."""
 
     name: str
     verdict: Verdict
-    evidence: Mapping[str, Any]
+    evidence: LoadEvidence
     folder: Path
     page: Path
 
@@ -83,7 +84,7 @@ def artifacts(context: StageContext) -> tuple[Artifact, Artifact]:
     return source, run(IMAGE, context, {"quantized": source})
 
 
-def load_now(context: StageContext, plan: LoadPlan, live: loads.Live) -> Loaded:
+def load_now(context: StageContext, plan: LoadPlan, live: loads.Live) -> LoadTestResult:
     """Measure one release line under a plan, now, whatever was measured before; keep it under ``loads`` of the home."""
     checkpoint, image = artifacts(context)
     return measure_now(context, plan, image.document("image.json"), checkpoint, live)
@@ -91,7 +92,7 @@ def load_now(context: StageContext, plan: LoadPlan, live: loads.Live) -> Loaded:
 
 def measure_now(
     context: StageContext, plan: LoadPlan, image: Mapping[str, Any], checkpoint: Artifact, live: loads.Live
-) -> Loaded:
+) -> LoadTestResult:
     """Measure an image, by its ``image.json``, with the checkpoint that is in it."""
     name = context.release_name
     folder = context.settings.home / "loads" / f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%S}"
@@ -101,9 +102,9 @@ def measure_now(
         evidence = load.measure(context, plan, record, checkpoint, folder, Path(scratch), live)
     verdict = loads.judge(evidence, plan)
     page = folder / "load.html"
-    seen = Evidence.read(folder)
+    seen = ReportEvidence.read(folder)
     load_report.write_page(page, name, verdict, evidence, seen.requests, seen.memory)
-    return Loaded(name, verdict, evidence, folder, page)
+    return LoadTestResult(name, verdict, evidence, folder, page)
 
 
 def compare(
@@ -113,21 +114,21 @@ def compare(
     settings: Settings,
     progress: Callable[[str], Progress],
     price_per_hour: float | None,
-) -> tuple[list[dict[str, Any]], dict[str, Verdict], Path]:
+) -> tuple[list[ComparisonRow], dict[str, Verdict], Path]:
     """Measure FP16 and each scheme under the same plan, one after the other; return the table, verdicts and the page.
 
     What was measured under that very plan before is reused. ``progress`` gives each scheme its own listener.
     """
     planned = spec.model_copy(update={"load": plan})
-    contenders, verdicts = [], {}
+    compared, verdicts = [], {}
     for scheme in (BASELINE, *schemes):
         context = StageContext(planned, scheme, settings, progress(scheme))
         checkpoint, image = artifacts(context)
         measured = run(LOAD, context, {"quantized": checkpoint, "image": image})
-        contenders.append(Contender(scheme, checkpoint.size_bytes, measured.document("load.json")))
-        verdicts[scheme] = loads.judge(contenders[-1].load, plan)
+        compared.append(ComparedScheme(scheme, checkpoint.size_bytes, read_load_evidence(measured.folder)))
+        verdicts[scheme] = loads.judge(compared[-1].load, plan)
     page = settings.home / "reports" / f"{spec.model}-comparison.html"
-    rows = load_report.write_comparison(page, spec.model, contenders, verdicts, price_per_hour)
+    rows = load_report.write_comparison(page, spec.model, compared, verdicts, price_per_hour)
     return rows, verdicts, page
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from evals.load.comparison import differ_in_hardware
+from evals.load.evidence import LoadEvidence, parse_load_evidence
 from pipeline.errors import StoreError
-from pipeline.operations.load_tests import Loaded, measure_now
+from pipeline.operations.load_tests import LoadTestResult, measure_now
 from pipeline.stages.context import StageContext
 from pipeline.store.artifacts import Artifact
 from pipeline.trust import trust_of
@@ -34,7 +34,7 @@ class Speed:
     """
 
     version: str
-    loaded: Loaded
+    loaded: LoadTestResult
     slower: Mapping[str, float]
     allowed: float
 
@@ -62,28 +62,25 @@ def look_again(context: StageContext) -> Speed:
     settings, name = context.settings, context.release_name
     names = (f"{EVIDENCE}/image.json", f"{EVIDENCE}/load.json")
     champion = glance(f"{name}@{CHAMPION}", names, tracking_uri=settings.tracking_uri, trusted_keys=trust_of(settings))
-    record, then = (json.loads(champion.files[each]) for each in names)
+    record = json.loads(champion.files[names[0]])
+    then = parse_load_evidence(champion.files[names[1]], f"{names[1]} of {name}@{CHAMPION}")
     checkpoint = _checkpoint(context, name, str(record["model_digest"]))
     loaded = measure_now(context, context.spec.load, record, checkpoint, lambda _: None)
     return Speed(champion.version, loaded, slower(then, loaded.evidence), context.spec.automation.slower)
 
 
-def slower(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, float]:
+def slower(then: LoadEvidence, now: LoadEvidence) -> dict[str, float]:
     """By how much each metric is worse than it was, as a fraction; nothing where traffic or hardware differ."""
-    if [_asked(profile) for profile in then["profiles"]] != [_asked(profile) for profile in now["profiles"]]:
+    if [profile.requested for profile in then.profiles] != [profile.requested for profile in now.profiles]:
         return {}
     if differ_in_hardware(then, now):
         return {}
     found = {}
     for name, more_is_worse in _COMPARED.items():
-        before, after = then["metrics"].get(name), now["metrics"].get(name)
+        before, after = then.metrics.get(name), now.metrics.get(name)
         if before and after:
             found[name] = (after / before if more_is_worse else before / after) - 1
     return found
-
-
-def _asked(profile: Mapping[str, Any]) -> tuple[str, Mapping[str, float]]:
-    return str(profile["name"]), profile["requested"]
 
 
 def _checkpoint(context: StageContext, name: str, digest: str) -> Artifact:

@@ -10,6 +10,8 @@ from dagster import MetadataValue, TableColumn, TableRecord, TableSchema
 
 from containers.scan.evidence import read_scan
 from evals.drift.pairs import read_drift
+from evals.load.evidence import read_load_evidence
+from evals.load.requests import read_requests
 from evals.report import drift_pictures, load_pictures, pictures
 from evals.report.svg import as_markdown
 from pipeline.stages import drift as drift_stage
@@ -93,17 +95,16 @@ def scan(context: StageContext, made: Artifact) -> dict[str, Any]:
 
 def load(context: StageContext, made: Artifact) -> dict[str, Any]:
     """How fast it answered, how much memory it took, and every figure of the load test."""
-    document = made.document("load.json")
+    evidence = read_load_evidence(made.folder)
     judged = load_stage.judge(made, context.spec)
-    requests = [json.loads(line) for line in (made.folder / "requests.jsonl").read_text().splitlines()]
     samples = json.loads((made.folder / "memory.json").read_text())
     drawn = (
-        pictures.latency(requests, judged.limits),
-        pictures.memory(samples, document["memory"]["limit_bytes"], judged.limits.get("peak_memory_bytes")),
-        load_pictures.capacity(document["capacity"]) if document["capacity"] else None,
+        pictures.latency(read_requests(made.folder), judged.limits),
+        pictures.memory(samples, evidence.memory.limit_bytes, judged.limits.get("peak_memory_bytes")),
+        load_pictures.capacity(evidence.capacity) if evidence.capacity else None,
     )
-    findings = {"findings": "; ".join(document["findings"])} if document["findings"] else {}
-    return {"judged": _judged(judged), **findings, **_pictures(*drawn), **_figures(document["metrics"])}
+    findings = {"findings": "; ".join(evidence.findings)} if evidence.findings else {}
+    return {"judged": _judged(judged), **findings, **_pictures(*drawn), **_figures(evidence.metrics)}
 
 
 _DESCRIBED: Mapping[str, Callable[[StageContext, Artifact], dict[str, Any]]] = {

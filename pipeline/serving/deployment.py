@@ -1,4 +1,4 @@
-"""What a bundle is made from, out of the registry."""
+"""The evidence that a bundle is made from, out of the registry."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from pydantic import ValidationError
 
 from containers.image.build import served_context
 from containers.kubernetes.cluster import Cluster
-from containers.kubernetes.numbers import Evidence, Number
+from containers.kubernetes.numbers import AnsweredRequest, BundleEvidence, Number, ReplicaMeasurements
+from evals.load.cost import parse_cost
+from evals.load.evidence import LoadEvidence, parse_load_evidence
+from evals.load.requests import RequestRecord, parse_requests
 from evals.report import autoscaling
 from evals.report.svg import standalone
 from pipeline.errors import PlanError, SpecError
@@ -25,23 +28,24 @@ from registry.pull import Glance, glance
 _FILES = ("load.json", "requests.jsonl", "image.json", "cost.json")
 
 
-def gather(reference: str, settings: Settings) -> tuple[Evidence, Mapping[str, Any]]:
+def gather(reference: str, settings: Settings) -> tuple[BundleEvidence, Mapping[str, Any]]:
     """Read the evidence of the release ``NAME[@ALIAS]``, verified, and its ``image.json``.
 
     Raises:
         RegistryError: there is no such release, or it is not what was signed.
         PlanError: it has no load test, or can't be read.
+        LoadEvidenceError: its load test does not have the expected form.
     """
     names = ["config.json", *(f"{EVIDENCE}/{name}" for name in _FILES)]
     found = glance(reference, names, tracking_uri=settings.tracking_uri, trusted_keys=trust_of(settings))
-    load, image, config = (_document(found, name) for name in (names[1], names[3], names[0]))
-    rows = [json.loads(line) for line in found.files.get(f"{EVIDENCE}/requests.jsonl", b"").splitlines()]
-    evidence = Evidence(
-        manifest=found.manifest.model_dump(mode="json", by_alias=True),
-        manifest_digest=found.manifest.digest,
+    config_file, load_file, requests_file, image_file, _ = names
+    image, config = _document(found, image_file), _document(found, config_file)
+    load = parse_load_evidence(_file(found, load_file), f"{load_file} of {found.manifest.name}")
+    requests = parse_requests(found.files.get(requests_file, b""), f"{requests_file} of {found.manifest.name}")
+    evidence = BundleEvidence(
+        manifest=found.manifest,
         version=found.version,
-        load=load,
-        requests=rows,
+        measured=measurements(load, requests),
         context=served_context(config) or read_facts(config).context,
         hourly=_hourly(found),
     )
@@ -61,27 +65,52 @@ def cluster(path: Path) -> Cluster:
         raise SpecError(listed(f"{path} does not describe a cluster:", problems)) from error
 
 
-def simulated(evidence: Evidence, found: Mapping[str, Number]) -> dict[str, str]:
-    """A day under the bundle's autoscaler, as files: what it came to, and the picture."""
-    told = autoscaling.compare(found, evidence.metrics.get("p95_latency_ms"), evidence.hourly)
-    drawn = standalone(autoscaling.picture(told))
+def measurements(load: LoadEvidence, requests: Sequence[RequestRecord]) -> ReplicaMeasurements:
+    """What a bundle needs of a load test."""
+    capacity = load.capacity
+    rate = capacity.requests_per_second if capacity else None
+    at_capacity = [step for step in capacity.steps if step.rate == rate] if capacity else []
+    return ReplicaMeasurements(
+        metrics=load.metrics,
+        start_seconds=load.server.start_seconds,
+        memory_limit_bytes=load.memory.limit_bytes,
+        gpu_memory_peak_bytes=load.memory.peak.get("gpu_memory_bytes"),
+        cores=load.server.cores,
+        capacity=rate,
+        capacity_latency_ms=at_capacity[0].metrics.get("mean_latency_ms") if at_capacity else None,
+        requests=[
+            AnsweredRequest(request.latency_ms, request.output_tokens)
+            for request in requests
+            if request.answered and request.latency_ms is not None
+        ],
+    )
+
+
+def simulated(evidence: BundleEvidence, found: Mapping[str, Number]) -> dict[str, str]:
+    """A simulated day under the bundle's autoscaler, as files: the outcome and its picture."""
+    outcome = autoscaling.compare(found, evidence.metrics.get("p95_latency_ms"), evidence.hourly)
     return {
-        "autoscaling/simulation.json": json.dumps(told, indent=1) + "\n",
-        "autoscaling/simulation.svg": drawn + "\n",
+        "autoscaling/simulation.json": outcome.format() + "\n",
+        "autoscaling/simulation.svg": standalone(autoscaling.picture(outcome)) + "\n",
     }
 
 
 def _hourly(found: Glance) -> Sequence[float] | None:
-    """Requests a second in each hour of the day that the release's prices were given for."""
-    raw = found.files.get(f"{EVIDENCE}/cost.json")
-    day = json.loads(raw).get("day") if raw else None
-    return day["requests_per_second"] if day else None
+    """Requests a second in each hour of the day that the model's file plans for, if it does."""
+    name = f"{EVIDENCE}/cost.json"
+    data = found.files.get(name)
+    day = parse_cost(data, f"{name} of {found.manifest.name}").day if data else None
+    return day.requests_per_second if day else None
+
+
+def _file(found: Glance, name: str) -> bytes:
+    if name not in found.files:
+        raise PlanError(f"{found.manifest.name} has no {name}: release it again")
+    return found.files[name]
 
 
 def _document(found: Glance, name: str) -> dict[str, Any]:
-    if name not in found.files:
-        raise PlanError(f"{found.manifest.name} has no {name}: release it again")
-    document = json.loads(found.files[name])
+    document = json.loads(_file(found, name))
     if not isinstance(document, dict):
-        raise PlanError(f"{name} of {found.manifest.name} is no JSON object")
+        raise PlanError(f"{name} of {found.manifest.name} is not a JSON object: release it again")
     return document

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +21,17 @@ from containers.errors import ContainerError
 from containers.hardware.core_pool import CoreRequest
 from containers.hardware.gpu import gpus
 from containers.sandbox import sandbox
+from evals.load.evidence import read_load_evidence
 from pipeline.errors import SlipwayError
 from pipeline.settings import Settings
-from registry.manifest import Manifest
+from registry.manifest import EVIDENCE, Manifest
 from registry.progress import Progress
 
 REPLICA_LABEL = "slipway.replica"
 _POLL_SECONDS = 0.5
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
-_DEFAULT_MEMORY, _DEFAULT_START_S = 8 * 2**30, 600.0
+# A replica may take this many times as long to start as in the load test, and at least ten minutes.
+_STARTS, _LEAST_START_TIMEOUT_S = 4, 600.0
 _WARM_REQUESTS, _WARM_TOKENS = 2, 8
 _WARM_SECONDS = 120.0
 
@@ -49,11 +50,14 @@ class Resources:
 
     @classmethod
     def tested(cls, folder: Path) -> Resources:
-        """Read a pulled release's load evidence; what it does not say is generous."""
-        evidence: Mapping[str, Any] = json.loads((folder / "release/evidence/load.json").read_text())
-        memory = evidence.get("memory", {}).get("limit_bytes") or _DEFAULT_MEMORY
-        timeout = evidence.get("requested", {}).get("start_timeout_s") or _DEFAULT_START_S
-        return cls(int(memory), evidence.get("server", {}).get("cpus"), float(timeout))
+        """Read the resources from a pulled release's load test.
+
+        Raises:
+            LoadEvidenceError: its evidence can't be read.
+        """
+        evidence = read_load_evidence(folder / EVIDENCE)
+        timeout = max(_LEAST_START_TIMEOUT_S, _STARTS * (evidence.server.start_seconds or 0.0))
+        return cls(evidence.memory.limit_bytes, evidence.server.cpus, timeout)
 
 
 class Fleet:

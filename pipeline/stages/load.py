@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from containers.errors import UnhealthyError
 from containers.hardware import gpu_pool
@@ -13,7 +11,8 @@ from containers.image import profile as profiles
 from containers.image.build import ImageRecord
 from containers.sandbox import sandbox
 from evals.load import load_test
-from evals.load.expected_memory import Expected, expect
+from evals.load.evidence import LoadEvidence, read_load_evidence
+from evals.load.expected_memory import ExpectedMemory, expect
 from pipeline.planner.sources import describe_folder
 from pipeline.planner.weights import stored
 from pipeline.spec import ModelSpec
@@ -50,14 +49,14 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
 
 def stale(context: StageContext, load: Artifact) -> str | None:
     """Say so where the last load test was inconclusive: its server was disturbed, so the next may decide."""
-    if load_test.is_conclusive(load.document("load.json"), context.spec.load):
+    if load_test.is_conclusive(read_load_evidence(load.folder), context.spec.load):
         return None
     return "the last load test was inconclusive: measuring again"
 
 
 def judge(load: Artifact, spec: ModelSpec) -> Verdict:
     """Compare the measurements with the model's service level."""
-    return load_test.judge(load.document("load.json"), spec.load)
+    return load_test.judge(read_load_evidence(load.folder), spec.load)
 
 
 def measure(
@@ -68,7 +67,7 @@ def measure(
     folder: Path,
     scratch: Path,
     live: load_test.Live = lambda _: None,
-) -> Mapping[str, Any]:
+) -> LoadEvidence:
     """Serve an image in the sandbox, on a GPU of its own where it needs one, and measure it under a plan's traffic.
 
     A server that never gets healthy is evidence: the gate fails it, the stage does not. An image that needs a GPU is
@@ -117,7 +116,7 @@ def measure(
             return load_test.write_unhealthy(str(error), plan, folder)
 
 
-def _expected_memory(context: StageContext, record: ImageRecord, checkpoint: Artifact) -> Expected | None:
+def _expected_memory(context: StageContext, record: ImageRecord, checkpoint: Artifact) -> ExpectedMemory | None:
     """What the server should take: on a CPU, which may hold float32 copies of weights, by its instruction set."""
     weights = stored(describe_folder(checkpoint.folder).model)
     size = weights.bytes if record.minimum_driver else weights.on_cpu(context.settings.cpu.instruction_set)

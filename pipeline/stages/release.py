@@ -14,6 +14,8 @@ from containers.scan import mlbom, scan_gate
 from containers.scan.evidence import read_scan
 from evals.drift.pairs import read_drift
 from evals.load import cost as costs
+from evals.load.evidence import read_load_evidence
+from evals.load.requests import read_requests
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext, prepared
 from pipeline.stages.image import record_of
@@ -163,7 +165,7 @@ def _hardware(load: Artifact) -> Hardware:
 
 
 def _load_tested_on(load: Artifact) -> ComputedOn:
-    return ComputedOn.model_validate(load.document("load.json")["server"].get("computed_on") or {})
+    return read_load_evidence(load.folder).server.computed_on or ComputedOn()
 
 
 def _listed(draft: ArtifactDraft, waived: Sequence[scan_gate.Waived]) -> Path:
@@ -180,16 +182,18 @@ def _write_report(
     waived: Sequence[scan_gate.Waived],
 ) -> None:
     from evals.report import report  # noqa: PLC0415 - templates and pictures are loaded when a report is written
-    from evals.report.pictures import Stage  # noqa: PLC0415
+    from evals.report.pictures import StageTime  # noqa: PLC0415
 
     source, quantized = inputs["source"], inputs["quantized"]
-    subject = report.Subject(
+    subject = report.ReportedRelease(
         model=context.spec.model,
         scheme=context.scheme_name,
         created=utc_now(),
         source_bytes=source.size_bytes,
         released_bytes=quantized.size_bytes,
-        stages=[Stage(name, each.seconds, each.worker_seconds, cached=each.cached) for name, each in inputs.items()],
+        stages=[
+            StageTime(name, each.seconds, each.worker_seconds, cached=each.cached) for name, each in inputs.items()
+        ],
         facts={
             "source": public_uri(context.spec.source.uri),
             "revision": source.notes["revision"],
@@ -198,9 +202,8 @@ def _write_report(
         digests=digests(inputs),
         waived={f"{item.id} in {item.package}": _in_words(item) for item in waived},
     )
-    report.write(
-        draft.folder / REPORT, subject, list(context.verdicts.values()), report.Evidence.read(draft.folder / EVIDENCE)
-    )
+    evidence = report.ReportEvidence.read(draft.folder / EVIDENCE)
+    report.write(draft.folder / REPORT, subject, list(context.verdicts.values()), evidence)
 
 
 def _computed_on(inputs: Inputs) -> dict[str, str]:
@@ -213,10 +216,9 @@ def _computed_on(inputs: Inputs) -> dict[str, str]:
 def _write_cost(context: StageContext, draft: ArtifactDraft) -> None:
     """The price of a million tokens at this release's own throughput, where the model's file has prices."""
     folder = draft.folder / EVIDENCE
-    lines = (folder / "requests.jsonl").read_text().splitlines()
-    throughput = costs.throughput(json.loads((folder / "load.json").read_text()), map(json.loads, lines))
+    throughput = costs.throughput(read_load_evidence(folder), read_requests(folder))
     if context.spec.cost is not None and throughput is not None:
-        (folder / "cost.json").write_text(json.dumps(costs.document(context.spec.cost, throughput), indent=1))
+        (folder / costs.FILE).write_text(costs.cost_evidence(context.spec.cost, throughput).format())
 
 
 def _write_mlbom(context: StageContext, draft: ArtifactDraft, inputs: Inputs) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import bundle_evidence
 import docker
 import httpx
+import load_evidence
 import pytest
 import yaml
 from docker.models.containers import Container
@@ -26,6 +27,7 @@ import upstreams
 from containers.engine.owner import ownership
 from containers.gateway import keys
 from containers.sandbox import isolation
+from evals.load.requests import format_requests
 from gateways import TOKENIZER
 from homes import Slipway, make_home
 from pipeline.settings import Settings
@@ -44,13 +46,12 @@ def slipway(machine: Settings, tmp_path: Path) -> Slipway:
     slipway = Slipway(make_home(tmp_path / "home", machine))
     settings = Settings.read(dict(slipway.variables))
     key = load_or_create_key(settings.signing_key)
-    given = bundle_evidence.evidence()
     files = {
         **FILES,
         "config.json": (TOKENIZER / "config.json").read_bytes(),
-        "release/evidence/load.json": json.dumps(given.load).encode(),
+        "release/evidence/load.json": load_evidence.measured().format().encode(),
         "release/evidence/image.json": json.dumps(bundle_evidence.IMAGE).encode(),
-        "release/evidence/requests.jsonl": "\n".join(map(json.dumps, given.requests)).encode(),
+        "release/evidence/requests.jsonl": format_requests(load_evidence.requests()).encode(),
     }
     make_release(tmp_path / "release", key, files=files)
     promote(tmp_path / "release", settings.tracking_uri, [key.public])

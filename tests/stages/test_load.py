@@ -7,7 +7,6 @@ import os
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from queues import served
@@ -16,12 +15,14 @@ from scripted_server import Script, serving
 from containers.sandbox.engine_log import Failure
 from containers.sandbox.memory import MemorySampler
 from containers.sandbox.sandbox import Server
-from evals.load.load_test import LoadPlan, judge, measure, percentile
+from evals.load.evidence import LoadEvidence
+from evals.load.load_test import LoadPlan, TrafficProgress, judge, measure, percentile
+from evals.load.requests import RequestRecord, read_requests
 from pipeline.errors import WorkerFailed
 from pipeline.workers.runner import Workers
 
 RATE, SECONDS, TOKENS = 8, 5, 8
-Measure = Callable[..., tuple[dict[str, Any], list[dict[str, Any]]]]
+Measure = Callable[..., tuple[LoadEvidence, list[RequestRecord]]]
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +56,7 @@ def plan(text: Path, **changes: object) -> LoadPlan:
 def run(text: Path, tmp_path: Path, run_worker: Workers) -> Measure:
     """Measure a scripted server under the plan; give the evidence and the rows."""
 
-    def measured(script: Script, load: LoadPlan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def measured(script: Script, load: LoadPlan) -> tuple[LoadEvidence, list[RequestRecord]]:
         (tmp_path / "evidence").mkdir()
         (tmp_path / "scratch").mkdir()
         with serving(script) as (url, process):
@@ -70,8 +71,7 @@ def run(text: Path, tmp_path: Path, run_worker: Workers) -> Measure:
                 server, load, tokenizer=text, folder=tmp_path / "evidence", scratch=tmp_path / "scratch",
                 run_worker=run_worker, progress=print,
             )  # fmt: skip
-        rows = (tmp_path / "evidence" / "requests.jsonl").read_text().splitlines()
-        return evidence, [json.loads(row) for row in rows]
+        return evidence, read_requests(tmp_path / "evidence")
 
     return measured
 
@@ -79,25 +79,23 @@ def run(text: Path, tmp_path: Path, run_worker: Workers) -> Measure:
 @pytest.mark.timed
 def test_latency_and_throughput_are_those_of_the_server(run: Measure, text: Path) -> None:
     evidence, rows = run(Script(service_ms=200), plan(text))
-    metrics = evidence["metrics"]
+    metrics = evidence.metrics
     # The client's own way to a request and back comes on top; 5% is what the truth may be missed by.
     assert metrics["p50_latency_ms"] == pytest.approx(200, rel=0.05)
     assert metrics["p50_tpot_ms"] == pytest.approx(200 / TOKENS, rel=0.05)
     assert 200 / TOKENS <= metrics["p50_ttft_ms"] < 200 / TOKENS + 15
     assert len(rows) == RATE * SECONDS
-    assert sum(row["output_tokens"] for row in rows) == RATE * SECONDS * TOKENS
-    assert (
-        evidence["profiles"][0]["traffic"]["answered"] == evidence["profiles"][0]["traffic"]["sent"] == RATE * SECONDS
-    )
-    assert evidence["profiles"][0]["traffic"]["aiperf_version"] == "0.13.0"
+    assert sum(row.output_tokens or 0 for row in rows) == RATE * SECONDS * TOKENS
+    assert evidence.profiles[0].traffic.answered == evidence.profiles[0].traffic.sent == RATE * SECONDS
+    assert evidence.profiles[0].traffic.aiperf_version == "0.13.0"
     assert judge(evidence, plan(text)).status == "pass"
     assert judge(evidence, plan(text, slo={"p95_latency_ms": 1})).status == "fail"
 
 
 def test_every_error_is_counted(run: Measure, text: Path) -> None:
     evidence, _ = run(Script(error_every=5), plan(text))
-    assert evidence["metrics"]["error_rate"] == 1 / 5
-    assert evidence["profiles"][0]["traffic"]["errors"] == {"500 Internal Server Error": RATE * SECONDS // 5}
+    assert evidence.metrics["error_rate"] == 1 / 5
+    assert evidence.profiles[0].traffic.errors == {"500 Internal Server Error": RATE * SECONDS // 5}
     verdict = judge(evidence, plan(text))
     assert (verdict.status, verdict.reason) == ("fail", "error_rate 20.00% > 0.00%")
 
@@ -106,15 +104,15 @@ def test_every_error_is_counted(run: Measure, text: Path) -> None:
 def test_a_stall_shows_in_full(run: Measure, text: Path) -> None:
     evidence, rows = run(Script(stall_at=2.0, stall_seconds=2.0), plan(text))
     # Who was due right after the stall began waited for nearly all of it; nobody waited longer.
-    assert 1500 < evidence["metrics"]["p99_latency_ms"] < 2200
-    assert sum(row["latency_ms"] > 300 for row in rows) >= RATE
+    assert 1500 < evidence.metrics["p99_latency_ms"] < 2200
+    assert sum((row.latency_ms or 0) > 300 for row in rows) >= RATE
     assert judge(evidence, plan(text)).status == "fail"
 
 
 def test_a_server_that_dies_in_the_middle_fails_though_aiperf_calls_it_done(run: Measure, text: Path) -> None:
     evidence, rows = run(Script(die_after=20), plan(text))
-    assert evidence["profiles"][0]["traffic"]["exit_status"] == 0
-    assert sum(row["error"] is None for row in rows) < 20
+    assert evidence.profiles[0].traffic.exit_status == 0
+    assert sum(row.answered for row in rows) < 20
     verdict = judge(evidence, plan(text))
     assert (verdict.status, verdict.reason) == ("fail", "during the load test the server ended with status 9")
 
@@ -175,11 +173,13 @@ def test_the_tail_is_the_queues_own(run: Measure, text: Path) -> None:
     service, workers = 250.0, 4
     queued = plan(text, request_rate=12, seconds=10, slo={})
     evidence, rows = run(Script(service_ms=service, workers=workers, tokens=2), queued)
-    due = [row["due_ms"] for row in rows]
+    due = [row.due_ms for row in rows]
     truth = [end - at for at, end in zip(due, served(due, [service] * len(due), workers), strict=True)]
     for share in (50, 95, 99):
-        assert evidence["metrics"][f"p{share}_latency_ms"] == pytest.approx(percentile(truth, share), rel=0.05)
-    assert not evidence["profiles"][0]["queue"]["growing"]
+        assert evidence.metrics[f"p{share}_latency_ms"] == pytest.approx(percentile(truth, share), rel=0.05)
+    waiting = evidence.profiles[0].queue
+    assert waiting is not None
+    assert not waiting.growing
 
 
 @pytest.mark.timed
@@ -188,12 +188,13 @@ def test_the_capacity_is_what_the_workers_can_do(run: Measure, text: Path) -> No
     settings = {"step_seconds": 6, "max_steps": 4}
     searched = plan(text, request_rate=16, seconds=2, slo={"p95_latency_ms": 1500}, capacity=settings)
     evidence, _ = run(Script(service_ms=125, workers=5, tokens=2), searched)
-    found = evidence["capacity"]
-    status = {step["rate"]: step["status"] for step in found["steps"]}
+    found = evidence.capacity
+    assert found is not None
+    status = {step.rate: step.status for step in found.steps}
     assert [status[rate] for rate in (16, 32, 64)] == ["holds", "holds", "saturated"]
-    assert found["requests_per_second"] == pytest.approx(40, rel=0.1)
-    assert found["served_when_saturated"] == pytest.approx(40, rel=0.1)
-    assert evidence["metrics"]["capacity_requests_per_second"] == found["requests_per_second"]
+    assert found.requests_per_second == pytest.approx(40, rel=0.1)
+    assert found.served_when_saturated == pytest.approx(40, rel=0.1)
+    assert evidence.metrics["capacity_requests_per_second"] == found.requests_per_second
 
 
 def test_a_leak_of_a_megabyte_a_request_is_found_and_told(text: Path, tmp_path: Path, run_worker: Workers) -> None:
@@ -207,8 +208,9 @@ def test_a_leak_of_a_megabyte_a_request_is_found_and_told(text: Path, tmp_path: 
             Server(url, 1.0, 1 << 30, None, sampler, lambda: None), leaky, tokenizer=text,
             folder=tmp_path / "evidence", scratch=tmp_path, run_worker=run_worker, progress=print,
         )  # fmt: skip
-    leak = evidence["profiles"][0]["leak"]["bytes_per_request"]
-    assert leak[0] == pytest.approx(2**20, rel=0.2)
+    leak = evidence.profiles[0].leak
+    assert leak is not None
+    assert leak.bytes_per_request[0] == pytest.approx(2**20, rel=0.2)
     verdict = judge(evidence, leaky)
     assert (verdict.status, "memory leaks: at least" in verdict.reason) == ("fail", True)
 
@@ -216,16 +218,16 @@ def test_a_leak_of_a_megabyte_a_request_is_found_and_told(text: Path, tmp_path: 
 def test_prompts_with_a_shared_beginning_share_it(run: Measure, text: Path, tmp_path: Path) -> None:
     shared = plan(text, profiles={"rag": {"request_rate": 8, "seconds": 4}}, slo={"error_rate": 0})
     evidence, _ = run(Script(context=512), shared)
-    assert evidence["profiles"][0]["shortened"]
+    assert evidence.profiles[0].shortened
     rows = [json.loads(row) for row in (tmp_path / "scratch/1/aiperf/dataset.jsonl").read_text().splitlines()]
     beginnings = {row["text"][:40] for row in rows}
     assert 1 < len(beginnings) <= 12
     assert len({row["text"] for row in rows}) == len(rows)
-    assert evidence["metrics"]["error_rate"] == 0
+    assert evidence.metrics["error_rate"] == 0
 
 
 def test_live_figures_come_while_it_runs(text: Path, tmp_path: Path, run_worker: Workers) -> None:
-    seen: list[dict[str, Any]] = []
+    seen: list[TrafficProgress] = []
     (tmp_path / "evidence").mkdir()
     with serving(Script()) as (url, _):
         sampler = MemorySampler(lambda: {"memory_bytes": 1 << 20}, "test")
@@ -233,9 +235,9 @@ def test_live_figures_come_while_it_runs(text: Path, tmp_path: Path, run_worker:
         measure(
             Server(url, 1.0, 1 << 30, None, sampler, lambda: None), plan(text), tokenizer=text,
             folder=tmp_path / "evidence", scratch=tmp_path, run_worker=run_worker, progress=print,
-            live=lambda told: seen.append(dict(told)),
+            live=seen.append,
         )  # fmt: skip
-    under_way = [told for told in seen if told["phase"] == "load" and 0 < told["answered"] < RATE * SECONDS]
+    under_way = [going for going in seen if going.phase == "load" and 0 < going.answered < RATE * SECONDS]
     assert under_way
-    assert under_way[-1]["p95_latency_ms"] > 50
+    assert (under_way[-1].p95_latency_ms or 0) > 50
     assert {"warm-up", "load"} <= {sample["phase"] for sample in sampler.samples}

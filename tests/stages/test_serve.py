@@ -20,6 +20,7 @@ from typing import Any
 
 import docker
 import httpx
+import load_evidence
 import pytest
 from docker.models.containers import Container
 from release_folder import FILES, make_release
@@ -38,7 +39,7 @@ from server_image import server_image
 
 NAME = "demo-awq"
 BODY = {"model": NAME, "prompt": "def", "max_tokens": 8}
-EVIDENCE = {"memory": {"limit_bytes": 256 * 2**20}, "requested": {"start_timeout_s": 60.0}, "server": {"cpus": None}}
+LOAD = load_evidence.changed(load_evidence.measured(), {"memory": {"limit_bytes": 256 * 2**20}})
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def slipway(tmp_path_factory: pytest.TempPathFactory, machine: Settings, image: 
     files = {
         **FILES,
         "tokenizer.json": (TOKENIZER / "tokenizer.json").read_bytes(),
-        "release/evidence/load.json": json.dumps(EVIDENCE).encode(),
+        "release/evidence/load.json": LOAD.format().encode(),
     }
     for number in (1, 2):
         folder = tmp_path_factory.mktemp("release")

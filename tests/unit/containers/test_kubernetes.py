@@ -11,9 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
+import load_evidence
 import pytest
 import yaml
-from bundle_evidence import DIGEST, GATEWAY, IMAGE, REDIS, cluster, evidence, manifest, on_gpu, written
+from bundle_evidence import (
+    DIGEST,
+    GATEWAY,
+    IMAGE,
+    REDIS,
+    cluster,
+    evidence,
+    files,
+    image,
+    load_gate,
+    manifest,
+    measured,
+    on_gpu,
+    written,
+)
 
 from containers.gateway.config import Routes
 from containers.gateway.config import Settings as GatewaySettings
@@ -31,7 +46,8 @@ from containers.kubernetes.autoscaling import (
 from containers.kubernetes.bundle import BundleError, write_bundle
 from containers.kubernetes.cluster import Cluster
 from containers.kubernetes.names import object_name
-from containers.kubernetes.numbers import Evidence, numbers
+from containers.kubernetes.numbers import AnsweredRequest, numbers
+from pipeline.serving.deployment import measurements
 
 # Objects of operators, whose schemas are no part of Kubernetes.
 OPERATORS = {"ServiceMonitor", "PrometheusRule"}
@@ -44,6 +60,11 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     device, _, own = request.param.partition("-")
     written(evidence() if device == "cpu" else on_gpu(), tmp_path / "bundle", cluster() if own else None)
     return tmp_path / "bundle"
+
+
+def start_seconds() -> float:
+    """What a start took in the load test."""
+    return measured().start_seconds or 0.0
 
 
 def objects(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -150,14 +171,27 @@ def test_a_release_on_cpu_has_no_gpu(tmp_path: Path) -> None:
     assert numbers(on_gpu())["gpus"].value == 1
 
 
-def test_the_grace_period_is_taken_from_the_metric_that_there_is() -> None:
-    slow = {**evidence().load, "metrics": {**evidence().metrics, "p99_tpot_ms": 48.0}}
-    assert numbers(evidence(load=slow))["grace_seconds"].value == math.ceil(1024 * 0.048) + 10
-    assert numbers(evidence(load=slow))["request_timeout"].value == math.ceil(1024 * 0.048) + 10
-    without = {**slow, "metrics": {"peak_memory_bytes": 1.0}}
-    rows = [{"error": None, "latency_ms": 1600.0, "output_tokens": 32}]
-    told = numbers(evidence(load=without, requests=rows))["grace_seconds"]
-    assert (told.value, "requests.jsonl" in told.why) == (math.ceil(1024 * 0.05) + 10, True)
+def test_the_grace_period_is_that_of_a_real_load_test() -> None:
+    """By the name that ``load.json`` has for the time of a token, in the evidence of a release."""
+    found = numbers(evidence())["grace_seconds"]
+    p99 = load_evidence.measured().metrics["p99_tpot_ms"]
+    assert found.value == math.ceil(1024 * p99 / 1000) + 10
+    assert f"1024 tokens at {p99:.2f} ms (load.json: p99_tpot_ms)" in found.why
+
+
+def test_the_grace_period_of_an_early_release_is_taken_from_the_former_name_of_the_metric() -> None:
+    early = load_evidence.changed(load_evidence.measured(), {"metrics": {"p99_inter_token_ms": 48.0}})
+    found = numbers(evidence(measured=measurements(early, load_evidence.requests())))
+    assert found["grace_seconds"].value == math.ceil(1024 * 0.048) + 10
+
+
+def test_the_grace_period_is_taken_from_the_requests_where_the_metric_is_missing() -> None:
+    slow = measured(metrics={**measured().metrics, "p99_tpot_ms": 48.0})
+    assert numbers(evidence(measured=slow))["grace_seconds"].value == math.ceil(1024 * 0.048) + 10
+    assert numbers(evidence(measured=slow))["request_timeout"].value == math.ceil(1024 * 0.048) + 10
+    without = measured(metrics={"peak_memory_bytes": 1.0}, requests=[AnsweredRequest(1600.0, 32)])
+    found = numbers(evidence(measured=without))["grace_seconds"]
+    assert (found.value, "requests.jsonl" in found.why) == (math.ceil(1024 * 0.05) + 10, True)
 
 
 def test_a_mistake_would_be_found(folder: Path) -> None:
@@ -272,7 +306,10 @@ def test_the_image_is_run_by_digest_hardened_as_it_was_tested(folder: Path) -> N
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     assert pod["securityContext"]["runAsUser"] == 65534
     assert pod["automountServiceAccountToken"] is False
-    assert container["startupProbe"]["failureThreshold"] * container["startupProbe"]["periodSeconds"] >= 3 * 23.9
+    assert (
+        container["startupProbe"]["failureThreshold"] * container["startupProbe"]["periodSeconds"]
+        >= 3 * start_seconds()
+    )
 
 
 def test_a_gpu_is_asked_for_with_its_driver(tmp_path: Path) -> None:
@@ -359,15 +396,14 @@ def test_the_place_is_taken_whole_or_not_at_all(tmp_path: Path) -> None:
     (tmp_path / "full" / "mine").touch()
     with pytest.raises(BundleError, match="not empty"):
         written(evidence(), tmp_path / "full")
-    broken = evidence(load={"server": {}, "memory": {"limit_bytes": 1}})
+    broken = evidence(measured=measured(start_seconds=None))
     with pytest.raises(BundleError, match="release again"):
         written(broken, tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
 
 
 def test_what_is_missing_before_it_can_be_applied_is_said(tmp_path: Path) -> None:
-    image = {"reference": DIGEST, "digest": DIGEST, "minimum_driver": None}
-    made = write_bundle(evidence(manifest=manifest(image=image)), IMAGE, tmp_path / "b")
+    made = write_bundle(evidence(manifest=manifest(image=image(reference=DIGEST))), IMAGE, tmp_path / "b")
     assert [warning.split(":")[0] for warning in made.warnings] == [
         "the release's image was not pushed",
         "the capacity was not searched for (`load.capacity`)",
@@ -470,10 +506,10 @@ def test_a_gpus_runtime_class_is_explained(tmp_path: Path) -> None:
 
 
 def test_half_of_the_tested_cores_are_asked_for_and_why_is_said(tmp_path: Path) -> None:
-    given = {**evidence().load, "server": {"start_seconds": 23.9, "cpus": 3}}
-    found = numbers(evidence(load=given))
+    given = evidence(measured=measured(cores=3.0))
+    found = numbers(given)
     assert (found["cpus"].value, found["cpu_request"].value) == ("3", "1500m")
-    written(evidence(load=given), tmp_path / "b")
+    written(given, tmp_path / "b")
     (engine,) = pods(tmp_path / "b")["engine"]["containers"]
     assert engine["resources"]["requests"]["cpu"] == "1500m"
     assert f"asks for 1500m CPU: {found['cpu_request'].why}" in (tmp_path / "b" / "README.md").read_text()
@@ -504,7 +540,7 @@ def test_no_volume_grows_without_end_and_no_sick_pod_stops_a_drain(folder: Path)
     assert spread["labelSelector"]["matchLabels"] == {"app.kubernetes.io/name": "demo-awq-gateway"}
 
 
-@pytest.mark.parametrize(("size", "seconds"), [(30 * 10**9, 1572), (10**9, 600), (None, 600)])
+@pytest.mark.parametrize(("size", "seconds"), [(30 * 10**9, 1562), (10**9, 600), (None, 600)])
 def test_a_large_image_has_the_time_to_be_pulled(tmp_path: Path, size: int | None, seconds: int) -> None:
     write_bundle(evidence(), IMAGE if size is None else {**IMAGE, "size_bytes": size}, tmp_path / "b")
     assert one(tmp_path / "b", "Deployment", "demo-awq-engine")["spec"]["progressDeadlineSeconds"] == seconds
@@ -573,7 +609,7 @@ def test_kustomize_labels_every_object_and_no_selector(tmp_path: Path) -> None:
 
 
 def test_kustomize_takes_redis_by_digest_and_counts_pulled_weights_as_storage(tmp_path: Path) -> None:
-    weights = manifest(files={"model.safetensors": {"size": 10 * 2**30}})
+    weights = manifest(files=files(10 * 2**30))
     written(evidence(manifest=weights), tmp_path / "b", cluster())
     overlay = tmp_path / "b" / "overlays" / "pulled"
     overlay.mkdir()
@@ -607,13 +643,13 @@ def test_targets_are_the_measured_capacity_with_headroom() -> None:
 
 
 def test_a_service_level_that_was_not_set_is_the_usual_one() -> None:
-    plain = manifest(gates=[{"verdict": {"gate": "load", "limits": {}}}])
+    plain = manifest(gates=[load_gate({})])
     found = numbers(evidence(manifest=plain))
     assert found["p95_seconds"].value == 0.5
     assert "the usual 500 ms" in found["p95_seconds"].why
 
 
-@pytest.mark.parametrize(("context", "seconds"), [(1024, 13), (1_000_000, 600)])
+@pytest.mark.parametrize(("context", "seconds"), [(1024, 17), (1_000_000, 600)])
 def test_a_server_is_given_the_time_of_its_longest_answer(context: int, seconds: int) -> None:
     assert numbers(evidence(context=context))["grace_seconds"].value == seconds
 
@@ -704,5 +740,4 @@ def test_a_name_is_looked_up_and_a_service_without_replicas_has_none() -> None:
 
 
 def test_evidence_without_answers_still_gives_numbers() -> None:
-    assert isinstance(numbers(evidence(requests=[{"error": "timeout"}]))["in_flight"].value, float)
-    assert isinstance(evidence(), Evidence)
+    assert isinstance(numbers(evidence(measured=measured(requests=[])))["in_flight"].value, float)

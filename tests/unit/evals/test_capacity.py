@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 from queues import rows
 
-from evals.load.capacity import CapacitySearch, Load, judge_step, search, step_metrics
+from evals.load.capacity import Capacity, CapacitySearch, SendTraffic, judge_step, search, step_metrics
+from evals.load.requests import RequestRecord
 from evals.load.traffic.profile import Arrivals
 from evals.load.traffic.schedule import arrivals
 
@@ -17,11 +17,11 @@ WORKERS, SERVICE_MS = 4, 100.0  # 40 a second, and no more
 LIMITS = {"p95_latency_ms": 500.0, "error_rate": 0.0}
 
 
-def fixed(workers: int = WORKERS, service_ms: float = SERVICE_MS, seed: int = 0) -> tuple[Load, list[float]]:
+def fixed(workers: int = WORKERS, service_ms: float = SERVICE_MS, seed: int = 0) -> tuple[SendTraffic, list[float]]:
     """A server of fixed service time, and the rates that it was put under."""
     tried: list[float] = []
 
-    def load(rate: float, seconds: float) -> tuple[list[dict[str, Any]], float]:
+    def load(rate: float, seconds: float) -> tuple[list[RequestRecord], float]:
         tried.append(rate)
         count = round(rate * seconds)
         due = arrivals(Arrivals(), count, seconds, random.Random(1000 * seed + len(tried)))
@@ -30,7 +30,7 @@ def fixed(workers: int = WORKERS, service_ms: float = SERVICE_MS, seed: int = 0)
     return load, tried
 
 
-def find(load: Load, limits: dict[str, float] = LIMITS, start: float = 4, **settings: float) -> dict[str, Any]:
+def find(load: SendTraffic, limits: dict[str, float] = LIMITS, start: float = 4, **settings: float) -> Capacity:
     return search(
         CapacitySearch.model_validate(settings), limits, start, load, max_client_late_ms=100, progress=lambda _: None
     )
@@ -45,7 +45,7 @@ def optimum(limit_ms: float, workers: int = WORKERS, service_ms: float = SERVICE
         for _ in range(15_000):
             at += 1000 * chance.expovariate(rate)
             due.append(at)
-        latencies = sorted(row["latency_ms"] for row in rows(due, [service_ms] * len(due), workers))
+        latencies = sorted(row.latency_ms for row in rows(due, [service_ms] * len(due), workers))
         low, high = (rate, high) if latencies[int(0.95 * len(latencies))] <= limit_ms else (low, rate)
     return low
 
@@ -53,89 +53,89 @@ def optimum(limit_ms: float, workers: int = WORKERS, service_ms: float = SERVICE
 @pytest.mark.parametrize("limit", [200.0, 500.0])
 def test_the_capacity_is_that_of_queueing_theory(limit: float) -> None:
     truth = optimum(limit)
-    found = [find(fixed(seed=seed)[0], {**LIMITS, "p95_latency_ms": limit})["requests_per_second"] for seed in range(5)]
+    found = [find(fixed(seed=seed)[0], {**LIMITS, "p95_latency_ms": limit}).requests_per_second for seed in range(5)]
     assert sorted(found)[2] == pytest.approx(truth, rel=0.1)
     assert all(rate == pytest.approx(truth, rel=0.2) for rate in found)
 
 
 def test_without_a_tight_limit_it_is_what_the_workers_can_do() -> None:
     found = find(fixed()[0], {"p95_latency_ms": 5000.0, "error_rate": 0.0})
-    assert found["requests_per_second"] == pytest.approx(40, rel=0.1)
-    assert found["served_when_saturated"] == pytest.approx(40, rel=0.05)
-    assert found["interval"][0] <= 40 * 1.05
-    assert found["interval"][1] >= 40 * 0.95
+    assert found.requests_per_second == pytest.approx(40, rel=0.1)
+    assert found.served_when_saturated == pytest.approx(40, rel=0.05)
+    assert found.interval[0] <= 40 * 1.05
+    assert found.interval[1] >= 40 * 0.95
 
 
 def test_saturation_is_called_at_the_first_rate_beyond_it() -> None:
     load, tried = fixed()
     found = find(load, {"p95_latency_ms": 5000.0, "error_rate": 0.0})
-    status = {step["rate"]: step["status"] for step in found["steps"]}
+    status = {step.rate: step.status for step in found.steps}
     assert tried[:5] == [4, 8, 16, 32, 64]
     assert [status[rate] for rate in (4, 8, 16, 32, 64)] == ["holds"] * 4 + ["saturated"]
-    assert 40 < found["saturated_from"] <= 48
+    assert 40 < found.saturated_from <= 48
 
 
 def test_what_was_found_held_twice_and_the_ends_are_close() -> None:
     found = find(fixed()[0])
-    held = [step for step in found["steps"] if step["rate"] == found["requests_per_second"]]
-    assert [step["status"] for step in held] == ["holds", "holds"]
-    assert found["first_failing"] / found["requests_per_second"] <= 1.1
-    assert found["conclusive"]
+    held = [step for step in found.steps if step.rate == found.requests_per_second]
+    assert [step.status for step in held] == ["holds", "holds"]
+    assert found.first_failing / found.requests_per_second <= 1.1
+    assert found.conclusive
 
 
 def test_a_start_that_is_too_high_is_come_down_from() -> None:
     found = find(fixed()[0], start=500)
-    assert found["requests_per_second"] == pytest.approx(36, rel=0.15)
+    assert found.requests_per_second == pytest.approx(36, rel=0.15)
 
 
 def test_a_level_that_holds_nowhere_has_no_capacity() -> None:
     found = find(fixed()[0], {"p95_latency_ms": 50.0}, max_steps=5)
-    assert (found["requests_per_second"], found["conclusive"]) == (None, False)
-    assert "at no rate" in found["reason"]
+    assert (found.requests_per_second, found.conclusive) == (None, False)
+    assert "at no rate" in found.reason
 
 
 def test_a_client_that_is_late_ends_the_search_and_is_not_the_servers_fault() -> None:
     slow, _ = fixed(workers=10_000, service_ms=100.0)
 
-    def drowned(rate: float, seconds: float) -> tuple[Sequence[dict[str, Any]], float]:
+    def drowned(rate: float, seconds: float) -> tuple[Sequence[RequestRecord], float]:
         made = slow(rate, seconds)[0]
         if rate <= 50:
             return made, 1.0
-        return [{**row, "latency_ms": row["latency_ms"] + 900} for row in made], 900.0
+        return [row.model_copy(update={"latency_ms": (row.latency_ms or 0) + 900}) for row in made], 900.0
 
     found = find(drowned)
-    assert [step["status"] for step in found["steps"][-2:]] == ["unclear", "unclear"]
-    assert found["requests_per_second"] == 32
-    assert found["reason"].startswith("at least 32 requests/s: the client")
+    assert [step.status for step in found.steps[-2:]] == ["unclear", "unclear"]
+    assert found.requests_per_second == 32
+    assert found.reason.startswith("at least 32 requests/s: the client")
 
 
 def test_a_rate_that_may_not_be_exceeded_ends_the_search() -> None:
     load, tried = fixed()
     found = find(load, max_rate=20)
     assert max(tried) == 20
-    assert found["requests_per_second"] == 20
+    assert found.requests_per_second == 20
 
 
 def test_a_server_whose_throughput_falls_under_load_is_seen_to_collapse() -> None:
-    def thrashing(rate: float, seconds: float) -> tuple[list[dict[str, Any]], float]:
+    def thrashing(rate: float, seconds: float) -> tuple[list[RequestRecord], float]:
         count = round(rate * seconds)
         due = arrivals(Arrivals(), count, seconds, random.Random(count))
         return rows(due, [SERVICE_MS * (1 if rate <= 40 else 3)] * count, WORKERS), 0.0
 
     found = find(thrashing)
-    assert found["collapse"] is not None
-    assert found["collapse"] > 40
-    assert find(fixed()[0])["collapse"] is None
+    assert found.collapse is not None
+    assert found.collapse > 40
+    assert find(fixed()[0]).collapse is None
 
 
 def test_the_knee_is_below_the_capacity_and_above_idleness() -> None:
     found = find(fixed()[0], {"p95_latency_ms": 5000.0})
-    assert 16 <= found["knee"] <= 40
+    assert 16 <= found.knee <= 40
 
 
 def test_errors_are_counted_and_fail_a_step() -> None:
     made = rows([0.0, 100.0, 200.0, 300.0], [50.0] * 4, 2)
-    made[3] = {"number": 3, "due_ms": 300.0, "start_ms": 300.0, "end_ms": 301.0, "error": "500"}
+    made[3] = RequestRecord(number=3, due_ms=300, start_ms=300, end_ms=301, error="500")
     assert step_metrics(made, 1.0)["error_rate"] == 0.25
     assert step_metrics(made, 1.0)["requests_per_second"] == 3
     step = judge_step(4, 1.0, made, {"error_rate": 0.0}, 1.0, 100.0)
@@ -144,21 +144,22 @@ def test_errors_are_counted_and_fail_a_step() -> None:
 
 def test_a_request_that_the_client_never_sent_is_not_the_servers_fault() -> None:
     made = rows([10.0 * n for n in range(100)], [5.0] * 100, 2)
-    made[50:] = [{"number": n, "due_ms": 10.0 * n, "error": "no record"} for n in range(50, 100)]
+    made[50:] = [RequestRecord(number=n, due_ms=10 * n, error="no record") for n in range(50, 100)]
     step = judge_step(100, 1.0, made, {"error_rate": 0.0}, 1.0, 100.0)
     assert (step.status, step.queue.growing) == ("unclear", True)
     assert "did not send 50 of 100" in step.reason
 
 
-def late_client(asked: float, sent: float, seconds: float, workers: int) -> list[dict[str, Any]]:
+def late_client(asked: float, sent: float, seconds: float, workers: int) -> list[RequestRecord]:
     """The rows of a client that sends fewer requests a second than it should, to so many workers of 100 ms."""
     count = round(asked * seconds)
     starts = [1000 * n / min(asked, sent) for n in range(count)]
-    made = rows(starts, [SERVICE_MS] * count, workers)
-    for n, row in enumerate(made):
-        due = 1000 * n / asked
-        row |= {"due_ms": due, "late_ms": row["start_ms"] - due, "latency_ms": row["end_ms"] - due}
-    return made
+    return [
+        row.model_copy(update={"due_ms": due, "late_ms": start - due, "latency_ms": (row.end_ms or 0) - due})
+        for row, start, due in zip(
+            rows(starts, [SERVICE_MS] * count, workers), starts, [1000 * n / asked for n in range(count)], strict=True
+        )
+    ]
 
 
 @pytest.mark.parametrize("limit_ms", [500.0, 60_000.0])
@@ -174,32 +175,33 @@ def test_a_client_that_can_not_send_fast_enough_is_not_a_server_that_is_saturate
 def test_a_search_that_the_client_ended_between_two_rates_is_not_conclusive() -> None:
     server, _ = fixed()
 
-    def stumbling(rate: float, seconds: float) -> tuple[Sequence[dict[str, Any]], float]:
+    def stumbling(rate: float, seconds: float) -> tuple[Sequence[RequestRecord], float]:
         made, late = server(rate, seconds)
         return made, 900.0 if 32 < rate < 64 else late
 
     found = find(stumbling)
-    assert (found["requests_per_second"], found["first_failing"], found["conclusive"]) == (32, 64, False)
-    assert "the client itself" in found["reason"]
+    assert (found.requests_per_second, found.first_failing, found.conclusive) == (32, 64, False)
+    assert "the client itself" in found.reason
     never = find(lambda rate, seconds: (server(rate, seconds)[0], 900.0))
-    assert never["requests_per_second"] is None
-    assert never["reason"].startswith("not found: at 4 requests/s the client itself")
+    assert never.requests_per_second is None
+    assert never.reason.startswith("not found: at 4 requests/s the client itself")
 
 
 def test_a_server_that_answers_nothing_does_not_hold_the_search_for_ever() -> None:
-    def dead(rate: float, seconds: float) -> tuple[Sequence[dict[str, Any]], float]:
+    def dead(rate: float, seconds: float) -> tuple[Sequence[RequestRecord], float]:
         made = rows([1000 * n / rate for n in range(round(rate * seconds))], [1.0] * round(rate * seconds), 4)
-        return [{**row, "error": "500 Internal Server Error"} for row in made], 0.0
+        return [row.model_copy(update={"error": "500 Internal Server Error"}) for row in made], 0.0
 
     found = find(dead, max_steps=40)
-    assert min(step["rate"] for step in found["steps"]) == 4 / 32
-    assert max(step["seconds"] for step in found["steps"]) <= CapacitySearch().longest_step_s(4, 1.0)
-    assert all(step["queue"]["served_per_second"] == 0 for step in found["steps"])
+    assert min(step.rate for step in found.steps) == 4 / 32
+    assert max(step.seconds for step in found.steps) <= CapacitySearch().longest_step_s(4, 1.0)
+    assert all(step.queue.served_per_second == 0 for step in found.steps)
 
 
 def chosen(values: Callable[[int], float]) -> bool:
     made = [
-        {**row, "latency_ms": values(row["number"])} for row in rows([100.0 * n for n in range(200)], [1.0] * 200, 1)
+        row.model_copy(update={"latency_ms": values(row.number)})
+        for row in rows([100.0 * n for n in range(200)], [1.0] * 200, 1)
     ]
     return judge_step(10, 20.0, made, {"p95_latency_ms": 100.0}, 1.0, 100.0).clear
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import load_evidence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,16 +17,20 @@ from evals.load.cost import (
     Throughput,
     api_per_million,
     break_even,
-    document,
+    cost_evidence,
     hybrids,
+    parse_cost,
     per_million,
     replicas_by_hour,
     sentences,
     throughput,
 )
+from evals.load.requests import RequestRecord
 from evals.report import cost_pictures, report
 
-CARRIED = Throughput(10.0, 1000.0, 300.0, 100.0, at_slo=True)
+CARRIED = Throughput(
+    requests_per_second=10, output_tokens_per_second=1000, prompt_tokens=300, answer_tokens=100, at_slo=True
+)
 PLAN = CostPlan(
     cloud=Cloud(dollars_per_hour=3.6), own=Own(dollars=30000), api=Api(input=0.1, output=0.4), requests_per_day=2e6
 )
@@ -89,49 +94,50 @@ def test_a_hybrid_is_never_dearer_than_renting_all_or_owning_all() -> None:
 
 
 def test_the_throughput_is_the_capacity_where_that_was_searched_for() -> None:
-    rows = [{"error": None, "input_tokens": 60, "output_tokens": 16}, {"error": "timeout"}]
-    metrics = {"requests_per_second": 4.0, "output_tokens_per_second": 64.0}
-    asked = throughput({"metrics": metrics, "capacity": None}, rows)
-    assert asked == Throughput(4.0, 64.0, 60.0, 16.0, at_slo=False)
-    capacity = {"requests_per_second": 8.0, "output_tokens_per_second": 120.0}
-    assert throughput({"metrics": metrics, "capacity": capacity}, rows) == Throughput(
-        8.0, 120.0, 60.0, 15.0, at_slo=True
-    )
-    assert throughput({"metrics": metrics}, [{"error": "timeout"}]) is None
-    assert throughput({"metrics": {}}, rows) is None
+    load, requests = load_evidence.measured(), load_evidence.requests()
+    sent = throughput(load, requests)
+    assert sent is not None
+    assert (sent.requests_per_second, sent.at_slo) == (load.metrics["requests_per_second"], False)
+    assert (sent.prompt_tokens, sent.answer_tokens) == (64, pytest.approx(32))
+    capacity = load_evidence.searched(8.0, 11.0, [load_evidence.step(8)])
+    carried = throughput(load.model_copy(update={"capacity": capacity}), requests)
+    assert carried is not None
+    assert (carried.requests_per_second, carried.output_tokens_per_second, carried.at_slo) == (8, 256, True)
+    assert throughput(load, [RequestRecord(number=0, due_ms=0, error="timeout")]) is None
+    assert throughput(load.model_copy(update={"metrics": {}}), requests) is None
 
 
 def test_prompts_are_those_of_the_profile_whose_rate_it_is() -> None:
-    prompts = {"chat": 60, "rag": 3000}
-    rows = [{"error": None, "profile": name, "input_tokens": prompts[name], "output_tokens": 16} for name in prompts]
-    metrics = {"requests_per_second": 4.0, "output_tokens_per_second": 64.0}
-    carried = throughput({"metrics": metrics, "profiles": [{"name": name} for name in prompts]}, rows)
+    others = [row.model_copy(update={"profile": "rag", "input_tokens": 3000}) for row in load_evidence.requests()]
+    carried = throughput(load_evidence.measured(), [*load_evidence.requests(), *others])
     assert carried is not None
-    assert carried.prompt_tokens == 60
+    assert carried.prompt_tokens == 64
 
 
 def test_the_document_is_json_and_says_what_it_rests_on() -> None:
-    found = json.loads(json.dumps(document(PLAN, CARRIED), allow_nan=False))
-    assert [row["what"] for row in found["rows"]] == [
+    found = parse_cost(cost_evidence(PLAN, CARRIED).format(), "cost.json")
+    assert found == cost_evidence(PLAN, CARRIED)
+    assert json.loads(found.format())["throughput"]["requests_per_day"] == 864_000
+    assert [row.what for row in found.rows] == [
         "cloud, always busy", "cloud, 70% busy", "own hardware, 50% busy", "API",
     ]  # fmt: skip
     told = sentences(found)
     assert "one replica carries 10 requests/s at its service level" in told
-    assert any("a day of 2,000,000 requests is cheapest with" in line for line in told)
-    assert "renting is dearer than the API at any load that one replica can carry" in told
+    assert any("a day of 2,000,000 requests costs least with" in line for line in told)
+    assert "renting costs more than the API at any load that one replica can carry" in told
 
 
 def test_what_was_not_searched_for_is_said() -> None:
-    carried = Throughput(10.0, 1000.0, 300.0, 100.0, at_slo=False)
-    assert "its capacity was not searched for" in sentences(document(PLAN, carried))[0]
+    carried = CARRIED.model_copy(update={"at_slo": False})
+    assert "its capacity was not searched for" in sentences(cost_evidence(PLAN, carried))[0]
 
 
 def test_a_plan_with_one_price_leaves_the_rest_out() -> None:
-    found = document(CostPlan(cloud=Cloud(dollars_per_hour=1)), CARRIED)
-    assert (len(found["rows"]), found["break_even"], found["day"]) == (2, {}, None)
+    found = cost_evidence(CostPlan(cloud=Cloud(dollars_per_hour=1)), CARRIED)
+    assert (len(found.rows), found.break_even, found.day) == (2, {}, None)
     assert cost_pictures.day(found) is None
-    assert document(CostPlan(), CARRIED)["rows"] == []
-    assert cost_pictures.per_million(document(CostPlan(), CARRIED)) is None
+    assert cost_evidence(CostPlan(), CARRIED).rows == ()
+    assert cost_pictures.per_million(cost_evidence(CostPlan(), CARRIED)) is None
 
 
 def test_a_day_has_twenty_four_hours() -> None:
@@ -140,10 +146,10 @@ def test_a_day_has_twenty_four_hours() -> None:
 
 
 def test_the_pictures_show_every_bar_and_every_hour() -> None:
-    found = document(PLAN, CARRIED)
+    found = cost_evidence(PLAN, CARRIED)
     bars = cost_pictures.per_million(found)
     assert bars is not None
-    assert all(row["what"] in bars for row in found["rows"])
+    assert all(row.what in bars for row in found.rows)
     day = cost_pictures.day(found)
     assert day is not None
     assert "2,000,000 requests a day" in day
@@ -151,10 +157,10 @@ def test_the_pictures_show_every_bar_and_every_hour() -> None:
 
 
 def test_the_report_has_the_table_the_pictures_and_what_they_come_to() -> None:
-    subject = report.Subject("demo", "awq", "2026-11-24T01:02:03Z")
-    with_prices = report.render(subject, (), report.Evidence(cost=document(PLAN, CARRIED)))
-    without = report.render(subject, (), report.Evidence())
+    subject = report.ReportedRelease("demo", "awq", "2026-11-24T01:02:03Z")
+    with_prices = report.render(subject, (), report.ReportEvidence(cost=cost_evidence(PLAN, CARRIED)))
+    without = report.render(subject, (), report.ReportEvidence())
     assert with_prices.count("<svg") == without.count("<svg") + 2
-    for words in ("own hardware, 50% busy", "$ for a million output tokens", "is cheapest with"):
+    for words in ("own hardware, 50% busy", "$ for a million output tokens", "costs least with"):
         assert words in with_prices
         assert words not in without

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from evals.load.engine_metrics import Scrape, parse, pool
-from evals.load.expected_memory import RUNTIME_BYTES, Expected, compared, expect
+from evals.load.expected_memory import RUNTIME_BYTES, ExpectedMemory, compared, expect
+from evals.load.requests import RequestRecord
 
 PAGE = """# HELP vllm:kv_cache_usage_perc KV-cache usage. 1 means 100 percent usage.
 # TYPE vllm:kv_cache_usage_perc gauge
@@ -36,10 +37,12 @@ def test_the_pools_waste_is_what_no_token_needs() -> None:
     assert (seen.block_tokens, seen.blocks) == (16, 100)
     # A quarter of 100 blocks of 16 is held: 400 tokens. At 1.5 s the first has 200 + 50, the second is not yet there.
     rows = [
-        {"due_ms": 0, "ttft_ms": 1000, "end_ms": 2000, "input_tokens": 200, "output_tokens": 100, "error": None},
-        {"due_ms": 1000, "ttft_ms": 1000, "end_ms": 3000, "input_tokens": 200, "output_tokens": 100, "error": None},
-        {"due_ms": 0, "error": "500"},
+        RequestRecord(
+            number=number, due_ms=due, ttft_ms=1000, end_ms=due + 2000, input_tokens=200, output_tokens=100, error=None
+        )
+        for number, due in enumerate((0, 1000))
     ]
+    rows.append(RequestRecord(number=2, due_ms=0, error="500"))
     found = pool([Scrape(seen.values, 101.5, 16, 100)], rows, 100.0)
     assert found == {"kv_cache_used_peak": 0.25, "running_peak": 3, "waiting_peak": 1, "kv_cache_waste": 1 - 250 / 400}
     assert pool([], rows, 0.0) == {}
@@ -51,11 +54,11 @@ def test_an_engine_that_says_nothing_of_vllm_says_nothing() -> None:
 
 def test_a_prediction_adds_up_and_one_that_is_far_off_says_so() -> None:
     expected = expect(10**9, "vllm-cpu", {"VLLM_CPU_KVCACHE_SPACE": "1"})
-    assert expected == Expected(10**9, 2**30, RUNTIME_BYTES["vllm-cpu"])
+    assert expected == ExpectedMemory(10**9, 2**30, RUNTIME_BYTES["vllm-cpu"])
     good = compared(expected, {"memory_bytes": int(expected.total / 1.1)})
-    assert (good["off"], good["error"]) == (False, pytest.approx(0.1))
+    assert (good.off, good.error) == (False, pytest.approx(0.1))
     bad = compared(expected, {"memory_bytes": int(expected.total / 1.2)})
-    assert bad["off"]
-    assert "+20%" in bad["sentence"]
-    assert not compared(expected, {"memory_bytes": None})["off"]
+    assert bad.off
+    assert "+20%" in bad.sentence
+    assert not compared(expected, {"memory_bytes": None}).off
     assert expect(1, "a-runtime-of-tomorrow", {"VLLM_CPU_KVCACHE_SPACE": "1"}) is None

@@ -1,4 +1,4 @@
-"""Faults on purpose: every one is a row, whatever comes of it, and none of them holds the load test up."""
+"""Fault injection: every fault has a result, whatever happens, and none of them stops the load test."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from containers.sandbox.engine_log import Failure
 from containers.sandbox.memory import MemorySampler
 from containers.sandbox.sandbox import Server
 from evals.load import faults
+from evals.load.evidence import FaultResult
 
 GENTLE = {
     "malformed JSON", "unknown model name", "prompt over the context", "client hangs up", "slow reader",
@@ -100,18 +101,20 @@ def bare(url: str) -> Server:
     return Server(url, 1.0, 1 << 30, None, sampler(), lambda: None)
 
 
-def inflict(server: Server, recovery_s: float = 60.0) -> dict[str, dict[str, Any]]:
+def inflict(server: Server, recovery_s: float = 60.0) -> dict[str, FaultResult]:
     table = faults.inflict(server, "scripted", 512, recovery_s=recovery_s, progress=print)
-    return {row["name"]: row for row in table}
+    return {row.name: row for row in table}
 
 
 def test_a_fault_that_can_not_be_inflicted_is_a_row_that_says_why() -> None:
     with serving(Script(service_ms=20, context=512)) as (url, _):
         table = inflict(bare(url))
     assert set(table) == GENTLE | ROUGH
-    assert {name for name, row in table.items() if row["ok"]} == GENTLE
-    assert {table[name]["seen"] for name in ROUGH} == {"not inflicted: the server is in no container of ours"}
-    assert {table[name]["ok"] for name in ROUGH} == {None}
+    assert {name for name, row in table.items() if row.ok} == GENTLE
+    assert {table[name].seen for name in ROUGH} == {
+        "not inflicted: the server does not run in a container of Slipway's"
+    }
+    assert {table[name].ok for name in ROUGH} == {None}
 
 
 def test_a_fault_that_ends_in_an_error_is_a_failed_row_and_the_next_follows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,17 +122,17 @@ def test_a_fault_that_ends_in_an_error_is_a_failed_row_and_the_next_follows(monk
     # Nothing of a streamed answer comes for a minute: who waits for its first bytes gives up.
     with serving(Script(stall_seconds=60.0, context=512)) as (url, _):
         table = inflict(bare(url))
-    assert (table["client hangs up"]["ok"], "TimeoutError" in table["client hangs up"]["seen"]) == (False, True)
-    assert table["slow reader"]["ok"]
+    assert (table["client hangs up"].ok, "TimeoutError" in table["client hangs up"].seen) == (False, True)
+    assert table["slow reader"].ok
 
 
 def test_an_engine_that_fails_fails_the_row_and_memory_that_this_machine_lacks_is_not_filled() -> None:
     with contained(broken=True, memory_bytes=1 << 50, source="cgroup v2") as server:
         table = inflict(server)
-    assert table["engine process killed"]["ok"] is False
-    assert "the engine does not answer" in table["engine process killed"]["seen"]
-    assert (table["memory limit hit"]["ok"], "this machine has" in table["memory limit hit"]["seen"]) == (None, True)
-    assert table["container killed under load"]["ok"]
+    assert table["engine process killed"].ok is False
+    assert "the engine does not answer" in table["engine process killed"].seen
+    assert (table["memory limit hit"].ok, "this machine has" in table["memory limit hit"].seen) == (None, True)
+    assert table["container killed under load"].ok
 
 
 class _ReachedByOne(Server):
@@ -144,12 +147,12 @@ def test_a_crowd_that_can_not_all_connect_ends() -> None:
     with serving(Script(service_ms=20, context=512)) as (url, _):
         server = _ReachedByOne(url, 1.0, 1 << 30, None, sampler(), lambda: None)
         row = inflict(server)["1,000 connections at once"]
-    assert (row["ok"], "refused" in row["seen"]) == (False, True)
+    assert (row.ok, "refused" in row.seen) == (False, True)
 
 
 @pytest.mark.parametrize(("recovery_s", "ok"), [(60.0, True), (0.001, False)])
 def test_a_recovery_has_a_limit_of_its_own(recovery_s: float, *, ok: bool) -> None:
     with contained() as server:
         row = inflict(server, recovery_s)["container killed under load"]
-    assert (row["ok"], row["limit_seconds"]) == (ok, recovery_s)
-    assert row["seconds"] > 0.001
+    assert (row.ok, row.limit_seconds) == (ok, recovery_s)
+    assert (row.seconds or 0) > 0.001

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import load_evidence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +20,10 @@ from containers.hardware.core_pool import Cores
 from containers.sandbox.engine_log import Failure
 from containers.sandbox.memory import MemorySampler
 from containers.sandbox.sandbox import Server
+from evals.errors import LoadEvidenceError
 from evals.load import load_test as loads
+from evals.load.capacity import Capacity, CapacityStep, Status
+from evals.load.evidence import LoadEvidence, parse_load_evidence, read_load_evidence
 from evals.load.load_test import (
     LoadPlan,
     is_conclusive,
@@ -30,6 +34,8 @@ from evals.load.load_test import (
     write_unhealthy,
     write_without_gpu,
 )
+from evals.load.requests import RequestRecord, format_requests, read_requests
+from evals.workers import RunWorker
 
 GIB = 2**30
 LIMITS = {"p95_latency_ms": 500, "p95_ttft_ms": 200, "error_rate": 0.01, "min_output_tokens_per_second": 50}
@@ -54,22 +60,31 @@ def evidence(
     traffic: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
     others: Iterable[Mapping[str, Any]] = (),
-) -> dict[str, Any]:
+    **changes: Any,  # noqa: ANN401 - JSON
+) -> LoadEvidence:
+    """A real load test with these changes, at its limits where nothing is said."""
     good_metrics: dict[str, Any] = {
         "p95_latency_ms": 500.0, "p95_ttft_ms": 10.0, "error_rate": 0.0, "output_tokens_per_second": 50.0,
         "peak_memory_bytes": 3.0 * GIB,
     }  # fmt: skip
-    good_traffic = {"requests": 40, "sent": 40, "answered": 40, "is_complete": True, "client_late_ms": {"p95": 3.0}}
+    found = load_evidence.changed(
+        load_evidence.measured(), {"canary": canary or {}, "server": {"died": died}, **changes}
+    )
+    (profile,) = found.profiles
     measured = {**good_metrics, **(metrics or {})}
-    return {
-        "canary": {"prompt": "p", "expect": "e", "answer": "e", "error": None, "ok": True, **(canary or {})},
-        "server": {"died": died, "start_seconds": 20.0},
-        "profiles": [{"traffic": {**good_traffic, **each}} for each in (traffic or {}, *others)],
-        "faults": None,
-        "capacity": None,
-        "memory": {"unwatched_seconds": 0.2},
-        "metrics": {name: value for name, value in measured.items() if value is not None},
-    }
+    return found.model_copy(
+        update={
+            "metrics": {name: value for name, value in measured.items() if value is not None},
+            "profiles": tuple(
+                profile.model_copy(update={"traffic": profile.traffic.model_copy(update=each)})
+                for each in (traffic or {}, *others)
+            ),
+        }
+    )
+
+
+def without_profiles(found: LoadEvidence) -> LoadEvidence:
+    return found.model_copy(update={"profiles": ()})
 
 
 def test_what_meets_every_limit_exactly_passes_and_names_each() -> None:
@@ -106,7 +121,7 @@ def test_a_metric_that_is_missing_fails(name: str) -> None:
 
 def test_a_wrong_canary_fails_and_shows_both_texts() -> None:
     canary = {"prompt": "if", "expect": "right", "answer": "wrong", "ok": False}
-    verdict = judge({**evidence(canary=canary), "profiles": [], "metrics": {}}, plan())
+    verdict = judge(without_profiles(evidence(canary=canary)), plan())
     assert verdict.status == "fail"
     assert "'right'" in verdict.reason
     assert "'wrong'" in verdict.reason
@@ -154,11 +169,9 @@ def test_requests_that_never_went_out_are_no_errors_of_the_server() -> None:
     assert (verdict.status, verdict.reason.startswith("error_rate")) == ("fail", True)
 
 
-def searched(rate: float | None, failing: float | None, last: str, *, conclusive: bool = False) -> dict[str, Any]:
-    return {
-        "requests_per_second": rate, "first_failing": failing, "conclusive": conclusive, "reason": "why",
-        "steps": [{"status": last}],
-    }  # fmt: skip
+def searched(rate: float | None, failing: float | None, last: Status, *, conclusive: bool = False) -> Capacity:
+    steps: list[CapacityStep] = [load_evidence.step(rate or 1.0, last)]
+    return load_evidence.searched(rate, failing, steps, conclusive=conclusive)
 
 
 @pytest.mark.parametrize(
@@ -175,24 +188,24 @@ def searched(rate: float | None, failing: float | None, last: str, *, conclusive
     ],
 )
 def test_a_capacity_that_the_client_could_not_drive_to_is_inconclusive_and_not_kept(
-    capacity: dict[str, Any], status: str, cause: str | None
+    capacity: Capacity, status: str, cause: str | None
 ) -> None:
     held = plan(slo={**LIMITS, "min_capacity_requests_per_second": 12})
-    found = capacity["requests_per_second"]
+    found = capacity.requests_per_second
     metrics = {} if found is None else {"capacity_requests_per_second": found}
-    seen = {**evidence(metrics=metrics), "capacity": capacity}
+    seen = evidence(metrics=metrics).model_copy(update={"capacity": capacity})
     verdict = judge(seen, held)
     assert (verdict.status, verdict.cause) == (status, cause)
     assert is_conclusive(seen, held) == (status != "inconclusive")
 
 
 def test_memory_that_nobody_watched_is_inconclusive() -> None:
-    gap = {"memory": {"unwatched_seconds": 31.0}}
+    gap = {"unwatched_seconds": 31.0}
     for peak in (3.0 * GIB, None):
-        verdict = judge({**evidence(metrics={"peak_memory_bytes": peak}), **gap}, plan())
+        verdict = judge(evidence(metrics={"peak_memory_bytes": peak}, memory=gap), plan())
         assert (verdict.status, verdict.cause) == ("inconclusive", "memory-unwatched")
-    assert judge({**evidence(metrics={"peak_memory_bytes": 3.9 * GIB}), **gap}, plan()).status == "fail"
-    assert judge({**evidence(metrics={"p95_latency_ms": 9e9}), **gap}, plan()).status == "fail"
+    assert judge(evidence(metrics={"peak_memory_bytes": 3.9 * GIB}, memory=gap), plan()).status == "fail"
+    assert judge(evidence(metrics={"p95_latency_ms": 9e9}, memory=gap), plan()).status == "fail"
 
 
 def test_an_image_without_the_gpu_that_it_needs_is_inconclusive_and_tried_again(tmp_path: Path) -> None:
@@ -200,7 +213,7 @@ def test_an_image_without_the_gpu_that_it_needs_is_inconclusive_and_tried_again(
     verdict = judge(found, plan())
     assert (verdict.status, verdict.cause, verdict.blocks) == ("inconclusive", "no-gpu", True)
     assert not is_conclusive(found, plan())
-    assert json.loads((tmp_path / "load.json").read_text()) == found
+    assert read_load_evidence(tmp_path) == found
 
 
 def test_a_container_lives_as_long_as_the_slowest_search(tmp_path: Path) -> None:
@@ -212,10 +225,10 @@ def test_a_container_lives_as_long_as_the_slowest_search(tmp_path: Path) -> None
 def test_only_what_the_next_run_would_see_again_is_worth_keeping() -> None:
     assert is_conclusive(evidence(), plan())
     assert is_conclusive(evidence(metrics={"p95_latency_ms": 9e9}), plan())
-    assert is_conclusive({**evidence(canary={"ok": False}), "profiles": []}, plan())
+    assert is_conclusive(without_profiles(evidence(canary={"ok": False})), plan())
     assert not is_conclusive(evidence(died="ended with status 137"), plan())
     assert not is_conclusive(evidence(traffic={"client_late_ms": {"p95": 999.0}}), plan())
-    assert not is_conclusive({**evidence(canary={"ok": False, "error": "ReadTimeout"}), "profiles": []}, plan())
+    assert not is_conclusive(without_profiles(evidence(canary={"ok": False, "error": "ReadTimeout"})), plan())
 
 
 def test_a_plan_without_limits_still_judges_errors_and_memory() -> None:
@@ -278,27 +291,32 @@ def server() -> Iterator[Callable[..., Server]]:
         sampler.stop()
 
 
-def fake_worker(*drives: list[dict[str, Any]]) -> Callable[[str, Path, Mapping[str, Any], Path], dict[str, Any]]:
-    """Gives the rows of one drive after the other, and of the last for ever."""
+RESULT = loads.ClientResult(
+    aiperf_version="0", exit_status=0, is_complete=True, warmup_errors=(), prompts_used=40, client=loads.ClientCost()
+)  # fmt: skip
+
+
+def fake_worker(*drives: list[RequestRecord]) -> RunWorker:
+    """Gives the records of one drive after the other, and of the last for ever."""
     waiting = list(drives)
 
-    def run(_environment: str, _script: Path, request: Mapping[str, Any], _folder: Path) -> dict[str, Any]:
-        rows = waiting.pop(0) if len(waiting) > 1 else waiting[0]
-        Path(request["output"], "requests.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return {"is_complete": True, "aiperf_version": "0", "warmup_errors": [], "prompts_used": 40}
+    def run(_environment: str, _script: Path, request: Mapping[str, object], _folder: Path) -> dict[str, object]:
+        records = waiting.pop(0) if len(waiting) > 1 else waiting[0]
+        Path(str(request["output"]), "requests.jsonl").write_text(format_requests(records))
+        return RESULT.model_dump(mode="json")
 
     return run
 
 
-def good(number: int, latency: float) -> dict[str, Any]:
-    return {
-        "number": number, "due_ms": 10 * number, "start_ms": 10 * number + 1.0, "late_ms": 1.0, "latency_ms": latency,
-        "ttft_ms": latency / 2, "tpot_ms": 1.0, "end_ms": 10 * number + latency, "input_tokens": 4, "output_tokens": 8,
-        "error": None,
-    }  # fmt: skip
+def good(number: int, latency: float) -> RequestRecord:
+    due = 10 * number
+    return RequestRecord(
+        number=number, due_ms=due, start_ms=due + 1.0, late_ms=1.0, latency_ms=latency, ttft_ms=latency / 2,
+        tpot_ms=1.0, end_ms=due + latency, input_tokens=4, output_tokens=8, error=None,
+    )  # fmt: skip
 
 
-def run_measure(folder: Path, made: Server, load: LoadPlan, *drives: list[dict[str, Any]]) -> dict[str, Any]:
+def run_measure(folder: Path, made: Server, load: LoadPlan, *drives: list[RequestRecord]) -> LoadEvidence:
     scratch, output = folder / "scratch", folder / "evidence"
     scratch.mkdir()
     output.mkdir()
@@ -309,18 +327,18 @@ def run_measure(folder: Path, made: Server, load: LoadPlan, *drives: list[dict[s
 
 def test_measure_counts_latency_errors_and_memory(tmp_path: Path, server: Callable[..., Server]) -> None:
     rows = [good(number, 100.0 + number) for number in range(39)]
-    rows.append({"number": 39, "due_ms": 390, "start_ms": 391.0, "late_ms": 1.0, "error": "500 Internal Server Error"})
+    rows.append(RequestRecord(number=39, due_ms=390, start_ms=391, late_ms=1, error="500 Internal Server Error"))
     with serving(Script()) as (url, _):
         found = run_measure(tmp_path, server(url), plan(), rows)
-    assert found["canary"]["ok"]
-    assert found["metrics"]["p95_latency_ms"] == 137.0
-    assert found["metrics"]["error_rate"] == 1 / 40
-    assert found["metrics"]["peak_memory_bytes"] == GIB
-    assert found["metrics"]["start_seconds"] == 1.5
+    assert found.canary.ok
+    assert found.metrics["p95_latency_ms"] == 137.0
+    assert found.metrics["error_rate"] == 1 / 40
+    assert found.metrics["peak_memory_bytes"] == GIB
+    assert found.metrics["start_seconds"] == 1.5
     # From the first request's start, 1 ms, to the last good answer, due at 380 ms and 138 ms later.
-    assert found["metrics"]["output_tokens_per_second"] == pytest.approx(39 * 8 / 0.517)
-    assert found["profiles"][0]["traffic"]["errors"] == {"500 Internal Server Error": 1}
-    assert json.loads((tmp_path / "evidence" / "load.json").read_text()) == found
+    assert found.metrics["output_tokens_per_second"] == pytest.approx(39 * 8 / 0.517)
+    assert found.profiles[0].traffic.errors == {"500 Internal Server Error": 1}
+    assert read_load_evidence(tmp_path / "evidence") == found
     assert {sample["phase"] for sample in json.loads((tmp_path / "evidence" / "memory.json").read_text())} >= {"after"}
     assert judge(found, plan(slo={})).reason == "error_rate 2.50% > 0.00%"
 
@@ -329,25 +347,28 @@ def test_where_the_generator_was_late_a_short_profile_is_sent_once_more(
     tmp_path: Path, server: Callable[..., Server]
 ) -> None:
     punctual = [good(number, 100.0) for number in range(40)]
-    late = [{**row, "late_ms": 999.0, "latency_ms": 1099.0} for row in punctual]
+    late = [row.model_copy(update={"late_ms": 999.0, "latency_ms": 1099.0}) for row in punctual]
     with serving(Script()) as (url, _):
         for name, drives in (("saved", (late, punctual)), ("lost", (late, late, punctual))):
             (tmp_path / name).mkdir()
             found = run_measure(tmp_path / name, server(url), plan(slo={}), *drives)
-            rows = (tmp_path / name / "evidence" / "requests.jsonl").read_text().splitlines()
-            assert len(rows) == 40
+            assert {request.profile for request in read_requests(tmp_path / name / "evidence")} == {"quick"}
+            assert len(read_requests(tmp_path / name / "evidence")) == 40
             assert is_conclusive(found, plan(slo={})) == (name == "saved")
 
 
 def test_the_capacity_under_bursts_is_their_mean_rate(tmp_path: Path, server: Callable[..., Server]) -> None:
     sent: list[int] = []
 
-    def punctual(_environment: str, _script: Path, request: Mapping[str, Any], _folder: Path) -> dict[str, Any]:
+    def punctual(_environment: str, _script: Path, request: Mapping[str, Any], _folder: Path) -> dict[str, object]:
         due = [each["due_ms"] for each in request["schedule"]["requests"]]
         sent.append(len(due))
-        rows = [{**good(0, 20.0), "due_ms": at, "start_ms": at, "end_ms": at + 20.0, "late_ms": 0.0} for at in due]
-        Path(request["output"], "requests.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return {"is_complete": True, "aiperf_version": "0", "warmup_errors": [], "prompts_used": 40}
+        rows = [
+            good(0, 20.0).model_copy(update={"due_ms": at, "start_ms": at, "end_ms": at + 20.0, "late_ms": 0.0})
+            for at in due
+        ]
+        Path(request["output"], "requests.jsonl").write_text(format_requests(rows))
+        return RESULT.model_dump(mode="json")
 
     search = {"max_steps": 2, "step_seconds": 40, "min_requests": 20}
     bursts = plan(profiles=["burst"], request_rate=2, seconds=40, capacity=search, slo={})
@@ -356,13 +377,14 @@ def test_the_capacity_under_bursts_is_their_mean_rate(tmp_path: Path, server: Ca
         found = measure(
             server(url), bursts, tokenizer=tmp_path, folder=tmp_path / "evidence", scratch=tmp_path,
             run_worker=punctual, progress=print,
-        )["capacity"]  # fmt: skip
-    assert [step["rate"] for step in found["steps"]] == pytest.approx([count / 40 for count in sent[1:]], rel=0.01)
-    assert found["requests_per_second"] == pytest.approx(sent[2] / 40, rel=0.01)
+        ).capacity  # fmt: skip
+    assert found is not None
+    assert [step.rate for step in found.steps] == pytest.approx([count / 40 for count in sent[1:]], rel=0.01)
+    assert found.requests_per_second == pytest.approx(sent[2] / 40, rel=0.01)
 
 
 def test_a_server_that_says_something_else_gets_no_traffic(tmp_path: Path, server: Callable[..., Server]) -> None:
-    def refuse(*_: object) -> dict[str, Any]:
+    def refuse(*_: object) -> dict[str, object]:
         raise AssertionError("no traffic was to be sent")
 
     (tmp_path / "evidence").mkdir()
@@ -383,12 +405,12 @@ def test_that_other_servers_had_its_cores_too_is_a_finding(
         made = server(url)
         made.cores = Cores((0, 1), shared=shared)
         found = run_measure(tmp_path, made, plan(), [good(number, 100.0) for number in range(40)])
-    assert [finding for finding in found["findings"] if "shared its cores" in finding] == found["findings"]
-    assert bool(found["findings"]) == shared
+    assert all("shared its cores" in finding for finding in found.findings)
+    assert bool(found.findings) == shared
 
 
 def test_a_server_that_died_under_load_is_told_from_a_slow_one(tmp_path: Path, server: Callable[..., Server]) -> None:
-    rows = [{"number": number, "due_ms": 10 * number, "error": "ClientConnectorError"} for number in range(40)]
+    rows = [RequestRecord(number=number, due_ms=10 * number, error="ClientConnectorError") for number in range(40)]
     with serving(Script()) as (url, _):
         found = run_measure(tmp_path, server(url, Failure("ended with status 137")), plan(), rows)
     verdict = judge(found, plan())
@@ -428,21 +450,60 @@ def test_a_limit_of_a_further_profile_fails_by_its_name() -> None:
 def test_a_leak_and_a_fault_are_told_by_what_they_are() -> None:
     soak = plan(profiles=["soak"], slo={"p95_latency_ms": 1e9, "p99_latency_ms": 1e9}, faults=True)
     leaking = {"leak_bytes_per_request": 2.0**20, "faults_failed": 1.0, "p99_latency_ms": 1.0}
-    failed = {"name": "malformed JSON", "seen": "HTTP 500", "ok": False}
-    verdict = judge({**evidence(metrics=leaking), "faults": [failed]}, soak)
+    failed = {"name": "malformed JSON", "must": "HTTP 400", "seen": "HTTP 500", "ok": False}
+    verdict = judge(evidence(metrics=leaking, faults=[failed]), soak)
     assert verdict.status == "fail"
     assert "memory leaks: at least 1.000 MiB a request > 0.062 MiB a request" in verdict.reason
-    assert "not survived: malformed JSON (HTTP 500)" in verdict.reason
+    assert "faults not survived: malformed JSON (HTTP 500)" in verdict.reason
 
 
 def test_a_server_that_never_got_healthy_fails_the_gate_and_is_tried_again(tmp_path: Path) -> None:
     found = write_unhealthy("the server was not healthy within 5 s", plan(), tmp_path)
     verdict = judge(found, plan())
     assert (verdict.status, verdict.reason.splitlines()[0]) == (
-        "fail", "the server never got healthy: the server was not healthy within 5 s",
+        "fail", "the server never became healthy: the server was not healthy within 5 s",
     )  # fmt: skip
     assert not is_conclusive(found, plan())
-    assert json.loads((tmp_path / "load.json").read_text()) == found
+    assert read_load_evidence(tmp_path) == found
+
+
+def test_a_load_generators_result_in_another_form_is_an_error(tmp_path: Path, server: Callable[..., Server]) -> None:
+    def broken(_environment: str, _script: Path, request: Mapping[str, object], _folder: Path) -> dict[str, object]:
+        Path(str(request["output"]), "requests.jsonl").touch()
+        return {**RESULT.model_dump(mode="json"), "exit_status": "fine"}
+
+    with serving(Script()) as (url, _), pytest.raises(loads.LoadError, match="`exit_status`"):
+        measure(
+            server(url), plan(), tokenizer=tmp_path, folder=tmp_path, scratch=tmp_path, run_worker=broken,
+            progress=print,
+        )  # fmt: skip
+
+
+def test_evidence_of_a_real_release_is_read_and_written_without_a_loss() -> None:
+    found = load_evidence.measured()
+    assert parse_load_evidence(found.format(), "load.json") == found
+    assert judge(found, plan(request_rate=4, seconds=10)).status == "pass"
+    kept = json.loads(found.format())
+    assert json.loads((load_evidence.FOLDER / "load.json").read_text()).items() <= {
+        **kept, "client": {name: value for name, value in kept["client"].items() if value is not None},
+    }.items()  # fmt: skip
+
+
+def test_evidence_of_an_early_release_is_read_with_its_former_names() -> None:
+    early = json.loads((load_evidence.FOLDER / "load.json").read_text())
+    for part in (early, early["profiles"][0]):
+        part["metrics"] = {name.replace("tpot", "inter_token"): value for name, value in part["metrics"].items()}
+    del early["server"]["computed_on"], early["memory"]["unwatched_seconds"]
+    found = parse_load_evidence(json.dumps(early), "load.json")
+    assert found.metrics == load_evidence.measured().metrics
+    assert found.server.computed_on is None
+
+
+@pytest.mark.parametrize("broken", ["", "{", "[]", '{"schema": "slipway/load/3"}'])
+def test_evidence_that_can_not_be_read_names_its_file(tmp_path: Path, broken: str) -> None:
+    (tmp_path / "load.json").write_text(broken)
+    with pytest.raises(LoadEvidenceError, match=r"load\.json.*run the load test again"):
+        read_load_evidence(tmp_path)
 
 
 def test_the_limits_steer_a_search_for_the_capacity_and_so_belong_to_its_key() -> None:
@@ -460,7 +521,7 @@ def test_a_load_generators_progress_in_another_form_is_left_out_and_the_next_is_
         "phase": "load", "total": 8, "answered": 3, "errors": 0, "elapsed_s": 1.5, "tokens_per_second": 9.0,
         "p50_latency_ms": 20.0, "p95_latency_ms": 30.0, "p95_ttft_ms": None,
     }  # fmt: skip
-    seen: list[Mapping[str, Any]] = []
+    seen: list[loads.TrafficProgress] = []
     server = Server("http://127.0.0.1:9", 1.0, GIB, None, sampler, lambda: None)
     tester = loads.Tester(server, plan(), "m", tmp_path, tmp_path, lambda *_: {}, print, seen.append)
     with tester._watched(tmp_path / "progress.json", "quick", 2.0):
@@ -473,4 +534,4 @@ def test_a_load_generators_progress_in_another_form_is_left_out_and_the_next_is_
             time.sleep(0.01)
         assert sampler.phase == "load"
     assert seen
-    assert all(each == {**going, "purpose": "quick", "rate": 2.0} for each in seen)
+    assert all(each.model_dump() == {**going, "purpose": "quick", "rate": 2.0} for each in seen)

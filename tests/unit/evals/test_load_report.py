@@ -2,53 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
-from typing import Any
 
+import load_evidence
 import pytest
 import release_evidence
 
-from evals.load.comparison import Contender, incomparable, table
+from evals.load.comparison import ComparedScheme, ComparisonRow, incomparable, table
+from evals.load.evidence import FaultResult, LoadEvidence
 from evals.report import load_pictures
 from evals.report.load_report import section, write_comparison, write_page
 from registry.verdict import Verdict
 
 STEPS = [
-    {
-        "rate": rate, "seconds": 10.0, "requests": int(10 * rate), "status": status, "clear": True, "reason": "",
-        "client_late_ms": 1.0, "queue": {},
-        "metrics": {"p95_latency_ms": p95, "requests_per_second": served},
-    }
-    for rate, status, p95, served in (
-        (4.0, "holds", 60.0, 4.0), (8.0, "holds", 90.0, 8.0), (16.0, "saturated", 4000.0, 9.0),
-        (11.0, "misses", 700.0, 9.5),
-    )
-]  # fmt: skip
-CAPACITY = {
-    "steps": STEPS, "limits": {"p95_latency_ms": 500.0}, "requests_per_second": 8.0, "interval": [8.0, 11.0],
-    "knee": 8.0, "collapse": None, "output_tokens_per_second": 250.0,
-    "reason": "8 requests/s (surely 8, surely not 11)",
-}  # fmt: skip
-FAULTS = [
-    {"name": "malformed JSON", "must": "HTTP 400", "seen": "HTTP 400", "ok": True, "seconds": None},
-    {
-        "name": "slow reader",
-        "must": "others are answered",
-        "seen": "they are <not>",
-        "ok": False,
-        "seconds": 30.5,
-        "limit_seconds": 30.0,
-    },
-    {
-        "name": "memory limit hit",
-        "must": "it lives",
-        "seen": "not inflicted: no memory",
-        "ok": None,
-        "seconds": None,
-        "limit_seconds": None,
-    },
+    load_evidence.step(4, p95_latency_ms=60),
+    load_evidence.step(8, p95_latency_ms=90),
+    load_evidence.step(16, "saturated", p95_latency_ms=4000),
+    load_evidence.step(11, "misses", p95_latency_ms=700),
 ]
+CAPACITY = load_evidence.searched(8.0, 11.0, STEPS)
+FAULTS = (
+    FaultResult(name="malformed JSON", must="HTTP 400", seen="HTTP 400", ok=True),
+    FaultResult(
+        name="slow reader", must="others are answered", seen="they are <not>", ok=False, seconds=30.5, limit_seconds=30
+    ),
+    FaultResult(name="memory limit hit", must="it survives", seen="not inflicted: no memory", ok=None),
+)
 VERDICT = Verdict(
     gate="load", status="fail", reason="p95_latency_ms 50.0 ms > 40.0 ms",
     metrics={"p95_latency_ms": 50.0, "requests_per_second": 4.0},
@@ -56,31 +35,33 @@ VERDICT = Verdict(
 )  # fmt: skip
 
 
-def evidence(factor: float = 1.0, **changes: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
-    load: dict[str, Any] = copy.deepcopy({**release_evidence.LOAD, "capacity": CAPACITY, **changes})
-    load["capacity"]["requests_per_second"] *= factor
-    load["capacity"]["output_tokens_per_second"] *= factor
-    return load
+def evidence(factor: float = 1.0, **changes: object) -> LoadEvidence:
+    """A real load test with a search for the capacity, which found ``factor`` times as much."""
+    capacity = CAPACITY.model_copy(
+        update={"requests_per_second": 8.0 * factor, "output_tokens_per_second": 256.0 * factor}
+    )
+    return load_evidence.measured().model_copy(update={"capacity": capacity, **changes})
 
 
 def test_each_limit_has_its_measurement_and_its_own_verdict() -> None:
-    rows = {row["name"]: row for row in section(evidence(), VERDICT)["limits"]}
-    assert [rows["p95_latency_ms"][key] for key in ("measured", "limit", "verdict")] == ["50.0 ms", "40.0 ms", "fail"]
-    assert rows["requests_per_second"]["verdict"] == "pass"
-    assert (rows["p95_ttft_ms"]["measured"], rows["p95_ttft_ms"]["verdict"]) == ("not measured", "fail")
+    rows = {row.name: row for row in section(evidence(), VERDICT).limits}
+    latency = rows["p95_latency_ms"]
+    assert (latency.measured, latency.limit, latency.verdict) == ("50.0 ms", "40.0 ms", "fail")
+    assert rows["requests_per_second"].verdict == "pass"
+    assert (rows["p95_ttft_ms"].measured, rows["p95_ttft_ms"].verdict) == ("not measured", "fail")
 
 
 def test_the_clients_own_cost_is_stated() -> None:
-    facts = section(evidence(), VERDICT)["facts"]
-    assert facts["the load generator's own cost"].startswith("0.20 cores")
+    load = load_evidence.changed(evidence(), {"client": {"cores": 0.2}})
+    assert section(load, VERDICT).facts["load generator"].startswith("0.20 cores")
 
 
 def test_a_page_shows_faults_findings_and_the_curve_and_runs_nothing(tmp_path: Path) -> None:
-    load = evidence(faults=FAULTS, findings=["memory was `far` off"])
+    load = evidence(faults=FAULTS, findings=("memory was `far` off",))
     write_page(tmp_path / "load.html", "demo-awq", VERDICT, load, (), release_evidence.SAMPLES)
     html = (tmp_path / "load.html").read_text()
     for words in (
-        "did not hold",
+        ">not survived<",
         "they are &lt;not&gt;",
         "<code>far</code>",
         "p95 limit 500 ms",
@@ -95,25 +76,25 @@ def test_a_page_shows_faults_findings_and_the_curve_and_runs_nothing(tmp_path: P
 
 
 def test_cost_is_price_over_tokens() -> None:
-    rows = table([Contender("fp16", 100, evidence()), Contender("awq", 40, evidence(2.0))], 3.6)
-    # 3.6 an hour is 0.001 a second; 250 tokens of it.
-    assert rows[0]["cost_per_million_tokens"] == pytest.approx(4.0)
-    assert rows[1]["cost_per_million_tokens"] == pytest.approx(2.0)
-    assert table([Contender("fp16", 100, evidence())], None)[0]["cost_per_million_tokens"] is None
+    rows = table([ComparedScheme("fp16", 100, evidence()), ComparedScheme("awq", 40, evidence(2.0))], 3.6)
+    # 3.6 an hour is 0.001 a second; eight requests of 32 tokens are answered in it.
+    assert rows[0].cost_per_million_tokens == pytest.approx(0.001 / 256 * 1e6)
+    assert rows[1].cost_per_million_tokens == pytest.approx(0.001 / 512 * 1e6)
+    assert table([ComparedScheme("fp16", 100, evidence())], None)[0].cost_per_million_tokens is None
 
 
 def test_what_was_not_measured_is_said_and_not_drawn_as_zero(tmp_path: Path) -> None:
-    bare = {**evidence(), "capacity": None}
+    bare = evidence(capacity=None)
     rows = write_comparison(
-        tmp_path / "c.html", "demo", [Contender("fp16", 9, evidence()), Contender("awq", 4, bare)], {}, 2
+        tmp_path / "c.html", "demo", [ComparedScheme("fp16", 9, evidence()), ComparedScheme("awq", 4, bare)], {}, 2
     )
-    assert rows[1]["cost_per_million_tokens"] is None
+    assert rows[1].cost_per_million_tokens is None
     assert (tmp_path / "c.html").read_text().count("not measured") >= 4
 
 
 def test_a_comparison_says_what_is_better_and_by_how_much(tmp_path: Path) -> None:
-    contenders = [Contender("fp16", 1000, evidence()), Contender("awq", 400, evidence(1.5))]
-    write_comparison(tmp_path / "c.html", "demo", contenders, {"awq": VERDICT}, 2.0)
+    schemes = [ComparedScheme("fp16", 1000, evidence()), ComparedScheme("awq", 400, evidence(1.5))]
+    write_comparison(tmp_path / "c.html", "demo", schemes, {"awq": VERDICT}, 2.0)
     html = (tmp_path / "c.html").read_text()
     for words in (
         "awq: 40% of the size, 1.50 times the capacity",
@@ -127,12 +108,12 @@ def test_a_comparison_says_what_is_better_and_by_how_much(tmp_path: Path) -> Non
 
 
 def test_other_traffic_is_no_comparison() -> None:
-    other = evidence()
-    other["profiles"][0]["requested"]["rate"] = 9.0
-    other["server"]["version"] = "0.33.0"
-    told = incomparable([Contender("fp16", 9, evidence()), Contender("awq", 9, other)])
-    assert told == ["the traffic differs", "the engine's version differs"]
-    assert incomparable([Contender("fp16", 9, evidence()), Contender("awq", 4, evidence(2.0))]) == []
+    (profile,) = load_evidence.measured().profiles
+    faster = profile.model_copy(update={"requested": profile.requested.model_copy(update={"rate": 9.0})})
+    other = load_evidence.changed(evidence(profiles=(faster,)), {"server": {"version": "0.33.0"}})
+    found = incomparable([ComparedScheme("fp16", 9, evidence()), ComparedScheme("awq", 9, other)])
+    assert found == ["the traffic differs", "the engine's version differs"]
+    assert incomparable([ComparedScheme("fp16", 9, evidence()), ComparedScheme("awq", 4, evidence(2.0))]) == []
 
 
 def test_the_peak_of_the_picture_is_the_one_that_is_judged(tmp_path: Path) -> None:
@@ -145,5 +126,5 @@ def test_the_peak_of_the_picture_is_the_one_that_is_judged(tmp_path: Path) -> No
 
 
 def test_a_curve_needs_two_rates() -> None:
-    assert load_pictures.capacity({**CAPACITY, "steps": STEPS[:1]}) is None
-    assert load_pictures.comparison([{"name": "fp16", "size_bytes": 1}]) is None
+    assert load_pictures.capacity(CAPACITY.model_copy(update={"steps": tuple(STEPS[:1])})) is None
+    assert load_pictures.comparison([ComparisonRow(name="fp16", size_bytes=1)]) is None

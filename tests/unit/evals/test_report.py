@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
+import load_evidence
 import pytest
 import release_evidence
 
@@ -19,9 +20,10 @@ from evals.drift.drift_gate import judge as judge_drift
 from evals.drift.limits import DriftLimits
 from evals.drift.pairs import ChoicePairs, Divergence, DocumentPair, Drift, Example, Layer, TextPairs, write_drift
 from evals.drift.suite import TaskLimits
+from evals.load.requests import RequestRecord, format_requests
 from evals.report import pictures
-from evals.report.pictures import Stage
-from evals.report.report import Evidence, ReportError, Subject, render, write
+from evals.report.pictures import StageTime
+from evals.report.report import ReportedRelease, ReportError, ReportEvidence, render, write
 from evals.report.svg import Axis, Canvas, as_markdown, ticks
 from registry.verdict import Verdict
 
@@ -67,7 +69,7 @@ DRIFT = Drift(
     },
 )  # fmt: skip
 REQUESTS = [
-    {"number": number, "due_ms": number * 500, "error": None, "latency_ms": latency, "ttft_ms": latency / 4}
+    RequestRecord(number=number, due_ms=number * 500, error=None, latency_ms=latency, ttft_ms=latency / 4)
     for number, latency in enumerate(chance.lognormvariate(6, 0.4) for _ in range(60))
 ]
 GIB = 2**30
@@ -97,21 +99,25 @@ LOAD = Verdict(
     },
     limits=LOAD_LIMITS,
 )  # fmt: skip
-MEASURED = {**release_evidence.LOAD, "memory": {**release_evidence.LOAD["memory"], "limit_bytes": 6 * GIB}}
+MEASURED = load_evidence.changed(load_evidence.measured(), {"memory": {"limit_bytes": 6 * GIB}})
 UNSURE = Verdict(
     gate="scan", status="inconclusive", reason="there is no vulnerability database", cause="database-absent"
 )
-SUBJECT = Subject(
+SUBJECT = ReportedRelease(
     model="demo",
     scheme="awq",
     created="2026-11-24T01:02:03Z",
     source_bytes=8_400_000,
     released_bytes=3_100_000,
-    stages=(Stage("quantized", 92.1, 90.0), Stage("drift", 80.0, 79.0, cached=True), Stage("image", 12.0, 11.0)),
+    stages=(
+        StageTime("quantized", 92.1, 90.0),
+        StageTime("drift", 80.0, 79.0, cached=True),
+        StageTime("image", 12.0, 11.0),
+    ),
     facts={"quantizer": "autoawq 0.2.9, 4 bits, group 64", "tested on": "2 cores, x86_64"},
     digests={"image": "sha256:" + "ab" * 32},
 )
-EVIDENCE = Evidence(drift=DRIFT, scan=SCAN, load=MEASURED, requests=REQUESTS, memory=MEMORY, image={})
+EVIDENCE = ReportEvidence(drift=DRIFT, scan=SCAN, load=MEASURED, requests=REQUESTS, memory=MEMORY, image={})
 VERDICTS = (
     judge_drift(DRIFT, LIMITS),
     UNSURE.accepting({"database-absent": "the demo must run where none can be had"}),
@@ -148,7 +154,7 @@ def test_a_whole_report_shows_every_gate_and_every_picture() -> None:
     assert "not measured" not in page.text
     for verdict in VERDICTS:
         assert verdict.reason.replace("`", " ").replace("  ", " ") in page.text
-    assert "Accepted, scan inconclusive and let through in writing" in page.text
+    assert "Accepted: scan inconclusive, accepted in the model's file" in page.text
     assert "the demo must run where none can be had" in page.text
     for words in ("-0.38 points", "37% of FP16", "640 ms", "41.2", "2.42 GiB", "sha256:abab"):
         assert words in page.text, words
@@ -171,14 +177,14 @@ def test_the_same_evidence_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_nothing_measured_is_said_for_every_picture_and_figure() -> None:
-    page = Page(render(Subject("demo", "awq", "2026-11-24T01:02:03Z"), (), Evidence()))
+    page = Page(render(ReportedRelease("demo", "awq", "2026-11-24T01:02:03Z"), (), ReportEvidence()))
     assert "svg" not in page.tags
     assert page.text.count("not measured") == 6 + 1 + 10
     assert "Not judged" in page.text
 
 
 def test_a_blind_scan_shows_no_zero() -> None:
-    blind = Evidence(scan=release_evidence.SCAN)
+    blind = ReportEvidence(scan=release_evidence.SCAN)
     page = Page(render(SUBJECT, VERDICTS, blind))
     assert "not measured: the vulnerability database was absent, so vulnerabilities were not searched for" in page.text
 
@@ -202,10 +208,10 @@ def test_backticks_become_code_and_stray_ones_stay() -> None:
 
 def test_words_from_outside_stay_words() -> None:
     evil = '<script>alert("x")</script>'
-    subject = Subject(evil, evil, evil, facts={evil: evil}, digests={evil: evil}, stages=[Stage(evil, 1.0)])
+    subject = ReportedRelease(evil, evil, evil, facts={evil: evil}, digests={evil: evil}, stages=[StageTime(evil, 1.0)])
     drift = DRIFT.model_copy(update={"tasks": {evil: DRIFT.tasks["cloze"]}})
     verdict = Verdict(gate=evil, status="fail", reason=evil, metrics={evil: 1.0})
-    page = Page(render(subject, [verdict], Evidence(drift=drift)))
+    page = Page(render(subject, [verdict], ReportEvidence(drift=drift)))
     assert "script" not in page.tags
     assert evil in page.text
 
@@ -215,16 +221,16 @@ def test_evidence_is_read_from_where_it_lies(tmp_path: Path) -> None:
     drift.mkdir()
     load.mkdir()
     write_drift(DRIFT, drift)
-    (load / "requests.jsonl").write_text("".join(json.dumps(row) + "\n" for row in REQUESTS))
+    (load / "requests.jsonl").write_text(format_requests(REQUESTS))
     (load / "memory.json").write_text(json.dumps(MEMORY))
-    evidence = Evidence.read(drift, load, tmp_path / "absent")
-    assert evidence == Evidence(drift=DRIFT, requests=REQUESTS, memory=MEMORY)
+    evidence = ReportEvidence.read(drift, load, tmp_path / "absent")
+    assert evidence == ReportEvidence(drift=DRIFT, requests=REQUESTS, memory=MEMORY)
     (load / "scan.json").write_text("{")
     with pytest.raises(ReportError, match=r"scan\.json"):
-        Evidence.read(load)
+        ReportEvidence.read(load)
     (drift / "drift.json").write_text("{}")
     with pytest.raises(ReportError, match=r"drift\.json"):
-        Evidence.read(drift)
+        ReportEvidence.read(drift)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +275,7 @@ def test_a_picture_for_dagster_brings_its_own_colours() -> None:
         pictures.losses(LOAD),
         pictures.accuracy(Drift(engine={}, engine_differences=(), tasks={}), "awq"),
         pictures.bits(Drift(engine={}, engine_differences=(), tasks={}), "awq"),
-        pictures.latency([{"error": "refused"}], {}),
+        pictures.latency([RequestRecord(number=0, due_ms=0, error="refused")], {}),
         pictures.memory([], GIB),
         pictures.sizes(0, 1, "awq"),
         pictures.stages(()),

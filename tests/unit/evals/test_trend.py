@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from queues import rows, served
 
+from evals.load.queueing import queue
+from evals.load.requests import RequestRecord
 from evals.load.traffic.profile import Arrivals
 from evals.load.traffic.schedule import arrivals
-from evals.statistics.trend import queue, slope
+from evals.statistics.trend import slope
 
 
 def grew(load: float, seed: int, *, workers: int = 4, service_ms: float = 100.0, seconds: float = 20.0) -> bool:
@@ -44,7 +46,7 @@ def test_a_burst_that_drains_is_no_saturation() -> None:
 
 
 def test_lost_requests_stay_in_the_queue() -> None:
-    lost = [{"number": n, "due_ms": n * 100, "error": "lost"} for n in range(200)]
+    lost = [RequestRecord(number=n, due_ms=n * 100, error="lost") for n in range(200)]
     found = queue(lost, 20)
     assert found.growing
     assert found.served_per_second == 0

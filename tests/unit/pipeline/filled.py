@@ -29,7 +29,7 @@ _FILES: Mapping[str, Mapping[str, Any]] = {
     "layers": {"layers.json": []},
     "drift": {"drift.json": drift_of(1).model_dump(mode="json", by_alias=True)},
     "scan": {"scan.json": SCAN.model_dump(mode="json", by_alias=True), "trivy.json": {}, "sbom.cdx.json": {}},
-    "load": {"load.json": LOAD, "requests.jsonl": "", "memory.json": SAMPLES},
+    "load": {"load.json": LOAD.format(), "requests.jsonl": "", "memory.json": SAMPLES},
 }
 
 

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import load_evidence
 import pytest
 import release_evidence
 import yaml
@@ -14,6 +15,8 @@ from click.testing import CliRunner
 from containers.hardware import gpu_pool
 from containers.image.build import ImageRecord
 from evals.load import load_test as loads
+from evals.load.comparison import ComparisonRow
+from evals.load.load_test import TrafficProgress
 from evals.load.plan import LoadPlan
 from homes import DEMO
 from pipeline.commands import loading as commands
@@ -27,10 +30,10 @@ from pipeline.stages.load import measure
 from pipeline.store.artifacts import Artifact
 from registry.verdict import Status, Verdict
 
-TOLD = {
+GOING = TrafficProgress.model_validate({
     "purpose": "chat", "rate": 4.0, "phase": "load", "total": 480, "answered": 12, "errors": 0, "elapsed_s": 3.2,
     "tokens_per_second": 96.4, "p50_latency_ms": 80.2, "p95_latency_ms": 120.0, "p95_ttft_ms": None,
-}  # fmt: skip
+})  # fmt: skip
 
 
 @pytest.fixture
@@ -122,17 +125,17 @@ def test_the_price_is_the_models_own() -> None:
 
 
 def test_live_figures_say_what_there_is() -> None:
-    line = _figures(TOLD)
+    line = _figures(GOING)
     assert "12/480 answered, p50 80 ms, p95 120 ms, 96 tokens/s" in line
     assert "errors" not in line
-    assert "3 errors" in _figures({**TOLD, "errors": 3})
+    assert "3 errors" in _figures(GOING.model_copy(update={"errors": 3}))
 
 
 def test_without_a_terminal_a_line_comes_every_few_seconds(capsys: pytest.CaptureFixture[str]) -> None:
     with Figures() as live:
         for answered in range(50):
-            live({**TOLD, "answered": answered})
-        live({**TOLD, "phase": "done"})
+            live(GOING.model_copy(update={"answered": answered}))
+        live(GOING.model_copy(update={"phase": "done"}))
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
@@ -142,9 +145,8 @@ def test_a_scheme_that_misses_its_limits_ends_the_commands_with_3(
 ) -> None:
     verdict = Verdict(gate="load", status=status, reason="as this test says", cause="client-late")
     good = Verdict(gate="load", status="pass", reason="all limits were met")
-    rows, page = [{"name": "FP16", "tokens_per_second": 90.0}], tmp_path / "page.html"
-    evidence: dict[str, Any] = {"faults": None, "capacity": None, "findings": []}
-    measured = load_tests.Loaded("demo-awq", verdict, evidence, tmp_path, page)
+    rows, page = [ComparisonRow(name="FP16", size_bytes=1)], tmp_path / "page.html"
+    measured = load_tests.LoadTestResult("demo-awq", verdict, load_evidence.measured(), tmp_path, page)
     monkeypatch.setattr(load_tests, "compare", lambda *_: (rows, {"fp16": good, "awq": verdict}, page))
     monkeypatch.setattr(load_tests, "load_now", lambda *_: measured)
     environment = {"SLIPWAY_HOME": str(settings.home), "SLIPWAY_MODELS": str(settings.models)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +12,12 @@ from typing import Any
 
 import docker
 import pytest
+from load_evidence import changed, measured
 
 from containers.gateway.config import Routes
 from pipeline.serving import fleet as fleets
 from pipeline.serving import serve
-from pipeline.serving.fleet import Fleet
+from pipeline.serving.fleet import Fleet, Resources
 from pipeline.serving.gateway_process import GatewayError
 from pipeline.serving.serve import Options, Serving, Wish
 from pipeline.settings import Settings
@@ -95,7 +95,7 @@ class Scripted(Serving):
     def _fleet(self, wish: Wish, of_all: int) -> Fleet:
         folder = self._folder / wish.version
         (folder / "release" / "evidence").mkdir(parents=True, exist_ok=True)
-        (folder / "release" / "evidence" / "load.json").write_text("{}")
+        (folder / "release" / "evidence" / "load.json").write_text(measured().format())
         image = SimpleNamespace(reference=wish.digest, digest=wish.digest, minimum_driver=None)
         manifest: Any = SimpleNamespace(digest=wish.digest, image=image)
         release = f"{self.name}@{wish.version}"
@@ -180,6 +180,16 @@ def test_a_replica_that_came_while_the_gateway_did_not_listen_is_routed_later(se
     assert served.gate.shares() == {"demo-awq@1": (100, 2)}
 
 
+@pytest.mark.parametrize(("start_seconds", "timeout_s"), [(20.0, 600), (400.0, 1600), (None, 600)])
+def test_a_replica_gets_what_its_release_was_tested_with_and_the_time_to_start(
+    tmp_path: Path, start_seconds: float | None, timeout_s: float
+) -> None:
+    (tmp_path / "release" / "evidence").mkdir(parents=True)
+    load = changed(measured(), {"server": {"start_seconds": start_seconds, "cpus": 1.5}})
+    (tmp_path / "release" / "evidence" / "load.json").write_text(load.format())
+    assert Resources.tested(tmp_path) == Resources(4 * 2**30, 1.5, timeout_s)
+
+
 @pytest.mark.parametrize(
     ("tested", "of_all", "share"), [(None, 1, 8), (None, 2, 4), (None, 3, 2), (None, 20, 1), (1.5, 1, 2), (6.0, 2, 4)]
 )
@@ -188,7 +198,8 @@ def test_replicas_share_the_cores_equally_and_take_no_more_than_they_were_tested
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     (tmp_path / "release" / "evidence").mkdir(parents=True)
-    (tmp_path / "release" / "evidence" / "load.json").write_text(json.dumps({"server": {"cpus": tested}}))
+    load = changed(measured(), {"server": {"cpus": tested}})
+    (tmp_path / "release" / "evidence" / "load.json").write_text(load.format())
     manifest: Any = SimpleNamespace(digest=OLD, image=SimpleNamespace(minimum_driver=None))
     fleet = Fleet(Settings.read(), "demo-awq@1", manifest, tmp_path, 1, of_all, lambda: None, print)
     assert fleet._share_of_cores().count == share
