@@ -1,1 +1,1 @@
-"""What a release runs in: the engine, runtime profiles, image build, Trivy, the sandbox."""
+"""Container images of releases: the engine, image build, scan, sandbox, gateway, and Kubernetes manifests."""

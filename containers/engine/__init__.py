@@ -1,1 +1,1 @@
-"""The container engine, and who started a container."""
+"""The container engine, and the process that owns each container."""

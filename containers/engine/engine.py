@@ -1,4 +1,4 @@
-"""The container engine: the one that answers, or a private ``dockerd`` under ``$SLIPWAY_HOME/docker``."""
+"""The container engine: a running one, or a private ``dockerd`` under ``$SLIPWAY_HOME/docker``."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from registry.progress import Progress
 
 DEFAULT_SOCKET = Path("/var/run/docker.sock")
 PING_SECONDS = 10
-# A quiet step of a build (pip unpacking a gigabyte) sends nothing for minutes; the SDK's 60 s would end it.
+# A build step may send nothing for minutes (pip unpacking a gigabyte); the SDK's default of 60 s would end it.
 REQUEST_SECONDS = 1800
 
 
 def connect(docker_host: str | None, home: Path, *, certificates: Path | None = None) -> docker.DockerClient:
-    """Return a client of the engine that answers.
+    """Return a client of the first engine that answers.
 
-    In this order: ``docker_host`` and no other when it is given (``DOCKER_HOST``; ``certificates`` is
-    ``DOCKER_CERT_PATH`` for TLS), the default socket, the private engine of ``home``.
+    If ``docker_host`` (``DOCKER_HOST``) is given, only that engine is tried; ``certificates`` (``DOCKER_CERT_PATH``)
+    is its folder of TLS certificates. Else the default socket is tried, then the private engine of ``home``.
 
     Raises:
         EngineError: none answers; the message says what to do.
@@ -44,7 +44,7 @@ def connect(docker_host: str | None, home: Path, *, certificates: Path | None = 
         except EngineError as error:
             reasons.append(str(error))
     if reasons:
-        raise EngineError(f"{'; '.join(reasons)}; `slipway doctor --fix` starts a private engine where it can")
+        raise EngineError(f"{'; '.join(reasons)}; `slipway doctor --fix` starts a private engine if possible")
     raise EngineError(
         "no container engine is running: start Docker, set DOCKER_HOST, or run `slipway doctor --fix` "
         "(as root on Debian or Ubuntu it starts a private one)"
@@ -54,10 +54,10 @@ def connect(docker_host: str | None, home: Path, *, certificates: Path | None = 
 def ensure(
     docker_host: str | None, home: Path, progress: Progress, *, certificates: Path | None = None
 ) -> docker.DockerClient:
-    """Return a client of the engine that answers, after installing and starting a private one where none does.
+    """Return a client of an engine; if none answers, install and start a private one.
 
-    The private engine needs root on Debian or Ubuntu. It keeps data, socket, log and pid file under
-    ``home/docker``, outlives this process and is ended by :func:`stop`. Two calls at once start one engine.
+    The private engine needs root on Debian or Ubuntu. Its data, socket, log and pid file are under ``home/docker``.
+    It continues after this process ends, until :func:`stop`. Concurrent calls start one engine.
 
     Raises:
         EngineError: no engine answers and none can be started here; the message says what to install.
@@ -81,9 +81,9 @@ def ensure(
 
 
 def stop(home: Path, progress: Progress) -> bool:
-    """End the private engine of ``home`` with its containers, mounts and network; return whether one ran.
+    """Stop the private engine of ``home`` with its containers, mounts and network; return whether one ran.
 
-    Images and their data stay under ``home/docker`` for the next start. Another engine is never touched.
+    Images stay under ``home/docker`` for the next start. Other engines are never stopped.
     """
     if not private_engine.paths(home).root.exists():
         return False
@@ -92,23 +92,26 @@ def stop(home: Path, progress: Progress) -> bool:
 
 
 def install_packages(names: Sequence[str], progress: Progress) -> None:
-    """Install Debian packages with apt-get, without their recommendations and without starting their services.
+    """Install Debian packages with apt-get, without recommended packages and without starting services.
 
-    One process at a time: apt-get does not wait for another, and `_services_held_back` is the whole machine's.
+    A machine-wide lock admits one process at a time: apt-get does not wait for another one, and
+    `_services_not_started` changes a file of the machine.
 
     Raises:
-        EngineError: this is not root on a Debian-like machine, or apt-get failed (its last line is given).
+        EngineError: this process is not root on Debian or Ubuntu, or apt-get failed (the message has its last line).
     """
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        raise EngineError(f"`{' '.join(names)}` must be installed, which needs root on Debian or Ubuntu")
+        raise EngineError(
+            f"`{' '.join(names)}` is not installed: install it, or run as root on Debian or Ubuntu to have it installed"
+        )
     progress(f"installing {' '.join(names)} with apt-get")
     install = ["apt-get", "install", "-y", "-q", "--no-install-recommends", *names]
     waiting = lambda: progress("waiting for another installation of packages")  # noqa: E731
-    turn = machine_locks.locked(machine_locks.default_folder(), machine_locks.PACKAGES, waiting)
-    with turn, _services_held_back():
+    package_lock = machine_locks.locked(machine_locks.default_folder(), machine_locks.PACKAGES, waiting)
+    with package_lock, _services_not_started():
         if _apt(install).returncode == 0:
             return
-        # The lists may be absent (a fresh container) or older than the mirror.
+        # The package lists may be missing (a fresh container) or older than the mirror.
         progress("refreshing the package lists with apt-get update")
         for command in (["apt-get", "update", "-q"], install):
             done = _apt(command)
@@ -118,7 +121,7 @@ def install_packages(names: Sequence[str], progress: Progress) -> None:
 
 
 def _client(host: str, certificates: Path | None) -> docker.DockerClient:
-    """Open a client and hear the engine answer, or raise EngineError with the reason in one line."""
+    """Open a client of an engine that answers, or raise EngineError with the reason in one line."""
     client = None
     tls: docker.tls.TLSConfig | bool = False
     try:
@@ -143,7 +146,7 @@ def _client(host: str, certificates: Path | None) -> docker.DockerClient:
 
 
 def _plain(error: BaseException) -> str:
-    """Give the reason at the bottom of the SDK's chain of exceptions, in a few words."""
+    """Return the reason of the SDK's chained exceptions in a few words."""
     text = str(error)
     for known, words in {
         "PermissionError": "permission denied: join the `docker` group or run as root",
@@ -174,7 +177,7 @@ def _refuse_unless_possible(reason: EngineError) -> None:
 
 
 def _apt(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run apt-get without questions; its two streams come back as one text."""
+    """Run apt-get non-interactively; stdout and stderr are returned together."""
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
     return subprocess.run(
         command, env=environment, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -183,10 +186,10 @@ def _apt(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 @contextlib.contextmanager
-def _services_held_back() -> Iterator[None]:
-    """Keep a package from starting the system's own service: the private engine is the one wanted.
+def _services_not_started() -> Iterator[None]:
+    """Keep a package from starting the system's service, because the private engine is used instead.
 
-    Debian's way: ``/usr/sbin/policy-rc.d`` that answers 101. One that is there already is left alone.
+    Debian's mechanism is a ``/usr/sbin/policy-rc.d`` that exits with 101. An existing file is left alone.
     """
     policy = Path("/usr/sbin/policy-rc.d")
     try:

@@ -1,7 +1,7 @@
-"""Who started a container: a process of a home on a machine, and whether it still lives to remove it.
+"""Which process of which home and machine started a container, and whether that process still runs.
 
-Beside the labels a marker lies in the home while a sandbox is open, so that any command sees at the cost of one look
-whether there is something to sweep.
+Besides the container's labels, a marker file is in the home while a container is in use, so that every command can
+check cheaply whether orphaned containers must be removed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _MARKERS = "sandbox"
 
 
 def home_digest(home: Path) -> str:
-    """Twelve hex digits that tell this home's containers from another's on the same engine."""
+    """Return twelve hex digits that identify a home's containers on a shared engine."""
     return hashlib.sha256(os.fsencode(home.resolve())).hexdigest()[:12]
 
 
 def ownership(home: Path) -> dict[str, str]:
-    """The labels of what this process starts for a home."""
+    """Return the labels of containers and networks that this process creates for a home."""
     return {
         HOME_LABEL: home_digest(home),
         HOST_LABEL: socket.gethostname(),
@@ -34,7 +34,7 @@ def ownership(home: Path) -> dict[str, str]:
 
 
 def start_time(pid: int) -> str | None:
-    """When a process started, in clock ticks since boot (proc(5), field 22): tells it from a later one with its id."""
+    """Return a process's start in clock ticks since boot (proc(5), field 22); a later process with its id differs."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -43,14 +43,14 @@ def start_time(pid: int) -> str | None:
 
 
 def is_alive(owner: str) -> bool:
-    """Whether the process of an owner's label still runs."""
+    """Return whether the process in an owner label still runs."""
     pid, _, started = owner.partition(":")
     return pid.isdecimal() and start_time(int(pid)) == started
 
 
 @contextlib.contextmanager
 def marked(home: Path, name: str) -> Iterator[None]:
-    """Have a marker in the home for the time of the block."""
+    """Keep a marker in the home during the block."""
     marker = home / _MARKERS / name
     marker.parent.mkdir(parents=True, exist_ok=True)
     marker.write_text(f"{socket.gethostname()} {ownership(home)[OWNER_LABEL]}")
@@ -61,10 +61,10 @@ def marked(home: Path, name: str) -> Iterator[None]:
 
 
 def left_behind(home: Path) -> list[Path]:
-    """The markers of sandboxes whose process, of this machine, did not live to close them."""
+    """Return the markers of processes on this machine that have ended."""
     found = []
     for marker in (home / _MARKERS).glob("*"):
-        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
             host, _, owner = marker.read_text().partition(" ")
             if host == socket.gethostname() and owner and not is_alive(owner):
                 found.append(marker)

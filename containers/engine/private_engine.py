@@ -1,7 +1,7 @@
-"""A private ``dockerd``: everything it makes lies under ``$SLIPWAY_HOME/docker``, but for one bridge device.
+"""A private ``dockerd``, whose files are all under ``$SLIPWAY_HOME/docker``; outside of it there is one bridge device.
 
-It touches neither the host's firewall nor its forwarding: containers reach each other and the host, ports are published
-by docker's userland proxy, and nothing is routed further.
+It changes neither the host's firewall nor its IP forwarding: containers reach each other and the host, and ports are
+published by docker's userland proxy.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from registry.file_locks import locked
 from registry.progress import Progress
 
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-# sun_path of a Unix socket holds 108 bytes with its final zero (unix(7)); containerd's is the longest of them.
+# sun_path of a Unix socket has 108 bytes with its final zero (unix(7)); containerd's socket has the longest path.
 SOCKET_PATH_BYTES = 107
 LONGEST_SOCKET = "run/containerd/containerd.sock.ttrpc"
 START_SECONDS = 60.0
 STOP_SECONDS = 45.0
-# Where subnets for bridges are looked for: 256 of /24 in a corner of 10/8 that few networks use.
+# Subnets for bridges are chosen from these 256 of /24, a part of 10/8 that few networks use.
 SUBNETS = ipaddress.IPv4Network("10.213.0.0/16")
-# What dockerd may inherit: the way to a proxy for pulls. Nothing else of the caller's environment reaches it.
+# The only variables that dockerd inherits: proxies for pulls.
 INHERITED = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
 
 
 @dataclass(frozen=True)
 class EnginePaths:
-    """Where the private engine of one home keeps what it makes."""
+    """The paths of a home's private engine."""
 
     root: Path
 
     @property
     def socket(self) -> Path:
-        """Its API."""
+        """The socket of its API."""
         return self.root / "docker.sock"
 
     @property
@@ -67,7 +67,7 @@ class EnginePaths:
 
     @property
     def run(self) -> Path:
-        """State of what is running; useless once it is not."""
+        """State of running containers; not needed once the daemon has stopped."""
         return self.root / "run"
 
     @property
@@ -77,17 +77,17 @@ class EnginePaths:
 
     @property
     def bridge(self) -> str:
-        """The network device's name: at most 15 characters, one a home."""
+        """The name of its network device: at most 15 characters, different for each home."""
         return "slipway" + hashlib.sha256(os.fsencode(self.root)).hexdigest()[:8]
 
 
 def paths(home: Path) -> EnginePaths:
-    """Return where the private engine of ``home`` keeps what it makes; symbolic links are resolved."""
+    """Return the paths of the private engine of ``home``; symbolic links are resolved."""
     return EnginePaths(home.resolve() / "docker")
 
 
 def check_socket_length(home: Path) -> None:
-    """Raise EngineError when the engine's sockets under ``home`` would have longer paths than Unix allows."""
+    """Raise EngineError if the paths of the engine's sockets under ``home`` are longer than Unix allows."""
     root = paths(home).root
     too_long = len(os.fsencode(root / LONGEST_SOCKET)) - SOCKET_PATH_BYTES
     if too_long > 0:
@@ -98,9 +98,9 @@ def check_socket_length(home: Path) -> None:
 
 
 def knock(path: Path) -> None:
-    """Raise OSError unless somebody listens on the Unix socket ``path``.
+    """Raise OSError unless a process listens on the Unix socket ``path``.
 
-    The SDK would say so too, but leaves its own socket open when it is refused (docker 7.1).
+    The SDK checks this too, but leaks its socket when the connection is refused (docker 7.1).
     """
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(5)
@@ -116,20 +116,20 @@ def start(home: Path, progress: Progress) -> None:
     """Start the private engine and wait until it answers. The caller holds the lock.
 
     Raises:
-        EngineError: it did not come up; the message holds the last line of its log.
+        EngineError: it did not start; the message has the last line of its log.
     """
     place = paths(home)
     check_socket_length(home)
     began = time.monotonic()
-    _forget_the_dead(place)
+    _remove_remains(place)
     try:
         for folder in (place.data, place.run):
             folder.mkdir(parents=True, exist_ok=True, mode=0o711)
     except OSError as error:
-        raise EngineError(f"the private container engine has no place to work: {error}") from error
+        raise EngineError(f"can't create the folders of the private container engine: {error}") from error
     _make_bridge(place.bridge)
     progress("starting a private container engine")
-    (place.root / "daemon.json").write_text("{}\n")  # so that /etc/docker/daemon.json has no say
+    (place.root / "daemon.json").write_text("{}\n")  # so that /etc/docker/daemon.json is not used
     with place.log.open("wb") as log:
         process = subprocess.Popen(
             _command(place), env=_environment(), cwd=place.root, stdin=subprocess.DEVNULL, stdout=log,
@@ -144,13 +144,13 @@ def start(home: Path, progress: Progress) -> None:
                 f"the private container engine did not start: {_last_words(place.log)} (log: {place.log})"
             )
         time.sleep(0.1)
-    # It outlives this process; nobody is to warn that it was not waited for.
+    # The daemon outlives this process; a return code prevents Popen's warning that it still runs.
     process.returncode = 0
     progress(f"the private container engine answers after {time.monotonic() - began:.1f} s")
 
 
 def stop(home: Path, progress: Progress) -> bool:
-    """End the private engine and what it left: processes, mounts, bridge. Return whether it ran."""
+    """Stop the private engine and remove its processes, mounts and bridge; return whether it ran."""
     place = paths(home)
     pid = _daemon_pid(place)
     if pid is not None:
@@ -200,12 +200,12 @@ def _answers(path: Path) -> bool:
 
 
 def _daemon_pid(place: EnginePaths) -> int | None:
-    """The daemon's process id, if that process is alive and is the daemon of this very home."""
+    """Return the daemon's process id if that process runs and is the daemon of this home."""
     return _pid_if(place.pid, f"--pidfile={place.pid}")
 
 
 def _pid_if(file: Path, argument: str) -> int | None:
-    """Read a process id, and trust it only where that process was started with ``argument``."""
+    """Read a process id from a file; None unless that process was started with ``argument``."""
     try:
         pid = int(file.read_text().strip())
     except (OSError, ValueError):
@@ -214,18 +214,18 @@ def _pid_if(file: Path, argument: str) -> int | None:
 
 
 def _arguments(pid: int) -> list[str]:
-    """The command line of a living process; empty when there is none."""
+    """Return the command line of a running process; empty if there is none."""
     try:
         return [os.fsdecode(part) for part in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
     except OSError:
         return []
 
 
-def _forget_the_dead(place: EnginePaths) -> None:
-    """Remove what an engine left that died without a word (a crash of the machine, kill -9).
+def _remove_remains(place: EnginePaths) -> None:
+    """Remove the remains of an engine that was killed (a crash of the machine, kill -9).
 
-    A process id in such a file may belong to anyone by now. dockerd would refuse to start for its own, and would
-    take containerd's for a containerd that hangs, and kill it.
+    A process id in its files may belong to another process by now: dockerd refuses to start if its own does, and kills
+    the process whose id is in containerd's file.
     """
     if (pid := _daemon_pid(place)) is not None:  # alive, but it does not answer
         _end(pid, STOP_SECONDS)
@@ -233,7 +233,7 @@ def _forget_the_dead(place: EnginePaths) -> None:
 
 
 def _clean_up(place: EnginePaths) -> None:
-    """End orphans of a dead daemon and remove its mounts, bridge, socket and pid files."""
+    """End the orphaned processes of a stopped daemon and remove its mounts, bridge, socket and pid files."""
     for pid in _orphans(place):
         _end(pid, 5.0)
     for mount in _mounts_under(place.root):
@@ -247,10 +247,10 @@ def _clean_up(place: EnginePaths) -> None:
 
 
 def _orphans(place: EnginePaths) -> list[int]:
-    """The containerd and shims of this home's engine: their command lines name its run folder.
+    """Return the containerd and shims of this home's engine, found by its run folder in their command lines.
 
-    Containerd comes first, so that it starts nothing anew. A shim's container ends with the shim: its main process is a
-    child of the shim, and is listed before it.
+    Containerd comes first, so that it starts no new processes. A container's main process is a child of its shim and
+    is listed before it.
     """
     run = os.fspath(place.run)
     containerd: list[int] = []
@@ -278,7 +278,7 @@ def _children(pid: int) -> list[int]:
 
 
 def _end(pid: int, seconds: float) -> None:
-    """Ask a process to end, and make it after ``seconds``; it may be no child of ours, so it is watched in /proc."""
+    """End a process with SIGTERM, and with SIGKILL after ``seconds``; it may not be a child, so /proc is polled."""
     for number, patience in ((signal.SIGTERM, seconds), (signal.SIGKILL, 10.0)):
         try:
             os.kill(pid, number)
@@ -299,7 +299,7 @@ def _is_gone(pid: int) -> bool:
 
 
 def _mounts_under(root: Path) -> list[str]:
-    """Mount points below ``root``, the innermost first."""
+    """Return the mount points below ``root``, the innermost first."""
     points = []
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), line.split()[4])
@@ -322,7 +322,7 @@ def _run_ip(*words: str) -> str:
 
 
 def _make_bridge(name: str) -> None:
-    """Make the engine's bridge with a free subnet. Engines of other homes choose theirs one after the other."""
+    """Create the engine's bridge with a free subnet; a lock serializes the choice with engines of other homes."""
     Path("/run/lock").mkdir(parents=True, exist_ok=True)
     with locked(Path("/run/lock/slipway-network.lock")):
         subnet = free_subnet(name, _networks())
@@ -332,7 +332,7 @@ def _make_bridge(name: str) -> None:
 
 
 def free_subnet(name: str, taken: Sequence[ipaddress.IPv4Network]) -> ipaddress.IPv4Network:
-    """Return the first /24 that overlaps none in ``taken``, starting at a place that follows from ``name``."""
+    """Return the first /24 that overlaps none of ``taken``, starting from one derived from ``name``."""
     candidates = list(SUBNETS.subnets(new_prefix=24))
     first = int(hashlib.sha256(name.encode()).hexdigest(), 16) % len(candidates)
     for candidate in candidates[first:] + candidates[:first]:
@@ -342,7 +342,7 @@ def free_subnet(name: str, taken: Sequence[ipaddress.IPv4Network]) -> ipaddress.
 
 
 def _networks() -> list[ipaddress.IPv4Network]:
-    """The IPv4 networks that this machine has addresses in or routes to, but for the default route."""
+    """Return the IPv4 networks of this machine's addresses and routes, without the default route."""
     texts: list[str] = []
     for interface in _json(_run_ip("-json", "-4", "address", "show")):
         texts += [f"{address['local']}/{address['prefixlen']}" for address in interface.get("addr_info", [])]
@@ -362,9 +362,9 @@ def _json(text: str) -> list[dict[str, Any]]:
 
 
 def _last_words(log: Path) -> str:
-    """The last line of the daemon's log that says something."""
+    """Return the last line of the daemon's log that is not empty."""
     try:
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     except OSError:
         lines = []
-    return lines[-1][-300:] if lines else "it said nothing"
+    return lines[-1][-300:] if lines else "its log is empty"

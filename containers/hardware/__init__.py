@@ -1,1 +1,1 @@
-"""This machine's CPU and GPUs, and which process may use them."""
+"""This machine's CPU and GPUs, and the locks that assign them to processes."""

@@ -1,8 +1,7 @@
-"""The cores of this machine as a pool: each server of a CPU runtime is given its own by number.
+"""A pool of this machine's cores: each CPU server gets its own cores by number.
 
-vLLM's own choice (``VLLM_CPU_OMP_THREADS_BIND=auto``) is made by each server alone: it leaves one core out and takes
-the same ones as every other server. Here a server holds a lock for each of its cores, which all homes of this machine
-share and which the kernel drops however the process ends.
+With vLLM's own choice (``VLLM_CPU_OMP_THREADS_BIND=auto``) every server takes the same cores. Here a server holds a
+lock for each of its cores. All homes of this machine share the locks, and the kernel drops them when the process ends.
 """
 
 from __future__ import annotations
@@ -17,30 +16,30 @@ from containers.hardware.machine_locks import locked, try_lock
 from registry.progress import Progress
 
 _ASSIGNING = "slipway-assign-cores.lock"
-# How many servers may share one core; the next one waits for none of them and takes all cores.
+# The most servers that share one core; one more takes all cores without waiting.
 _MOST_ON_A_CORE = 16
-# The load generator and the engine's own processes that compute nothing need a core beside the threads that compute,
-# which never sleep: even of two cores one is better left to them (docs/explanation/hardware.md has the measurement).
+# The load generator and the engine's other processes need a core besides the compute threads, which never sleep; also
+# with two cores (docs/explanation/hardware.md has the measurement).
 _CLIENT_CORES = 1
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
 @dataclass(frozen=True)
 class Cores:
-    """Logical CPUs by number, and whether another server has some of them too."""
+    """Logical CPUs by number, and whether another server uses some of them too."""
 
     numbers: tuple[int, ...]
     shared: bool = False
 
     @property
     def cpuset(self) -> str:
-        """The numbers as Docker's ``cpuset`` and vLLM's binding take them: ``0,1``."""
+        """The numbers in the format of Docker's ``cpuset`` and of vLLM's binding: ``0,1``."""
         return ",".join(map(str, self.numbers))
 
 
 @dataclass(frozen=True)
 class CoreRequest:
-    """What a server wants: ``count`` cores or all, but for what a load generator beside it needs (``with_client``).
+    """A server's request: ``count`` cores or all; ``with_client`` leaves a core to the load generator.
 
     ``locks`` is the machine's folder of locks.
     """
@@ -50,17 +49,17 @@ class CoreRequest:
     with_client: bool = False
 
     def of(self, available: int) -> int:
-        """How many of so many cores."""
+        """Return the number of cores to take of ``available``."""
         rest = max(1, available - _CLIENT_CORES) if self.with_client else available
         return rest if self.count is None else min(self.count, rest)
 
 
 @contextlib.contextmanager
 def reserved(request: CoreRequest, progress: Progress, available: Sequence[int] | None = None) -> Iterator[Cores]:
-    """Give a server its cores for the time of the block: those that no other server has, as many as it wants.
+    """Reserve cores for a server during the block: as many as requested of those that no other server has.
 
-    Where fewer are free it gets those; where none is free it shares those that the fewest servers have, which
-    ``progress`` is told. ``available`` are the cores that this process may use.
+    If fewer are free, it gets those. If none is free, it shares the cores with the fewest servers, with a warning to
+    ``progress``. ``available`` are the cores that this process may use.
     """
     pool = neighbours_together(os.sched_getaffinity(0)) if available is None else list(available)
     wanted = request.of(len(pool))
@@ -68,16 +67,16 @@ def reserved(request: CoreRequest, progress: Progress, available: Sequence[int] 
         with locked(request.locks, _ASSIGNING):
             taken, level = _take(request.locks, pool, wanted, held)
         if level:
-            progress(f"warning: every core has a server already: sharing {', '.join(map(str, taken))}")
+            progress(f"warning: other servers use every core: sharing {', '.join(map(str, taken))}")
         elif len(taken) < wanted:
-            progress(f"{len(taken)} of {wanted} cores for this server: other servers have the rest")
+            progress(f"this server gets {len(taken)} of {wanted} cores: other servers use the rest")
         yield Cores(tuple(sorted(taken)), shared=level > 0)
 
 
 def _take(locks: Path, pool: Sequence[int], wanted: int, held: contextlib.ExitStack) -> tuple[list[int], int]:
-    """Lock up to ``wanted`` cores that equally few servers have; return them and by how many each was held before.
+    """Lock up to ``wanted`` of the cores with the fewest servers; return them and each one's number of other servers.
 
-    A core's servers hold its levels in no order: who had the first may have ended before who has the second.
+    A core has one lock file per level, and its servers hold any of them: the holder of a lower level may end first.
     """
     free = {core: [level for level in range(_MOST_ON_A_CORE) if _is_free(locks, core, level)] for core in pool}
     most = max(map(len, free.values()))
@@ -92,7 +91,7 @@ def _take(locks: Path, pool: Sequence[int], wanted: int, held: contextlib.ExitSt
 
 
 def _is_free(locks: Path, core: int, level: int) -> bool:
-    """Whether no server holds this level of a core; a lock that nobody ever made is not made for the question."""
+    """Return whether no server holds this level of a core, without creating its lock file."""
     if not os.path.lexists(locks / _name(core, level)):
         return True
     lock = try_lock(locks, _name(core, level))
@@ -107,7 +106,7 @@ def _name(core: int, level: int) -> str:
 
 
 def neighbours_together(cores: set[int], topology: Path = _TOPOLOGY) -> list[int]:
-    """Order logical CPUs by socket and physical core: servers get whole physical cores where numbers allow it."""
+    """Order logical CPUs by socket and physical core, so that servers get whole physical cores if possible."""
 
     def place(core: int) -> tuple[int, int, int]:
         folder = topology / f"cpu{core}" / "topology"

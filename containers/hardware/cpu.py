@@ -1,4 +1,4 @@
-"""This machine's CPU: what it is, which of vLLM's CPU kernels it runs, and what that means for speed."""
+"""This machine's CPU: its model, the instruction set that vLLM's CPU kernels can use, and what that means for speed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ INSTRUCTION_SETS: tuple[InstructionSet, ...] = get_args(InstructionSet)
 _CPUINFO = Path("/proc/cpuinfo")
 _READ_BYTES = 1 << 24  # a machine of 4,096 threads has 8 MB
 _MODEL_CHARACTERS = 128
-# What each set is told by, as Linux names the flags. vLLM asks torch for the first four of AVX-512
-# (`torch.cpu._is_avx512_supported`), and loads its AVX2 build where one of them is absent.
+# The flags of each set, as Linux names them. vLLM requires the four of AVX-512 (`torch.cpu._is_avx512_supported`) and
+# loads its AVX2 build if one is absent.
 _NEEDED: dict[InstructionSet, frozenset[str]] = {
     "avx2": frozenset({"avx2", "fma", "f16c"}),
     "avx512": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
@@ -31,8 +31,8 @@ _MEANING: dict[InstructionSet, str] = {
 }
 
 
-# The nodes of a Kubernetes cluster that can run a CPU runtime: either of these terms. Node Feature Discovery labels a
-# node with its CPU's vendor and with `AVX2` where it has that; where it does not run, nothing is known.
+# A Kubernetes node that matches one of these terms can run a CPU runtime. Node Feature Discovery labels nodes with
+# their CPU's vendor, and with `AVX2` if they have it; nodes without its labels are allowed.
 _NFD = "feature.node.kubernetes.io"
 _AMD64 = {"key": "kubernetes.io/arch", "operator": "In", "values": ["amd64"]}
 NODE_TERMS = (
@@ -43,10 +43,10 @@ NODE_TERMS = (
 
 @dataclass(frozen=True)
 class Cpu:
-    """A CPU. ``cores`` counts the logical CPUs that this process may use.
+    """A CPU; ``cores`` is the number of logical CPUs that this process may use.
 
-    ``instruction_set`` is the best that its kernels can use, each containing those before it in `INSTRUCTION_SETS`;
-    ``none`` is a CPU without AVX2, or of another architecture than x86-64.
+    ``instruction_set`` is the best one it has; each set in `INSTRUCTION_SETS` contains those before it. ``none`` is a
+    CPU without AVX2, or of another architecture than x86-64.
     """
 
     model: str
@@ -56,17 +56,17 @@ class Cpu:
 
     @property
     def bfloat16(self) -> bool:
-        """Whether it multiplies bfloat16 itself."""
+        """Whether it has instructions that multiply bfloat16."""
         return self.instruction_set in {"avx512_bf16", "amx"}
 
     @property
     def meaning(self) -> str:
-        """What its instruction set means for speed, in words."""
+        """What its instruction set means for speed."""
         return _MEANING[self.instruction_set]
 
     @property
     def refusal(self) -> str | None:
-        """Why no CPU runtime can run on it, and what to do; None where one can."""
+        """Why no CPU runtime can run on it, and what to do; None if one can."""
         if self.architecture != "x86_64":
             found = f"{self.architecture} ({self.model})"
             return (
@@ -80,7 +80,7 @@ class Cpu:
 
 
 def this_cpu(at_most: InstructionSet | None = None) -> Cpu:
-    """Read this machine's CPU; ``at_most`` (``SLIPWAY_CPU_ISA``) has it behave as one without what is above."""
+    """Read this machine's CPU; ``at_most`` (``SLIPWAY_CPU_ISA``) limits its instruction set."""
     try:
         with _CPUINFO.open("rb") as file:
             text = file.read(_READ_BYTES).decode(errors="replace")
@@ -90,7 +90,7 @@ def this_cpu(at_most: InstructionSet | None = None) -> Cpu:
 
 
 def describe(text: str, architecture: str, cores: int, at_most: InstructionSet | None = None) -> Cpu:
-    """Read a CPU from the text of ``/proc/cpuinfo``; a feature counts where every processor has it."""
+    """Read a CPU from the text of ``/proc/cpuinfo``; a flag counts only if every processor has it."""
     fields = [(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in text.splitlines())]
     flags = [frozenset(value.split()) for key, value in fields if key == "flags"]
     common = frozenset.intersection(*flags) if flags else frozenset()

@@ -1,4 +1,4 @@
-"""The GPUs of this machine, as NVML tells."""
+"""The GPUs of this machine, as NVML reports them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pynvml
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU: memory in bytes, driver as `580.65.06`, compute capability as (9, 0), the driver's CUDA as (13, 0)."""
+    """One GPU: memory in bytes, driver `580.65.06`, compute capability (9, 0), the driver's CUDA (13, 0)."""
 
     index: int
     uuid: str
@@ -21,7 +21,7 @@ class Gpu:
 
 
 def gpus() -> list[Gpu]:
-    """Return the GPUs; none where there is no driver."""
+    """Return the GPUs; none without a driver."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
@@ -46,7 +46,7 @@ def _describe(index: int) -> Gpu:
 
 
 def _cuda() -> tuple[int, int] | None:
-    """The newest CUDA that the driver knows: NVML says 13000 for 13.0."""
+    """Return the newest CUDA version that the driver supports; NVML reports 13.0 as 13000."""
     try:
         version = int(pynvml.nvmlSystemGetCudaDriverVersion_v2())
     except pynvml.NVMLError:

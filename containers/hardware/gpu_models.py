@@ -1,4 +1,4 @@
-"""What is known of the GPUs that models are served on: ``gpus.yaml``, with sources and dates."""
+"""Specifications and prices of GPUs, from ``gpus.yaml`` with sources and dates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class GpuDataError(ContainerError):
-    """There is no such GPU in the data file."""
+    """The data file has no GPU of that name."""
 
 
 class _Part(BaseModel):
@@ -29,14 +29,14 @@ class _Part(BaseModel):
 
 
 class Price(_Part):
-    """Dollars an hour for one GPU on demand; ``source`` is a key of the file's ``sources``."""
+    """The on-demand price of one GPU per hour; ``source`` is a key of the file's ``sources``."""
 
     dollars_per_hour: Positive
     source: str
 
 
 class GpuModel(_Part):
-    """One kind of GPU: bytes of memory as NVML reports them, bytes a second, dense FLOPs a second by precision."""
+    """A GPU model: memory in bytes as NVML reports it, bandwidth in bytes/s, and dense FLOP/s by precision."""
 
     name: str
     architecture: str
@@ -52,34 +52,34 @@ class GpuModel(_Part):
 
 @functools.cache
 def known_gpus() -> tuple[GpuModel, ...]:
-    """Return every kind of GPU that the data file describes, in its order: by memory within a generation."""
+    """Return every GPU model of the data file, in its order: by memory within a generation."""
     document = yaml.safe_load(DATA.read_text(encoding="utf-8"))
     return tuple(GpuModel.model_validate(entry) for entry in document["gpus"])
 
 
 def price_source(price: Price) -> tuple[str, str]:
-    """Return the address and the date of the table that a price is from."""
+    """Return the URL and the date of a price's source."""
     source = yaml.safe_load(DATA.read_text(encoding="utf-8"))["sources"][price.source]
     return str(source["url"]), str(source["dated"])
 
 
 def find_gpu(name: str) -> GpuModel:
-    """Return the kind of GPU of that name, spelt as in the file, as one types it, or as NVML reports it.
+    """Return the GPU model of a name; case and punctuation are ignored, and NVML's names are accepted.
 
     Raises:
-        GpuDataError: there is none; the message suggests a near name.
+        GpuDataError: there is none; the message suggests a similar name.
     """
     wanted = _plain(name)
     by_name = {_plain(gpu.name): gpu for gpu in known_gpus()}
     if wanted in by_name:
         return by_name[wanted]
-    # NVML says `NVIDIA H100 80GB HBM3`: the longest of our names that is in it, word by word.
+    # NVML's name is `NVIDIA H100 80GB HBM3`: choose the longest name of the file whose words are all in it.
     words = set(_words(name))
     inside = [gpu for gpu in known_gpus() if set(_words(gpu.name)) <= words]
     if inside:
         return max(inside, key=lambda gpu: len(gpu.name))
     known = suggestion(name, (gpu.name for gpu in known_gpus()))
-    raise GpuDataError(f"there is no GPU `{name}` in {DATA.name}{known}")
+    raise GpuDataError(f"`{name}` is not a GPU of {DATA.name}{known}")
 
 
 def _plain(name: str) -> str:

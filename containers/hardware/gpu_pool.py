@@ -1,4 +1,4 @@
-"""The GPUs of this machine as a pool: a container takes one for itself, and says which."""
+"""A pool of this machine's GPUs: each container reserves one."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _POLL_SECONDS = 1.0
 
 @contextlib.contextmanager
 def reserved(progress: Progress, locks: Path) -> Iterator[Gpu | None]:
-    """Take the GPU with the most free memory that nobody has reserved, for the time of the block; None without GPUs.
+    """Reserve the unreserved GPU with the most free memory during the block; None without GPUs.
 
-    ``locks`` is the machine's folder of locks (`containers.hardware.machine_locks`): two homes must not measure on one
-    device. Waits while all are taken. The kernel drops a reservation however its process ends.
+    Waits while all are reserved. ``locks`` is the machine's folder of locks (`containers.hardware.machine_locks`), so
+    that two homes never measure on one device. The kernel drops a reservation when its process ends.
     """
     found = gpus()
     if not found:

@@ -1,11 +1,11 @@
-"""Locks that all Slipway processes of this machine share, whichever home and user they work for.
+"""Locks shared by all Slipway processes of this machine, of every home and user.
 
-Two homes (two checkouts, two test workers) run on the same cores and GPUs, so these locks do not lie in a home. A lock
-is an empty file in a folder that every user can write to, locked with flock(2): the kernel drops it however its process
-ends. Such a folder is open to everybody, so a lock file is opened without following a link, must be a regular file, and
-is never written to. Any user can hold a lock for as long as he likes: he delays others and reads or changes nothing.
+Homes (two checkouts, two test workers) share cores and GPUs, so these locks are outside of homes. A lock is an empty
+file in a folder that every user can write to, locked with flock(2), which the kernel drops when the process ends.
+Because the folder is open to all users, a lock file is opened without following links, must be a regular file, and is
+never written to. A user who holds a lock can delay others but can read or change nothing.
 
-Processes in a container with a /run/lock of its own exclude each other only: give them one folder by ``SLIPWAY_LOCKS``.
+Processes in a container with its own /run/lock share locks only among themselves: set ``SLIPWAY_LOCKS`` to one folder.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from registry.file_locks import flock
 DEVICE = "slipway-device.lock"
 CORES = "slipway-cores.lock"
 PACKAGES = "slipway-packages.lock"
-# Debian and Ubuntu give everybody /run/lock, which is emptied at boot alone; Fedora gives it to root. TMPDIR is not
-# asked: it may be another for each user.
+# On Debian and Ubuntu every user can write to /run/lock, which is emptied only at boot; on Fedora only root can.
+# TMPDIR is not used: it may differ between users.
 _CANDIDATES = (Path("/run/lock"), Path("/tmp"))  # noqa: S108 - opened as the module's docstring says
 _FOR_EVERYBODY = stat.S_ISVTX | stat.S_IWOTH
 
@@ -36,9 +36,9 @@ class MachineLockError(ContainerError):
 
 
 def default_folder(candidates: tuple[Path, ...] = _CANDIDATES) -> Path:
-    """Return the first folder that every user can write to, and in which none can remove another's files.
+    """Return the first folder that every user can write to and that is sticky (users can't remove others' files).
 
-    The choice does not depend on who asks, so that root and an ordinary user meet in one folder.
+    The choice is the same for root and other users.
     """
     for folder in candidates:
         with contextlib.suppress(OSError):
@@ -51,9 +51,9 @@ def default_folder(candidates: tuple[Path, ...] = _CANDIDATES) -> Path:
 def locked(
     folder: Path, name: str, waiting: Callable[[], None] = lambda: None, *, shared: bool = False
 ) -> Iterator[None]:
-    """Hold the lock ``name`` of ``folder``, exclusively unless ``shared`` with others that say the same.
+    """Hold the lock ``name`` of ``folder`` during the block, exclusively or ``shared``.
 
-    ``waiting`` is called once where somebody else's lock stands in the way.
+    ``waiting`` is called once if the lock is held by another process.
 
     Raises:
         MachineLockError: the file can't be opened or is not a regular file.
@@ -70,7 +70,7 @@ def locked(
 
 
 def try_lock(folder: Path, name: str, *, shared: bool = False) -> int | None:
-    """Lock ``name`` and return the descriptor that holds it until it is closed; None where somebody else has it.
+    """Lock ``name`` and return the descriptor that holds it until closed; None if another process holds it.
 
     Raises:
         MachineLockError: the file can't be opened or is not a regular file.
@@ -83,7 +83,7 @@ def try_lock(folder: Path, name: str, *, shared: bool = False) -> int | None:
 
 
 def _lock(path: Path, operation: int) -> int:
-    """Lock the file that has this name: one that was removed while we waited excludes nobody."""
+    """Lock the file with this name; lock again if the file was removed or replaced while waiting."""
     while True:
         descriptor = _opened(path)
         try:
@@ -97,7 +97,7 @@ def _lock(path: Path, operation: int) -> int:
 
 
 def _opened(path: Path) -> int:
-    """Open a lock file for reading, which is enough to lock it, after making it where there is none."""
+    """Open a lock file for reading, which is enough to lock it; create it if it is missing."""
     while True:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -114,7 +114,7 @@ def _opened(path: Path) -> int:
 
 
 def _make(path: Path) -> None:
-    """Make an empty file that every user can open, whole at once: under a name of its own first."""
+    """Create an empty file that every user can open, atomically: under a temporary name, then linked."""
     try:
         descriptor, made = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
         try:

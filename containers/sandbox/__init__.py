@@ -1,1 +1,1 @@
-"""A place to run an image: isolated, measured, and removed."""
+"""Runs images in hardened containers, without a network, and measures their memory."""

@@ -1,7 +1,7 @@
-"""Why an engine failed, from what it wrote: the root of its tracebacks, and how its processes ended.
+"""Finds why an engine failed in its log: the first error among its tracebacks, and how its processes ended.
 
-vLLM runs in several processes, and one that fails takes the others along: a worker's error comes again, wrapped, as the
-engine core's and as the API server's. Each line starts with its process and its level, where vLLM's logger wrote it.
+vLLM runs in several processes. When one fails the others fail too: a worker's error appears again, wrapped, in the log
+lines of the engine core and of the API server. Lines of vLLM's logger start with the process and the level.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from pathlib import Path
 
 from containers.sandbox.logs import redacted
 
-# One line of a message; longer errors hold configurations and tensors.
+# The length of a one-line message; longer errors contain configurations and tensors.
 MOST_CHARACTERS = 400
 _PREFIX = re.compile(
     r"(?:\((?P<process>[A-Za-z][\w.-]*) pid=\d+\) ?)?"
     r"(?:(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)? \[[^\]]*\] ?)?"
 )
-# The processes that compute, by the beginnings of their names.
+# Prefixes of the names of processes that compute.
 _COMPUTING = ("EngineCore", "VllmWorker", "Worker")
 _TRACEBACK = "Traceback (most recent call last):"
 _ERROR = re.compile(r"[A-Za-z_][\w.]*(?:: .*)?$")
-# These say that something failed elsewhere, or that the process was told to end.
+# These errors follow from another one, or from a signal to stop.
 _CONSEQUENCE = re.compile(
     r"(?i)EngineDeadError|see (the )?(root cause|stack trace)|check the stack trace|^(\w+\.)*(CancelledError|"
     r"KeyboardInterrupt|SystemExit|BrokenPipeError|ConnectionResetError|EOFError)\b"
@@ -35,36 +35,36 @@ _DEAD = re.compile(
 )
 _FATAL = re.compile(r"Fatal Python error: (?P<what>[\w ]+)")
 _UNEXPECTED = re.compile(r"engine core exited unexpectedly")
-# What pydantic adds to a message, and the packages of an exception's class: neither helps.
+# Left out of messages: what pydantic appends, and the package of an exception's class.
 _ADDED = re.compile(r"\s*(For further information visit \S+|\[type=\w+, input_value=.*)")
 _PACKAGES = re.compile(r"^(\w+\.)+(?=\w+(:|$))")
 _ENDED_BY = re.compile(r"Failed core proc.*'(?P<process>\w+)': -(?P<number>\d{1,2})\b")
 _SAID = re.compile(r"(?i)\b(error|fatal|failed|illegal instruction|killed|segmentation fault)\b")
 _SAID_QUIETLY = re.compile(r"(DEBUG|INFO|WARNING):")
 _SIGNALS = {
-    signal.SIGILL: "an illegal instruction: it was built for another CPU than this one",
-    signal.SIGABRT: "an abort of its own code",
+    signal.SIGILL: "an illegal instruction: it was built for another CPU",
+    signal.SIGABRT: "abort()",
     signal.SIGBUS: "a bus error: the shared memory may be too small",
     signal.SIGFPE: "an arithmetic exception",
-    signal.SIGKILL: "SIGKILL: by hand, or for want of memory",
+    signal.SIGKILL: "SIGKILL: by hand, or out of memory",
     signal.SIGSEGV: "a segmentation fault",
-    signal.SIGTERM: "SIGTERM: somebody told it to end",
+    signal.SIGTERM: "SIGTERM: stopped from outside",
 }
-# How Python's fault handler, which the sandbox turns on, calls them.
+# Their names in the output of Python's fault handler, which the sandbox turns on.
 _FAULTS = {"Illegal instruction": signal.SIGILL, "Bus error": signal.SIGBUS, "Segmentation fault": signal.SIGSEGV}
-# After these the same start may go another way: somebody else ended it.
+# Signals from outside, after which a second start may succeed.
 _FROM_OUTSIDE = frozenset({signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
 
 @dataclass(frozen=True)
 class Failure:
-    """How a server ended, or fails without having ended, and why.
+    """How a server stopped, or what is wrong with it while it runs, and why.
 
     Attributes:
-        ending: what happened, as what follows "the server": ``ended with status 1``.
-        error: the engine's first error in one line, where it told one.
-        log: where what it wrote is kept, where it could be.
-        may_pass: whether the same again may go well.
+        ending: what happened, as a continuation of "the server": ``ended with status 1``.
+        error: the engine's first error in one line, if its log has one.
+        log: the file that holds its log, if it could be saved.
+        may_pass: whether another try may succeed.
     """
 
     ending: str
@@ -73,21 +73,21 @@ class Failure:
     may_pass: bool = False
 
     def told(self, when: str = "") -> str:
-        """Return it in one line, with ``when`` it happened behind the ending."""
+        """Return one line: the ending, ``when`` it happened, the error and the log."""
         error = f": {self.error}" if self.error else ""
         return f"{self.ending}{when}{error}" + (f"; log: {self.log}" if self.log else "")
 
     def __str__(self) -> str:
-        """Return it in one line."""
+        """Return it as one line."""
         return self.told()
 
 
 def root_error(text: str) -> str | None:
-    """Return the error that the others of a log follow from, in one line, or None where there is none.
+    """Return the first error of a log, which caused the others, in one line; None if it has none.
 
-    That is the first exception of the first traceback that is no consequence of another's, first among those of the
-    processes that compute. Without a traceback it is what ended a process, or the last line that speaks of an error.
-    The text is not trusted: what users wrote is left out, control characters are escaped, and the length is bounded.
+    That is the first traceback's exception that does not follow from another one; tracebacks of processes that compute
+    come first. Without a traceback it is the signal that ended a process, or the last line that mentions an error.
+    The text is not trusted: prompts are left out, control characters are escaped, and the length is limited.
     """
     lines = redacted(text).splitlines()
     errors = list(_errors(lines))
@@ -104,21 +104,21 @@ def root_error(text: str) -> str | None:
 
 
 def is_dead(text: str) -> bool:
-    """Say whether a log tells that the engine is dead, whatever the process that listens still answers."""
+    """Return whether a log says that the engine is dead; the API server may still answer."""
     return _DEAD.search(redacted(text)) is not None
 
 
 def one_line(text: str, most: int = MOST_CHARACTERS) -> str:
-    """Return a text of somebody else's as one line that is safe to print: no control characters, bounded in length."""
+    """Return untrusted text as one line that is safe to print: control characters escaped, length limited."""
     words = " ".join(text.split())
     safe = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in words[: most + 1])
     return safe if len(safe) <= most else f"{safe[: most - 1]}…"
 
 
 def by_status(status: int) -> tuple[str, bool]:
-    """Say how a process with such an exit status ended, and whether the same again may go otherwise.
+    """Describe an exit status, and return whether another try may succeed.
 
-    128 and the signal's number is what a shell and a container engine report of one that a signal ended.
+    Shells and container engines report a process that a signal ended with 128 plus the signal's number.
     """
     try:
         number = signal.Signals(status - 128)
@@ -137,18 +137,18 @@ def _explained(fault: str) -> str:
 
 
 def _ended_by_signal(lines: list[str]) -> str | None:
-    """What vLLM says of a process that a signal ended: ``Failed core proc(s): {'EngineCore': -4}``, or less."""
+    """Find a process that a signal ended: ``Failed core proc(s): {'EngineCore': -4}``, or a line without the number."""
     for line in lines:
         found = _ENDED_BY.search(line)
         if found is not None and int(found["number"]) in set(signal.Signals):
             return f"{found['process']} was ended by {_by_signal(signal.Signals(int(found['number'])))}"
     if any(_UNEXPECTED.search(line) for line in lines):
-        return "the engine's process ended without a word: killed by hand, or for want of memory"
+        return "the engine's process ended without an error message: killed by hand, or out of memory"
     return None
 
 
 def _last_said(lines: list[str]) -> str | None:
-    """The last line that speaks of an error, access logs and the like left out."""
+    """Return the last line that mentions an error, without access logs and lines below the level ERROR."""
     for line in reversed(lines):
         found = _PREFIX.match(line)
         message = line if found is None else line[found.end() :]
@@ -159,7 +159,7 @@ def _last_said(lines: list[str]) -> str | None:
 
 
 def _errors(lines: list[str]) -> Iterator[tuple[str, str]]:
-    """Each traceback's process and error, however their lines are mixed, in the order in which they begin."""
+    """Yield each traceback's process and error, in the order of their first lines; their lines may be interleaved."""
     by_process: dict[str, list[tuple[int, str]]] = {}
     for number, line in enumerate(lines):
         found = _PREFIX.match(line)
@@ -171,7 +171,7 @@ def _errors(lines: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _of_one(lines: list[tuple[int, str]]) -> Iterator[tuple[int, str]]:
-    """The errors at the end of one process's tracebacks, with the number of the line where each begins."""
+    """Yield the errors of one process's tracebacks, each with the number of the traceback's first line."""
     place = 0
     while place < len(lines):
         number, line = lines[place]
@@ -180,13 +180,13 @@ def _of_one(lines: list[tuple[int, str]]) -> Iterator[tuple[int, str]]:
             frames = _indented(lines, place)
             place = frames
             if place < len(lines) and _ERROR.match(lines[place][1]):
-                place = _indented(lines, place + 1)  # a message of several lines, as pydantic has it
+                place = _indented(lines, place + 1)  # a message of several lines, like pydantic's
                 message = " ".join(_ADDED.sub("", text) for _, text in lines[frames:place])
                 yield number, _PACKAGES.sub("", message)
 
 
 def _indented(lines: list[tuple[int, str]], place: int) -> int:
-    """The first place from ``place`` on whose line is not indented."""
+    """Return the first index from ``place`` on whose line is not indented."""
     while place < len(lines) and lines[place][1][:1] in {" ", "\t"}:
         place += 1
     return place

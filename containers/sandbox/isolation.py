@@ -1,4 +1,4 @@
-"""A network that leads nowhere, for one container."""
+"""An isolated network for one container: this machine reaches the container, and the container reaches nothing."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from docker.models.networks import Network
 from containers.engine.private_engine import SYSTEM_PATH
 from containers.errors import ContainerError
 
-# How far a container can see, as evidence says it.
-ISOLATED = "internal: reached by this machine alone, and reaches nothing"
-UNSEALED = "internal: reached by this machine alone; that it reaches this machine's services was not prevented"
-PUBLISHED = "published on 127.0.0.1; what it reaches was not limited"
-# Docker answers names on an internal network from its own resolver, which asks the machine's: here nobody is asked.
+# The container's network access, as evidence states it.
+ISOLATED = "internal: reachable only from this machine, reaches nothing"
+UNSEALED = "internal: reachable only from this machine, can reach services of this machine"
+PUBLISHED = "published on 127.0.0.1, outgoing connections not restricted"
+# On an internal network Docker's resolver forwards names to the machine's; this address has no resolver.
 NO_DNS = "127.0.0.1"
 
-# Only what answers leaves: packets of TCP that do not ask for a connection. Without a way to make other packets (raw
-# sockets are a capability) that is no more than answers, and it needs no tracking of connections. Nor does it hear an
-# answer to what it may have asked before.
+# Only TCP packets that do not open a connection leave the container. Without raw sockets (which need a capability)
+# these can only be answers, so no connection tracking is needed. Answers to connections that it opened before are
+# dropped.
 _RULES = """*filter
 -F INPUT
 -A INPUT -i lo -j ACCEPT
@@ -38,24 +38,23 @@ _RULES = """*filter
 COMMIT
 """
 _FAMILIES = ("iptables", "ip6tables")
-# What the SDK has for a URL where it speaks through a Unix socket; over ssh it ends in `ssh`.
+# The Docker SDK's base URL for a Unix socket; over ssh it ends in `ssh`.
 _UNIX_SOCKET = "http+docker://localhost"
 
 
-class NetworkError(ContainerError):
-    """The engine can't make or remove a network."""
+class SandboxNetworkError(ContainerError):
+    """The container engine can't create or remove a network."""
 
 
 @contextlib.contextmanager
 def network(client: docker.DockerClient, name: str, labels: Mapping[str, str]) -> Iterator[str | None]:
-    """Make the internal network ``name``, and remove it after the block; gives its name, or None where there is none.
+    """Create the internal network ``name`` and remove it after the block; yields its name, or None without a network.
 
-    An internal network leads to no other machine, and its port is published nowhere: this machine reaches the container
-    by its address, and `unplugged` keeps the container from this machine. Engines before 25 give it a default route,
-    and keep packets in by the machine's firewall; one that may not touch that (Slipway's private engine) leaves it to
-    the machine, which forwards nothing unless it is told to. So the route goes too. Where the engine's network is not
-    this machine's (a remote engine, Docker Desktop, a rootless one) there is none, and the port is published on
-    loopback instead.
+    An internal network has no route to other machines and publishes no port: this machine reaches the container by its
+    address, and `unplugged` keeps the container from reaching this machine. Docker before 25 adds a default route and
+    relies on the machine's firewall. Slipway's private engine may not change the firewall, so `unplugged` also removes
+    the route. If the engine's network is not this machine's (a remote engine, Docker Desktop, a rootless engine), no
+    network is created, and the port is published on loopback instead.
     """
     if not is_local(client):
         yield None
@@ -63,7 +62,7 @@ def network(client: docker.DockerClient, name: str, labels: Mapping[str, str]) -
     try:
         made = client.networks.create(name, driver="bridge", internal=True, labels=dict(labels))
     except (docker.errors.APIError, requests.RequestException) as error:
-        raise NetworkError(f"can't make a network for the sandbox: {error}") from error
+        raise SandboxNetworkError(f"can't create a network for the sandbox: {error}") from error
     try:
         yield name
     finally:
@@ -72,11 +71,11 @@ def network(client: docker.DockerClient, name: str, labels: Mapping[str, str]) -
 
 @contextlib.contextmanager
 def unplugged(container: Container) -> Iterator[Callable[[], bool]]:
-    """Start a container in the block with its network unplugged; what is given seals it, and says whether that held.
+    """Keep a container's bridge down during the block; yields a function that seals the container's network.
 
-    On an internal network this machine is the one neighbour, and its services that listen on every address answer
-    there. So the container's own network namespace gets rules by which it answers and asks nobody; its capabilities do
-    not suffice to change them. Until they stand, the bridge is down, so that nothing it does at once gets through.
+    The function returns whether it succeeded. Services of this machine that listen on every address are reachable on
+    an internal network. Sealing adds firewall rules in the container's network namespace, by which it can answer but
+    not open connections; it lacks the capabilities to change them. Until the rules are in place the bridge is down.
     """
     bridges = _bridges(container)
     down = bool(bridges) and all(_ip("link", "set", each, "down") for each in bridges)
@@ -88,7 +87,7 @@ def unplugged(container: Container) -> Iterator[Callable[[], bool]]:
 
 
 def _sealed(container: Container) -> bool:
-    """Close a running container's network namespace; False where this process can't, or can't tell whose it is."""
+    """Add the rules in a running container's network namespace; False if this process can't, or can't identify it."""
     container.reload()
     pid = container.attrs["State"]["Pid"]
     if container.attrs["HostConfig"]["PortBindings"] or not pid or not _is_of(container, pid):
@@ -96,13 +95,13 @@ def _sealed(container: Container) -> bool:
     if _has_default_route(pid):
         _within(pid, ["ip", "route", "delete", "default"], "")
     ruled = all(_within(pid, [f"{family}-restore", "--wait", "10", "--noflush"], _RULES) for family in _FAMILIES)
-    # What waits for its neighbour's address has passed where the rules are now: with the device it is dropped.
+    # Packets queued for address resolution have passed the rules already; resetting the device drops them.
     devices = [(device, state) for device in _devices(pid) for state in ("down", "up")]
     return ruled and all(_within(pid, ["ip", "link", "set", device, state], "") for device, state in devices)
 
 
 def _bridges(container: Container) -> list[str]:
-    """The devices of this machine that are a container's internal networks; none where they can't be told."""
+    """Return this machine's bridge devices of a container's internal networks; none if the engine can't list them."""
     found = []
     for name in container.attrs["NetworkSettings"]["Networks"]:
         try:
@@ -117,7 +116,7 @@ def _bridges(container: Container) -> list[str]:
 
 
 def _is_of(container: Container, pid: int) -> bool:
-    """Whether a process of this machine is of the container: an engine elsewhere counts its processes otherwise."""
+    """Return whether this machine's process belongs to the container; a remote engine's process ids are others."""
     try:
         return str(container.id) in Path(f"/proc/{pid}/cgroup").read_text()
     except OSError:
@@ -143,7 +142,7 @@ def _ran(command: Sequence[str], text: str) -> bool:
 
 
 def _devices(pid: int) -> list[str]:
-    """The devices of a process's network, but for loopback."""
+    """Return the network devices of a process, without loopback."""
     try:
         lines = Path(f"/proc/{pid}/net/dev").read_text().splitlines()[2:]
     except OSError:
@@ -160,7 +159,7 @@ def _has_default_route(pid: int) -> bool:
 
 
 def is_local(client: docker.DockerClient) -> bool:
-    """Whether containers' addresses can be reached from this machine."""
+    """Return whether this machine can reach containers by their addresses."""
     if client.api.base_url != _UNIX_SOCKET:
         return False
     about = client.info()
@@ -169,10 +168,10 @@ def is_local(client: docker.DockerClient) -> bool:
 
 
 def remove(network: Network) -> None:
-    """Remove a network; that it is gone already is as good."""
+    """Remove a network; one that is already gone is no error."""
     try:
         network.remove()
     except docker.errors.NotFound:
         return
     except docker.errors.APIError as error:
-        raise NetworkError(f"can't remove the network {network.name}: {error}") from error
+        raise SandboxNetworkError(f"can't remove the network {network.name}: {error}") from error

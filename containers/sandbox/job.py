@@ -1,4 +1,4 @@
-"""One command in a container, to its end: hardened as the sandbox is, without any network, removed whatever happens."""
+"""Runs one command in a hardened container without a network, and removes the container afterwards."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from containers.engine.owner import marked, ownership
 from containers.sandbox.container import create, engine_errors, hardening, remove, terminated_by_exception
 from registry import untrusted
 
-# What a shell says of a process that was killed, as the engine does of a container's.
+# The exit status that an engine reports for a container that was killed.
 _KILLED = 128 + 9
-# What is kept of a command's output, in bytes: as much as the private engine keeps of a log.
+# The most bytes kept of a command's output; the private engine keeps as much of a log.
 _LOG_BYTES = 64 << 20
 
 
@@ -36,15 +36,15 @@ def run(
     memory_bytes: int,
     gpus: int = 0,
 ) -> int:
-    """Run ``command`` in ``folder`` with files and folders of this machine under their own paths; return its status.
+    """Run ``command`` in ``folder``, with this machine's files under their own paths, and return its exit status.
 
-    It runs as this process's user, sees ``reads`` and may change ``writes``; what it prints is in the file ``log`` of
-    ``folder`` afterwards, whatever the command has left there under that name. A status is negative where a signal
-    ended it, the engine's own for want of memory among them.
+    It runs as this process's user, can read ``reads`` and change ``writes``. Its output is written to the file ``log``
+    in ``folder`` afterwards and replaces any file of that name. The status is negative if a signal ended the command,
+    the kernel's out-of-memory kill included.
 
     Raises:
         SandboxError: it could not be run.
-        UntrustedFileError: the command left a folder in the log's place.
+        UntrustedFileError: the command left a folder in place of the log.
     """
     volumes = {str(path.resolve()): {"bind": str(path), "mode": mode} for path, mode in _mounts(reads, writes)}
     options = {
@@ -73,7 +73,7 @@ def run(
 
 
 def _keep_log(container: Container, folder: Path, name: str) -> None:
-    """Write what a container printed, up to a limit, into a new file."""
+    """Write a container's output, up to `_LOG_BYTES`, into a new file."""
     room = _LOG_BYTES
     with untrusted.create_file(folder, name) as log:
         for chunk in container.logs(stream=True):

@@ -1,7 +1,7 @@
-"""What computed a server's answers: its CPU or GPU, its cores, and the kernels that its engine says it uses.
+"""What computed a server's answers: its CPU or GPU, its cores, and the kernels that its engine reports.
 
-The runtime's plugin writes one line into the engine's log: ``slipway kernels: `` and a JSON object. The log is the
-container's: at most `_LOG_BYTES` of it are read, and what is not of the form is taken for absent.
+The runtime's plugin writes one line into the engine's log: ``slipway kernels: `` and a JSON object. The log is not
+trusted: at most `_LOG_BYTES` of it are read, and an invalid line counts as absent.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Name = Annotated[str, StringConstraints(pattern=r"^[ -~]{1,128}$")]
 
 
 class Kernels(BaseModel):
-    """An engine's kernels: what multiplies 16-bit layers, how many layers each quantized kernel has, and the rest.
+    """An engine's kernels: of 16-bit layers, of quantized layers with their numbers of layers, and of attention.
 
-    ``compute_dtype`` is what layers hand to each other, ``threads`` how many compute. `containers/runtimes` says which
-    words there are.
+    ``compute_dtype`` is the type of activations between layers, ``threads`` the number of compute threads.
+    `containers/runtimes` defines the possible names.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
@@ -39,9 +39,9 @@ class Kernels(BaseModel):
 
 
 class ComputedOn(BaseModel):
-    """What computed a server's answers, as far as it is known; ``cores`` are logical CPUs by number.
+    """What computed a server's answers, as far as known; ``cores`` are the numbers of logical CPUs.
 
-    ``cores_shared`` says that another server had some of them too.
+    ``cores_shared`` is whether another server used some of them at the same time.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,7 +54,7 @@ class ComputedOn(BaseModel):
     kernels: Kernels | None = None
 
     def __str__(self) -> str:
-        """In words, for a report."""
+        """Describe it for a report."""
         parts = [part for part in (self.gpu, self.cpu_model, self.instruction_set) if part]
         if self.cores is not None:
             shared = " shared with other servers" if self.cores_shared else ""
@@ -70,7 +70,7 @@ class ComputedOn(BaseModel):
 
 
 def find(log: Iterable[bytes]) -> Kernels | None:
-    """Return the kernels that an engine's log tells of, from its first line that is of the form; None without one."""
+    """Return the kernels from the first valid line of an engine's log; None without such a line."""
     held = b""
     for chunk in log:
         held += chunk[: _LOG_BYTES - len(held)]

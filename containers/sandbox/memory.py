@@ -1,4 +1,4 @@
-"""How much memory a container holds, sampled while it works: its cgroup, Docker's own figures, and the GPU by NVML."""
+"""Samples a container's memory: from its cgroup or Docker's statistics, and of the GPU from NVML."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _PROC = Path("/proc")
 
 @dataclass
 class MemorySampler:
-    """Samples ``read`` every ``interval`` seconds in a thread, from `start` to `stop`.
+    """Calls ``read`` every ``interval`` seconds in a thread, from `start` to `stop`.
 
-    ``read`` gives bytes by name, ``memory_bytes`` among them, or None where there is nothing to read: the container is
-    gone, or its engine did not answer this once. The samples until then stay, an out-of-memory kill's among them. A
-    sample is kept with the seconds since the start and the ``phase`` at that time.
+    ``read`` returns bytes by name, ``memory_bytes`` among them, or None if the container is gone or the engine did not
+    answer. Earlier samples are kept, so the peak before an out-of-memory kill is known. Each sample has the seconds
+    since the start and the ``phase`` at that time.
     """
 
     read: Reader
@@ -40,24 +40,24 @@ class MemorySampler:
     _thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin to sample."""
+        """Start sampling."""
         self._started = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="memory-sampler", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Take a last sample and end; the samples stay."""
+        """Take a last sample and stop; the samples are kept."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
 
     def peak(self, name: str = "memory_bytes", outside: str | None = None) -> int | None:
-        """The highest sample of one name, but for a phase; None where there is none, which is not zero."""
+        """Return the highest value of ``name`` outside one phase; None without samples."""
         values = [sample[name] for sample in list(self.samples) if name in sample and sample["phase"] != outside]
         return max(values, default=None)
 
     def peaks_by_phase(self, name: str = "memory_bytes") -> dict[str, int]:
-        """The highest sample of one name in each phase, in the order in which they came."""
+        """Return the highest value of ``name`` in each phase, in the order of the phases."""
         peaks: dict[str, int] = {}
         for sample in list(self.samples):
             if name in sample:
@@ -65,13 +65,13 @@ class MemorySampler:
         return peaks
 
     def hertz(self) -> float | None:
-        """How many samples a second there were, in fact."""
+        """Return the measured number of samples per second; None with fewer than two."""
         samples = list(self.samples)
         span = samples[-1]["seconds"] - samples[0]["seconds"] if samples else 0.0
         return (len(samples) - 1) / span if span > 0 else None
 
     def longest_gap(self, name: str = "memory_bytes") -> float:
-        """The longest time, from the start until now, without a sample of one name, in seconds: nobody looked then."""
+        """Return the longest time without a sample of ``name`` since the start, in seconds."""
         times: list[float] = [sample["seconds"] for sample in list(self.samples) if name in sample]
         ends = [0.0, *times, time.monotonic() - self._started]
         return max(later - earlier for earlier, later in itertools.pairwise(ends))
@@ -81,21 +81,21 @@ class MemorySampler:
         number = 0
         ended = False
         while not ended:
-            # Looked at before the sample, so that the last one comes after the end was asked for.
+            # Checked before the sample, so that the last sample is taken after `stop` was called.
             ended = self._ended.wait(max(0.0, started + number * self.interval - time.monotonic()))
             values = self.read()
             if values is not None:
                 self.samples.append({"seconds": time.monotonic() - started, "phase": self.phase, **values})
-            # What a busy machine made late is left out, not sent after in a burst.
+            # On a busy machine, samples that are overdue are skipped, not taken in a burst.
             number = max(number + 1, int((time.monotonic() - started) / self.interval))
 
 
 def container_reader(container: Container, gpu: str | None = None) -> tuple[Reader, str]:
-    """Return what reads the memory of a running container, and the name of where from.
+    """Return a reader of a running container's memory, and the name of its source.
 
-    That is its cgroup where the engine is on this machine, which it keeps when it is restarted, else Docker's own
-    figures (about one a second); with ``gpu`` also ``gpu_memory_bytes`` of that device and ``gpu_process_bytes``, what
-    the container's own processes hold of it, where the driver tells.
+    The source is the container's cgroup if the engine is on this machine (it survives restarts), else Docker's
+    statistics (about one sample per second). With ``gpu`` the reader adds ``gpu_memory_bytes`` of that device, and
+    ``gpu_process_bytes`` of the container's own processes if the driver reports them.
     """
     container.reload()
     read, source = _cgroup_reader(container.attrs["State"]["Pid"], container.id) or (_stats_reader(container), "docker")
@@ -111,7 +111,7 @@ def container_reader(container: Container, gpu: str | None = None) -> tuple[Read
 
 
 def _cgroup_reader(pid: int, container_id: str | None) -> tuple[Reader, str] | None:
-    """Find the container's memory cgroup through its first process; None where that process isn't on this machine."""
+    """Find the container's memory cgroup by its first process; None if that process is not on this machine."""
     for folder, usage, source in _cgroups(pid, container_id):
         if (folder / usage).exists():
             return _file_reader(folder / usage, folder / "memory.stat"), source
@@ -119,7 +119,7 @@ def _cgroup_reader(pid: int, container_id: str | None) -> tuple[Reader, str] | N
 
 
 def _cgroups(pid: int, container_id: str | None) -> Iterator[tuple[Path, str, str]]:
-    """The folders that may be the container's memory cgroup, each with the file of its usage and the kind's name."""
+    """Yield candidates for the container's memory cgroup: the folder, the name of its usage file, and its version."""
     try:
         lines = (_PROC / str(pid) / "cgroup").read_text().splitlines()
     except OSError:
@@ -135,7 +135,7 @@ def _cgroups(pid: int, container_id: str | None) -> Iterator[tuple[Path, str, st
 
 
 def _file_reader(usage: Path, stat: Path) -> Reader:
-    """Read what can't be reclaimed at will: usage without inactive page cache, as ``docker stats`` counts it."""
+    """Return a reader of usage without inactive page cache, as ``docker stats`` counts it."""
 
     def read() -> Mapping[str, int] | None:
         try:
@@ -152,7 +152,7 @@ def _file_reader(usage: Path, stat: Path) -> Reader:
 def _stats_reader(container: Container) -> Reader:
     def read() -> Mapping[str, int] | None:
         try:
-            stats: Any = container.stats(stream=False)  # a dict, where it is no stream
+            stats: Any = container.stats(stream=False)  # a dict with stream=False
         except (docker.errors.DockerException, requests.RequestException, ValueError):
             return None
         memory = stats.get("memory_stats", {})
@@ -166,7 +166,7 @@ def _stats_reader(container: Container) -> Reader:
 
 
 def _pids(container: Container) -> set[int]:
-    """The container's processes, by their ids on this machine; none where its cgroup can't be seen."""
+    """Return the container's process ids on this machine; none if its cgroup can't be read."""
     for folder, _, _ in _cgroups(container.attrs["State"]["Pid"], container.id):
         with contextlib.suppress(OSError):
             return {int(line) for line in (folder / "cgroup.procs").read_text().split()}
@@ -174,8 +174,8 @@ def _pids(container: Container) -> set[int]:
 
 
 def _gpu_reader(gpu: str, pids: Callable[[], set[int]]) -> Callable[[], Mapping[str, int]] | None:
-    """Memory in use on one device, by index or UUID, and by some processes; None where NVML doesn't know it."""
-    import pynvml  # noqa: PLC0415 - only where there is a GPU
+    """Return a reader of the memory in use on a device (by index or UUID) and by processes; None if NVML lacks it."""
+    import pynvml  # noqa: PLC0415 - needed only with a GPU
 
     try:
         pynvml.nvmlInit()

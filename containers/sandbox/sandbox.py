@@ -1,4 +1,4 @@
-"""A place to try an image in: started hardened, on loopback only, watched, and removed whatever happens."""
+"""Serves an image in a hardened container on an isolated network, and removes both afterwards."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ from registry.progress import Progress
 STAGE_LABEL = "slipway.stage"
 
 PORT = "8000/tcp"
-# vLLM asks for its own address by a route to the outside, which there is none of here. An illegal instruction in one of
-# its processes leaves no trace but what Python's fault handler writes.
+# vLLM finds its own address by the default route, which the sandbox lacks. An illegal instruction in one of its
+# processes is visible only in the output of Python's fault handler.
 _ENVIRONMENT = {"HOME": "/tmp", "VLLM_HOST_IP": "127.0.0.1", "PYTHONFAULTHANDLER": "1"}  # noqa: S108 - inside the container
 _POLL_SECONDS = 0.25
 _PROGRESS_SECONDS = 10.0
@@ -54,11 +54,10 @@ _PROGRESS_SECONDS = 10.0
 class Server:
     """A healthy server in the sandbox.
 
-    ``started_seconds`` counts from the container's creation to its first healthy answer. ``died`` says how it ended and
-    why, or None while it runs; ``failing`` says what is wrong with one that runs. ``network`` says how far the
-    container can see. ``url`` may change when it is restarted. ``cores`` are those of this machine that it was given,
-    where it was given some by number, and ``cpu`` is what they belong to; ``kernels`` are what its engine says of
-    itself. What it wrote is kept in the folder ``logs``.
+    ``started_seconds`` counts from the container's creation to its first healthy answer. ``died`` returns how it
+    stopped and why, or None while it runs; ``failing`` returns what is wrong with a running one. ``network`` is its
+    network access. ``url`` may change at a restart. ``cores`` are the cores of this machine reserved for it, if any,
+    and ``cpu`` is their CPU; ``kernels`` are reported by its engine. Its log is saved in the folder ``logs``.
     """
 
     url: str
@@ -78,12 +77,12 @@ class Server:
     logs: Path | None = None
 
     def failed(self) -> Failure | None:
-        """How it ended, or, where it runs, what its log says of an engine that is dead; None where all is well."""
+        """Return how it stopped, or what is wrong with it while it runs; None if it works."""
         return self.died() or self.failing()
 
     @property
     def computed_on(self) -> ComputedOn:
-        """What computes its answers; what its engine says of the CPU counts more than what this machine knows."""
+        """What computes its answers; for the CPU, the engine's report takes precedence over this machine's."""
         cpu: dict[str, Any] = {}
         if self.cpu is not None:
             cpu = {"cpu_model": self.cpu.model, "instruction_set": self.cpu.instruction_set}
@@ -94,13 +93,13 @@ class Server:
         return ComputedOn(gpu=self.gpu, kernels=self.kernels, **cpu)
 
     def restart(self) -> None:
-        """Start the container again, killed or not, and wait until it is healthy.
+        """Restart the container, whether or not it runs, and wait until it is healthy.
 
         Raises:
-            SandboxError: it has none, does not start, or is not healthy in time.
+            SandboxError: there is no container, it does not start, or it is not healthy in time.
         """
         if self.container is None:
-            raise SandboxError("this server is no container's: it can't be restarted")
+            raise SandboxError("this server does not run in a container and can't be restarted")
         with (
             engine_errors(f"can't restart the container {self.container.name}"),
             isolation.unplugged(self.container) as seal,
@@ -135,36 +134,35 @@ def serve(
     """Start a model server from ``image``, wait until ``/health`` answers 200, and remove the container afterwards.
 
     The container has a read-only root with a tmpfs on /tmp, no capabilities and no way to get any, an unprivileged
-    user, at most ``memory_bytes`` (swap included) and `PROCESSES` processes, and a network of its own that leads
-    nowhere: only this machine reaches it, and it reaches nothing, where the engine is this machine's own
-    (`containers.sandbox.isolation`). Container and network are removed on every way out of the block, SIGTERM in the
-    main thread included; after a SIGKILL `sweep` finds them by their labels. What the server wrote is kept in
-    ``home/logs``, without prompts (`containers.sandbox.logs`).
+    user, at most ``memory_bytes`` (swap included) and `PROCESSES` processes, and its own isolated network: if the
+    engine is local, only this machine reaches it, and it reaches nothing (`containers.sandbox.isolation`). Container
+    and network are removed at the end of the block, also after SIGTERM in the main thread; after SIGKILL `sweep` finds
+    them by their labels. The server's log is saved in ``home/logs`` without prompts (`containers.sandbox.logs`).
 
     Args:
         client: the engine to run on.
-        image: what to run, by id or digest.
-        name: a stem for the container's name; a random suffix keeps it unique.
-        home: the state folder whose container this is.
+        image: the image's id or digest.
+        name: the start of the container's name; a random suffix makes it unique.
+        home: the state folder that the container belongs to.
         memory_bytes: the memory limit.
-        cpus: the limit in CPUs, or None for all.
-        labels: labels beside those of this module.
+        cpus: the CPU limit in CPUs; None for no limit.
+        labels: labels in addition to those of `ownership`.
         environment: variables for the server.
         command: arguments in place of the image's own.
-        mounts: folders of the engine's machine, by where they appear in the container, read-only.
+        mounts: folders of the engine's machine → paths in the container, read-only.
         gpu: a device, by index or UUID, or None.
-        cores: which of this machine's cores to reserve for it, where the engine is this machine's; None for no choice.
-        cpu_limit: what the CPU is to behave as, where it has more.
-        start_timeout_s: how long the server may take to get healthy.
-        lifetime_s: when the container is killed, whatever it does; None for never.
-        progress: told about the wait.
+        cores: this machine's cores to reserve, if the engine is local; None to reserve none.
+        cpu_limit: the instruction set that the server may use at most.
+        start_timeout_s: how long the server may take until it is healthy.
+        lifetime_s: seconds after which the container is killed; None for never.
+        progress: called with lines about the wait.
 
     Raises:
-        UnhealthyError: it died, or was not healthy in time.
-        SandboxError: it could not be started, or ``image`` is a name that may move.
+        UnhealthyError: it stopped, or was not healthy in time.
+        SandboxError: it could not be started, or ``image`` is a tag.
     """
     if "sha256:" not in image:
-        raise SandboxError(f"`{image}` is a name that may move: run an image by its id or digest")
+        raise SandboxError(f"`{image}` is a tag, which can point to another image later: use the image's id or digest")
     gpu_compatibility.check(client, image, gpu)
     full_name = f"{name}-{uuid.uuid4().hex[:8]}"
     with (
@@ -218,7 +216,7 @@ def serve(
 def _reserved(
     client: docker.DockerClient, cores: CoreRequest | None, progress: Progress
 ) -> contextlib.AbstractContextManager[Cores | None]:
-    """Reserve cores of this machine; of another machine's, behind a remote engine, nothing is known."""
+    """Reserve cores of this machine; the cores of a remote engine's machine are unknown."""
     if cores is None or not isolation.is_local(client):
         return contextlib.nullcontext()
     return core_pool.reserved(cores, progress)
@@ -228,7 +226,7 @@ def _kernels(container: Container) -> Kernels | None:
     try:
         return kernels.find(container.logs(stream=True, follow=False))
     except (docker.errors.APIError, requests.RequestException):
-        return None  # what is not known is not recorded
+        return None
 
 
 def _bound_to(cores: Cores | None) -> dict[str, str]:
@@ -236,15 +234,15 @@ def _bound_to(cores: Cores | None) -> dict[str, str]:
 
 
 def _limited_to(instruction_set: InstructionSet | None) -> dict[str, str]:
-    """What the runtimes' `slipway_torch.py` reads."""
+    """Return the variable that the runtimes' `slipway_torch.py` reads."""
     return {} if instruction_set is None else {"SLIPWAY_CPU_ISA": instruction_set}
 
 
 def sweep(client: docker.DockerClient, home: Path) -> list[str]:
-    """Remove the containers and networks of ``home`` that a process of this machine did not live to remove.
+    """Remove the containers and networks of ``home`` whose process on this machine has ended.
 
     Returns:
-        The containers' names.
+        The names of the removed containers.
     """
     markers = left_behind(home)
     labels = [f"{HOME_LABEL}={home_digest(home)}", f"{HOST_LABEL}={socket.gethostname()}", OWNER_LABEL]
@@ -262,7 +260,7 @@ def sweep(client: docker.DockerClient, home: Path) -> list[str]:
 
 
 def _reached_by(network: str | None) -> dict[str, Any]:
-    """Where its port is: on a network of its own, or published on loopback where there is none."""
+    """Return the options of the container's network, or of a port on loopback if there is none."""
     if network is None:
         return {"ports": {PORT: ("127.0.0.1", None)}}
     return {"network": network, "dns": [isolation.NO_DNS]}
@@ -270,7 +268,7 @@ def _reached_by(network: str | None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _ended_after(container: Container, seconds: float | None) -> Iterator[None]:
-    """Kill the container after so many seconds: a server that hangs must not hold the machine."""
+    """Kill the container after so many seconds, so that a hanging server does not occupy the machine."""
     if seconds is None:
         yield
         return
@@ -289,7 +287,7 @@ def _ended_after(container: Container, seconds: float | None) -> Iterator[None]:
 
 
 def _start(container: Container) -> bool:
-    """Start a container; return whether it can reach nothing, this machine's services included."""
+    """Start a container; return whether its network is sealed, also from this machine's services."""
     with (
         engine_errors(f"can't start a container of {container.attrs['Image']}"),
         isolation.unplugged(container) as seal,
@@ -299,7 +297,7 @@ def _start(container: Container) -> bool:
 
 
 def _wait(container: Container, started: float, timeout: float, progress: Progress, kept: Path | None) -> str:
-    """Wait for a healthy answer and return the server's URL; UnhealthyError where that doesn't come."""
+    """Wait for a healthy answer and return the server's URL; raise UnhealthyError if none comes."""
     told = started
     url: str | None = None
     with httpx.Client(timeout=2.0, trust_env=False) as http:
@@ -328,7 +326,7 @@ def _healthy(http: httpx.Client, url: str) -> bool:
 
 
 def _address(container: Container) -> str | None:
-    """The URL of the container's port: its own address, or the published one, once the engine has given it one."""
+    """Return the URL of the container's port, at its own address or published; None until the engine assigns one."""
     settings = container.attrs["NetworkSettings"]
     bindings = (settings.get("Ports") or {}).get(PORT) or []
     if bindings:

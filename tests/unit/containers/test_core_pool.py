@@ -35,7 +35,7 @@ def test_more_servers_than_cores_share_evenly_and_are_told(tmp_path: Path) -> No
         given = [stack.enter_context(reserved(CoreRequest(tmp_path, 1), told.append, range(2))) for _ in range(4)]
     assert [cores.numbers for cores in given] == [(0,), (1,), (0,), (1,)]
     assert [cores.shared for cores in given] == [False, False, True, True]
-    assert told == [f"warning: every core has a server already: sharing {core}" for core in (0, 1)]
+    assert told == [f"warning: other servers use every core: sharing {core}" for core in (0, 1)]
 
 
 def test_a_core_whose_first_server_has_ended_still_has_its_second(tmp_path: Path) -> None:
@@ -49,8 +49,8 @@ def test_a_core_whose_first_server_has_ended_still_has_its_second(tmp_path: Path
     assert rest == Cores((1,))
     assert shared == Cores((0, 1), shared=True)
     assert told == [
-        "1 of 2 cores for this server: other servers have the rest",
-        "warning: every core has a server already: sharing 0, 1",
+        "this server gets 1 of 2 cores: other servers use the rest",
+        "warning: other servers use every core: sharing 0, 1",
     ]
 
 
@@ -61,7 +61,7 @@ def test_who_wants_all_gets_what_is_free_and_is_told(tmp_path: Path) -> None:
         reserved(CoreRequest(tmp_path), told.append, range(4)) as rest,
     ):
         assert rest == Cores((1, 2, 3))
-    assert told == ["3 of 4 cores for this server: other servers have the rest"]
+    assert told == ["this server gets 3 of 4 cores: other servers use the rest"]
     with reserved(CoreRequest(tmp_path), told.append, range(4)) as again:
         assert again == Cores((0, 1, 2, 3))
 

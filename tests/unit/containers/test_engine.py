@@ -125,7 +125,7 @@ def test_two_processes_that_install_packages_take_turns(tmp_path: Path, monkeypa
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(engine.shutil, "which", lambda _: "/usr/bin/apt-get")
     monkeypatch.setattr(machine_locks, "default_folder", lambda: tmp_path)
-    monkeypatch.setattr(engine, "_services_held_back", contextlib.nullcontext)
+    monkeypatch.setattr(engine, "_services_not_started", contextlib.nullcontext)
     ran, waits = threading.Event(), threading.Event()
 
     def install(_: object) -> subprocess.CompletedProcess[str]:
