@@ -10,7 +10,7 @@ from typing import Any
 
 import load_evidence
 
-from containers.kubernetes.bundle import Images, Written, write_bundle
+from containers.kubernetes.bundle import Images, WrittenBundle, write_bundle
 from containers.kubernetes.cluster import Cluster
 from containers.kubernetes.numbers import BundleEvidence, ReplicaMeasurements
 from pipeline.serving.deployment import measurements
@@ -95,5 +95,5 @@ def cluster(**changes: object) -> Cluster:
     })  # fmt: skip
 
 
-def written(given: BundleEvidence, folder: Path, placed: Cluster | None = None) -> Written:
+def written(given: BundleEvidence, folder: Path, placed: Cluster | None = None) -> WrittenBundle:
     return write_bundle(given, IMAGE, folder, images=Images(gateway=GATEWAY), cluster=placed)

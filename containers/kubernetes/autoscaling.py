@@ -1,13 +1,13 @@
-"""The autoscaler's arithmetic over a day: what its targets lead to, beside scaling on the number of requests.
+"""Simulates the autoscaler over a day, to compare its targets with scaling on the number of requests.
 
-Kubernetes' rule (autoscaling/v2): every 15 s, replicas wanted = ceil(sum of a metric over the pods / its target),
-nothing within a tenth of what there is; the most wanted by any metric wins; up at most to twice as many in a start's
-time, down by one a minute and never below what was wanted in the window before. A replica that starts counts and does
-not serve.
+Kubernetes' rule (autoscaling/v2): every 15 s, desired replicas = ceil(sum of a metric over the pods / its target),
+unchanged within a tolerance of 10%; the metric with the most desired replicas counts. Replicas at most double within
+the time of a start, and decrease by one per minute, never below the most desired in the window before. A starting
+replica counts but does not serve.
 
-The server is a fluid: a replica works off ``capacity`` mean requests a second. At a share ``u`` of it ``u * in_flight``
-requests are under way, and what is beyond it waits. A request's weight is its work beside the tested mean: long
-documents weigh more than questions, which is what a count of requests can't see.
+Servers are a fluid model: a replica processes ``capacity`` mean requests per second. At a load of ``u`` times that,
+``u * in_flight`` requests are in flight, and the excess waits. A request's weight is its work relative to the tested
+mean: long documents weigh more than questions, which a count of requests does not show.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HOURS = 24
 
 @dataclass(frozen=True)
 class Replica:
-    """One replica as the load test measured it, and the seconds that an answer may wait before it misses its limit."""
+    """One replica as measured in the load test; ``slack_seconds`` is how long a request may wait within its limit."""
 
     capacity: float
     in_flight: float
@@ -46,7 +46,7 @@ class Behaviour:
 
 @dataclass(frozen=True)
 class Day:
-    """A day in ticks of 15 s: requests a second, and the weight of a request, at each."""
+    """A day in ticks of 15 s: the requests per second, and the weight of a request, at each."""
 
     rates: Sequence[float]
     weights: Sequence[float]
@@ -54,20 +54,20 @@ class Day:
 
 @dataclass(frozen=True)
 class Sight:
-    """What a metric may look at: requests a second, and the requests under way and waiting, all replicas together."""
+    """The inputs of a metric: requests per second, and running and waiting requests of all replicas together."""
 
     rate: float
     running: float
     waiting: float
 
 
-# A metric's sum over all pods, over its target a pod: replicas wanted, before rounding.
+# A metric's sum over all pods divided by its target per pod: the desired replicas, before rounding.
 Signal = Callable[[Sight], float]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a day came to: replicas at each tick, requests in all and late ones, and the hours that replicas ran."""
+    """The result of a day: replicas at each tick, all and late requests, and replica hours."""
 
     replicas: Sequence[int]
     requests: float
@@ -76,7 +76,7 @@ class Outcome:
 
     @property
     def late_share(self) -> float:
-        """The share of requests that missed their limit."""
+        """The share of requests that exceeded their limit."""
         return self.late / self.requests if self.requests else 0.0
 
 
@@ -103,7 +103,7 @@ def make_day(hourly: Sequence[float], weights: Sequence[float], *, bursts: Seque
 
 
 def simulate(day: Day, replica: Replica, behaviour: Behaviour, signals: Sequence[Signal]) -> Outcome:
-    """Run a day under an autoscaler that looks at ``signals``."""
+    """Simulate a day under an autoscaler that uses ``signals``."""
     running = behaviour.least
     starting: deque[float] = deque()
     wanted_before: deque[int] = deque(maxlen=max(1, round(behaviour.down_window_seconds / TICK_S)))
@@ -142,22 +142,22 @@ def simulate(day: Day, replica: Replica, behaviour: Behaviour, signals: Sequence
 
 
 def outstanding(target: float) -> Signal:
-    """Scale on the requests under way and waiting, at most ``target`` a replica."""
+    """Scale on running and waiting requests, at most ``target`` per replica."""
     return lambda sight: (sight.running + sight.waiting) / target
 
 
 def waiting(target: float) -> Signal:
-    """Scale on the requests that wait, at most ``target`` a replica."""
+    """Scale on waiting requests, at most ``target`` per replica."""
     return lambda sight: sight.waiting / target
 
 
 def request_count(target: float) -> Signal:
-    """Scale on requests a second, at most ``target`` a replica: what a count of requests can see."""
+    """Scale on requests per second, at most ``target`` per replica."""
     return lambda sight: sight.rate / target
 
 
 def memory_gauge() -> Signal:
-    """Scale on the GPU's memory, which vLLM takes when it starts: it never asks for anything."""
+    """Scale on the GPU's memory, which vLLM reserves at its start: it never asks for more replicas."""
     return lambda _: 0.0
 
 
@@ -168,7 +168,7 @@ def _wanted(asked: Sequence[float], there: int, behaviour: Behaviour) -> int:
 
 
 def _between(hourly: Sequence[float], second: int) -> float:
-    """Between the middles of the hours, in a straight line; midnight meets itself."""
+    """Interpolate linearly between the middles of the hours, also across midnight."""
     place = (second / 3600 - 0.5) % HOURS
     first = int(place)
     share = place - first

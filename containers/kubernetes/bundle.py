@@ -1,4 +1,4 @@
-"""Write a release's bundle: Kustomize base, components and overlays, from templates and the release's own evidence."""
+"""Writes a release's bundle: Kustomize base, components and overlays, from templates and the release's evidence."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ TEMPLATES = Path(__file__).with_name("templates")
 NAMESPACE = "slipway"
 _MODEL_FOLDER = "/model"
 _TOKENIZER = "/srv/tokenizer"
-# Where a gateway's Redis is taken from; its tag is the newest of the line that its licence lets everybody use.
+# The image of the gateway's Redis; Valkey 8 is the newest line with a free licence.
 _REDIS = ("docker.io/valkey/valkey", "8-alpine")
-# What a gateway writes beside its memory: the tokenizer, its routes, its log. A choice, well over what it is.
+# Disk space of a gateway for the tokenizer, its routes and its log; a choice, well above what it uses.
 _GATEWAY_MEBIBYTES = 512
 
 
 class BundleError(ContainerError):
-    """A bundle can't be made, or its place is taken."""
+    """A bundle can't be written; the message says why."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """What is run beside the engine: the gateway's image by ``REPOSITORY@sha256:…``, or None where it isn't known yet.
+    """The gateway's image, ``REPOSITORY@sha256:…``, or None if it is not known yet.
 
-    ``engine`` replaces the repository of the release's image, where it was copied elsewhere.
+    ``engine`` replaces the repository of the release's image, if the image was copied.
     """
 
     gateway: str | None = None
@@ -48,8 +48,8 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Written:
-    """A bundle on disk. ``warnings`` are what a person must do before it can be applied."""
+class WrittenBundle:
+    """A bundle on disk; ``warnings`` say what must be done before it can be applied."""
 
     folder: Path
     files: tuple[str, ...]
@@ -67,26 +67,26 @@ def write_bundle(
     namespace: str = NAMESPACE,
     monitoring_namespace: str = "monitoring",
     more: Callable[[Mapping[str, Number]], Mapping[str, str]] = lambda _: {},
-) -> Written:
-    """Write the bundle into ``folder``, which must be empty or not there; it appears whole or not at all.
+) -> WrittenBundle:
+    """Write the bundle into ``folder``, which must be empty or absent; it is written completely or not at all.
 
     Args:
         evidence: the release's manifest, load test and requests.
         image: the release's ``image.json``.
-        folder: where to.
-        images: the images beside the engine's.
-        cluster: what is the cluster's own.
-        namespace: where it is to run.
-        monitoring_namespace: where Prometheus runs.
-        more: gives further files by path, from the numbers.
+        folder: the bundle's folder.
+        images: the images besides the engine's.
+        cluster: settings of the cluster.
+        namespace: the namespace that it runs in.
+        monitoring_namespace: Prometheus' namespace.
+        more: returns further files by path, from the numbers.
 
     Raises:
-        BundleError: the folder holds something, or the evidence lacks what a bundle is made from.
+        BundleError: the folder is not empty, or the evidence is incomplete.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BundleError(f"{folder} is not empty: name another folder, or remove it")
+        raise BundleError(f"{folder} is not empty: choose another folder, or remove it")
     if not evidence.measured.start_seconds:
-        raise BundleError("the load test measured no start of a server: release again")
+        raise BundleError("no server started in the load test (load.json: server.start_seconds): release again")
     cluster = cluster or Cluster()
     found = {**numbers(evidence), "progress_seconds": progress_seconds(evidence, image.get("size_bytes"))}
     if cluster.cpu_request is not None:
@@ -107,16 +107,16 @@ def write_bundle(
         if folder.exists():
             folder.rmdir()
         part.rename(folder)
-    except BaseException:  # Ctrl-C among them: no half-written bundle stays
+    except BaseException:  # also after Ctrl-C no half-written bundle stays
         shutil.rmtree(part, ignore_errors=True)
         raise
-    return Written(folder, tuple(sorted(files)), found, tuple(_warnings(values)))
+    return WrittenBundle(folder, tuple(sorted(files)), found, tuple(_warnings(values)))
 
 
 def _values(
     evidence: BundleEvidence, image: Mapping[str, Any], images: Images, found: Mapping[str, Number]
 ) -> dict[str, Any]:
-    """What the templates are filled with beside the namespaces."""
+    """Return the templates' values, without the namespaces and those of the cluster."""
     manifest = evidence.manifest
     line = manifest.name
     name = object_name(line)
@@ -142,12 +142,12 @@ def _values(
 
 
 def _of_the_cluster(cluster: Cluster, evidence: BundleEvidence) -> dict[str, Any]:
-    """What the templates are filled with of the cluster's own."""
+    """Return the templates' values that depend on the cluster's settings."""
     redis, _, redis_digest = (cluster.redis_image or _REDIS[0]).partition("@")
     storage, weights = cluster.ephemeral_storage, _weights_mebibytes(evidence)
 
     def more(cpu: str, storage: str) -> str:
-        """Further limits of a small container, behind its memory's."""
+        """Return further limits of a small container, to write after its memory limit."""
         told = [*([f'cpu: "{cpu}"'] if cluster.cpu_limits else []),
                 *([f"ephemeral-storage: {storage}"] if cluster.ephemeral_storage else [])]  # fmt: skip
         return "".join(f", {each}" for each in told)
@@ -163,26 +163,26 @@ def _of_the_cluster(cluster: Cluster, evidence: BundleEvidence) -> dict[str, Any
 
 
 def _check_request(cluster: Cluster, cores: float) -> None:
-    """Refuse what Kubernetes would: a request beyond the limit."""
+    """Refuse a CPU request above the limit, as Kubernetes would."""
     if cluster.cpu_limits and cluster.cpu_request is not None and cluster.cpu_request > cores:
         raise BundleError(
-            f"`cpu_request` is {cluster.cpu_request:g}, more than the limit that `cpu_limits` sets: {cores:g}, the "
-            "cores of the tests; ask for less, or leave out `cpu_limits`"
+            f"`cpu_request` is {cluster.cpu_request:g}, above the limit that `cpu_limits` sets: {cores:g}, the cores "
+            "of the load test; lower it, or remove `cpu_limits`"
         )
 
 
 def _weights_mebibytes(evidence: BundleEvidence) -> float:
-    """All files of the release, and as much again for a pull under way, which may hold each of them twice."""
+    """Return twice the size of the release's files: a pull in progress may hold each of them twice."""
     return 2 * sum(file.size for file in evidence.manifest.files.values()) / 2**20
 
 
 class _Shown:
-    """An alert as the template reads it."""
+    """An alert with the template's comment on its wait."""
 
     def __init__(self, alert: Alert) -> None:
         self.name, self.expr, self.wait, self.severity = alert.name, alert.expr, alert.wait, alert.severity
         self.summary, self.why = alert.summary, alert.why
-        self.wait_why = "at once" if alert.wait == "0m" else "long enough to be no blip"
+        self.wait_why = "at once" if alert.wait == "0m" else "ignores short spikes"
 
 
 def _environment() -> jinja2.Environment:
@@ -195,7 +195,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _render(values: Mapping[str, Any]) -> dict[str, str]:
-    """Fill every template; its path is its file's."""
+    """Render every template; its path, without `.j2`, is the path of the file."""
     environment = _environment()
     names = sorted(path.relative_to(TEMPLATES).as_posix() for path in TEMPLATES.rglob("*.j2"))
     return {name.removesuffix(".j2"): environment.get_template(name).render(values) for name in names}
@@ -204,7 +204,7 @@ def _render(values: Mapping[str, Any]) -> dict[str, str]:
 def _documents(
     evidence: BundleEvidence, values: Mapping[str, Any], found: Mapping[str, Number], rules: str
 ) -> dict[str, str]:
-    """The files that are data: the gateway's settings and routes, the operator's rules, their tests, the dashboard."""
+    """Return the files that no template makes: gateway settings and routes, rules and their tests, the dashboard."""
     name = str(values["name"])
     return {
         "base/gateway.json": json.dumps(_gateway(name, found), indent=1) + "\n",
@@ -237,14 +237,14 @@ def _routes(evidence: BundleEvidence, line: str, found: Mapping[str, Number]) ->
 
 
 def _prometheus_rule(name: str, rules: str, labels: Mapping[str, str]) -> str:
-    """The same rules, comments and all, as the operator's object."""
+    """Return the rules, with their comments, as a PrometheusRule of the operator."""
     head = f"apiVersion: monitoring.coreos.com/v1\nkind: PrometheusRule\nmetadata:\n  name: {name}\n"
     head += f"  labels: {json.dumps(dict(labels))}\nspec:\n" if labels else "spec:\n"
     return head + "".join(f"  {line}\n" if line else "\n" for line in rules.splitlines())
 
 
 def _rule_tests(name: str, found: Mapping[str, Number]) -> str:
-    """For promtool: one test a recorded series and alert, and a healthy day on which none fires."""
+    """Return promtool's tests: one per recording rule and alert, and one on healthy series where none fires."""
     well = healthy(name, found)
     every = alerts(name, found)
 
@@ -279,21 +279,21 @@ def _rule_tests(name: str, found: Mapping[str, Number]) -> str:
             ],
         })  # fmt: skip
     document = {"rule_files": ["rules.yaml"], "evaluation_interval": "1m", "tests": tests}
-    head = "# promtool test rules rules_test.yaml: each alert fires on a made series, and on a healthy day none does.\n"
+    head = "# promtool test rules rules_test.yaml: each alert fires on a test series, and none on healthy series.\n"
     return head + str(yaml.safe_dump(document, sort_keys=False, width=1000))
 
 
 def _warnings(values: Mapping[str, Any]) -> list[str]:
     told = []
     if not values["pushed"]:
-        told.append("the release's image was not pushed: set SLIPWAY_IMAGE_REGISTRY and release again, or give --image")
+        told.append("the release's image was not pushed: set SLIPWAY_IMAGE_REGISTRY and release again, or pass --image")
     if not values["searched"]:
         told.append(
-            "the capacity was not searched for (`load.capacity`): scaling starts at the traffic of the load test"
+            "the load test did not measure the capacity (`load.capacity`): scaling assumes the load test's traffic"
         )
     if not values["gateway_known"]:
         told.append(
-            "the gateway's image is not known: set SLIPWAY_IMAGE_REGISTRY and run `slipway image gateway`, or give "
+            "the gateway's image is unknown: set SLIPWAY_IMAGE_REGISTRY and run `slipway image gateway`, or pass "
             "--gateway-image REPOSITORY@sha256:…"
         )
     return told

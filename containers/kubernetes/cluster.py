@@ -1,4 +1,4 @@
-"""What a bundle needs to know of the cluster that it is for, which no release can tell."""
+"""The settings of the cluster that a bundle is written for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ByDigest = Annotated[str, Field(pattern=r"^[a-z0-9.-]+(:[0-9]+)?(/[a-z0-9._-]+)
 def _mebibytes(amount: object) -> object:
     found = re.fullmatch(r"([1-9][0-9]{0,6})(Mi|Gi)", amount) if isinstance(amount, str) else None
     if found is None:
-        raise ValueError("expected an amount such as 512Mi or 8Gi")
+        raise ValueError("expected an amount like 512Mi or 8Gi")
     return int(found[1]) * (1024 if found[2] == "Gi" else 1)
 
 
@@ -26,36 +26,34 @@ _Mebibytes = Annotated[int, BeforeValidator(_mebibytes)]
 
 
 class Cluster(BaseModel):
-    """The cluster's own: what is not set is not in the bundle."""
+    """Settings of the cluster; unset ones are left out of the bundle."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     runtime_class: _Name | None = None
-    """For nodes that give containers no GPU without it: `nvidia`."""
+    """The RuntimeClass of engine pods: `nvidia`, for nodes that need it to give containers a GPU."""
     image_pull_secrets: tuple[_Name, ...] = ()
-    """For all pods; the secrets are yours."""
+    """Pull secrets of all pods; you create the secrets."""
     priority_class: _Name | None = None
-    """For all pods."""
+    """The PriorityClass of all pods."""
     surge: bool = True
-    """`false`: an update ends a replica before it starts the next one, for nodes that are full."""
+    """`false`: an update stops a replica before it starts the next one, for nodes without free room."""
     cpu_request: float | None = Field(default=None, ge=0.001, le=1024)
-    """The engine's, in cores; half of those that it was tested with where it is left out."""
+    """The engine's CPU request in cores; by default half of the cores of the load test."""
     cpu_limits: bool = False
-    """Limits on every container, for namespaces whose quota asks for them."""
+    """Set CPU limits on every container, for namespaces whose quota requires them."""
     ephemeral_storage: _Mebibytes | None = None
-    """The engine's request and limit, `8Gi`, and small limits on all other containers."""
+    """The engine's request and limit of disk space, like `8Gi`; all other containers get small limits."""
     monitor_labels: Mapping[_LabelKey, _LabelValue] = {}
-    """Labels on monitors and rules, by which Prometheus' operator selects them."""
+    """Labels of monitors and rules, by which the Prometheus operator selects them."""
     redis_image: _ByDigest | None = None
-    """What keeps the limits that gateways share, `REPOSITORY@sha256:…`; the newest Valkey 8 by tag where it is left
-    out.
-    """
+    """The image of the Redis that gateways share limits in, `REPOSITORY@sha256:…`; by default the tag of Valkey 8."""
     dns: Literal["kube-dns", "openshift"] = "kube-dns"
-    """Which pods answer names."""
+    """The cluster's DNS: which pods resolve names."""
     dns_addresses: tuple[IPvAnyAddress, ...] = ()
-    """Addresses that answer names beside them: NodeLocal DNSCache's, and the one of `kube-dns` that it takes over."""
+    """Further DNS addresses: NodeLocal DNSCache's, and the `kube-dns` address that it takes over."""
 
     @property
     def dns_blocks(self) -> tuple[str, ...]:
-        """The addresses as a network policy takes them: ``169.254.20.10/32``."""
+        """The addresses as CIDR blocks of a network policy: ``169.254.20.10/32``."""
         return tuple(f"{address}/{address.max_prefixlen}" for address in self.dns_addresses)

@@ -1,4 +1,4 @@
-"""The Grafana dashboard of a release: what its users feel, what its replicas do, with the limits drawn in."""
+"""The Grafana dashboard of a release: latency, errors, queue and replicas, with the limits as lines."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def dashboard(name: str, version: str, numbers: Mapping[str, Number]) -> str:
         _panel("Waiting at the gateway", "short", [("{{model}}", f"slipway_gateway_queue_length{gateway}")],
                numbers["queue_alert"]),
         _panel("Tokens a second", "short", [("{{kind}}", f"sum by (kind) (rate({tokens}[5m]))")]),
-        _panel("Requests under way, a replica", "short", [("{{pod}}", "slipway:requests_outstanding")],
+        _panel("Requests in flight per replica", "short", [("{{pod}}", "slipway:requests_outstanding")],
                numbers["in_flight"]),
         _panel("KV cache in use", "percentunit", [("{{pod}}", "slipway:kv_cache_used")]),
         _panel("Replicas that answer", "short", [("up", f"sum(slipway_gateway_replica_up{gateway})")]),
-        _panel("GPU memory in use (flat by design)", "percentunit", [("{{pod}}", "slipway:gpu_memory_used")],
+        _panel("GPU memory in use (constant)", "percentunit", [("{{pod}}", "slipway:gpu_memory_used")],
                numbers["gpu_memory_share"]),
         _panel("Preemptions a second", "short", [("{{pod}}", f"rate(vllm:num_preemptions_total{engine}[5m])")]),
         _panel("Marked by a rescan", "short", [("marked", f'slipway_release_marked{{release="{name}"}}')]),
@@ -56,7 +56,7 @@ def dashboard(name: str, version: str, numbers: Mapping[str, Number]) -> str:
 
 
 def _panel(title: str, unit: str, lines: list[tuple[str, str]], limit: Number | None = None) -> dict[str, Any]:
-    """A chart; a limit is a dashed line, and its evidence the panel's description."""
+    """Return a chart; a limit is a dashed line, and its source is the panel's description."""
     steps: list[dict[str, Any]] = [{"color": "green", "value": None}]
     if limit is not None:
         steps.append({"color": "red", "value": float(limit.value)})

@@ -1,7 +1,7 @@
-"""Keep the gateway's routes up to date: every ready replica that a headless Service names, written as a file.
+"""Keeps the gateway's routes up to date: writes every ready replica of a headless Service into a file.
 
-Runs beside the gateway with nothing but Python's standard library, and is copied into the bundle as it is. The
-gateway reads the file again when it changes; it is replaced whole, so that half a file is never read.
+Runs beside the gateway, needs only Python's standard library, and is copied into the bundle unchanged. The gateway
+reads the file again when it changes; the file is replaced atomically.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any
 
 
 def addresses(service: str, port: int) -> list[str] | None:
-    """The addresses of all ready replicas, in order; None where the name can't be looked up, which is no news."""
+    """Return the addresses of all ready replicas, sorted; None if the lookup failed: routes are kept."""
     try:
         found = socket.getaddrinfo(service, port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
-        # A Service without a ready replica has a name and no address.
+        # The name of a Service without ready replicas resolves to no address.
         return [] if error.errno in {socket.EAI_NODATA, socket.EAI_NONAME} else None
     return sorted({str(entry[4][0]) for entry in found})
 
 
 def routes(template: dict[str, Any], found: list[str], port: int) -> dict[str, Any]:
-    """The template with these replicas in every backend of every model."""
+    """Return the template with these replicas in every backend of every model."""
     replicas = [
         {"name": address.replace(":", "-"), "url": f"http://[{address}]:{port}" if ":" in address else
          f"http://{address}:{port}"}
@@ -40,14 +40,14 @@ def routes(template: dict[str, Any], found: list[str], port: int) -> dict[str, A
 
 
 def write(path: Path, document: dict[str, Any]) -> None:
-    """Replace the file whole."""
+    """Replace the file atomically."""
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(document, indent=1))
     part.replace(path)
 
 
 def main() -> None:
-    """Look every so often, and write where something changed."""
+    """Look up the replicas periodically, and write the routes when they change."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--template", type=Path, required=True)
     parser.add_argument("--service", required=True)

@@ -1,4 +1,4 @@
-"""Names that Kubernetes takes, and amounts as it writes them itself, so that applying them again changes nothing."""
+"""Valid Kubernetes names, and amounts in Kubernetes' own notation, so that applying them again changes nothing."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _DIGEST = 6
 
 
 def object_name(line: str) -> str:
-    """Return the name that a release line's objects begin with: a DNS-1035 label with room for a suffix.
+    """Return the prefix of a release line's object names: a DNS-1035 label with room for a suffix.
 
-    ``llama-3.1-8b-awq`` becomes ``llama-3-1-8b-awq``. One that is too long is cut, and ends in the beginning of the
-    SHA-256 of the whole, so that two lines stay apart.
+    ``llama-3.1-8b-awq`` becomes ``llama-3-1-8b-awq``. A name that is too long is cut and ends in the first digits of
+    its SHA-256, so that different lines have different names.
     """
     label = re.sub(r"[^a-z0-9]+", "-", line.lower()).strip("-")
     label = label if label[:1].isalpha() else f"r-{label}".rstrip("-")
@@ -27,12 +27,12 @@ def object_name(line: str) -> str:
 
 
 def mebibytes(count: float) -> str:
-    """So many MiB, rounded up: ``4Gi`` for 4096, as Kubernetes writes it back."""
+    """Format an amount of MiB, rounded up: ``4Gi`` for 4096, as Kubernetes does."""
     whole = math.ceil(count)
     return f"{whole // 1024}Gi" if whole % 1024 == 0 else f"{whole}Mi"
 
 
 def thousandths(count: float) -> str:
-    """So many thousandths, rounded: ``3`` for 3000, ``500m`` for 500."""
+    """Format thousandths, rounded: ``3`` for 3000, ``500m`` for 500."""
     whole = round(count)
     return f"{whole // 1000}" if whole % 1000 == 0 else f"{whole}m"

@@ -234,7 +234,7 @@ def _service_level(evidence: BundleEvidence) -> dict[str, Number]:
     return {
         "p95_seconds": Number(
             (p95 or USUAL_P95_MS) / 1000,
-            (held if p95 else f"the usual {USUAL_P95_MS:.0f} ms: the model's file states no limit") + beside,
+            (held if p95 else f"the default of {USUAL_P95_MS:.0f} ms: the model's file states no limit") + beside,
         ),
         "error_budget": Number(
             budget,

@@ -198,7 +198,7 @@ def test_prometheus_reads_vllm_and_the_gateway_and_judges_by_the_rules(
                 if not ask("query", query=target["expr"])["result"]
             }
     # No GPU is here, no registry is scraped, and no request was streamed.
-    assert empty <= {"GPU memory in use (flat by design)", "Marked by a rescan", "First token"}
+    assert empty <= {"GPU memory in use (constant)", "Marked by a rescan", "First token"}
 
 
 def test_what_prometheus_reads_of_the_pipeline_is_its_format(tmp_path: Path) -> None:

@@ -372,7 +372,8 @@ def test_the_gpus_memory_is_scaled_on_only_where_there_is_one_and_its_flatness_i
         return [metric["pods"]["metric"]["name"] for metric in hpa["spec"]["metrics"]]
 
     assert set(metrics("gpu")) - set(metrics("cpu")) == {"slipway_gpu_memory_used"}
-    assert "the memory gauge alone stays flat" in (tmp_path / "gpu" / "autoscaling" / "hpa.yaml").read_text()
+    hpa = (tmp_path / "gpu" / "autoscaling" / "hpa.yaml").read_text()
+    assert "this gauge is the same for an idle and an overloaded server" in hpa
 
 
 def test_a_metric_of_the_autoscaler_is_one_that_the_rules_record(folder: Path) -> None:
@@ -406,8 +407,8 @@ def test_what_is_missing_before_it_can_be_applied_is_said(tmp_path: Path) -> Non
     made = write_bundle(evidence(manifest=manifest(image=image(reference=DIGEST))), IMAGE, tmp_path / "b")
     assert [warning.split(":")[0] for warning in made.warnings] == [
         "the release's image was not pushed",
-        "the capacity was not searched for (`load.capacity`)",
-        "the gateway's image is not known",
+        "the load test did not measure the capacity (`load.capacity`)",
+        "the gateway's image is unknown",
     ]
     assert written(on_gpu(), tmp_path / "c").warnings == ()
 
@@ -512,11 +513,11 @@ def test_half_of_the_tested_cores_are_asked_for_and_why_is_said(tmp_path: Path) 
     written(given, tmp_path / "b")
     (engine,) = pods(tmp_path / "b")["engine"]["containers"]
     assert engine["resources"]["requests"]["cpu"] == "1500m"
-    assert f"asks for 1500m CPU: {found['cpu_request'].why}" in (tmp_path / "b" / "README.md").read_text()
+    assert f"requests 1500m CPU: {found['cpu_request'].why}" in (tmp_path / "b" / "README.md").read_text()
 
 
 def test_a_request_beyond_the_limit_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"`cpu_request` is 2\.5, more than the limit that `cpu_limits` sets: 2,"):
+    with pytest.raises(BundleError, match=r"`cpu_request` is 2\.5, above the limit that `cpu_limits` sets: 2,"):
         written(evidence(), tmp_path / "b", cluster(cpu_request=2.5))
     written(evidence(), tmp_path / "b", cluster(cpu_request=2.5, cpu_limits=False))
 
@@ -646,7 +647,7 @@ def test_a_service_level_that_was_not_set_is_the_usual_one() -> None:
     plain = manifest(gates=[load_gate({})])
     found = numbers(evidence(manifest=plain))
     assert found["p95_seconds"].value == 0.5
-    assert "the usual 500 ms" in found["p95_seconds"].why
+    assert "the default of 500 ms" in found["p95_seconds"].why
 
 
 @pytest.mark.parametrize(("context", "seconds"), [(1024, 17), (1_000_000, 600)])
