@@ -1,43 +1,26 @@
-"""The stages, schedules and sensors, as Dagster has them; and the picture of the stages."""
+"""The stages, from their table; and schedules and sensors, as Dagster has them."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from html import escape
 from typing import Any
 
-from dagster import AssetSpec, ScheduleDefinition, SensorDefinition
+from dagster import ScheduleDefinition, SensorDefinition
 from fields import cell, page, row
 
 from pipeline.definitions import defs
-
-_GRAPH = defs.resolve_asset_graph()
-_GATES = {
-    check.asset_key.to_user_string(): check.name for check in _GRAPH.asset_check_keys if check.name.endswith("_gate")
-}
-
-
-def _stages() -> dict[str, AssetSpec]:
-    """Every stage in an order in which it can run."""
-    specs = {spec.key: spec for spec in defs.resolve_all_asset_specs()}
-    return {key.to_user_string(): specs[key] for key in _GRAPH.toposorted_asset_keys}
-
-
-def _takes(spec: AssetSpec, order: Collection[str]) -> list[str]:
-    taken = {each.asset_key.to_user_string() for each in spec.deps}
-    return [name for name in order if name in taken]
+from pipeline.stages.table import STAGES
 
 
 def stages() -> str:
-    """Every stage with what it takes and its gate."""
-    rows = ["| stage | takes | makes | gate |", "|---|---|---|---|"]
-    found = _stages()
-    for name, spec in found.items():
-        takes = ", ".join(f"`{each}`" for each in _takes(spec, found))
-        rows.append(
-            row(f"`{name}`", takes, cell(spec.description or ""), f"`{_GATES[name]}`" if name in _GATES else "")
-        )
+    """Every stage with what it takes, what it waits for, and its gate."""
+    rows = ["| stage | takes | waits for | makes | gate |", "|---|---|---|---|---|"]
+    for stage in STAGES:
+        takes, waits = (", ".join(f"`{each}`" for each in names) for names in (stage.inputs, stage.waits_for))
+        gate = cell(stage.gate.question) if stage.gate else ""
+        rows.append(row(f"`{stage.name}`", takes, waits, cell(stage.description), gate))
     return page("Stages", "![The stages of a release](../pictures/stages.svg)", ["\n".join(rows)])
 
 
@@ -73,21 +56,20 @@ _PLAIN, _GATE, _ARROW = "#2f6feb", "#b86e00", "#8b8d98"
 
 def picture() -> str:
     """Draw the stages in their order, and mark the gates."""
-    names = list(_stages())
-    width = 2 * 10 + len(names) * (_WIDTH + _GAP) - _GAP
+    width = 2 * 10 + len(STAGES) * (_WIDTH + _GAP) - _GAP
     drawn = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} 72" font-family="system-ui, sans-serif"',
         ' font-size="14" text-anchor="middle" role="img"><title>The stages of a release</title>',
         f'<rect width="{width}" height="72" fill="#fff"/>',
     ]
-    for place, name in enumerate(names):
-        left, colour = 10 + place * (_WIDTH + _GAP), _GATE if name in _GATES else _PLAIN
+    for place, stage in enumerate(STAGES):
+        left, colour = 10 + place * (_WIDTH + _GAP), _GATE if stage.gate else _PLAIN
         middle = left + _WIDTH // 2
         drawn.append(
             f'<rect x="{left}" y="10" width="{_WIDTH}" height="{_HEIGHT}" rx="6" fill="#fff" stroke="{colour}"/>'
         )
-        drawn.append(f'<text x="{middle}" y="33" fill="#1c2024">{escape(name)}</text>')
-        if name in _GATES:
+        drawn.append(f'<text x="{middle}" y="33" fill="#1c2024">{escape(stage.name)}</text>')
+        if stage.gate:
             drawn.append(f'<text x="{middle}" y="62" fill="{colour}" font-size="12">gate</text>')
         if place:
             drawn.append(f'<path d="M{left - _GAP} 28h{_GAP - 6}m-1 -4l7 4l-7 4z" fill="{_ARROW}" stroke="{_ARROW}"/>')

@@ -1,8 +1,7 @@
-"""What happens without anybody asking: schedules and sensors, as each model's file says under ``automation``.
+"""Schedules and sensors: what runs by itself, as each model's file says under ``automation``.
 
-All of them are on, so that a file that asks for something has it within a minute; where no file asks for anything, a
-tick looks at a few files and says so. What a tick would start is decided by `pipeline.stages.affected`; nothing here
-makes anything.
+All of them are on, so a file that asks for something gets it within a minute. Where no file does, a tick reads a few
+files and says so. `pipeline.stages.affected` decides which releases a tick requests; nothing here makes an artifact.
 """
 
 import json
@@ -37,7 +36,7 @@ from pipeline.errors import SpecError
 from pipeline.expected_errors import EXPECTED
 from pipeline.operations.metrics import champions
 from pipeline.operations.notifications import Notice, deliver, keep
-from pipeline.orchestration.instance import bury_dead_runs
+from pipeline.orchestration.instance import fail_orphaned_runs
 from pipeline.orchestration.jobs import RELEASE_JOB, release_job, rescan_job
 from pipeline.orchestration.release import sweep
 from pipeline.orchestration.run_outcome import ending, findings
@@ -53,15 +52,15 @@ _UNDER_WAY = [
 ]  # fmt: skip
 _ON = DefaultSensorStatus.RUNNING
 _SETTINGS = Settings.read()
-_TOLD = DefaultSensorStatus.RUNNING if _SETTINGS.notifies else DefaultSensorStatus.STOPPED
+_ALERTS = DefaultSensorStatus.RUNNING if _SETTINGS.notifies else DefaultSensorStatus.STOPPED
 
 
 @sensor(job=release_job, minimum_interval_seconds=15, default_status=_ON)
-def models(context: SensorEvaluationContext, settings: ResourceParam[Settings]) -> SensorResult:
-    """Partitions follow the models' files; a model that says `release: on-change` is released when an input changes."""
+def model_file_sensor(context: SensorEvaluationContext, settings: ResourceParam[Settings]) -> SensorResult:
+    """Keep partitions as the models' files say, and release models with `release: on-change` when an input changes."""
     specs, unread = _read_all(settings)
     before = json.loads(context.cursor) if context.cursor else {"models": [], "schemes": [], "touched": ""}
-    # A file that can't be read now keeps what it named before.
+    # The partitions of a file that can't be read now stay.
     kept = before if unread else {"models": [], "schemes": []}
     known = {
         "models": sorted({*kept["models"], *(spec.model for spec in specs)}),
@@ -72,7 +71,7 @@ def models(context: SensorEvaluationContext, settings: ResourceParam[Settings]) 
     found, unsure = _look(watched, settings) if now != before["touched"] else ([], {})
     requests = [_request(context.instance, settings, each, _CHANGE) for each in found]
     started = [request for request in requests if request]
-    # Looked at again at the next tick: what could not be told, and what waits for a run that is under way.
+    # The next tick looks again at releases whose dry run failed, and at those whose last run is still under way.
     settled = not unsure and len(started) == len(requests)
     return SensorResult(
         run_requests=started,
@@ -89,7 +88,7 @@ def models(context: SensorEvaluationContext, settings: ResourceParam[Settings]) 
     default_status=DefaultScheduleStatus.RUNNING,
 )
 def nightly(context: ScheduleEvaluationContext, settings: ResourceParam[Settings]) -> Iterator[RunRequest | SkipReason]:
-    """Release anew what an input of has changed, branches that moved upstream among them; nothing, if nothing has."""
+    """Release models whose inputs have changed, such as a branch that moved upstream."""
     began = time.monotonic()
     specs, troubles = _read_all(settings)
     wanted = [spec for spec in specs if spec.automation.release != "by-hand"]
@@ -98,7 +97,7 @@ def nightly(context: ScheduleEvaluationContext, settings: ResourceParam[Settings
     found, unsure = _look(wanted, settings)
     troubles |= unsure
     for name, why in troubles.items():
-        keep(Notice(f"{name} can't be looked at", why, f"{settings.ui_address}/automation"), settings)
+        keep(Notice(f"{name} can't be checked for changes", why, f"{settings.ui_address}/automation"), settings)
     requests = [_request(context.instance, settings, each, _NIGHT, again=_day(context)) for each in found]
     started = [request for request in requests if request]
     yield from started
@@ -114,7 +113,7 @@ def nightly(context: ScheduleEvaluationContext, settings: ResourceParam[Settings
     default_status=DefaultScheduleStatus.RUNNING,
 )
 def nightly_rescan(context: ScheduleEvaluationContext, settings: ResourceParam[Settings]) -> RunRequest | SkipReason:
-    """Look at champions with today's vulnerability database."""
+    """Scan champions with today's vulnerability database."""
     specs, _ = _read_all(settings)
     wanted = {
         f"{spec.model}-{scheme}" for spec in specs if spec.automation.rescan == "nightly" for scheme in spec.schemes
@@ -135,7 +134,7 @@ def nightly_rescan(context: ScheduleEvaluationContext, settings: ResourceParam[S
 def weekly_load(
     context: ScheduleEvaluationContext, settings: ResourceParam[Settings]
 ) -> Iterator[RunRequest | SkipReason]:
-    """Put champions under load again: has anything made them slower than they were released?"""
+    """Load-test champions again, to find those that have become slower since their release."""
     specs, _ = _read_all(settings)
     held = {str(champion["release"]) for champion in champions(settings)}
     wanted = [
@@ -152,16 +151,18 @@ def weekly_load(
 
 
 @sensor(minimum_interval_seconds=10, default_status=_ON)
-def the_dead(context: SensorEvaluationContext, settings: ResourceParam[Settings]) -> SkipReason:
-    """Bury runs whose process was killed, and remove what they left: containers, slots, half-made artifacts."""
-    dead = bury_dead_runs(context.instance, settings)
+def orphaned_run_sensor(context: SensorEvaluationContext, settings: ResourceParam[Settings]) -> SkipReason:
+    """Mark runs whose process was killed as failed, and remove their containers, pool slots and half-made artifacts."""
+    orphaned = fail_orphaned_runs(context.instance, settings)
     sweep(settings)
-    return SkipReason(f"buried {', '.join(dead)}" if dead else "every run's process lives")
+    return SkipReason(f"marked as failed: {', '.join(orphaned)}" if orphaned else "every run's process is alive")
 
 
-@run_failure_sensor(default_status=_TOLD)
-def failures(context: RunFailureSensorContext, settings: ResourceParam[Settings]) -> None:
-    """Have told of every run of the queue that failed or was refused: why, and where to look."""
+@run_failure_sensor(
+    default_status=_ALERTS, description="Queue a notification about a run that failed or that a gate refused."
+)
+def failure_alert_sensor(context: RunFailureSensorContext, settings: ResourceParam[Settings]) -> None:
+    """Queue a notification about a run that failed or that a gate refused: the reason and the run's page."""
     run = context.dagster_run
     if run.tags.get("dagster/will_retry") == "true":
         return
@@ -169,25 +170,30 @@ def failures(context: RunFailureSensorContext, settings: ResourceParam[Settings]
     keep(_notice(run, ended["outcome"], ended["error"], settings), settings)
 
 
-@run_status_sensor(run_status=DagsterRunStatus.SUCCESS, monitored_jobs=[rescan_job], default_status=_TOLD)
-def found_wanting(context: RunStatusSensorContext, settings: ResourceParam[Settings]) -> None:
-    """Have told of champions that a rescan refuses."""
+@run_status_sensor(
+    run_status=DagsterRunStatus.SUCCESS,
+    monitored_jobs=[rescan_job],
+    default_status=_ALERTS,
+    description="Queue a notification about champions that a rescan refuses.",
+)
+def rescan_alert_sensor(context: RunStatusSensorContext, settings: ResourceParam[Settings]) -> None:
+    """Queue a notification about champions that a rescan refuses."""
     for words in findings(_events(context.instance, context.dagster_run)):
-        keep(_notice(context.dagster_run, "found wanting", words, settings), settings)
+        keep(_notice(context.dagster_run, "refused by a rescan", words, settings), settings)
 
 
-@sensor(minimum_interval_seconds=15, default_status=_TOLD)
-def notices(settings: ResourceParam[Settings]) -> SkipReason:
-    """Tell what is to be told, and again what could not be told before."""
-    return SkipReason("; ".join(deliver(settings)) or "everybody has been told")
+@sensor(minimum_interval_seconds=15, default_status=_ALERTS)
+def notification_sensor(settings: ResourceParam[Settings]) -> SkipReason:
+    """Deliver queued notifications, and retry those that failed."""
+    return SkipReason("; ".join(deliver(settings)) or "no notification is queued")
 
 
-SENSORS = [models, the_dead, failures, found_wanting, notices]
+SENSORS = [model_file_sensor, orphaned_run_sensor, failure_alert_sensor, rescan_alert_sensor, notification_sensor]
 SCHEDULES = [nightly, nightly_rescan, weekly_load]
 
 
 def _read_all(settings: Settings) -> tuple[list[ModelSpec], dict[str, str]]:
-    """Every model whose file is right, and what is wrong with the others."""
+    """Read every model's file; return the models, and each faulty file's error."""
     specs, troubles = [], {}
     for path in sorted(settings.models.glob("*.yaml")):
         try:
@@ -198,7 +204,7 @@ def _read_all(settings: Settings) -> tuple[list[ModelSpec], dict[str, str]]:
 
 
 def _look(specs: list[ModelSpec], settings: Settings) -> tuple[list[Affected], dict[str, str]]:
-    """What runs would change, and of which releases that can't be told."""
+    """Return what runs would change, and each release whose dry run failed, with its error."""
     found, troubles = [], {}
     for spec in specs:
         for scheme in spec.schemes:
@@ -212,7 +218,7 @@ def _look(specs: list[ModelSpec], settings: Settings) -> tuple[list[Affected], d
 
 
 def _follow(context: ScheduleEvaluationContext, spec: ModelSpec, settings: Settings) -> dict[str, str]:
-    """Drop the lock of a branch that moved, where the model's file says to follow it; the release writes a new one."""
+    """Remove the lock of a branch that moved, if the model's file follows it; the next release writes a new one."""
     try:
         commit = moved_upstream(spec, settings)
     except EXPECTED as error:
@@ -230,7 +236,7 @@ def _follow(context: ScheduleEvaluationContext, spec: ModelSpec, settings: Setti
 def _request(
     instance: DagsterInstance, settings: Settings, found: Affected, priority: int, again: str = ""
 ) -> RunRequest | None:
-    """Ask for the run of a release, once for what has changed (and each ``again``); None where one is under way."""
+    """Request the run of a release, once per change (and per ``again``); None where one is under way."""
     key = _partition(found.model, found.scheme)
     same = RunsFilter(job_name=RELEASE_JOB, statuses=_UNDER_WAY, tags={"dagster/partition": str(key)})
     if instance.get_runs_count(same):
@@ -245,7 +251,7 @@ def _request(
 
 
 def _partitions(instance: DagsterInstance, before: dict[str, Any], known: dict[str, list[str]]) -> list[Any]:
-    """What to add and to delete so that partitions are those of the files; what a file never named is left alone."""
+    """Return what to add and delete so that partitions match the files; partitions that no file named stay."""
     requests: list[Any] = []
     for dimension, name in (("model", "models"), ("scheme", "schemes")):
         there = set(instance.get_dynamic_partitions(dimension))
@@ -258,10 +264,10 @@ def _partitions(instance: DagsterInstance, before: dict[str, Any], known: dict[s
 
 
 def _quiet(watched: list[ModelSpec], requests: list[RunRequest | None], troubles: dict[str, str], word: str) -> str:
-    """Why a tick started nothing."""
+    """Say why a tick requested nothing."""
     parts = [f"{name}: {why}" for name, why in troubles.items()]
     if any(request is None for request in requests):
-        parts.append("runs of what has changed are under way")
+        parts.append("a run of what has changed is under way")
     elif not watched:
         parts.append(f"no model's file says `automation: {{release: {word}}}`")
     elif not requests and not troubles:

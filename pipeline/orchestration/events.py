@@ -1,4 +1,4 @@
-"""What a run tells the command line while it goes: one JSON object a line, made from Dagster's own event log."""
+"""A run's events for the command line: one JSON object a line, made from Dagster's own event log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.stages.table import BY_NAME
 
 @logger
 def stream(_context: InitLoggerContext) -> logging.Logger:
-    """Write what a person wants to see of a run to stdout, each record as one JSON line."""
+    """Write the records of a run that the command line shows to stdout, each as one JSON line."""
     made = logging.Logger("slipway.stream", level=logging.DEBUG)  # noqa: LOG001 - not shared, so not in the registry
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_Line())
@@ -30,7 +30,7 @@ class _Line(logging.Formatter):
 
 
 def _event(record: logging.LogRecord) -> dict[str, Any] | None:
-    """Translate one log record, or None where it says nothing to a person."""
+    """Translate one log record; None where the command line does not show it."""
     meta = getattr(record, "dagster_meta", {})
     step = meta.get("step_key")
     event = meta.get("dagster_event")

@@ -1,4 +1,4 @@
-"""The Dagster instance that the command line, the UI and schedules share, and what runs that died left in it."""
+"""The Dagster instance that the command line, the UI and schedules share, and the runs in it whose process died."""
 
 from __future__ import annotations
 
@@ -45,38 +45,38 @@ def open_instance(settings: Settings) -> Iterator[DagsterInstance]:
 
 @contextlib.contextmanager
 def alive(run_id: str, settings: Settings) -> Iterator[None]:
-    """Say that this process carries the run, by a lock that the kernel drops however the process ends.
+    """Mark this process as the one that executes the run, by a lock that the kernel drops when the process ends.
 
-    Within such a block another one for the same run says nothing new.
+    A second block for the same run within it has no effect.
     """
     marker = _markers(settings) / run_id
     with contextlib.ExitStack() as held:
-        # Nobody may find the marker between its making and its lock: it would look like a dead run's.
-        with locked(_burying(settings)):
+        # A marker that is found before it is locked would look like an orphaned run's.
+        with locked(_marker_lock(settings)):
             is_first = held.enter_context(locked_if_free(marker))
         yield
         if is_first:
             marker.unlink(missing_ok=True)
 
 
-def bury_dead_runs(instance: DagsterInstance, settings: Settings) -> list[str]:
+def fail_orphaned_runs(instance: DagsterInstance, settings: Settings) -> list[str]:
     """Mark runs whose process was killed as failed and free the pool slots that they held; return their ids.
 
-    One that was killed before it took its marker is given one that nobody holds, and is buried by a later look.
+    A run that was killed before it took its marker is given an unlocked one, so a later call marks it.
     """
-    dead = []
-    with locked(_burying(settings)):
+    orphaned = []
+    with locked(_marker_lock(settings)):
         _mark_unclaimed(instance, settings)
         for marker in _markers(settings).iterdir():
             if not is_locked(marker) and not _may_be_claimed(marker):
-                if _bury(instance, marker.name):
-                    dead.append(marker.name)
+                if _fail(instance, marker.name):
+                    orphaned.append(marker.name)
                 marker.unlink(missing_ok=True)
-    return dead
+    return orphaned
 
 
 def _mark_unclaimed(instance: DagsterInstance, settings: Settings) -> None:
-    """Give every run that has begun and has no marker one; in PostgreSQL such a run may be of another machine."""
+    """Give every run that has begun and has no marker one; in PostgreSQL it may be another machine's run."""
     if settings.dagster_postgres:
         return
     for run in instance.get_runs(RunsFilter(statuses=[DagsterRunStatus.STARTED])):
@@ -86,14 +86,14 @@ def _mark_unclaimed(instance: DagsterInstance, settings: Settings) -> None:
 
 
 def _may_be_claimed(marker: Path) -> bool:
-    """Whether nobody has held this marker yet, and somebody still may; who takes it empties it."""
+    """Whether a run may still take this marker; a run that takes it empties it."""
     try:
         return marker.read_text() == _UNCLAIMED and time.time() - marker.stat().st_mtime < _CLAIM_SECONDS
     except FileNotFoundError:
         return False
 
 
-def _bury(instance: DagsterInstance, run_id: str) -> bool:
+def _fail(instance: DagsterInstance, run_id: str) -> bool:
     run = instance.get_run_by_id(run_id)
     died = run is not None and not run.is_finished
     if run is not None and died:
@@ -102,7 +102,7 @@ def _bury(instance: DagsterInstance, run_id: str) -> bool:
     return died
 
 
-def _burying(settings: Settings) -> Path:
+def _marker_lock(settings: Settings) -> Path:
     return _markers(settings).with_suffix(".lock")
 
 

@@ -40,9 +40,9 @@ class ArtifactHandles(IOManager):
 
 @io_manager(required_resource_keys={"settings"})  # type: ignore[arg-type]  # a generator ends too
 def handles_of_run(context: InitResourceContext) -> Iterator[ArtifactHandles]:
-    """Give a run this home's handles; while it has them, its process is known to carry the run, whoever started it.
+    """Give a run this home's index of materializations; meanwhile its process is marked as the one that executes it.
 
-    So a run of the UI that was killed is buried as one of the command line is, and does not keep the queue waiting.
+    So a run of the UI whose process was killed is marked as failed like one of the command line, and frees the queue.
     """
     settings = context.resources.settings
     with (

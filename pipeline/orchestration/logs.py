@@ -1,4 +1,4 @@
-"""What runs tell, as JSON lines in ``logs/runs.jsonl`` of the home: with the run, and the release it is of.
+"""The log of runs, as JSON lines in ``logs/runs.jsonl`` of the home: with the run, and the release it is of.
 
 dagster.yaml gives it to every run, whoever started it. What the environment calls a token, a key, a password or a
 secret is taken out, should a library ever have said it, and so is the password of any address in it.
@@ -42,7 +42,7 @@ def _of_run(_logger: object, _name: str, event: structlog.typing.EventDict) -> s
     """Add what Dagster knows of the record: the run, its release and its stage."""
     meta: Mapping[str, Any] = getattr(event["_record"], "dagster_meta", {})
     tags = meta.get("job_tags") or {}
-    told = {
+    known = {
         "run_id": meta.get("run_id"),
         "job": meta.get("job_name"),
         "release": tags.get("dagster/partition"),
@@ -51,7 +51,7 @@ def _of_run(_logger: object, _name: str, event: structlog.typing.EventDict) -> s
     }
     plain = {name: event[name] for name in ("timestamp", "level")}
     text = meta.get("orig_message") or event["event"]
-    return {**plain, **{name: value for name, value in told.items() if value}, "message": text}
+    return {**plain, **{name: value for name, value in known.items() if value}, "message": text}
 
 
 def _without_secrets(environment: Mapping[str, str]) -> structlog.typing.Processor:

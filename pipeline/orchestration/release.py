@@ -33,7 +33,7 @@ _GRACE_SECONDS = 30.0
 
 @dataclass
 class _Run:
-    """One scheme's process, and what it has told so far."""
+    """One scheme's process, and its events so far."""
 
     scheme: str
     process: subprocess.Popen[str]
@@ -58,7 +58,7 @@ class _Run:
             self.log.unlink()
 
     def hear(self, event: Event, show: Show) -> None:
-        """Keep what an event tells, and show it."""
+        """Record an event, and show it."""
         if event["event"] == "stage":
             self.sizes[event["name"]] = event.get(SIZE, 0)
             self.stages.append({name: event[name] for name in ("name", "seconds", "cached", "worker_seconds")})
@@ -95,7 +95,7 @@ class _Run:
         }
 
     def _measured(self) -> dict[str, float]:
-        """What is known of a release that was not made whole: all that its stages and gates have told."""
+        """The figures of a release that did not finish, from the events of its stages and gates."""
         metrics = {name: value for gate in self.gates for name, value in gate.get("metrics", {}).items()}
         return figures(metrics, self.sizes.get("source", 0), self.sizes.get("quantized", 0))
 
@@ -114,12 +114,11 @@ def release(
 ) -> list[dict[str, Any]]:
     """Run the schemes side by side and return their part of the document, in the order given.
 
-    ``show(scheme, event)`` is called from several threads as things happen. On Ctrl-C every run is asked to stop, which
-    ends its worker and removes its container; what does not stop within 30 s is killed. ``program`` is what runs one:
+    ``show(scheme, event)`` is called from several threads as events arrive. On Ctrl-C every run is asked to stop, which
+    ends its worker and removes its container; one that does not stop within 30 s is killed. ``program`` runs a scheme:
     it gets the model's file and the scheme, waits for the line ``go``, and prints events
-    (`pipeline.orchestration.run`). Until
-    ``meanwhile`` has been called it is only made ready: it returns, by scheme, what there is to tell of those that need
-    no run, and where it raises, none begins.
+    (`pipeline.orchestration.run`). Programs load while ``meanwhile`` is called, which returns the events of schemes
+    that need no run. Where it raises, no run begins.
     """
     logs = settings.home / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -129,11 +128,11 @@ def release(
         for scheme in schemes:
             log = logs / f"{stamp}-{scheme}.log"
             runs.append(_start([*program, str(model_file), scheme], scheme, log))
-        told = _until_ready(runs, meanwhile)
+        unchanged = _until_ready(runs, meanwhile)
         for run in runs:
-            for event in told.get(run.scheme, ()):
+            for event in unchanged.get(run.scheme, ()):
                 run.hear(event, show)
-        begun = [run for run in runs if run.scheme not in told]
+        begun = [run for run in runs if run.scheme not in unchanged]
         readers = [threading.Thread(target=run.follow, args=(show,), daemon=True) for run in begun]
         for reader in readers:
             reader.start()
@@ -193,21 +192,24 @@ def _start(command: Sequence[str], scheme: str, log: Path) -> _Run:
 def _until_ready(
     runs: Sequence[_Run], meanwhile: Callable[[], Mapping[str, Sequence[Event]]]
 ) -> Mapping[str, Sequence[Event]]:
-    """Do what is to be done before the runs begin, and let those begin that are needed; return what it told."""
+    """Call ``meanwhile``, let the runs begin that are needed, and return the events of the others."""
     try:
-        told = meanwhile()
+        unchanged = meanwhile()
     except BaseException:  # Ctrl-C among them: processes that were started must not wait for ever
         for run in runs:
             run.call_off()
         raise
     for run in runs:
-        if run.scheme in told:
+        if run.scheme in unchanged:
             run.call_off()
             continue
         assert run.process.stdin is not None  # noqa: S101 - opened as a pipe above
-        with contextlib.suppress(BrokenPipeError), run.process.stdin as line:  # who has ended already tells it
+        with (
+            contextlib.suppress(BrokenPipeError),
+            run.process.stdin as line,
+        ):  # `follow` reports an ended one
             line.write(f"{GO}\n")
-    return told
+    return unchanged
 
 
 def _stop(runs: Sequence[_Run]) -> None:

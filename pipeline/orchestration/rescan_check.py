@@ -1,4 +1,4 @@
-"""The rescan in Dagster: a check of what is released, from the UI, by a schedule, or told by the command line.
+"""The rescan in Dagster: a check of what is released, from the UI, by a schedule, or reported by the command line.
 
 It is no part of a release: the release has its own scan, and the job leaves this check out. It is of all champions
 together: Dagster keeps one evaluation that no run made for a partition, for ever.

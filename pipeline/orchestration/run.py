@@ -1,7 +1,7 @@
 """One release as one Dagster run in this process: ``python -m pipeline.orchestration.run MODEL_FILE SCHEME``.
 
-The command line starts one such process a scheme, which begins once it is told to on stdin: all that it needs is
-imported while the command line still looks whether it must, and may. Events go to stdout as JSON lines (see
+The command line starts one such process a scheme. It imports what it needs and waits for a line on stdin, while the
+command line checks whether the run is needed and possible. Events go to stdout as JSON lines (see
 ``pipeline.orchestration.events``); the last says how it ended. The run is recorded in the same instance as the UI's,
 and shows there.
 """
@@ -24,7 +24,7 @@ from dagster import MultiPartitionKey
 import pipeline.orchestration.instance_storage  # noqa: F401 - which Dagster would import when the run has begun
 from pipeline.definitions import defs
 from pipeline.errors import SlipwayError
-from pipeline.orchestration.instance import alive, bury_dead_runs, open_instance
+from pipeline.orchestration.instance import alive, fail_orphaned_runs, open_instance
 from pipeline.orchestration.jobs import RELEASE_JOB
 from pipeline.orchestration.partitions import MODEL_FILE_TAG, add_partitions
 from pipeline.orchestration.release import GO
@@ -39,7 +39,7 @@ def release(model_file: Path, scheme: str, settings: Settings) -> dict[str, Any]
     spec.scheme(scheme)
     run_id = str(uuid.uuid4())
     with open_instance(settings) as instance, alive(run_id, settings):
-        bury_dead_runs(instance, settings)
+        fail_orphaned_runs(instance, settings)
         add_partitions(instance, spec)
         result = defs.resolve_job_def(RELEASE_JOB).execute_in_process(
             run_config={"loggers": {"stream": {}}},
@@ -53,7 +53,7 @@ def release(model_file: Path, scheme: str, settings: Settings) -> dict[str, Any]
 
 
 def main() -> None:
-    """Run one release, once told to, and print its ending."""
+    """Wait for the word to begin, run one release, and print how it ended."""
     model_file, scheme = sys.argv[1:]
     gc.freeze()  # nor is it any later: looking through it takes most of a second when this ends
     gc.enable()

@@ -13,11 +13,11 @@ from pipeline.orchestration.events import translate
 def ending(events: Iterable[DagsterEvent], *, succeeded: bool) -> dict[str, Any]:
     """Return ``outcome`` (promoted, up-to-date, refused or failed), ``error`` and, where there is one, ``release``."""
     happened = list(events)
-    told = [event for event in map(translate, happened) if event]
-    released = next((event["release"] for event in told if "release" in event), None)
+    translated = [event for event in map(translate, happened) if event]
+    released = next((event["release"] for event in translated if "release" in event), None)
     if succeeded and released:
         return {"outcome": released["outcome"], "release": released, "error": None}
-    refused = [event for event in told if event["event"] == "gate" and event["blocks"]]
+    refused = [event for event in translated if event["event"] == "gate" and event["blocks"]]
     if refused:
         error = "; ".join(f"{gate['gate']}: {gate['reason']}" for gate in refused)
         return {"outcome": "refused", "release": None, "error": error}

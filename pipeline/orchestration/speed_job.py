@@ -1,7 +1,7 @@
 """A champion's load test in Dagster, from the UI or by a schedule: no part of a release, and no check of one.
 
 A check would run with every materialization that the UI launches. What it measures is written beside the release, so
-that its plots go on; a champion that has become slow fails the run, which is told.
+that its plots go on; a champion that has become slow fails the run, which sends a notification.
 """
 
 from typing import Any
@@ -38,9 +38,9 @@ def speed(context: OpExecutionContext, settings: ResourceParam[Settings]) -> Non
     except EXPECTED as error:
         fail(context, error)
     figures = {**{f"slower {name}": share for name, share in found.slower.items()}, **found.loaded.verdict.metrics}
-    told: dict[str, Any] = {"speed": found.words, "page": MetadataValue.path(found.loaded.page), **figures}
+    metadata: dict[str, Any] = {"speed": found.words, "page": MetadataValue.path(found.loaded.page), **figures}
     key = MultiPartitionKey({"model": spec.model, "scheme": scheme})
-    context.log_event(AssetObservation("release", partition=key, metadata=told))
+    context.log_event(AssetObservation("release", partition=key, metadata=metadata))
     if not found.holds:
         raise Failure(found.words, allow_retries=False)
 

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from pipeline.errors import SpecError
-from pipeline.orchestration.instance import bury_dead_runs, open_instance, storage_variables
+from pipeline.orchestration.instance import fail_orphaned_runs, open_instance, storage_variables
 from pipeline.orchestration.partitions import add_partitions
 from pipeline.orchestration.release import sweep
 from pipeline.resources import PACKAGES, RESOURCES
@@ -36,7 +36,7 @@ def serve(settings: Settings, port: int, progress: Progress) -> None:
     """Serve Dagster on ``port`` and MLflow on the next, until interrupted.
 
     The partitions of every model whose file is right are known to Dagster when its page opens, and what died since the
-    last time is buried.
+    last time is marked as failed.
     Where MLflow is a server already (`MLFLOW_TRACKING_URI`), its address is told and none is started.
 
     Raises:
@@ -60,7 +60,7 @@ def _serve(settings: Settings, port: int, progress: Progress) -> None:
             except SpecError as error:
                 progress(f"left out: {error}")
         sweep(settings)
-        bury_dead_runs(instance, settings)
+        fail_orphaned_runs(instance, settings)
     prepare(settings.tracking_uri)
     remote = settings.tracking_uri.startswith("http")
     servers = [_dagster(settings, port), *([] if remote else [_mlflow(settings, port + 1)])]

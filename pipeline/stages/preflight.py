@@ -1,4 +1,4 @@
-"""What is looked at before a release does any work: can this machine hold what it will make, and serve it?"""
+"""Checks before a release does any work: whether this machine can hold what it makes, and serve it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _VLLM_LEAVES = 0.08
 
 
 def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Progress) -> Plan | None:
-    """Plan a release and tell what it will take; None where the source can't be looked at, which its stage explains.
+    """Plan a release and say what it will take; None where the source can't be read, which its stage explains.
 
     Raises:
         PlanError: the disk is too small for what will be made, or what serves it can't hold a scheme.

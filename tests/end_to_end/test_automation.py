@@ -80,7 +80,7 @@ def tick(ui: Ui, says: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     """Wait for a tick of the sensor of which ``says`` holds."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
-        state = ui(TICKS, sensor={**SELECTOR, "sensorName": "models"})["sensorOrError"]["sensorState"]
+        state = ui(TICKS, sensor={**SELECTOR, "sensorName": "model_file_sensor"})["sensorOrError"]["sensorState"]
         assert state["status"] == "RUNNING"
         assert not [each for each in state["ticks"] if each["error"]], state
         for each in state["ticks"]:

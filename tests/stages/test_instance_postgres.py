@@ -12,7 +12,7 @@ from real_server import free_port, postgres
 from test_instance import carry, end, holders, start_run
 
 from pipeline.errors import SettingsError
-from pipeline.orchestration.instance import bury_dead_runs, open_instance
+from pipeline.orchestration.instance import fail_orphaned_runs, open_instance
 from pipeline.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("instance_variables")
@@ -38,9 +38,9 @@ def test_two_homes_share_runs_and_slots_and_bury_their_own_dead_alone(tmp_path: 
     with open_instance(there) as instance:
         assert holders(instance) == {run_id}
         # Whether a process of another machine lives can't be seen from here.
-        assert bury_dead_runs(instance, there) == []
+        assert fail_orphaned_runs(instance, there) == []
     with open_instance(here) as instance:
-        assert bury_dead_runs(instance, here) == [run_id]
+        assert fail_orphaned_runs(instance, here) == [run_id]
         buried = instance.get_run_by_id(run_id)
         assert buried is not None
         assert buried.status == DagsterRunStatus.FAILURE

@@ -77,6 +77,14 @@ def test_what_is_released_and_registered_is_not_affected_and_a_look_writes_nothi
     assert files() == before
 
 
+def test_a_look_writes_no_lock_file_and_makes_no_key(models: Models, released: ModelSpec) -> None:
+    released.lock.unlink()
+    models.settings.signing_key.unlink()
+    assert told(models, released) == dict.fromkeys(("awq", "gptq"), "release: key changed")
+    assert not released.lock.exists()
+    assert not models.settings.signing_key.exists()
+
+
 def test_a_file_that_is_written_again_with_the_same_content_affects_nothing(
     models: Models, released: ModelSpec
 ) -> None:

@@ -54,9 +54,9 @@ class Ticks:
         """A tick of the sensor."""
         with build_sensor_context(
             cursor=self.cursor, instance_ref=self.instance.get_ref(), resources={"settings": self.settings},
-            repository_def=defs.get_repository_def(), sensor_name="models",
+            repository_def=defs.get_repository_def(), sensor_name="model_file_sensor",
         ) as context:  # fmt: skip
-            done = automation.models.evaluate_tick(context)
+            done = automation.model_file_sensor.evaluate_tick(context)
         self.cursor = done.cursor
         for request in done.dynamic_partitions_requests or ():
             if type(request).__name__ == "AddDynamicPartitionsRequest":
@@ -135,7 +135,7 @@ def test_nothing_happens_by_itself_unless_a_file_asks_for_it_and_then_nothing_is
         assert done.skip_message is not None
         assert "file says `automation: {" in done.skip_message
         assert schedule.default_status == DefaultScheduleStatus.RUNNING
-    assert automation.models.default_status == DefaultSensorStatus.RUNNING
+    assert automation.model_file_sensor.default_status == DefaultSensorStatus.RUNNING
 
 
 def test_partitions_come_and_go_with_the_models_files(ticks: Ticks) -> None:
@@ -262,10 +262,10 @@ def test_a_hub_that_does_not_answer_is_said_and_told_and_starts_nothing(ticks: T
         ticks.settings = replace(ticks.settings, hub_endpoint="http://127.0.0.1:9", webhook=webhook.url)
         done = ticks.night()
         assert webhook.texts == []  # whoever is slow to hear of it delays no release
-        automation.notices(build_sensor_context(resources={"settings": ticks.settings}))
+        automation.notification_sensor(build_sensor_context(resources={"settings": ticks.settings}))
     assert done.run_requests == []
     assert [text.splitlines()[0] for text in webhook.texts] == [
-        "demo|awq can't be looked at", "demo|gptq can't be looked at",
+        "demo|awq can't be checked for changes", "demo|gptq can't be checked for changes",
     ]  # fmt: skip
     assert "can't reach the hub at http://127.0.0.1:9" in str(done.skip_message)
 

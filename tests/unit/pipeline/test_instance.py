@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from dagster import DagsterInstance, DagsterRunStatus, EventLogEntry
 
-from pipeline.orchestration.instance import alive, bury_dead_runs, open_instance
+from pipeline.orchestration.instance import alive, fail_orphaned_runs, open_instance
 from pipeline.settings import Settings
 
 # A run's process, stopped in its middle.
@@ -123,32 +123,32 @@ def test_a_run_whose_process_was_killed_is_failed_and_its_slot_is_free(
     run_id = start_run(instance)
     end(carry(run_id, settings), signal.SIGKILL)
     assert holders(instance) == {run_id}
-    assert bury_dead_runs(instance, settings) == [run_id]
+    assert fail_orphaned_runs(instance, settings) == [run_id]
     run = instance.get_run_by_id(run_id)
     assert run is not None
     assert run.status == DagsterRunStatus.FAILURE
     assert holders(instance) == set()
-    assert bury_dead_runs(instance, settings) == []
+    assert fail_orphaned_runs(instance, settings) == []
 
 
 def test_a_run_that_goes_on_is_spared(instance: DagsterInstance, settings: Settings) -> None:
     run_id = start_run(instance)
     process = carry(run_id, settings)
     try:
-        assert bury_dead_runs(instance, settings) == []
+        assert fail_orphaned_runs(instance, settings) == []
         run = instance.get_run_by_id(run_id)
         assert run is not None
         assert run.status == DagsterRunStatus.STARTED
         assert holders(instance) == {run_id}
     finally:
         end(process, signal.SIGKILL)
-    assert bury_dead_runs(instance, settings) == [run_id]
+    assert fail_orphaned_runs(instance, settings) == [run_id]
 
 
 def test_a_process_spares_its_own_run(instance: DagsterInstance, settings: Settings) -> None:
     run_id = start_run(instance)
     with alive(run_id, settings):
-        assert bury_dead_runs(instance, settings) == []
+        assert fail_orphaned_runs(instance, settings) == []
     assert list((settings.home / "dagster" / "alive").iterdir()) == []
 
 
@@ -158,7 +158,7 @@ def test_a_run_that_ended_by_itself_is_left_as_it_is(instance: DagsterInstance, 
     run = instance.get_run_by_id(run_id)
     assert run is not None
     instance.report_run_canceled(run)
-    assert bury_dead_runs(instance, settings) == []
+    assert fail_orphaned_runs(instance, settings) == []
     assert holders(instance) == set()
     buried = instance.get_run_by_id(run_id)
     assert buried is not None
@@ -169,7 +169,7 @@ def test_a_process_that_died_before_its_run_was_recorded_is_no_trouble(
     instance: DagsterInstance, settings: Settings
 ) -> None:
     end(carry("00000000-0000-0000-0000-000000000000", settings), signal.SIGKILL)
-    assert bury_dead_runs(instance, settings) == []
+    assert fail_orphaned_runs(instance, settings) == []
     assert list((settings.home / "dagster" / "alive").iterdir()) == []
 
 
@@ -177,11 +177,11 @@ def test_a_run_that_was_killed_before_it_said_that_it_is_alive_is_buried_after_a
     instance: DagsterInstance, settings: Settings
 ) -> None:
     run_id = start_run(instance)
-    assert bury_dead_runs(instance, settings) == []
-    assert bury_dead_runs(instance, settings) == []
+    assert fail_orphaned_runs(instance, settings) == []
+    assert fail_orphaned_runs(instance, settings) == []
     (marker,) = (settings.home / "dagster" / "alive").iterdir()
     os.utime(marker, (1, 1))
-    assert bury_dead_runs(instance, settings) == [run_id]
+    assert fail_orphaned_runs(instance, settings) == [run_id]
     assert holders(instance) == set()
 
 
@@ -190,16 +190,16 @@ def test_a_run_that_was_seen_before_it_said_that_it_is_alive_is_spared(
     instance: DagsterInstance, settings: Settings, finished: bool
 ) -> None:
     run_id = start_run(instance)
-    assert bury_dead_runs(instance, settings) == []
+    assert fail_orphaned_runs(instance, settings) == []
     (marker,) = (settings.home / "dagster" / "alive").iterdir()
     os.utime(marker, (1, 1))
     run = instance.get_run_by_id(run_id)
     assert run is not None
     if finished:
         instance.report_run_canceled(run)
-        assert bury_dead_runs(instance, settings) == []
+        assert fail_orphaned_runs(instance, settings) == []
     with alive(run_id, settings):
-        assert bury_dead_runs(instance, settings) == []
+        assert fail_orphaned_runs(instance, settings) == []
     assert not list((settings.home / "dagster" / "alive").iterdir())
 
 
@@ -209,6 +209,6 @@ def test_a_run_that_says_twice_that_it_is_alive_is_so_until_the_outer_block_ends
     run_id = start_run(instance)
     with alive(run_id, settings):
         with alive(run_id, settings):
-            assert bury_dead_runs(instance, settings) == []
-        assert bury_dead_runs(instance, settings) == []
+            assert fail_orphaned_runs(instance, settings) == []
+        assert fail_orphaned_runs(instance, settings) == []
     assert not list((settings.home / "dagster" / "alive").iterdir())

@@ -161,10 +161,10 @@ def tell(webhook: Webhook, settings: Settings) -> Tell:
             result = small.execute_in_process(instance=instance, raise_on_error=False, tags=tags)
             (failed,) = [event for event in result.all_events if event.event_type == DagsterEventType.RUN_FAILURE]
             context = build_run_status_sensor_context(
-                "failures", failed, instance, result.dagster_run,
+                "failure_alert_sensor", failed, instance, result.dagster_run,
                 resources={"settings": replace(settings, webhook=webhook.url)},
             )  # fmt: skip
-            automation.failures(context.for_run_failure())
+            automation.failure_alert_sensor(context.for_run_failure())
             assert deliver(replace(settings, webhook=webhook.url)) == []
 
     return run
