@@ -33,7 +33,7 @@ sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests")]
 
 from release_folder import FILES, make_release  # noqa: E402
 
-from registry.backend import open_backend  # noqa: E402
+from registry.connect import open_backend  # noqa: E402
 from registry.promote import promote  # noqa: E402
 from registry.pull import CONNECTIONS  # noqa: E402
 from registry.signing import load_or_create_key  # noqa: E402

@@ -15,7 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from registry.backend import EXPERIMENT, MANIFEST_TAG, MODEL_TAG, TURNS, Line, Version, open_backend
+from registry.backend import EXPERIMENT, MANIFEST_TAG, MODEL_TAG, TURNS, Line, Version
+from registry.connect import open_backend
 from registry.errors import TrackingError
 from registry.tracking import database_path
 

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from registry import journal
-from registry.backend import Backend, Line, Version, only_version, open_backend
+from registry.backend import Backend, Line, Version, only_version
 from registry.catalog import current, names
+from registry.connect import open_backend
 from registry.errors import PromotionError, PullError, VerificationError
 from registry.journal import Action, Entry, Record, Target
 from registry.policy import Policy, Trust, policy_of

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from registry import journal
-from registry.backend import EXPERIMENT, MANIFEST_TAG, MODEL_TAG, Embedded, Version, only_version
+from registry.backend import EXPERIMENT, MANIFEST_TAG, MODEL_TAG, Version, only_version
 from registry.catalog import current, line
+from registry.embedded import Embedded
 from registry.errors import Problem, PromotionError, PullError, RegistryError, TrackingError, VerificationError
 from registry.locations import checked_folder
 from registry.manifest import DOCUMENTS, MANIFEST, REPORT, Manifest

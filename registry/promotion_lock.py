@@ -33,7 +33,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from registry.backend import TURNS, Backend, Version, open_backend
+from registry.backend import TURNS, Backend, Version
+from registry.connect import open_backend
 from registry.errors import PromotionError, RefusedError, RegistryError, TrackingError
 from registry.file_locks import locked
 from registry.progress import Progress

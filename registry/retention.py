@@ -15,9 +15,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from registry.backend import EXPERIMENT, MANIFEST_TAG, Embedded, Version, pages
+from registry.backend import EXPERIMENT, MANIFEST_TAG, Version
 from registry.cache import unused
 from registry.catalog import artifact_root, current, line, lines, names
+from registry.embedded import Embedded, pages
 from registry.locations import checked_folder
 from registry.progress import Progress, silent
 from registry.promote import discard_upload, line_of

@@ -15,44 +15,27 @@ Objects are named by their content (`registry.objects`): two versions with the s
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Literal
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from registry import untrusted
-from registry.atomic_write import write_atomically
 from registry.backend import Version
 from registry.catalog import artifact_root, current, names
+from registry.cold_files import LARGEST_MARKER, MARKER, cold_files, write_marker
 from registry.errors import ManifestError, TrackingError, UntrustedFileError
 from registry.locations import checked, checked_folder
-from registry.manifest import MANIFEST, CoveredPath, FileRecord, Manifest
+from registry.manifest import MANIFEST, Manifest
 from registry.objects import ObjectStore, digest_of
 from registry.progress import Progress
 from registry.promotion_lock import turn
 from registry.retention import referred
 from registry.tracking import local_folder
 
-MARKER = "cold.json"
-SCHEMA = "slipway.cold/v1"
 # Smaller files stay: manifests, tokenizers and evidence are what one looks at.
 LEAST_BYTES = 1 << 20
-_LARGEST_MARKER = 16 << 20
-
-
-class _Marker(BaseModel):
-    """What `cold.json` may say: its names become paths."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    schema_version: Literal["slipway.cold/v1"] = Field(alias="schema")
-    store: str
-    files: Mapping[CoveredPath, FileRecord]
 
 
 @dataclass(frozen=True)
@@ -72,31 +55,6 @@ class Move:
     def name(self) -> str:
         """The version, as a person names it."""
         return f"{self.version.name} version {self.version.version}"
-
-
-def cold_files(folder: Path) -> tuple[str, Mapping[str, FileRecord]]:
-    """The store and the files that a version's folder has there; nothing where none are cold.
-
-    Raises:
-        TrackingError: `cold.json` can't be read.
-    """
-    path = folder.parent / MARKER
-    try:
-        document = json.loads(untrusted.read(folder.parent, MARKER, _LARGEST_MARKER))
-    except FileNotFoundError:
-        return "", {}
-    except (OSError, ValueError, RecursionError, UntrustedFileError) as error:
-        raise TrackingError(f"`{path}` can't be read: {error}") from error
-    schema = document.get("schema") if isinstance(document, dict) else None
-    if schema != SCHEMA:
-        raise TrackingError(f"`{path}` has schema {schema!r}; this program reads `{SCHEMA}`")
-    try:
-        marker = _Marker.model_validate(document)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise TrackingError(f"`{path}` is not valid at `{where}`: {first['msg']}") from error
-    return marker.store, marker.files
 
 
 def cool(version: Version, store: ObjectStore, progress: Progress, least: int = LEAST_BYTES) -> int:
@@ -122,7 +80,7 @@ def cool(version: Version, store: ObjectStore, progress: Progress, least: int = 
         store.put(path, record)
     if not chosen:
         return 0
-    _mark(folder, store.uri, {**before, **chosen})
+    write_marker(folder, store.uri, {**before, **chosen})
     freed = 0
     for name, record in chosen.items():
         if (folder / name).exists():
@@ -231,22 +189,12 @@ def _folder(version: Version) -> Path:
 
 def _manifest(version: Version, folder: Path) -> Manifest:
     try:
-        manifest = Manifest.parse(untrusted.read(folder, MANIFEST, _LARGEST_MARKER))
+        manifest = Manifest.parse(untrusted.read(folder, MANIFEST, LARGEST_MARKER))
     except (OSError, ManifestError, UntrustedFileError) as error:
         raise TrackingError(f"{version.name} version {version.version} has no readable manifest: {error}") from error
     if manifest.digest != version.manifest_digest:
         raise TrackingError(f"{version.name} version {version.version} is not what was registered: it is not moved")
     return manifest
-
-
-def _mark(folder: Path, store: str, files: Mapping[str, FileRecord]) -> None:
-    """Write `cold.json` whole, on the disk before anything is removed."""
-    document = {
-        "schema": SCHEMA,
-        "store": store,
-        "files": {name: record.model_dump() for name, record in files.items()},
-    }
-    write_atomically(folder.parent / MARKER, json.dumps(document, indent=1))
 
 
 def _used(path: Path) -> datetime:

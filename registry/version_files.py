@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 from urllib.parse import unquote, urlsplit
 
 from registry import untrusted
+from registry.cold_files import MARKER, cold_files
 from registry.download import CHUNK, Broken, Open, Reader, keep, local, pause
 from registry.errors import PullError, TrackingError
 from registry.locations import checked
@@ -175,10 +176,9 @@ class LocalArtifacts:
 
     def _cold(self) -> Mapping[str, Open]:
         """What opens each cold file."""
-        if not (self._folder.parent / "cold.json").exists():
+        if not (self._folder.parent / MARKER).exists():
             return {}
         from registry.objects import ObjectStore  # noqa: PLC0415 - for those who have a cold tier
-        from registry.tiers import cold_files  # noqa: PLC0415
 
         uri, files = cold_files(self._folder)
         if not files:

@@ -27,7 +27,8 @@ from pipeline.settings import Settings
 from pipeline.spec import find, load
 from pipeline.trust import signing_key_if_any, trust_of
 from registry import catalog
-from registry.backend import MODEL_TAG, Version, open_backend
+from registry.backend import MODEL_TAG, Version
+from registry.connect import open_backend
 from registry.errors import NotFoundError, RegistryError
 from registry.manifest import EVIDENCE
 from registry.moves import rollback

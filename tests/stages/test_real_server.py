@@ -21,8 +21,8 @@ from real_server import ADMIN, BUCKET, READER, RealServer, as_user, real_server
 from release_folder import FILES, make_release
 
 from registry import VerificationError, canary, journal, promote_version, pull, rollback, verify
-from registry.backend import open_backend
 from registry.catalog import current, line, names
+from registry.connect import open_backend
 from registry.errors import PromotionError, PullError, RefusedError, TrackingError
 from registry.promote import promote
 from registry.promotion_lock import turn

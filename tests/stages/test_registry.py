@@ -20,8 +20,8 @@ from release_folder import FILES, forged, make_release, passing
 
 from registry import Pulled, VerificationError, fetch_file, pull, verify
 from registry.__main__ import main
-from registry.backend import Embedded
 from registry.catalog import Version, champion_digest, current, line, lines, names
+from registry.embedded import Embedded
 from registry.errors import DiskError, PromotionError, PullError, RegistryError, TrackingError
 from registry.policy import Policy, Trust
 from registry.promote import promote

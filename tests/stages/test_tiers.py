@@ -16,11 +16,12 @@ from release_folder import make_release
 from registry import pull, tiers
 from registry.backend import Version
 from registry.catalog import current
+from registry.cold_files import cold_files
 from registry.errors import RegistryError, TrackingError
 from registry.objects import ObjectStore
 from registry.promote import promote
 from registry.signing import SigningKey, load_or_create_key
-from registry.tiers import Move, carry_out, cold_files, cool, plan_moves, warm
+from registry.tiers import Move, carry_out, cool, plan_moves, warm
 from registry.tracking import local_folder
 
 LEAST = 1000

@@ -13,6 +13,7 @@ from release_folder import make_release
 
 from registry.backend import Line, Version
 from registry.catalog import version
+from registry.cold_files import MARKER
 from registry.download import local, pause
 from registry.errors import ArgumentError, PromotionError, PullError, RegistryError, TrackingError, VerificationError
 from registry.manifest import MANIFEST, SIGNATURE, Manifest
@@ -22,7 +23,7 @@ from registry.promote import _Release
 from registry.pull import fetch_file, glance, pull
 from registry.signing import SigningKey
 from registry.stored import verify_stored
-from registry.tiers import MARKER, cool, warm
+from registry.tiers import cool, warm
 from registry.verify import look, verify
 from registry.version_files import LocalArtifacts, fetch
 

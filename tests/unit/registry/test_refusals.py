@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from registry import catalog, journal, untrusted
 from registry.__main__ import FAILED, main
-from registry.backend import Backend, Line, Version, pages
+from registry.backend import Backend, Line, Version
+from registry.embedded import pages
 from registry.errors import NotFoundError, PromotionError, PullError, TrackingError, UntrustedFileError
 from registry.journal import PAYLOAD_TYPE, Entry
 from registry.objects import ObjectStore, digest_of

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from registry.backend import MANIFEST_TAG, Version
+from registry.cold_files import MARKER, SCHEMA, cold_files
 from registry.errors import PullError, TrackingError, UntrustedFileError
 from registry.manifest import MANIFEST, FileRecord, Manifest
 from registry.objects import ObjectStore
 from registry.pull import pull
-from registry.tiers import MARKER, SCHEMA, cold_files, warm
+from registry.tiers import warm
 from registry.version_files import LocalArtifacts
 
 RECORD = {"sha256": "0" * 64, "size": 3}
