@@ -237,7 +237,7 @@ def _postgres(text: str | None) -> str | None:
 
 
 def _token(name: str, environment: Mapping[str, str]) -> str | None:
-    from registry.errors import NetworkError  # noqa: PLC0415 - the command line starts without the registry
+    from registry.errors import NetworkSettingError  # noqa: PLC0415 - the command line starts without the registry
     from registry.network import token  # noqa: PLC0415
 
     value = environment.get(name)
@@ -245,7 +245,7 @@ def _token(name: str, environment: Mapping[str, str]) -> str | None:
         return None
     try:
         return token(name, value) or None
-    except NetworkError as error:
+    except NetworkSettingError as error:
         raise SettingsError(str(error)) from error
 
 

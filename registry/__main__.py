@@ -17,10 +17,10 @@ from registry.errors import (
     DiskError,
     FileSystemError,
     NotFoundError,
-    PolicyError,
     PullError,
     RegistryError,
     TrackingError,
+    TrustPolicyError,
     VerificationError,
 )
 from registry.policy import Policy, Trust
@@ -61,7 +61,7 @@ def status_of(error: RegistryError) -> int:
         return FAILED
     if isinstance(error, (VerificationError, PullError)):
         return REFUSED
-    return USAGE if isinstance(error, (PolicyError, FileSystemError)) else FAILED
+    return USAGE if isinstance(error, (TrustPolicyError, FileSystemError)) else FAILED
 
 
 def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:

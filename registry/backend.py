@@ -22,9 +22,9 @@ MANIFEST_TAG = "slipway.manifest_digest"
 MODEL_TAG = "slipway.model"
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 EXPERIMENT = "slipway"
-"""The experiment of MLflow that releases are uploaded to."""
-TURNS = "slipway-turns."
-"""What the name of a queue of promoters begins with (see `registry.promotion_lock`); it is no release line."""
+"""The MLflow experiment that releases are uploaded to."""
+LOCK_PREFIX = "slipway-turns."
+"""The prefix of the registered models that serve as promotion locks (`registry.promotion_lock`), not release lines."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Version:
     def manifest_digest(self) -> str | None:
         """The digest of the signed manifest; None where something else registered this version.
 
-        A tag can hold any text: what is not a digest is none.
+        A tag can hold any text; one that is not a digest counts as absent.
         """
         digest = self.tags.get(MANIFEST_TAG, "")
         return digest if _DIGEST.fullmatch(digest) else None
@@ -57,8 +57,8 @@ class Line:
     tags: Mapping[str, str]
 
 
-class Backend(Protocol):
-    """Every operation is one atomic act of MLflow; each raises ``TrackingError`` where MLflow refuses it."""
+class RegistryBackend(Protocol):
+    """The operations; each is atomic in MLflow and raises ``TrackingError`` if MLflow refuses it."""
 
     def artifact_root(self) -> str | None:
         """Where the experiment `EXPERIMENT` keeps its files; None where there is no such experiment."""
@@ -77,27 +77,27 @@ class Backend(Protocol):
         ...
 
     def version(self, name: str, number: str) -> Version | None:
-        """One version, or None; its aliases are not told."""
+        """One version without its aliases, or None."""
         ...
 
     def create_line(self, name: str, tags: Mapping[str, str]) -> None:
-        """Make a registered model; nothing where there is one."""
+        """Make a registered model; do nothing if it exists."""
         ...
 
     def create_version(self, name: str, source: str, tags: Mapping[str, str]) -> str:
-        """Make a version; its number is larger than every one before, and nobody else's."""
+        """Make a version; its number is unique and larger than all before."""
         ...
 
     def delete_version(self, name: str, version: str) -> None:
-        """Delete a version; nothing where there is none. Its number is not given again."""
+        """Delete a version; do nothing if it does not exist. Its number is never reused."""
         ...
 
     def set_alias(self, name: str, alias: str, version: str) -> None:
-        """Let the alias name the version."""
+        """Point the alias at the version."""
         ...
 
     def delete_alias(self, name: str, alias: str) -> None:
-        """Let the alias name nothing."""
+        """Remove the alias."""
         ...
 
     def set_line_tag(self, name: str, key: str, value: str) -> None:
@@ -117,7 +117,7 @@ def aliases_by_version(line: Line) -> defaultdict[str, tuple[str, ...]]:
     return found
 
 
-def only_version(backend: Backend, name: str, number: str) -> Version:
+def only_version(backend: RegistryBackend, name: str, number: str) -> Version:
     """Return the version with this number; ``TrackingError`` names those that there are."""
     versions = backend.versions(name)
     for version in versions:

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from registry.backend import EXPERIMENT, MANIFEST_TAG, MODEL_TAG, TURNS, Line, Version
+from registry.backend import EXPERIMENT, LOCK_PREFIX, MANIFEST_TAG, MODEL_TAG, Line, Version
 from registry.connect import open_backend
 from registry.errors import TrackingError
 from registry.tracking import database_path
@@ -55,13 +55,13 @@ def names(tracking_uri: str) -> list[str]:
             with _database(path) as database:
                 query = "SELECT name FROM registered_models WHERE workspace = ? ORDER BY name"
                 found = [row[0] for row in database.execute(query, (_WORKSPACE,))]
-                return [name for name in found if not name.startswith(TURNS)]
+                return [name for name in found if not name.startswith(LOCK_PREFIX)]
     except sqlite3.OperationalError:
         pass  # the tables are of another MLflow: ask it
     except sqlite3.DatabaseError as error:
         raise _damaged(path, error) from error
     with open_backend(tracking_uri) as backend:
-        return [name for name in backend.names() if not name.startswith(TURNS)]
+        return [name for name in backend.names() if not name.startswith(LOCK_PREFIX)]
 
 
 def lines(tracking_uri: str, model: str | None = None) -> list[Version]:

@@ -31,7 +31,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 @contextmanager
-def beside(destination: Path, digest: str, progress: Progress) -> Iterator[Path]:
+def folder_beside(destination: Path, digest: str, progress: Progress) -> Iterator[Path]:
     """Give the folder for the release ``digest``; on an error what is in it stays for the next try, if it is anything.
 
     Raises:

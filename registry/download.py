@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from registry.errors import NetworkError, Problem, PullError, TrackingError, VerificationError
+from registry.errors import NetworkSettingError, Problem, PullError, TrackingError, VerificationError
 from registry.manifest import FileRecord
 from registry.network import Pace
 
@@ -27,12 +27,12 @@ _ATTEMPTS = 6  # without a byte of progress between two of them
 _FIRST_PAUSE = 0.2  # seconds; doubled with each attempt
 
 
-class Broken(Exception):
+class InterruptedStreamError(Exception):
     """The stream ended too soon, or the other side is busy: to be tried again."""
 
 
 class Reader(Protocol):
-    """Where bytes come from. It raises `Broken` for what may pass."""
+    """Where bytes come from. It raises `InterruptedStreamError` for what may pass."""
 
     def readinto(self, buffer: memoryview, /) -> int:
         """Fill the buffer, or some of it; 0 at the end."""
@@ -44,13 +44,13 @@ Open = Callable[[int], AbstractContextManager[tuple[Reader, int]]]
 
 
 @dataclass
-class Moved:
+class ByteCount:
     """How many bytes came over the network, over all of a pull."""
 
     bytes: int = 0
 
 
-def download(name: str, target: Path, record: FileRecord, open_at: Open, moved: Moved) -> None:
+def download(name: str, target: Path, record: FileRecord, open_at: Open, moved: ByteCount) -> None:
     """Write the file to ``target``, which may hold its beginning, and make sure that it is ``record``.
 
     Raises:
@@ -75,7 +75,7 @@ def download(name: str, target: Path, record: FileRecord, open_at: Open, moved: 
     raise VerificationError(name, [Problem(name, "changed: another sha256 than in the manifest")])
 
 
-def _fill(name: str, descriptor: int, held: int, size: int, open_at: Open, moved: Moved) -> str:
+def _fill(name: str, descriptor: int, held: int, size: int, open_at: Open, moved: ByteCount) -> str:
     """Hash what is there, stream the rest behind it, and return the sum of it all."""
     buffer = memoryview(bytearray(CHUNK))
     total = hash_start(descriptor, held, buffer)
@@ -94,7 +94,7 @@ def _fill(name: str, descriptor: int, held: int, size: int, open_at: Open, moved
                     moved.bytes += count
                     keep(pace, name, count)
             why = f"it ended after {at} of {size} bytes"
-        except Broken as error:
+        except InterruptedStreamError as error:
             why = str(error)
         if at < size:
             attempt = 1 if at > before else attempt + 1
@@ -107,7 +107,7 @@ def keep(pace: Pace, name: str, count: int) -> None:
     """Count bytes of a file; ``TrackingError`` where they come too slowly."""
     try:
         pace.add(count)
-    except NetworkError as error:
+    except NetworkSettingError as error:
         raise TrackingError(f"the server of `{name}` {error}") from error
 
 

@@ -64,27 +64,27 @@ class Embedded:
         return next((version for version in self.versions(name) if version.version == number), None)
 
     def create_line(self, name: str, tags: Mapping[str, str]) -> None:
-        """Make a registered model; nothing where there is one."""
+        """Make a registered model; do nothing if it exists."""
         with _unless("RESOURCE_ALREADY_EXISTS"):
             self._client.create_registered_model(name, tags=dict(tags))
 
     def create_version(self, name: str, source: str, tags: Mapping[str, str]) -> str:
-        """Make a version; its number is larger than every one before, and nobody else's."""
+        """Make a version; its number is unique and larger than all before."""
         with _unless():
             return str(self._client.create_model_version(name, source=source, tags=dict(tags)).version)
 
     def delete_version(self, name: str, version: str) -> None:
-        """Delete a version; nothing where there is none."""
+        """Delete a version; do nothing if it does not exist."""
         with _unless("RESOURCE_DOES_NOT_EXIST"):
             self._client.delete_model_version(name, version)
 
     def set_alias(self, name: str, alias: str, version: str) -> None:
-        """Let the alias name the version."""
+        """Point the alias at the version."""
         with _unless():
             self._client.set_registered_model_alias(name, alias, version)
 
     def delete_alias(self, name: str, alias: str) -> None:
-        """Let the alias name nothing."""
+        """Remove the alias."""
         with _unless("RESOURCE_DOES_NOT_EXIST"):
             self._client.delete_registered_model_alias(name, alias)
 

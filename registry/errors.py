@@ -22,7 +22,7 @@ class TrackingError(RegistryError):
     """MLflow can't be reached, or refused what was asked of it."""
 
 
-class NetworkError(TrackingError):
+class NetworkSettingError(TrackingError):
     """A setting of the network that can't be used: a proxy, a file of certificates, a token."""
 
 
@@ -58,7 +58,7 @@ class UntrustedFileError(RegistryError):
     """Something else than a regular file, or a larger one, where a worker, a source or a pull should have left one."""
 
 
-class PolicyError(RegistryError):
+class TrustPolicyError(RegistryError):
     """A policy that can't be read."""
 
 

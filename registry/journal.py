@@ -9,11 +9,11 @@ its versions were verified before it was written.
 Law: for each alias, the last entry that moves it says where it points. Where it points elsewhere, something that is not
 Slipway moved it, and `registry.pull` refuses it. An entry may be signed; then it holds for those who trust the key,
 whoever can write to MLflow. The signature is over the entry and not over its ``state``, which whoever can write to
-MLflow can set: where moves must be signed no state is believed (`proven`).
+MLflow can set: where moves must be signed no state is believed (`last_signed_move`).
 
 Chain: an entry holds in ``prior`` the running digest of all entries before it, and for each alias that it moves the
 digest of the manifest that the version was registered with. So a signature vouches for the whole trail before it and
-for the release behind each number: `broken` says where entries were removed, altered or put in between. An entry
+for the release behind each number: `chain_break` says where entries were removed, altered or put in between. An entry
 whose ``prior`` is `START` begins the trail: the first one, or the one with which `slipway promote` begins anew a trail
 that was broken. Entries of the first format have neither; they keep their signed bytes, and are covered by the
 ``prior`` of the first entry that has one.
@@ -31,11 +31,11 @@ from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from registry.backend import Backend, Line
+from registry.backend import Line, RegistryBackend
 from registry.digests import canonical_json, digest_of
 from registry.errors import PromotionError, SigningError, TrackingError
 from registry.manifest import Digest
-from registry.promotion_lock import Turn
+from registry.promotion_lock import PromotionLock
 from registry.signing import PublicKey, Signature, SigningKey, verify_signature
 
 PREFIX = "slipway.journal."
@@ -54,7 +54,7 @@ class Target(NamedTuple):
     digest: str | None
 
 
-class Move(BaseModel):
+class AliasMove(BaseModel):
     """One alias: the version it named, and the one it names now; None is none. ``digest`` is that of ``after``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,7 +65,7 @@ class Move(BaseModel):
     digest: Digest | None = None
 
 
-class Entry(BaseModel):
+class JournalEntry(BaseModel):
     """One act. ``when`` is UTC with milliseconds; ``moves`` are in the order in which they are made.
 
     ``digest`` is the manifest's digest of the version that the act is about; ``weight`` the canary's, in percent;
@@ -79,7 +79,7 @@ class Entry(BaseModel):
     action: Action
     version: str
     digest: str
-    moves: tuple[Move, ...]
+    moves: tuple[AliasMove, ...]
     weight: Annotated[int, Field(ge=0, le=100)] | None = None
     who: str
     when: str
@@ -107,13 +107,13 @@ class Entry(BaseModel):
         return {**said, self.version: self.digest}
 
 
-class Record(BaseModel):
+class JournalRecord(BaseModel):
     """What the tag holds: an entry, how far it got, and a signature over the entry, base64 of a DSSE envelope."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     state: State
-    entry: Entry
+    entry: JournalEntry
     signature: str | None = None
 
     def signed_by(self, trusted: Sequence[PublicKey]) -> str | None:
@@ -127,7 +127,7 @@ class Record(BaseModel):
             return None
 
 
-def records(line: Line) -> list[Record]:
+def records(line: Line) -> list[JournalRecord]:
     """Return the line's journal, in order.
 
     Raises:
@@ -136,7 +136,7 @@ def records(line: Line) -> list[Record]:
     found = []
     for key in (key for key in line.tags if key.startswith(PREFIX)):
         try:
-            record = Record.model_validate_json(line.tags[key])
+            record = JournalRecord.model_validate_json(line.tags[key])
         except ValidationError as error:
             raise TrackingError(f"the audit trail of `{line.name}` is damaged at `{key}`") from error
         if key != _key(record.entry.number) or record.entry.line != line.name:
@@ -145,7 +145,7 @@ def records(line: Line) -> list[Record]:
     return sorted(found, key=lambda record: record.entry.number)
 
 
-def says(journal: Sequence[Record], alias: str) -> Record | None:
+def last_move(journal: Sequence[JournalRecord], alias: str) -> JournalRecord | None:
     """Return the last record that moves the alias; None where none does."""
     for record in reversed(journal):
         if record.state != "abandoned" and _moves(record, alias):
@@ -153,12 +153,14 @@ def says(journal: Sequence[Record], alias: str) -> Record | None:
     return None
 
 
-def movers(journal: Sequence[Record]) -> dict[str, Record]:
+def last_moves(journal: Sequence[JournalRecord]) -> dict[str, JournalRecord]:
     """Return for each alias the last record that moves it, whatever state is said of that: anybody may have set it."""
     return {move.alias: record for record in journal for move in record.entry.moves}
 
 
-def proven(journal: Sequence[Record], alias: str, trusted: Sequence[PublicKey]) -> tuple[Entry | None, str]:
+def last_signed_move(
+    journal: Sequence[JournalRecord], alias: str, trusted: Sequence[PublicKey]
+) -> tuple[JournalEntry | None, str]:
     """Return the last entry that moves the alias, held to signatures alone; else None, and what it lacks.
 
     An act that was begun or abandoned counts as one that is done, so that no state that was set brings back what was
@@ -177,10 +179,10 @@ def proven(journal: Sequence[Record], alias: str, trusted: Sequence[PublicKey]) 
     return journal[at].entry, ""
 
 
-def broken(journal: Sequence[Record], trusted: Sequence[PublicKey]) -> str | None:
+def chain_break(journal: Sequence[JournalRecord], trusted: Sequence[PublicKey]) -> str | None:
     """Say where the trail is not the one that its signed entries were written onto; None where it is.
 
-    What follows the last signed entry is vouched for by nobody, and is for `proven` to judge.
+    What follows the last signed entry is vouched for by nobody, and is for `last_signed_move` to judge.
     """
     whole = _since_beginning(journal, trusted)
     vouched = [record.signed_by(trusted) is not None for record in whole]
@@ -201,7 +203,7 @@ def broken(journal: Sequence[Record], trusted: Sequence[PublicKey]) -> str | Non
     return None
 
 
-def trail_digest(journal: Sequence[Record], trusted: Sequence[PublicKey]) -> str:
+def trail_digest(journal: Sequence[JournalRecord], trusted: Sequence[PublicKey]) -> str:
     """Return the running digest of the trail, which the next entry has as its ``prior``."""
     digest = START
     for record in _since_beginning(journal, trusted):
@@ -209,7 +211,7 @@ def trail_digest(journal: Sequence[Record], trusted: Sequence[PublicKey]) -> str
     return digest
 
 
-def _since_beginning(journal: Sequence[Record], trusted: Sequence[PublicKey]) -> Sequence[Record]:
+def _since_beginning(journal: Sequence[JournalRecord], trusted: Sequence[PublicKey]) -> Sequence[JournalRecord]:
     """Cut off what is before the last entry that begins a trail; an entry that nobody signed begins none."""
     for at in reversed(range(len(journal))):
         if journal[at].entry.prior == START and journal[at].signed_by(trusted) is not None:
@@ -217,26 +219,26 @@ def _since_beginning(journal: Sequence[Record], trusted: Sequence[PublicKey]) ->
     return journal
 
 
-def confirmed(line: Line, alias: str, version: str, signers: Sequence[PublicKey]) -> bool:
+def is_confirmed(line: Line, alias: str, version: str, signers: Sequence[PublicKey]) -> bool:
     """Whether the alias names the version, as the audit trail says; by an entry of ``signers``, if any are given."""
     if line.aliases.get(alias) != version:
         return False
     if signers:
-        entry, _ = proven(records(line), alias, signers)
+        entry, _ = last_signed_move(records(line), alias, signers)
     else:
-        record = says(records(line), alias)
+        record = last_move(records(line), alias)
         entry = record.entry if record is not None and record.state == "done" else None
     return entry is not None and any((move.alias, move.after) == (alias, version) for move in entry.moves)
 
 
-def pending(journal: Sequence[Record]) -> Record | None:
+def pending(journal: Sequence[JournalRecord]) -> JournalRecord | None:
     """Return the act that was begun and not finished, if there is one: the last, for whoever comes next finishes it."""
     return journal[-1] if journal and journal[-1].state == "begun" else None
 
 
-def act(
-    turn: Turn,
-    backend: Backend,
+def record_and_move(
+    lock: PromotionLock,
+    backend: RegistryBackend,
     line: Line,
     *,
     action: Action,
@@ -249,30 +251,30 @@ def act(
     key: SigningKey | None,
     trusted: Sequence[PublicKey],
     anew: bool = False,
-) -> Entry:
+) -> JournalEntry:
     """Write down what is about to be done, do it, and write down that it is done; ``line`` is as it is now.
 
-    ``trusted`` signed the trail before it. ``anew`` begins the trail anew with this entry, where that is `broken`.
+    ``trusted`` signed the trail before it. ``anew`` begins the trail anew with this entry, where that is `chain_break`.
 
     Raises:
         PromotionError: The trail is broken, and is not to begin anew; nothing was written.
     """
     journal = records(line)
-    damage = broken(journal, trusted)
+    damage = chain_break(journal, trusted)
     if damage is not None and not anew:
         raise PromotionError(
             f"no alias of `{line.name}` was moved: {damage}. Restore the tags `{PREFIX}*` of the registered model from"
             f" a backup, or begin the trail anew with `slipway promote {line.name} --version N`, where N is a release"
             " whose digest you know"
         )
-    entry = Entry(
+    entry = JournalEntry(
         number=journal[-1].entry.number + 1 if journal else 1,
         line=line.name,
         action=action,
         version=version,
         digest=digest,
         moves=tuple(
-            Move(
+            AliasMove(
                 alias=alias,
                 before=line.aliases.get(alias),
                 after=target.version if target else None,
@@ -281,7 +283,7 @@ def act(
             for alias, target in moves.items()
         ),
         weight=weight,
-        who=who or somebody(),
+        who=who or current_user(),
         when=datetime.now(UTC).isoformat(timespec="milliseconds"),
         why=why,
         prior=START if damage is not None else trail_digest(journal, trusted),
@@ -289,20 +291,20 @@ def act(
     signature = None
     if key is not None:
         signature = base64.b64encode(key.sign(entry.payload(), kind=PAYLOAD_TYPE).to_bytes()).decode()
-    begun = Record(state="begun", entry=entry, signature=signature)
-    turn.check()
+    begun = JournalRecord(state="begun", entry=entry, signature=signature)
+    lock.check()
     _write(backend, begun)
-    finish(turn, backend, line, begun)
+    finish(lock, backend, line, begun)
     return entry
 
 
-def finish(turn: Turn, backend: Backend, line: Line, record: Record) -> Record:
+def finish(lock: PromotionLock, backend: RegistryBackend, line: Line, record: JournalRecord) -> JournalRecord:
     """Make each move of a begun act, whether it was made before or not; abandon one whose version is no more."""
     entry = record.entry
     there = {version.version for version in backend.versions(entry.line)}
     whole = all(move.after is None or move.after in there for move in entry.moves)
     for move in entry.moves if whole else ():
-        turn.check()
+        lock.check()
         if move.after is not None:
             backend.set_alias(entry.line, move.alias, move.after)
         elif move.alias in line.aliases:
@@ -310,15 +312,15 @@ def finish(turn: Turn, backend: Backend, line: Line, record: Record) -> Record:
     if whole and any(move.alias == "canary" for move in entry.moves):
         split = {"version": entry.version, "weight": entry.weight} if entry.weight else {}
         backend.set_line_tag(entry.line, WEIGHT_TAG, canonical_json(split).decode())
-    return _end(turn, backend, record, "done" if whole else "abandoned")
+    return _end(lock, backend, record, "done" if whole else "abandoned")
 
 
-def abandon(turn: Turn, backend: Backend, record: Record) -> None:
+def abandon(lock: PromotionLock, backend: RegistryBackend, record: JournalRecord) -> None:
     """Write down that a begun act is not to be finished; the aliases stay as they are."""
-    _end(turn, backend, record, "abandoned")
+    _end(lock, backend, record, "abandoned")
 
 
-def somebody() -> str:
+def current_user() -> str:
     """Return ``USER@MACHINE`` of this process."""
     try:
         user = pwd.getpwuid(os.getuid()).pw_name
@@ -327,22 +329,22 @@ def somebody() -> str:
     return f"{user}@{socket.gethostname()}"
 
 
-def _end(turn: Turn, backend: Backend, record: Record, state: State) -> Record:
+def _end(lock: PromotionLock, backend: RegistryBackend, record: JournalRecord, state: State) -> JournalRecord:
     ended = record.model_copy(update={"state": state})
-    turn.check()
+    lock.check()
     _write(backend, ended)
     return ended
 
 
-def _running(digest: str, entry: Entry) -> str:
+def _running(digest: str, entry: JournalEntry) -> str:
     return digest_of(digest.encode() + entry.payload())
 
 
-def _moves(record: Record, alias: str) -> bool:
+def _moves(record: JournalRecord, alias: str) -> bool:
     return any(move.alias == alias for move in record.entry.moves)
 
 
-def _write(backend: Backend, record: Record) -> None:
+def _write(backend: RegistryBackend, record: JournalRecord) -> None:
     backend.set_line_tag(record.entry.line, _key(record.entry.number), record.model_dump_json())
 
 

@@ -93,7 +93,7 @@ class Later:
     """Marks a field that the first releases had not: ``measured: Annotated[Timestamp | None, Later()] = None``."""
 
 
-class _Part(BaseModel):
+class _ManifestPart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     @model_serializer(mode="wrap")
@@ -105,7 +105,7 @@ class _Part(BaseModel):
         return document
 
 
-class FileRecord(_Part):
+class FileRecord(_ManifestPart):
     """One file: its SHA-256 in hexadecimal and its size in bytes."""
 
     sha256: Hex256
@@ -114,7 +114,7 @@ class FileRecord(_Part):
     """In bytes."""
 
 
-class Source(_Part):
+class Source(_ManifestPart):
     """Where the weights came from: ``revision`` is a commit or the digest of the files, never a branch."""
 
     uri: Text
@@ -125,7 +125,7 @@ class Source(_Part):
     """By their path."""
 
 
-class Calibration(_Part):
+class Calibration(_ManifestPart):
     """The text that the quantizer looked at."""
 
     uri: Text
@@ -138,7 +138,7 @@ class Calibration(_Part):
     """What was longer was cut to so many tokens."""
 
 
-class Quantizer(_Part):
+class Quantizer(_ManifestPart):
     """What made the weights smaller; ``pins_digest`` is that of the locked environment it ran in."""
 
     backend: Name
@@ -155,7 +155,7 @@ class Quantizer(_Part):
     """Of the locked environment that it ran in."""
 
 
-class GateRecord(_Part):
+class GateRecord(_ManifestPart):
     """A gate's verdict, and the digest of each file of the release that it rests on."""
 
     verdict: Verdict
@@ -164,7 +164,7 @@ class GateRecord(_Part):
     """The digest of each file of the release that the verdict rests on."""
 
 
-class Image(_Part):
+class Image(_ManifestPart):
     """The container that was scanned and loaded; ``minimum_driver`` is the GPU driver it needs, if any."""
 
     reference: Text
@@ -181,7 +181,7 @@ class Image(_Part):
     """The GPU driver that it needs, if any."""
 
 
-class Sbom(_Part):
+class Sbom(_ManifestPart):
     """A bill of materials, the image's (``sbom``) or the model's (``mlbom``): a file of the release."""
 
     path: CoveredPath
@@ -190,7 +190,7 @@ class Sbom(_Part):
     """Of the file."""
 
 
-class Accelerator(_Part):
+class Accelerator(_ManifestPart):
     """A GPU that took part in the tests."""
 
     name: Text
@@ -201,7 +201,7 @@ class Accelerator(_Part):
     """The driver's version."""
 
 
-class Kernels(_Part):
+class Kernels(_ManifestPart):
     """What computed on the CPU: what multiplied 16-bit layers, how many layers each quantized kernel had, and the rest.
 
     ``compute_dtype`` is what layers hand to each other, ``threads`` how many computed.
@@ -221,7 +221,7 @@ class Kernels(_Part):
     """The implementation of attention."""
 
 
-class Hardware(_Part):
+class Hardware(_ManifestPart):
     """What the release was tested on; ``instruction_set`` is the CPU's best that the tests used."""
 
     machine: Text
@@ -240,7 +240,7 @@ class Hardware(_Part):
     """The kernels that computed on the CPU."""
 
 
-class Manifest(_Part):
+class Manifest(_ManifestPart):
     """A release: one model in one quantization scheme, and everything that was found out about it."""
 
     schema_version: Literal["slipway.release/v1"] = Field(alias="schema")

@@ -11,15 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from registry import journal
-from registry.backend import Backend, Line, Version, only_version
+from registry.backend import Line, RegistryBackend, Version, only_version
 from registry.catalog import current, names
 from registry.connect import open_backend
 from registry.errors import PromotionError, PullError, VerificationError
-from registry.journal import Action, Entry, Record, Target
+from registry.journal import Action, JournalEntry, JournalRecord, Target
 from registry.policy import Policy, Trust, policy_of
 from registry.progress import Progress, silent
-from registry.promotion_lock import Turn, turn
-from registry.resolve import CANARY, CHAMPION, PREVIOUS, Meaning, check, meaning, standing
+from registry.promotion_lock import PromotionLock, hold_promotion_lock
+from registry.resolve import CANARY, CHAMPION, PREVIOUS, Resolution, audited_move, check, resolve_alias
 from registry.signing import PublicKey, SigningKey
 from registry.stored import verify_stored
 from registry.suggestions import suggestion
@@ -59,7 +59,7 @@ def promote_version(
 
     Where it is champion already, and the audit trail does not say so, an entry is written that does: something else
     than Slipway moved the alias, or nobody signed for it (which counts where there is a ``key``). Where the trail is
-    broken (`registry.journal.broken`) it begins anew with this entry, and there is no ``previous``.
+    broken (`registry.journal.chain_break`) it begins anew with this entry, and there is no ``previous``.
 
     Args:
         name: The release line, as ``demo-awq``.
@@ -79,17 +79,17 @@ def promote_version(
     policy = policy_of(trusted_keys, required_gates)
     with _opened(name, tracking_uri, policy, progress) as (held, backend, line, _):
         chosen = only_version(backend, name, version)
-        damage = journal.broken(journal.records(line), signers(policy, key))
+        damage = journal.chain_break(journal.records(line), signers(policy, key))
         if damage is None:
-            _held_to_the_trail(line, chosen, Meaning(version, pinned=True), policy)
+            _check_against_trail(line, chosen, Resolution(version, pinned=True), policy)
         digest = _verified(chosen, tracking_uri, policy, progress)
         if damage is not None:
             progress(f"warning: {damage}: the trail begins anew, and version {version} is {digest} from now on")
-        entry = appoint(
+        entry = assign_champion(
             held, backend, line, chosen, digest,
             action="promote", why=why, who=who, key=key, policy=policy, anew=damage is not None,
         )  # fmt: skip
-        return _told(tracking_uri, name, "promote", version, digest, entry)
+        return _result(tracking_uri, name, "promote", version, digest, entry)
 
 
 def rollback(
@@ -111,17 +111,17 @@ def rollback(
     policy = policy_of(trusted_keys, required_gates)
     with _opened(name, tracking_uri, policy, progress) as (held, backend, line, finished):
         if finished is not None and finished.action == "rollback":
-            return _told(tracking_uri, name, "rollback", finished.version, finished.digest, finished, finished=True)
+            return _result(tracking_uri, name, "rollback", finished.version, finished.digest, finished, finished=True)
         if PREVIOUS not in line.aliases:
             raise PromotionError(f"`{name}` has no version `{PREVIOUS}`: there is nothing to go back to")
-        meant = _meant(line, PREVIOUS, policy)
+        meant = _resolved(line, PREVIOUS, policy)
         chosen = only_version(backend, name, meant.version or "")
-        _held_to_the_trail(line, chosen, meant, policy)
+        _check_against_trail(line, chosen, meant, policy)
         digest = _verified(chosen, tracking_uri, policy, progress)
-        entry = appoint(
+        entry = assign_champion(
             held, backend, line, chosen, digest, action="rollback", why=why, who=who, key=key, policy=policy
         )
-        return _told(tracking_uri, name, "rollback", chosen.version, digest, entry)
+        return _result(tracking_uri, name, "rollback", chosen.version, digest, entry)
 
 
 def canary(
@@ -153,20 +153,20 @@ def canary(
             raise PromotionError(f"version {version} of `{name}` is no canary")
         digest = chosen.manifest_digest or ""
         if weight:
-            _held_to_the_trail(line, chosen, Meaning(version, pinned=True), policy)
+            _check_against_trail(line, chosen, Resolution(version, pinned=True), policy)
             digest = _verified(chosen, tracking_uri, policy, progress)
         moves = {CANARY: Target(version, digest) if weight else None}
-        entry = journal.act(
+        entry = journal.record_and_move(
             held, backend, line,
             action="canary", version=version, digest=digest, moves=moves, weight=weight, who=who, why=why, key=key,
             trusted=signers(policy, key),
         )  # fmt: skip
-        return _told(tracking_uri, name, "canary", version, digest, entry)
+        return _result(tracking_uri, name, "canary", version, digest, entry)
 
 
-def appoint(
-    held: Turn,
-    backend: Backend,
+def assign_champion(
+    held: PromotionLock,
+    backend: RegistryBackend,
     line: Line,
     chosen: Version,
     digest: str,
@@ -179,7 +179,7 @@ def appoint(
     also: Sequence[str] = (),
     champion: bool = True,
     anew: bool = False,
-) -> Entry | None:
+) -> JournalEntry | None:
     """Let ``champion``, and the aliases ``also``, name a verified version; None where they do, and it is `confirmed`.
 
     Where a version is promoted, the one that it replaces becomes ``previous`` first, so that there is a way back at
@@ -189,10 +189,10 @@ def appoint(
     number, known = chosen.version, signers(policy, key) if key is not None else ()
     target = Target(number, digest)
     moves: dict[str, Target | None] = {
-        alias: target for alias in also if anew or not journal.confirmed(line, alias, number, known)
+        alias: target for alias in also if anew or not journal.is_confirmed(line, alias, number, known)
     }
     before = line.aliases.get(CHAMPION)
-    if champion and before == number and (anew or not journal.confirmed(line, CHAMPION, number, known)):
+    if champion and before == number and (anew or not journal.is_confirmed(line, CHAMPION, number, known)):
         moves[CHAMPION] = target
     if champion and before != number:
         appointed: dict[str, Target | None] = {CHAMPION: target}
@@ -207,15 +207,15 @@ def appoint(
         moves |= {alias: None for alias in (PREVIOUS, CANARY) if alias in line.aliases and alias not in moves}
     if not moves:
         return None
-    return journal.act(
+    return journal.record_and_move(
         held, backend, line, action=action, version=number, digest=digest, moves=moves, who=who, why=why, key=key,
         trusted=signers(policy, key), anew=anew,
     )  # fmt: skip
 
 
-def _replaced(backend: Backend, line: Line, policy: Policy) -> Target | None:
+def _replaced(backend: RegistryBackend, line: Line, policy: Policy) -> Target | None:
     """Return the version that has been champion, as the trail says; as the alias says where there is no entry of it."""
-    found, lacking = standing(journal.records(line), CHAMPION, policy)
+    found, lacking = audited_move(journal.records(line), CHAMPION, policy)
     if lacking:
         return None
     if found is not None:
@@ -231,8 +231,8 @@ def signers(policy: Policy, key: SigningKey | None) -> tuple[PublicKey, ...]:
 
 
 def recover(
-    held: Turn, backend: Backend, name: str, tracking_uri: str, policy: Policy, progress: Progress
-) -> Entry | None:
+    held: PromotionLock, backend: RegistryBackend, name: str, tracking_uri: str, policy: Policy, progress: Progress
+) -> JournalEntry | None:
     """Finish the act that a killed process had begun, if there is one, and return it.
 
     Whoever can write to MLflow can write such an act: it is given up where a version that it moves an alias to is not
@@ -244,7 +244,7 @@ def recover(
         return None
     entry = begun.entry
     what = f"the {entry.action} of version {entry.version} that {entry.who} began at {entry.when}"
-    unfit = _unfit(backend, line, begun, tracking_uri, policy)
+    unfit = _why_not_finished(backend, line, begun, tracking_uri, policy)
     if unfit is not None:
         progress(f"giving up {what}: {unfit}")
         journal.abandon(held, backend, begun)
@@ -253,7 +253,9 @@ def recover(
     return entry if journal.finish(held, backend, line, begun).state == "done" else None
 
 
-def _unfit(backend: Backend, line: Line, begun: Record, tracking_uri: str, policy: Policy) -> str | None:
+def _why_not_finished(
+    backend: RegistryBackend, line: Line, begun: JournalRecord, tracking_uri: str, policy: Policy
+) -> str | None:
     """Say why an act that was begun may not be finished; None where it may. A rollback verifies `previous` anew."""
     if policy.signed_moves and begun.signed_by(policy.keys) is None:
         return "no trusted key signed it"
@@ -274,11 +276,11 @@ def _unfit(backend: Backend, line: Line, begun: Record, tracking_uri: str, polic
 @contextmanager
 def _opened(
     name: str, tracking_uri: str, policy: Policy, progress: Progress
-) -> Iterator[tuple[Turn, Backend, Line, Entry | None]]:
+) -> Iterator[tuple[PromotionLock, RegistryBackend, Line, JournalEntry | None]]:
     """Give the turn, the store, the line as it is once everything is finished, and what was finished."""
     if not current(tracking_uri, name):
         raise PromotionError(f"there is no release `{name}`{suggestion(name, names(tracking_uri))}")
-    with turn(tracking_uri, name, progress) as held, open_backend(tracking_uri) as backend:
+    with hold_promotion_lock(tracking_uri, name, progress) as held, open_backend(tracking_uri) as backend:
         finished = recover(held, backend, name, tracking_uri, policy, progress)
         line = backend.line(name)
         if line is None:
@@ -294,27 +296,27 @@ def _verified(chosen: Version, tracking_uri: str, policy: Policy, progress: Prog
         raise PromotionError(f"version {chosen.version} of `{chosen.name}` stays where it is: {error}") from error
 
 
-def _meant(line: Line, alias: str, policy: Policy) -> Meaning:
+def _resolved(line: Line, alias: str, policy: Policy) -> Resolution:
     try:
-        return meaning(line, alias, policy)
+        return resolve_alias(line, alias, policy)
     except PullError as error:
         raise PromotionError(str(error)) from error
 
 
-def _held_to_the_trail(line: Line, chosen: Version, meant: Meaning, policy: Policy) -> None:
+def _check_against_trail(line: Line, chosen: Version, meant: Resolution, policy: Policy) -> None:
     try:
         check(line, chosen, meant, policy)
     except PullError as error:
         raise PromotionError(f"version {chosen.version} of `{line.name}` stays where it is: {error}") from error
 
 
-def _told(
+def _result(
     tracking_uri: str,
     name: str,
     action: Action,
     version: str,
     digest: str,
-    entry: Entry | None,
+    entry: JournalEntry | None,
     *,
     finished: bool = False,
 ) -> Moved:

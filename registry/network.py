@@ -32,7 +32,7 @@ from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from registry.errors import NetworkError
+from registry.errors import NetworkSettingError
 
 _AUTHORITIES = ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
 MLFLOW_AUTHORITIES = "MLFLOW_TRACKING_SERVER_CERT_PATH"
@@ -50,7 +50,7 @@ def tls(*first: str, environment: Mapping[str, str] = os.environ) -> ssl.SSLCont
     ``first`` are variables that count before the common ones.
 
     Raises:
-        NetworkError: A variable names what is no file or folder of certificates.
+        NetworkSettingError: A variable names what is no file or folder of certificates.
     """
     for name in (*first, *_AUTHORITIES):
         place = environment.get(name)
@@ -69,7 +69,7 @@ def proxy_for(address: str) -> str | None:
     """Return the proxy's URL through which an address is reached; None where it is reached directly.
 
     Raises:
-        NetworkError: The address, or the proxy's, is malformed, or the proxy is none of HTTP's.
+        NetworkSettingError: The address, or the proxy's, is malformed, or the proxy is none of HTTP's.
     """
     parts = _split(address)
     if not parts.hostname or is_loopback(parts.hostname) or proxy_bypass(parts.hostname):
@@ -90,14 +90,14 @@ def connection(address: str, seconds: float, *first: str) -> tuple[HTTPConnectio
     ``seconds`` is how long nothing may come; ``first`` as `tls` has it.
 
     Raises:
-        NetworkError: The address is none of HTTP's, or a proxy can't be used.
+        NetworkSettingError: The address is none of HTTP's, or a proxy can't be used.
     """
     parts = _split(address)
     if parts.scheme not in _PORTS or not parts.hostname:
-        raise NetworkError(f"`{parts.scheme}` addresses can't be read: {_without_secrets(address)}")
+        raise NetworkSettingError(f"`{parts.scheme}` addresses can't be read: {_without_secrets(address)}")
     path = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
     if not all("!" <= character <= "~" for character in path):
-        raise NetworkError(f"an address has characters that must be escaped: {_without_secrets(address)}")
+        raise NetworkSettingError(f"an address has characters that must be escaped: {_without_secrets(address)}")
     proxy = proxy_for(address)
     if proxy is None:
         return _direct(parts, seconds, first), path, {}
@@ -114,7 +114,7 @@ def connection(address: str, seconds: float, *first: str) -> tuple[HTTPConnectio
 
 
 def mlflow_token(environment: Mapping[str, str] = os.environ) -> str:
-    """Return the token of ``MLFLOW_TRACKING_TOKEN``, empty where there is none; ``NetworkError`` as `token`."""
+    """Return the token of ``MLFLOW_TRACKING_TOKEN``, empty where there is none; ``NetworkSettingError`` as `token`."""
     return token("MLFLOW_TRACKING_TOKEN", environment.get("MLFLOW_TRACKING_TOKEN", ""))
 
 
@@ -122,7 +122,7 @@ def redirect_problem(method: str, here: str, there: str) -> str | None:
     """Say why a redirect is not followed; None where it may be."""
     try:
         before, after = _split(here), _split(there)
-    except NetworkError as error:
+    except NetworkSettingError as error:
         return f"it redirects, and {error}"
     if after.scheme in _PORTS and not after.hostname:
         return "it redirects to an address without a host"
@@ -144,7 +144,7 @@ def answer_problem(method: str, here: str, there: str | None, content_encoding: 
         return f"is not followed: {problem}"
     try:
         refuse_encoding(content_encoding)
-    except NetworkError as error:
+    except NetworkSettingError as error:
         return str(error)
     return None
 
@@ -153,17 +153,17 @@ def same_origin(one: str, other: str) -> bool:
     """Whether two addresses have scheme, host and port in common; a malformed one has none with any."""
     try:
         return _origin(one) == _origin(other)
-    except NetworkError:
+    except NetworkSettingError:
         return False
 
 
 def refuse_encoding(content_encoding: str) -> None:
-    """Raise ``NetworkError`` for a ``Content-Encoding`` under which a body is not as it is stored.
+    """Raise ``NetworkSettingError`` for a ``Content-Encoding`` under which a body is not as it is stored.
 
     The message goes on after the name of who sent it.
     """
     if content_encoding.strip().lower() not in {"", "identity"}:
-        raise NetworkError("sent a compressed answer, which was not asked for")
+        raise NetworkSettingError("sent a compressed answer, which was not asked for")
 
 
 def within(chunks: Iterable[bytes], most_bytes: int, seconds: float) -> Iterator[bytes]:
@@ -175,15 +175,15 @@ def within(chunks: Iterable[bytes], most_bytes: int, seconds: float) -> Iterator
         seconds: How long it may take from now on.
 
     Raises:
-        NetworkError: It exceeds them. The message goes on after the name of who sent it.
+        NetworkSettingError: It exceeds them. The message goes on after the name of who sent it.
     """
     deadline, count = time.monotonic() + seconds, 0
     for chunk in chunks:
         count += len(chunk)
         if count > most_bytes:
-            raise NetworkError(f"sent more than {most_bytes} bytes as one answer")
+            raise NetworkSettingError(f"sent more than {most_bytes} bytes as one answer")
         if time.monotonic() > deadline:
-            raise NetworkError(f"took more than {seconds:g} s for one answer")
+            raise NetworkSettingError(f"took more than {seconds:g} s for one answer")
         yield chunk
 
 
@@ -198,12 +198,12 @@ class Pace:
         """Count bytes that came, over however many connections.
 
         Raises:
-            NetworkError: They came too slowly. The message goes on after the name of who sent them.
+            NetworkSettingError: They came too slowly. The message goes on after the name of who sent them.
         """
         self._count += count
         seconds = time.monotonic() - self._started
         if seconds > ANSWER_SECONDS + self._count / _SLOWEST_BYTES_PER_SECOND:
-            raise NetworkError(
+            raise NetworkSettingError(
                 f"sent {self._count} bytes in {seconds:.0f} s, which is too slow: run again, what came is kept"
             )
 
@@ -246,24 +246,24 @@ def token(name: str, value: str) -> str:
     """Return a token without the white space around it.
 
     Raises:
-        NetworkError: A header can't carry it; the message names the variable, and not the value.
+        NetworkSettingError: A header can't carry it; the message names the variable, and not the value.
     """
     stripped = value.strip()
     if not all("!" <= character <= "~" for character in stripped):
-        raise NetworkError(
+        raise NetworkSettingError(
             f"`{name}` holds a character that no token has, such as a line break or a space: set it anew"
         )
     return stripped
 
 
 def _split(address: str) -> SplitResult:
-    """Take an address apart; ``NetworkError`` where it is malformed, before a library says so with a password in it."""
+    """Split an address; ``NetworkSettingError`` if it is malformed, before a library shows its password."""
     with suppress(ValueError):
         parts = urlsplit(address)
         (parts.hostname or "").encode("idna")
         if parts.port != 0:
             return parts
-    raise NetworkError(f"the host or the port of an address is malformed: {_without_secrets(address)}")
+    raise NetworkSettingError(f"the host or the port of an address is malformed: {_without_secrets(address)}")
 
 
 def _without_secrets(address: str) -> str:
@@ -284,8 +284,10 @@ def _direct(parts: SplitResult, seconds: float, first: tuple[str, ...]) -> HTTPC
     return HTTPConnection(host, parts.port, timeout=seconds)
 
 
-def _unusable(proxy: SplitResult, asked: SplitResult) -> NetworkError:
-    return NetworkError(f"a `{proxy.scheme}` proxy can't be used: set {asked.scheme.upper()}_PROXY to http://HOST:PORT")
+def _unusable(proxy: SplitResult, asked: SplitResult) -> NetworkSettingError:
+    return NetworkSettingError(
+        f"a `{proxy.scheme}` proxy can't be used: set {asked.scheme.upper()}_PROXY to http://HOST:PORT"
+    )
 
 
 def _proxy_headers(proxy: SplitResult) -> dict[str, str]:
@@ -302,4 +304,4 @@ def _trusting(name: str, place: Path) -> ssl.SSLContext:
         return ssl.create_default_context(cafile=str(place))
     except OSError as error:  # ssl.SSLError is one
         reason = error.strerror or "it holds no certificate in PEM"
-        raise NetworkError(f"`{name}` names `{place}`, which can't be used: {reason}") from error
+        raise NetworkSettingError(f"`{name}` names `{place}`, which can't be used: {reason}") from error

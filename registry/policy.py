@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from registry.certificates import Authority
-from registry.errors import PolicyError, Problem
+from registry.errors import Problem, TrustPolicyError
 from registry.manifest import REQUIRED_GATES, Manifest
 from registry.signing import PublicKey, load_certificates, load_trusted_keys
 
@@ -64,18 +64,20 @@ class Policy:
         try:
             document = tomllib.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise PolicyError(f"the policy `{path}` can't be read: {error}") from error
+            raise TrustPolicyError(f"the policy `{path}` can't be read: {error}") from error
         _refuse_unknown(path, document)
         signers = document.get("signers", {})
         days = document.get("evidence", {}).get("maximum_age_days")
         if days is not None and (not isinstance(days, (int, float)) or days <= 0):
-            raise PolicyError(f"`evidence.maximum_age_days` in `{path}` is {days!r}: give a number of days above zero")
+            raise TrustPolicyError(
+                f"`evidence.maximum_age_days` in `{path}` is {days!r}: give a number of days above zero"
+            )
         signed_moves = signers.get("signed_moves", False)
         if not isinstance(signed_moves, bool):
-            raise PolicyError(f"`signers.signed_moves` in `{path}` is {signed_moves!r}: give true or false")
+            raise TrustPolicyError(f"`signers.signed_moves` in `{path}` is {signed_moves!r}: give true or false")
         keys = load_trusted_keys([path.parent / item for item in _strings(path, signers, "keys", "signers")])
         if signed_moves and not keys:
-            raise PolicyError(
+            raise TrustPolicyError(
                 f"`signers.signed_moves` in `{path}` needs `signers.keys`: an entry of the audit trail is signed by a"
                 " key, never by a certificate"
             )
@@ -131,10 +133,10 @@ def policy_of(trust: Trust, required_gates: Sequence[str] | None = None) -> Poli
 def _refuse_unknown(path: Path, document: Mapping[str, Any]) -> None:
     for section, content in document.items():
         if section not in _KEYS or not isinstance(content, dict):
-            raise PolicyError(f"`{section}` in `{path}` means nothing: there is {', '.join(sorted(_KEYS))}")
+            raise TrustPolicyError(f"`{section}` in `{path}` means nothing: there is {', '.join(sorted(_KEYS))}")
         for key in content.keys() - _KEYS[section]:
             known = ", ".join(sorted(_KEYS[section]))
-            raise PolicyError(f"`{section}.{key}` in `{path}` means nothing: there is {known}")
+            raise TrustPolicyError(f"`{section}.{key}` in `{path}` means nothing: there is {known}")
 
 
 def _strings(
@@ -142,5 +144,5 @@ def _strings(
 ) -> Sequence[str]:
     found = section.get(key, default)
     if not isinstance(found, (list, tuple)) or not all(isinstance(item, str) for item in found):
-        raise PolicyError(f"`{where}.{key}` in `{path}` is no list of strings")
+        raise TrustPolicyError(f"`{where}.{key}` in `{path}` is no list of strings")
     return found

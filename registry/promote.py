@@ -24,16 +24,16 @@ from registry.embedded import Embedded
 from registry.errors import Problem, PromotionError, PullError, RegistryError, TrackingError, VerificationError
 from registry.locations import checked_folder
 from registry.manifest import DOCUMENTS, MANIFEST, REPORT, Manifest
-from registry.moves import appoint, recover, signers
+from registry.moves import assign_champion, recover, signers
 from registry.policy import Policy, Trust, policy_of
 from registry.progress import Progress, silent
-from registry.promotion_lock import turn
+from registry.promotion_lock import hold_promotion_lock
 from registry.resolve import CANDIDATE, CHAMPION
 from registry.seal import place
 from registry.signing import PublicKey, SigningKey
 from registry.stored import differences, verify_stored
 from registry.tracking import connected, database_path, local_folder
-from registry.verify import VerificationReport, hash_files, look, verify
+from registry.verify import VerificationReport, hash_files, verify, verify_documents
 from registry.version_files import open_artifacts
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ Champion = Literal["automatic", "manual"]
 
 
 @dataclass(frozen=True)
-class Promotion:
+class PromotedVersion:
     """A promoted version. ``reused`` says that it was registered before; ``replaced`` is the champion before it.
 
     ``report`` is where MLflow's UI shows the release's report, from its address on; None where it has none.
@@ -73,7 +73,7 @@ def promote(
     who: str | None = None,
     key: SigningKey | None = None,
     progress: Progress = silent,
-) -> Promotion:
+) -> PromotedVersion:
     """Verify the release in ``folder``, register it as a version of ``MODEL-SCHEME``, and move the aliases to it.
 
     ``candidate`` always moves; ``champion`` does where ``champion`` is ``automatic``, and then ``previous`` names the
@@ -89,10 +89,10 @@ def promote(
     policy = policy_of(trusted_keys, required_gates)
     report = _verified(folder, policy)
     name, digest, known = report.manifest.name, report.manifest_digest, _needed_signers(policy, key)
-    with turn(tracking_uri, name, progress) as held:
+    with hold_promotion_lock(tracking_uri, name, progress) as held:
         found = _registered(tracking_uri, name, digest)
-        if found is not None and _holds(tracking_uri, found, champion, known):
-            return _as_it_stands(found, digest)
+        if found is not None and _aliases_are_confirmed(tracking_uri, found, champion, known):
+            return _unchanged(found, digest)
         with connected(tracking_uri) as client:
             backend = Embedded(client)
             recover(held, backend, name, tracking_uri, policy, progress)
@@ -100,12 +100,12 @@ def promote(
             if found is None:
                 number = release.register(_experiment(client, tracking_uri, artifact_root))
             else:
-                _still_whole(found, tracking_uri, policy)
+                _verify_registered(found, tracking_uri, policy)
                 number = found.version
             now = backend.line(name)
             if now is None:
                 raise PromotionError(f"not promoted: `{name}` was removed meanwhile")
-            entry = appoint(
+            entry = assign_champion(
                 held, backend, now, only_version(backend, name, number), digest,
                 action="promote", why=why, who=who, key=key, policy=policy,
                 also=[CANDIDATE], champion=champion == "automatic",
@@ -113,10 +113,10 @@ def promote(
         stands = next(version for version in current(tracking_uri, name) if version.version == number)
     progress(f"{name} version {number} is {' and '.join(stands.aliases)}")
     replaced = next((move.before for move in entry.moves if move.alias == CHAMPION), None) if entry else None
-    return replace(_as_it_stands(stands, digest), reused=found is not None, replaced=replaced)
+    return replace(_unchanged(stands, digest), reused=found is not None, replaced=replaced)
 
 
-def in_place(
+def find_promoted(
     folder: Path,
     tracking_uri: str,
     trusted_keys: Trust,
@@ -124,7 +124,7 @@ def in_place(
     champion: Champion = "automatic",
     required_gates: Sequence[str] | None = None,
     key: SigningKey | None = None,
-) -> Promotion | None:
+) -> PromotedVersion | None:
     """Return how the release in ``folder`` stands where `promote` would move nothing; None where it would.
 
     Its files are not hashed, for none of them is promoted here: what pulls get lies in the registry.
@@ -132,11 +132,11 @@ def in_place(
     """
     policy = policy_of(trusted_keys, required_gates)
     digest = f"sha256:{hash_files(folder, [MANIFEST])[MANIFEST]}"
-    name = look(folder, policy, digest).manifest.name
+    name = verify_documents(folder, policy, digest).manifest.name
     found = _registered(tracking_uri, name, digest)
-    if found is None or not _holds(tracking_uri, found, champion, _needed_signers(policy, key)):
+    if found is None or not _aliases_are_confirmed(tracking_uri, found, champion, _needed_signers(policy, key)):
         return None
-    return _as_it_stands(found, digest)
+    return _unchanged(found, digest)
 
 
 def _needed_signers(policy: Policy, key: SigningKey | None) -> Sequence[PublicKey]:
@@ -144,9 +144,11 @@ def _needed_signers(policy: Policy, key: SigningKey | None) -> Sequence[PublicKe
     return signers(policy, key) if key is not None else ()
 
 
-def _as_it_stands(version: Version, digest: str) -> Promotion:
+def _unchanged(version: Version, digest: str) -> PromotedVersion:
     report = version.tags.get(REPORT_TAG)
-    return Promotion(version.name, version.version, version.aliases, digest, reused=True, replaced=None, report=report)
+    return PromotedVersion(
+        version.name, version.version, version.aliases, digest, reused=True, replaced=None, report=report
+    )
 
 
 def _verified(folder: Path, policy: Policy) -> VerificationReport:
@@ -156,7 +158,7 @@ def _verified(folder: Path, policy: Policy) -> VerificationReport:
         raise PromotionError(f"not promoted: {'; '.join(str(problem) for problem in error.problems)}") from error
 
 
-def _still_whole(found: Version, tracking_uri: str, policy: Policy) -> None:
+def _verify_registered(found: Version, tracking_uri: str, policy: Policy) -> None:
     """Verify what was registered before; it may be signed by another key than the folder, or at another time."""
     try:
         verify_stored(found, tracking_uri, policy)
@@ -171,13 +173,13 @@ def _registered(tracking_uri: str, name: str, digest: str) -> Version | None:
     return next((found for found in current(tracking_uri, name) if found.manifest_digest == digest), None)
 
 
-def _holds(tracking_uri: str, found: Version, champion: Champion, known: Sequence[PublicKey]) -> bool:
+def _aliases_are_confirmed(tracking_uri: str, found: Version, champion: Champion, known: Sequence[PublicKey]) -> bool:
     """Whether the aliases name the version, as the audit trail says, and no act is to be finished."""
     wanted = {CANDIDATE, CHAMPION} if champion == "automatic" else {CANDIDATE}
     now = line(tracking_uri, found.name)
     if now is None or journal.pending(journal.records(now)) is not None:
         return False
-    return all(journal.confirmed(now, alias, found.version, known) for alias in wanted)
+    return all(journal.is_confirmed(now, alias, found.version, known) for alias in wanted)
 
 
 @dataclass(frozen=True)

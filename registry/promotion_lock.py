@@ -1,22 +1,22 @@
-"""One promoter of a release line at a time, with nothing but what MLflow has.
+"""A lock per release line, held by one promoter at a time; it needs nothing but MLflow.
 
-MLflow moves an alias atomically and knows no compare-and-swap: the last writer wins. What it has that is atomic *and*
-unique is the number of a new model version, which its database's primary key hands to one caller alone. So promoters
-queue as at a counter: each creates a version of the registered model ``slipway-turns.NAME`` (its *ticket*), and it is
-the turn of whoever holds the lowest number that is left. A ticket is handed in by deleting it; MLflow gives no number
-twice.
+MLflow moves an alias atomically but has no compare-and-swap: the last writer wins. The number of a new model version is
+both atomic and unique, because the database's primary key gives it to one caller only. So the lock is a ticket lock:
+each promoter creates a version of the registered model ``slipway-turns.NAME`` (its *ticket*), and the lowest number
+that exists holds the lock. Deleting the ticket releases the lock. MLflow gives no number twice.
 
-A ticket whose maker died must not stop the queue. It says which process made it, and a promoter on the same machine
-sees at once that this is gone. For all others a live maker changes its ticket every few seconds, and one that was seen
-unchanged for `LEASE_SECONDS`, by the observer's own clock, is deleted. No two machines' clocks are compared.
+A dead process must not hold the lock for ever. A ticket names the process that made it, so a promoter on the same
+machine sees at once that the process is gone. For other machines, a live process changes its ticket every few seconds;
+a promoter that sees a ticket unchanged for `LEASE_SECONDS`, by its own clock, deletes it. Clocks of two machines are
+never compared.
 
-The law: between two promoters that reach a store by the same address, alias moves never interleave, so long as no
-promoter stalls for longer than `LEASE_SECONDS` between looking that its ticket still stands (`Turn.check`, before every
-write) and that write. Whoever stalls longer finds its ticket gone, and stops; the journal then holds what it had begun,
-and the next promoter finishes that first (`registry.journal`). Whatever happens, an alias names a whole, verified
-release: nothing else is ever written.
+Law: between two promoters that reach a store by the same address, alias moves never interleave, as long as no promoter
+stalls for more than `LEASE_SECONDS` between `PromotionLock.check`, which comes before every write, and that write. A
+promoter that stalled longer finds its ticket gone and stops; the journal then holds what it had begun, and the next
+promoter finishes that first (`registry.journal`). In every case an alias names a whole, verified release, because
+nothing else is ever written.
 
-Beside an SQLite file a lock on a file is enough, and the kernel drops it with its process: that is the same law without
+For an SQLite file a file lock is enough, which the kernel releases when its process ends. The same law holds, without
 the lease.
 """
 
@@ -33,7 +33,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from registry.backend import TURNS, Backend, Version
+from registry.backend import LOCK_PREFIX, RegistryBackend, Version
 from registry.connect import open_backend
 from registry.errors import PromotionError, RefusedError, RegistryError, TrackingError
 from registry.file_locks import locked
@@ -47,33 +47,33 @@ _MAKER, _BEAT = "slipway.maker", "slipway.beat"
 _NOWHERE = "slipway:/turn"  # a version must have a source; MLflow opens none under a scheme that it does not know
 
 
-class Turn:
-    """The right to move a line's aliases; `check` it before each write."""
+class PromotionLock:
+    """The lock of a release line; `check` it before each write."""
 
     def check(self) -> None:
-        """Raise ``PromotionError`` where the turn was lost."""
+        """Raise ``PromotionError`` if the lock was lost."""
 
 
 @contextmanager
-def turn(tracking_uri: str, name: str, progress: Progress) -> Iterator[Turn]:
-    """Wait for one's turn to promote in the release line ``name``, and hold it meanwhile.
+def hold_promotion_lock(tracking_uri: str, name: str, progress: Progress) -> Iterator[PromotionLock]:
+    """Wait for the lock of the release line ``name``, and hold it.
 
     Raises:
-        TrackingError: MLflow can't be reached, or does not let one promote.
+        TrackingError: MLflow can't be reached, or does not permit promotions.
     """
     path = database_path(tracking_uri)
     if path is not None:
         with _file_lock(path, progress):
-            yield Turn()
+            yield PromotionLock()
         return
     with open_backend(tracking_uri) as backend:
-        ticket = _Ticket.take(backend, f"{TURNS}{name}")
+        ticket = _Ticket.take(backend, f"{LOCK_PREFIX}{name}")
         try:
-            with ticket.alive(tracking_uri):
+            with ticket.renewed(tracking_uri):
                 ticket.wait(progress)
                 yield ticket
         finally:
-            ticket.hand_in()
+            ticket.release()
 
 
 @contextmanager
@@ -89,17 +89,17 @@ def _file_lock(database: Path, progress: Progress) -> Iterator[None]:
 
 
 @dataclass
-class _Ticket(Turn):
-    """A place in the queue ``line``."""
+class _Ticket(PromotionLock):
+    """A ticket: a version of the registered model ``line``, whose name begins with `LOCK_PREFIX`."""
 
-    backend: Backend
+    backend: RegistryBackend
     line: str
     number: str
     _seen: dict[str, tuple[str, float]] = field(default_factory=dict)
 
     @classmethod
-    def take(cls, backend: Backend, line: str) -> _Ticket:
-        """Create a version; where many do so at once MLflow may give up on one, which then tries again."""
+    def take(cls, backend: RegistryBackend, line: str) -> _Ticket:
+        """Create a version; try again if MLflow fails because many are created at once."""
         backend.create_line(line, {"slipway.kind": "turns"})
         nonce = uuid.uuid4().hex
         for attempt in range(1, 40):
@@ -108,7 +108,7 @@ class _Ticket(Turn):
             except RefusedError:
                 raise
             except TrackingError:
-                # It may be there none the less, its answer lost: a ticket that nobody knows of stops the queue.
+                # The version may exist although the answer was lost; left behind, it would block the queue.
                 mine = [one for one in backend.versions(line) if nonce in one.tags.get(_MAKER, "")]
                 if mine:
                     return cls(backend, line, mine[0].version)
@@ -118,42 +118,40 @@ class _Ticket(Turn):
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def wait(self, progress: Progress) -> None:
-        """Return when every ticket with a lower number is handed in, or its maker dead."""
-        told = False
+        """Return when every ticket with a lower number is released, or its process is dead."""
+        reported = False
         while True:
             queue = sorted(self.backend.versions(self.line), key=lambda one: int(one.version))
             if not any(one.version == self.number for one in queue):
-                raise PromotionError(
-                    "not promoted: another promoter took this one for dead; run the same command again"
-                )
+                raise PromotionError("not promoted: another promoter took this one for dead; run the command again")
             first = queue[0]
             if first.version == self.number:
                 return
             if self._is_dead(first):
                 self.backend.delete_version(self.line, first.version)
                 continue
-            if not told:
+            if not reported:
                 progress(f"waiting for {len(queue) - 1} other promotion(s) to end")
-                told = True
+                reported = True
             ahead = sum(1 for one in queue if int(one.version) < int(self.number))
             time.sleep(random.uniform(*_PAUSES) * min(ahead, 5))  # noqa: S311 - spreads those who wait
 
     def check(self) -> None:
-        """Raise ``PromotionError`` where the ticket is gone."""
+        """Raise ``PromotionError`` if the ticket is gone."""
         if not any(one.version == self.number for one in self.backend.versions(self.line)):
             raise PromotionError(
-                f"the turn to promote was lost: nothing was heard of this promotion for {LEASE_SECONDS:.0f} seconds;"
-                " run the same command again"
+                f"the promotion lock was lost: this promotion did not renew it for {LEASE_SECONDS:.0f} seconds;"
+                " run the command again"
             )
 
-    def hand_in(self) -> None:
-        """Delete the ticket; where that fails, the others find its maker gone or silent."""
+    def release(self) -> None:
+        """Delete the ticket; if that fails, other promoters find its process gone or silent."""
         with suppress(RegistryError):
             self.backend.delete_version(self.line, self.number)
 
     @contextmanager
-    def alive(self, tracking_uri: str) -> Iterator[None]:
-        """Change the ticket every few seconds meanwhile, over a connection of its own."""
+    def renewed(self, tracking_uri: str) -> Iterator[None]:
+        """Renew the ticket every few seconds in a thread, over a connection of its own."""
         ended = threading.Event()
 
         def beat() -> None:
@@ -162,7 +160,7 @@ class _Ticket(Turn):
                     with suppress(RegistryError):
                         backend.set_version_tag(self.line, self.number, _BEAT, uuid.uuid4().hex)
 
-        thread = threading.Thread(target=beat, name="turn", daemon=True)
+        thread = threading.Thread(target=beat, name="promotion-lock", daemon=True)
         thread.start()
         try:
             yield
@@ -187,24 +185,24 @@ def _this_process(nonce: str) -> str:
 
 
 def _has_ended(maker: str) -> bool:
-    """Whether a process of this machine, in this namespace of processes, is gone; False where one can't tell."""
+    """Whether a process of this machine and PID namespace has ended; False if that can't be told."""
     try:
-        told = json.loads(maker)
-        return bool(told["machine"] == _machine() and _started(int(told["pid"])) != told["started"])
+        process = json.loads(maker)
+        return bool(process["machine"] == _machine() and _started(int(process["pid"])) != process["started"])
     except (ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
 def _machine() -> str:
-    """Name this boot of this machine and this namespace of process numbers, between which numbers mean nothing."""
+    """Identify this boot of this machine and its PID namespace: a PID means nothing in another."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + str(Path("/proc/self/ns/pid").readlink())
     except OSError:
-        return uuid.uuid4().hex  # nobody else is here: a lease decides
+        return uuid.uuid4().hex  # equal to no other: the lease decides
 
 
 def _started(pid: int) -> str:
-    """When the process was started, in clock ticks since boot; empty where there is none."""
+    """Return when the process started, in clock ticks since boot; empty if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):

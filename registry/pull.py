@@ -14,17 +14,17 @@ from tempfile import TemporaryDirectory
 
 from registry.backend import Version
 from registry.cache import Cache
-from registry.destination import beside, discard, is_empty, take_place
-from registry.download import Moved, download
+from registry.destination import discard, folder_beside, is_empty, take_place
+from registry.download import ByteCount, download
 from registry.errors import ArgumentError, ManifestError, Problem, PullError, TrackingError, VerificationError
 from registry.file_systems import set_mode, sync_folder
 from registry.manifest import DOCUMENTS, MANIFEST, FileRecord, Manifest
 from registry.policy import Policy, Trust, policy_of
 from registry.progress import Progress, silent
 from registry.resolve import CHAMPION, resolve
-from registry.stored import blamed, fetch_documents, reading
+from registry.stored import fetch_documents, naming_version, open_version
 from registry.suggestions import suggestion
-from registry.verify import VerificationReport, look, verify
+from registry.verify import VerificationReport, verify, verify_documents
 from registry.version_files import Artifacts
 
 CONNECTIONS = 8
@@ -76,7 +76,7 @@ def pull(
         required_gates: The gates that must be there; the policy's where not given.
         cache: A folder, on the destination's file system, that keeps files for other pulls; they are linked.
         replace: Whether a destination that holds another release gives way to this one, in one step, once it is whole.
-            Then whether it is this one is told without hashing its files, by `registry.verify.look`.
+            Then whether it is this one is told without hashing its files, by `registry.verify.verify_documents`.
         progress: Told what is being done.
 
     Raises:
@@ -93,18 +93,22 @@ def pull(
     former = None
     if os.path.lexists(destination) and not is_empty(destination):
         if not replace:
-            return Pulled(name, version.version, alias, destination, True, _held(destination, version, policy))
-        former = _former(destination)
+            return Pulled(
+                name, version.version, alias, destination, True, _verified_destination(destination, version, policy)
+            )
+        former = _previous_release(destination)
         with suppress(VerificationError):  # another release, or one that is no more what was signed: fetched below
-            report = look(destination, policy, version.manifest_digest)
+            report = verify_documents(destination, policy, version.manifest_digest)
             return Pulled(name, version.version, alias, destination, True, report)
     digest = version.manifest_digest or ""
     progress(f"{name}@{alias} is version {version.version}, {digest}")
-    with reading(version, tracking_uri) as stored, beside(destination, digest, progress) as part:
+    with open_version(version, tracking_uri) as stored, folder_beside(destination, digest, progress) as part:
         if os.path.lexists(destination) and not replace and not is_empty(destination):  # another pull was first
-            return Pulled(name, version.version, alias, destination, True, _held(destination, version, policy))
+            return Pulled(
+                name, version.version, alias, destination, True, _verified_destination(destination, version, policy)
+            )
         have = Cache.beside(cache, destination, former)
-        report, moved = _gathered(stored, part, version, policy, have, progress)
+        report, moved = _fetched(stored, part, version, policy, have, progress)
         take_place(part, destination, replace=replace)
     return Pulled(name, version.version, alias, destination, False, report, moved.bytes)
 
@@ -119,20 +123,20 @@ def fetch_file(reference: str, name: str, target: Path, *, tracking_uri: str, tr
     version = resolve(*_parsed(reference), tracking_uri, policy)
     target = target.absolute()
     digest = version.manifest_digest or ""
-    with reading(version, tracking_uri) as stored, beside(target, digest, silent) as part:
+    with open_version(version, tracking_uri) as stored, folder_beside(target, digest, silent) as part:
         try:
-            with blamed(version):
+            with naming_version(version):
                 manifest = fetch_documents(stored, part, version, policy).manifest
                 if name not in manifest.files:
                     raise PullError(f"the release has no file `{name}`{suggestion(name, sorted(manifest.files))}")
-                download(name, part / name, manifest.files[name], partial(stored.open, name), Moved())
+                download(name, part / name, manifest.files[name], partial(stored.open, name), ByteCount())
             (part / name).replace(target)
         finally:
             discard(part)
 
 
 @dataclass(frozen=True)
-class Glance:
+class ReleaseMetadata:
     """A release without its weights: its signed manifest, and some of its files' bytes by path."""
 
     version: str
@@ -140,7 +144,7 @@ class Glance:
     files: Mapping[str, bytes]
 
 
-def glance(reference: str, names: Collection[str], *, tracking_uri: str, trusted_keys: Trust) -> Glance:
+def read_metadata(reference: str, names: Collection[str], *, tracking_uri: str, trusted_keys: Trust) -> ReleaseMetadata:
     """Read the manifest of the release that ``NAME@ALIAS`` names, and those of ``names`` that it has, all verified.
 
     Raises:
@@ -148,14 +152,18 @@ def glance(reference: str, names: Collection[str], *, tracking_uri: str, trusted
     """
     policy = policy_of(trusted_keys)
     version = resolve(*_parsed(reference), tracking_uri, policy)
-    with reading(version, tracking_uri) as stored, TemporaryDirectory(prefix="slipway-") as folder, blamed(version):
+    with (
+        open_version(version, tracking_uri) as stored,
+        TemporaryDirectory(prefix="slipway-") as folder,
+        naming_version(version),
+    ):
         part = Path(folder)
         manifest = fetch_documents(stored, part, version, policy).manifest
         files = {}
         for name in sorted(set(names) & manifest.files.keys()):
-            download(name, part / name, manifest.files[name], partial(stored.open, name), Moved())
+            download(name, part / name, manifest.files[name], partial(stored.open, name), ByteCount())
             files[name] = (part / name).read_bytes()
-    return Glance(version.version, manifest, files)
+    return ReleaseMetadata(version.version, manifest, files)
 
 
 def _parsed(reference: str) -> tuple[str, str]:
@@ -165,7 +173,7 @@ def _parsed(reference: str) -> tuple[str, str]:
     return name, alias or CHAMPION
 
 
-def _held(destination: Path, version: Version, policy: Policy) -> VerificationReport:
+def _verified_destination(destination: Path, version: Version, policy: Policy) -> VerificationReport:
     """Accept a destination that is this release to the byte; refuse every other."""
     advice = "give another destination, or remove it"
     try:
@@ -177,7 +185,7 @@ def _held(destination: Path, version: Version, policy: Policy) -> VerificationRe
     return report
 
 
-def _former(destination: Path) -> Manifest:
+def _previous_release(destination: Path) -> Manifest:
     """Return the manifest of the release that is to be replaced; refuse a folder that is none."""
     try:
         return Manifest.parse((destination / MANIFEST).read_bytes())
@@ -187,15 +195,15 @@ def _former(destination: Path) -> Manifest:
         ) from error
 
 
-def _gathered(
+def _fetched(
     stored: Artifacts, part: Path, version: Version, policy: Policy, have: Cache, progress: Progress
-) -> tuple[VerificationReport, Moved]:
+) -> tuple[VerificationReport, ByteCount]:
     """Put the release together in ``part``, every byte held against the manifest; throw it away where one differs.
 
     Where it is the documents that differ, they alone go: what a killed pull left is none the worse for it.
     """
-    moved = Moved()
-    with blamed(version):
+    moved = ByteCount()
+    with naming_version(version):
         try:
             report = fetch_documents(stored, part, version, policy)
         except (VerificationError, PullError):
@@ -203,7 +211,7 @@ def _gathered(
                 (part / name).unlink(missing_ok=True)
             raise
     try:
-        with blamed(version):
+        with naming_version(version):
             _sweep(part, report.manifest)
             wanted = _missing(report.manifest, part, have)
             left = sum(record.size for record in wanted.values())
@@ -226,7 +234,7 @@ def _missing(manifest: Manifest, part: Path, have: Cache) -> dict[str, FileRecor
     return dict(sorted(rest, key=lambda item: -item[1].size))
 
 
-def _fetch_files(stored: Artifacts, part: Path, wanted: dict[str, FileRecord], moved: Moved) -> None:
+def _fetch_files(stored: Artifacts, part: Path, wanted: dict[str, FileRecord], moved: ByteCount) -> None:
     problems: list[Problem] = []
     with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="pull") as pool:
         running = [

@@ -19,7 +19,7 @@ from registry import catalog, journal, trails
 from registry.backend import Line, Version
 from registry.catalog import names
 from registry.errors import NotFoundError, PullError
-from registry.journal import Entry, Record
+from registry.journal import JournalEntry, JournalRecord
 from registry.policy import Policy
 from registry.suggestions import suggestion
 from registry.tracking import shown
@@ -28,12 +28,12 @@ CANDIDATE, CHAMPION, PREVIOUS, CANARY = "candidate", "champion", "previous", "ca
 _ATTEMPTS = 5
 
 
-class UnexplainedError(PullError):
+class AuditMismatchError(PullError):
     """An alias that does not name what the audit trail says."""
 
 
 @dataclass(frozen=True)
-class Meaning:
+class Resolution:
     """What an alias means: ``version`` is None where it is to name none.
 
     ``digest`` is the manifest's, where an entry says it; ``weight`` in percent, where the alias is the canary;
@@ -54,7 +54,7 @@ class Share:
     weight: int
 
 
-def meaning(line: Line, alias: str, policy: Policy) -> Meaning:
+def resolve_alias(line: Line, alias: str, policy: Policy) -> Resolution:
     """Return what the alias means, as the audit trail says and the alias agrees.
 
     Where moves must be signed, an act that was begun and not finished is no excuse: anybody could have said so.
@@ -63,39 +63,41 @@ def meaning(line: Line, alias: str, policy: Policy) -> Meaning:
         UnexplainedError: The trail says something else, or is not whole, or nobody signed it.
     """
     named, trail = line.aliases.get(alias), journal.records(line)
-    found, lacking = standing(trail, alias, policy)
+    found, lacking = audited_move(trail, alias, policy)
     if lacking:
         raise _unexplained(line, alias, f"and {lacking}")
     if found is None:
-        return Meaning(named)
+        return Resolution(named)
     entry, begun = found
     move = next(move for move in entry.moves if move.alias == alias)
     if named not in ({move.before, move.after} if begun else {move.after}):
         raise _unexplained(line, alias, f"but the audit trail says {move.after}: something else than Slipway moved it")
     if named != move.after or named is None:
-        return Meaning(named)
-    return Meaning(named, entry.digests().get(named), entry.weight if alias == CANARY else None)
+        return Resolution(named)
+    return Resolution(named, entry.digests().get(named), entry.weight if alias == CANARY else None)
 
 
-def _unexplained(line: Line, alias: str, why: str) -> UnexplainedError:
-    return UnexplainedError(
+def _unexplained(line: Line, alias: str, why: str) -> AuditMismatchError:
+    return AuditMismatchError(
         f"`{line.name}@{alias}` names version {line.aliases.get(alias)}, {why};"
         f" `slipway promote {line.name} --version N` says which it is to be"
     )
 
 
-def standing(trail: Sequence[Record], alias: str, policy: Policy) -> tuple[tuple[Entry, bool] | None, str]:
+def audited_move(
+    trail: Sequence[JournalRecord], alias: str, policy: Policy
+) -> tuple[tuple[JournalEntry, bool] | None, str]:
     """Return the entry that says what the alias means, whether it was only begun, and what its proof lacks.
 
     Where moves need not be signed there may be no entry, which is nothing that is lacking.
     """
-    damage = journal.broken(trail, policy.keys)
+    damage = journal.chain_break(trail, policy.keys)
     if damage is not None:
         return None, damage
     if policy.signed_moves:
-        entry, lacking = journal.proven(trail, alias, policy.keys)
+        entry, lacking = journal.last_signed_move(trail, alias, policy.keys)
         return (None, f"{lacking}, which this policy asks for") if entry is None else ((entry, False), "")
-    record = journal.says(trail, alias)
+    record = journal.last_move(trail, alias)
     return (None if record is None else (record.entry, record.state == "begun")), ""
 
 
@@ -110,7 +112,7 @@ def resolve(name: str, alias: str, tracking_uri: str, policy: Policy, cache: Pat
         PullError: The version is no release of ours, something else than Slipway moved the alias, or the version is
             registered as another release than the trail says.
     """
-    line, meant = _settled(name, alias, tracking_uri, policy)
+    line, meant = _agreed(name, alias, tracking_uri, policy)
     if cache is not None:
         trails.remember(cache, tracking_uri, line, policy)
     return _version(line, meant, tracking_uri, policy)
@@ -124,16 +126,16 @@ def traffic(name: str, alias: str, tracking_uri: str, policy: Policy) -> list[Sh
     """
     chosen = resolve(name, alias, tracking_uri, policy)
     line = catalog.line(tracking_uri, name) if alias == CHAMPION else None
-    if line is None or CANARY not in journal.movers(journal.records(line)):
+    if line is None or CANARY not in journal.last_moves(journal.records(line)):
         return [Share(chosen, 100)]
-    line, meant = _settled(name, CANARY, tracking_uri, policy, absent=True)
+    line, meant = _agreed(name, CANARY, tracking_uri, policy, absent=True)
     if meant.version is None or not meant.weight or meant.version == chosen.version:
         return [Share(chosen, 100)]
     canary = _version(line, meant, tracking_uri, policy)
     return [Share(chosen, 100 - meant.weight), Share(canary, meant.weight)]
 
 
-def needed(line: Line) -> set[str]:
+def referenced_versions(line: Line) -> set[str]:
     """Return the numbers of the versions that an alias names, or should name, or that a begun act is about.
 
     Whoever moves an alias, or says that an act was abandoned, can't have the release removed, or put away, that the
@@ -142,15 +144,17 @@ def needed(line: Line) -> set[str]:
     trail = journal.records(line)
     begun = journal.pending(trail)
     moves = list(begun.entry.moves) if begun is not None else []
-    movers = journal.movers(trail)
-    last = [*movers.values(), *filter(None, (journal.says(trail, alias) for alias in movers))]
+    movers = journal.last_moves(trail)
+    last = [*movers.values(), *filter(None, (journal.last_move(trail, alias) for alias in movers))]
     said = {move.after for record in last for move in record.entry.moves}
     return {
         number for number in (*line.aliases.values(), *said, *(n for m in moves for n in (m.before, m.after))) if number
     }
 
 
-def _settled(name: str, alias: str, tracking_uri: str, policy: Policy, *, absent: bool = False) -> tuple[Line, Meaning]:
+def _agreed(
+    name: str, alias: str, tracking_uri: str, policy: Policy, *, absent: bool = False
+) -> tuple[Line, Resolution]:
     """Return the line, and what is meant, once alias and audit trail agree."""
     pinned = alias.removeprefix("v") if is_pin(alias) else None
     for attempt in range(1, _ATTEMPTS + 1):
@@ -158,12 +162,12 @@ def _settled(name: str, alias: str, tracking_uri: str, policy: Policy, *, absent
         if line is None:
             raise NotFoundError(f"no release `{name}` in {shown(tracking_uri)}{suggestion(name, names(tracking_uri))}")
         if pinned is not None:
-            return line, Meaning(pinned, pinned=True)
+            return line, Resolution(pinned, pinned=True)
         if alias not in line.aliases and not absent:
             raise NotFoundError(f"no version of `{name}` is `{alias}`{suggestion(alias, sorted(line.aliases))}")
         try:
-            return line, meaning(line, alias, policy)
-        except UnexplainedError:
+            return line, resolve_alias(line, alias, policy)
+        except AuditMismatchError:
             if attempt == _ATTEMPTS:
                 raise
         # A server reads aliases and tags one after the other, so a promotion just then shows half: look again.
@@ -177,7 +181,7 @@ def is_pin(alias: str) -> bool:
     return alias != number and number.isascii() and number.isdecimal() and not number.startswith("0")
 
 
-def _version(line: Line, meant: Meaning, tracking_uri: str, policy: Policy) -> Version:
+def _version(line: Line, meant: Resolution, tracking_uri: str, policy: Policy) -> Version:
     number = meant.version or ""
     found = catalog.version(tracking_uri, line.name, number)
     if found is None:
@@ -186,7 +190,7 @@ def _version(line: Line, meant: Meaning, tracking_uri: str, policy: Policy) -> V
     return found
 
 
-def check(line: Line, version: Version, meant: Meaning, policy: Policy) -> None:
+def check(line: Line, version: Version, meant: Resolution, policy: Policy) -> None:
     """Hold the digest that a version is registered with to what the trail says of it.
 
     Raises:
@@ -196,7 +200,7 @@ def check(line: Line, version: Version, meant: Meaning, policy: Policy) -> None:
     if version.manifest_digest is None:
         raise PullError(f"version {number} of `{line.name}` was not registered by Slipway: it has no signed manifest")
     trail = journal.records(line) if policy.signed_moves else []
-    damage = journal.broken(trail, policy.keys)
+    damage = journal.chain_break(trail, policy.keys)
     if damage is not None:
         raise PullError(f"version {number} of `{line.name}` can't be held to the audit trail: {damage}")
     signed = [record.entry for record in trail if record.signed_by(policy.keys) is not None]

@@ -22,8 +22,8 @@ from registry.embedded import Embedded, pages
 from registry.locations import checked_folder
 from registry.progress import Progress, silent
 from registry.promote import discard_upload, line_of
-from registry.promotion_lock import turn
-from registry.resolve import needed
+from registry.promotion_lock import hold_promotion_lock
+from registry.resolve import referenced_versions
 from registry.tracking import connected
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Doomed:
+class Removal:
     """What would go: ``kind`` is ``version``, ``upload`` or ``cached file``; ``bytes`` is 0 where they are elsewhere.
 
     ``line`` is the release line of a version or an upload, ``model`` the upload's number in MLflow.
@@ -55,7 +55,7 @@ def plan(
     older_than: timedelta = timedelta(days=30),
     cache: Path | None = None,
     now: datetime | None = None,
-) -> list[Doomed]:
+) -> list[Removal]:
     """Return what may go: of each line, versions beyond the newest ``keep`` that are older and that nothing refers to.
 
     A version stays that an alias names, that a begun act is about, or that something else than Slipway registered. With
@@ -72,17 +72,17 @@ def plan(
         found += _doomed_uploads(tracking_uri, before)
     files = unused(cache) if cache is not None else []
     why = "no pulled release shares it"
-    return found + [Doomed("cached file", path.name, why, path.stat().st_size, path=path) for path in files]
+    return found + [Removal("cached file", path.name, why, path.stat().st_size, path=path) for path in files]
 
 
-def remove(doomed: Sequence[Doomed], tracking_uri: str, progress: Progress = silent) -> list[Doomed]:
+def remove(doomed: Sequence[Removal], tracking_uri: str, progress: Progress = silent) -> list[Removal]:
     """Remove what is in the plan and nothing refers to now; return what was removed.
 
     Raises:
         TrackingError: The registry can't be reached, or refuses.
     """
     removed = []
-    by_line: dict[str, list[Doomed]] = {}
+    by_line: dict[str, list[Removal]] = {}
     for item in doomed:
         if item.line is not None:
             by_line.setdefault(item.line, []).append(item)
@@ -90,7 +90,7 @@ def remove(doomed: Sequence[Doomed], tracking_uri: str, progress: Progress = sil
             item.path.unlink()
             removed.append(item)
     for name, items in by_line.items():
-        with turn(tracking_uri, name, progress) as held, connected(tracking_uri) as client:
+        with hold_promotion_lock(tracking_uri, name, progress) as held, connected(tracking_uri) as client:
             for item in items:
                 held.check()
                 if not _removed(client, tracking_uri, item):
@@ -100,12 +100,12 @@ def remove(doomed: Sequence[Doomed], tracking_uri: str, progress: Progress = sil
     return removed
 
 
-def _doomed_versions(tracking_uri: str, name: str, keep: int, before: datetime) -> list[Doomed]:
-    needed = referred(tracking_uri, name)
+def _doomed_versions(tracking_uri: str, name: str, keep: int, before: datetime) -> list[Removal]:
+    needed = referenced_now(tracking_uri, name)
     root = artifact_root(tracking_uri)
     ours = [version for version in current(tracking_uri, name) if version.manifest_digest is not None]
     return [
-        Doomed(
+        Removal(
             "version",
             f"{name} version {version.version}",
             f"no alias names it, {keep} newer are kept, it is of {version.created:%Y-%m-%d}",
@@ -118,7 +118,7 @@ def _doomed_versions(tracking_uri: str, name: str, keep: int, before: datetime) 
     ]
 
 
-def _doomed_uploads(tracking_uri: str, before: datetime) -> list[Doomed]:
+def _doomed_uploads(tracking_uri: str, before: datetime) -> list[Removal]:
     used = _uploads(tracking_uri)
     with connected(tracking_uri) as client:
         experiment = client.get_experiment_by_name(EXPERIMENT)
@@ -126,7 +126,7 @@ def _doomed_uploads(tracking_uri: str, before: datetime) -> list[Doomed]:
             return []
         listed = pages(client.search_logged_models, experiment_ids=[experiment.experiment_id])
     return [
-        Doomed(
+        Removal(
             "upload",
             f"{line_of(model)} {model.model_id}",
             f"no version has it, it is of {_created(model):%Y-%m-%d}",
@@ -139,17 +139,19 @@ def _doomed_uploads(tracking_uri: str, before: datetime) -> list[Doomed]:
     ]
 
 
-def referred(tracking_uri: str, name: str) -> set[str]:
-    """Return the numbers of the line's versions that an alias names or should name (`registry.resolve.needed`)."""
+def referenced_now(tracking_uri: str, name: str) -> set[str]:
+    """Return the numbers of the versions that must stay, read now (`registry.resolve.referenced_versions`)."""
     found = line(tracking_uri, name)
-    return set() if found is None else needed(found)
+    return set() if found is None else referenced_versions(found)
 
 
-def _removed(client: MlflowClient, tracking_uri: str, item: Doomed) -> bool:
+def _removed(client: MlflowClient, tracking_uri: str, item: Removal) -> bool:
     """Remove a version, and an upload that no version has any more; False where it is gone, or needed by now."""
     version, model = item.version, item.model
     if version is not None:
-        there = {found.version for found in current(tracking_uri, version.name)} - referred(tracking_uri, version.name)
+        there = {found.version for found in current(tracking_uri, version.name)} - referenced_now(
+            tracking_uri, version.name
+        )
         if version.version not in there:
             return False
         Embedded(client).delete_version(version.name, version.version)

@@ -24,7 +24,7 @@ from urllib3.exceptions import HTTPError
 from registry import network
 from registry.backend import EXPERIMENT, Line, Version, aliases_by_version
 from registry.bounded_json import Bounds, DocumentError, read_json
-from registry.errors import NetworkError, RefusedError, TrackingError
+from registry.errors import NetworkSettingError, RefusedError, TrackingError
 from registry.tracking import reach, shown
 
 _HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t -~]*")
@@ -74,7 +74,7 @@ class _TlsPool(urllib3.HTTPSConnectionPool):
     ConnectionCls = _TlsConnection
 
 
-class Server:
+class MlflowServer:
     """A connection pool to the server at ``address``, whose user and password, if it has any, go into a header."""
 
     def __init__(self, address: str, connections: int = 16) -> None:
@@ -147,28 +147,28 @@ class Server:
         return version
 
     def create_line(self, name: str, tags: Mapping[str, str]) -> None:
-        """Make a registered model; nothing where there is one."""
+        """Make a registered model; do nothing if it exists."""
         self._ask(
             "POST", "registered-models/create", {"name": name, "tags": _pairs(tags)}, absent="RESOURCE_ALREADY_EXISTS"
         )
 
     def create_version(self, name: str, source: str, tags: Mapping[str, str]) -> str:
-        """Make a version; its number is larger than every one before, and nobody else's."""
+        """Make a version; its number is unique and larger than all before."""
         body = {"name": name, "source": source, "tags": _pairs(tags)}
         with self._understood():
             return str(self._told("POST", "model-versions/create", body)["model_version"]["version"])
 
     def delete_version(self, name: str, version: str) -> None:
-        """Delete a version; nothing where there is none."""
+        """Delete a version; do nothing if it does not exist."""
         body = {"name": name, "version": version}
         self._ask("DELETE", "model-versions/delete", body, absent="RESOURCE_DOES_NOT_EXIST")
 
     def set_alias(self, name: str, alias: str, version: str) -> None:
-        """Let the alias name the version."""
+        """Point the alias at the version."""
         self._told("POST", "registered-models/alias", {"name": name, "alias": alias, "version": version})
 
     def delete_alias(self, name: str, alias: str) -> None:
-        """Let the alias name nothing."""
+        """Remove the alias."""
         body = {"name": name, "alias": alias}
         self._ask("DELETE", "registered-models/alias", body, absent="RESOURCE_DOES_NOT_EXIST")
 
@@ -281,7 +281,7 @@ class Server:
             pieces = iter(lambda: answer.read1(_CHUNK, decode_content=False), b"")
             data = b"".join(network.within(pieces, _BOUNDS.bytes, _ANSWER_SECONDS))
             whole = True
-        except NetworkError as error:
+        except NetworkSettingError as error:
             raise TrackingError(f"MLflow at {self.address} {error}") from error
         finally:
             (answer.release_conn if whole else answer.close)()

@@ -29,7 +29,11 @@ def verify_stored(
         TrackingError: It can't be read.
     """
     policy = policy_of(trusted_keys, required_gates)
-    with reading(version, tracking_uri) as stored, blamed(version), tempfile.TemporaryDirectory() as folder:
+    with (
+        open_version(version, tracking_uri) as stored,
+        naming_version(version),
+        tempfile.TemporaryDirectory() as folder,
+    ):
         manifest = fetch_documents(stored, Path(folder), version, policy).manifest
         problems = differences(stored, {name: record.sha256 for name, record in manifest.files.items()})
         if problems:
@@ -73,14 +77,14 @@ def fetch_documents(stored: Artifacts, folder: Path, version: Version, policy: P
 
 
 @contextmanager
-def reading(version: Version, tracking_uri: str) -> Iterator[Artifacts]:
+def open_version(version: Version, tracking_uri: str) -> Iterator[Artifacts]:
     """Open the version's files."""
     with open_artifacts(version.location, tracking_uri) as stored:
         yield stored
 
 
 @contextmanager
-def blamed(version: Version) -> Iterator[None]:
+def naming_version(version: Version) -> Iterator[None]:
     """Name the version, not the folder it was fetched into, in what verification finds."""
     try:
         yield

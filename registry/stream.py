@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from http.client import HTTPException, HTTPResponse
 from urllib.parse import urlsplit
 
-from registry.download import Broken, Reader
+from registry.download import InterruptedStreamError, Reader
 from registry.errors import TrackingError
 from registry.network import connection as open_connection
 from registry.network import watched
@@ -30,9 +30,9 @@ class _Body:
             count = self._response.readinto(buffer)
             self.pieces += 1
         except (HTTPException, OSError) as error:
-            raise Broken(_reason(error)) from error
+            raise InterruptedStreamError(_reason(error)) from error
         if not count and buffer and self._response.length:  # which `HTTPResponse` takes for an end like any other
-            raise Broken(f"it ended {self._response.length} bytes too soon")
+            raise InterruptedStreamError(f"it ended {self._response.length} bytes too soon")
         return count
 
 
@@ -57,7 +57,7 @@ def stream(address: str, headers: Mapping[str, str], start: int, authorities: st
                 connection.request("GET", path, headers=asked)
                 response = connection.getresponse()
         except (HTTPException, OSError) as error:
-            raise Broken(_reason(error)) from error
+            raise InterruptedStreamError(_reason(error)) from error
         begun, body = _start(response, parts._replace(query="").geturl(), start), _Body(response)
         with watched(socket, lambda: body.pieces):
             yield body, begun
@@ -67,7 +67,7 @@ def stream(address: str, headers: Mapping[str, str], start: int, authorities: st
 
 def _start(response: HTTPResponse, place: str, start: int) -> int:
     if response.status in _PASSING:
-        raise Broken(f"{place} answers {response.status}")
+        raise InterruptedStreamError(f"{place} answers {response.status}")
     if response.status == 200:
         return 0
     if response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):

@@ -30,8 +30,8 @@ from registry.locations import checked, checked_folder
 from registry.manifest import MANIFEST, Manifest
 from registry.objects import ObjectStore, digest_of
 from registry.progress import Progress
-from registry.promotion_lock import turn
-from registry.retention import referred
+from registry.promotion_lock import hold_promotion_lock
+from registry.retention import referenced_now
 from registry.tracking import local_folder
 
 # Smaller files stay: manifests, tokenizers and evidence are what one looks at.
@@ -39,7 +39,7 @@ LEAST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Move:
+class TierMove:
     """One version to move: ``to`` is ``cold`` or ``hot``; ``bytes`` are what is freed here, or fetched.
 
     ``aliased`` says that it may be cold with an alias too.
@@ -125,7 +125,7 @@ def plan_moves(
     aliased: bool | Callable[[str], bool] = False,
     now: datetime | None = None,
     least: int = LEAST_BYTES,
-) -> list[Move]:
+) -> list[TierMove]:
     """Say which versions on this machine are to move: the unused to the cold, what an alias needs back.
 
     The last use is the newest time at which a large file was read, as the file system keeps it (with `relatime`, to a
@@ -135,7 +135,7 @@ def plan_moves(
     moves = []
     root = artifact_root(tracking_uri)
     for name in names(tracking_uri):
-        needed = referred(tracking_uri, name)
+        needed = referenced_now(tracking_uri, name)
         may = aliased if isinstance(aliased, bool) else aliased(name)
         for version in current(tracking_uri, name):
             folder = checked_folder(version.location, root)
@@ -144,20 +144,20 @@ def plan_moves(
             keep = version.version in needed and not may
             cold = [record for file, record in cold_files(folder)[1].items() if not (folder / file).exists()]
             if cold and keep:
-                moves.append(Move(version, "hot", "an alias names it", sum(record.size for record in cold)))
+                moves.append(TierMove(version, "hot", "an alias names it", sum(record.size for record in cold)))
                 continue
             large = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size >= least]
             used = max([version.created, *(_used(path) for path in large)])
             if large and not keep and at - used >= unused_for:
                 size = sum(path.stat().st_size for path in large)
                 why = "no alias needs it here" if version.version not in needed else "aliased versions may be cold"
-                moves.append(Move(version, "cold", f"last used {used:%Y-%m-%d}, {why}", size, aliased=may))
+                moves.append(TierMove(version, "cold", f"last used {used:%Y-%m-%d}, {why}", size, aliased=may))
     return moves
 
 
 def carry_out(
-    moves: list[Move], tracking_uri: str, store: ObjectStore, progress: Progress, least: int = LEAST_BYTES
-) -> list[Move]:
+    moves: list[TierMove], tracking_uri: str, store: ObjectStore, progress: Progress, least: int = LEAST_BYTES
+) -> list[TierMove]:
     """Make the moves, each line's in its turn, so that no alias moves meanwhile; return those that were made.
 
     Raises:
@@ -165,10 +165,10 @@ def carry_out(
     """
     made = []
     for move in moves:
-        with turn(tracking_uri, move.version.name, progress) as held:
+        with hold_promotion_lock(tracking_uri, move.version.name, progress) as held:
             held.check()
             checked(move.version.location, tracking_uri)
-            needed = move.version.version in referred(tracking_uri, move.version.name)
+            needed = move.version.version in referenced_now(tracking_uri, move.version.name)
             if move.to == "cold" and needed and not move.aliased:
                 progress(f"{move.name} has an alias now: it stays")
                 continue

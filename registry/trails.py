@@ -69,6 +69,6 @@ def _seen(place: Path) -> tuple[int, str]:
     return int(found[1]), found[2].decode()
 
 
-def _entry_digest(trail: list[journal.Record], number: int) -> str:
+def _entry_digest(trail: list[journal.JournalRecord], number: int) -> str:
     payload = next((record.entry.payload() for record in trail if record.entry.number == number), b"")
     return hashlib.sha256(payload).hexdigest()

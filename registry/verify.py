@@ -59,7 +59,7 @@ def verify(folder: Path, trusted_keys: Trust, *, required_gates: Sequence[str] |
     return VerificationReport(manifest, manifest.digest, keyid, len(manifest.files), manifest.size_bytes)
 
 
-def look(folder: Path, policy: Policy, expected_digest: str | None) -> VerificationReport:
+def verify_documents(folder: Path, policy: Policy, expected_digest: str | None) -> VerificationReport:
     """Check what can be checked of a folder without hashing its files: documents, policy, names and sizes.
 
     Raises:
@@ -125,14 +125,14 @@ def _walk(folder: Path) -> tuple[dict[str, int], list[Problem]]:
 
 
 @dataclass
-class _Document:
+class _SignedDocument:
     """What the documents of a release say: ``keyid`` is None where no trusted signature covers them."""
 
     manifest: Manifest
     keyid: str | None
 
 
-def _signed_document(folder: Path, policy: Policy) -> tuple[_Document | None, list[Problem]]:
+def _signed_document(folder: Path, policy: Policy) -> tuple[_SignedDocument | None, list[Problem]]:
     """Read the manifest and check its signature; one that is readable is returned whatever its signature says."""
     data, problems = _read(folder, MANIFEST)
     envelope, more = _read(folder, SIGNATURE)
@@ -157,7 +157,7 @@ def _signed_document(folder: Path, policy: Policy) -> tuple[_Document | None, li
                     problems.append(Problem(PROVENANCE, "extra: not covered by the signature"))
         except SigningError as error:
             problems.append(Problem(SIGNATURE, str(error)))
-    return None if manifest is None else _Document(manifest, keyid), problems
+    return None if manifest is None else _SignedDocument(manifest, keyid), problems
 
 
 def _uncovered(folder: Path, data: bytes, manifest: Manifest | None, signed: Mapping[str, str]) -> list[Problem]:

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 from registry import untrusted
 from registry.cold_files import MARKER, cold_files
-from registry.download import CHUNK, Broken, Open, Reader, keep, local, pause
+from registry.download import CHUNK, InterruptedStreamError, Open, Reader, keep, local, pause
 from registry.errors import PullError, TrackingError
 from registry.locations import checked
 from registry.network import MLFLOW_AUTHORITIES, Pace
@@ -28,7 +28,7 @@ from registry.walk import entries
 if TYPE_CHECKING:
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
-    from registry.server import Server
+    from registry.server import MlflowServer
 
 # No release has more, see `registry.manifest.BOUNDS`.
 _MOST_ENTRIES, _MOST_DEPTH = 20_000, 16
@@ -60,9 +60,9 @@ def open_artifacts(location: str, tracking_uri: str) -> Iterator[Artifacts]:
     if folder is not None:
         yield LocalArtifacts(folder)
     elif parts.scheme == "mlflow-artifacts" and urlsplit(tracking_uri).scheme in ("http", "https"):
-        from registry.server import Server  # noqa: PLC0415 - its HTTP client, for those who have a server
+        from registry.server import MlflowServer  # noqa: PLC0415 - its HTTP client, for those who have a server
 
-        with Server(tracking_uri) as server:
+        with MlflowServer(tracking_uri) as server:
             yield ServerArtifacts(server, unquote(parts.path).strip("/"))
     elif parts.scheme == "s3":
         from registry.s3 import S3Artifacts  # noqa: PLC0415 - boto3, for those who have S3
@@ -117,7 +117,7 @@ def _chunks(stored: Artifacts, name: str) -> Iterator[memoryview]:
                     keep(pace, name, count)
                     yield new
                 return
-        except Broken as error:
+        except InterruptedStreamError as error:
             why = str(error)
         attempt = 1 if at > before else attempt + 1
         pause(name, attempt, why)
@@ -190,7 +190,7 @@ class LocalArtifacts:
 class ServerArtifacts:
     """Files that an MLflow server keeps, at ``root`` of its artifact store."""
 
-    def __init__(self, server: Server, root: str) -> None:
+    def __init__(self, server: MlflowServer, root: str) -> None:
         self._server, self._root = server, root
         self._direct = True
 
@@ -213,7 +213,9 @@ class ServerArtifacts:
             opened = None
             direct = self._server.presigned(path) if self._direct else None
             if direct is not None:
-                with suppress(Broken, TrackingError):  # a store that is out of reach from here: the server reaches it
+                with suppress(
+                    InterruptedStreamError, TrackingError
+                ):  # a store that is out of reach from here: the server reaches it
                     opened = stack.enter_context(stream(*direct, start))
             if opened is None:
                 self._direct = False

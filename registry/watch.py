@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from registry.errors import ArgumentError, DiskError, NotFoundError, PolicyError, RegistryError, TrackingError
+from registry.errors import ArgumentError, DiskError, NotFoundError, RegistryError, TrackingError, TrustPolicyError
 from registry.policy import Trust
 from registry.progress import Progress, silent
 from registry.pull import Pulled, pull
@@ -45,7 +45,7 @@ def watch(
                 tracking_uri=tracking_uri, trusted_keys=trusted_keys, required_gates=required_gates,
                 cache=cache, replace=True, progress=progress,
             )  # fmt: skip
-        except (ArgumentError, PolicyError):
+        except (ArgumentError, TrustPolicyError):
             raise
         except RegistryError as error:
             if str(error) != waiting:

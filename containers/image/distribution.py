@@ -29,7 +29,7 @@ from containers.image.oci import EMPTY, INDEX, MANIFEST
 from registry import network
 from registry.bounded_json import Bounds, DocumentError, read_json
 from registry.digests import canonical_json, digest_of
-from registry.errors import NetworkError
+from registry.errors import NetworkSettingError
 
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 _ACCEPT = f"{MANIFEST}, {DOCKER_MANIFEST}, {INDEX}"
@@ -320,7 +320,7 @@ class _Bounded(httpx.SyncByteStream):
             for chunk in network.within(self._body, self._size, math.inf):
                 pace.add(len(chunk))
                 yield chunk
-        except NetworkError as error:
+        except NetworkSettingError as error:
             raise DistributionError(f"the registry {self._host} {error}") from error
 
     def close(self) -> None:
@@ -406,7 +406,7 @@ def _bearer(answer: httpx.Response) -> str | None:
         document = read_json(answer.content, _TOKEN) if answer.is_success else {}
         found = document.get("token") or document["access_token"]
         return f"Bearer {network.token('the token of the registry', found)}" if isinstance(found, str) else None
-    except (DocumentError, AttributeError, KeyError, NetworkError):
+    except (DocumentError, AttributeError, KeyError, NetworkSettingError):
         return None
 
 

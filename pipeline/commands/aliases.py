@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from pipeline.operations.retention import Leftover
     from registry.moves import Moved
-    from registry.retention import Doomed
-    from registry.tiers import Move
+    from registry.retention import Removal
+    from registry.tiers import TierMove
 
 _why = click.option("--why", default="by hand", show_default=True, help="What the audit trail says.")
 _version = click.option("--version", required=True, metavar="N", help="The version's number, as in `slipway status`.")
@@ -149,7 +149,7 @@ def gc(keep: int, days: float, cache: Path | None, *, tier: bool, yes: bool, as_
     made = retention.plan(settings, retention.kept_manifests(uri, registered), say)
     if yes:
         made = retention.remove(made, settings, say)
-    found: list[Doomed | Leftover] = [*registered, *made]
+    found: list[Removal | Leftover] = [*registered, *made]
     if as_json:
         items = [{"kind": one.kind, "name": one.name, "why": one.why, "bytes": one.bytes} for one in found]
         print_json({"removed": yes, "items": items})
@@ -161,7 +161,7 @@ def gc(keep: int, days: float, cache: Path | None, *, tier: bool, yes: bool, as_
     progress.print(f"{len(found)} of {sum(one.bytes for one in found) / 1e6:.1f} MB {done}")
 
 
-def _tell_moves(moves: Sequence[Move], *, yes: bool, as_json: bool) -> None:
+def _tell_moves(moves: Sequence[TierMove], *, yes: bool, as_json: bool) -> None:
     items = [{"name": one.name, "to": one.to, "why": one.why, "bytes": one.bytes} for one in moves]
     if as_json:
         print_json({"moved": yes, "items": items})

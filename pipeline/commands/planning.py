@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from containers.image.gpu_compatibility import Needs
     from pipeline.planner.memory import Workload
     from pipeline.planner.plan import Placement, Plan
-    from registry.pull import Glance
+    from registry.pull import ReleaseMetadata
 
 
 @click.command()
@@ -78,7 +78,7 @@ def plan(
         sys.exit(USAGE)
 
 
-def _asked(model: str, settings: Settings, gpus: Sequence[Any], workload: Any) -> tuple[Plan, Glance | None]:  # noqa: ANN401
+def _asked(model: str, settings: Settings, gpus: Sequence[Any], workload: Any) -> tuple[Plan, ReleaseMetadata | None]:  # noqa: ANN401
     """Find out what ``model`` names, and plan it; give the release too, where it is one."""
     from pipeline.errors import SpecError  # noqa: PLC0415
     from pipeline.planner import asking  # noqa: PLC0415
@@ -142,7 +142,7 @@ def _show_evaluation(evaluation: dict[str, Any]) -> None:
     print_table(("task", "tier", "items", "tokens", "allowed", "sees", "decides at 5% flips"), rows)
 
 
-def _needs(model: str, release: Glance | None, settings: Settings) -> Needs | None:
+def _needs(model: str, release: ReleaseMetadata | None, settings: Settings) -> Needs | None:
     """What the runtime of a model's file asks of a host, or a release's own image; None where none is chosen yet."""
     import json  # noqa: PLC0415
 

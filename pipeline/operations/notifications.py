@@ -21,7 +21,7 @@ import httpx
 from pipeline.errors import SlipwayError
 from pipeline.settings import Settings
 from registry.atomic_write import write_atomically
-from registry.errors import NetworkError
+from registry.errors import NetworkSettingError
 from registry.network import proxy_for, tls
 
 _TIMEOUT_SECONDS = 10.0
@@ -122,7 +122,7 @@ def _tried(tell: Callable[[], None]) -> str | None:
             if pause is None:
                 return str(status)
             time.sleep(pause)
-        except (NetworkError, httpx.InvalidURL, ValueError):  # their words may have the address in them, too
+        except (NetworkSettingError, httpx.InvalidURL, ValueError):  # their words may have the address in them, too
             return "its address, or the proxy or the certificates that are set, can't be used"
         else:
             break

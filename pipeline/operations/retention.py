@@ -52,7 +52,7 @@ class Leftover:
     images: tuple[str, ...] = ()
 
 
-def kept_manifests(tracking_uri: str, going: Collection[retention.Doomed]) -> set[str]:
+def kept_manifests(tracking_uri: str, going: Collection[retention.Removal]) -> set[str]:
     """Return the digests of the manifests whose versions the registry has, but for the versions that are ``going``.
 
     Raises:

@@ -18,7 +18,7 @@ from pipeline.stages.context import StageContext
 from pipeline.store.artifacts import Artifact
 from pipeline.trust import trust_of
 from registry.manifest import EVIDENCE
-from registry.pull import glance
+from registry.pull import read_metadata
 from registry.resolve import CHAMPION
 
 # What is compared, and whether more of it is worse.
@@ -61,7 +61,9 @@ def look_again(context: StageContext) -> Speed:
     """
     settings, name = context.settings, context.release_name
     names = (f"{EVIDENCE}/image.json", f"{EVIDENCE}/load.json")
-    champion = glance(f"{name}@{CHAMPION}", names, tracking_uri=settings.tracking_uri, trusted_keys=trust_of(settings))
+    champion = read_metadata(
+        f"{name}@{CHAMPION}", names, tracking_uri=settings.tracking_uri, trusted_keys=trust_of(settings)
+    )
     record = json.loads(champion.files[names[0]])
     then = parse_load_evidence(champion.files[names[1]], f"{names[1]} of {name}@{CHAMPION}")
     checkpoint = _checkpoint(context, name, str(record["model_digest"]))

@@ -11,10 +11,10 @@ from pipeline.spec import find, load
 from registry.catalog import MODEL_TAG, current
 from registry.objects import ObjectStore
 from registry.progress import Progress
-from registry.tiers import Move, carry_out, plan_moves
+from registry.tiers import TierMove, carry_out, plan_moves
 
 
-def move(settings: Settings, unused_for: timedelta, progress: Progress, *, yes: bool) -> Sequence[Move]:
+def move(settings: Settings, unused_for: timedelta, progress: Progress, *, yes: bool) -> Sequence[TierMove]:
     """Plan the moves, and make them where ``yes``; return those that are planned, or were made.
 
     Raises:

@@ -24,7 +24,7 @@ from pipeline.sources.lock import Lock, read_lock
 from pipeline.spec import ModelSpec
 from pipeline.trust import trust_of
 from registry.manifest import EVIDENCE, Manifest
-from registry.pull import Glance, glance
+from registry.pull import ReleaseMetadata, read_metadata
 
 # From the usual workload to the one that is asked for.
 Choose = Callable[[Workload], Workload]
@@ -110,7 +110,7 @@ def usual_schemes(model: ModelDescription) -> dict[str, Scheme]:
     return schemes
 
 
-def plan_release(found: Glance, gpus: Sequence[GpuModel], workload: Choose = lambda usual: usual) -> Plan:
+def plan_release(found: ReleaseMetadata, gpus: Sequence[GpuModel], workload: Choose = lambda usual: usual) -> Plan:
     """Plan a release from its signed manifest: the checkpoint's own bytes, the source's numbers, its configuration.
 
     Raises:
@@ -128,13 +128,13 @@ def plan_release(found: Glance, gpus: Sequence[GpuModel], workload: Choose = lam
     )
 
 
-def look(reference: str, settings: Settings) -> Glance:
+def look(reference: str, settings: Settings) -> ReleaseMetadata:
     """Read what a plan needs of the release ``NAME[@ALIAS]``.
 
     Raises:
         RegistryError: there is no such release, or it is not what was signed.
     """
-    return glance(
+    return read_metadata(
         reference,
         ("config.json", LOAD, IMAGE),
         tracking_uri=settings.tracking_uri,
@@ -142,7 +142,7 @@ def look(reference: str, settings: Settings) -> Glance:
     )
 
 
-def measured(found: Glance) -> dict[str, Any]:
+def measured(found: ReleaseMetadata) -> dict[str, Any]:
     """What the release's load test measured of what a plan predicts; empty where it has no such evidence."""
     if LOAD not in found.files:
         return {}
@@ -195,7 +195,7 @@ def _released_weights(manifest: Manifest, facts: ModelFacts) -> Weights:
     )
 
 
-def _json(found: Glance, name: str) -> dict[str, Any]:
+def _json(found: ReleaseMetadata, name: str) -> dict[str, Any]:
     try:
         document = json.loads(found.files[name])
     except (KeyError, ValueError) as error:

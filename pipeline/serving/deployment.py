@@ -23,7 +23,7 @@ from pipeline.settings import Settings
 from pipeline.trust import trust_of
 from pipeline.yaml_file import explain, keys, listed, read
 from registry.manifest import EVIDENCE
-from registry.pull import Glance, glance
+from registry.pull import ReleaseMetadata, read_metadata
 
 _FILES = ("load.json", "requests.jsonl", "image.json", "cost.json")
 
@@ -37,7 +37,7 @@ def gather(reference: str, settings: Settings) -> tuple[BundleEvidence, Mapping[
         LoadEvidenceError: its load test does not have the expected form.
     """
     names = ["config.json", *(f"{EVIDENCE}/{name}" for name in _FILES)]
-    found = glance(reference, names, tracking_uri=settings.tracking_uri, trusted_keys=trust_of(settings))
+    found = read_metadata(reference, names, tracking_uri=settings.tracking_uri, trusted_keys=trust_of(settings))
     config_file, load_file, requests_file, image_file, _ = names
     image, config = _document(found, image_file), _document(found, config_file)
     load = parse_load_evidence(_file(found, load_file), f"{load_file} of {found.manifest.name}")
@@ -95,7 +95,7 @@ def simulated(evidence: BundleEvidence, found: Mapping[str, Number]) -> dict[str
     }
 
 
-def _hourly(found: Glance) -> Sequence[float] | None:
+def _hourly(found: ReleaseMetadata) -> Sequence[float] | None:
     """Requests a second in each hour of the day that the model's file plans for, if it does."""
     name = f"{EVIDENCE}/cost.json"
     data = found.files.get(name)
@@ -103,13 +103,13 @@ def _hourly(found: Glance) -> Sequence[float] | None:
     return day.requests_per_second if day else None
 
 
-def _file(found: Glance, name: str) -> bytes:
+def _file(found: ReleaseMetadata, name: str) -> bytes:
     if name not in found.files:
         raise PlanError(f"{found.manifest.name} has no {name}: release it again")
     return found.files[name]
 
 
-def _document(found: Glance, name: str) -> dict[str, Any]:
+def _document(found: ReleaseMetadata, name: str) -> dict[str, Any]:
     document = json.loads(_file(found, name))
     if not isinstance(document, dict):
         raise PlanError(f"{name} of {found.manifest.name} is not a JSON object: release it again")

@@ -34,7 +34,7 @@ from pipeline.errors import SourceError, UnreachableError
 from registry import network
 from registry.bounded_json import Bounds, DocumentError, read_json
 from registry.counting import Counter
-from registry.errors import NetworkError
+from registry.errors import NetworkSettingError
 from registry.progress import Progress
 
 _COMMIT, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
@@ -187,7 +187,7 @@ class Hub:
                 if len(got) >= length:
                     break
                 if time.monotonic() > deadline:
-                    raise NetworkError(f"took more than {_DOCUMENT_SECONDS:g} s for {length} bytes of {name}")
+                    raise NetworkSettingError(f"took more than {_DOCUMENT_SECONDS:g} s for {length} bytes of {name}")
         return bytes(got[:length])
 
     @contextlib.contextmanager
@@ -286,7 +286,7 @@ class Hub:
                 f"can't reach the hub at {self.endpoint}: {self._shown(error) or type(error).__name__}; check the"
                 " network or HF_ENDPOINT and run again: what was downloaded is kept"
             ) from error
-        except NetworkError as error:
+        except NetworkSettingError as error:
             raise UnreachableError(f"the hub at {self.endpoint} {error}") from error
         except (httpx2.InvalidURL, UnicodeError) as error:
             raise SourceError(f"the hub at {self.endpoint} redirects to what is no address") from error

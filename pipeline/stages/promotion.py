@@ -14,7 +14,7 @@ from pipeline.stages.release import MLBOM, SBOM
 from pipeline.store.artifacts import Artifact
 from pipeline.trust import signing_key, signing_key_if_any, trust_of
 from registry import catalog, journal
-from registry.promote import Champion, Promotion, in_place
+from registry.promote import Champion, PromotedVersion, find_promoted
 from registry.promote import promote as promote_folder
 from registry.resolve import CANDIDATE, CHAMPION
 
@@ -83,7 +83,7 @@ def already_promoted(context: StageContext, release: Artifact) -> PromotedReleas
         RegistryError: the release is not what was signed, or the registry can't be read.
     """
     settings = context.settings
-    promotion = in_place(
+    promotion = find_promoted(
         release.folder,
         settings.tracking_uri,
         trust_of(settings),
@@ -101,7 +101,7 @@ def manifest_digest(release: Artifact) -> str:
     return f"sha256:{release.sha256['release/manifest.json']}"
 
 
-def audit_trail(context: StageContext) -> Sequence[journal.Record]:
+def audit_trail(context: StageContext) -> Sequence[journal.JournalRecord]:
     """Return who moved the aliases of this release line, in order; nothing where the line does not exist yet.
 
     Raises:
@@ -149,7 +149,9 @@ def measured(manifest: Mapping[str, Any]) -> dict[str, float]:
     return figures(metrics, source, checkpoint)
 
 
-def _described(release: Artifact, promotion: Promotion, outcome: Literal["promoted", "up-to-date"]) -> PromotedRelease:
+def _described(
+    release: Artifact, promotion: PromotedVersion, outcome: Literal["promoted", "up-to-date"]
+) -> PromotedRelease:
     manifest = release.document("release/manifest.json")
     return PromotedRelease(
         name=promotion.name,

@@ -58,7 +58,7 @@ def by_alias(uri: str) -> dict[str, str]:
     return {alias: version.version for version in current(uri, "demo-awq") for alias in version.aliases}
 
 
-def trail(uri: str) -> list[journal.Record]:
+def trail(uri: str) -> list[journal.JournalRecord]:
     found = line(uri, "demo-awq")
     assert found is not None
     return journal.records(found)
@@ -169,7 +169,7 @@ def test_a_version_that_was_altered_becomes_champion_by_no_command(
     assert len(trail(uri)) == 2
 
 
-def write(uri: str, record: journal.Record) -> None:
+def write(uri: str, record: journal.JournalRecord) -> None:
     """Write an entry as whoever can write to MLflow can."""
     with connected(uri) as client:
         key = f"slipway.journal.{record.entry.number:06}"
@@ -196,7 +196,7 @@ def _take_out(uri: str) -> None:
 
 def _replace(uri: str) -> None:
     third = trail(uri)[2]
-    moves = (journal.Move(alias="candidate", before="2", after="3"),)
+    moves = (journal.AliasMove(alias="candidate", before="2", after="3"),)
     write(uri, third.model_copy(update={"entry": third.entry.model_copy(update={"moves": moves})}))
 
 
@@ -271,9 +271,9 @@ def test_an_act_that_anybody_began_moves_no_alias_to_what_was_altered(
     (folder / "config.json").unlink()
     (folder / "config.json").write_bytes(b"{}")
     last = trail(uri)[-1].entry
-    moves = (journal.Move(alias="champion", before="2", after="1"),)
+    moves = (journal.AliasMove(alias="champion", before="2", after="1"),)
     entry = last.model_copy(update={"number": 3, "version": "1", "moves": moves})
-    write(uri, journal.Record(state="begun", entry=entry))
+    write(uri, journal.JournalRecord(state="begun", entry=entry))
     assert promote_version("demo-awq", "2", uri, [key.public]).entry is None
     assert by_alias(uri)["champion"] == "2"
     assert trail(uri)[-1].state == "abandoned"
@@ -281,9 +281,9 @@ def test_an_act_that_anybody_began_moves_no_alias_to_what_was_altered(
 
 def test_an_act_that_nobody_signed_is_not_finished_where_moves_must_be(uri: str, key: SigningKey) -> None:
     last = trail(uri)[-1].entry
-    moves = (journal.Move(alias="champion", before="3", after="1"),)
+    moves = (journal.AliasMove(alias="champion", before="3", after="1"),)
     entry = last.model_copy(update={"number": 4, "version": "1", "moves": moves})
-    write(uri, journal.Record(state="begun", entry=entry))
+    write(uri, journal.JournalRecord(state="begun", entry=entry))
     promote_version("demo-awq", "3", uri, Policy((key.public,), signed_moves=True), key=key)
     assert by_alias(uri)["champion"] == "3"
 
@@ -297,7 +297,7 @@ def test_an_act_that_was_done_long_ago_is_not_done_again(uri: str, key: SigningK
 def test_the_cache_remembers_no_entry_that_nobody_signed(uri: str, key: SigningKey, tmp_path: Path) -> None:
     policy, cache = Policy((key.public,), signed_moves=True), tmp_path / "cache"
     entry = trail(uri)[-1].entry.model_copy(update={"number": 999_999})
-    write(uri, journal.Record(state="done", entry=entry))
+    write(uri, journal.JournalRecord(state="done", entry=entry))
     pull("demo-awq@v3", tmp_path / "one", tracking_uri=uri, trusted_keys=policy, cache=cache)
     with connected(uri) as client:
         client.delete_registered_model_tag("demo-awq", "slipway.journal.999999")
@@ -369,8 +369,8 @@ def test_a_killed_rollback_is_finished_and_not_done_twice(
 def test_an_act_whose_version_is_gone_is_abandoned(uri: str, key: SigningKey) -> None:
     record = trail(uri)[-1]
     entry = record.entry.model_copy(update={"number": 4, "version": "7"})
-    entry = entry.model_copy(update={"moves": (journal.Move(alias="champion", before="3", after="7"),)})
-    begun = journal.Record(state="begun", entry=entry)
+    entry = entry.model_copy(update={"moves": (journal.AliasMove(alias="champion", before="3", after="7"),)})
+    begun = journal.JournalRecord(state="begun", entry=entry)
     with connected(uri) as client:
         client.set_registered_model_tag("demo-awq", "slipway.journal.000004", begun.model_dump_json())
     assert rollback("demo-awq", uri, [key.public]).version == "2"

@@ -25,7 +25,7 @@ from registry.catalog import current, line, names
 from registry.connect import open_backend
 from registry.errors import PromotionError, PullError, RefusedError, TrackingError
 from registry.promote import promote
-from registry.promotion_lock import turn
+from registry.promotion_lock import hold_promotion_lock
 from registry.signing import SigningKey, load_or_create_key
 
 CHECKOUT = Path(__file__).parent.parent.parent
@@ -230,9 +230,9 @@ def test_who_may_only_read_may_pull(
 
 
 def test_another_host_name_is_refused_by_the_server_and_said_so(servers: RealServer) -> None:
-    from registry.server import Server  # noqa: PLC0415 - behind its curtain
+    from registry.server import MlflowServer  # noqa: PLC0415 - behind its curtain
 
-    with Server(as_user(servers.proxied, ADMIN)) as server:
+    with MlflowServer(as_user(servers.proxied, ADMIN)) as server:
         server.headers["Host"] = "elsewhere.example.com"
         with pytest.raises(TrackingError, match="not under this host name"):
             server.names()
@@ -273,8 +273,8 @@ def test_promoters_and_pullers_at_once(
 
 TAKE = """
 import sys, time
-from registry.promotion_lock import turn
-with turn(sys.argv[1], sys.argv[2], print):
+from registry.promotion_lock import hold_promotion_lock
+with hold_promotion_lock(sys.argv[1], sys.argv[2], print):
     print("mine", flush=True)
     time.sleep(600)
 """
@@ -289,7 +289,7 @@ def test_a_dead_promoter_holds_nobody_up(uri: str, model: str) -> None:
     holder.wait()
     holder.stdout.close()
     started = time.monotonic()
-    with turn(uri, model, lambda _: None) as held:
+    with hold_promotion_lock(uri, model, lambda _: None) as held:
         held.check()
     assert time.monotonic() - started < 20
 
@@ -303,15 +303,15 @@ def test_a_promoter_of_another_machine_that_fell_silent_is_passed_after_its_leas
         elsewhere = '{"machine": "another", "pid": 1, "started": "1", "nonce": "x"}'
         backend.create_version(f"slipway-turns.{model}", "slipway:/turn", {"slipway.maker": elsewhere})
     started = time.monotonic()
-    with turn(uri, model, lambda _: None):
+    with hold_promotion_lock(uri, model, lambda _: None):
         assert time.monotonic() - started > 2
 
 
 def test_a_turn_that_was_lost_is_noticed_before_anything_is_written(uri: str, model: str) -> None:
-    with turn(uri, model, lambda _: None) as held, open_backend(uri) as backend:
+    with hold_promotion_lock(uri, model, lambda _: None) as held, open_backend(uri) as backend:
         for version in backend.versions(f"slipway-turns.{model}"):
             backend.delete_version(version.name, version.version)
-        with pytest.raises(PromotionError, match="turn to promote was lost"):
+        with pytest.raises(PromotionError, match="promotion lock was lost"):
             held.check()
 
 

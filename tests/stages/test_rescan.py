@@ -25,7 +25,7 @@ from pipeline.settings import Settings
 from pipeline.trust import signing_key, trust_of
 from registry import catalog
 from registry.promote import promote
-from registry.pull import glance
+from registry.pull import read_metadata
 from registry.signing import load_or_create_key, load_trusted_keys, public_path
 
 ADVISORIES: list[dict[str, Any]] = json.loads((Path(__file__).parent / "trivy_db" / "advisories.json").read_text())
@@ -266,5 +266,7 @@ def test_a_rollback_is_signed_and_its_champion_is_believed_as_the_policy_says(qu
     (found,) = quiet.rescan()
     assert (found.version, found.verdict.status, found.action) == ("2", "fail", "rolled back"), found.why
     settings = quiet.settings
-    champion = glance("demo-awq@champion", (), tracking_uri=settings.tracking_uri, trusted_keys=trust_of(settings))
+    champion = read_metadata(
+        "demo-awq@champion", (), tracking_uri=settings.tracking_uri, trusted_keys=trust_of(settings)
+    )
     assert champion.version == "1"

@@ -71,10 +71,10 @@ def test_what_is_referred_to_by_the_time_it_is_to_go_stays(uri: str, key: Signin
     assert found is not None
     begun = journal.records(found)[-1]
     entry = begun.entry.model_copy(
-        update={"number": 6, "moves": (journal.Move(alias="champion", before="5", after="1"),)}
+        update={"number": 6, "moves": (journal.AliasMove(alias="champion", before="5", after="1"),)}
     )
     with connected(uri) as client:
-        record = journal.Record(state="begun", entry=entry)
+        record = journal.JournalRecord(state="begun", entry=entry)
         client.set_registered_model_tag("demo-awq", "slipway.journal.000006", record.model_dump_json())
     assert [item.name for item in remove(doomed, uri)] == ["demo-awq version 2"]
 

@@ -21,7 +21,7 @@ from registry.errors import RegistryError, TrackingError
 from registry.objects import ObjectStore
 from registry.promote import promote
 from registry.signing import SigningKey, load_or_create_key
-from registry.tiers import Move, carry_out, cool, plan_moves, warm
+from registry.tiers import TierMove, carry_out, cool, plan_moves, warm
 from registry.tracking import local_folder
 
 LEAST = 1000
@@ -256,6 +256,6 @@ def test_a_larger_bound_forgets_no_file(uri: str, store: ObjectStore, key: Signi
 
 
 def test_a_version_that_got_an_alias_since_the_plan_stays(uri: str, store: ObjectStore) -> None:
-    stale = Move(version(uri, "3"), "cold", "last used long ago, no alias needs it here", 0)
+    stale = TierMove(version(uri, "3"), "cold", "last used long ago, no alias needs it here", 0)
     assert carry_out([stale], uri, store, print, LEAST) == []
     assert (folder_of(version(uri, "3")) / "model.safetensors").exists()

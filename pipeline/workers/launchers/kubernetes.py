@@ -19,7 +19,7 @@ from pipeline.workers.launchers.placement import Kubernetes
 from pipeline.workers.launchers.remote_job import node_command
 from pipeline.workers.launchers.task import Task
 from registry import network
-from registry.errors import NetworkError
+from registry.errors import NetworkSettingError
 from registry.manifest import FileRecord
 
 # Seconds that a job that ended can still be looked at.
@@ -207,7 +207,7 @@ class KubernetesCluster:
         where = self.where
         try:
             token = network.token(str(where.token), where.token.read_text()) if where.token else ""
-        except NetworkError as error:
+        except NetworkSettingError as error:
             raise SettingsError(str(error)) from error
         except OSError as error:
             raise SettingsError(f"`token` of {self.name} can't be read: {error}") from error

@@ -43,7 +43,7 @@ from pipeline.sources.source import resolve
 from pipeline.spec import ModelSpec, Source, load
 from pipeline.stages.preflight import foresee
 from registry.manifest import Manifest
-from registry.pull import Glance
+from registry.pull import ReleaseMetadata
 
 PUBLIC = json.loads((Path(__file__).parents[2] / "data" / "public_configurations.json").read_text())["models"]
 AWQ = Scheme(method="awq", backend="autoawq", group_size=128)
@@ -473,7 +473,7 @@ def test_a_release_is_held_to_the_driver_that_is_named_as_its_image_says(tmp_pat
         gpu_compatibility.RUNTIME: runtime.name,
         gpu_compatibility.MODEL_BYTES: str(30 << 30),
     }
-    release = Glance("1", Manifest.model_construct(), {asking.IMAGE: json.dumps({"labels": labels}).encode()})
+    release = ReleaseMetadata("1", Manifest.model_construct(), {asking.IMAGE: json.dumps({"labels": labels}).encode()})
     needs = planning._needs("demo-awq@champion", release, Settings.read({"SLIPWAY_HOME": str(tmp_path)}))
     told = planning._gate(needs, [find_gpu("H100"), find_gpu("L4")], "550.54.15")
     assert told[0].startswith("vllm-cuda13 asks for NVIDIA driver 580.65.06, CUDA 13.0")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from registry import destination
-from registry.destination import beside
+from registry.destination import folder_beside
 
 DIGEST = "sha256:" + "a" * 64
 PART = f".there.part-{'a' * 16}"
@@ -39,13 +39,13 @@ def test_what_a_killed_pull_left_is_gone_on_with(shared: Path) -> None:
     (shared / PART / "release").mkdir(parents=True)
     (shared / PART).chmod(0o700)
     (shared / PART / "release" / "manifest.json").write_text("half")
-    with beside(shared / "there", DIGEST, quiet) as part:
+    with folder_beside(shared / "there", DIGEST, quiet) as part:
         assert (part / "release" / "manifest.json").read_text() == "half"
 
 
 def test_a_link_in_the_folders_place_is_not_followed(shared: Path, outside: Path) -> None:
     (shared / PART).symlink_to(outside)
-    with beside(shared / "there", DIGEST, quiet) as part:
+    with folder_beside(shared / "there", DIGEST, quiet) as part:
         assert not part.is_symlink()
         assert list(part.iterdir()) == []
     assert (outside / "file").read_text() == "kept"
@@ -55,7 +55,7 @@ def test_a_link_in_the_folders_place_is_not_followed(shared: Path, outside: Path
 def test_a_folder_that_holds_links_is_begun_anew(shared: Path, outside: Path, place: str) -> None:
     (shared / PART).mkdir(mode=0o700)
     (shared / PART / place).symlink_to(outside if place == "release" else outside / "file")
-    with beside(shared / "there", DIGEST, quiet) as part:
+    with folder_beside(shared / "there", DIGEST, quiet) as part:
         assert list(part.iterdir()) == []
     assert (outside / "file").read_text() == "kept"
 
@@ -64,7 +64,7 @@ def test_a_folder_that_others_may_write_to_is_begun_anew(shared: Path) -> None:
     (shared / PART).mkdir()
     (shared / PART).chmod(0o777)
     (shared / PART / "model.safetensors").write_text("planted")
-    with beside(shared / "there", DIGEST, quiet) as part:
+    with folder_beside(shared / "there", DIGEST, quiet) as part:
         assert list(part.iterdir()) == []
         assert part.stat().st_mode & 0o777 == 0o700
 
@@ -80,7 +80,7 @@ def test_nothing_of_another_user_is_adopted(shared: Path, monkeypatch: pytest.Mo
         os.chown(shared / PART / below, 65534, 65534)
     else:
         monkeypatch.setattr(destination.os, "geteuid", lambda: 65534)
-    with beside(shared / "there", DIGEST, quiet) as part:
+    with folder_beside(shared / "there", DIGEST, quiet) as part:
         assert list(part.iterdir()) == []
 
 
@@ -91,7 +91,7 @@ def test_where_anothers_folder_can_not_be_removed_another_name_is_used(
     (shared / PART).mkdir()
     (shared / PART).chmod(0o777)
     monkeypatch.setattr(destination.shutil, "rmtree", lambda *_, **__: None)
-    with beside(shared / "there", DIGEST, quiet) as part:
+    with folder_beside(shared / "there", DIGEST, quiet) as part:
         assert part != shared / PART
         assert part.name.startswith(PART)
         (part / "file").write_text("ours")

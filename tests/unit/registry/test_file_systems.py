@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.store.artifacts import ArtifactDraft, Recipe, Store
 from registry import __main__ as command
-from registry.destination import beside, take_place
+from registry.destination import folder_beside, take_place
 from registry.errors import FileSystemError
 from registry.file_locks import flock
 from registry.file_systems import set_mode, sync_folder
@@ -55,7 +55,7 @@ def test_a_pull_goes_on_without_locks_and_touches_no_other(tmp_path: Path, monke
     (other / "of-another-pull").mkdir(parents=True)
     monkeypatch.setattr(fcntl, "flock", answers(errno.ENOSYS))
     lines: list[str] = []
-    with beside(tmp_path / "there", DIGEST, lines.append) as part:
+    with folder_beside(tmp_path / "there", DIGEST, lines.append) as part:
         (part / "file").write_text("pulled")
         take_place(part, tmp_path / "there", replace=False)
     assert (tmp_path / "there" / "file").read_text() == "pulled"

@@ -17,10 +17,10 @@ import pytest
 
 from registry import network, server, version_files
 from registry.bounded_json import Bounds
-from registry.download import Broken, Moved, download
+from registry.download import ByteCount, InterruptedStreamError, download
 from registry.errors import ArgumentError, ManifestError, Problem, TrackingError, VerificationError
 from registry.manifest import BOUNDS, FileRecord, Manifest
-from registry.server import Server
+from registry.server import MlflowServer
 from registry.stream import stream
 from registry.version_files import ServerArtifacts
 from registry.watch import watch
@@ -99,7 +99,7 @@ def trickles_headers(handler: BaseHTTPRequestHandler) -> None:
 
 def everything(address: str) -> None:
     """Ask all that a pull asks."""
-    with Server(address) as asked:
+    with MlflowServer(address) as asked:
         for question in (
             asked.names,
             lambda: asked.line("demo"),
@@ -146,38 +146,44 @@ def test_a_version_that_was_not_asked_for_is_not_taken(hostile: Hostile, told: d
     version = {"name": "demo", "version": "3", "source": "mlflow-artifacts:/1/a", "creation_timestamp": 1, **told}
     line = {"name": "demo", "aliases": [], "tags": []}
     hostile.answer = says(json.dumps({"model_version": version, "registered_model": line, "model_versions": [version]}))
-    with Server(hostile.address) as asked, pytest.raises(TrackingError, match="where version 3 of `demo` was asked"):
+    with (
+        MlflowServer(hostile.address) as asked,
+        pytest.raises(TrackingError, match="where version 3 of `demo` was asked"),
+    ):
         asked.version("demo", "3")
     if "name" in told:
-        with Server(hostile.address) as asked, pytest.raises(TrackingError, match="where one of `demo` was asked"):
+        with (
+            MlflowServer(hostile.address) as asked,
+            pytest.raises(TrackingError, match="where one of `demo` was asked"),
+        ):
             asked.versions("demo")
 
 
 @pytest.mark.parametrize("headers", [{"X": "a\r\nHost: b"}, {"X": "\u2100"}, {"X\n": "a"}, {"": "a"}, {"X: Y": "\0"}])
 def test_headers_that_cannot_be_sent_are_an_error_of_the_registry(hostile: Hostile, headers: dict[str, str]) -> None:
     hostile.answer = says(json.dumps({"url": f"{hostile.address}/x", "headers": headers}))
-    with Server(hostile.address) as asked, pytest.raises(TrackingError, match="not MLflow's"):
+    with MlflowServer(hostile.address) as asked, pytest.raises(TrackingError, match="not MLflow's"):
         asked.presigned("x")
 
 
 @pytest.mark.parametrize("url", ["ftp://127.0.0.1/x", "http://[::1", "http://127.0.0.1:99999/x", "file:///etc/passwd"])
 def test_an_address_of_a_file_that_a_redirect_could_not_have_is_not_asked(hostile: Hostile, url: str) -> None:
     hostile.answer = says(json.dumps({"url": url}))
-    with Server(hostile.address) as asked:
+    with MlflowServer(hostile.address) as asked:
         assert asked.presigned("x") is None
 
 
 @pytest.mark.parametrize("name", ["..", "", "a/b", ".", "/etc"])
 def test_a_listing_gives_names_and_no_paths(hostile: Hostile, name: str) -> None:
     hostile.answer = says(json.dumps({"files": [{"path": name, "is_dir": True}]}))
-    with Server(hostile.address) as asked, pytest.raises(TrackingError, match="a path in place of a name"):
+    with MlflowServer(hostile.address) as asked, pytest.raises(TrackingError, match="a path in place of a name"):
         asked.list_proxied("x")
 
 
 def test_a_compressed_answer_is_not_unpacked(hostile: Hostile) -> None:
     hostile.answer = says(gzip.compress(b" " * (64 << 20)), "gzip")
     tracemalloc.start()
-    with Server(hostile.address) as asked, pytest.raises(TrackingError, match="compressed"):
+    with MlflowServer(hostile.address) as asked, pytest.raises(TrackingError, match="compressed"):
         asked.names()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -187,14 +193,14 @@ def test_a_compressed_answer_is_not_unpacked(hostile: Hostile) -> None:
 def test_an_answer_has_a_largest_size(hostile: Hostile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "_BOUNDS", Bounds(bytes=1000, values=100))
     hostile.answer = says(b" " * 1001)
-    with Server(hostile.address) as asked, pytest.raises(TrackingError, match="more than 1000 bytes"):
+    with MlflowServer(hostile.address) as asked, pytest.raises(TrackingError, match="more than 1000 bytes"):
         asked.names()
 
 
 def test_an_answer_has_a_longest_time(hostile: Hostile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "_ANSWER_SECONDS", 0.1)
     hostile.answer = trickles
-    with Server(hostile.address) as asked, pytest.raises(TrackingError, match=r"more than 0\.1 s"):
+    with MlflowServer(hostile.address) as asked, pytest.raises(TrackingError, match=r"more than 0\.1 s"):
         asked.names()
 
 
@@ -202,10 +208,10 @@ def test_headers_have_a_longest_time(hostile: Hostile, monkeypatch: pytest.Monke
     monkeypatch.setattr(network, "ANSWER_SECONDS", 0.1)
     monkeypatch.setattr(server, "_ATTEMPTS", 1)
     hostile.answer = trickles_headers
-    with Server(hostile.address) as asked, pytest.raises(TrackingError):
+    with MlflowServer(hostile.address) as asked, pytest.raises(TrackingError):
         asked.names()
     # Its end, or that the other side sent more meanwhile, whichever is seen first; either way it ends.
-    with suppress(Broken), stream(hostile.address, {}, 0) as (body, _):
+    with suppress(InterruptedStreamError), stream(hostile.address, {}, 0) as (body, _):
         assert body.readinto(memoryview(bytearray(9))) == 0
 
 
@@ -214,12 +220,12 @@ def test_a_file_has_a_slowest_pace(hostile: Hostile, tmp_path: Path, monkeypatch
     hostile.answer = trickles
     with pytest.raises(TrackingError, match="too slow"):
         download("a", tmp_path / "a", FileRecord(size=1 << 20, sha256="0" * 64),
-                 lambda start: stream(hostile.address, {}, start), Moved())  # fmt: skip
+                 lambda start: stream(hostile.address, {}, start), ByteCount())  # fmt: skip
 
 
 def test_pages_end(hostile: Hostile, monkeypatch: pytest.MonkeyPatch) -> None:
     hostile.answer = says(json.dumps({"registered_models": [], "next_page_token": "again"}))
-    with Server(hostile.address) as asked, pytest.raises(TrackingError, match="without end: stopped after 0"):
+    with MlflowServer(hostile.address) as asked, pytest.raises(TrackingError, match="without end: stopped after 0"):
         asked.names()
     monkeypatch.setattr(server, "_MOST_ENTRIES", 10)
     tokens = iter(range(1000))
@@ -229,7 +235,7 @@ def test_pages_end(hostile: Hostile, monkeypatch: pytest.MonkeyPatch) -> None:
         says(json.dumps(page))(handler)
 
     hostile.answer = onward
-    with Server(hostile.address) as asked, pytest.raises(TrackingError, match="without end: stopped after 11"):
+    with MlflowServer(hostile.address) as asked, pytest.raises(TrackingError, match="without end: stopped after 11"):
         asked.names()
 
 
@@ -240,7 +246,7 @@ def test_folders_end(hostile: Hostile, monkeypatch: pytest.MonkeyPatch) -> None:
         says(json.dumps({"files": [{"path": name, "is_dir": True} for name in itertools.islice(deeper, 1)]}))(handler)
 
     hostile.answer = onward
-    with Server(hostile.address) as asked:
+    with MlflowServer(hostile.address) as asked:
         with pytest.raises(TrackingError, match="without end: stopped after 17"):
             ServerArtifacts(asked, "root").names()
         monkeypatch.setattr(version_files, "_MOST_ENTRIES", 10)

@@ -17,16 +17,16 @@ from mlflow_tables import write_tables
 from registry import journal, trails
 from registry.backend import MANIFEST_TAG, Line, Version
 from registry.errors import NotFoundError, PullError, TrackingError
-from registry.journal import PAYLOAD_TYPE, Entry, Move, Record
+from registry.journal import PAYLOAD_TYPE, AliasMove, JournalEntry, JournalRecord
 from registry.policy import Policy
-from registry.resolve import UnexplainedError, check, meaning, needed, resolve, traffic
+from registry.resolve import AuditMismatchError, check, referenced_versions, resolve, resolve_alias, traffic
 from registry.signing import SigningKey, load_or_create_key, load_trusted_keys
 
 COMPAT = Path(__file__).parent.parent.parent / "compat_journal"
 DIGESTS = {number: f"sha256:{letter * 64}" for number, letter in (("1", "a"), ("2", "b"), ("3", "c"))}
 
 
-def line_of(trail: list[Record], aliases: Mapping[str, str]) -> Line:
+def line_of(trail: list[JournalRecord], aliases: Mapping[str, str]) -> Line:
     return Line("demo-awq", aliases, {f"{journal.PREFIX}{one.entry.number:06}": one.model_dump_json() for one in trail})
 
 
@@ -35,21 +35,21 @@ def version(number: str, digest: str) -> Version:
 
 
 def append(
-    trail: list[Record],
+    trail: list[JournalRecord],
     key: SigningKey | None,
     number: str,
     moves: Mapping[str, str | None],
     **options: Any,  # noqa: ANN401 - fields of an entry
 ) -> None:
     """Write an entry as a promoter does, signed where there is a key."""
-    entry = Entry(
+    entry = JournalEntry(
         number=trail[-1].entry.number + 1 if trail else 1,
         line="demo-awq",
         action="promote",
         version=number,
         digest=DIGESTS[number],
         moves=tuple(
-            Move(alias=alias, before=None, after=after, digest=DIGESTS[after] if after else None)
+            AliasMove(alias=alias, before=None, after=after, digest=DIGESTS[after] if after else None)
             for alias, after in moves.items()
         ),
         who="ann@host",
@@ -60,13 +60,13 @@ def append(
     signature = None
     if key is not None:
         signature = base64.b64encode(key.sign(entry.payload(), kind=PAYLOAD_TYPE).to_bytes()).decode()
-    trail.append(Record(state="done", entry=entry, signature=signature))
+    trail.append(JournalRecord(state="done", entry=entry, signature=signature))
 
 
 @pytest.fixture
-def trail(signing_key: SigningKey) -> list[Record]:
+def trail(signing_key: SigningKey) -> list[JournalRecord]:
     """Three releases, each champion in its turn."""
-    made: list[Record] = []
+    made: list[JournalRecord] = []
     append(made, signing_key, "1", {"champion": "1"})
     append(made, signing_key, "2", {"previous": "1", "champion": "2"})
     append(made, signing_key, "3", {"previous": "2", "champion": "3"})
@@ -78,7 +78,7 @@ def policy(signing_key: SigningKey) -> Policy:
     return Policy((signing_key.public,), signed_moves=True)
 
 
-def old() -> tuple[list[Record], Policy]:
+def old() -> tuple[list[JournalRecord], Policy]:
     """The trail that was written before entries were chained: two releases, a canary that nobody signed, a rollback."""
     folder = COMPAT / "1-unchained"
     found = Line("demo-awq", {}, json.loads((folder / "tags.json").read_text()))
@@ -89,9 +89,9 @@ def test_a_trail_of_the_first_format_is_read_and_its_signatures_hold() -> None:
     found, policy = old()
     assert [record.signed_by(policy.keys) is not None for record in found] == [True, True, False, True]
     aliases = {"candidate": "2", "champion": "1", "previous": "2"}
-    assert meaning(line_of(found, aliases), "champion", policy).digest == DIGESTS["1"]
+    assert resolve_alias(line_of(found, aliases), "champion", policy).digest == DIGESTS["1"]
     line = line_of(found, aliases)
-    previous = meaning(line, "previous", policy)
+    previous = resolve_alias(line, "previous", policy)
     check(line, version("2", DIGESTS["2"]), previous, policy)
     with pytest.raises(PullError, match="put in that one's place"):
         check(line, version("2", DIGESTS["1"]), previous, policy)
@@ -102,21 +102,21 @@ def test_what_follows_a_trail_of_the_first_format_covers_all_of_it(tmp_path: Pat
     key = load_or_create_key(tmp_path / "new.pem")
     append(found, key, "3", {"champion": "3"}, prior=journal.trail_digest(found, policy.keys))
     trusted = (*policy.keys, key.public)
-    assert journal.broken(found, trusted) is None
+    assert journal.chain_break(found, trusted) is None
     # The entry that nobody signed, and that no later one moves against, could be altered until now.
     other = found[2].model_copy(update={"entry": found[2].entry.model_copy(update={"weight": 90})})
-    assert journal.broken([*found[:2], other, *found[3:]], trusted) is not None
-    assert "entry 1 of the audit trail is missing" in (journal.broken(found[1:], trusted) or "")
-    assert "older format" in (journal.broken(_with_old_last(found, key), trusted) or "")
+    assert journal.chain_break([*found[:2], other, *found[3:]], trusted) is not None
+    assert "entry 1 of the audit trail is missing" in (journal.chain_break(found[1:], trusted) or "")
+    assert "older format" in (journal.chain_break(_with_old_last(found, key), trusted) or "")
 
 
-def _with_old_last(found: list[Record], key: SigningKey) -> list[Record]:
+def _with_old_last(found: list[JournalRecord], key: SigningKey) -> list[JournalRecord]:
     last = found[1].entry.model_copy(update={"number": 6})
     signature = base64.b64encode(key.sign(last.payload(), kind=PAYLOAD_TYPE).to_bytes()).decode()
-    return [*found, Record(state="done", entry=last, signature=signature)]
+    return [*found, JournalRecord(state="done", entry=last, signature=signature)]
 
 
-def test_digests_of_moves_that_no_signature_covers_are_refused(trail: list[Record]) -> None:
+def test_digests_of_moves_that_no_signature_covers_are_refused(trail: list[JournalRecord]) -> None:
     document = trail[1].model_dump(mode="json")
     document["entry"]["prior"] = None
     line = replace(line_of(trail, {}), tags={f"{journal.PREFIX}000002": json.dumps(document)})
@@ -124,97 +124,97 @@ def test_digests_of_moves_that_no_signature_covers_are_refused(trail: list[Recor
         journal.records(line)
 
 
-def test_a_whole_trail_says_what_each_alias_means(trail: list[Record], policy: Policy) -> None:
+def test_a_whole_trail_says_what_each_alias_means(trail: list[JournalRecord], policy: Policy) -> None:
     line = line_of(trail, {"champion": "3", "previous": "2"})
-    assert meaning(line, "champion", policy).digest == DIGESTS["3"]
-    assert meaning(line, "previous", policy).digest == DIGESTS["2"]
-    check(line, version("2", DIGESTS["2"]), meaning(line, "previous", policy), policy)
+    assert resolve_alias(line, "champion", policy).digest == DIGESTS["3"]
+    assert resolve_alias(line, "previous", policy).digest == DIGESTS["2"]
+    check(line, version("2", DIGESTS["2"]), resolve_alias(line, "previous", policy), policy)
 
 
 @pytest.mark.parametrize("signed_moves", [True, False])
 def test_an_older_release_under_previous_is_refused_once_the_oldest_entries_are_gone(
-    trail: list[Record], signing_key: SigningKey, signed_moves: bool
+    trail: list[JournalRecord], signing_key: SigningKey, signed_moves: bool
 ) -> None:
     policy = Policy((signing_key.public,), signed_moves=signed_moves)
     line = line_of(trail, {"champion": "3", "previous": "2"})
-    previous = meaning(line, "previous", policy)
+    previous = resolve_alias(line, "previous", policy)
     with pytest.raises(PullError, match="put in that one's place"):
         check(line, version("2", DIGESTS["1"]), previous, policy)
     cut = line_of(trail[2:], line.aliases)
-    with pytest.raises(UnexplainedError, match="entry 1 of the audit trail is missing"):
-        meaning(cut, "previous", policy)
+    with pytest.raises(AuditMismatchError, match="entry 1 of the audit trail is missing"):
+        resolve_alias(cut, "previous", policy)
 
 
 @pytest.mark.parametrize("kept", [(0, 2), (1, 2), (2,), (0, 0, 2)])
 def test_an_entry_that_is_missing_or_put_in_anothers_place_breaks_the_chain(
-    trail: list[Record], policy: Policy, kept: tuple[int, ...]
+    trail: list[JournalRecord], policy: Policy, kept: tuple[int, ...]
 ) -> None:
     spoiled = [trail[at] for at in kept]
     if len(kept) == 3:
         spoiled[1] = spoiled[1].model_copy(update={"entry": spoiled[1].entry.model_copy(update={"number": 2})})
-    assert journal.broken(spoiled, policy.keys) is not None
-    with pytest.raises(UnexplainedError, match="audit trail"):
-        meaning(line_of(spoiled, {"champion": "3"}), "champion", policy)
+    assert journal.chain_break(spoiled, policy.keys) is not None
+    with pytest.raises(AuditMismatchError, match="audit trail"):
+        resolve_alias(line_of(spoiled, {"champion": "3"}), "champion", policy)
     with pytest.raises(PullError, match="can't be held to the audit trail"):
-        check(line_of(spoiled, {}), version("2", DIGESTS["1"]), meaning(line_of([], {}), "x", Policy(())), policy)
+        check(line_of(spoiled, {}), version("2", DIGESTS["1"]), resolve_alias(line_of([], {}), "x", Policy(())), policy)
 
 
 def test_an_entry_that_nobody_signed_begins_no_trail(
-    trail: list[Record], policy: Policy, signing_key: SigningKey
+    trail: list[JournalRecord], policy: Policy, signing_key: SigningKey
 ) -> None:
-    forged: list[Record] = [trail[0], trail[1]]
+    forged: list[JournalRecord] = [trail[0], trail[1]]
     append(forged, None, "1", {"champion": "1"}, prior=journal.START)
     assert journal.trail_digest(forged, policy.keys) != journal.trail_digest(forged[2:], policy.keys)
     append(forged, signing_key, "3", {"champion": "3"})
-    assert journal.broken(forged, policy.keys) is None
-    assert journal.broken(forged[2:], policy.keys) is not None
+    assert journal.chain_break(forged, policy.keys) is None
+    assert journal.chain_break(forged[2:], policy.keys) is not None
 
 
 def test_a_trail_that_begins_anew_is_whole_whatever_was_before(
-    trail: list[Record], policy: Policy, signing_key: SigningKey
+    trail: list[JournalRecord], policy: Policy, signing_key: SigningKey
 ) -> None:
     broken = trail[1:]
     append(broken, signing_key, "2", {"champion": "2"}, prior=journal.START)
     append(broken, signing_key, "3", {"champion": "3"})
-    assert journal.broken(broken, policy.keys) is None
-    assert journal.broken(broken[1:], policy.keys) is None
-    assert journal.broken([*broken[:1], *broken[3:]], policy.keys) is not None
+    assert journal.chain_break(broken, policy.keys) is None
+    assert journal.chain_break(broken[1:], policy.keys) is None
+    assert journal.chain_break([*broken[:1], *broken[3:]], policy.keys) is not None
 
 
 def test_junk_after_the_last_signed_entry_moves_nothing_and_breaks_no_chain(
-    trail: list[Record], policy: Policy, signing_key: SigningKey
+    trail: list[JournalRecord], policy: Policy, signing_key: SigningKey
 ) -> None:
     append(trail, None, "1", {"canary": "1"}, prior=DIGESTS["1"])
-    assert journal.broken(trail, policy.keys) is None
+    assert journal.chain_break(trail, policy.keys) is None
     append(trail, signing_key, "2", {"champion": "2"})
-    assert journal.broken(trail, policy.keys) is None
+    assert journal.chain_break(trail, policy.keys) is None
 
 
 @pytest.mark.parametrize("weight", [-1, 101, "ten", None])
 def test_a_canarys_share_is_that_of_the_signed_entry_and_never_of_the_tag(
-    trail: list[Record], policy: Policy, signing_key: SigningKey, weight: object
+    trail: list[JournalRecord], policy: Policy, signing_key: SigningKey, weight: object
 ) -> None:
     append(trail, signing_key, "1", {"canary": "1"}, weight=10)
     line = line_of(trail, {"champion": "3", "canary": "1"})
     junk = json.dumps({"version": "2", "weight": 100})
     line = replace(line, tags={**line.tags, journal.WEIGHT_TAG: junk})
-    assert meaning(line, "canary", policy).weight == 10
+    assert resolve_alias(line, "canary", policy).weight == 10
     document = trail[-1].model_dump(mode="json")
     document["entry"]["weight"] = weight
     spoiled = replace(line, tags={**line.tags, f"{journal.PREFIX}000004": json.dumps(document)})
-    with pytest.raises((TrackingError, UnexplainedError)):
-        meaning(spoiled, "canary", policy)
+    with pytest.raises((TrackingError, AuditMismatchError)):
+        resolve_alias(spoiled, "canary", policy)
 
 
-def test_what_the_trail_names_stays_though_something_else_moved_the_alias(trail: list[Record]) -> None:
-    assert needed(line_of(trail, {"champion": "1"})) == {"1", "2", "3"}
-    assert needed(line_of(trail[:1], {})) == {"1"}
+def test_what_the_trail_names_stays_though_something_else_moved_the_alias(trail: list[JournalRecord]) -> None:
+    assert referenced_versions(line_of(trail, {"champion": "1"})) == {"1", "2", "3"}
+    assert referenced_versions(line_of(trail[:1], {})) == {"1"}
     abandoned = [record.model_copy(update={"state": "abandoned"}) for record in trail]
-    assert needed(line_of([*trail[:2], abandoned[2]], {"champion": "1"})) == {"1", "2", "3"}
+    assert referenced_versions(line_of([*trail[:2], abandoned[2]], {"champion": "1"})) == {"1", "2", "3"}
 
 
 def test_a_canary_that_anybody_calls_abandoned_is_no_reason_to_leave_it_out(
-    trail: list[Record], policy: Policy, signing_key: SigningKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trail: list[JournalRecord], policy: Policy, signing_key: SigningKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("registry.resolve.time.sleep", lambda _: None)
     append(trail, signing_key, "1", {"canary": "1"}, weight=10)
@@ -224,11 +224,11 @@ def test_a_canary_that_anybody_calls_abandoned_is_no_reason_to_leave_it_out(
     ]  # fmt: skip
     trail[-1] = trail[-1].model_copy(update={"state": "abandoned"})
     uri = write_tables(tmp_path / "mlflow.db", line_of(trail, {"champion": "3"}), DIGESTS)
-    with pytest.raises(UnexplainedError, match="`demo-awq@canary` names version None, but the audit trail says 1"):
+    with pytest.raises(AuditMismatchError, match="`demo-awq@canary` names version None, but the audit trail says 1"):
         traffic("demo-awq", "champion", uri, policy)
 
 
-def test_a_version_that_is_not_there_is_not_found(trail: list[Record], policy: Policy, tmp_path: Path) -> None:
+def test_a_version_that_is_not_there_is_not_found(trail: list[JournalRecord], policy: Policy, tmp_path: Path) -> None:
     uri = write_tables(tmp_path / "mlflow.db", line_of(trail, {"champion": "3"}), DIGESTS)
     assert resolve("demo-awq", "v2", uri, policy).version == "2"
     for number in ("4", "9" * 30):
@@ -237,20 +237,20 @@ def test_a_version_that_is_not_there_is_not_found(trail: list[Record], policy: P
 
 
 def test_a_version_of_which_no_signed_entry_says_the_digest_is_not_what_an_alias_means(
-    trail: list[Record], policy: Policy, signing_key: SigningKey
+    trail: list[JournalRecord], policy: Policy, signing_key: SigningKey
 ) -> None:
-    moves = (Move(alias="previous", before=None, after="7"),)
+    moves = (AliasMove(alias="previous", before=None, after="7"),)
     entry = trail[-1].entry.model_copy(
         update={"number": 4, "moves": moves, "prior": journal.trail_digest(trail, policy.keys)}
     )
     signature = base64.b64encode(signing_key.sign(entry.payload(), kind=PAYLOAD_TYPE).to_bytes()).decode()
-    line = line_of([*trail, Record(state="done", entry=entry, signature=signature)], {"previous": "7"})
+    line = line_of([*trail, JournalRecord(state="done", entry=entry, signature=signature)], {"previous": "7"})
     with pytest.raises(PullError, match=r"no signed entry .* says which release version 7 is"):
-        check(line, version("7", DIGESTS["1"]), meaning(line, "previous", policy), policy)
+        check(line, version("7", DIGESTS["1"]), resolve_alias(line, "previous", policy), policy)
 
 
 def test_the_cache_remembers_each_registrys_trail_by_itself(
-    trail: list[Record], policy: Policy, tmp_path: Path
+    trail: list[JournalRecord], policy: Policy, tmp_path: Path
 ) -> None:
     line, shorter = line_of(trail, {}), line_of(trail[:1], {})
     trails.remember(tmp_path, "https://user:word@staging.example.com", line, policy)
@@ -262,7 +262,7 @@ def test_the_cache_remembers_each_registrys_trail_by_itself(
 
 
 def test_the_cache_remembers_which_entry_was_the_last(
-    trail: list[Record], policy: Policy, signing_key: SigningKey, tmp_path: Path
+    trail: list[JournalRecord], policy: Policy, signing_key: SigningKey, tmp_path: Path
 ) -> None:
     trails.remember(tmp_path, "https://a.example.com", line_of(trail, {}), policy)
     other = trail[:2]
@@ -273,7 +273,7 @@ def test_the_cache_remembers_which_entry_was_the_last(
 
 @pytest.mark.parametrize("spoil", ["link", "pipe", "junk", "nothing", "endless"])
 def test_what_was_seen_and_cannot_be_read_is_not_taken_for_nothing(
-    trail: list[Record], policy: Policy, tmp_path: Path, spoil: str
+    trail: list[JournalRecord], policy: Policy, tmp_path: Path, spoil: str
 ) -> None:
     trails.remember(tmp_path, "https://a.example.com", line_of(trail, {}), policy)
     place = next(path for path in tmp_path.rglob("demo-awq"))
@@ -291,7 +291,7 @@ def test_what_was_seen_and_cannot_be_read_is_not_taken_for_nothing(
 
 
 def test_a_link_that_somebody_left_in_a_shared_cache_is_not_written_through(
-    trail: list[Record], policy: Policy, tmp_path: Path
+    trail: list[JournalRecord], policy: Policy, tmp_path: Path
 ) -> None:
     trails.remember(tmp_path, "https://a.example.com", line_of(trail[:1], {}), policy)
     (tmp_path / "victim").write_text("own")

@@ -12,10 +12,10 @@ from recording_server import Answer, Recording, own_certificate, recording
 from containers.image.distribution import Registry
 from pipeline.workers.launchers.http import client
 from registry import network
-from registry.download import Broken
-from registry.errors import NetworkError, TrackingError
+from registry.download import InterruptedStreamError
+from registry.errors import NetworkSettingError, TrackingError
 from registry.network import proxy_for, redirect_problem, same_origin, tls
-from registry.server import Server
+from registry.server import MlflowServer
 from registry.stream import stream
 from registry.tracking import reach, with_credentials
 
@@ -54,13 +54,13 @@ def test_a_server_is_believed_by_the_authorities_that_a_variable_names(
     over_tls: tuple[Recording, Path], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started, certificate = over_tls
-    with Server(started.address) as server, pytest.raises(TrackingError, match=r"(?i)certificate"):
+    with MlflowServer(started.address) as server, pytest.raises(TrackingError, match=r"(?i)certificate"):
         server.names()
-    with pytest.raises(Broken, match=r"(?i)certificate"), stream(f"{started.address}/x", {}, 0):
+    with pytest.raises(InterruptedStreamError, match=r"(?i)certificate"), stream(f"{started.address}/x", {}, 0):
         pass
     assert not started.asked
     monkeypatch.setenv(name, str(certificate))
-    with Server(started.address) as server:
+    with MlflowServer(started.address) as server:
         assert server.names() == []
     with stream(f"{started.address}/x", {}, 0, network.MLFLOW_AUTHORITIES) as (reader, _):
         assert reader.readinto(memoryview(bytearray(99))) == len(EMPTY.body)
@@ -70,21 +70,21 @@ def test_a_server_is_believed_by_the_authorities_that_a_variable_names(
 def test_a_file_that_holds_no_certificate_is_named(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / "ca.pem").write_bytes(content)
-    with pytest.raises(NetworkError, match=r"`REQUESTS_CA_BUNDLE` names `.*ca\.pem`, which can't be used"):
+    with pytest.raises(NetworkSettingError, match=r"`REQUESTS_CA_BUNDLE` names `.*ca\.pem`, which can't be used"):
         tls(environment={"REQUESTS_CA_BUNDLE": str(tmp_path / "ca.pem")})
 
 
 def test_the_servers_own_authorities_count_before_the_common_ones(tmp_path: Path) -> None:
     environment = {"REQUESTS_CA_BUNDLE": str(tmp_path / "no"), "MLFLOW_TRACKING_SERVER_CERT_PATH": str(tmp_path)}
     assert tls("MLFLOW_TRACKING_SERVER_CERT_PATH", environment=environment)
-    with pytest.raises(NetworkError, match="REQUESTS_CA_BUNDLE"):
+    with pytest.raises(NetworkSettingError, match="REQUESTS_CA_BUNDLE"):
         tls(environment=environment)
 
 
 def test_what_is_far_is_asked_through_the_proxy(server: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", server.address.replace("//", "//ann:w%40rd@"))
     reach("http://mlflow.invalid:5000")  # it is the proxy that knows the name
-    with Server("http://mlflow.invalid:5000") as far:
+    with MlflowServer("http://mlflow.invalid:5000") as far:
         assert far.names() == []
     with stream("http://mlflow.invalid:5000/files/x?y=1", {}, 0) as (reader, _):
         assert reader.readinto(memoryview(bytearray(99)))
@@ -116,7 +116,7 @@ def test_a_tunnel_is_asked_of_the_proxy_for_https(server: Recording, monkeypatch
 def test_a_tunnel_is_asked_of_no_proxy_that_is_to_be_reached_over_tls(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would get its password in the clear."""
     monkeypatch.setenv("HTTPS_PROXY", "https://ann:word@proxy.invalid:1")
-    with pytest.raises(NetworkError, match="a `https` proxy can't be used"):
+    with pytest.raises(NetworkSettingError, match="a `https` proxy can't be used"):
         network.connection("https://far.invalid/x", 5.0)
 
 
@@ -135,7 +135,7 @@ MALFORMED = [
 @pytest.mark.parametrize("address", MALFORMED)
 def test_a_malformed_address_is_refused_and_its_password_not_shown(address: str) -> None:
     for asked in (lambda: network.connection(address, 5.0), lambda: proxy_for(address)):
-        with pytest.raises(NetworkError, match="host or the port of an address is malformed") as caught:
+        with pytest.raises(NetworkSettingError, match="host or the port of an address is malformed") as caught:
             asked()
         assert "wo" not in str(caught.value)
         assert caught.value.__cause__ is None
@@ -145,7 +145,7 @@ def test_a_malformed_address_is_refused_and_its_password_not_shown(address: str)
 
 @pytest.mark.parametrize("address", ["http://ann:word@[::1", "https://ann:word@far\u2100.invalid"])
 def test_a_malformed_address_of_the_registry_is_named_by_its_variable(address: str) -> None:
-    for asked in (lambda: reach(address), lambda: Server(address), lambda: with_credentials(address, {})):
+    for asked in (lambda: reach(address), lambda: MlflowServer(address), lambda: with_credentials(address, {})):
         with pytest.raises(TrackingError, match=r"the host in `MLFLOW_TRACKING_URI` .* is malformed") as caught:
             asked()
         assert "word" not in str(caught.value)
@@ -154,13 +154,13 @@ def test_a_malformed_address_of_the_registry_is_named_by_its_variable(address: s
 
 @pytest.mark.parametrize("address", ["http://far.invalid/\u00e9", "http://far.invalid/a b", "http://far.invalid/?\x7f"])
 def test_an_address_that_no_request_carries_is_refused(address: str) -> None:
-    with pytest.raises(NetworkError, match="must be escaped"), stream(address, {}, 0):
+    with pytest.raises(NetworkSettingError, match="must be escaped"), stream(address, {}, 0):
         pass
 
 
 @pytest.mark.parametrize("address", ["ftp://ann:word@far.invalid/x?key=word", "https:///x"])
 def test_an_address_of_another_scheme_is_refused_without_its_password(address: str) -> None:
-    with pytest.raises(NetworkError, match="addresses can't be read") as caught:
+    with pytest.raises(NetworkSettingError, match="addresses can't be read") as caught:
         network.connection(address, 5.0)
     assert "word" not in str(caught.value)
 
@@ -168,7 +168,7 @@ def test_an_address_of_another_scheme_is_refused_without_its_password(address: s
 @pytest.mark.parametrize("proxy", ["proxy.invalid:99999", "http://[proxy"])
 def test_a_malformed_proxy_is_refused(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTPS_PROXY", proxy)
-    with pytest.raises(NetworkError, match="malformed"):
+    with pytest.raises(NetworkSettingError, match="malformed"):
         proxy_for("https://far.invalid/x")
 
 
@@ -178,17 +178,17 @@ def test_a_proxy_that_is_none_of_https_is_refused_by_every_client(proxy: str, mo
     far = "https://far.invalid"
     for asked in (
         lambda: network.connection(far, 5.0),
-        lambda: Server(far),
+        lambda: MlflowServer(far),
         lambda: Registry("far.invalid"),
         lambda: client(far),
     ):
-        with pytest.raises(NetworkError, match="proxy can't be used: set HTTPS_PROXY to http://HOST:PORT"):
+        with pytest.raises(NetworkSettingError, match="proxy can't be used: set HTTPS_PROXY to http://HOST:PORT"):
             asked()
 
 
 def test_where_a_server_redirects_its_address_is_to_be_set(server: Recording) -> None:
     server.answer = lambda _: Answer(301, {"Location": "https://mlflow.example/"})
-    with Server(server.address) as asked:
+    with MlflowServer(server.address) as asked:
         with pytest.raises(TrackingError, match=r"redirects \(301\), .* set `MLFLOW_TRACKING_URI` to where it leads"):
             asked.names()
         assert asked.presigned("x") is None
@@ -196,9 +196,9 @@ def test_where_a_server_redirects_its_address_is_to_be_set(server: Recording) ->
 
 def test_a_token_is_sent_where_no_user_is(server: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", " abc.DEF-123\n")
-    with Server(server.address) as mine:
+    with MlflowServer(server.address) as mine:
         mine.names()
-    with Server(server.address.replace("//", "//ann:word@")) as anns:
+    with MlflowServer(server.address.replace("//", "//ann:word@")) as anns:
         anns.names()
     known = base64.b64encode(b"ann:word").decode()
     assert server.authorizations() == ["Bearer abc.DEF-123", f"Basic {known}"]
@@ -206,7 +206,7 @@ def test_a_token_is_sent_where_no_user_is(server: Recording, monkeypatch: pytest
 
 @pytest.mark.parametrize("value", ["secret\nX: y", "sec ret", "sécret", "secret\x00"])
 def test_a_token_that_no_header_carries_is_refused_and_not_shown(value: str) -> None:
-    with pytest.raises(NetworkError, match="`MLFLOW_TRACKING_TOKEN` holds a character") as caught:
+    with pytest.raises(NetworkSettingError, match="`MLFLOW_TRACKING_TOKEN` holds a character") as caught:
         network.mlflow_token({"MLFLOW_TRACKING_TOKEN": value})
     assert "cret" not in str(caught.value)
     assert caught.value.__cause__ is None
@@ -215,7 +215,7 @@ def test_a_token_that_no_header_carries_is_refused_and_not_shown(value: str) -> 
 def test_neither_client_follows_a_redirect_with_credentials(server: Recording) -> None:
     with recording("127.0.0.2") as elsewhere:
         server.answer = lambda _: Answer(302, {"Location": f"{elsewhere.address}/x"})
-        with Server(server.address.replace("//", "//ann:word@")) as mine, pytest.raises(TrackingError):
+        with MlflowServer(server.address.replace("//", "//ann:word@")) as mine, pytest.raises(TrackingError):
             mine.names()
         with pytest.raises(TrackingError, match="answers 302"), stream(f"{server.address}/x", mine.headers, 0):
             pass

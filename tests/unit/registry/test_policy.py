@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from registry import verify
-from registry.errors import PolicyError
+from registry.errors import TrustPolicyError
 from registry.policy import Policy
 from registry.signing import SigningKey
 
@@ -39,7 +39,7 @@ def test_what_a_policy_says_is_read(tmp_path: Path, signing_key: SigningKey) -> 
     ],
 )
 def test_what_is_no_policy_is_refused(tmp_path: Path, signing_key: SigningKey, text: str, message: str) -> None:
-    with pytest.raises(PolicyError, match=message):
+    with pytest.raises(TrustPolicyError, match=message):
         policy(tmp_path, signing_key, text)
 
 

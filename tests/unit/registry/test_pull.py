@@ -20,11 +20,11 @@ from registry.manifest import MANIFEST, SIGNATURE, Manifest
 from registry.objects import ObjectStore
 from registry.policy import Policy
 from registry.promote import _Release
-from registry.pull import fetch_file, glance, pull
+from registry.pull import fetch_file, pull, read_metadata
 from registry.signing import SigningKey
 from registry.stored import verify_stored
 from registry.tiers import cool, warm
-from registry.verify import look, verify
+from registry.verify import verify, verify_documents
 from registry.version_files import LocalArtifacts, fetch
 
 if TYPE_CHECKING:
@@ -136,19 +136,19 @@ def test_one_file_of_a_release_is_one_that_it_has(registered: str, signing_key: 
     with pytest.raises(PullError, match=r"has no file `config\.jso`: did you mean `config\.json`"):
         fetch_file("demo-awq", "config.jso", tmp_path / "x", tracking_uri=registered, trusted_keys=known)
     assert not (tmp_path / "x").exists()
-    assert list(glance("demo-awq", ["config.json", "y"], tracking_uri=registered, trusted_keys=known).files) == [
+    assert list(read_metadata("demo-awq", ["config.json", "y"], tracking_uri=registered, trusted_keys=known).files) == [
         "config.json"
     ]
 
 
 def test_a_folder_is_told_from_the_release_by_its_sizes(release: Path, signing_key: SigningKey) -> None:
     policy, digest = Policy((signing_key.public,)), Manifest.parse((release / MANIFEST).read_bytes()).digest
-    assert look(release, policy, digest).manifest_digest == digest
+    assert verify_documents(release, policy, digest).manifest_digest == digest
     with pytest.raises(VerificationError, match="as registered"):
-        look(release, policy, f"sha256:{'0' * 64}")
+        verify_documents(release, policy, f"sha256:{'0' * 64}")
     add(release)
     with pytest.raises(VerificationError, match="other files, or of other sizes"):
-        look(release, policy, digest)
+        verify_documents(release, policy, digest)
 
 
 def test_what_was_uploaded_is_held_to_what_was_signed(

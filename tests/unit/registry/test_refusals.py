@@ -13,16 +13,16 @@ from pydantic import ValidationError
 
 from registry import catalog, journal, untrusted
 from registry.__main__ import FAILED, main
-from registry.backend import Backend, Line, Version
+from registry.backend import Line, RegistryBackend, Version
 from registry.embedded import pages
 from registry.errors import NotFoundError, PromotionError, PullError, TrackingError, UntrustedFileError
-from registry.journal import PAYLOAD_TYPE, Entry
+from registry.journal import PAYLOAD_TYPE, JournalEntry
 from registry.objects import ObjectStore, digest_of
 from registry.policy import Policy
-from registry.promotion_lock import Turn, _Ticket, turn
+from registry.promotion_lock import PromotionLock, _Ticket, hold_promotion_lock
 from registry.pull import pull
-from registry.resolve import UnexplainedError, meaning, resolve
-from registry.server import Server
+from registry.resolve import AuditMismatchError, resolve, resolve_alias
+from registry.server import MlflowServer
 from registry.signing import SigningKey
 from registry.tracking import prepare, reach
 from registry.verdict import Verdict
@@ -36,7 +36,7 @@ def test_an_address_with_a_port_that_is_none_is_named(port: str) -> None:
 
 def test_a_server_that_nobody_runs_is_said_within_seconds() -> None:
     with pytest.raises(TrackingError, match=r"no MLflow server answers at http://127\.0\.0\.1:9"):
-        Server("http://ann:word@127.0.0.1:9")
+        MlflowServer("http://ann:word@127.0.0.1:9")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -70,9 +70,9 @@ def test_a_line_that_is_not_there_is_not_found(tmp_path: Path) -> None:
 
 def test_without_signatures_an_alias_without_an_entry_is_taken_as_it_is_and_else_refused() -> None:
     line = Line("demo-awq", {"champion": "3"}, {})
-    assert meaning(line, "champion", Policy(())).version == "3"
-    with pytest.raises(UnexplainedError, match="no entry of the audit trail says so"):
-        meaning(line, "champion", Policy((), signed_moves=True))
+    assert resolve_alias(line, "champion", Policy(())).version == "3"
+    with pytest.raises(AuditMismatchError, match="no entry of the audit trail says so"):
+        resolve_alias(line, "champion", Policy((), signed_moves=True))
 
 
 def test_a_line_has_no_more_turns_for_a_ticket_that_is_gone() -> None:
@@ -82,8 +82,8 @@ def test_a_line_has_no_more_turns_for_a_ticket_that_is_gone() -> None:
         def versions(self, _: str) -> list[Version]:
             return []
 
-    ticket = _Ticket(cast("Backend", Empty()), "slipway-turns.demo", "3")
-    with pytest.raises(PromotionError, match="the turn to promote was lost"):
+    ticket = _Ticket(cast("RegistryBackend", Empty()), "slipway-turns.demo", "3")
+    with pytest.raises(PromotionError, match="the promotion lock was lost"):
         ticket.check()
     with pytest.raises(PromotionError, match="another promoter took this one for dead"):
         ticket.wait(print)
@@ -94,7 +94,7 @@ def test_a_registry_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/file/mlflow.db"
     with pytest.raises(TrackingError, match=r"`.*mlflow\.db` can't be made: "):
         prepare(uri)
-    with pytest.raises(TrackingError, match=r"can't promote: `.*`: "), turn(uri, "demo-awq", print):
+    with pytest.raises(TrackingError, match=r"can't promote: `.*`: "), hold_promotion_lock(uri, "demo-awq", print):
         pass
 
 
@@ -159,11 +159,12 @@ def test_a_broken_trail_moves_no_alias(signing_key: SigningKey) -> None:
             "moves": [], "who": "ann", "when": "now", "why": "by hand", "prior": f"sha256:{'0' * 64}",
         },
     }  # fmt: skip
-    entry = Entry.model_validate(document["entry"])
+    entry = JournalEntry.model_validate(document["entry"])
     signature = base64.b64encode(signing_key.sign(entry.payload(), kind=PAYLOAD_TYPE).to_bytes()).decode()
     tags = {f"{journal.PREFIX}000002": json.dumps({**document, "signature": signature})}
     with pytest.raises(PromotionError, match="no alias of `demo-awq` was moved: entry 1 of the audit trail is missing"):
-        journal.act(
-            Turn(), cast("Backend", None), Line("demo-awq", {}, tags), action="promote", version="1", digest="d",
+        journal.record_and_move(
+            PromotionLock(), cast("RegistryBackend", None), Line("demo-awq", {}, tags), action="promote", version="1",
+            digest="d",
             moves={}, who=None, why="w", key=None, trusted=[signing_key.public],
         )  # fmt: skip
