@@ -166,7 +166,7 @@ def suites() -> str:
             rows.append(f"| `{task}` | {limits.get('tier', 'critical')} | {limit} | {items} |")
         parts.append("\n".join(rows))
     for name in traffic.names():
-        profile = traffic.load(name)
+        profile = traffic.read_profile(name)
         limits = ", ".join(f"`{key}` {value:g}" for key, value in profile.slo.limits().items())
         parts += [f"## Profile `{name}`", one_line(profile.description)]
         parts.append(

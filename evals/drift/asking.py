@@ -1,4 +1,4 @@
-"""Asking one checkpoint a suite's questions, in a worker: of a server that is started for it, or of lm-eval itself."""
+"""Ask one checkpoint a suite's questions in a worker: through a server that is started for it, or in lm-eval itself."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict
 
 from containers.sandbox.engine_log import Failure
 from containers.sandbox.sandbox import Server
@@ -19,8 +19,9 @@ from evals.drift.answers import Answers, read_answers
 from evals.drift.divergence import FILE as TOP
 from evals.drift.limits import DivergenceLimits
 from evals.drift.overlap import pooled
-from evals.drift.suite import AskedTasks
+from evals.drift.suite import AskedTasks, Question
 from evals.errors import AnswersError
+from evals.workers import RunWorker
 from registry.atomic_write import write_atomically
 from registry.progress import Progress
 
@@ -30,26 +31,56 @@ SERVED = "vllm-served"
 RUNS = "runs.npz"
 _POLL_SECONDS = 0.5
 
-RunWorker = Callable[[str, Path, Mapping[str, Any], Path], dict[str, Any]]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Serving:
-    """A server that is being started: where its URL appears, the model's name there, its image, and what it is."""
+class _Request(BaseModel):
+    model_config = ConfigDict(frozen=True)
 
-    address: Path
+
+class StartingServer(_Request):
+    """A server that is being started: the file in which its URL appears, the model's name, its image and its engine."""
+
+    address: str
     name: str
     image: str
     engine: Mapping[str, str | int]
 
 
-@dataclass(frozen=True)
-class Hub:
-    """Where lm-eval's own tasks find their data, and where it is kept."""
+class HubAccess(_Request):
+    """The hub from which lm-eval's own tasks download their data, and the folder in which it is kept."""
 
     endpoint: str
-    cache: Path
+    cache: str
+
+
+class SuiteRequest(_Request):
+    """The suite that is asked."""
+
+    name: str
+    digest: str
+    seed: int
+
+
+class TaskRequest(Question):
+    """One task of the suite; ``data`` is the file of one of our tasks."""
+
+    data: Path | None
+
+
+class AnswersRequest(_Request):
+    """The request to the worker `evals.drift.answer`, which says what each key means."""
+
+    model: Path
+    output: Path
+    suite: SuiteRequest
+    tasks: Mapping[str, TaskRequest]
+    part: tuple[float, float]
+    divergence: DivergenceLimits | None
+    again: int
+    device: str | None
+    hub: HubAccess | None
+    server: StartingServer | None
 
 
 def ask(
@@ -61,11 +92,11 @@ def ask(
     scratch: Path,
     progress: Progress,
     device: str | None = None,
-    serving: Serving | None = None,
+    serving: StartingServer | None = None,
     part: tuple[float, float] = (0.0, 1.0),
     divergence: DivergenceLimits | None = None,
     again: int = 0,
-    hub: Hub | None = None,
+    hub: HubAccess | None = None,
 ) -> Answers:
     """Let ``checkpoint`` answer a suite and write ``answers.json`` and what goes with it into ``output``.
 
@@ -75,11 +106,11 @@ def ask(
         output: an empty folder.
         run_worker: runs the worker.
         scratch: an existing folder for the worker's own files.
-        progress: told what is under way.
+        progress: called with a line for each step.
         device: ``cpu`` or ``cuda`` for lm-eval's HF backend; without one, the machine's best.
         serving: the server to ask, in place of that backend.
         part: from which share of each task to which; see `evals.statistics.sequential`.
-        divergence: what to keep of next-token distributions.
+        divergence: which next-token distributions to keep.
         again: how many items of each graded task to ask twice.
         hub: where lm-eval's own tasks find their data.
 
@@ -87,36 +118,33 @@ def ask(
         AnswersError: if the worker left answers that cannot be read.
     """
     progress(f"asking {', '.join(sorted(asked.tasks))} of {checkpoint.name}")
-    request = {
-        "model": checkpoint,
-        "output": output,
-        "suite": {"name": asked.name, "digest": asked.digest, "seed": asked.seed},
-        "tasks": {name: {**task.question(name), "data": task.data} for name, task in sorted(asked.tasks.items())},
-        "part": list(part),
-        "divergence": None if divergence is None else divergence.model_dump(mode="json"),
-        "again": again,
-        "device": device,
-        "hub": _hub(asked, hub),
-        "server": None
-        if serving is None
-        else {
-            "address": str(serving.address),
-            "name": serving.name,
-            "image": serving.image,
-            "engine": dict(serving.engine),
+    ours = all(task.is_ours(name) for name, task in asked.tasks.items())
+    request = AnswersRequest(
+        model=checkpoint,
+        output=output,
+        suite=SuiteRequest(name=asked.name, digest=asked.digest, seed=asked.seed),
+        tasks={
+            name: TaskRequest(**task.question(name).model_dump(), data=task.data)
+            for name, task in sorted(asked.tasks.items())
         },
-    }
-    run_worker(ENVIRONMENT, WORKER, request, scratch)
+        part=part,
+        divergence=divergence,
+        again=again,
+        device=device,
+        hub=None if ours else hub,
+        server=serving,
+    )
+    run_worker(ENVIRONMENT, WORKER, request.model_dump(), scratch)
     return read_answers(output)
 
 
 def while_serving(serve: Callable[[], AbstractContextManager[Server]], address: Path, asking: Callable[[], T]) -> T:
-    """Start ``asking`` and the server beside each other, hand over the server's URL in ``address``, return the answer.
+    """Start ``asking`` and the server at the same time, write the server's URL to ``address``, and return the answer.
 
-    Importing lm-eval and reading the questions take as long as half a server's start, and need none of it.
+    Importing lm-eval and reading the questions take half as long as the start of a server, and do not need it.
 
     Raises:
-        AnswersError: the server died or failed while it was asked; says why.
+        AnswersError: the server died or failed during the evaluation; the message says why.
     """
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(asking)
@@ -224,9 +252,3 @@ def overlapping(answers: Answers, folder: Path, calibration: Iterable[str]) -> d
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise AnswersError(f"{path} cannot be read ({error}): evaluate the model again") from error
     return found
-
-
-def _hub(asked: AskedTasks, hub: Hub | None) -> dict[str, str] | None:
-    if hub is None or all(task.is_ours(name) for name, task in asked.tasks.items()):
-        return None
-    return {"endpoint": hub.endpoint, "cache": str(hub.cache)}

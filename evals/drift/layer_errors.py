@@ -1,17 +1,37 @@
-"""Measuring each layer's error in a worker, in the environment that asks questions."""
+"""Measure each layer's error in a worker, in the environment that asks questions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from evals.drift.pairs import Layer
+from evals.errors import AnswersError
+from evals.workers import RunWorker
 
 ENVIRONMENT = "lm-eval"
 WORKER = Path(__file__).with_name("layers.py")
 
-RunWorker = Callable[[str, Path, Mapping[str, Any], Path], dict[str, Any]]
+
+class LayersRequest(BaseModel):
+    """The request to the worker `evals.drift.layers`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    source: Path
+    checkpoint: Path
+    texts: tuple[str, ...]
+    max_tokens: int
+
+
+class LayersResult(BaseModel):
+    """The result of the worker `evals.drift.layers`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    layers: tuple[Layer, ...]
 
 
 def measure_layers(
@@ -23,7 +43,16 @@ def measure_layers(
     run_worker: RunWorker,
     scratch: Path,
 ) -> list[Layer]:
-    """Return each quantized layer's relative output error on texts, in the network's order (`evals.drift.layers`)."""
-    request = {"source": source, "checkpoint": checkpoint, "texts": list(texts), "max_tokens": max_tokens}
-    found = run_worker(ENVIRONMENT, WORKER, request, scratch)
-    return [Layer.model_validate(layer) for layer in found["layers"]]
+    """Return each quantized layer's relative output error on texts, in the network's order (`evals.drift.layers`).
+
+    Raises:
+        AnswersError: the worker's result does not have the expected form.
+    """
+    request = LayersRequest(source=source, checkpoint=checkpoint, texts=tuple(texts), max_tokens=max_tokens)
+    found = run_worker(ENVIRONMENT, WORKER, request.model_dump(), scratch)
+    try:
+        return list(LayersResult.model_validate(found).layers)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise AnswersError(f"the result of the layers' worker is not valid: `{place}`: {first['msg']}") from error

@@ -60,7 +60,7 @@ class Example(_Frozen):
     candidate: str
 
 
-class Lengths(_Frozen):
+class AnswerLengths(_Frozen):
     """Tokens that the two wrote over the same items."""
 
     baseline: Count
@@ -88,7 +88,7 @@ class ChoicePairs(_Frozen):
     lost_at: tuple[Count, ...] = ()
     gained_at: tuple[Count, ...] = ()
     groups: Mapping[str, Group] = {}
-    lengths: Lengths | None = None
+    lengths: AnswerLengths | None = None
     again: Again | None = None
     examples: tuple[Example, ...] = ()
     overlapping: tuple[str, ...] = ()
@@ -309,13 +309,13 @@ def _groups(whole: Sequence[tuple[Graded, Graded]], lost: Sequence[int], gained:
     }
 
 
-def _lengths(whole: Sequence[tuple[Graded, Graded]]) -> Lengths | None:
+def _lengths(whole: Sequence[tuple[Graded, Graded]]) -> AnswerLengths | None:
     written = [
         (a.tokens, b.tokens) for a, b in whole if isinstance(a, GeneratedAnswer) and isinstance(b, GeneratedAnswer)
     ]
     if not written:
         return None
-    return Lengths(baseline=sum(a for a, _ in written), candidate=sum(b for _, b in written))
+    return AnswerLengths(baseline=sum(a for a, _ in written), candidate=sum(b for _, b in written))
 
 
 def _chosen(lost: Sequence[int], gained: Sequence[int]) -> list[tuple[int, bool]]:

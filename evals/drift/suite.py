@@ -30,6 +30,19 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Question(_Frozen):
+    """What determines the question of a task: everything but the limits, the tier and what plans need."""
+
+    task: str
+    ours: bool
+    items: int | None
+    metric: str | None
+    filter: str | None
+    fewshot: int | None
+    chat_template: bool
+    metadata: Mapping[str, str]
+
+
 class TaskLimits(_Frozen):
     """One task: what it asks, how, how much its answer counts, and the loss that may pass."""
 
@@ -76,12 +89,18 @@ class TaskLimits(_Frozen):
         """Whether the task is one of ``evals/drift/tasks``, over a file of data."""
         return self.data is not None or (self.task or name) in task_names()
 
-    def question(self, name: str) -> dict[str, Any]:
-        """Return what determines the question: everything but the limits, the tier and what is there for plans."""
-        asked = self.model_dump(
-            mode="json", include={"items", "metric", "filter", "fewshot", "chat_template", "metadata"}
+    def question(self, name: str) -> Question:
+        """Return what determines the question."""
+        return Question(
+            task=self.task or name,
+            ours=self.is_ours(name),
+            items=self.items,
+            metric=self.metric,
+            filter=self.filter,
+            fewshot=self.fewshot,
+            chat_template=self.chat_template,
+            metadata=self.metadata,
         )
-        return {"task": self.task or name, "ours": self.is_ours(name), **asked}
 
 
 class Suite(_Frozen):
@@ -163,7 +182,7 @@ class AskedTasks(_Frozen):
     @property
     def digest(self) -> str:
         """``sha256:…`` of what is asked, as it is defined: tasks, templates, few-shot, seed, items; not of the data."""
-        asked = {name: task.question(name) for name, task in sorted(self.tasks.items())}
+        asked = {name: task.question(name).model_dump(mode="json") for name, task in sorted(self.tasks.items())}
         for question in asked.values():
             if question["ours"]:
                 definition = TASKS / f"{question['task']}.yaml"

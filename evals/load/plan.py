@@ -109,8 +109,8 @@ class LoadPlan(Changes):
             given = {str(name): {} for name in given}
         for name in given if isinstance(given, Mapping) else ():
             try:
-                profiles.load(str(name))
-            except profiles.ProfileError as error:
+                profiles.read_profile(str(name))
+            except profiles.TrafficProfileError as error:
                 raise ValueError(str(error)) from error
         return given
 
@@ -122,7 +122,7 @@ class LoadPlan(Changes):
     @property
     def traffic(self) -> list[TrafficProfile]:
         """The profiles as they are to be sent, each with its limits: the profile's own, the plan's, its section's."""
-        return [own.applied(self.applied(profiles.load(name))) for name, own in self.profiles.items()]
+        return [own.applied(self.applied(profiles.read_profile(name))) for name, own in self.profiles.items()]
 
     @property
     def lifetime_s(self) -> float:

@@ -75,7 +75,9 @@ def answer(
         draft.notes["instruction_set"] = context.instruction_set
     address = draft.scratch / "address"
     serving = (
-        asking.Serving(address, context.spec.model, image, engine_of(context, checkpoint))
+        asking.StartingServer(
+            address=str(address), name=context.spec.model, image=image, engine=engine_of(context, checkpoint)
+        )
         if limits.engine == "served"
         else None
     )
@@ -92,7 +94,7 @@ def answer(
             part=part,
             divergence=limits.divergence if part[0] == 0 else None,
             again=limits.again if image == FP16 else 0,
-            hub=asking.Hub(context.settings.hub_endpoint, context.settings.home / "hub"),
+            hub=asking.HubAccess(endpoint=context.settings.hub_endpoint, cache=str(context.settings.home / "hub")),
         )
 
     def ask_all() -> None:

@@ -24,7 +24,7 @@ _Z95 = 1.6448536269514722
 Count = Annotated[int, Field(ge=1)]
 
 
-class ProfileError(EvaluationError):
+class TrafficProfileError(EvaluationError):
     """There is no such profile, or its file is wrong; the message lists what."""
 
 
@@ -189,20 +189,20 @@ def names(folder: Path = FOLDER) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-def load(name: str, folder: Path = FOLDER) -> TrafficProfile:
+def read_profile(name: str, folder: Path = FOLDER) -> TrafficProfile:
     """Read the profile ``name``.
 
     Raises:
-        ProfileError: there is none of that name, or its file is wrong.
+        TrafficProfileError: there is none of that name, or its file is wrong.
     """
     path = folder / f"{name}.yaml"
     known = names(folder)
     if name not in known:
-        raise ProfileError(f"no traffic profile `{name}`{suggestion(name, known)}")
+        raise TrafficProfileError(f"no traffic profile `{name}`{suggestion(name, known)}")
     try:
         return TrafficProfile.model_validate({**(yaml.safe_load(path.read_bytes()) or {}), "name": name})
     except ValidationError as error:
         told = "; ".join(f"`{'.'.join(map(str, each['loc']))}`: {each['msg']}" for each in error.errors())
-        raise ProfileError(f"{path.name}: {told}") from error
+        raise TrafficProfileError(f"{path.name}: {told}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ProfileError(f"{path.name} is no YAML: {' '.join(str(error).split())}") from error
+        raise TrafficProfileError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}") from error

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from evals.drift import planning
 from evals.drift.drift_gate import is_clear, judge
 from evals.drift.limits import DriftLimits
-from evals.drift.pairs import ChoicePairs, DocumentPair, Drift, Group, Lengths, TextPairs
+from evals.drift.pairs import AnswerLengths, ChoicePairs, DocumentPair, Drift, Group, TextPairs
 from evals.drift.suite import SUITES, load_suite, suite_names
 from evals.errors import SuiteError
 
@@ -155,7 +155,7 @@ def test_an_improvement_beyond_five_points_is_suspicious() -> None:
 @pytest.mark.parametrize(("tokens", "status"), [(950, "pass"), (1100, "pass"), (1101, "fail"), (899, "fail")])
 def test_what_is_written_must_be_about_as_long_as_fp16_s(tokens: int, status: str) -> None:
     asked = limits()
-    verdict = judge(drift(3, 2, asked, lengths=Lengths(baseline=1000, candidate=tokens)), asked)
+    verdict = judge(drift(3, 2, asked, lengths=AnswerLengths(baseline=1000, candidate=tokens)), asked)
     assert verdict.status == status
     assert verdict.metrics["cloze.length_ratio"] == tokens / 1000
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from evals.load.traffic.profile import Arrivals, Lengths, ProfileError, TrafficProfile, load, names
+from evals.load.traffic.profile import Arrivals, Lengths, TrafficProfile, TrafficProfileError, names, read_profile
 from evals.load.traffic.schedule import arrivals, plan
 
 
@@ -32,7 +32,7 @@ def test_the_profiles_that_the_documentation_names_are_there() -> None:
 
 @pytest.mark.parametrize("name", names())
 def test_a_profile_is_what_it_says(name: str) -> None:
-    profile = load(name)
+    profile = read_profile(name)
     made = plan(profile)
     due = [request.due_ms for request in made.requests]
     inputs = [request.input_tokens for request in made.requests]
@@ -59,7 +59,7 @@ def test_arrivals_follow_the_seed() -> None:
 
 
 def test_a_burst_has_ten_times_the_rate_of_the_quiet_around_it() -> None:
-    profile = load("burst").model_copy(update={"rate": 20.0})
+    profile = read_profile("burst").model_copy(update={"rate": 20.0})
     due = [request.due_ms / 1000 for request in plan(profile).requests]
     quiet = sum(at < 60 for at in due) / 60
     burst = sum(60 <= at < 75 for at in due) / 15
@@ -67,14 +67,14 @@ def test_a_burst_has_ten_times_the_rate_of_the_quiet_around_it() -> None:
 
 
 def test_shared_beginnings_come_from_few_texts() -> None:
-    made = plan(load("rag"))
+    made = plan(read_profile("rag"))
     assert len(made.prefix_tokens) == 12
     assert {request.prefix for request in made.requests} <= set(range(12))
-    assert plan(load("chat")).requests[0].prefix is None
+    assert plan(read_profile("chat")).requests[0].prefix is None
 
 
 def test_lognormal_lengths_have_the_median_and_the_p95_that_were_asked_for() -> None:
-    profile = load("chat").model_copy(
+    profile = read_profile("chat").model_copy(
         update={"rate": 100.0, "input_tokens": Lengths(median=200, p95=800, maximum=10**6, minimum=1)}
     )
     drawn = sorted(request.input_tokens for request in plan(profile).requests)
@@ -84,7 +84,7 @@ def test_lognormal_lengths_have_the_median_and_the_p95_that_were_asked_for() -> 
 
 @given(st.sampled_from(names()), st.integers(64, 8192))
 def test_traffic_is_shortened_to_a_context_and_never_lengthened(name: str, context: int) -> None:
-    profile = load(name)
+    profile = read_profile(name)
     fitted = profile.fitted(context)
     assert fitted.longest <= max(context - 8, 8)
     assert (fitted is profile) == (profile.longest <= context - 8)
@@ -119,16 +119,16 @@ def test_arrivals_that_can_not_be_are_refused(given_: dict[str, object]) -> None
 
 
 def test_a_name_that_is_nearly_right_is_answered_with_the_right_one() -> None:
-    with pytest.raises(ProfileError, match="did you mean `summarize`"):
-        load("sumarize")
+    with pytest.raises(TrafficProfileError, match="did you mean `summarize`"):
+        read_profile("sumarize")
 
 
 def test_a_wrong_file_is_told_by_its_key(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("description: x\nrate: 1\nsecond: 10\ninput_tokens: 4\noutput_tokens: 4\n")
-    with pytest.raises(ProfileError, match=r"mine\.yaml: .*`second`"):
-        load("mine", tmp_path)
+    with pytest.raises(TrafficProfileError, match=r"mine\.yaml: .*`second`"):
+        read_profile("mine", tmp_path)
 
 
 def test_a_profile_without_a_request_is_refused() -> None:
     with pytest.raises(ValidationError, match="not one request"):
-        TrafficProfile.model_validate({**dict(load("quick")), "rate": 0.01})
+        TrafficProfile.model_validate({**dict(read_profile("quick")), "rate": 0.01})
