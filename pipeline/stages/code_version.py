@@ -32,8 +32,10 @@ _CARRIERS = (
     *("pipeline.settings", "pipeline.resources", "pipeline.spec", "pipeline.store", "pipeline.workers"),
     *("pipeline.stages.stage", "pipeline.stages.context", "pipeline.stages.code_version"),
     # How files are locked, how an engine is reached, and who waits for which device.
-    *("registry.file_systems", "registry.file_locks", "registry.progress", "containers.engine"),
+    *("registry.file_systems", "registry.file_locks", "registry.atomic_write", "containers.engine"),
     *("containers.hardware.machine_locks", "containers.hardware.gpu_pool"),
+    # How work is reported, and what a misspelt key is answered.
+    *("registry.progress", "registry.suggestions"),
 )
 # Not followed from one module, because another part of the recipe covers it, or because it judges what is made.
 _COVERED = {
@@ -49,10 +51,11 @@ _COVERED = {
     "pipeline.stages.drift": ("evals.drift.drift_gate",),
     # What a stage reads of the image's record was written when the image was built, and the image is an input.
     "pipeline.stages.scan": ("pipeline.stages.image", "containers.scan.scan_gate"),
-    "pipeline.stages.load": ("pipeline.stages.image", "pipeline.planner.sources"),
-    # The verdicts are a parameter, and the load test is only drawn.
+    "pipeline.stages.load": ("pipeline.stages.image", "containers.image", "pipeline.planner.sources"),
+    # The verdicts are a parameter.
     "pipeline.stages.release": ("pipeline.stages.image", "pipeline.trust", "containers.scan.scan_gate"),
-    "evals.report.pictures": ("evals.load.load_test",),
+    # Reading measurements takes no server; the load test, which starts one, follows this itself.
+    "evals.load.measurements": ("containers.sandbox.sandbox",),
     # The profile's pins are in the recipe.
     "containers.image.gpu_compatibility": ("containers.image.profile",),
 }
