@@ -79,8 +79,8 @@ def bundle(
 @as_json
 def metrics(out: Path | None, *, as_json: bool) -> None:
     """Print what Prometheus should know: champions and rescans, runs, queue, verdicts, stages' seconds, store."""
-    from pipeline.operations.metrics import exposition, look  # noqa: PLC0415
     from pipeline.orchestration.instance import open_instance  # noqa: PLC0415
+    from pipeline.orchestration.metrics import exposition, look  # noqa: PLC0415
     from registry.atomic_write import write_atomically  # noqa: PLC0415
 
     settings = Settings.read()

@@ -46,7 +46,7 @@ def release(model: str, schemes: Sequence[str], *, as_json: bool) -> None:
     wanted = list(dict.fromkeys(schemes)) or list(spec.schemes)
 
     def look_ahead() -> dict[str, list[Event]]:
-        from pipeline.stages.unchanged import unchanged  # noqa: PLC0415 - takes a second to import, while the runs do too
+        from pipeline.orchestration.unchanged import unchanged  # noqa: PLC0415 - takes a second to import, while the runs do too
 
         sweep(settings)
         told = {scheme: events for scheme in wanted if (events := unchanged(spec, scheme, settings)) is not None}

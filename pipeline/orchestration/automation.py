@@ -34,10 +34,10 @@ from dagster import (
 
 from pipeline.errors import SpecError
 from pipeline.expected_errors import EXPECTED
-from pipeline.operations.metrics import champions
 from pipeline.operations.notifications import Notice, deliver, keep
 from pipeline.orchestration.instance import fail_orphaned_runs
 from pipeline.orchestration.jobs import RELEASE_JOB, release_job, rescan_job
+from pipeline.orchestration.metrics import champions
 from pipeline.orchestration.release import sweep
 from pipeline.orchestration.run_outcome import ending, findings
 from pipeline.orchestration.speed_job import speed_job

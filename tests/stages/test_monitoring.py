@@ -202,7 +202,7 @@ def test_prometheus_reads_vllm_and_the_gateway_and_judges_by_the_rules(
 
 
 def test_what_prometheus_reads_of_the_pipeline_is_its_format(tmp_path: Path) -> None:
-    from pipeline.operations.metrics import Metrics, exposition  # noqa: PLC0415
+    from pipeline.orchestration.metrics import Metrics, exposition  # noqa: PLC0415
 
     found = Metrics(
         champions=[{"release": NAME, "version": "3", "manifest_digest": "sha256:ab", "marked": True}],

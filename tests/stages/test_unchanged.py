@@ -12,13 +12,13 @@ import pytest
 from filled import FillingContext, Models, release
 
 from pipeline.orchestration.release import Event
+from pipeline.orchestration.unchanged import unchanged
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec
 from pipeline.stages import scan
 from pipeline.stages.context import StageContext
 from pipeline.stages.promotion import promote
 from pipeline.stages.table import BY_NAME
-from pipeline.stages.unchanged import unchanged
 from pipeline.store.materializations import MaterializationIndex
 from pipeline.trust import signing_key, trust_of
 from registry import promote_version, rollback

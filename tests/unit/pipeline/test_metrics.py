@@ -15,8 +15,8 @@ from dagster import (
 )
 from filled import Models
 
-from pipeline.operations.metrics import exposition, look
 from pipeline.operations.rescan import Mark
+from pipeline.orchestration.metrics import exposition, look
 from pipeline.stages.metadata import CACHED, SECONDS, VERDICT
 
 KEY = MultiPartitionKey({"model": "demo", "scheme": "gptq"})
