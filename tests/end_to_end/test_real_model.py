@@ -1,4 +1,4 @@
-"""A real model, SmolLM2-135M-Instruct, taken to a verdict in both schemes (`make test-long`)."""
+"""A real model, SmolLM2-135M-Instruct, released in both schemes (`make test-long`)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def spec(tmp_path: Path, machine: Settings) -> Path:
     return path
 
 
-def test_it_comes_to_a_verdict_in_both_schemes(
+def test_it_is_released_in_both_schemes(
     spec: Path, machine: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slipway = Slipway(make_home(tmp_path / "home", machine))
@@ -40,11 +40,10 @@ def test_it_comes_to_a_verdict_in_both_schemes(
     done = slipway("release", spec, "--json")
     with capsys.disabled():  # the README's figures
         print(done.stdout)
-    assert done.returncode in {0, 3}, done.stderr
+    assert done.returncode == 0, done.stderr
     releases = json.loads(done.stdout)["releases"]
     assert [entry["scheme"] for entry in releases] == ["awq", "gptq"]
     for entry in releases:
-        assert entry["outcome"] in {"promoted", "refused"}
+        assert entry["outcome"] == "promoted"
         gates = {gate["name"]: gate["status"] for gate in entry["gates"]}
-        assert gates["drift"] in {"pass", "fail"}
-        assert (entry["outcome"] == "promoted") == (gates["drift"] == gates.get("load") == "pass")
+        assert gates == {"drift": "pass", "scan": "inconclusive", "load": "pass"}
