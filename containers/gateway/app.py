@@ -24,10 +24,10 @@ _REFERENCE = "#/components/schemas/{model}"
 _REFUSALS: dict[int | str, str] = {
     400: "The request is wrong, or does not fit into the model's context or the key's limits",
     401: "No key, or none that is valid",
-    404: "There is no such model, or the key is not for it",
+    404: "Unknown model, or the key may not use it",
     408: "The request came too slowly",
     413: "The body is too large",
-    415: "The body is no plain JSON",
+    415: "The body is not plain JSON",
     422: "The engine can't process the request",
     429: "The key's limits are used up; see Retry-After",
     431: "The head is too large",
@@ -106,7 +106,7 @@ async def _refused(_: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     """A path or a method that is not on the list."""
     status = error.status_code if isinstance(error, HTTPException) else 500
-    words = {404: "there is no such path", 405: "this path does not take this method"}
+    words = {404: "unknown path", 405: "method not allowed on this path"}
     refusal = Refusal(
         status, {404: "not_found", 405: "method_not_allowed"}.get(status, "error"), words.get(status, "error")
     )

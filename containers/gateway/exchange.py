@@ -176,9 +176,7 @@ class Exchange(Response):
         if not meter.whole:
             account.code = "stream_broken"
             self._gateway.metrics.broken.labels(account.model).inc()
-            broken = Refusal(
-                502, "stream_broken", "the model's server broke off; what was sent is not the whole answer"
-            )
+            broken = Refusal(502, "stream_broken", "the model's server stopped during the answer, which is incomplete")
             await self._write(b"data: " + broken.body() + b"\n\n")
 
     async def _finish(self, opened: Opened) -> None:

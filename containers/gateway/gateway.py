@@ -87,9 +87,7 @@ class Gateway:
         """Return a model's replicas; ``Refusal`` 404 for a model that there is not, or not for this key."""
         pool = self.router.pools.get(model)
         if pool is None or not key.may_use(model):
-            raise Refusal(
-                404, "model_not_found", "there is no such model, or your key is not for it", parameter="model"
-            )
+            raise Refusal(404, "model_not_found", "unknown model, or your key may not use it", parameter="model")
         return pool
 
     def models(self, key: Key) -> ModelList:

@@ -160,7 +160,7 @@ def read(path: Path) -> tuple[Key, ...]:
     except FileNotFoundError:
         return ()
     except (OSError, ValidationError) as error:
-        raise ConfigurationError(f"{path} is no list of API keys ({type(error).__name__})") from error
+        raise ConfigurationError(f"{path} is not a list of API keys ({type(error).__name__})") from error
 
 
 def create(path: Path) -> None:

@@ -321,4 +321,6 @@ def _store() -> Iterator[None]:
         yield
     except (RedisError, StorageError, OSError) as error:
         log.warning("the store of limits does not answer: %s", type(error).__name__)
-        raise Refusal(503, "limits_unavailable", "limits can't be checked just now", retry_after=1) from error
+        raise Refusal(
+            503, "limits_unavailable", "limits can't be checked at the moment: try again", retry_after=1
+        ) from error

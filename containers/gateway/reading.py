@@ -88,7 +88,7 @@ def parsed(
     except ValidationError as error:
         problems = error.errors(include_url=False, include_input=False)
     if problems[0]["type"] == "json_invalid":
-        raise Refusal(400, "invalid_json", "the body is no JSON document, or nested too deeply")
+        raise Refusal(400, "invalid_json", "the body is not a JSON document, or is nested too deeply")
     known = [(_path(item), item) for item in problems]
     told = [
         f"unknown key `{path}`" if item["type"] == UNKNOWN_KEY else f"`{path or 'body'}`: {item['msg']}"
@@ -155,6 +155,6 @@ def check(opened: Opened, meter: StreamMeter) -> None:
     except ValueError:
         document = None
     if not isinstance(document, dict):
-        raise Refusal(502, "bad_answer", "the model's server sent no JSON")
+        raise Refusal(502, "bad_answer", "the model's server did not send JSON")
     if opened.status == httpx.codes.OK:
         meter.read(document)

@@ -56,9 +56,9 @@ class StreamMeter:
         try:
             document = json.loads(event[5:])
         except ValueError as error:
-            raise StreamError("an event that is no JSON") from error
+            raise StreamError("an event that is not JSON") from error
         if not isinstance(document, dict):
-            raise StreamError("an event that is no object")
+            raise StreamError("an event that is not an object")
         self.read(document)
         return bool(document.get("choices")) or "usage" not in document or not self.hide_usage
 

@@ -32,7 +32,7 @@ class PromptCounter:
             # The longest token's text in bytes: a prompt of more than context times this can't fit.
             self.longest = max(len(token.encode()) for token in self._tokenizer.get_vocab())
         except Exception as error:  # the library raises Exception itself
-            raise ConfigurationError(f"{folder} has no tokenizer that can be read: {error}") from error
+            raise ConfigurationError(f"{folder} has no readable tokenizer: {error}") from error
         self._folder = folder
 
     async def completion(self, prompt: Prompt, *, special: bool, most: int) -> int:

@@ -89,7 +89,7 @@ def _to_its_end(container: Container, what: str, progress: Progress, files: File
     if status != 0:
         if any(_is_full(line) for line in said):
             raise ImageError(_DISK_FULL)
-        raise ImageError(f"{what} could not be made: status {status}; last words: {_last(said)}")
+        raise ImageError(f"{what} could not be built: status {status}; last output: {_last(said)}")
 
 
 def taken(container: Container, path: str, *, what: str, skip: Sequence[str] = ()) -> Iterator[bytes]:
@@ -124,10 +124,10 @@ def explain(error: Exception, what: str) -> ImageError | EngineError:
         return ImageError(_DISK_FULL)
     plain = " ".join(text.split())[:300]
     if isinstance(error, docker.errors.APIError):
-        return ImageError(f"{what} could not be made: {plain}")
+        return ImageError(f"{what} could not be built: {plain}")
     return EngineError(
-        f"the container engine went away while {what} was made (`slipway doctor` says whether it runs; then run the "
-        f"same command again): {plain}"
+        f"the container engine stopped answering while {what} was built (check it with `slipway doctor`, then run "
+        f"the same command again): {plain}"
     )
 
 

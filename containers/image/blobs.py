@@ -54,7 +54,7 @@ class BlobStore:
     def path(self, digest: str) -> Path:
         """Where a blob is, or would be."""
         if not _DIGEST.fullmatch(digest):
-            raise ImageError(f"`{digest}` is no sha256 digest")
+            raise ImageError(f"`{digest}` is not a sha256 digest")
         return self.root / "blobs" / "sha256" / digest.removeprefix("sha256:")
 
     def has(self, digest: str, size: int) -> bool:

@@ -306,9 +306,9 @@ def serving_arguments(profile: RuntimeProfile, checkpoint: Path, served_name: st
     try:
         config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ImageError(f"{checkpoint} holds no readable config.json: it is no checkpoint") from error
+        raise ImageError(f"{checkpoint} has no readable config.json: it is not a checkpoint") from error
     if not any(checkpoint.glob("*.safetensors")):
-        raise ImageError(f"{checkpoint} holds no *.safetensors: it is no checkpoint")
+        raise ImageError(f"{checkpoint} has no *.safetensors: it is not a checkpoint")
     context = served_context(config)
     length = ("--max-model-len", str(context)) if context else ()
     # One precision for a model and all its schemes: left to themselves, FP16's answers come in what the model was

@@ -130,7 +130,7 @@ def _read(chunks: Iterable[bytes], name: str) -> View:
             tuple(layers[layer] for layer in described["Layers"]),
         )
     except (tarfile.TarError, KeyError, ValueError, IndexError) as error:
-        raise ImageError(f"{name} is no whole archive of an image: {type(error).__name__} {error}") from error
+        raise ImageError(f"{name} is not a complete archive of an image: {type(error).__name__} {error}") from error
 
 
 def _layer(start: bytes, rest: Iterator[bytes]) -> tuple[str, Mapping[str, Entry]]:

@@ -27,7 +27,7 @@ CACHE_BYTES = "slipway.cache.bytes"
 HEADROOM = 0.2
 
 
-class GateError(ContainerError):
+class GpuError(ContainerError):
     """This machine's GPU can't run the image; the message names what is asked for and what there is."""
 
 
@@ -95,7 +95,7 @@ def check(client: docker.DockerClient, image: str, gpu: str | None) -> None:
     run where the driver is not seen from here (a remote engine).
 
     Raises:
-        GateError: naming each thing that is asked for, and what there is.
+        GpuError: naming each thing that is asked for, and what there is.
     """
     try:
         labels = client.images.get(image).labels or {}
@@ -106,10 +106,10 @@ def check(client: docker.DockerClient, image: str, gpu: str | None) -> None:
         return
     found = next((each for each in gpus() if gpu in {each.uuid, str(each.index)}), None)
     if found is None:
-        raise GateError(f"{needs.runtime} needs NVIDIA driver {needs.driver} or later, and NVML knows no GPU `{gpu}`")
+        raise GpuError(f"{needs.runtime} needs NVIDIA driver {needs.driver} or later, and NVML knows no GPU `{gpu}`")
     wrong = problems(needs, found)
     if wrong:
-        raise GateError("; ".join(wrong))
+        raise GpuError("; ".join(wrong))
 
 
 def _runs(kernels: str, capability: tuple[int, int]) -> bool:

@@ -92,7 +92,7 @@ def check(folder: Path) -> None:
     try:
         recorded: dict[str, str] = json.loads((folder / "packages.json").read_text())
     except (OSError, ValueError) as error:
-        raise ImageError(f"{folder} is no folder of fetched packages: remove it, and it is fetched again") from error
+        raise ImageError(f"{folder} is not a folder of fetched packages: remove it to fetch them again") from error
     found = _digests(folder)
     wrong = sorted(name for name in found.keys() | recorded.keys() if found.get(name) != recorded.get(name))
     if wrong:

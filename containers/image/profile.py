@@ -186,7 +186,7 @@ def stated(name: str, folder: Path = RUNTIMES) -> RuntimeProfile:
             f"no runtime `{name}`{suggestion(name, names(folder))} (profiles are in {folder})"
         ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ProfileError(f"{path.name} is no YAML: {' '.join(str(error).split())}") from error
+        raise ProfileError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ProfileError(f"{path.name} holds {type(content).__name__}, expected keys and values")
     try:

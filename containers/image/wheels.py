@@ -75,7 +75,7 @@ def check_wheels(profile: RuntimeProfile, folder: Path) -> None:
     try:
         recorded: dict[str, str] = json.loads((folder / "wheels.json").read_text())
     except (OSError, ValueError) as error:
-        raise WheelError(f"{folder} is no folder of fetched wheels: remove it, and it is fetched again") from error
+        raise WheelError(f"{folder} is not a folder of fetched wheels: remove it to fetch them again") from error
     found = _digests(folder)
     wrong = [
         f"`{name}` changed since it was fetched"
@@ -208,7 +208,7 @@ def _reason(output: list[str]) -> str:
     errors = [line.removeprefix("ERROR: ") for line in output if line.startswith("ERROR: ")]
     if errors:
         return errors[-1]
-    return output[-1] if output else "pip said nothing"
+    return output[-1] if output else "pip printed nothing"
 
 
 def _digests(folder: Path) -> dict[str, str]:

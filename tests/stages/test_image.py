@@ -297,7 +297,7 @@ def test_a_wheel_of_another_hash_is_named(tmp_path: Path) -> None:
 def test_a_failing_step_tells_its_last_words(engine: docker.DockerClient, base: str, tmp_path: Path) -> None:
     before = containers(engine)
     with (
-        pytest.raises(ImageError, match="the test could not be made: status 3; last words: the reason"),
+        pytest.raises(ImageError, match="the test could not be built: status 3; last output: the reason"),
         assembly.ran(engine, base, ["/bin/sh", "-c", "echo the reason; exit 3"], what="the test", home=tmp_path,
                      progress=print),
     ):  # fmt: skip

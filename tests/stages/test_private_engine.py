@@ -163,7 +163,7 @@ def test_an_engine_that_is_stopped_in_a_build_is_a_clear_error_and_the_next_buil
         base = lent(private, engine, tmp_path)
         stopper = threading.Timer(3, engines.stop, (lair, print))
         stopper.start()
-        with pytest.raises(ContainerError, match=r"^[^\n]*went away[^\n]*$"):
+        with pytest.raises(ContainerError, match=r"^[^\n]*stopped answering[^\n]*$"):
             step(private, base, tmp_path, "sleep", "600")
         stopper.join()
     with contextlib.closing(engines.ensure(None, lair, print)) as private:

@@ -13,7 +13,7 @@ import pytest
 from containers.hardware.gpu import Gpu
 from containers.hardware.gpu_models import find_gpu
 from containers.image import gpu_compatibility, profile
-from containers.image.gpu_compatibility import GateError, Needs, check, labels_of, needs_of, problems
+from containers.image.gpu_compatibility import GpuError, Needs, check, labels_of, needs_of, problems
 from containers.sandbox import sandbox
 
 GIB = 2**30
@@ -51,7 +51,7 @@ def test_driver_580_on_a_host_with_550_is_refused_by_name_and_number_before_a_co
     labels = {**labels_of(profile.load("vllm-cuda13")), gpu_compatibility.RUNTIME: "vllm-cuda13"}
     started: list[str] = []
     with (
-        pytest.raises(GateError, match=r"vllm-cuda13 needs NVIDIA driver 580\.65\.06 or later, and this host has 550"),
+        pytest.raises(GpuError, match=r"vllm-cuda13 needs NVIDIA driver 580\.65\.06 or later, and this host has 550"),
         sandbox.serve(client(labels, started), "sha256:image", name="x", home=tmp_path, memory_bytes=GIB, gpu="GPU-1",
                       progress=print),
     ):  # fmt: skip
@@ -67,7 +67,7 @@ def test_cuda_12_runs_where_cuda_13_does_not() -> None:
 
 @pytest.mark.usefixtures("nvml")
 def test_a_gpu_that_is_not_there_is_named() -> None:
-    with pytest.raises(GateError, match="NVML knows no GPU `7`"):
+    with pytest.raises(GpuError, match="NVML knows no GPU `7`"):
         check(client(labels_of(profile.load("vllm-cuda13")), []), "image", "7")
 
 

@@ -110,7 +110,7 @@ def test_an_engines_answer_is_an_object_and_meant_for_the_client(status: int, da
 
 @pytest.mark.parametrize(
     ("data", "why"),
-    [(b"data: {\n\n", "no JSON"), (b"data: [1]\n\n", "no object"), (b"x" * (1 << 21), "without an end")],
+    [(b"data: {\n\n", "not JSON"), (b"data: [1]\n\n", "not an object"), (b"x" * (1 << 21), "without an end")],
 )
 def test_an_engines_stream_is_one_of_json_events(data: bytes, why: str) -> None:
     with pytest.raises(StreamError, match=why):
@@ -130,7 +130,7 @@ def test_a_release_without_a_template_has_no_chat_and_one_that_refuses_is_heard(
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ConfigurationError, match="has no tokenizer that can be read"):
+    with pytest.raises(ConfigurationError, match="has no readable tokenizer"):
         PromptCounter(tmp_path)
 
 
@@ -178,7 +178,7 @@ def test_a_file_of_keys_is_changed_by_what_makes_sense_alone(tmp_path: Path) -> 
     with pytest.raises(ConfigurationError, match="there is no key `0`"):
         keys.revoke(file, "0")
     file.write_text('{"junk": 1}')
-    with pytest.raises(ConfigurationError, match="is no list of API keys"):
+    with pytest.raises(ConfigurationError, match="is not a list of API keys"):
         keys.add(file, "ann")
     assert file.read_text() == '{"junk": 1}'
 
