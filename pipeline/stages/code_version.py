@@ -137,8 +137,8 @@ class _Reading:
     def visit(self, node: ast.AST) -> None:
         """Read a node and what is in it."""
         kind = type(node)
-        if kind in _DOCUMENTED and _has_docstring(node):
-            del node.body[0]  # type: ignore[attr-defined]
+        if kind in _DOCUMENTED:
+            node.body = [each for each in node.body if not _is_docstring(each)]  # type: ignore[attr-defined]
         elif kind is ast.If and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":  # type: ignore[attr-defined]
             node.body = []  # type: ignore[attr-defined]
         elif kind in _NAMING:
@@ -162,9 +162,10 @@ class _Reading:
                 self.words.append(repr(value))
 
 
-def _has_docstring(node: ast.AST) -> bool:
-    match node.body:  # type: ignore[attr-defined]
-        case [ast.Expr(ast.Constant(str())), *_]:
+def _is_docstring(statement: ast.stmt) -> bool:
+    """Whether it is a text alone: of a module, a class or a function, or of the field above it."""
+    match statement:
+        case ast.Expr(ast.Constant(str())):
             return True
     return False
 

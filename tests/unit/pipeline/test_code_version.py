@@ -41,7 +41,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             "evals/json.py": "SHADOWED = 1\n",
             "evals/gate.py": "def judge(): ...\n",
             "evals/data/tasks/cloze.yaml": "items: 1\n",
-            "registry/seal.py": "def seal():\n    return 1\n",
+            "registry/seal.py": "class Seal:\n    size: int\n\ndef seal():\n    return 1\n",
         },
     )
     yield tmp_path
@@ -94,9 +94,10 @@ def test_a_change_in_a_data_file_changes_the_version(project: Path) -> None:
     [
         lambda text: f'"""What it is for."""\n# and why\n{text}',
         lambda text: text.replace("seal():", 'seal():\n    """Sign."""\n'),
+        lambda text: text.replace("size: int", 'size: int\n    """In bytes."""'),
         lambda text: text.replace("return 1", "return (  # one\n        1\n    )"),
     ],
-    ids=["a module's docstring", "a function's docstring", "a comment and another layout"],
+    ids=["a module's docstring", "a function's docstring", "a field's docstring", "a comment and another layout"],
 )
 def test_comments_docstrings_and_layout_change_nothing(project: Path, change: Callable[[str], str]) -> None:
     before = code_version("pipeline.stage")
