@@ -17,6 +17,7 @@ from containers.kubernetes.cluster import Cluster
 from containers.scan.evidence import ScanEvidence
 from evals.drift.pairs import Drift
 from evals.drift.suite import load_suite, suite_names
+from evals.load.evidence import LoadEvidence
 from evals.load.traffic import profile as traffic
 from pipeline.spec import ModelSpec
 from pipeline.workers.launchers import placement
@@ -129,6 +130,7 @@ EVIDENCE: Mapping[str, type[BaseModel]] = {
     "manifest": Manifest,
     "drift": Drift,
     "scan": ScanEvidence,
+    "load": LoadEvidence,
     "image": ImageRecord,
 }
 
