@@ -58,10 +58,13 @@ class Browser:
         """Wait until the page that is shown within the page has the text."""
         expect(self.page.frame_locator("iframe").get_by_text(text).first).to_be_visible()
 
-    def picture(self, name: str, *, documented: str | None = None) -> None:
-        """Keep what is shown; and, where `make docs-pictures` asks for it, as one of the documentation's pictures."""
+    def picture(self, name: str, *, documented: str | None = None, part: str | None = None) -> None:
+        """Keep what is shown, or a part of it; where `make docs-pictures` asks for it, for the documentation too."""
         path = self.folder / f"{name}.png"
-        self.page.screenshot(path=path)
+        if part is None:
+            self.page.screenshot(path=path)
+        else:
+            self.page.locator(part).first.screenshot(path=path)
         assert path.stat().st_size > 10_000  # nothing is this small but an empty page
         if documented is not None and PICTURES in os.environ:
             Image.open(path).quantize(128).save(Path(os.environ[PICTURES]) / f"{documented}.png", optimize=True)

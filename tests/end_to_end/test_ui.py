@@ -71,7 +71,7 @@ def reads_what_was_made(browser: Browser) -> None:
     # In MLflow, from the asset itself and from its version.
     browser.follows("release/report.html")
     browser.reads("let through in writing")
-    browser.picture("4-report", documented="report")
+    browser.picture("4-report", documented="report", part="iframe")
     browser.open("/assets/release?partition=demo%7Cgptq")
     browser.follows("/#/models/demo-gptq/versions/")
     browser.sees("The report")
