@@ -13,6 +13,7 @@ import commands
 import files
 import folders
 import settings
+
 import stages
 
 DOCS = Path(__file__).resolve().parent.parent

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filled import FillingContext, Models, release
-from hub_server import REPOSITORY, StandInHub, serving
 
 from homes import DEMO, Slipway, make_home
 from pipeline.settings import Settings
 from pipeline.stages.promotion import promote
 from ui_server import PATIENCE_SECONDS, RUNS, Ui, processes_of
 from ui_server import REPOSITORY as LOCATION
+from unit.pipeline.filled import FillingContext, Models, release
+from unit.pipeline.hub_server import REPOSITORY, StandInHub, serving
 from webhook_server import Webhook, listening
 
 NEWER = "89abcdef0123456789abcdef0123456789abcdef"

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from demo_checkpoints import Checkpoint, make_checkpoint, read_checkpoint
 from real_server import AWS, BUCKET, s3_server
 
 from pipeline.quantization.quantize import Scheme
 from pipeline.settings import Settings
 from registry.objects import ObjectStore
 from shared import made_once
+from stages.demo_checkpoints import Checkpoint, make_checkpoint, read_checkpoint
 
 
 @pytest.fixture(scope="module")

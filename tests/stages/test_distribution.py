@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from loopback_registry import serving
 
 from containers.errors import ImageError
 from containers.image import base as bases
@@ -17,6 +16,7 @@ from containers.image.distribution import DistributionError, Registry, parse
 from containers.image.oci import OciImage
 from containers.scan import mlbom
 from registry.digests import digest_of
+from stages.loopback_registry import serving
 
 
 @pytest.fixture

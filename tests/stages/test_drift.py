@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from demo_checkpoints import Checkpoint
 
 from evals.drift.answers import Answers
 from evals.drift.asking import ask, overlapping
@@ -23,6 +22,7 @@ from pipeline.errors import WorkerFailed
 from pipeline.settings import Settings
 from pipeline.workers.runner import Workers
 from registry.verdict import Verdict
+from stages.demo_checkpoints import Checkpoint
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 LIMITS = DriftLimits.model_validate(

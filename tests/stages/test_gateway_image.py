@@ -19,9 +19,7 @@ import load_evidence
 import pytest
 import yaml
 from docker.models.containers import Container
-from loopback_registry import serving
 from release_folder import FILES, make_release
-from test_gateway import wait_until
 
 import upstreams
 from containers.engine.owner import ownership
@@ -33,6 +31,8 @@ from homes import Slipway, make_home
 from pipeline.settings import Settings
 from registry.promote import promote
 from registry.signing import load_or_create_key
+from stages.loopback_registry import serving
+from stages.test_gateway import wait_until
 
 NAME, MODEL = "demo-awq", "demo"
 # The bundle's securityContext, and the same in the engine's words.

@@ -17,7 +17,6 @@ import docker
 import httpx
 import pytest
 import yaml
-from loopback_registry import serving
 
 from containers.errors import ImageError, WheelError
 from containers.image import assembly, build, profile, runtime, wheels
@@ -28,6 +27,7 @@ from containers.scan.evidence import ScanEvidence
 from containers.scan.scan import in_engine, in_layout, scan
 from homes import FIRST_CALLS
 from pipeline.settings import Settings
+from stages.loopback_registry import serving
 
 DEMO = Path(__file__).parents[2] / "models" / "demo" / "model"
 COMPARED = ("image_id", "os", "packages", "sbom_components", "counts", "secrets")

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from dagster import DagsterRunStatus
 from real_server import free_port, postgres
-from test_instance import carry, end, holders, start_run
 
 from pipeline.errors import SettingsError
 from pipeline.orchestration.instance import fail_orphaned_runs, open_instance
 from pipeline.settings import Settings
+from unit.pipeline.test_instance import carry, end, holders, start_run
 
 pytestmark = pytest.mark.usefixtures("instance_variables")
 

@@ -16,7 +16,6 @@ import pytest
 import yaml
 from kubernetes_api import NAMESPACE, TOKEN, Api, kubernetes_api
 from real_server import AWS, BUCKET, s3_server
-from test_ray import ENVIRONMENT, RUN, SLEEPS, wait_for, write
 from worker_processes import wait_until_gone
 
 from checkout import CHECKOUT
@@ -30,6 +29,7 @@ from pipeline.workers.launchers.task import Task
 from pipeline.workers.runner import Workers
 from registry.manifest import FileRecord
 from registry.progress import Progress
+from stages.test_ray import ENVIRONMENT, RUN, SLEEPS, wait_for, write
 
 IMAGE = "registry.example/slipway-worker@sha256:" + "a" * 64
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from loopback_registry import serving
 
 from containers.errors import ProfileError
 from containers.image import profile
@@ -15,6 +14,7 @@ from containers.image.distribution import DistributionError, Registry
 from containers.image.locking import lock
 from containers.image.oci import OciImage
 from pipeline.settings import Settings
+from stages.loopback_registry import serving
 
 PROFILE = {
     "python": "python3.11", "platform": "x86_64-manylinux_2_36", "lock": "small.txt", "torch": "2.13.0",

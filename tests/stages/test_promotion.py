@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from release_evidence import Made, settings_of
-
 from pipeline.stages.promotion import promote
 from pipeline.stages.run import run
 from pipeline.stages.table import RELEASE
+from unit.pipeline.release_evidence import Made, settings_of
 
 
 def test_the_first_promotion_says_promoted_and_the_same_again_up_to_date(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from demo_checkpoints import Checkpoint, make_checkpoint
 
 from containers.hardware.gpu import gpus
 from homes import DEMO
@@ -19,6 +18,7 @@ from pipeline.quantization.quantize import Scheme, quantize
 from pipeline.settings import Settings
 from pipeline.workers.runner import Workers
 from registry.digests import digest_file
+from stages.demo_checkpoints import Checkpoint, make_checkpoint
 
 AWQ = {"method": "awq", "backend": "autoawq", "group_size": 64}
 GPTQ = {"method": "gptq", "backend": "gptqmodel", "group_size": 64}

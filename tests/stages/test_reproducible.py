@@ -13,7 +13,6 @@ from pathlib import Path
 
 import docker
 import pytest
-from test_image import DEMO, cut_down
 
 from containers.engine.engine import install_packages
 from containers.image import build, profile
@@ -21,6 +20,7 @@ from containers.image.base import ensure_base
 from containers.scan.trivy import engine_variables
 from homes import SLIPWAY
 from pipeline.settings import Settings
+from stages.test_image import DEMO, cut_down
 
 BUILD = """
 import getpass, json, os, sys, time

@@ -12,10 +12,7 @@ from typing import Any
 import docker
 import pytest
 import yaml
-from release_evidence import SCAN
 from release_folder import FILES, make_release
-from synthetic_image import make_image
-from trivy_db.make_trivy_db import write_database
 
 from containers.scan.evidence import Secret
 from containers.scan.scan import in_engine, scan
@@ -27,6 +24,9 @@ from registry import catalog
 from registry.promote import promote
 from registry.pull import read_metadata
 from registry.signing import load_or_create_key, load_trusted_keys, public_path
+from stages.synthetic_image import make_image
+from stages.trivy_db.make_trivy_db import write_database
+from unit.pipeline.release_evidence import SCAN
 
 ADVISORIES: list[dict[str, Any]] = json.loads((Path(__file__).parent / "trivy_db" / "advisories.json").read_text())
 # What was known on the day of the release: an unfixed LOW, and things that are not in the image.

@@ -10,7 +10,6 @@ from pathlib import Path
 import docker
 import pytest
 from release_folder import make_release
-from synthetic_image import make_image
 
 from homes import make_home
 from pipeline.operations import retention
@@ -23,6 +22,7 @@ from registry.promote import promote
 from registry.retention import plan, remove
 from registry.signing import SigningKey, load_or_create_key
 from registry.tracking import connected, local_folder
+from stages.synthetic_image import make_image
 
 LATER = datetime.now(UTC) + timedelta(days=60)
 

@@ -15,10 +15,6 @@ from typing import Any
 
 import docker
 import pytest
-from loopback_registry import serving
-from synthetic_image import FILES, make_image
-from trivy_db.make_trivy_db import write_database
-from trivy_db.push_trivy_db import push_database
 
 from containers.errors import ScanError
 from containers.image.blobs import BlobStore
@@ -30,6 +26,10 @@ from containers.scan.policy import ScanPolicy
 from containers.scan.scan import ScanTarget, in_engine, in_layout, scan, scan_key, scan_sbom
 from containers.scan.scan_gate import judge, waived, warnings
 from containers.scan.trivy import TrivyError, database, find_trivy, update_database
+from stages.loopback_registry import serving
+from stages.synthetic_image import FILES, make_image
+from stages.trivy_db.make_trivy_db import write_database
+from stages.trivy_db.push_trivy_db import push_database
 
 ADVISORIES: list[dict[str, Any]] = json.loads((Path(__file__).parent / "trivy_db" / "advisories.json").read_text())
 # In two pieces, so that no scanner of this repository takes it for one.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from release_evidence import Made, settings_of
-
 from pipeline.stages.promotion import audit_trail, promote
 from pipeline.stages.run import run
 from pipeline.stages.table import RELEASE
@@ -13,6 +11,7 @@ from pipeline.store.artifacts import Artifact
 from pipeline.trust import signing_key, trust_of
 from registry import rollback
 from registry.catalog import current
+from unit.pipeline.release_evidence import Made, settings_of
 
 
 def sealed(made: Made, weights: bytes) -> Artifact:

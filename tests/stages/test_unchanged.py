@@ -9,7 +9,6 @@ from pathlib import Path
 
 import docker
 import pytest
-from filled import FillingContext, Models, release
 
 from pipeline.orchestration.release import Event
 from pipeline.orchestration.unchanged import unchanged
@@ -23,6 +22,7 @@ from pipeline.store.materializations import MaterializationIndex
 from pipeline.trust import signing_key, trust_of
 from registry import promote_version, rollback
 from registry.catalog import current
+from unit.pipeline.filled import FillingContext, Models, release
 
 
 class Released:

@@ -12,7 +12,6 @@ from typing import Any
 
 import docker
 import pytest
-from test_ray import ENVIRONMENT, RUN, wait_for, write
 
 from checkout import CHECKOUT
 from containers.engine.owner import home_digest
@@ -21,6 +20,7 @@ from pipeline.errors import WorkerFailed
 from pipeline.settings import Settings
 from pipeline.workers.launchers.configured import launcher
 from pipeline.workers.runner import Workers
+from stages.test_ray import ENVIRONMENT, RUN, wait_for, write
 
 Run = Callable[..., dict[str, Any]]
 

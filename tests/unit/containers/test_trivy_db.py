@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stages.trivy_db.make_trivy_db import write_database
 
 from containers.scan.trivy_db import DatabaseDamagedError, filled_buckets, read_database
+from stages.trivy_db.make_trivy_db import write_database
 
 
 def advisories(count: int = 1, target: str = "debian 12") -> list[dict[str, Any]]:

@@ -10,13 +10,13 @@ import itertools
 import numpy as np
 import pytest
 from scipy import stats
-from simulated import outcomes, p_values
 
 from evals.drift.drift_gate import judge
 from evals.drift.limits import DriftLimits
 from evals.drift.pairs import ChoicePairs, DocumentPair, Drift, TextPairs
 from evals.statistics.paired import Flips, clustered_drop_loss, drop_loss, increase_loss
 from evals.statistics.sequential import bounds
+from unit.evals.simulated import outcomes, p_values
 
 TRIALS = 2000
 RATE = 0.025  # beyond each end of an interval of 95%

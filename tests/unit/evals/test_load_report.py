@@ -6,13 +6,13 @@ from pathlib import Path
 
 import load_evidence
 import pytest
-import release_evidence
 
 from evals.load.comparison import ComparedScheme, ComparisonRow, incomparable, table
 from evals.load.evidence import FaultResult, LoadEvidence
 from evals.report import load_pictures
 from evals.report.load_report import section, write_comparison, write_page
 from registry.verdict import Verdict
+from unit.pipeline import release_evidence
 
 STEPS = [
     load_evidence.step(4, p95_latency_ms=60),

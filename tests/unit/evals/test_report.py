@@ -12,7 +12,6 @@ from xml.etree import ElementTree as ET
 
 import load_evidence
 import pytest
-import release_evidence
 
 from containers.scan.evidence import DatabaseUsed
 from evals.drift.answers import AskedSuite
@@ -26,6 +25,7 @@ from evals.report.pictures import StageTime
 from evals.report.report import ReportedRelease, ReportError, ReportEvidence, render, write
 from evals.report.svg import Axis, Canvas, as_markdown, ticks
 from registry.verdict import Verdict
+from unit.pipeline import release_evidence
 
 chance = random.Random(2)
 

@@ -11,7 +11,6 @@ from typing import Any
 from unittest.mock import patch
 
 import yaml
-from release_evidence import DIGEST, IMAGE, LOAD, QUANTIZED_NOTES, SAMPLES, SCAN, drift_of
 
 from homes import DEMO
 from pipeline.settings import Settings
@@ -20,6 +19,7 @@ from pipeline.stages.context import StageContext
 from pipeline.stages.run import run
 from pipeline.stages.table import STAGES
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, Store
+from unit.pipeline.release_evidence import DIGEST, IMAGE, LOAD, QUANTIZED_NOTES, SAMPLES, SCAN, drift_of
 
 # What the stages leave behind, by stage; a release is sealed for real.
 _FILES: Mapping[str, Mapping[str, Any]] = {

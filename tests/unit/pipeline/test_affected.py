@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filled import _FILES, Models
-from hub_server import COMMIT, REPOSITORY, serving
-from release_evidence import SCAN
 
 from containers.scan import scan_gate
 from containers.scan.evidence import DatabaseUsed
@@ -24,6 +21,9 @@ from pipeline.stages import quantized, scan
 from pipeline.stages.affected import affected, moved_upstream, touched
 from pipeline.store.artifacts import Artifact
 from registry.backend import Version
+from unit.pipeline.filled import _FILES, Models
+from unit.pipeline.hub_server import COMMIT, REPOSITORY, serving
+from unit.pipeline.release_evidence import SCAN
 
 SCHEMES = {"gptq": {"method": "gptq", "backend": "gptqmodel", "bits": 4, "group_size": 64}}
 

@@ -23,8 +23,6 @@ from dagster import (
 )
 from dagster._core.definitions.schedule_definition import ScheduleExecutionData
 from dagster._core.definitions.sensor_definition import SensorExecutionData
-from filled import Models
-from hub_server import REPOSITORY, serving
 
 from homes import DEMO
 from pipeline.definitions import defs
@@ -33,6 +31,8 @@ from pipeline.orchestration.instance import open_instance
 from pipeline.orchestration.partitions import add_partitions
 from pipeline.sources.lock import Lock, LockedFile, write_lock
 from pipeline.spec import Automation, ModelSpec
+from unit.pipeline.filled import Models
+from unit.pipeline.hub_server import REPOSITORY, serving
 from webhook_server import listening
 
 # Dagster's own names of a partition's dimensions.

@@ -5,13 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import numpy as np
 import pytest
 
 from pipeline.errors import CheckpointError
 from pipeline.quantization.checkpoint import check
 from pipeline.quantization.quantize import Scheme
+from unit.pipeline import checkpoints
 
 LAYER = "model.layers.1.mlp.down_proj"
 

@@ -25,7 +25,6 @@ from dagster import (
 )
 from dagster._core.execution.api import create_execution_plan
 from dagster._core.execution.resources_init import get_required_resource_keys_to_init
-from release_evidence import Made, settings_of
 from sqlalchemy.exc import IntegrityError
 
 from homes import DEMO
@@ -39,6 +38,7 @@ from pipeline.spec import load
 from pipeline.stages.metadata import CACHED, SECONDS, WORKER_SECONDS
 from pipeline.stages.table import BY_NAME
 from pipeline.store.artifacts import Artifact
+from unit.pipeline.release_evidence import Made, settings_of
 
 KEY = MultiPartitionKey({"model": "demo", "scheme": "gptq"})
 

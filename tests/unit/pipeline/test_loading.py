@@ -8,7 +8,6 @@ from typing import Any
 
 import load_evidence
 import pytest
-import release_evidence
 import yaml
 from click.testing import CliRunner
 
@@ -29,6 +28,7 @@ from pipeline.stages.context import StageContext
 from pipeline.stages.load import measure
 from pipeline.store.artifacts import Artifact
 from registry.verdict import Status, Verdict
+from unit.pipeline import release_evidence
 
 GOING = TrafficProgress.model_validate({
     "purpose": "chat", "rate": 4.0, "phase": "load", "total": 480, "answered": 12, "errors": 0, "elapsed_s": 3.2,

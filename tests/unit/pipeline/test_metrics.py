@@ -13,11 +13,11 @@ from dagster import (
     MetadataValue,
     MultiPartitionKey,
 )
-from filled import Models
 
 from pipeline.operations.rescan import Mark
 from pipeline.orchestration.metrics import exposition, look
 from pipeline.stages.metadata import CACHED, SECONDS, VERDICT
+from unit.pipeline.filled import Models
 
 KEY = MultiPartitionKey({"model": "demo", "scheme": "gptq"})
 

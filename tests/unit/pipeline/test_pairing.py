@@ -8,7 +8,6 @@ from pathlib import Path
 from threading import Event
 
 import pytest
-from filled import FillingContext, FillingStore, Models
 
 from containers.hardware.cpu import INSTRUCTION_SETS
 from pipeline.errors import WorkerFailed
@@ -17,6 +16,7 @@ from pipeline.stages.table import BASELINE, DRIFT
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe
 from pipeline.workers.launchers.task import Ended, Task
 from pipeline.workers.runner import Workers
+from unit.pipeline.filled import FillingContext, FillingStore, Models
 
 
 @dataclass

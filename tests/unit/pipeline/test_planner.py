@@ -8,8 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-import checkpoints
-import hub_server
 import pytest
 from pydantic import ByteSize
 
@@ -44,6 +42,7 @@ from pipeline.spec import ModelSpec, Source, load
 from pipeline.stages.preflight import foresee
 from registry.manifest import Manifest
 from registry.pull import ReleaseMetadata
+from unit.pipeline import checkpoints, hub_server
 
 PUBLIC = json.loads((Path(__file__).parents[2] / "data" / "public_configurations.json").read_text())["models"]
 AWQ = Scheme(method="awq", backend="autoawq", group_size=128)

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from certificates import Signers
 from load_evidence import changed
-from release_evidence import DIGEST, IMAGE, LOAD, Made, settings_of
 
 from containers.image.distribution import DistributionError
 from pipeline.errors import StoreError
@@ -21,6 +20,7 @@ from pipeline.trust import trust_of
 from registry.errors import PromotionError, SigningError
 from registry.signing import load_trusted_keys
 from registry.verify import verify
+from unit.pipeline.release_evidence import DIGEST, IMAGE, LOAD, Made, settings_of
 
 
 @pytest.fixture

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import pytest
 from pydantic import ValidationError
 
 from pipeline.errors import CheckpointError, QuantizeError, UnsupportedModelError
 from pipeline.quantization.quantize import Scheme, backend_of, quantize
 from registry.errors import UntrustedFileError
+from unit.pipeline import checkpoints
 
 AWQ = {"method": "awq", "backend": "autoawq", "group_size": 32}
 GPTQ = {"method": "gptq", "backend": "gptqmodel", "group_size": 32}

@@ -6,7 +6,6 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import numpy as np
 import pytest
 from hypothesis import given
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from pipeline.compatibility.safetensors_headers import HeaderError, parse_header, read_bytes, read_header, read_model
+from unit.pipeline import checkpoints
 
 
 def put(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:

@@ -8,9 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import checkpoints
 import httpx2
-import hub_server
 import pytest
 from safetensors.numpy import save_file
 
@@ -20,6 +18,7 @@ from pipeline.sources import file_digests
 from pipeline.sources.hub import Hub, _check
 from pipeline.sources.lock import read_lock
 from pipeline.sources.source import ResolvedSource, hold_to_lock, pull, resolve, revision_of
+from unit.pipeline import checkpoints, hub_server
 
 URI = f"hf://{hub_server.REPOSITORY}"
 

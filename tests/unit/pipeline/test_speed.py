@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 from load_evidence import changed
-from release_evidence import LOAD
 
 from evals.load.evidence import LoadEvidence
 from pipeline.operations.load_tests import LoadTestResult
 from pipeline.operations.speed import Speed, slower
 from registry.verdict import Verdict
+from unit.pipeline.release_evidence import LOAD
 
 
 def measured(**shares: float) -> LoadEvidence:

@@ -6,12 +6,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from filled import FillingContext, Models
-from hub_server import COMMIT, REPOSITORY, serving
-
 from homes import DEMO
 from pipeline.stages.run import run, run_until
 from pipeline.stages.table import IMAGE, QUANTIZED, SOURCE
+from unit.pipeline.filled import FillingContext, Models
+from unit.pipeline.hub_server import COMMIT, REPOSITORY, serving
 
 
 def test_an_image_bears_the_commit_that_was_pulled_and_its_recipe_covers_its_labels(tmp_path: Path) -> None:
