@@ -13,7 +13,7 @@ VALUES = torch.arange(1, 16385, dtype=torch.float32)
 def is_exact() -> bool:
     """Whether the first logarithms of this process are those of twice the precision."""
     torch.set_num_threads(4)
-    return torch.allclose(torch.log(VALUES).double(), torch.log(VALUES.double()), rtol=1e-6)
+    return bool(torch.allclose(torch.log(VALUES).double(), torch.log(VALUES.double()), rtol=1e-6))
 
 
 if __name__ == "__main__":

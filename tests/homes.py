@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from containers.engine.engine import connect
 from containers.scan.trivy import engine_variables
@@ -23,6 +24,8 @@ FIRST_CALLS = Path(__file__).with_name("first_calls.py")
 OF_THE_MACHINE = {"SLIPWAY_LOCKS", "SLIPWAY_CPU_ISA"}
 # What `drift` is made of, each by a worker of its own.
 _PARTS = {"drift": ("answers", "candidate"), "layers": ("layers", "layers")}
+# A port of loopback that the engine chooses, which docker's types do not know.
+FREE_PORT: Any = ("127.0.0.1", None)
 SLIPWAY = str(Path(sys.executable).parent / "slipway")
 
 

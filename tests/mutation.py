@@ -124,10 +124,10 @@ def reaching(picked: Sequence[Check], copy: Path) -> dict[Check, list[str]]:
         sys.exit(f"the tests fail with no check broken:\n{ended.stdout}{ended.stderr}")
     found: dict[Check, dict[str, None]] = {check: {} for check in picked}
     for line in log.read_text().splitlines():
-        number, _, test = line.partition(" ")
+        reached, _, test = line.partition(" ")
         # Without its parameters; what is reached while tests are collected may matter to all.
         names = [test.partition("[")[0].partition(" ")[0]] if test else TESTS
-        found[picked[int(number)]].update(dict.fromkeys(names))
+        found[picked[int(reached)]].update(dict.fromkeys(names))
     return {check: list(tests) for check, tests in found.items()}
 
 

@@ -53,7 +53,7 @@ async def drive(
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=100, keepalive_expiry=4)
     async with httpx.AsyncClient(base_url=url, headers=head, timeout=120, limits=limits, trust_env=False) as client:
         started = time.monotonic()
-        tasks = []
+        tasks: list[asyncio.Future[Any]] = []
         for due, stream in dues:
             await asyncio.sleep(max(0.0, started + due - time.monotonic()))
             request = {**body, "stream": stream, "prompt": f"{body['prompt']} {len(tasks)}"}

@@ -28,7 +28,7 @@ _GROUP_OF = {file: group for group, files in GROUPS.items() for file in files}
 _RANK = {group: rank for rank, group in enumerate(GROUPS)}
 
 
-class ByGroup(LoadScopeScheduling):  # xdist's own groups do not work with pytest 9
+class ByGroup(LoadScopeScheduling):  # type: ignore[misc]  # it has no types; xdist's own groups do not work with pytest 9
     """Gives each group to one worker, in the order in which the tests were collected."""
 
     def _split_scope(self, nodeid: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 from registry.file_locks import locked
 
 
-def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """Return the folder that ``make`` filled for this run of pytest, in whichever of its workers.
 
     What a test changes in it, others see: read it, or copy it.

@@ -19,7 +19,7 @@ import yaml
 from docker.models.containers import Container
 
 from containers.engine.owner import home_digest
-from homes import DEMO, Slipway, forget
+from homes import DEMO, FREE_PORT, Slipway, forget
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def unchanged(slipway: Slipway, released: dict[str, Any], engine: docker.DockerC
 
 def containers(engine: docker.DockerClient, slipway: Slipway) -> list[str]:
     label = f"slipway.home={home_digest(slipway.home)}"
-    return [found.name for found in engine.containers.list(all=True, filters={"label": label})]
+    return [str(found.name) for found in engine.containers.list(all=True, filters={"label": label})]
 
 
 def test_the_demo_is_released_in_both_schemes(released: dict[str, Any]) -> None:
@@ -126,7 +126,7 @@ def test_what_is_pulled_verifies_and_serves(
         image,
         command=["--model", "/pulled", "--served-model-name", "m", "--port", "8000", "--enforce-eager"],
         volumes={str(folder): {"bind": "/pulled", "mode": "ro"}},
-        ports={"8000/tcp": ("127.0.0.1", None)},
+        ports={"8000/tcp": FREE_PORT},
         tmpfs={"/tmp": "exec"},  # noqa: S108 - inside the container
         read_only=True,
         shm_size="1g",

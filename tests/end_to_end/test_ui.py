@@ -131,9 +131,9 @@ def test_a_person_launches_watches_reads_and_backfills_in_a_browser(
     assert slipway.aliases()["demo-gptq"] == after
 
     # The command line beside it finds what the browser's runs made, and needs no run; where it does, that shows here.
-    for stage, more in ((None, 0), ("release", 1)):
-        if stage:
-            forget(slipway, stage)
+    for forgotten, more in ((None, 0), ("release", 1)):
+        if forgotten:
+            forget(slipway, forgotten)
         beside = json.loads(slipway("release", "demo", "--scheme", "gptq", "--json").stdout)
         assert [entry["outcome"] for entry in beside["releases"]] == [("up-to-date", "promoted")[more]]
         assert len(ui(RUNS)["runsOrError"]["results"]) == len(runs) + more

@@ -39,7 +39,8 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
     """(n, m) → (n * bits / 32, m): GPTQ's words."""
     parts = values.astype(np.uint32).reshape(-1, 32 // bits, values.shape[1])
     shifts = np.arange(0, 32, bits, dtype=np.uint32)[None, :, None]
-    return np.bitwise_or.reduce(parts << shifts, axis=1).view(np.int32)
+    packed: np.ndarray = np.bitwise_or.reduce(parts << shifts, axis=1)
+    return packed.view(np.int32)
 
 
 def pack_awq(values: np.ndarray) -> np.ndarray:
@@ -177,7 +178,7 @@ def refusals() -> list[str]:
             Worker()
         except RuntimeError as error:
             said.append(str(error))
-    sys.modules["slipway_kernels.packed"] = None  # type: ignore[assignment] - as if it could not be imported
+    sys.modules["slipway_kernels.packed"] = None  # type: ignore[assignment]  # as if it could not be imported
     try:
         load_general_plugins()
     except ImportError as error:

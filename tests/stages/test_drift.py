@@ -62,7 +62,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory, run_worker: Workers) -> Ask:
 
     def run(checkpoint: Path, limits: DriftLimits = LIMITS, **more: Any) -> Asked:  # noqa: ANN401 - as `ask` takes it
         output, scratch = tmp_path_factory.mktemp("answers"), tmp_path_factory.mktemp("scratch")
-        where = {"run_worker": run_worker, "scratch": scratch, "progress": print, "device": "cpu"}
+        where: dict[str, Any] = {"run_worker": run_worker, "scratch": scratch, "progress": print, "device": "cpu"}
         found = ask(checkpoint, limits, output, divergence=limits.divergence, **where, **more)
         return Asked(found, output)
 

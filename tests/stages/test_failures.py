@@ -110,7 +110,7 @@ def artifact(folder: Path, **documents: Any) -> Artifact:  # noqa: ANN401 - JSON
 def record(image: str) -> dict[str, Any]:
     told = dict.fromkeys(ImageRecord.model_fields, "none")
     numbers = {"size_bytes": 1, "model_bytes": 1, "port": 8000, "user": 65534, "pushed": False}
-    absent = {"minimum_cuda": None, "minimum_driver": None, "labels": {}, "layers": []}
+    absent: dict[str, Any] = {"minimum_cuda": None, "minimum_driver": None, "labels": {}, "layers": []}
     return {**told, **numbers, **absent, "image_id": image, "runtime": "vllm-cpu"}
 
 

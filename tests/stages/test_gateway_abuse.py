@@ -37,8 +37,8 @@ def engine_server() -> Iterator[Upstream]:
 @pytest.fixture(scope="module")
 def gate(machine: Settings, tmp_path_factory: pytest.TempPathFactory, engine_server: Upstream) -> Iterator[Running]:
     """A gateway with tight bounds on whatever a client can stretch."""
-    options = {"head_timeout_s": 1.0, "body_timeout_s": 1.0, "stall_timeout_s": 1.5, "wrong_keys_per_minute": 100_000,
-               "rejected_per_minute": 100_000}  # fmt: skip
+    options: dict[str, Any] = {"head_timeout_s": 1.0, "body_timeout_s": 1.0, "stall_timeout_s": 1.5}
+    options |= {"wrong_keys_per_minute": 100_000, "rejected_per_minute": 100_000}
     folder = tmp_path_factory.mktemp("gateway")
     with gateway(machine, folder, routes(("v1", 100, [engine_server])), **options) as running:
         yield running
@@ -152,8 +152,7 @@ def test_keys_are_kept_as_hashes_and_readable_to_their_owner_alone(gate: Running
 
 
 def test_guessing_is_slowed_down_by_address(machine: Settings, tmp_path: Path, engine_server: Upstream) -> None:
-    options = {"wrong_keys_per_minute": 5}
-    with gateway(machine, tmp_path, routes(("v1", 100, [engine_server])), **options) as running:
+    with gateway(machine, tmp_path, routes(("v1", 100, [engine_server])), wrong_keys_per_minute=5) as running:
         tries = [running.ask(key=f"slw-{secrets.token_hex(6)}-{'A' * 43}").status_code for _ in range(7)]
         assert tries == [401] * 5 + [429] * 2
         assert running.ask().status_code == 200, "who has a key is not held up by a neighbour"

@@ -37,7 +37,7 @@ from stages.test_gateway import wait_until
 NAME, MODEL = "demo-awq", "demo"
 # The bundle's securityContext, and the same in the engine's words.
 SECURITY = {"readOnlyRootFilesystem": True, "allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-HARDENED = {"read_only": True, "security_opt": ["no-new-privileges"], "cap_drop": ["ALL"]}
+HARDENED: dict[str, Any] = {"read_only": True, "security_opt": ["no-new-privileges"], "cap_drop": ["ALL"]}
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import redis
@@ -331,7 +331,8 @@ def test_what_lies_ahead_of_redis_counts_from_now_when_its_clock_was_set_back(re
         async with limiter.grant(patient, 100) as grant:
             grant.used = 100
         for name in client.keys("slipway:tokens:*:settled"):
-            for entry, score in client.zrange(name, 0, -1, withscores=True):
+            scored: Any = client.zrange(name, 0, -1, withscores=True)
+            for entry, score in scored:
                 client.zadd(name, {entry: score + 3600_000})
         with pytest.raises(Refusal) as caught:
             await limiter.grant(patient, 100).__aenter__()

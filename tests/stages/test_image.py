@@ -25,7 +25,7 @@ from containers.image.layout import write_layout
 from containers.sandbox import sandbox
 from containers.scan.evidence import ScanEvidence
 from containers.scan.scan import in_engine, in_layout, scan
-from homes import FIRST_CALLS
+from homes import FIRST_CALLS, FREE_PORT
 from pipeline.settings import Settings
 from stages.loopback_registry import serving
 
@@ -173,11 +173,12 @@ def test_hardened_it_serves(engine: docker.DockerClient, record: build.ImageReco
     tmpfs = {"/tmp": "exec,mode=1777"}  # noqa: S108 - inside the container
     container = engine.containers.run(
         record.reference, detach=True, read_only=True, cap_drop=["ALL"], security_opt=["no-new-privileges"],
-        tmpfs=tmpfs, shm_size="1g", mem_limit="6g", ports={"8000/tcp": ("127.0.0.1", None)},
+        tmpfs=tmpfs, shm_size="1g", mem_limit="6g", ports={"8000/tcp": FREE_PORT},
     )  # fmt: skip
     try:
         container.reload()
-        url = f"http://127.0.0.1:{container.ports['8000/tcp'][0]['HostPort']}"
+        (binding,) = container.ports["8000/tcp"] or []
+        url = f"http://127.0.0.1:{binding['HostPort']}"
         with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
             while not healthy(client):
                 container.reload()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +35,7 @@ def test_two_homes_share_runs_and_slots_and_bury_their_own_dead_alone(tmp_path: 
     here, there = settings(tmp_path / "here", database), settings(tmp_path / "there", database)
     with open_instance(here) as instance:
         run_id = start_run(instance)
-        end(carry(run_id, here), 9)
+        end(carry(run_id, here), signal.SIGKILL)
     with open_instance(there) as instance:
         assert holders(instance) == {run_id}
         # Whether a process of another machine lives can't be seen from here.

@@ -24,7 +24,15 @@ from registry.signing import SigningKey, load_or_create_key
 
 CHECKOUT = Path(__file__).parent.parent.parent
 UV = Path(sys.executable).parent / "uv"
-BUILD = [UV, "build", "-q", "--wheel", CHECKOUT / "registry", "--require-hashes", "--build-constraints"]
+BUILD: list[str | Path] = [
+    UV,
+    "build",
+    "-q",
+    "--wheel",
+    CHECKOUT / "registry",
+    "--require-hashes",
+    "--build-constraints",
+]
 HEAVY = ("mlflow", "dagster", "torch", "docker", "pandas", "numpy", "pipeline", "evals", "containers", "boto3")
 
 
@@ -35,7 +43,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([*BUILD, CHECKOUT / "requirements" / "hatchling.txt", "-o", folder], check=True)
     (wheel,) = folder.glob("*.whl")
     pins = CHECKOUT / "requirements" / "registry.txt"
-    install = [
+    install: list[str | Path] = [
         UV,
         "pip",
         "install",
@@ -111,7 +119,7 @@ def test_the_container_pulls_as_an_init_container_does(
             def run(name: str, flag: str = "--if-changed") -> bytes:
                 return bytes(
                     engine.containers.run(
-                        image.id,
+                        str(image.id),
                         ["pull", name, "/models/demo", flag, "--key", "/keys", "--json"],
                         environment={"MLFLOW_TRACKING_URI": address},
                         volumes={
@@ -131,4 +139,4 @@ def test_the_container_pulls_as_an_init_container_does(
                     run(name)
                 assert caught.value.exit_status == status
     finally:
-        engine.images.remove(image.id, force=True)
+        engine.images.remove(str(image.id), force=True)

@@ -7,6 +7,7 @@ import os
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from queues import served
@@ -30,7 +31,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer of one token a character, and modules of the standard library as prompts."""
     folder = tmp_path_factory.mktemp("text")
     vocabulary = {chr(code): code for code in range(128)}
-    tokenizer = {
+    tokenizer: dict[str, Any] = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
         "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False},
         "post_processor": None, "decoder": None, "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "?"},

@@ -84,7 +84,7 @@ def test_a_base_whose_registry_is_away_keeps_its_digest_and_a_new_tag_is_refused
 def test_requirements_that_contradict_each_other_are_an_error_and_the_lock_stays(
     machine: Settings, tmp_path: Path
 ) -> None:
-    base = {"debian": {"suite": "bookworm", "packages": ["python3"]}}
+    base: dict[str, object] = {"debian": {"suite": "bookworm", "packages": ["python3"]}}
     lock(write(tmp_path, base, "idna==3.6\n"), print, variables=machine.installer_environment)
     before = (tmp_path / "small.txt").read_bytes(), (tmp_path / "small.lock.json").read_bytes()
     wrong = write(tmp_path, base, "idna==3.6\nidna==3.7\n")

@@ -25,7 +25,7 @@ from containers.gateway.config import Backend, ModelRoute, ReplicaRoute, Routes
 from containers.image import profile
 from containers.image.build import serving_arguments
 from containers.image.runtime import build_runtime
-from homes import DEMO
+from homes import DEMO, FREE_PORT
 from pipeline.planner.facts import read_facts
 from pipeline.settings import Settings
 
@@ -94,7 +94,7 @@ def vllm(engine: docker.DockerClient, machine: Settings) -> Iterator[str]:
         entrypoint=list(runtime.entrypoint),
         environment=runtime.full_environment,
         volumes={str(DEMO / "model"): {"bind": "/model", "mode": "ro"}},
-        ports={"8000/tcp": ("127.0.0.1", None)},
+        ports={"8000/tcp": FREE_PORT},
         tmpfs={"/tmp": "rw,exec,mode=1777"},  # noqa: S108 - inside the container
         shm_size="1g",
         mem_limit="4g",

@@ -156,11 +156,12 @@ def test_a_version_that_was_altered_becomes_champion_by_no_command(
     assert folder is not None
     (folder / "config.json").unlink()  # it is the release's own, by another name
     (folder / "config.json").write_bytes(b"{}")
-    for command in (
+    commands: tuple[Callable[[], object], ...] = (
         lambda: rollback("demo-awq", uri, [key.public]),
         lambda: promote_version("demo-awq", "1", uri, [key.public]),
         lambda: canary("demo-awq", "1", 10, uri, [key.public]),
-    ):
+    )
+    for command in commands:
         with pytest.raises(PromotionError, match=r"config\.json: changed"):
             command()
     with pytest.raises(PromotionError, match="gate rescan: the release has no verdict"):

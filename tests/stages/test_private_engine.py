@@ -21,6 +21,7 @@ from containers.engine import private_engine
 from containers.errors import ContainerError, EngineError, ImageError
 from containers.image import assembly, profile
 from containers.image.base import ensure_base
+from homes import FREE_PORT
 
 STARTER = """
 import sys
@@ -81,13 +82,13 @@ def test_it_publishes_on_loopback_and_routes_no_further(
         command = ["python3", "-m", "http.server", "8000", "--directory", "/etc/apt"]
         container = private.containers.run(
             lent(private, engine, tmp_path), command, detach=True, read_only=True, cap_drop=["ALL"], user="65534",
-            ports={"8000/tcp": ("127.0.0.1", None)},
+            ports={"8000/tcp": FREE_PORT},
         )  # fmt: skip
         container.reload()
-        (binding,) = container.ports["8000/tcp"]
+        (binding,) = container.ports["8000/tcp"] or []
         assert binding["HostIp"] == "127.0.0.1"
         assert answer(f"http://127.0.0.1:{binding['HostPort']}/") == 200
-        routes = container.exec_run(["cat", "/proc/net/route"]).output.decode()
+        routes = container.exec_run(["cat", "/proc/net/route"]).output.decode()  # type: ignore[union-attr]
         outside = container.exec_run(
             ["python3", "-c", "import socket; socket.create_connection(('1.1.1.1', 53), timeout=2)"]
         )
@@ -147,7 +148,7 @@ def test_a_daemon_that_cannot_start_tells_why(lair: Path) -> None:
 def lent(private: docker.DockerClient, engine: docker.DockerClient, home: Path) -> str:
     """Give the private engine the base that the shared one has."""
     base = ensure_base(engine, profile.load("vllm-cpu"), home, print)
-    (image,) = private.images.load(engine.images.get(base.reference).save())
+    (image,) = private.images.load(b"".join(engine.images.get(base.reference).save()))
     return str(image.id)
 
 

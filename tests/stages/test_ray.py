@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -102,7 +103,7 @@ def test_what_it_reports_comes_while_it_runs(elsewhere: Elsewhere, script: Path,
     """As Dagster Pipes has it: the messages' file is what its reader follows."""
     from dagster_pipes import encode_param  # noqa: PLC0415 - as Dagster's side does
 
-    context = {"asset_keys": None, "code_version_by_asset_key": None, "provenance_by_asset_key": None,
+    context: dict[str, Any] = {"asset_keys": None, "code_version_by_asset_key": None, "provenance_by_asset_key": None,
                "partition_key": None, "partition_key_range": None, "partition_time_window": None,
                "run_id": "r", "job_name": None, "retry_number": 0, "extras": {}}  # fmt: skip
     variables = {

@@ -145,7 +145,14 @@ def test_by_the_command_a_remote_job_says_where_its_outcome_is(
     monkeypatch.setattr(remote_job, "PACKAGES", CHECKOUT)
     sent = send(real, store)
     python = ensure_environment("node", settings, print) / "bin" / "python"
-    command = [python, "-m", "pipeline.workers.launchers.node", store.uri, sent.sha256, str(sent.size)]
+    command: list[str | Path] = [
+        python,
+        "-m",
+        "pipeline.workers.launchers.node",
+        store.uri,
+        sent.sha256,
+        str(sent.size),
+    ]
     aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     small = {**home, **aws, "PYTHONTZPATH": ""}  # its image has no table of zones
     done = subprocess.run(command, env=small, cwd=CHECKOUT, capture_output=True, text=True, check=False)

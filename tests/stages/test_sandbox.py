@@ -22,7 +22,7 @@ from docker.models.containers import Container
 from containers.engine.owner import HOME_LABEL, home_digest
 from containers.errors import SandboxError, UnhealthyError
 from containers.hardware.core_pool import CoreRequest
-from containers.hardware.cpu import this_cpu
+from containers.hardware.cpu import InstructionSet, this_cpu
 from containers.image.base import ensure_base
 from containers.image.profile import load
 from containers.sandbox import isolation
@@ -112,7 +112,8 @@ def test_a_server_is_held_to_an_older_cpu_where_it_is_asked(
     """The caller's own environment is nothing to it: the limit comes from the settings that were read."""
     monkeypatch.setenv("SLIPWAY_CPU_ISA", "avx512")
     probe = ["python3", "-c", "import os; print(os.environ.get('SLIPWAY_CPU_ISA'))"]
-    for limit, seen in (("avx2", b"avx2"), (None, b"None")):
+    limits: tuple[tuple[InstructionSet | None, bytes], ...] = (("avx2", b"avx2"), (None, b"None"))
+    for limit, seen in limits:
         with start(cores=CoreRequest(tmp_path, 1), cpu_limit=limit) as server:
             assert server.container.exec_run(probe).output.strip() == seen
             assert server.computed_on.instruction_set == this_cpu(limit).instruction_set
@@ -175,7 +176,12 @@ def test_a_server_reaches_no_service_of_this_machine_from_its_first_moment_on(
     start: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seal = isolation._sealed
-    monkeypatch.setattr(isolation, "_sealed", lambda container: time.sleep(1) or seal(container))  # on a busy machine
+
+    def slowly(container: Container) -> Any:  # noqa: ANN401 - as it is
+        time.sleep(1)  # on a busy machine
+        return seal(container)
+
+    monkeypatch.setattr(isolation, "_sealed", slowly)
     (tmp_path / "probe").mkdir()
     (tmp_path / "probe" / "sitecustomize.py").write_text(EAGER)
     with socket.create_server(("0.0.0.0", 0)) as service, socket.socket(type=socket.SOCK_DGRAM) as datagrams:  # noqa: S104
@@ -206,7 +212,7 @@ def asked(server: Server) -> str:
     while True:
         found = server.container.exec_run(["cat", "/tmp/asked"])  # noqa: S108 - in the container
         if found.exit_code == 0 and found.output:
-            return str(found.output.decode())
+            return str(found.output.decode())  # type: ignore[union-attr]
         assert time.monotonic() < deadline
         time.sleep(0.2)
 
@@ -270,13 +276,15 @@ def test_faults_are_survived_and_told_in_a_table(start: Callable[..., Any]) -> N
     with start(command=["--service-ms", "200", "--context", "512"]) as server:
         table = faults.inflict(server, "scripted", 512, recovery_s=60, progress=print)
         assert server.died() is None
-    assert {row["name"]: row["ok"] for row in table} == {
+    assert {fault.name: fault.ok for fault in table} == {
         "malformed JSON": True, "unknown model name": True, "prompt over the context": True,
         "client hangs up": True, "slow reader": True, "1,000 connections at once": True,
         # It is one process, and none of vLLM's name.
         "engine process killed": None, "memory limit hit": True, "container killed under load": True,
     }  # fmt: skip
-    assert next(row for row in table if row["name"].startswith("container"))["seconds"] < 30
+    (killed,) = [fault for fault in table if fault.name.startswith("container")]
+    assert killed.seconds is not None
+    assert killed.seconds < 30
 
 
 @pytest.mark.timed
@@ -287,7 +295,7 @@ def test_a_server_without_manners_fails_each_by_name(
     with start() as server:
         alone = replace(server, container=None)
         table = faults.inflict(alone, "another-name", 2048, recovery_s=60, progress=print)
-    failed = {row["name"] for row in table if row["ok"] is False}
+    failed = {fault.name for fault in table if fault.ok is False}
     # It takes every request for one of a model that it has not: 404 where a 400 is due, and no answers at all.
     assert "prompt over the context" in failed
     assert "unknown model name" in failed

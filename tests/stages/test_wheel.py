@@ -23,7 +23,7 @@ DISTRIBUTIONS = {".": "slipway", "registry": "slipway_registry"}
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The wheel of each distribution."""
     folder = tmp_path_factory.mktemp("wheels")
-    held = ["--require-hashes", "--build-constraints", PINS / "hatchling.txt"]
+    held: list[str | Path] = ["--require-hashes", "--build-constraints", PINS / "hatchling.txt"]
     for source in DISTRIBUTIONS:
         subprocess.run([UV, "build", "-q", "--wheel", CHECKOUT / source, *held, "-o", folder], check=True)
     return {name: next(folder.glob(f"{name}-*.whl")) for name in DISTRIBUTIONS.values()}
@@ -34,7 +34,7 @@ def installed(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     """A virtual environment with both wheels and the pinned versions of what they need."""
     environment = tmp_path_factory.mktemp("installed") / "venv"
     python = environment / "bin" / "python"
-    install = [UV, "pip", "install", "-q", "--python", python]
+    install: list[str | Path] = [UV, "pip", "install", "-q", "--python", python]
     subprocess.run([UV, "venv", "-q", "--python", sys.executable, environment], check=True)
     subprocess.run([*install, "--require-hashes", "-r", PINS / "orchestrator.txt"], check=True)
     # Offline: whatever the wheels need beside the pins would be missing.
@@ -55,7 +55,7 @@ def workspace(tmp_path: Path) -> Path:
 
 def slipway(installed: Path, workspace: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": os.environ["PATH"], "HOME": str(workspace.parent), **variables}
-    command = [installed / "bin" / "slipway", *arguments]
+    command: list[str | Path] = [installed / "bin" / "slipway", *arguments]
     return subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -104,6 +104,6 @@ with open_instance(Settings.read()) as instance:
 
 
 def test_the_registrys_command_comes_along(installed: Path, workspace: Path) -> None:
-    command = [installed / "bin" / "slipway-registry", "pull", "--help"]
+    command: list[str | Path] = [installed / "bin" / "slipway-registry", "pull", "--help"]
     done = subprocess.run(command, cwd=workspace, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

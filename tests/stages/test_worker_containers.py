@@ -47,7 +47,7 @@ def run(tmp_path: Path, variables: dict[str, str]) -> Run:
 
 def left(engine: docker.DockerClient, settings: Settings) -> list[str]:
     label = f"slipway.home={home_digest(settings.home)}"
-    return [found.name for found in engine.containers.list(all=True, filters={"label": label})]
+    return [str(found.name) for found in engine.containers.list(all=True, filters={"label": label})]
 
 
 def test_a_worker_sees_what_it_reads_and_no_network_and_no_secret(

@@ -83,7 +83,14 @@ def test_by_hand_it_reports_on_stderr(tmp_path: Path, settings: Settings) -> Non
     python = ensure_environment(ENVIRONMENT, settings, print) / "bin" / "python"
     (tmp_path / "request.json").write_text("{}")
     path = script(tmp_path, "report('layer 1 of 2')\nreturn {}")
-    command = [python, path, "--request", tmp_path / "request.json", "--result", tmp_path / "result.json"]
+    command: list[str | Path] = [
+        python,
+        path,
+        "--request",
+        tmp_path / "request.json",
+        "--result",
+        tmp_path / "result.json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == "layer 1 of 2\n"
 

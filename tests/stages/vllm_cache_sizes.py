@@ -6,6 +6,7 @@ Prints one JSON document: name → bytes that a token takes in all layers, and t
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import vllm.distributed.parallel_state as parallel
@@ -14,7 +15,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader.utils import initialize_model
 
 
-def cache_specs(folder: Path) -> list:
+def cache_specs(folder: Path) -> list[Any]:
     """What each attention layer tells vLLM to keep for it."""
     arguments = EngineArgs(
         model=str(folder), skip_tokenizer_init=True, load_format="dummy", enforce_eager=True, max_model_len=1024,

@@ -104,7 +104,7 @@ VEX = {
         "justification": "vulnerable_code_not_in_execute_path", "timestamp": NOW.isoformat(),
     }],
 }  # fmt: skip
-FINDING = {"id": "CVE-2099-0001", "package": "openssl", "version": "3", "purl": "pkg:deb/debian/openssl@3"}
+FINDING: Any = {"id": "CVE-2099-0001", "package": "openssl", "version": "3", "purl": "pkg:deb/debian/openssl@3"}
 CHAT = {
     "model": "m", "temperature": 0.5, "max_tokens": 5, "stop": ["a"], "logit_bias": {"1": 2},
     "messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]},

@@ -133,9 +133,12 @@ def test_two_processes_that_install_packages_take_turns(tmp_path: Path, monkeypa
         return subprocess.CompletedProcess([], 0, "")
 
     monkeypatch.setattr(engine, "_apt", install)
-    thread = threading.Thread(
-        target=engine.install_packages, args=(["redis"], lambda line: "waiting" in line and waits.set())
-    )
+
+    def progress(line: str) -> None:
+        if "waiting" in line:
+            waits.set()
+
+    thread = threading.Thread(target=engine.install_packages, args=(["redis"], progress))
     with machine_locks.locked(tmp_path, machine_locks.PACKAGES):
         thread.start()
         assert waits.wait(10)

@@ -123,7 +123,7 @@ def part(share: tuple[float, float], folder: Path) -> Answers:
         "text.runs": np.array([run for run, _ in hashes], dtype=np.uint64),
         "text.items": np.array([place for _, place in hashes]),
     }
-    np.savez(folder / RUNS, **arrays)
+    np.savez(folder / RUNS, allow_pickle=False, **arrays)
     if share[0] == 0:
         (folder / "top.npz").write_bytes(b"distributions")
     return Answers.model_validate(

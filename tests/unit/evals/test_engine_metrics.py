@@ -56,7 +56,8 @@ def test_a_prediction_adds_up_and_one_that_is_far_off_says_so() -> None:
     expected = expect(10**9, "vllm-cpu", {"VLLM_CPU_KVCACHE_SPACE": "1"})
     assert expected == ExpectedMemory(10**9, 2**30, RUNTIME_BYTES["vllm-cpu"])
     good = compared(expected, {"memory_bytes": int(expected.total / 1.1)})
-    assert (good.off, good.error) == (False, pytest.approx(0.1))
+    assert not good.off
+    assert good.error == pytest.approx(0.1)
     bad = compared(expected, {"memory_bytes": int(expected.total / 1.2)})
     assert bad.off
     assert "+20%" in bad.sentence

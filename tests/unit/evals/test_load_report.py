@@ -117,7 +117,7 @@ def test_other_traffic_is_no_comparison() -> None:
 
 
 def test_the_peak_of_the_picture_is_the_one_that_is_judged(tmp_path: Path) -> None:
-    samples = [
+    samples: list[dict[str, str | int | float]] = [
         {"seconds": 0.0, "phase": "load", "memory_bytes": 2 << 30},
         {"seconds": 1.0, "phase": "faults", "memory_bytes": 3 << 30},
     ]

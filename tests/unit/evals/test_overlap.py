@@ -49,6 +49,7 @@ def test_items_are_named_by_what_the_worker_left(tmp_path: Path) -> None:
     hashes = sorted(runs(LINE))
     np.savez(
         tmp_path / "runs.npz",
+        allow_pickle=False,
         **{"text.runs": np.array([7, *hashes], dtype=np.uint64), "text.items": np.array([0] + [2] * len(hashes))},
     )
     assert overlapping(answers, tmp_path, [LINE]) == {"text": ["i2"]}

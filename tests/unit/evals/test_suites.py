@@ -182,9 +182,8 @@ def test_an_early_look_that_is_clear_passes_and_one_that_is_not_says_so() -> Non
 def test_a_look_passes_only_within_what_it_may_spend() -> None:
     """At a quarter of the items the bound is 4.3 standard errors, not two."""
     once, looked = limits(), limits(looks=4)
-    quarter = {"items": 1000, "fraction": 0.25}
     assert judge(drift(10, 10, once, items=1000), once).status == "pass"
-    assert judge(drift(10, 10, looked, **quarter), looked).status == "inconclusive"
+    assert judge(drift(10, 10, looked, items=1000, fraction=0.25), looked).status == "inconclusive"
 
 
 def test_the_reason_is_one_a_person_understands() -> None:

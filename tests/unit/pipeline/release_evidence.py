@@ -42,7 +42,9 @@ SCAN = ScanEvidence(
 )
 # A real load test of the demo, whose limits it meets.
 LOAD = load_evidence.measured()
-SAMPLES = [{"seconds": 1.0, "phase": "load", "memory_bytes": 10**9, "usage_bytes": 10**9}]
+SAMPLES: list[dict[str, str | int | float]] = [
+    {"seconds": 1.0, "phase": "load", "memory_bytes": 10**9, "usage_bytes": 10**9}
+]
 QUANTIZED_NOTES = {
     "method": "gptq", "backend": "gptqmodel", "parameters": {"bits": 4, "group_size": 64},
     "calibration": {"sha256": "cd" * 32, "samples": 32, "max_tokens": 200}, "pins_digest": DIGEST,

@@ -59,7 +59,7 @@ def register(
 
 def told(models: Models, spec: ModelSpec) -> dict[str, str | None]:
     found = {scheme: affected(spec, scheme, models.settings) for scheme in spec.schemes}
-    return {scheme: each and each.why for scheme, each in found.items()}
+    return {scheme: each.why if each else None for scheme, each in found.items()}
 
 
 def test_a_release_that_was_never_made_is_affected_at_its_first_stage(models: Models) -> None:
@@ -261,7 +261,7 @@ def fast_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def keys(signed: Mapping[str, Artifact | None]) -> dict[str, str | None]:
-    return {scheme: release and release.key for scheme, release in signed.items()}
+    return {scheme: release.key if release else None for scheme, release in signed.items()}
 
 
 def test_a_finished_release_is_up_to_date_on_another_cpu_and_a_new_pair_gets_a_new_baseline(

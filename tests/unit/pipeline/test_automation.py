@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -111,7 +111,7 @@ def released(models: Models, monkeypatch: pytest.MonkeyPatch, says: dict[str, An
     return spec
 
 
-def partitions_of(requests: list[RunRequest] | None) -> list[str]:
+def partitions_of(requests: Sequence[RunRequest] | None) -> list[str]:
     return sorted(str(request.partition_key) for request in requests or ())
 
 
@@ -121,7 +121,7 @@ def under_way(instance: DagsterInstance, partition: str) -> None:
         job_name="release_model", run_id=None, run_config=None, resolved_op_selection=None, step_keys_to_execute=None,
         status=DagsterRunStatus.STARTED, tags={"dagster/partition": partition}, root_run_id=None, parent_run_id=None,
         job_snapshot=None, execution_plan_snapshot=None, parent_job_snapshot=None, asset_selection=None,
-        asset_check_selection=None, op_selection=None, remote_job_origin=None, job_code_origin=None, asset_graph=None,
+        asset_check_selection=None, op_selection=None, remote_job_origin=None, job_code_origin=None, asset_graph=None,  # type: ignore[arg-type]
     )  # fmt: skip
 
 

@@ -101,7 +101,7 @@ def test_the_asset_graph_is_the_pipeline(defs: Definitions) -> None:
     found = {}
     for key in graph.get_all_asset_keys():
         node = graph.get(key)
-        (pool,) = node.pools or {None}
+        (pool,) = node.pools or [None]
         found[key.to_user_string()] = (sorted(parent.to_user_string() for parent in node.parent_keys), pool)
     assert found == GRAPH
     assert set(found) == set(BY_NAME)

@@ -45,7 +45,7 @@ def start_run(instance: DagsterInstance) -> str:
         job_name="release", run_id=None, run_config=None, resolved_op_selection=None, step_keys_to_execute=None,
         status=DagsterRunStatus.STARTED, tags={}, root_run_id=None, parent_run_id=None, job_snapshot=None,
         execution_plan_snapshot=None, parent_job_snapshot=None, asset_selection=None, asset_check_selection=None,
-        op_selection=None, remote_job_origin=None, job_code_origin=None, asset_graph=None,
+        op_selection=None, remote_job_origin=None, job_code_origin=None, asset_graph=None,  # type: ignore[arg-type]
     )  # fmt: skip
     instance.event_log_storage.set_concurrency_slots("gpu", 1)
     instance.event_log_storage.claim_concurrency_slot("gpu", run.run_id, "quantized")

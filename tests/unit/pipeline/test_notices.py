@@ -154,7 +154,7 @@ def tell(webhook: Webhook, settings: Settings) -> Tell:
     def run(step: Callable[[], None]) -> None:
         @job
         def small() -> None:
-            op(step, name="quantized")()
+            op(name="quantized")(step)()
 
         with DagsterInstance.ephemeral() as instance:
             tags = {"dagster/partition": "demo|awq"}

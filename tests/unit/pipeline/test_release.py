@@ -141,7 +141,7 @@ def test_no_run_begins_before_what_comes_first_is_done(tmp_path: Path, settings:
 
 def test_what_there_is_to_tell_without_a_run_is_told_and_no_run_begins(tmp_path: Path, settings: Settings) -> None:
     up_to_date = {**GOOD, "outcome": "up-to-date", "release": {**RELEASED, "outcome": "up-to-date"}}
-    events = [{**STAGE, "cached": True}, {**GATE, "status": "pass", "blocks": False}, up_to_date]
+    events: list[dict[str, Any]] = [{**STAGE, "cached": True}, {**GATE, "status": "pass", "blocks": False}, up_to_date]
     heard = Heard()
     program = stand_in(tmp_path, ONCE_TOLD + say(GOOD))
     entries = release(tmp_path / "m.yaml", ["awq", "gptq"], settings, heard, program, lambda: {"awq": events})

@@ -135,7 +135,8 @@ def test_only_bytes_that_nothing_else_names_count_as_freed(settings: Settings, s
 
 def test_an_artifact_that_somebody_is_making_is_left_and_told(settings: Settings, store: Store) -> None:
     held, other = put(store, "source", {}, {"weights": "1"}), put(store, "source", {}, {"weights": "2"})
-    doomed, told = planned(settings), []
+    doomed = planned(settings)
+    told: list[str] = []
     with locked(store.root / "source" / f"{held.key}.lock"):
         removed = remove(doomed, settings, told.append)
     assert places(removed) == {("source", other.key)}

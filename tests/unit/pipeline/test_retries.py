@@ -47,7 +47,7 @@ def test_an_engine_that_stays_away_is_asked_three_times_and_named_at_the_end(mon
 
     *again, last = endings(away)
     assert [event.event_type_value for event in again] == ["STEP_UP_FOR_RETRY"] * 2
-    waits = [event.step_retry_data.seconds_to_wait for event in again]
+    waits = [event.step_retry_data.seconds_to_wait or 0 for event in again]
     assert all(later == 2 * sooner for sooner, later in pairwise(waits))
     failure = last.step_failure_data.user_failure_data
     assert failure is not None

@@ -154,7 +154,7 @@ def test_tries_are_further_and_further_apart(served: Scripted, monkeypatch: pyte
 
     def counted(fleet: Fleet) -> None:
         tries.append(clock[0])
-        start(fleet)  # type: ignore[arg-type]
+        start(fleet)
 
     monkeypatch.setattr(ScriptedFleet, "start", counted)
     for second in range(60):

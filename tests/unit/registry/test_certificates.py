@@ -146,7 +146,7 @@ def openssl_accepts(chain: Chain, folder: Path) -> bool:
     untrusted = [name for name in ("lower", "middle") if name not in chain.left_out]
     (folder / "untrusted.pem").write_bytes(b"".join((folder / f"{name}.pem").read_bytes() for name in untrusted))
     at = str(int(found["leaf"].not_valid_before_utc.timestamp()))
-    command = ["openssl", "verify", "-x509_strict", "-attime", at, "-CAfile", folder / "root.pem"]
+    command: list[str | Path] = ["openssl", "verify", "-x509_strict", "-attime", at, "-CAfile", folder / "root.pem"]
     ended = subprocess.run(
         [*command, "-untrusted", folder / "untrusted.pem", folder / "leaf.pem"], check=False, capture_output=True
     )
@@ -177,7 +177,14 @@ def test_openssl_accepts_what_the_matrix_calls_fine_without_its_strict_rules(tmp
         (tmp_path / f"{name}.pem").write_bytes(certificate.public_bytes(Encoding.PEM))
     both = (tmp_path / "lower.pem").read_bytes() + (tmp_path / "middle.pem").read_bytes()
     (tmp_path / "untrusted.pem").write_bytes(both)
-    command = ["openssl", "verify", "-CAfile", tmp_path / "root.pem", "-untrusted", tmp_path / "untrusted.pem"]
+    command: list[str | Path] = [
+        "openssl",
+        "verify",
+        "-CAfile",
+        tmp_path / "root.pem",
+        "-untrusted",
+        tmp_path / "untrusted.pem",
+    ]
     assert subprocess.run([*command, tmp_path / "leaf.pem"], check=False, capture_output=True).returncode == 0
 
 

@@ -98,7 +98,7 @@ def documents(draw: st.DrawFn) -> dict[str, Any]:
             "cause": st.none() | texts, "metrics": metrics, "limits": metrics, "accepted_because": st.none() | texts,
         }
     )  # fmt: skip
-    gates = draw(st.lists(verdicts, max_size=4, unique_by=lambda verdict: verdict["gate"]))
+    gates = draw(st.lists(verdicts, max_size=4, unique_by=lambda verdict: str(verdict["gate"])))
     calibration = st.fixed_dictionaries({"uri": texts, "digest": digests, "samples": counts, "max_tokens": counts})
     quantizer = st.fixed_dictionaries(
         {

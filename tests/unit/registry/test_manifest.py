@@ -31,7 +31,7 @@ from registry.manifest import (
 from registry.signing import SigningKey
 from registry.verdict import Verdict
 
-texts = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12)
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 hexes = st.text("0123456789abcdef", min_size=64, max_size=64)
 digests = hexes.map(lambda text: f"sha256:{text}")
 names = st.text(string.ascii_letters + string.digits, min_size=1, max_size=8)
@@ -57,7 +57,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
     cited = {name: f"sha256:{record.sha256}" for name, record in files.items()}
     gates = draw(st.lists(names, unique=True, max_size=3))
     return Manifest(
-        schema=SCHEMA,
+        schema=SCHEMA,  # type: ignore[arg-type]
         model=draw(names),
         scheme=draw(names),
         source=Source(uri=draw(texts), revision=draw(texts), files=draw(st.dictionaries(paths, records, max_size=2))),

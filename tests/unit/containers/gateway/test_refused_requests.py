@@ -41,7 +41,7 @@ def refused(doing: Coroutine[Any, Any, object]) -> tuple[int, str]:
 def counter(folder: Path, template: str | None = None) -> PromptCounter:
     """A tokenizer of two words, with a chat template or none."""
     made = Tokenizer(WordLevel({"a": 0, "bb": 1}, unk_token="a"))  # noqa: S106 - a word
-    made.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    made.pre_tokenizer = Whitespace()
     made.save(str(folder / "tokenizer.json"))
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
