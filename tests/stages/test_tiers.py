@@ -126,7 +126,7 @@ def test_a_move_to_the_cold_that_is_cut_off_loses_nothing(
     uri: str, store: ObjectStore, key: SigningKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     one, puts, unlinks = version(uri, "1"), [0], [0]
-    mark, put, unlink = tiers._mark, ObjectStore.put, Path.unlink
+    mark, put, unlink = tiers.write_marker, ObjectStore.put, Path.unlink
 
     def counted_put(self: ObjectStore, *given: object) -> None:
         puts[0] += 1
@@ -150,7 +150,7 @@ def test_a_move_to_the_cold_that_is_cut_off_loses_nothing(
 
     with monkeypatch.context() as patched:
         patched.setattr(ObjectStore, "put", counted_put)
-        patched.setattr(tiers, "_mark", cut_mark)
+        patched.setattr(tiers, "write_marker", cut_mark)
         patched.setattr(Path, "unlink", cut_unlink)
         with pytest.raises(Killed):
             cool(one, store, print, LEAST)

@@ -472,7 +472,8 @@ def test_a_release_is_held_to_the_driver_that_is_named_as_its_image_says(tmp_pat
         gpu_compatibility.RUNTIME: runtime.name,
         gpu_compatibility.MODEL_BYTES: str(30 << 30),
     }
-    release = ReleaseMetadata("1", Manifest.model_construct(), {asking.IMAGE: json.dumps({"labels": labels}).encode()})
+    nothing = Manifest.model_construct()  # type: ignore[call-arg]
+    release = ReleaseMetadata("1", nothing, {asking.IMAGE: json.dumps({"labels": labels}).encode()})
     needs = planning._needs("demo-awq@champion", release, Settings.read({"SLIPWAY_HOME": str(tmp_path)}))
     told = planning._gate(needs, [find_gpu("H100"), find_gpu("L4")], "550.54.15")
     assert told[0].startswith("vllm-cuda13 asks for NVIDIA driver 580.65.06, CUDA 13.0")
