@@ -1,4 +1,4 @@
-"""``slipway-registry``: what a deployment needs of Slipway, and nothing else: pull, watch, verify."""
+"""``slipway-registry``: pull, watch and verify releases on a machine that deploys them."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from registry.watch import run, watch
 DONE, FAILED, USAGE, REFUSED, NOT_FOUND, UNCHANGED = range(6)
 EXIT_STATUSES = {
     DONE: "done",
-    FAILED: "not now: no server, no space, or nothing can be written there; try again",
-    USAGE: "usage",
-    REFUSED: "refused: not what was signed, not what the policy asks for, or the destination is somebody else's",
+    FAILED: "temporary failure: server unreachable, no space, or no permission to write; try again",
+    USAGE: "wrong usage",
+    REFUSED: "refused: not what was signed, not what the policy asks for, or the destination holds something else",
     NOT_FOUND: "no such release, alias or version",
     UNCHANGED: "unchanged (`--if-changed`)",
 }
 
 
 def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> int:
-    """Run one command; return its exit status. Of this distribution, this alone reads the environment."""
+    """Run one command and return its exit status. Nothing else in this distribution reads the environment."""
     options = _parser(environment).parse_args(arguments)
     try:
         command: Callable[[argparse.Namespace, Trust, str], int] = options.command
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] 
 
 
 def status_of(error: RegistryError) -> int:
-    """Return the exit status that tells a script what to do: try again, look, or give another name."""
+    """Return the exit status for an error: try again, refused, or wrong usage."""
     if isinstance(error, NotFoundError):
         return NOT_FOUND
     if isinstance(error, DiskError):
@@ -68,43 +68,51 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     statuses = "\n".join(f"  {status}  {meaning}" for status, meaning in EXIT_STATUSES.items())
     parser = argparse.ArgumentParser(
         "slipway-registry",
-        description="Fetch releases, verified: pull, watch, verify.",
+        description="Fetch and verify signed model releases.",
         epilog=f"exit status:\n{statuses}",
         formatter_class=_Raw,
     )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
-        "--tracking-uri", default=environment.get("MLFLOW_TRACKING_URI", ""), help="default: $MLFLOW_TRACKING_URI"
+        "--tracking-uri",
+        default=environment.get("MLFLOW_TRACKING_URI", ""),
+        help="address of the MLflow server or database; default: $MLFLOW_TRACKING_URI",
     )
     common.add_argument(
         "--key", action="append", type=Path, metavar="FILE",
         help="a trusted public key, or a folder of *.pub files; default: $SLIPWAY_TRUSTED_KEYS",
     )  # fmt: skip
-    common.add_argument("--policy", type=Path, metavar="FILE", help="a policy (TOML), in place of --key")
+    common.add_argument("--policy", type=Path, metavar="FILE", help="a trust policy (TOML file) instead of --key")
     common.add_argument("--json", action="store_true", help="print the result as one JSON document")
     common.set_defaults(keys=[Path(item) for item in environment.get("SLIPWAY_TRUSTED_KEYS", "").split(":") if item])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     fetching = argparse.ArgumentParser(add_help=False)
-    fetching.add_argument("name", metavar="NAME[@ALIAS]", help="a release line; its champion where no alias is named")
-    fetching.add_argument("destination", type=Path)
-    fetching.add_argument(
-        "--cache", type=Path, help="a folder on the same file system that keeps files for other pulls"
+    fetching.add_argument("name", metavar="NAME[@ALIAS]", help="release line; without an alias its champion")
+    fetching.add_argument("destination", type=Path, help="folder for the release, absent or empty")
+    fetching.add_argument("--cache", type=Path, help="folder on the same file system that keeps files for later pulls")
+    one = commands.add_parser(
+        "pull", parents=[common, fetching], help="fetch a release and verify it before the folder appears"
     )
-    one = commands.add_parser("pull", parents=[common, fetching], help="fetch a release, verified before it appears")
-    one.add_argument("--replace", action="store_true", help="let another release there give way")
-    one.add_argument("--if-changed", action="store_true", help="the same, and exit with 5 where it is this one")
+    one.add_argument("--replace", action="store_true", help="replace another release in the destination")
+    one.add_argument(
+        "--if-changed",
+        action="store_true",
+        help="as --replace, but exit with 5 if the destination already holds this release",
+    )
     one.set_defaults(command=_pull)
     follow = commands.add_parser(
-        "watch", parents=[common, fetching], help="pull whenever the alias names another release"
+        "watch", parents=[common, fetching], help="pull each time the alias names another release"
     )
-    follow.add_argument("--every", type=float, default=30.0, metavar="SECONDS")
+    follow.add_argument(
+        "--every", type=float, default=30.0, metavar="SECONDS", help="time between two checks; default: 30"
+    )
     follow.add_argument(
         "--run", type=shlex.split, default=[], metavar="COMMAND",
-        help="run as COMMAND FOLDER DIGEST; again where it failed",
+        help="after each pull run COMMAND FOLDER DIGEST; if it fails, run it again at the next check",
     )  # fmt: skip
     follow.set_defaults(command=_watch)
-    check = commands.add_parser("verify", parents=[common], help="check a pulled release, offline")
-    check.add_argument("folder", type=Path)
+    check = commands.add_parser("verify", parents=[common], help="verify a pulled release, offline")
+    check.add_argument("folder", type=Path, help="folder of a release")
     check.set_defaults(command=_verify)
     return parser
 
@@ -125,7 +133,7 @@ def _pull(options: argparse.Namespace, trust: Trust, tracking_uri: str) -> int:
         tracking_uri=_given(tracking_uri), trusted_keys=trust, cache=options.cache,
         replace=options.replace or options.if_changed, progress=_say,
     )  # fmt: skip
-    _tell(pulled, as_json=options.json)
+    _report(pulled, as_json=options.json)
     return UNCHANGED if options.if_changed and pulled.already_there else DONE
 
 
@@ -134,15 +142,15 @@ def _watch(options: argparse.Namespace, trust: Trust, tracking_uri: str) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
 
-    def tell(pulled: Pulled) -> bool:
-        _tell(pulled, as_json=options.json)
+    def deliver(pulled: Pulled) -> bool:
+        _report(pulled, as_json=options.json)
         status = run(options.run, pulled) if options.run else 0
         if status:
-            _say(f"`{shlex.join(options.run)}` ended with status {status}; it is run again at the next look")
+            _say(f"`{shlex.join(options.run)}` exited with status {status}; it runs again at the next check")
         return status == 0
 
     watch(
-        options.name, options.destination, tell,
+        options.name, options.destination, deliver,
         every=options.every, stopped=stopped, tracking_uri=_given(tracking_uri), trusted_keys=trust,
         cache=options.cache, progress=_say,
     )  # fmt: skip
@@ -166,7 +174,7 @@ def _verify(options: argparse.Namespace, trust: Trust, _: str) -> int:
     return DONE
 
 
-def told(pulled: Pulled) -> dict[str, Any]:
+def pull_document(pulled: Pulled) -> dict[str, Any]:
     """Return what ``--json`` prints of a pull."""
     return {
         "name": pulled.name, "version": pulled.version, "alias": pulled.alias, "folder": str(pulled.folder),
@@ -175,16 +183,16 @@ def told(pulled: Pulled) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _tell(pulled: Pulled, *, as_json: bool) -> None:
+def _report(pulled: Pulled, *, as_json: bool) -> None:
     if as_json:
-        _print(told(pulled))
+        _print(pull_document(pulled))
     else:
         _show(f"{pulled.name} version {pulled.version} is in {pulled.folder}")
 
 
 def _given(tracking_uri: str) -> str:
     if not tracking_uri:
-        raise TrackingError("where is MLflow? give `--tracking-uri`, or set `MLFLOW_TRACKING_URI`")
+        raise TrackingError("no MLflow address: give `--tracking-uri` or set `MLFLOW_TRACKING_URI`")
     return tracking_uri
 
 

@@ -61,7 +61,7 @@ class RegistryBackend(Protocol):
     """The operations; each is atomic in MLflow and raises ``TrackingError`` if MLflow refuses it."""
 
     def artifact_root(self) -> str | None:
-        """Where the experiment `EXPERIMENT` keeps its files; None where there is no such experiment."""
+        """Where the experiment `EXPERIMENT` keeps its files; None if the experiment does not exist."""
         ...
 
     def names(self) -> list[str]:

@@ -26,7 +26,7 @@ _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
 class DocumentError(RegistryError, ValueError):
-    """A document from outside that is no JSON, or more of it than is read; the message says which."""
+    """A document from outside that is not JSON or exceeds its bounds; the message says which."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def read_json(data: bytes, bounds: Bounds, pairs_hook: Callable[[list[tuple[str,
         pairs_hook: Given the pairs of each object, as `json.loads` has it.
 
     Raises:
-        DocumentError: It is no JSON, or exceeds the bounds. Nothing was parsed in the second case.
+        DocumentError: It is not JSON, or exceeds the bounds and was not parsed.
     """
     check_bounds(data, bounds)
     try:

@@ -1,8 +1,7 @@
 """What is registered: release lines, their versions, and which of these the aliases name.
 
-Reading goes straight to the tables of an SQLite store, in milliseconds; MLflow's client takes over five seconds for the
-same answer. Where the tables are not as expected, and for every other store, MLflow is asked. A test holds both
-ways to the same answer.
+An SQLite store is read directly, in milliseconds; MLflow's client takes over five seconds for the same answer. If the
+tables are not as expected, and for every other store, MLflow is asked. A test compares both answers.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _DELETED = "Deleted_Internal"
 
 
 def current(tracking_uri: str, name: str) -> list[Version]:
-    """Return the versions of the release line ``name``, newest first; none where it does not exist.
+    """Return the versions of the release line ``name``, newest first; empty if it does not exist.
 
     Raises:
         TrackingError: The store can't be reached or read.
@@ -57,7 +56,7 @@ def names(tracking_uri: str) -> list[str]:
                 found = [row[0] for row in database.execute(query, (_WORKSPACE,))]
                 return [name for name in found if not name.startswith(LOCK_PREFIX)]
     except sqlite3.OperationalError:
-        pass  # the tables are of another MLflow: ask it
+        pass  # the tables are of another MLflow version: ask MLflow
     except sqlite3.DatabaseError as error:
         raise _damaged(path, error) from error
     with open_backend(tracking_uri) as backend:
@@ -71,7 +70,7 @@ def lines(tracking_uri: str, model: str | None = None) -> list[Version]:
 
 
 def line(tracking_uri: str, name: str) -> Line | None:
-    """Return what is kept of the release line itself, aliases and tags; None where there is no such line.
+    """Return what is kept of the release line itself, aliases and tags; None if the line does not exist.
 
     Raises:
         TrackingError: The store can't be reached or read.
@@ -83,7 +82,7 @@ def line(tracking_uri: str, name: str) -> Line | None:
         if path is not None:
             return _read_line(path, name)
     except sqlite3.OperationalError:
-        pass  # the tables are of another MLflow: ask it
+        pass  # the tables are of another MLflow version: ask MLflow
     except sqlite3.DatabaseError as error:
         raise _damaged(path, error) from error
     with open_backend(tracking_uri) as backend:
@@ -91,7 +90,7 @@ def line(tracking_uri: str, name: str) -> Line | None:
 
 
 def artifact_root(tracking_uri: str) -> str | None:
-    """Return where releases that are uploaded are kept; None where none was. ``TrackingError`` as `current`."""
+    """Return where uploaded releases are stored; None before the first upload. ``TrackingError`` as `current`."""
     path = database_path(tracking_uri)
     if path is not None and not path.exists():
         return None
@@ -102,7 +101,7 @@ def artifact_root(tracking_uri: str) -> str | None:
                 found = database.execute(query, (EXPERIMENT, _WORKSPACE)).fetchone()
                 return None if found is None else str(found[0])
     except sqlite3.OperationalError:
-        pass  # the tables are of another MLflow: ask it
+        pass  # the tables are of another MLflow version: ask MLflow
     except sqlite3.DatabaseError as error:
         raise _damaged(path, error) from error
     with open_backend(tracking_uri) as backend:
@@ -110,7 +109,7 @@ def artifact_root(tracking_uri: str) -> str | None:
 
 
 def version(tracking_uri: str, name: str, number: str) -> Version | None:
-    """Return one version of a line; None where there is no such. ``TrackingError`` as `current`."""
+    """Return one version of a line, or None. ``TrackingError`` as `current`."""
     if urlsplit(tracking_uri).scheme in ("http", "https"):
         with open_backend(tracking_uri) as backend:
             return backend.version(name, number)
@@ -118,7 +117,7 @@ def version(tracking_uri: str, name: str, number: str) -> Version | None:
 
 
 def champion_digest(tracking_uri: str, name: str) -> str | None:
-    """Return the manifest digest of what deployments pull now; None where nothing was promoted."""
+    """Return the manifest digest of the champion; None if nothing was promoted."""
     found = [version for version in current(tracking_uri, name) if "champion" in version.aliases]
     return found[0].manifest_digest if found else None
 

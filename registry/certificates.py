@@ -3,8 +3,8 @@
 The chain is judged by the verifier of `cryptography` (RFC 5280: signatures, validity, basic constraints, path lengths,
 name constraints, unknown critical extensions), with a policy for signing rather than for TLS:
 
-- an authority's certificate has ``keyCertSign`` where it says what its key is for, and may vouch for code signing where
-  it says for what it may vouch;
+- an authority's certificate has ``keyCertSign`` where it says what its key is for, and permits code signing where
+  it limits its purposes;
 - the signer's has ``digitalSignature`` or the purpose of code signing, and neither extension says otherwise;
 - the names that a signer goes by are its alternative names; the common name counts only where there are none.
 
@@ -47,7 +47,7 @@ _MALFORMED = (
 
 @dataclass(frozen=True)
 class Authority:
-    """A certificate that vouches for others; ``identities`` are the names it may vouch for, none is any."""
+    """A certificate that signs others; ``identities`` are the names it may sign for, empty for any."""
 
     certificate: bytes
     identities: tuple[str, ...] = ()
@@ -59,12 +59,12 @@ def signer_of(
     """Follow the chain to a trusted authority; return the key of its first certificate, and whose that is.
 
     Args:
-        chain: Certificates in DER, the signer's first, then those that vouch for it, in any order.
+        chain: Certificates in DER, the signer's first, then the rest of its chain, in any order.
         authorities: Those that are trusted.
         now: The present, where it is not that of the clock.
 
     Raises:
-        SigningError: Nobody who is trusted vouches for it, not for signing, or not under a name that is asked for.
+        SigningError: No trusted authority signed it, it is not for signing, or it has no accepted name.
     """
     if len(chain) > _LONGEST_CHAIN:
         raise SigningError(f"{len(chain)} certificates are in it, and {_LONGEST_CHAIN} are the most that are read")
@@ -78,7 +78,7 @@ def names_of(certificate: x509.Certificate) -> list[str]:
     """Return the names that a certificate may be asked for: its alternative names, or else its common name.
 
     An alternative name counts only in the form of its kind: an authority that is limited to some addresses could
-    otherwise vouch for any other one as a host's name, which its limits say nothing of.
+    otherwise sign any other one as a host's name, which its limits do not cover.
     """
     try:
         extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -91,15 +91,13 @@ def _judged(chain: Sequence[bytes], authorities: Sequence[Authority], now: datet
     own, *others = (x509.load_der_x509_certificate(item) for item in chain)
     trusted = {x509.load_der_x509_certificate(one.certificate): one for one in authorities}
     names = names_of(own)
-    called = names[0] if names else own.subject.rfc4514_string() or "somebody without a name"
+    called = names[0] if names else own.subject.rfc4514_string() or "a certificate without a name"
     key = own.public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey) or not _may_sign(own):
         raise SigningError(f"the certificate of {called} is not for signing")
     path = _path(own, others, list(trusted), called)
     if any(_constrains(certificate) for certificate in path) and not _has_alternative_names(own):
-        raise SigningError(
-            f"an authority limits the names that it vouches for, and the certificate of {called} has none"
-        )
+        raise SigningError(f"an authority limits the names that it signs, and the certificate of {called} has none")
     wanted = trusted[path[-1]].identities
     if wanted and not set(names) & set(wanted):
         raise SigningError(f"signed by {' alias '.join(names) or called}, and not by {' or '.join(wanted)}")
@@ -115,7 +113,7 @@ def _path(
 ) -> list[x509.Certificate]:
     """Return the certificates from the signer's to the one that is trusted."""
     if not trusted:
-        raise SigningError(f"signed by {called}, for whom no trusted certificate vouches")
+        raise SigningError(f"signed by {called}, whose certificate was not issued by a trusted authority")
     every = verification.ExtensionPolicy.permit_all()
     agnostic = verification.Criticality.AGNOSTIC
     authority = (
@@ -135,17 +133,19 @@ def _path(
         return list(verifier.verify(own, others).chain)
     except verification.VerificationError as error:
         why = str(error).partition(" (encountered")[0].rpartition("candidates exhausted: ")[2]
-        raise SigningError(f"signed by {called}, for whom no trusted certificate vouches: {why}") from error
+        raise SigningError(
+            f"signed by {called}, whose certificate was not issued by a trusted authority: {why}"
+        ) from error
 
 
 def _signs_certificates(_: verification.Policy, __: x509.Certificate, usage: x509.KeyUsage | None) -> None:
     if usage is not None and not usage.key_cert_sign:
-        raise ValueError("its key usage does not let it vouch for certificates")
+        raise ValueError("its key usage does not permit signing certificates")
 
 
 def _for_code(_: verification.Policy, __: x509.Certificate, usage: x509.ExtendedKeyUsage | None) -> None:
     if usage is not None and ExtendedKeyUsageOID.CODE_SIGNING not in usage:
-        raise ValueError("its extended key usage does not let it vouch for code signing")
+        raise ValueError("its extended key usage does not permit code signing")
 
 
 def _may_sign(certificate: x509.Certificate) -> bool:

@@ -100,7 +100,7 @@ def is_empty(folder: Path) -> bool:
 
 
 def _taken(destination: Path, digest: str, progress: Progress) -> tuple[Path, int]:
-    """Lock the folder; where the file system has no locks, make one of our own, whose name nobody else takes."""
+    """Lock the folder; without locks on the file system, make one with a random name."""
     try:
         return _locked(destination, digest, progress)
     except FileSystemError:
@@ -114,11 +114,11 @@ def _locked(destination: Path, digest: str, progress: Progress) -> tuple[Path, i
     """Make or find the folder and lock it; wait where another pull of the same release fills it."""
     prefix = f".{destination.name}.part-"
     part = destination.with_name(prefix + digest.rpartition(":")[2][:16])
-    told = False
+    reported = False
     while True:
         parent = os.open(destination.parent, os.O_RDONLY)
         try:
-            flock(parent, fcntl.LOCK_EX)  # nobody sweeps a folder between its making and its locking
+            flock(parent, fcntl.LOCK_EX)  # no other pull removes the folder before it is locked
             for leftover in destination.parent.glob(f"{glob.escape(prefix)}*"):
                 if leftover != part:
                     _remove_if_dead(leftover)
@@ -139,9 +139,9 @@ def _locked(destination: Path, digest: str, progress: Progress) -> tuple[Path, i
                 continue
         finally:
             os.close(parent)
-        if not told:
+        if not reported:
             progress("waiting for another pull of the same release to the same place")
-            told = True
+            reported = True
         flock(descriptor, fcntl.LOCK_EX)
         os.close(descriptor)  # it may be another folder's by now: look again
 
@@ -156,7 +156,7 @@ def _made(part: Path) -> bool:
 
 
 def _is_ours(part: Path) -> bool:
-    """Whether a folder is this user's, and nobody else may write to it."""
+    """Whether a folder belongs to this user and no other user may write to it."""
     about = part.lstat()
     return stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid() and not about.st_mode & _OTHERS_WRITE
 
@@ -171,7 +171,7 @@ def _holds_ours_alone(part: Path) -> bool:
 
 
 def _without(part: Path) -> Path:
-    """Remove what stands in the folder's place; where it stays, return another name, that nobody can tell."""
+    """Remove what has the folder's name; if it can't be removed, return a random name instead."""
     _remove(part)
     return part.with_name(f"{part.name}-{secrets.token_hex(8)}") if os.path.lexists(part) else part
 

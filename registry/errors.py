@@ -1,4 +1,4 @@
-"""What can go wrong between a signed release and the folder that a deployment loads."""
+"""Errors of signing, registering, promoting and pulling releases."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 class RegistryError(Exception):
-    """Any failure of this package; its message is one line that says what to do next."""
+    """Any failure of this package; its message is one line and says what to do next."""
 
 
 class ManifestError(RegistryError):
@@ -23,19 +23,19 @@ class TrackingError(RegistryError):
 
 
 class NetworkSettingError(TrackingError):
-    """A setting of the network that can't be used: a proxy, a file of certificates, a token."""
+    """A network setting that can't be used: a proxy, a certificate file, a token."""
 
 
 class RefusedError(TrackingError):
-    """MLflow asks who one is, or does not permit it; trying again changes nothing."""
+    """MLflow asks for credentials or denies permission; trying again does not help."""
 
 
 class PromotionError(RegistryError):
-    """A release that may not be promoted, or could not be; no alias was moved."""
+    """A release that could not be promoted; no alias moved."""
 
 
 class PullError(RegistryError):
-    """A release that can't be found or fetched; the destination is as it was."""
+    """A release that can't be found or fetched; the destination is unchanged."""
 
 
 class NotFoundError(PullError):
@@ -43,7 +43,7 @@ class NotFoundError(PullError):
 
 
 class ArgumentError(PullError):
-    """The reference or the destination can't be used as it was given; trying again changes nothing."""
+    """A reference or destination that can't be used; trying again does not help."""
 
 
 class DiskError(PullError):
@@ -51,15 +51,15 @@ class DiskError(PullError):
 
 
 class FileSystemError(RegistryError):
-    """A file system lacks what the work there needs; trying again changes nothing."""
+    """A file system lacks a feature that is needed; trying again does not help."""
 
 
 class UntrustedFileError(RegistryError):
-    """Something else than a regular file, or a larger one, where a worker, a source or a pull should have left one."""
+    """A file from a worker, a source or an interrupted pull that is not a regular file, or is too large."""
 
 
 class TrustPolicyError(RegistryError):
-    """A policy that can't be read."""
+    """A trust policy that can't be read."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Problem:
 
 
 class VerificationError(RegistryError):
-    """A folder that is not what was signed. ``problems`` names everything that is wrong, not the first thing found."""
+    """A folder that differs from what was signed. ``problems`` lists every difference."""
 
     def __init__(self, folder: object, problems: Sequence[Problem]) -> None:
         self.folder = str(folder)

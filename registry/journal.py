@@ -1,9 +1,8 @@
 """The audit trail of a release line: who moved which alias, when, from what, to what, and why.
 
-Each act is one tag of the registered model, ``slipway.journal.000042``, numbered without a gap by whoever has the turn
-(`registry.promotion_lock`). It is written *before* the first alias moves, with ``state`` ``begun``, and again as
-``done`` after
-the last one. So an act that was killed halfway is there to read, and whoever comes next finishes it before all else:
+Each entry is one tag of the registered model, ``slipway.journal.000042``, numbered without a gap under the promotion
+lock (`registry.promotion_lock`). It is written *before* the first alias moves, with ``state`` ``begun``, and again as
+``done`` after the last one. So an entry of a killed process is there to read, and the next process finishes it first:
 its versions were verified before it was written.
 
 Law: for each alias, the last entry that moves it says where it points. Where it points elsewhere, something that is not
@@ -12,7 +11,7 @@ whoever can write to MLflow. The signature is over the entry and not over its ``
 MLflow can set: where moves must be signed no state is believed (`last_signed_move`).
 
 Chain: an entry holds in ``prior`` the running digest of all entries before it, and for each alias that it moves the
-digest of the manifest that the version was registered with. So a signature vouches for the whole trail before it and
+digest of the manifest that the version was registered with. So a signature covers the whole trail before it and
 for the release behind each number: `chain_break` says where entries were removed, altered or put in between. An entry
 whose ``prior`` is `START` begins the trail: the first one, or the one with which `slipway promote` begins anew a trail
 that was broken. Entries of the first format have neither; they keep their signed bytes, and are covered by the
@@ -48,7 +47,7 @@ State = Literal["begun", "done", "abandoned"]
 
 
 class Target(NamedTuple):
-    """A version that an alias is to name: its number, and the digest of its manifest; None where nobody knows it."""
+    """A version that an alias is to name: its number, and the digest of its manifest; None if unknown."""
 
     version: str
     digest: str | None
@@ -154,7 +153,7 @@ def last_move(journal: Sequence[JournalRecord], alias: str) -> JournalRecord | N
 
 
 def last_moves(journal: Sequence[JournalRecord]) -> dict[str, JournalRecord]:
-    """Return for each alias the last record that moves it, whatever state is said of that: anybody may have set it."""
+    """Return the last record that moves each alias, of any ``state``: everyone may have set that."""
     return {move.alias: record for record in journal for move in record.entry.moves}
 
 
@@ -182,14 +181,14 @@ def last_signed_move(
 def chain_break(journal: Sequence[JournalRecord], trusted: Sequence[PublicKey]) -> str | None:
     """Say where the trail is not the one that its signed entries were written onto; None where it is.
 
-    What follows the last signed entry is vouched for by nobody, and is for `last_signed_move` to judge.
+    Entries after the last signed one are not covered by a signature; `last_signed_move` judges them.
     """
     whole = _since_beginning(journal, trusted)
-    vouched = [record.signed_by(trusted) is not None for record in whole]
+    signed_flags = [record.signed_by(trusted) is not None for record in whole]
     digest, chained = START, False
-    begins = whole[0].entry.number if vouched and vouched[0] and whole[0].entry.prior == START else 1
-    for number, (record, signed) in enumerate(zip(whole, vouched, strict=True), begins):
-        if not any(vouched[number - begins :]):
+    begins = whole[0].entry.number if signed_flags and signed_flags[0] and whole[0].entry.prior == START else 1
+    for number, (record, signed) in enumerate(zip(whole, signed_flags, strict=True), begins):
+        if not any(signed_flags[number - begins :]):
             return None
         entry = record.entry
         if entry.number != number:
@@ -212,7 +211,7 @@ def trail_digest(journal: Sequence[JournalRecord], trusted: Sequence[PublicKey])
 
 
 def _since_beginning(journal: Sequence[JournalRecord], trusted: Sequence[PublicKey]) -> Sequence[JournalRecord]:
-    """Cut off what is before the last entry that begins a trail; an entry that nobody signed begins none."""
+    """Cut off what is before the last entry that begins a trail; an unsigned entry begins none."""
     for at in reversed(range(len(journal))):
         if journal[at].entry.prior == START and journal[at].signed_by(trusted) is not None:
             return journal[at:]
@@ -232,7 +231,7 @@ def is_confirmed(line: Line, alias: str, version: str, signers: Sequence[PublicK
 
 
 def pending(journal: Sequence[JournalRecord]) -> JournalRecord | None:
-    """Return the act that was begun and not finished, if there is one: the last, for whoever comes next finishes it."""
+    """Return the unfinished move, if there is one; it can only be the last record."""
     return journal[-1] if journal and journal[-1].state == "begun" else None
 
 
@@ -252,7 +251,7 @@ def record_and_move(
     trusted: Sequence[PublicKey],
     anew: bool = False,
 ) -> JournalEntry:
-    """Write down what is about to be done, do it, and write down that it is done; ``line`` is as it is now.
+    """Write the entry as begun, move the aliases, and write it as done; ``line`` is the current state.
 
     ``trusted`` signed the trail before it. ``anew`` begins the trail anew with this entry, where that is `chain_break`.
 
@@ -299,7 +298,7 @@ def record_and_move(
 
 
 def finish(lock: PromotionLock, backend: RegistryBackend, line: Line, record: JournalRecord) -> JournalRecord:
-    """Make each move of a begun act, whether it was made before or not; abandon one whose version is no more."""
+    """Make every move of a begun entry again; abandon the entry if a version of it no longer exists."""
     entry = record.entry
     there = {version.version for version in backend.versions(entry.line)}
     whole = all(move.after is None or move.after in there for move in entry.moves)
@@ -316,7 +315,7 @@ def finish(lock: PromotionLock, backend: RegistryBackend, line: Line, record: Jo
 
 
 def abandon(lock: PromotionLock, backend: RegistryBackend, record: JournalRecord) -> None:
-    """Write down that a begun act is not to be finished; the aliases stay as they are."""
+    """Mark a begun entry as abandoned; the aliases stay as they are."""
     _end(lock, backend, record, "abandoned")
 
 

@@ -1,6 +1,6 @@
 """Whether a version's files are where the registry keeps files.
 
-The location of a version is a field that whoever may register a version chooses, and nothing signs it. So it is a hint:
+The location of a version is not signed: everyone who may register a version chooses it. So it is a hint:
 it is followed only below the place where the experiment that Slipway uploads to keeps its files, which no request
 changes once it is made; or where the MLflow server hands the files out itself. Elsewhere it would lead to folders of
 this machine, or have MLflow's client send the operator's user and password to a host of the attacker's.
@@ -28,7 +28,7 @@ def checked(location: str, tracking_uri: str) -> str:
         TrackingError: The registry can't be asked.
     """
     if not is_location(location):
-        raise PullError(f"the registry at {shown(tracking_uri)} says that files are at what is no location at all")
+        raise PullError(f"the registry at {shown(tracking_uri)} gives a location that is not a valid URI or path")
     parts, server = urlsplit(location), urlsplit(tracking_uri)
     if parts.scheme == _PROXIED and server.scheme in _HTTP and _climbs(parts) is False:
         if parts.netloc in ("", server.netloc.rpartition("@")[2]):
@@ -36,8 +36,8 @@ def checked(location: str, tracking_uri: str) -> str:
     elif within(location, artifact_root(tracking_uri)) and (parts.scheme not in _HTTP or _same_host(parts, server)):
         return location
     raise PullError(
-        f"the registry at {shown(tracking_uri)} says that files are at {shown(location)!r}, where it keeps none:"
-        " nothing was read from there"
+        f"the registry at {shown(tracking_uri)} says that files are at {shown(location)!r}, which is outside its"
+        " artifact store: nothing was read from there"
     )
 
 

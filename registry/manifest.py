@@ -50,7 +50,7 @@ DOCUMENTS = (MANIFEST, SIGNATURE, PROVENANCE)
 EVIDENCE = "release/evidence"
 REPORT = "release/report.html"
 BOUNDS = Bounds(bytes=16 << 20, values=30_000, depth=16)
-"""What a manifest, a signature or a provenance may have: room for 7,000 files. It is read before anybody is trusted."""
+"""Bounds of a manifest, signature or provenance (7,000 files), which are read before any signature is checked."""
 _MOST_SHOWN = 5
 REQUIRED_GATES = ("drift", "scan", "load")
 """The gates without which nothing is promoted."""
@@ -292,7 +292,7 @@ class Manifest(_ManifestPart):
         """Read a manifest from its canonical bytes.
 
         Raises:
-            ManifestError: The bytes are no manifest of this version, or not in canonical form.
+            ManifestError: The bytes are not a manifest of this version, or not in canonical form.
         """
         try:
             document = read_json(data, BOUNDS)

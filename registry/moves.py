@@ -1,7 +1,8 @@
-"""Moving aliases: a version becomes champion, a canary, or the champion gives way to the one before.
+"""Moving aliases: promote a registered version, roll back, and set a canary.
 
-Every command that moves an alias is here or in `registry.promote`, takes its turn (`registry.promotion_lock`),
-finishes what a killed one had begun (`registry.journal`), verifies the stored version anew, and only then moves.
+Every command that moves an alias is here or in `registry.promote`. Each takes the promotion lock
+(`registry.promotion_lock`), finishes what a killed one had begun (`registry.journal`), verifies the stored version
+again, and only then moves the alias.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def promote_version(
     key: SigningKey | None = None,
     progress: Progress = silent,
 ) -> Moved:
-    """Make a registered version champion; ``previous`` names the champion before. The canary, if it is this, ends.
+    """Make a registered version champion; ``previous`` then names the old one. If it was the canary, that ends.
 
     Where it is champion already, and the audit trail does not say so, an entry is written that does: something else
     than Slipway moved the alias, or nobody signed for it (which counts where there is a ``key``). Where the trail is
@@ -103,9 +104,9 @@ def rollback(
     key: SigningKey | None = None,
     progress: Progress = silent,
 ) -> Moved:
-    """Swap ``champion`` and ``previous``, the version that becomes champion verified anew. Twice, and all is as before.
+    """Swap ``champion`` and ``previous`` after verifying the new champion; doing it twice changes nothing.
 
-    A rollback that was killed is finished, not done a second time. Arguments and errors are those of `promote_version`;
+    A killed rollback is finished, not repeated. Arguments and errors are those of `promote_version`;
     a line without ``previous`` is a ``PromotionError``.
     """
     policy = policy_of(trusted_keys, required_gates)
@@ -113,7 +114,7 @@ def rollback(
         if finished is not None and finished.action == "rollback":
             return _result(tracking_uri, name, "rollback", finished.version, finished.digest, finished, finished=True)
         if PREVIOUS not in line.aliases:
-            raise PromotionError(f"`{name}` has no version `{PREVIOUS}`: there is nothing to go back to")
+            raise PromotionError(f"`{name}` has no alias `{PREVIOUS}`: no earlier champion to roll back to")
         meant = _resolved(line, PREVIOUS, policy)
         chosen = only_version(backend, name, meant.version or "")
         _check_against_trail(line, chosen, meant, policy)
@@ -137,20 +138,20 @@ def canary(
     key: SigningKey | None = None,
     progress: Progress = silent,
 ) -> Moved:
-    """Record that ``weight`` percent of the traffic is for this version, and the rest for the champion; 0 ends it.
+    """Send ``weight`` percent of the traffic to this version and the rest to the champion; 0 ends the canary.
 
     ``canary`` names the version, so that it can be pulled; `registry.resolve.traffic` reads the split. Other
     arguments and errors are those of `promote_version`.
     """
     if not 0 <= weight <= 100:
-        raise PromotionError(f"a weight of {weight} is no share of the traffic: give 0 to 100 percent")
+        raise PromotionError(f"the weight {weight} is not a percentage: expected 0 to 100")
     policy = policy_of(trusted_keys, required_gates)
     with _opened(name, tracking_uri, policy, progress) as (held, backend, line, _):
         chosen = only_version(backend, name, version)
         if weight and line.aliases.get(CHAMPION) == version:
-            raise PromotionError(f"version {version} of `{name}` is champion: it gets all the traffic that is left")
+            raise PromotionError(f"version {version} of `{name}` is champion and can't also be its canary")
         if not weight and line.aliases.get(CANARY) != version:
-            raise PromotionError(f"version {version} of `{name}` is no canary")
+            raise PromotionError(f"version {version} of `{name}` is not the canary")
         digest = chosen.manifest_digest or ""
         if weight:
             _check_against_trail(line, chosen, Resolution(version, pinned=True), policy)
@@ -180,11 +181,11 @@ def assign_champion(
     champion: bool = True,
     anew: bool = False,
 ) -> JournalEntry | None:
-    """Let ``champion``, and the aliases ``also``, name a verified version; None where they do, and it is `confirmed`.
+    """Point the champion (if ``champion``) and the aliases ``also`` at a verified version; None if they already are.
 
-    Where a version is promoted, the one that it replaces becomes ``previous`` first, so that there is a way back at
-    every moment; in a rollback the champion moves first, since that is what it is for. Which one it replaces the audit
-    trail says, not the alias. Where the trail begins ``anew`` nothing is known of it, and ``previous`` is taken away.
+    A promotion moves ``previous`` to the replaced version first, so that a rollback is possible at every moment; a
+    rollback moves the champion first. The replaced version is the one in the audit trail, not the one that the alias
+    names. If the trail begins ``anew``, the replaced version is unknown, and ``previous`` is removed.
     """
     number, known = chosen.version, signers(policy, key) if key is not None else ()
     target = Target(number, digest)
@@ -195,12 +196,12 @@ def assign_champion(
     if champion and before == number and (anew or not journal.is_confirmed(line, CHAMPION, number, known)):
         moves[CHAMPION] = target
     if champion and before != number:
-        appointed: dict[str, Target | None] = {CHAMPION: target}
+        moved: dict[str, Target | None] = {CHAMPION: target}
         replaced = None if anew else _replaced(backend, line, policy)
         if replaced is not None and replaced.version != number:
             former: dict[str, Target | None] = {PREVIOUS: replaced}
-            appointed = appointed | former if action == "rollback" else former | appointed
-        moves |= appointed
+            moved = moved | former if action == "rollback" else former | moved
+        moves |= moved
         if line.aliases.get(CANARY) == number:
             moves[CANARY] = None
     if anew:
@@ -214,7 +215,7 @@ def assign_champion(
 
 
 def _replaced(backend: RegistryBackend, line: Line, policy: Policy) -> Target | None:
-    """Return the version that has been champion, as the trail says; as the alias says where there is no entry of it."""
+    """Return the champion according to the audit trail, or to the alias if the trail has no entry for it."""
     found, lacking = audited_move(journal.records(line), CHAMPION, policy)
     if lacking:
         return None
@@ -226,17 +227,17 @@ def _replaced(backend: RegistryBackend, line: Line, policy: Policy) -> Target | 
 
 
 def signers(policy: Policy, key: SigningKey | None) -> tuple[PublicKey, ...]:
-    """Return whose signatures on the audit trail count for whoever moves with ``key``, if with any."""
+    """Return the keys whose signatures on the audit trail count: the policy's, and ``key`` itself."""
     return policy.keys if key is None else (*policy.keys, key.public)
 
 
 def recover(
     held: PromotionLock, backend: RegistryBackend, name: str, tracking_uri: str, policy: Policy, progress: Progress
 ) -> JournalEntry | None:
-    """Finish the act that a killed process had begun, if there is one, and return it.
+    """Finish the move that a killed process had begun, if there is one, and return it.
 
-    Whoever can write to MLflow can write such an act: it is given up where a version that it moves an alias to is not
-    what was signed, or not what the policy asks for.
+    Everyone who can write to MLflow can write such an entry. So it is abandoned if a version that it moves an alias to
+    is not what was signed, or does not fulfil the policy.
     """
     line = backend.line(name)
     begun = journal.pending(journal.records(line)) if line is not None else None
@@ -246,7 +247,7 @@ def recover(
     what = f"the {entry.action} of version {entry.version} that {entry.who} began at {entry.when}"
     unfit = _why_not_finished(backend, line, begun, tracking_uri, policy)
     if unfit is not None:
-        progress(f"giving up {what}: {unfit}")
+        progress(f"abandoning {what}: {unfit}")
         journal.abandon(held, backend, begun)
         return None
     progress(f"finishing {what}")
@@ -256,7 +257,7 @@ def recover(
 def _why_not_finished(
     backend: RegistryBackend, line: Line, begun: JournalRecord, tracking_uri: str, policy: Policy
 ) -> str | None:
-    """Say why an act that was begun may not be finished; None where it may. A rollback verifies `previous` anew."""
+    """Say why a begun move may not be finished, or None. A rollback verifies `previous` itself."""
     if policy.signed_moves and begun.signed_by(policy.keys) is None:
         return "no trusted key signed it"
     left = [move for move in begun.entry.moves if line.aliases.get(move.alias) != move.after]
@@ -277,23 +278,23 @@ def _why_not_finished(
 def _opened(
     name: str, tracking_uri: str, policy: Policy, progress: Progress
 ) -> Iterator[tuple[PromotionLock, RegistryBackend, Line, JournalEntry | None]]:
-    """Give the turn, the store, the line as it is once everything is finished, and what was finished."""
+    """Give the lock, the backend, the line after recovery, and the entry that recovery finished, if any."""
     if not current(tracking_uri, name):
         raise PromotionError(f"there is no release `{name}`{suggestion(name, names(tracking_uri))}")
     with hold_promotion_lock(tracking_uri, name, progress) as held, open_backend(tracking_uri) as backend:
         finished = recover(held, backend, name, tracking_uri, policy, progress)
         line = backend.line(name)
         if line is None:
-            raise PromotionError(f"`{name}` was removed meanwhile")
+            raise PromotionError(f"`{name}` was removed during the promotion")
         yield held, backend, line, finished
 
 
 def _verified(chosen: Version, tracking_uri: str, policy: Policy, progress: Progress) -> str:
-    progress(f"verifying what is stored of {chosen.name} version {chosen.version}")
+    progress(f"verifying the stored files of {chosen.name} version {chosen.version}")
     try:
         return verify_stored(chosen, tracking_uri, policy).digest
     except (VerificationError, PullError) as error:
-        raise PromotionError(f"version {chosen.version} of `{chosen.name}` stays where it is: {error}") from error
+        raise PromotionError(f"version {chosen.version} of `{chosen.name}` was not promoted: {error}") from error
 
 
 def _resolved(line: Line, alias: str, policy: Policy) -> Resolution:
@@ -307,7 +308,7 @@ def _check_against_trail(line: Line, chosen: Version, meant: Resolution, policy:
     try:
         check(line, chosen, meant, policy)
     except PullError as error:
-        raise PromotionError(f"version {chosen.version} of `{line.name}` stays where it is: {error}") from error
+        raise PromotionError(f"version {chosen.version} of `{line.name}` was not promoted: {error}") from error
 
 
 def _result(

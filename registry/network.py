@@ -1,6 +1,6 @@
 """The one policy for everything that is asked over a network: hub, registry, container registries, engines, notices.
 
-- *Schemes.* ``https``; ``http`` where whoever configured the address wrote so. A redirect never leads from ``https`` to
+- *Schemes.* ``https``; ``http`` only where the configured address says so. A redirect never leads from ``https`` to
   ``http``, nor to another scheme.
 - *Hosts.* Credentials go to the host that they were configured for. A redirect to another host is followed for reading
   alone, and without them.
@@ -50,7 +50,7 @@ def tls(*first: str, environment: Mapping[str, str] = os.environ) -> ssl.SSLCont
     ``first`` are variables that count before the common ones.
 
     Raises:
-        NetworkSettingError: A variable names what is no file or folder of certificates.
+        NetworkSettingError: A variable names neither a file nor a folder of certificates.
     """
     for name in (*first, *_AUTHORITIES):
         place = environment.get(name)

@@ -35,7 +35,7 @@ class ObjectStore:
     def opened(cls, uri: str) -> ObjectStore:
         """Open ``s3://BUCKET/PREFIX``; ``TrackingError`` where that is none, or boto3 is absent."""
         if _STORE.fullmatch(uri) is None:
-            raise TrackingError(f"`{uri}` is no object store: expected s3://BUCKET/PREFIX")
+            raise TrackingError(f"`{uri}` is not an object store: expected s3://BUCKET/PREFIX")
         try:
             import boto3  # noqa: PLC0415 - for those who have S3
         except ImportError as error:
@@ -58,7 +58,7 @@ class ObjectStore:
         return text
 
     def has(self, record: FileRecord) -> bool:
-        """Whether something of this name and size is there; what it holds, whoever fetches it finds out.
+        """Whether an object of this name and size exists; its content is checked when it is fetched.
 
         Raises:
             TrackingError: the store can't be reached.
@@ -77,7 +77,9 @@ class ObjectStore:
         if anew or not self.has(record):
             self._asked(lambda: self.client.upload_file(str(path), bucket, key))
         if self._digest(bucket, key) != record.sha256:
-            raise TrackingError(f"s3://{bucket}/{key} is not what was stored: nothing was removed here")
+            raise TrackingError(
+                f"s3://{bucket}/{key} differs from the file that was uploaded: nothing was removed here"
+            )
 
     def get(self, record: FileRecord, target: Path) -> None:
         """Fetch a file to ``target``, whole and with its digest, or raise ``TrackingError`` and leave nothing."""
@@ -86,7 +88,7 @@ class ObjectStore:
         try:
             self._asked(lambda: self.client.download_file(bucket, key, str(part)))
             if digest_of(part) != record.sha256:
-                raise TrackingError(f"s3://{bucket}/{key} has another sha256 than its name: it is damaged")
+                raise TrackingError(f"s3://{bucket}/{key} does not have the SHA-256 in its name: it is damaged")
             with part.open("rb") as stream:
                 os.fsync(stream.fileno())
             part.replace(target)

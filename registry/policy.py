@@ -144,5 +144,5 @@ def _strings(
 ) -> Sequence[str]:
     found = section.get(key, default)
     if not isinstance(found, (list, tuple)) or not all(isinstance(item, str) for item in found):
-        raise TrustPolicyError(f"`{where}.{key}` in `{path}` is no list of strings")
+        raise TrustPolicyError(f"`{where}.{key}` in `{path}` is not a list of strings")
     return found

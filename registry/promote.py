@@ -104,16 +104,16 @@ def promote(
                 number = found.version
             now = backend.line(name)
             if now is None:
-                raise PromotionError(f"not promoted: `{name}` was removed meanwhile")
+                raise PromotionError(f"not promoted: `{name}` was removed during the promotion")
             entry = assign_champion(
                 held, backend, now, only_version(backend, name, number), digest,
                 action="promote", why=why, who=who, key=key, policy=policy,
                 also=[CANDIDATE], champion=champion == "automatic",
             )  # fmt: skip
-        stands = next(version for version in current(tracking_uri, name) if version.version == number)
-    progress(f"{name} version {number} is {' and '.join(stands.aliases)}")
+        registered = next(version for version in current(tracking_uri, name) if version.version == number)
+    progress(f"{name} version {number} is {' and '.join(registered.aliases)}")
     replaced = next((move.before for move in entry.moves if move.alias == CHAMPION), None) if entry else None
-    return replace(_unchanged(stands, digest), reused=found is not None, replaced=replaced)
+    return replace(_unchanged(registered, digest), reused=found is not None, replaced=replaced)
 
 
 def find_promoted(
@@ -125,7 +125,7 @@ def find_promoted(
     required_gates: Sequence[str] | None = None,
     key: SigningKey | None = None,
 ) -> PromotedVersion | None:
-    """Return how the release in ``folder`` stands where `promote` would move nothing; None where it would.
+    """Return the registered version of the release in ``folder`` if `promote` would change nothing, else None.
 
     Its files are not hashed, for none of them is promoted here: what pulls get lies in the registry.
     Arguments and errors are those of `promote`, and ``VerificationError``.
@@ -184,7 +184,7 @@ def _aliases_are_confirmed(tracking_uri: str, found: Version, champion: Champion
 
 @dataclass(frozen=True)
 class _Release:
-    """A verified folder on its way into MLflow; nobody else promotes into its line meanwhile."""
+    """A verified folder being uploaded to MLflow under the line's promotion lock."""
 
     client: MlflowClient
     tracking_uri: str
@@ -250,9 +250,9 @@ class _Release:
             self.progress("reading back what was uploaded")
             self.check(model.artifact_location, "what was uploaded")
             return self._finished(model)
-        except TrackingError:  # nobody knows that it is bad: the next promotion reads it back
+        except TrackingError:  # it may be whole: the next promotion reads it back
             raise
-        except BaseException:  # whatever it was, nothing half-made stays where it can be found
+        except BaseException:  # an interrupt included: no half upload stays
             discard_upload(self.client, model)
             raise
 
@@ -330,7 +330,7 @@ def line_of(model: LoggedModel) -> str:
 def discard_upload(client: MlflowClient, model: LoggedModel) -> None:
     """Delete a logged model that no version names: its files where they are on this machine, its run, and itself.
 
-    It goes last, so that whoever is killed here leaves something that the next one finds. Elsewhere MLflow holds the
+    The logged model is deleted last, so that a killed deletion is found and repeated. Elsewhere MLflow keeps the
     files of a deleted logged model until its own ``mlflow gc`` is run.
     """
     files = checked_folder(model.artifact_location, client.get_experiment(model.experiment_id).artifact_location)

@@ -1,4 +1,4 @@
-"""What was made from what: the manifest, told as SLSA provenance (v1) in an in-toto statement.
+"""What was made from what: the manifest as SLSA provenance (v1) in an in-toto statement.
 
 It says nothing that the manifest does not, and is made from it by a pure function; so verification makes it again and
 compares. It is for those who read SLSA and not Slipway: policy engines, admission controllers. https://slsa.dev/spec/v1.0
@@ -82,9 +82,9 @@ def _dependencies(manifest: Manifest) -> Iterator[Mapping[str, Any]]:
 def _byproducts(manifest: Manifest) -> Iterator[Mapping[str, Any]]:
     for gate in manifest.gates:
         verdict = gate.verdict
-        told = {"gate": verdict.gate, "status": verdict.status, "reason": verdict.reason}
+        annotations = {"gate": verdict.gate, "status": verdict.status, "reason": verdict.reason}
         for name, digest in sorted(gate.evidence.items()):
-            yield {"name": name, "digest": _digest(digest), "annotations": told}
+            yield {"name": name, "digest": _digest(digest), "annotations": annotations}
     yield {"name": manifest.sbom.path, "digest": _digest(manifest.sbom.digest)}
 
 

@@ -76,7 +76,7 @@ def pull(
         required_gates: The gates that must be there; the policy's where not given.
         cache: A folder, on the destination's file system, that keeps files for other pulls; they are linked.
         replace: Whether a destination that holds another release gives way to this one, in one step, once it is whole.
-            Then whether it is this one is told without hashing its files, by `registry.verify.verify_documents`.
+            Whether it already is this one is then checked without hashing files (`registry.verify.verify_documents`).
         progress: Told what is being done.
 
     Raises:
@@ -191,7 +191,7 @@ def _previous_release(destination: Path) -> Manifest:
         return Manifest.parse((destination / MANIFEST).read_bytes())
     except (OSError, ManifestError) as error:
         raise ArgumentError(
-            f"`{destination}` exists and is no release: give another destination, or remove it"
+            f"`{destination}` exists and is not a release: give another destination, or remove it"
         ) from error
 
 

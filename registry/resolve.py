@@ -1,7 +1,7 @@
-"""Which version an alias means: the one answer for pull, serve, rescan, bundle, rollback, tiering and retention.
+"""Resolving an alias to a version, for pull, serve, rescan, bundle, rollback, tiering and retention alike.
 
-An alias of MLflow is a hint: whoever can write to MLflow can set it. What it means is what the audit trail says
-(`registry.journal`), and where both disagree nothing is meant. What is read, and what it is worth:
+An MLflow alias is a hint, because everyone who can write to MLflow can set it. The audit trail decides
+(`registry.journal`); if the alias disagrees with it, resolving fails. What is read, and what it is worth:
 
 - the alias itself, the version's digest tag and its location: hints, held to the trail and to the signed manifest;
 - the trail's entries: signed, where the policy asks for ``signed_moves``;
@@ -57,10 +57,10 @@ class Share:
 def resolve_alias(line: Line, alias: str, policy: Policy) -> Resolution:
     """Return what the alias means, as the audit trail says and the alias agrees.
 
-    Where moves must be signed, an act that was begun and not finished is no excuse: anybody could have said so.
+    Where moves must be signed, a begun move does not count: everyone who can write to MLflow could have begun it.
 
     Raises:
-        UnexplainedError: The trail says something else, or is not whole, or nobody signed it.
+        AuditMismatchError: The trail says something else, or is not whole, or nobody signed it.
     """
     named, trail = line.aliases.get(alias), journal.records(line)
     found, lacking = audited_move(trail, alias, policy)
@@ -71,7 +71,7 @@ def resolve_alias(line: Line, alias: str, policy: Policy) -> Resolution:
     entry, begun = found
     move = next(move for move in entry.moves if move.alias == alias)
     if named not in ({move.before, move.after} if begun else {move.after}):
-        raise _unexplained(line, alias, f"but the audit trail says {move.after}: something else than Slipway moved it")
+        raise _unexplained(line, alias, f"but the audit trail says {move.after}: it was not moved by Slipway")
     if named != move.after or named is None:
         return Resolution(named)
     return Resolution(named, entry.digests().get(named), entry.weight if alias == CANARY else None)
@@ -80,7 +80,7 @@ def resolve_alias(line: Line, alias: str, policy: Policy) -> Resolution:
 def _unexplained(line: Line, alias: str, why: str) -> AuditMismatchError:
     return AuditMismatchError(
         f"`{line.name}@{alias}` names version {line.aliases.get(alias)}, {why};"
-        f" `slipway promote {line.name} --version N` says which it is to be"
+        f" set the right version with `slipway promote {line.name} --version N`"
     )
 
 
@@ -109,7 +109,7 @@ def resolve(name: str, alias: str, tracking_uri: str, policy: Policy, cache: Pat
 
     Raises:
         NotFoundError: No such line, alias or version.
-        PullError: The version is no release of ours, something else than Slipway moved the alias, or the version is
+        PullError: Slipway did not register the version or move the alias, or the version is
             registered as another release than the trail says.
     """
     line, meant = _agreed(name, alias, tracking_uri, policy)
@@ -136,10 +136,9 @@ def traffic(name: str, alias: str, tracking_uri: str, policy: Policy) -> list[Sh
 
 
 def referenced_versions(line: Line) -> set[str]:
-    """Return the numbers of the versions that an alias names, or should name, or that a begun act is about.
+    """Return the numbers of the versions that an alias names or should name, or that a begun move is about.
 
-    Whoever moves an alias, or says that an act was abandoned, can't have the release removed, or put away, that the
-    trail says it names.
+    So a moved alias, or an entry marked as abandoned, can't cause the removal of a release that the trail names.
     """
     trail = journal.records(line)
     begun = journal.pending(trail)
@@ -164,7 +163,7 @@ def _agreed(
         if pinned is not None:
             return line, Resolution(pinned, pinned=True)
         if alias not in line.aliases and not absent:
-            raise NotFoundError(f"no version of `{name}` is `{alias}`{suggestion(alias, sorted(line.aliases))}")
+            raise NotFoundError(f"`{name}` has no alias `{alias}`{suggestion(alias, sorted(line.aliases))}")
         try:
             return line, resolve_alias(line, alias, policy)
         except AuditMismatchError:
@@ -194,7 +193,7 @@ def check(line: Line, version: Version, meant: Resolution, policy: Policy) -> No
     """Hold the digest that a version is registered with to what the trail says of it.
 
     Raises:
-        PullError: It is no release of ours, another than the trail says, or one of which no signed entry says it.
+        PullError: Slipway did not register it, the trail says another digest, or no signed entry covers it.
     """
     number = version.version
     if version.manifest_digest is None:
@@ -202,7 +201,7 @@ def check(line: Line, version: Version, meant: Resolution, policy: Policy) -> No
     trail = journal.records(line) if policy.signed_moves else []
     damage = journal.chain_break(trail, policy.keys)
     if damage is not None:
-        raise PullError(f"version {number} of `{line.name}` can't be held to the audit trail: {damage}")
+        raise PullError(f"version {number} of `{line.name}` can't be checked against the audit trail: {damage}")
     signed = [record.entry for record in trail if record.signed_by(policy.keys) is not None]
     said = {entry.digests()[number] for entry in signed if number in entry.digests()}
     said |= {meant.digest} if meant.digest else set()
@@ -213,5 +212,5 @@ def check(line: Line, version: Version, meant: Resolution, policy: Policy) -> No
         source = "a signed entry of the audit trail" if policy.signed_moves else "the audit trail"
         raise PullError(
             f"version {number} of `{line.name}` is registered as {version.manifest_digest}, and {source} says"
-            f" {others[0]}: it was put in that one's place"
+            f" {others[0]}: the version was replaced"
         )

@@ -1,9 +1,9 @@
-"""What a registry keeps, and what may go: versions that no alias, no entry that is not done and no policy needs.
+"""Retention: removing versions that no alias, no unfinished move and no policy needs.
 
-`plan` only looks. `remove` takes the line's turn, looks again, and removes what is still in the plan: the version
-first, so that nothing names its files any more, then the files and the logged model that held them (the *upload*),
-unless another version has the same. Where it was killed in between, or something was uploaded and never promoted, there
-is an upload that no version has: it is in the next plan. The audit trail stays.
+`plan` only lists. `remove` takes the line's promotion lock, checks again, and removes what is still unneeded: the
+version first, so that nothing refers to its files, then the files and the logged model that holds them (the *upload*),
+unless another version has the same upload. An upload without a version, left by a killed removal or a promotion that
+never finished, is in the next plan. The audit trail stays.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Removal:
-    """What would go: ``kind`` is ``version``, ``upload`` or ``cached file``; ``bytes`` is 0 where they are elsewhere.
+    """A planned removal: ``kind`` is ``version``, ``upload`` or ``cached file``; ``bytes`` is 0 for remote files.
 
     ``line`` is the release line of a version or an upload, ``model`` the upload's number in MLflow.
     """
@@ -67,15 +67,15 @@ def plan(
     """
     before = (now or datetime.now(UTC)) - older_than
     known = names(tracking_uri)
-    found = [doomed for name in known for doomed in _doomed_versions(tracking_uri, name, keep, before)]
+    found = [removal for name in known for removal in _removable_versions(tracking_uri, name, keep, before)]
     if known:
-        found += _doomed_uploads(tracking_uri, before)
+        found += _removable_uploads(tracking_uri, before)
     files = unused(cache) if cache is not None else []
     why = "no pulled release shares it"
     return found + [Removal("cached file", path.name, why, path.stat().st_size, path=path) for path in files]
 
 
-def remove(doomed: Sequence[Removal], tracking_uri: str, progress: Progress = silent) -> list[Removal]:
+def remove(removals: Sequence[Removal], tracking_uri: str, progress: Progress = silent) -> list[Removal]:
     """Remove what is in the plan and nothing refers to now; return what was removed.
 
     Raises:
@@ -83,7 +83,7 @@ def remove(doomed: Sequence[Removal], tracking_uri: str, progress: Progress = si
     """
     removed = []
     by_line: dict[str, list[Removal]] = {}
-    for item in doomed:
+    for item in removals:
         if item.line is not None:
             by_line.setdefault(item.line, []).append(item)
         elif item.path is not None and item.path.exists() and item.path.stat().st_nlink == 1:
@@ -100,7 +100,7 @@ def remove(doomed: Sequence[Removal], tracking_uri: str, progress: Progress = si
     return removed
 
 
-def _doomed_versions(tracking_uri: str, name: str, keep: int, before: datetime) -> list[Removal]:
+def _removable_versions(tracking_uri: str, name: str, keep: int, before: datetime) -> list[Removal]:
     needed = referenced_now(tracking_uri, name)
     root = artifact_root(tracking_uri)
     ours = [version for version in current(tracking_uri, name) if version.manifest_digest is not None]
@@ -108,7 +108,7 @@ def _doomed_versions(tracking_uri: str, name: str, keep: int, before: datetime) 
         Removal(
             "version",
             f"{name} version {version.version}",
-            f"no alias names it, {keep} newer are kept, it is of {version.created:%Y-%m-%d}",
+            f"no alias needs it, {keep} newer versions are kept, created {version.created:%Y-%m-%d}",
             _size(version.location, root),
             line=name,
             version=version,
@@ -118,7 +118,7 @@ def _doomed_versions(tracking_uri: str, name: str, keep: int, before: datetime) 
     ]
 
 
-def _doomed_uploads(tracking_uri: str, before: datetime) -> list[Removal]:
+def _removable_uploads(tracking_uri: str, before: datetime) -> list[Removal]:
     used = _uploads(tracking_uri)
     with connected(tracking_uri) as client:
         experiment = client.get_experiment_by_name(EXPERIMENT)
@@ -129,7 +129,7 @@ def _doomed_uploads(tracking_uri: str, before: datetime) -> list[Removal]:
         Removal(
             "upload",
             f"{line_of(model)} {model.model_id}",
-            f"no version has it, it is of {_created(model):%Y-%m-%d}",
+            f"no version uses it, created {_created(model):%Y-%m-%d}",
             _size(model.artifact_location, experiment.artifact_location),
             line=line_of(model),
             model=model.model_id,

@@ -99,7 +99,7 @@ class MlflowServer:
         self.pool.clear()
 
     def artifact_root(self) -> str | None:
-        """Where the experiment `EXPERIMENT` keeps its files; None where there is no such experiment."""
+        """Where the experiment `EXPERIMENT` keeps its files; None if the experiment does not exist."""
         query = {"experiment_name": EXPERIMENT}
         found = self._ask("GET", "experiments/get-by-name", query, absent="RESOURCE_DOES_NOT_EXIST")
         with self._understood():
@@ -135,7 +135,7 @@ class MlflowServer:
         return sorted(found, key=lambda version: -int(version.version))
 
     def version(self, name: str, number: str) -> Version | None:
-        """One version, or None; its aliases are not told."""
+        """One version without its aliases, or None."""
         query = {"name": name, "version": number}
         found = self._ask("GET", "model-versions/get", query, absent="RESOURCE_DOES_NOT_EXIST")
         if found is None:
@@ -291,9 +291,9 @@ class MlflowServer:
         try:
             found = read_json(answer.data, _BOUNDS)
         except DocumentError as error:
-            raise TrackingError(f"what answers at {self.address} is no MLflow server: {error}") from error
+            raise TrackingError(f"what answers at {self.address} is not an MLflow server: {error}") from error
         if not isinstance(found, dict):
-            raise TrackingError(f"what answers at {self.address} is no MLflow server: it sends no JSON object")
+            raise TrackingError(f"what answers at {self.address} is not an MLflow server: expected a JSON object")
         return found
 
     @contextmanager

@@ -67,7 +67,7 @@ class Signature(BaseModel):
 
     @classmethod
     def parse(cls, data: bytes) -> Signature:
-        """Read the file's bytes; ``SigningError`` where they are no signature."""
+        """Read the file's bytes; ``SigningError`` if they are not a signature."""
         try:
             check_bounds(data, BOUNDS)
             return cls.model_validate_json(data)
@@ -182,7 +182,7 @@ def load_or_create_key(path: Path) -> SigningKey:
     An existing key is never overwritten. Two processes that make it at once get the same one.
 
     Raises:
-        SigningError: The file is no key that can sign, or others than its owner can read it.
+        SigningError: The file is not a key that can sign, or other users can read it.
     """
     if not os.path.lexists(path):
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -213,11 +213,11 @@ def load_key(path: Path) -> SigningKey:
         raise SigningError(f"`{path}` is not an unencrypted private key in PEM: give a PKCS#8 key, {_KINDS}") from error
     if isinstance(key, Ed25519PrivateKey) or (isinstance(key, ec.EllipticCurvePrivateKey) and _is_known(key.curve)):
         return SigningKey(key)
-    raise SigningError(f"`{path}` is no key that can sign a release: it takes one {_KINDS}")
+    raise SigningError(f"`{path}` is not a key that can sign a release: expected one {_KINDS}")
 
 
 def with_certificates(key: SigningKey, path: Path) -> SigningKey:
-    """Return the key with the certificates in the PEM file ``path``, its own first, then those that vouch for it.
+    """Return the key with the certificates in the PEM file ``path``, its own first, then the rest of its chain.
 
     Raises:
         SigningError: The file can't be read, or its first certificate is of another key.
@@ -253,7 +253,7 @@ def load_public_key(path: Path) -> PublicKey:
         raise SigningError(f"`{path}` is not a public key in PEM") from error
     if isinstance(key, Ed25519PublicKey) or (isinstance(key, ec.EllipticCurvePublicKey) and _is_known(key.curve)):
         return PublicKey.of(key)
-    raise SigningError(f"`{path}` is no public key that can sign a release: it takes one {_KINDS}")
+    raise SigningError(f"`{path}` is not a public key of a signer: expected one {_KINDS}")
 
 
 def load_trusted_keys(paths: Iterable[Path]) -> tuple[PublicKey, ...]:

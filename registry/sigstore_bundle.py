@@ -86,7 +86,7 @@ def open_bundle(data: bytes, keys: Sequence[PublicKey], authorities: Sequence[Au
     """Return who signed (a key's id, or a certificate's name) and the statement.
 
     Raises:
-        SigningError: It is no bundle, by nobody who is trusted, or over other bytes.
+        SigningError: It is not a bundle, no trusted key signed it, or it signs other bytes.
     """
     try:
         document = read_json(data, BOUNDS)
@@ -105,7 +105,7 @@ def open_bundle(data: bytes, keys: Sequence[PublicKey], authorities: Sequence[Au
 
 
 def payload_of(data: bytes) -> bytes:
-    """Return a bundle's statement, whoever signed it; nothing where it is no bundle."""
+    """Return a bundle's statement without checking the signature; empty if it is not a bundle."""
     try:
         return base64.b64decode(read_json(data, BOUNDS)["dsseEnvelope"]["payload"], validate=True)
     except (ValueError, KeyError, TypeError):
@@ -126,7 +126,7 @@ def files_of(statement: bytes) -> dict[str, str]:
         agrees = document["subject"][0]["digest"]["sha256"] == root and len(found) == len(resources)
         kinds = (document["_type"], document["predicateType"])
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise SigningError("what was signed is no statement over a model's files") from error
+        raise SigningError("the signed payload is not a statement about a model's files") from error
     if kinds != (STATEMENT, PREDICATE):
         raise SigningError(f"what was signed is a `{str(kinds[1])[:60]}`, not a `{PREDICATE}`")
     if not agrees:

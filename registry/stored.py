@@ -24,7 +24,7 @@ def verify_stored(
     """Read a registered version back, and hold all of it to its signed manifest, its name and its gates.
 
     Raises:
-        PullError: It is no release of ours, or of another line, or a file is missing or extra.
+        PullError: Slipway did not register it, it is of another line, or a file is missing or extra.
         VerificationError: Its documents or files are not what was signed, or not what the policy asks for.
         TrackingError: It can't be read.
     """
@@ -63,7 +63,9 @@ def fetch_documents(stored: Artifacts, folder: Path, version: Version, policy: P
         if document in listed:
             fetch(stored, document, folder, BOUNDS.bytes)
         elif document != PROVENANCE:
-            raise PullError(f"the registered version of `{version.name}` has no `{document}`: it is no signed release")
+            raise PullError(
+                f"the registered version of `{version.name}` has no `{document}`: it is not a signed release"
+            )
     report = check_documents(folder, policy, version.tags[MANIFEST_TAG])
     manifest = report.manifest
     if manifest.name != version.name:

@@ -1,4 +1,4 @@
-"""Storage tiers: large files of versions that nobody uses, in object storage by digest instead of on the local disk.
+"""Storage tiers: large files of unused versions, in object storage by digest instead of on the local disk.
 
 A version's folder is `…/m-ID/artifacts`; beside it, `cold.json` says which of its files are elsewhere::
 
@@ -75,7 +75,7 @@ def cool(version: Version, store: ObjectStore, progress: Progress, least: int = 
         if name in before and not path.exists():
             continue
         if digest_of(path) != record.sha256:
-            raise TrackingError(f"`{path}` is not what the manifest says: it is not moved")
+            raise TrackingError(f"`{path}` differs from the manifest: it is not moved")
         progress(f"{version.name} version {version.version}: {name}, {record.size / 1e6:.1f} MB")
         store.put(path, record)
     if not chosen:
@@ -101,7 +101,7 @@ def warm(version: Version, store: ObjectStore, progress: Progress) -> int:
         store = ObjectStore.opened(where)
     signed = _manifest(version, folder).files if cold else {}
     if odd := sorted(name for name, record in cold.items() if signed.get(name) != record):
-        raise TrackingError(f"`{folder.parent / MARKER}` names `{odd[0]}`, which is not what the manifest says of it")
+        raise TrackingError(f"`{folder.parent / MARKER}` names `{odd[0]}`, which differs from the manifest")
     fetched = 0
     for name, record in cold.items():
         if (folder / name).exists():
@@ -158,7 +158,7 @@ def plan_moves(
 def carry_out(
     moves: list[TierMove], tracking_uri: str, store: ObjectStore, progress: Progress, least: int = LEAST_BYTES
 ) -> list[TierMove]:
-    """Make the moves, each line's in its turn, so that no alias moves meanwhile; return those that were made.
+    """Make the moves, holding each line's promotion lock so that no alias moves; return those that were made.
 
     Raises:
         TrackingError: a store refuses; what was not moved is as it was.
@@ -170,7 +170,7 @@ def carry_out(
             checked(move.version.location, tracking_uri)
             needed = move.version.version in referenced_now(tracking_uri, move.version.name)
             if move.to == "cold" and needed and not move.aliased:
-                progress(f"{move.name} has an alias now: it stays")
+                progress(f"{move.name} has an alias now and stays on the local disk")
                 continue
             if move.to == "cold":
                 cool(move.version, store, progress, least)

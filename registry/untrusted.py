@@ -1,4 +1,4 @@
-"""Files that somebody else left: a worker in its folder, a source, a pull that was interrupted.
+"""Reading files that are not trusted: of a worker, a source, or an interrupted pull.
 
 Whoever wrote the folder may have put a link, a FIFO or a device where a file is expected, or a file without end. So a
 file is opened relative to a handle of its folder, one name after the other, without following links and without
@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from registry.errors import UntrustedFileError
 
-# A folder of more entries, or deeper, is no worker's output and no release.
+# More entries or deeper folders occur in no worker's output and no release.
 MOST_ENTRIES, DEEPEST = 100_000, 64
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC

@@ -48,7 +48,7 @@ class Verdict(BaseModel):
 
     @property
     def blocks(self) -> bool:
-        """Whether the release stops here: it failed, or is inconclusive and not let through in writing."""
+        """Whether the release stops here: the gate failed, or is inconclusive and its cause is not accepted."""
         return self.status == "fail" or (self.status == "inconclusive" and self.accepted_because is None)
 
     def accepting(self, causes: Mapping[str, str]) -> Verdict:

@@ -51,7 +51,7 @@ def verify(folder: Path, trusted_keys: Trust, *, required_gates: Sequence[str] |
     if document is None:
         raise VerificationError(folder, _ordered(problems))
     manifest, keyid = document.manifest, document.keyid
-    if keyid is not None:  # of what nobody signed no word is believed, nor shown
+    if keyid is not None:  # nothing of an unsigned document is believed or shown
         problems += policy.judge(manifest)
     problems += compare_files(folder, manifest.files, found, blamed={problem.what for problem in problems})
     if problems or keyid is None:
@@ -193,7 +193,7 @@ def _read(folder: Path, name: str) -> tuple[bytes | None, list[Problem]]:
 
 
 def _sha256(path: Path) -> str:
-    """Hash a file in chunks; empty where it can't be read or is no plain file any more."""
+    """Hash a file in chunks; empty if it can't be read or is not a plain file any more."""
     total = hashlib.sha256()
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)

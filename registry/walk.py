@@ -1,4 +1,4 @@
-"""What is in a folder that somebody else filled: listed without recursion, to a depth, and without following links."""
+"""Listing an untrusted folder: without recursion, to a limited depth, and without following links."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Following an alias: pull when it names another release, tell a command, go on."""
+"""Following an alias: pull each release that it comes to name and hand it to a callback."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from registry.pull import Pulled, pull
 def watch(
     reference: str,
     destination: Path,
-    tell: Callable[[Pulled], bool],
+    deliver: Callable[[Pulled], bool],
     *,
     every: float,
     stopped: threading.Event,
@@ -26,12 +26,12 @@ def watch(
     cache: Path | None = None,
     progress: Progress = silent,
 ) -> None:
-    """Call ``tell`` with each release that the destination comes to hold, the first one as soon as it is there.
+    """Call ``deliver`` with each release that the destination comes to hold, including the first.
 
-    It looks every ``every`` seconds, until ``stopped``. A release of which ``tell`` says False, that it could not be
-    used, is told again at the next look. Whatever a registry does or sends, a release that is not what was signed among
-    it, is told to ``progress`` and looked at again, the destination as it was: a registry that was attacked for a while
-    must not stop its deployments for good.
+    The alias is checked every ``every`` seconds until ``stopped``. If ``deliver`` returns False (it could not use the
+    release), it is called again at the next check. Every failure of the registry, a release that is not what was signed
+    included, is reported to ``progress`` and tried again, and the destination stays as it was: an attack that lasted
+    for a while must not stop deployments for good.
 
     Raises:
         ArgumentError: The reference or the destination can't be used as it was given.
@@ -55,7 +55,7 @@ def watch(
         else:
             waiting, digest = "", pulled.report.manifest_digest
             if not pulled.already_there or digest != used:
-                used = digest if tell(pulled) else None
+                used = digest if deliver(pulled) else None
         stopped.wait(every)
 
 

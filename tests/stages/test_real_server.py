@@ -180,7 +180,7 @@ def test_an_alias_moved_by_something_else_is_refused(
         promote(folder, uri, [key.public], key=key)
     with open_backend(uri) as backend:
         backend.set_alias(name, "champion", "1")
-    with pytest.raises(PullError, match=r"names version 1, but the audit trail says 2: something else than Slipway"):
+    with pytest.raises(PullError, match=r"names version 1, but the audit trail says 2: it was not moved by Slipway"):
         pull(name, tmp_path / "out", tracking_uri=uri, trusted_keys=[key.public])
     assert not (tmp_path / "out").exists()
     promote_version(name, "2", uri, [key.public], key=key)

@@ -77,7 +77,7 @@ def test_a_certificate_signs_for_whom_it_names(signers: Signers, tmp_path: Path)
     reads(tmp_path / "release", authority=signers.folder / "root.pem")
     with pytest.raises(VerificationError, match=r"signed by release@example\.com.*not by other@example\.com"):
         verify(tmp_path / "release", signers.policy("other@example.com"))
-    with pytest.raises(VerificationError, match="for whom no trusted certificate vouches"):
+    with pytest.raises(VerificationError, match="whose certificate was not issued by a trusted authority"):
         verify(tmp_path / "release", [])
 
 
@@ -89,10 +89,10 @@ def _other_root(signers: Signers) -> None:
 @pytest.mark.parametrize(
     ("options", "spoil", "message"),
     [
-        ({}, _other_root, "no trusted certificate vouches"),
+        ({}, _other_root, "was not issued by a trusted authority"),
         ({"usage": False}, lambda _: None, "not for signing"),
         ({"days": (-4, -2)}, lambda _: None, "expired"),
-        ({"days": (-7, 30)}, lambda _: None, "no trusted certificate vouches"),  # older than the authority
+        ({"days": (-7, 30)}, lambda _: None, "was not issued by a trusted authority"),  # older than the authority
     ],
     ids=["another root", "not for signing", "expired", "before its authority was"],
 )

@@ -161,13 +161,13 @@ def test_what_is_fine_is_accepted(what: str) -> None:
 @pytest.mark.parametrize("what", BAD)
 def test_what_openssl_refuses_is_refused(what: str, tmp_path: Path) -> None:
     assert not openssl_accepts(BAD[what], tmp_path)
-    with pytest.raises(SigningError, match="for whom no trusted certificate vouches"):
+    with pytest.raises(SigningError, match="whose certificate was not issued by a trusted authority"):
         judged(BAD[what])
 
 
 @pytest.mark.parametrize("what", NOT_FOR_SIGNING)
 def test_what_is_not_for_signing_is_refused(what: str) -> None:
-    with pytest.raises(SigningError, match=r"not for signing|limits the names|vouch for code signing"):
+    with pytest.raises(SigningError, match=r"not for signing|limits the names|permit code signing"):
         judged(NOT_FOR_SIGNING[what])
 
 

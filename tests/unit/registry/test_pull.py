@@ -126,7 +126,7 @@ def test_a_destination_that_is_taken_stays_as_it_is(registered: str, signing_key
     assert (other / MANIFEST).read_bytes() == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis").write_text("own")
-    with pytest.raises(ArgumentError, match="exists and is no release"):
+    with pytest.raises(ArgumentError, match="exists and is not a release"):
         pull("demo-awq", tmp_path / "mine", tracking_uri=registered, trusted_keys=known, replace=True)
     assert (tmp_path / "mine" / "thesis").read_text() == "own"
 
@@ -189,13 +189,13 @@ def test_a_damaged_object_is_neither_taken_for_stored_nor_fetched(release: Path,
     file = release / "small.json"
     file.write_text("{}")
     record = Manifest.parse((release / MANIFEST).read_bytes()).files["config.json"].model_copy(update={"size": 2})
-    with pytest.raises(TrackingError, match="is not what was stored: nothing was removed here"):
+    with pytest.raises(TrackingError, match="differs from the file that was uploaded: nothing was removed here"):
         bucket.put(file, record)
-    with pytest.raises(TrackingError, match="has another sha256 than its name: it is damaged"):
+    with pytest.raises(TrackingError, match="does not have the SHA-256 in its name: it is damaged"):
         bucket.get(record, release / "new")
     assert not list(release.glob("new*"))
     before = (release / "config.json").read_bytes()
-    with pytest.raises(TrackingError, match="not what was stored"):
+    with pytest.raises(TrackingError, match="differs from the file that was uploaded"):
         cool(stored(registered), bucket, print, least=1)
     assert (release / "config.json").read_bytes() == before
 
@@ -204,7 +204,7 @@ def test_only_what_was_registered_and_is_whole_is_put_away(release: Path, regist
     bucket = ObjectStore("s3://bucket", Damaged())
     own = stored(registered)
     change(release)
-    with pytest.raises(TrackingError, match="is not what the manifest says: it is not moved"):
+    with pytest.raises(TrackingError, match="differs from the manifest: it is not moved"):
         cool(own, bucket, print, least=1)
     manifest = release / MANIFEST
     manifest.write_text(manifest.read_text().replace("2026-11-24T", "2026-11-25T"))

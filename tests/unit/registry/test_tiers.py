@@ -57,7 +57,7 @@ def test_a_record_has_its_form(release: Path, record: object) -> None:
 
 def test_only_what_the_manifest_says_is_brought_back(release: Path) -> None:
     mark(release, {"model-2.safetensors": RECORD})
-    with pytest.raises(TrackingError, match="not what the manifest says"):
+    with pytest.raises(TrackingError, match="differs from the manifest"):
         warm(version(release), Bucket("s3://bucket/prefix", None), print)
     assert not (release / "model-2.safetensors").exists()
 
