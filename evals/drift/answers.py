@@ -1,4 +1,4 @@
-"""What one model answered, item by item; it knows nothing of limits or of another model.
+"""The answers of one model, item by item, independent of limits and of other models.
 
 FP16's answers are made once a (model, suite, engine) and compared with every scheme's.
 """
@@ -53,14 +53,14 @@ class ChoiceAnswer(_Frozen):
 
     @property
     def hit(self) -> bool | None:
-        """Whether it answered right; None if it did not answer."""
+        """Whether the answer is correct; None if there is none."""
         if self.chosen is None:
             return None
         return self.chosen == self.answer if self.right is None else self.right
 
     @property
     def said(self) -> str:
-        """The answer as a person reads it."""
+        """The answer for a person to read."""
         chosen = self.chosen
         return "" if chosen is None else self.choices[chosen] if self.choices else f"choice {chosen}"
 
@@ -84,7 +84,7 @@ class GeneratedAnswer(_Frozen):
 
     @property
     def hit(self) -> bool:
-        """Whether it answered right; who writes nothing did not."""
+        """Whether the answer is correct; an empty answer is not."""
         return self.right
 
     @property

@@ -6,7 +6,7 @@ good one on a few thousand items; likelihood can. So a suite holds both.
 
 Critical tasks must all pass, each at the full confidence: a bad model gets through no more often than through one of
 them. Supporting tasks must not fail. Any of both fails the release, so failures share the error rate among them (Holm).
-Advisory tasks are told and decide nothing.
+Advisory tasks are reported and decide nothing.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from registry.verdict import Status, Verdict
 
 GATE = "drift"
 DIVERGENCE = "divergence"
-MINIMUM_DOCUMENTS = 30  # below it the interval's normal theory over documents is not to be trusted
-SUSPICIOUS = 0.05  # points of accuracy that quantization does not give; something else changed
-LENGTHS = (0.9, 1.1)  # of what FP16 writes; MLPerf inference rules' own band
+MINIMUM_DOCUMENTS = 30  # with fewer, the normal approximation of the interval over documents does not hold
+SUSPICIOUS = 0.05  # quantization does not raise accuracy by so many points: something else changed
+LENGTHS = (0.9, 1.1)  # of the length of FP16's answers; the band of the MLPerf inference rules
 
 
 @dataclass(frozen=True)
 class _Finding:
-    """What one task says; metrics and limits are named without the task."""
+    """The result of one task; metrics and limits are named without the task."""
 
     status: Status
     reason: str
@@ -40,7 +40,7 @@ class _Finding:
 
     @property
     def decides(self) -> bool:
-        """Whether the release hangs on it: a doubt about a supporting task alone does not stop it."""
+        """Whether it decides the release: a supporting task with too few items does not stop it."""
         if self.tier == "advisory" or self.status == "pass":
             return False
         return self.tier == "critical" or self.status == "fail" or self.cause != "too-few-items"
@@ -49,11 +49,11 @@ class _Finding:
 def judge(drift: Drift, limits: DriftLimits) -> Verdict:
     """Decide whether the candidate's loss is within ``limits``; pure, and nothing is rounded before it is compared.
 
-    Causes of an inconclusive verdict: ``suite-changed`` (the evidence is of other questions), ``engine-differs``,
+    Causes of an inconclusive verdict: ``suite-changed`` (the evidence answers other questions), ``engine-differs``,
     ``not-answered`` (a task without answers), ``baseline-incomplete``, ``baseline-at-chance``, ``too-few-items``,
     ``stopped-early``, ``suspicious`` (much better than FP16), ``calibration-overlap``; several are joined by ``+``,
-    sorted, so that accepting one accepts no other. A candidate that leaves an item of the baseline's without a finite
-    answer fails.
+    sorted, so that accepting one accepts no other. A candidate without a finite answer to an item that the baseline
+    answered fails.
     """
     findings = {**_tasks(drift, limits), **dict(_beside(drift, limits))}
     found = [finding for finding in findings.values() if finding.decides]
@@ -76,7 +76,7 @@ def judge(drift: Drift, limits: DriftLimits) -> Verdict:
 
 
 def is_clear(drift: Drift, limits: DriftLimits) -> bool:
-    """Whether a look at a part of the suite decides: nothing that more items could tell is left open."""
+    """Whether an interim analysis of a part of the suite decides: more items would not change the verdict."""
     verdict = judge(drift, limits)
     return verdict.status != "inconclusive" or not set((verdict.cause or "").split("+")) & {
         "too-few-items",
@@ -97,7 +97,7 @@ def _limits(limits: DriftLimits) -> dict[str, float]:
 
 
 def _tasks(drift: Drift, limits: DriftLimits) -> dict[str, _Finding]:
-    """Judge every task, each at the first look that is clear about it."""
+    """Judge every task, each at the first interim analysis that decides it."""
     measured = {name: _measured(name, drift, limits) for name in limits.tasks}
     tests = [name for name, task in limits.tasks.items() if task.tier != "advisory"]
     tests += [DIVERGENCE] if limits.divergence is not None else []
@@ -115,7 +115,7 @@ def _tasks(drift: Drift, limits: DriftLimits) -> dict[str, _Finding]:
     found = {}
     for name, each in measured.items():
         tier = limits.tasks[name].tier
-        finding = _told(each, *decisions[name], drift, limits) if isinstance(each, _Measured) else each
+        finding = _decided_finding(each, *decisions[name], drift, limits) if isinstance(each, _Measured) else each
         found[name] = _Finding(finding.status, finding.reason, finding.cause, finding.metrics, tier)
     if limits.divergence is not None:
         found[DIVERGENCE] = _divergence(drift.divergence, decisions.get(DIVERGENCE), limits)
@@ -123,9 +123,9 @@ def _tasks(drift: Drift, limits: DriftLimits) -> dict[str, _Finding]:
 
 
 def _decided(losses: Mapping[str, Loss], tests: list[str], limits: DriftLimits, fraction: float) -> dict[str, Status]:
-    """Decide each task at one look: the pass at the rate that the look may spend, the failure at its share of it.
+    """Decide each task at one interim analysis: a pass at the error rate that it may spend, a failure at its share.
 
-    Over all items the share is Holm's. While looking it is an even one, for Holm's steps would need every look again.
+    Over all items the share is Holm's. At interim analyses it is an even one: Holm's steps would need all of them anew.
     """
     rate = paired.tail(limits.confidence)
     look = limits.fractions.index(fraction)
@@ -136,7 +136,7 @@ def _decided(losses: Mapping[str, Loss], tests: list[str], limits: DriftLimits, 
         failed = {name for name, value in beyond.items() if value <= share}
     else:
         failed = {name for name, value in paired.holm(beyond).items() if value <= rate}
-    # Over all items the bound that is told decides; it is where `within` reaches the rate.
+    # Over all items the reported bound decides; it is where `within` reaches the rate.
     passed = {
         name
         for name, loss in losses.items()
@@ -162,7 +162,7 @@ class _Measured:
     confidence: float
 
     def loss(self, fraction: float) -> Loss:
-        """What was lost over the first share of the items that were asked."""
+        """The loss over the first share of the items that were asked."""
         if isinstance(self.pairs, ChoicePairs):
             groups = counted(self.pairs, self.part(self.pairs.items, fraction))
             return paired.clustered_drop_loss(groups, self.limit, self.confidence)
@@ -171,19 +171,23 @@ class _Measured:
         return paired.increase_loss(baseline, candidate, self.limit, self.confidence)
 
     def part(self, items: int, fraction: float) -> int:
-        """How many of the items that were asked a look at this share of them sees."""
+        """How many of the items that were asked belong to this share of them."""
         return items if fraction >= 1 else min(items, max(2, round(items * fraction)))
 
 
 def _measured(name: str, drift: Drift, limits: DriftLimits) -> _Measured | _Finding:
-    """Return a task's pairs where they can be judged, else why they cannot."""
+    """Return a task's pairs if they can be judged, otherwise the reason why not."""
     pairs, task = drift.tasks.get(name), limits.tasks[name]
     if pairs is None:
         return _Finding("inconclusive", f"`{name}` was not answered", "not-answered")
     limit = task.max_drop if isinstance(pairs, ChoicePairs) else task.max_increase
     if limit is None:
         wanted = "accuracy (`max_drop`)" if task.max_drop is not None else "likelihood (`max_increase`)"
-        return _Finding("inconclusive", f"`{name}` was answered as another kind than {wanted}", "not-answered")
+        return _Finding(
+            "inconclusive",
+            f"the answers to `{name}` are not of the kind that its limit needs: {wanted}",
+            "not-answered",
+        )
     answered = pairs.items if isinstance(pairs, ChoicePairs) else len(pairs.documents)
     return (
         _incomplete(name, pairs, answered)
@@ -197,10 +201,10 @@ def _incomplete(name: str, pairs: ChoicePairs | TextPairs, answered: int) -> _Fi
     missing = {"baseline_missing": float(pairs.baseline_missing), "candidate_missing": float(pairs.candidate_missing)}
     metrics = {"items": float(answered), **missing}
     if pairs.candidate_missing > 0 and pairs.baseline_missing == 0:
-        reason = f"the candidate left {pairs.candidate_missing} items of `{name}` without a finite answer"
+        reason = f"the candidate gave no finite answer to {pairs.candidate_missing} items of `{name}`"
         return _Finding("fail", reason, metrics=metrics)
     if pairs.baseline_missing:
-        reason = f"the baseline left {pairs.baseline_missing} items of `{name}` without a finite answer"
+        reason = f"the baseline gave no finite answer to {pairs.baseline_missing} items of `{name}`"
         return _Finding("inconclusive", reason, "baseline-incomplete", metrics)
     if answered == 0:
         return _Finding("inconclusive", f"`{name}` was not answered", "not-answered", metrics)
@@ -208,23 +212,25 @@ def _incomplete(name: str, pairs: ChoicePairs | TextPairs, answered: int) -> _Fi
 
 
 def _blind(name: str, pairs: ChoicePairs | TextPairs, confidence: float) -> _Finding | None:
-    """Say why a task could show no loss, however great; None where it could."""
+    """Say why a task could not show a loss, however large; None if it could."""
     if isinstance(pairs, TextPairs):
         documents = pairs.documents
         if len(documents) >= MINIMUM_DOCUMENTS and sum(each.baseline_nats for each in documents) > 0:
             return None
-        told = f"`{name}` has {len(documents)} documents; an interval needs {MINIMUM_DOCUMENTS} that surprise a little"
+        told = (
+            f"`{name}` has {len(documents)} documents; an interval needs {MINIMUM_DOCUMENTS} with a likelihood below 1"
+        )
         return _Finding("inconclusive", told, "too-few-items", {"items": float(len(documents))})
     share = paired.share_interval(pairs.baseline_right, pairs.items, confidence)
     if share.lower > pairs.chance:
         return None
-    told = f"the baseline answers `{name}` no better than chance ({share.estimate:.2%}), so no loss can show"
+    told = f"the baseline answers `{name}` no better than chance ({share.estimate:.2%}), so a loss can't be measured"
     metrics = {"items": float(pairs.items), "baseline_accuracy": share.estimate}
     return _Finding("inconclusive", told, "baseline-at-chance", metrics)
 
 
-def _told(task: _Measured, status: Status, loss: Loss, drift: Drift, limits: DriftLimits) -> _Finding:
-    """Put a decision into words and figures."""
+def _decided_finding(task: _Measured, status: Status, loss: Loss, drift: Drift, limits: DriftLimits) -> _Finding:
+    """Return a decision with its reason and metrics."""
     pairs = task.pairs
     if isinstance(pairs, ChoicePairs):
         metrics = accuracy_metrics(pairs, loss, limits.confidence)
@@ -233,12 +239,12 @@ def _told(task: _Measured, status: Status, loss: Loss, drift: Drift, limits: Dri
         metrics = likelihood_metrics(pairs, loss, limits.confidence)
         words = likelihood_words(task.name, pairs, loss, task.limit, limits.confidence)
     if isinstance(pairs, ChoicePairs) and -loss.interval.estimate > SUSPICIOUS and status != "fail":
-        told = f"{words}: suspicious; quantization gives no {100 * SUSPICIOUS:.0f} pp, so look for what else changed"
+        told = f"{words}: suspicious; quantization alone does not raise accuracy so much: find another cause"
         return _Finding("inconclusive", told, "suspicious", metrics)
     if status != "inconclusive":
         return _Finding(status, f"{words}: {status}", None, metrics)
     early = drift.fraction < 1
-    more = "; asked in part only" if early else remedy(loss, task.limit, int(metrics["items"]))
+    more = "; only a part of the items was asked" if early else remedy(loss, task.limit, int(metrics["items"]))
     cause = "stopped-early" if early else "too-few-items"
     return _Finding("inconclusive", f"{words}: inconclusive{more}", cause, metrics)
 
@@ -250,7 +256,7 @@ def _divergence_loss(found: Divergence, limits: DriftLimits) -> Loss:
 
 
 def _divergence(found: Divergence | None, decision: tuple[Status, Loss] | None, limits: DriftLimits) -> _Finding:
-    """Judge gross damage: a mean that is surely beyond the ceiling fails, none unmeasured passes."""
+    """Judge gross damage: a mean that is confidently above the ceiling fails, a missing one does not pass."""
     assert limits.divergence is not None  # noqa: S101 - the caller looked
     if found is None or decision is None:
         told = "the two models' next-token distributions were not compared"
@@ -267,16 +273,16 @@ def _divergence(found: Divergence | None, decision: tuple[Status, Loss] | None, 
     }
     words = (
         f"next-token distributions are {found.mean:.4f} nats from FP16's (p99 {found.p99:.3f},"
-        f" {found.agreement:.1%} agree on the likeliest), {limits.divergence.max_mean:g} is allowed"
+        f" {found.agreement:.1%} agree on the most likely token), {limits.divergence.max_mean:g} is the limit"
     )
     cause = "too-few-items" if status == "inconclusive" else None
     return _Finding(status, f"{words}: {status}", cause, metrics)
 
 
 def _beside(drift: Drift, limits: DriftLimits) -> Iterator[tuple[str, _Finding]]:
-    """Yield what is wrong with the comparison itself, whatever the tasks say."""
+    """Yield problems of the comparison itself, independent of the tasks."""
     if drift.suite is None or drift.suite.digest != limits.digest:
-        told = f"the evidence is of other questions than suite `{limits.name}` asks now: evaluate again"
+        told = f"the evidence answers other questions than suite `{limits.name}` asks now: evaluate again"
         yield "suite", _Finding("inconclusive", told, "suite-changed")
     if drift.engine_differences:
         told = f"the two models were not evaluated by the same engine ({', '.join(drift.engine_differences)})"
@@ -284,7 +290,7 @@ def _beside(drift: Drift, limits: DriftLimits) -> Iterator[tuple[str, _Finding]]
     for name, pairs in drift.tasks.items():
         if name in limits.tasks and pairs.overlapping:
             told = (
-                f"calibration text shares thirteen words in a row with {len(pairs.overlapping)} items of `{name}`"
+                f"calibration text shares thirteen consecutive words with {len(pairs.overlapping)} items of `{name}`"
                 f" (`{pairs.overlapping[0]}` …): calibrate with other text"
             )
             metrics = {"items": float(len(pairs.overlapping))}

@@ -1,4 +1,4 @@
-"""The `evals` section of a model's file: what is asked, of which engine, and the loss that is let through."""
+"""The `evals` section of a model's file: the questions, the engine, and the loss that is allowed."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class DivergenceLimits(BaseModel):
 
 
 class DriftLimits(AskedTasks):
-    """The `evals` section of a model's file: what is asked, of which engine, and the loss that is let through."""
+    """The `evals` section of a model's file: the questions, the engine, and the loss that is allowed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     engine: Literal["served", "hf"] = "served"
-    """`served` asks the image that ships, by vLLM; `hf` asks lm-eval's HF backend, for what vLLM can't load."""
+    """`served` asks the image that ships, by vLLM; `hf` asks lm-eval's HF backend, for models that vLLM can't load."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Of each two-sided interval: at 0.95 either error is at most 2.5%."""
     looks: Annotated[int, Field(ge=1, le=20)] = 1
-    """In how many growing parts the suite is asked; asking stops when the verdict is clear."""
+    """The number of growing parts in which the suite is asked; asking stops when the verdict is clear."""
     again: Annotated[int, Field(ge=0)] = 200
     """About how many items of each graded task FP16 answers twice: the noise floor."""
     divergence: DivergenceLimits | None = DivergenceLimits()
@@ -62,7 +62,7 @@ class DriftLimits(AskedTasks):
             parts = cause.split("+")
             if not CAUSES.issuperset(parts) or parts != sorted(set(parts)):
                 known = ", ".join(f"`{name}`" for name in sorted(CAUSES))
-                raise ValueError(f"there is no cause `{cause}`: there are {known}; several are sorted, joined by `+`")
+                raise ValueError(f"unknown cause `{cause}`: expected {known}; several are sorted and joined by `+`")
         return accepted
 
     @model_validator(mode="after")
@@ -70,7 +70,7 @@ class DriftLimits(AskedTasks):
         limits = [task for task in self.tasks.values() if task.tier != "advisory"]
         if all(task.max_drop is None for task in limits) or all(task.max_increase is None for task in limits):
             raise ValueError(
-                "`tasks` needs a task with `max_drop` and one with `max_increase`: neither sees all damage"
+                "`tasks` needs a task with `max_drop` and one with `max_increase`: neither detects all damage alone"
             )
         return self
 
@@ -78,7 +78,9 @@ class DriftLimits(AskedTasks):
     def _looks_at_files(self) -> DriftLimits:
         theirs = [name for name, task in self.tasks.items() if task.data is None]
         if self.looks > 1 and theirs:
-            raise ValueError(f"`looks` asks in parts, which only tasks over files of data are: not `{theirs[0]}`")
+            raise ValueError(
+                f"`looks` needs tasks over files of data, which are asked in parts; `{theirs[0]}` has none"
+            )
         return self
 
     @property

@@ -50,7 +50,7 @@ class Group(_Frozen):
 
 
 class Example(_Frozen):
-    """One flip as a person reads it: what was asked, what would have been right, and what the two said."""
+    """One flip for a person to read: the question, the correct answer, and both models' answers."""
 
     id: str
     lost: bool
@@ -61,7 +61,7 @@ class Example(_Frozen):
 
 
 class AnswerLengths(_Frozen):
-    """Tokens that the two wrote over the same items."""
+    """The tokens of the two models' answers to the same items."""
 
     baseline: Count
     candidate: Count
@@ -72,7 +72,7 @@ class ChoicePairs(_Frozen):
 
     ``changed`` counts items where the two answered differently, right or wrong; ``chance`` is the expected accuracy of
     guessing. ``baseline_missing`` and ``candidate_missing`` count items of the union that the one did not answer.
-    ``lost_at`` and ``gained_at`` are the flips' places in the order of asking, for looks at a part of it.
+    ``lost_at`` and ``gained_at`` are the flips' places in the order of asking, for interim analyses.
     """
 
     kind: Literal["choice"] = "choice"
@@ -143,10 +143,10 @@ class Layer(_Frozen):
 
 
 class Drift(_Frozen):
-    """What ``drift.json`` holds: every task's pairs, and in what the two engines differ (nothing, if all is well).
+    """What ``drift.json`` holds: every task's pairs, and the differences between the two engines, if any.
 
-    ``fraction`` is the part of the suite that was asked before a look was clear; 1 without looks. ``computed_on`` says
-    what served each of the two, where that was one of our servers.
+    ``fraction`` is the part of the suite that was asked before the verdict was clear; 1 without interim analyses.
+    ``computed_on`` is the hardware that served each of the two, if it was one of our servers.
     """
 
     schema_: Annotated[Literal["slipway.drift/2"], Field(alias="schema")] = "slipway.drift/2"
@@ -185,7 +185,7 @@ def compare(
     both = (baseline, candidate)
     if baseline.suite != candidate.suite:
         asked = [f"`{side.suite.name}` ({side.suite.digest[:19]}, lm-eval {side.suite.lm_eval})" for side in both]
-        raise AnswersError(f"FP16 was asked suite {asked[0]}, the candidate {asked[1]}: evaluate both again")
+        raise AnswersError(f"FP16 answered suite {asked[0]}, the candidate {asked[1]}: evaluate both again")
     touched = overlapping or {}
     tasks: dict[str, ChoicePairs | TextPairs] = {}
     for name in sorted(baseline.tasks.keys() | candidate.tasks.keys()):
@@ -217,7 +217,7 @@ def compare(
 
 
 def _different_precision(computed_on: Mapping[Literal["FP16", "candidate"], ComputedOn]) -> list[str]:
-    """In what the two servers' arithmetic differs beyond the scheme itself, as their engines told."""
+    """Differences between the two servers' arithmetic, beyond the scheme, as their engines report them."""
     told = [each.kernels for each in computed_on.values() if each.kernels is not None]
     return [
         f"kernels.{name}"

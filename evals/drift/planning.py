@@ -1,4 +1,4 @@
-"""What a suite will cost and what it could see, before anything is asked."""
+"""The cost of a suite and the losses that it can detect, before anything is asked."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _BYTES_A_TOKEN = 4  # English and code under common tokenizers; a plan needs no 
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """One task: its size, about how many tokens it takes, and what it can tell.
+    """One task: its size, about how many tokens it takes, and the losses that it can detect.
 
-    ``detectable`` is the smallest true loss that is seen with `POWER` at each share of flips in `FLIPS` (for likelihood
-    one value, at `SPREAD`); ``wanted`` how many items would see a loss of the limit at `TYPICAL` flips.
+    ``detectable`` is the smallest true loss that is detected with `POWER` at each share of flips in `FLIPS` (for
+    likelihood one value, at `SPREAD`); ``wanted`` is how many items detect a loss of the limit at `TYPICAL` flips.
     """
 
     name: str
@@ -47,7 +47,7 @@ class TaskPlan:
 
     @property
     def can_decide(self) -> bool:
-        """Whether a loss as large as the limit would be seen, at the usual share of flips."""
+        """Whether a loss as large as the limit would be detected, at the usual share of flips."""
         return self.items >= self.wanted
 
 
@@ -55,16 +55,16 @@ def plan(limits: DriftLimits) -> list[TaskPlan]:
     """Return the plan of every task.
 
     Raises:
-        SuiteError: data cannot be read, or a task of lm-eval's does not say its size.
+        SuiteError: data cannot be read, or a task of lm-eval's does not state its size.
     """
     return [_task(name, task, limits.confidence) for name, task in limits.tasks.items()]
 
 
 def check_data(limits: DriftLimits) -> None:
-    """Read every row of our own tasks' data.
+    """Check every row of our own tasks' data.
 
     Raises:
-        SuiteError: a file can't be read, or a row is not what its task asks; with file and line.
+        SuiteError: a file can't be read, or a row is not valid for its task; the message names file and line.
     """
     for name, task in limits.tasks.items():
         if task.data is not None:

@@ -1,4 +1,4 @@
-"""The questions a model is asked: tasks of lm-eval and of ours, frozen, in tiers, each with the loss it may show.
+"""Suites: tasks of lm-eval and of ours, in tiers, each with the loss that is allowed.
 
 A suite is a file in ``evals/drift/suites/``; a model's file names one, changes some of its limits, or lists its own
 tasks.
@@ -21,7 +21,7 @@ from registry.suggestions import suggestion
 TASKS = Path(__file__).with_name("tasks")
 SUITES = Path(__file__).with_name("suites")
 
-# What a task's failure and its doubt do to the release; see `evals.drift.drift_gate`.
+# How a failed or inconclusive task affects the release; see `evals.drift.drift_gate`.
 Tier = Literal["critical", "supporting", "advisory"]
 Kind = Literal["choice", "generated", "text"]
 
@@ -44,7 +44,7 @@ class Question(_Frozen):
 
 
 class TaskLimits(_Frozen):
-    """One task: what it asks, how, how much its answer counts, and the loss that may pass."""
+    """One task: what it asks, how, its tier, and the loss that is allowed."""
 
     task: str | None = None
     """The task's name in lm-eval, or one of ours (`cloze`, `perplexity`); the key where it is left out."""
@@ -61,18 +61,18 @@ class TaskLimits(_Frozen):
     chat_template: bool = False
     """Whether the model's chat template is used."""
     metadata: Mapping[str, str] = {}
-    """What lm-eval's task is told beside."""
+    """Further settings of lm-eval's task."""
     kind: Kind | None = None
     """How the task is asked, for plans: by choices, written answers, or the likelihood of text."""
     size: Annotated[int, Field(gt=0)] | None = None
-    """How many items there are, for plans."""
+    """The number of items, for plans."""
     groups: Annotated[int, Field(gt=0)] = 1
-    """In how many groups they come, for plans and for intervals."""
+    """The number of groups of items, for plans and for intervals."""
     tokens: Annotated[int, Field(gt=0)] | None = None
     """About how many tokens an item takes, for plans."""
     tier: Tier = "critical"
-    """What hangs on it: `critical` must be shown to hold, `supporting` must not be shown to fail, `advisory` is
-    reported.
+    """Its weight: a `critical` task must be shown to be within its limit, a `supporting` one must not be shown to fail,
+    an `advisory` one is only reported.
     """
     max_drop: Annotated[float, Field(ge=0, lt=1)] | None = None
     """The greatest drop in accuracy, absolute: 0.02 is two points."""
@@ -119,7 +119,7 @@ def load_suite(name: str) -> dict[str, Any]:
         ValueError: there is no such suite.
     """
     if name not in suite_names():
-        raise ValueError(f"there is no suite `{name}`{suggestion(name, suite_names())}")
+        raise ValueError(f"unknown suite `{name}`{suggestion(name, suite_names())}")
     path = SUITES / f"{name}.yaml"
     document: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     for task in document["tasks"].values():
@@ -140,7 +140,7 @@ def task_names() -> list[str]:
 
 
 class AskedTasks(_Frozen):
-    """The part of a model's ``evals`` section that says what is asked: a suite's name, and tasks.
+    """The part of a model's ``evals`` section that selects the questions: a suite's name, and tasks.
 
     With a ``suite``, ``tasks`` change single keys of its tasks or add tasks; without one they are all there is.
     """
@@ -174,9 +174,9 @@ class AskedTasks(_Frozen):
         for name, task in tasks.items():
             asked, ours = task.task or name, task_names()
             if task.data is not None and asked not in ours:
-                raise ValueError(f"there is no task `{asked}` over a file of data{suggestion(asked, ours)}")
+                raise ValueError(f"unknown task `{asked}` over a file of data{suggestion(asked, ours)}")
             if asked in ours and task.data is None:
-                raise ValueError(f"`{name}` needs `data`: a file of what to ask")
+                raise ValueError(f"`{name}` needs `data`: the file with its items")
         return tasks
 
     @property
@@ -197,9 +197,9 @@ class AskedTasks(_Frozen):
 
 
 def questions(asked: AskedTasks) -> dict[str, Any]:
-    """Return what determines the answers, and nothing else: the suite's digest, and the digest of each file of data.
+    """Return what determines the answers, for their cache key: the suite's digest, and that of each file of data.
 
-    For the key under which answers are kept; a changed limit leaves it as it is.
+    A changed limit does not change it.
 
     Raises:
         SuiteError: if data cannot be read.

@@ -1,4 +1,4 @@
-"""The drift gate's findings in figures and in words: what moved, how sure that is, and what would decide."""
+"""The drift gate's findings as metrics and in words: the change, its interval, and the items that would decide."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from evals.statistics.resampling import drop_bootstrap, ratio_bootstrap
 
 
 def accuracy_metrics(pairs: ChoicePairs, loss: Loss, confidence: float) -> dict[str, float]:
-    """Return what a graded task is judged and told by: accuracies, intervals, flips, the noise floor."""
+    """Return the metrics of a graded task: accuracies, intervals, flips, the noise floor."""
     flips = Flips(pairs.items, len(pairs.lost_ids), len(pairs.gained_ids))
     resampled = drop_bootstrap(counted(pairs), confidence)
     floor = {}
@@ -46,7 +46,7 @@ def accuracy_metrics(pairs: ChoicePairs, loss: Loss, confidence: float) -> dict[
 
 
 def likelihood_metrics(pairs: TextPairs, loss: Loss, confidence: float) -> dict[str, float]:
-    """Return what a likelihood task is judged and told by: bits a byte and intervals of their increase."""
+    """Return the metrics of a likelihood task: bits per byte, and intervals of their increase."""
     baseline = [document.baseline_nats for document in pairs.documents]
     candidate = [document.candidate_nats for document in pairs.documents]
     bits = math.log(2) * sum(document.bytes for document in pairs.documents)
@@ -66,23 +66,23 @@ def likelihood_metrics(pairs: TextPairs, loss: Loss, confidence: float) -> dict[
 
 
 def accuracy_words(name: str, pairs: ChoicePairs, loss: Loss, limit: float, confidence: float) -> str:
-    """Say what became of a graded task, up to the verdict."""
+    """Describe the result of a graded task, without the verdict."""
     moved = 100 * loss.interval.estimate
-    what = "did not move" if moved == 0 else f"{'fell' if moved > 0 else 'rose'} {abs(moved):.2f} pp"
+    what = "did not change" if moved == 0 else f"{'fell' if moved > 0 else 'rose'} {abs(moved):.2f} pp"
     flips = f"{len(pairs.lost_ids)} lost and {len(pairs.gained_ids)} gained of {pairs.items:,}"
     return f"accuracy on `{name}` {what} ({flips}), {_bounds(loss, limit, confidence, 'pp')}"
 
 
 def likelihood_words(name: str, pairs: TextPairs, loss: Loss, limit: float, confidence: float) -> str:
-    """Say what became of a likelihood task, up to the verdict."""
+    """Describe the result of a likelihood task, without the verdict."""
     moved = 100 * loss.interval.estimate
-    what = "did not move" if moved == 0 else f"{'rose' if moved > 0 else 'fell'} {abs(moved):.2f}%"
+    what = "did not change" if moved == 0 else f"{'rose' if moved > 0 else 'fell'} {abs(moved):.2f}%"
     where = f"over {len(pairs.documents):,} documents"
-    return f"bits a byte on `{name}` {what} {where}, {_bounds(loss, limit, confidence, '%')}"
+    return f"bits per byte on `{name}` {what} {where}, {_bounds(loss, limit, confidence, '%')}"
 
 
 def _bounds(loss: Loss, limit: float, confidence: float, unit: str) -> str:
-    """Say how far a loss goes: its upper bound, or its lower where even that is beyond the limit."""
+    """State the upper bound of a loss, or its lower bound if even that is beyond the limit."""
     space = "" if unit == "%" else " "
     surely = loss.interval.lower > limit
     bound = f"at {'least' if surely else 'most'} {100 * (loss.interval.lower if surely else loss.interval.upper):.2f}"
@@ -90,10 +90,10 @@ def _bounds(loss: Loss, limit: float, confidence: float, unit: str) -> str:
 
 
 def remedy(loss: Loss, limit: float, items: int) -> str:
-    """Say how many items would decide, if the estimate stays: an interval narrows with the root of their number."""
+    """Say how many items would decide if the estimate stays: an interval narrows with the root of their number."""
     margin = abs(limit - loss.interval.estimate)
     half = max(loss.interval.upper - loss.interval.estimate, loss.interval.estimate - loss.interval.lower)
     if margin == 0:
-        return "; no number of items would decide, the estimate is the limit"
+        return "; no number of items would decide: the estimate equals the limit"
     more = math.ceil(items * (half / margin) ** 2) - items
     return f"; {max(more, 1):,} more items would decide"

@@ -1,4 +1,4 @@
-"""The ``load:`` section of a model's file: which traffic, what is searched for beside it, and the limits."""
+"""The ``load:`` section of a model's file: the traffic, the search for the capacity, and the limits."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ class Canary(_Section):
     """A prompt whose greedy continuation is known."""
 
     prompt: str
-    """What is asked before any traffic."""
+    """The prompt, sent before any traffic."""
     expect: str = Field(min_length=1)
-    """What the answer must begin with."""
+    """The beginning of the expected answer."""
 
 
 class Memory(_Section):
     """The container's memory."""
 
     limit_bytes: ByteSize
-    """What the container gets, `12GiB` or bytes."""
+    """The container's limit, `12GiB` or bytes."""
     headroom: float = Field(default=0.2, ge=0, lt=1)
     """The share of it that must be free at the peak."""
     max_leak_per_request: ByteSize = ByteSize(64 * 1024)
-    """What a profile that looks for leaks (`soak`) may find a request: the lower end of the interval of the memory's
-    slope.
+    """The largest leak for each request that a profile with a leak test (`soak`) may find: the lower end of the
+    interval of the memory's slope.
     """
 
 
 class Changes(_Section):
-    """What a model's file changes of a traffic profile; what is left out stays as the profile has it."""
+    """Changes of a traffic profile in a model's file; keys that are left out stay as in the profile."""
 
     request_rate: Positive | None = None
     """Requests a second."""
     seconds: Positive | None = None
     """How long requests arrive."""
     input_tokens: Lengths | None = None
-    """The length of prompts, without what they share."""
+    """The length of prompts, without a shared prefix."""
     output_tokens: Lengths | None = None
     """The length of answers."""
     seed: int | None = None
@@ -78,9 +78,9 @@ class LoadPlan(Changes):
     """
 
     prompts: Path
-    """JSON lines of `{"text": …}`, as `file:PATH`; more of it than any profile sends."""
+    """JSON lines of `{"text": …}`, as `file:PATH`; more text than any profile sends."""
     profiles: Mapping[str, Changes] = Field(default_factory=lambda: {"quick": Changes()}, min_length=1)
-    """Profiles of `evals/load/traffic`: a list of names, or each with what is changed of it."""
+    """Profiles of `evals/load/traffic`: a list of names, or a mapping of names to changes."""
     request_timeout_s: Positive = 60.0
     """Seconds after which a request has failed."""
     start_timeout_s: Positive = 600.0
@@ -88,17 +88,17 @@ class LoadPlan(Changes):
     max_recovery_s: Positive = 300.0
     """Seconds that the server has after a restart to answer again (`faults`)."""
     cpus: Positive | None = None
-    """At most so many cores for the server; all that are free where it is left out."""
+    """The most cores of the server; by default all that are free."""
     max_client_late_ms: Positive = 250.0
     """How late the load generator may be with one request in twenty, before the verdict is inconclusive."""
     canary: Canary
-    """A prompt that must be answered right before any traffic."""
+    """A prompt that must be answered correctly before any traffic."""
     memory: Memory
     """The container's memory."""
     capacity: CapacitySearch | None = None
     """Search for the highest rate that keeps the limits, under the first profile."""
     faults: bool = False
-    """Whether the server is mistreated at the end."""
+    """Whether faults are injected at the end."""
     accept_inconclusive: Mapping[CAUSES, Annotated[str, Field(min_length=1)]] = {}
     """Causes of an inconclusive verdict that may pass, each with the reason."""
 
@@ -121,12 +121,12 @@ class LoadPlan(Changes):
 
     @property
     def traffic(self) -> list[TrafficProfile]:
-        """The profiles as they are to be sent, each with its limits: the profile's own, the plan's, its section's."""
+        """The profiles to send, each with its limits: the profile's, overridden by the plan's and by its section's."""
         return [own.applied(self.applied(profiles.read_profile(name))) for name, own in self.profiles.items()]
 
     @property
     def lifetime_s(self) -> float:
-        """When a container under this plan surely hangs: many times what its traffic and its start can take."""
+        """Seconds after which a container under this plan hangs: many times what its traffic and start take."""
         traffic = sum(profile.seconds + 4 * self.request_timeout_s for profile in self.traffic)
         steps = 0.0
         if self.search is not None:
@@ -136,7 +136,7 @@ class LoadPlan(Changes):
 
     @property
     def search(self) -> CapacitySearch | None:
-        """How to search for the capacity, where it is asked for or held to a limit."""
+        """How to search for the capacity; None if it is neither asked for nor limited."""
         held = self.traffic[0].slo.min_capacity_requests_per_second is not None
         return self.capacity or (CapacitySearch() if held else None)
 
@@ -155,16 +155,16 @@ class LoadPlan(Changes):
         return limits
 
 
-# Limits that are the container's, whatever the traffic.
+# Limits of the container, independent of the traffic.
 _OF_THE_SERVER = frozenset({"start_seconds", "capacity_requests_per_second"})
 _LIMITS_ONLY = {"slo"}
 
 
 def load_key(plan: LoadPlan) -> dict[str, Any]:
-    """Return the part of a plan that decides what is measured; a changed limit only has it judged anew.
+    """Return the part of a plan that determines the measurements, for their cache key; limits are only judged.
 
-    Where the capacity is searched for, the limits decide which rates are tried. The prompts' content counts too: the
-    caller adds the digest of ``plan.prompts``.
+    With a search for the capacity the limits belong to it, because they determine which rates are tried. The caller
+    adds the digest of ``plan.prompts``.
     """
     search = plan.search
     return {

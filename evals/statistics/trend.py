@@ -18,8 +18,8 @@ def slope(times: Sequence[float], values: Sequence[float], confidence: float = 0
     """Return how fast ``values`` grow, a unit of time, with its interval.
 
     Theil's median of pairwise slopes over the means of ``blocks`` equal stretches of time, with Sen's interval by ranks
-    (Journal of the American Statistical Association 63:1379-1389, 1968). Blocks take out what is correlated within one;
-    medians shrug at a single jump, which is no slope.
+    (Journal of the American Statistical Association 63:1379-1389, 1968). Blocks remove the correlation within each;
+    medians are robust to a single jump, which is not a slope.
 
     Raises:
         ValueError: fewer than five blocks hold a value.

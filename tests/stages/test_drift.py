@@ -102,7 +102,7 @@ def test_calibration_text_that_holds_an_item_is_refused(baseline: Asked) -> None
     held_out = json.loads((DEMO / "heldout.jsonl").read_text().partition("\n")[0])["text"]
     outcome = verdict(baseline, baseline, [*CALIBRATION, f"import sys\n{held_out}"])
     assert (outcome.status, outcome.cause) == ("inconclusive", "calibration-overlap")
-    assert "thirteen words in a row" in outcome.reason
+    assert "thirteen consecutive words" in outcome.reason
     assert outcome.blocks
 
 

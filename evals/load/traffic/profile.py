@@ -1,4 +1,4 @@
-"""A traffic profile: how long prompts and answers are, how they arrive, and what the server is held to under it.
+"""A traffic profile: the lengths of prompts and answers, how requests arrive, and the service level.
 
 ``evals/load/traffic/*.yaml`` holds those that come with Slipway; a model's file names them and may change their rate,
 their time, their lengths and their limits.
@@ -25,7 +25,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class TrafficProfileError(EvaluationError):
-    """There is no such profile, or its file is wrong; the message lists what."""
+    """A profile that does not exist, or whose file is not valid; the message lists the problems."""
 
 
 class _Section(BaseModel):
@@ -85,7 +85,7 @@ class Lengths(_Section):
 
 
 class Prefix(_Section):
-    """Text that prompts share, as a retrieved document is asked about again: ``count`` different ones."""
+    """A text that prompts share, such as a retrieved document that several ask about; ``count`` different ones."""
 
     tokens: Lengths
     count: Count = 8
@@ -99,7 +99,7 @@ class Segment(_Section):
 
 
 class Arrivals(_Section):
-    """How requests arrive: ``poisson``, as of users who don't know of each other; ``gamma``, in clusters; ``even``.
+    """How requests arrive: ``poisson``, as from independent users; ``gamma``, in clusters; ``even``.
 
     ``burstiness`` is gamma's coefficient of variation of the gaps (1 is Poisson, more comes in clusters). ``shape``
     lets the rate change over the time.
@@ -126,7 +126,7 @@ class Arrivals(_Section):
 class TrafficProfile(_Section):
     """One profile. ``rate`` is in requests a second; ``seconds`` is how long requests arrive.
 
-    ``leak_test``: long enough for the memory's slope to tell a leak, so that it is judged.
+    ``leak_test``: the profile is long enough to detect a leak by the memory's slope, which is then judged.
     """
 
     name: str
@@ -145,7 +145,7 @@ class TrafficProfile(_Section):
     @model_validator(mode="after")
     def _enough(self) -> TrafficProfile:
         if self.requests < 1:
-            raise ValueError(f"`request_rate` {self.rate:g} times `seconds` {self.seconds:g} is not one request")
+            raise ValueError(f"`request_rate` {self.rate:g} times `seconds` {self.seconds:g} is less than one request")
         return self
 
     @property
@@ -165,9 +165,9 @@ class TrafficProfile(_Section):
         return shared + self.input_tokens.highest + self.output_tokens.highest
 
     def fitted(self, context: int) -> TrafficProfile:
-        """The same traffic for a context of ``context`` tokens: where it is too long, all of it is shortened alike.
+        """The same traffic for a context of ``context`` tokens; if it is too long, all lengths are shortened alike.
 
-        Eight tokens of the context stay free, for a prompt that is cut out of a text may become a few tokens longer.
+        Eight tokens of the context stay free: a prompt that is cut out of a text may become a few tokens longer.
         """
         room = context - 8
         if self.longest <= room:

@@ -82,7 +82,7 @@ def test_a_small_loss_within_both_limits_passes() -> None:
     assert not outcome.blocks
     assert outcome.cause is None
     assert "accuracy on `cloze`" in outcome.reason
-    assert "bits a byte on `perplexity`" in outcome.reason
+    assert "bits per byte on `perplexity`" in outcome.reason
 
 
 def test_the_same_answers_pass() -> None:
@@ -336,7 +336,7 @@ def test_questions_do_not_depend_on_limits_but_on_the_data(tmp_path: Path) -> No
 
 def test_an_unknown_task_and_absent_data_are_named(tmp_path: Path) -> None:
     text = {"data": tmp_path / "none.jsonl", "max_increase": 0.1}
-    with pytest.raises(ValidationError, match=r"no task `clozze` over a file of data: did you mean `cloze`"):
+    with pytest.raises(ValidationError, match=r"unknown task `clozze` over a file of data: did you mean `cloze`"):
         limits(tasks={"clozze": {"data": tmp_path, "max_drop": 0.1}, "perplexity": text})
     with pytest.raises(SuiteError, match="cannot be read"):
         questions(limits(tasks={"cloze": {"data": tmp_path / "none.jsonl", "max_drop": 0.1}, "perplexity": text}))

@@ -130,5 +130,5 @@ def test_a_wrong_file_is_told_by_its_key(tmp_path: Path) -> None:
 
 
 def test_a_profile_without_a_request_is_refused() -> None:
-    with pytest.raises(ValidationError, match="not one request"):
+    with pytest.raises(ValidationError, match="less than one request"):
         TrafficProfile.model_validate({**dict(read_profile("quick")), "rate": 0.01})

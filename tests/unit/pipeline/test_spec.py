@@ -212,7 +212,7 @@ def test_an_unknown_runtime_is_refused_with_a_near_name(write: Write) -> None:
 def test_an_unknown_task_is_refused_with_a_near_name(write: Write) -> None:
     task = {"data": f"file:{DEMO}/heldout.jsonl", "max_increase": 0.01}
     message = refusal(write(put("evals.tasks.perplexitty", task)))
-    assert "there is no task `perplexitty` over a file of data: did you mean `perplexity`?" in message
+    assert "unknown task `perplexitty` over a file of data: did you mean `perplexity`?" in message
 
 
 @pytest.mark.parametrize("gate", ["evals", "scan", "load"])
@@ -230,7 +230,7 @@ def test_only_causes_that_the_gate_knows_can_be_accepted_and_in_words(write: Wri
 def test_causes_of_drift_that_come_together_are_accepted_together(write: Write) -> None:
     key = "evals.accept_inconclusive"
     assert load(write(put(key, {"baseline-at-chance+too-few-items": "tiny"})))
-    assert "there is no cause" in refusal(write(put(key, {"too-few-items+baseline-at-chance": "not sorted"})))
+    assert "unknown cause" in refusal(write(put(key, {"too-few-items+baseline-at-chance": "not sorted"})))
 
 
 @pytest.mark.parametrize(
