@@ -1,6 +1,6 @@
 """``slipway``: take a model from pinned weights to a signed, promoted release that deployments can pull.
 
-Progress goes to stderr, results to stdout; `pipeline.commands.show.EXIT_STATUSES` says how a command ends.
+Progress goes to stderr, results to stdout; `pipeline.commands.show.EXIT_STATUSES` lists the exit statuses.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from pipeline.settings import Settings
 
 
 class _Group(click.Group):
-    """Shows an expected error as one line and the exit status that the design gives it."""
+    """Shows an expected error as one line, and exits with the status of its kind."""
 
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - as click has it
-        """Run the command that was asked for."""
+        """Run the command."""
         from containers.errors import ContainerError  # noqa: PLC0415 - `--help` stays instant
         from evals.errors import EvaluationError  # noqa: PLC0415
         from registry.errors import FileSystemError, RegistryError  # noqa: PLC0415
@@ -52,11 +52,13 @@ class _Group(click.Group):
                 raise
             _die(f"can't use {error.filename}: {error.strerror}")
         except KeyboardInterrupt:
-            _die("interrupted: what was started has been ended; the same command goes on from here", INTERRUPTED)
+            _die(
+                "interrupted: everything that was started has ended; the same command continues from here", INTERRUPTED
+            )
 
 
 def _sweep_what_was_left() -> None:
-    """Remove the containers of a run that was killed, whatever command comes next; nothing is imported for nothing."""
+    """Remove containers that a killed run left; heavy modules are imported only if there are some."""
     from containers.engine.owner import left_behind  # noqa: PLC0415
 
     settings = Settings.read()
@@ -78,9 +80,9 @@ def _die(message: str, status: int = FAILED) -> NoReturn:
 )
 @click.version_option(package_name="slipway")
 def main() -> None:
-    """Release language models: quantize, measure, contain, scan, load-test, sign, promote.
+    """Take language models from pinned weights to signed, promoted releases.
 
-    State lives in $SLIPWAY_HOME (default: .slipway in the checkout; installed: ~/.local/share/slipway).
+    State is kept in $SLIPWAY_HOME (default: .slipway in the checkout; installed: ~/.local/share/slipway).
     """
 
 

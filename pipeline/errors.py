@@ -1,51 +1,51 @@
-"""What can go wrong in the pipeline, said so that a person knows what to do next."""
+"""Errors of the pipeline. Their messages say what happened, where, and what to do."""
 
 from __future__ import annotations
 
 
 class SlipwayError(Exception):
-    """The base of every error that is shown as one clear line instead of a traceback."""
+    """Base of the errors that are shown as one line instead of a traceback."""
 
 
 class SpecError(SlipwayError):
-    """A model's file is not what it should be; the message carries the path of the key."""
+    """A model's file is not valid; the message has the path of the key."""
 
 
 class UnsupportedModelError(SpecError):
-    """A model's file asks for a scheme that can't be made of the model; the message says which can."""
+    """A scheme in a model's file can't be applied to the model; the message names schemes that can."""
 
 
 class SettingsError(SlipwayError):
-    """An environment variable or the place of the state is unusable."""
+    """An environment variable has an invalid value, or the home can't be used."""
 
 
 class StoreError(SlipwayError):
-    """An artifact is damaged, or the disk refuses it."""
+    """An artifact is damaged, or can't be written."""
 
 
 class WorkerFailed(SlipwayError):
-    """A worker ended without a result; the message ends with its last output."""
+    """A worker failed; the message has its error or its last output."""
 
 
 class UnansweredError(WorkerFailed):
-    """What runs workers elsewhere does not answer: the same may go well in a while."""
+    """The cluster that runs workers does not answer; a later try may succeed."""
 
 
 class SourceError(SlipwayError):
-    """A source can't be resolved, pulled or trusted."""
+    """A source can't be resolved, can't be pulled, or is refused."""
 
 
 class UnreachableError(SourceError):
-    """A hub that does not answer, or is too busy to: the same may go well in a while."""
+    """A hub does not answer, or is too busy; a later try may succeed."""
 
 
 class PlanError(SlipwayError):
-    """A model can't be planned for, or does not fit where it is to go."""
+    """A model can't be planned, or does not fit on the disk or CPU."""
 
 
 class QuantizeError(SlipwayError):
-    """A scheme can't be quantized as asked."""
+    """A scheme can't be quantized: its calibration or the model does not fit."""
 
 
 class CheckpointError(SlipwayError):
-    """A quantized checkpoint is not what its scheme promised; the message lists every problem."""
+    """A quantized checkpoint does not match its scheme; the message lists every problem."""

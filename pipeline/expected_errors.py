@@ -1,4 +1,4 @@
-"""The errors that are told in one line, and which of them may pass if the same is tried again a little later."""
+"""The errors that are shown in one line, and which of them are transient, so that a retry may succeed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ EXPECTED = (SlipwayError, ContainerError, EvaluationError, RegistryError)
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether it is of the network, an engine, a registry or MLflow: what a verdict, a model or a file never is."""
+    """Whether an error comes from the network, an engine, a registry or MLflow, and not from a model, file or gate."""
     passing = UnreachableError | UnansweredError | EngineError | UnreachableRegistryError | TrackingError
     return isinstance(error, passing) and not isinstance(error, RefusedError)

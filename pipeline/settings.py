@@ -1,4 +1,4 @@
-"""Where Slipway keeps its state and what it talks to: the one module that reads the environment."""
+"""Settings from the environment, which only this module reads: folders, servers, credentials and limits."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from pipeline.resources import CHECKOUT
 if TYPE_CHECKING:
     from containers.hardware.cpu import Cpu, InstructionSet
 
-# What a child process needs of the parent's environment; everything else, secrets among it, stays behind.
+# Variables that child processes inherit; all others, including secrets, are not passed on.
 _PASSED_ON = (
     "PATH", "LANG", "LC_ALL", "TZ", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE",
     "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "NVIDIA_VISIBLE_DEVICES", "SLIPWAY_CPU_ISA",
 )  # fmt: skip
-# What the installer needs beside: indexes, certificates and caches as the machine sets them.
+# Further variables for the package installer: indexes, certificates and caches.
 _INSTALLER_PREFIXES = ("PIP_", "UV_", "XDG_CACHE_HOME", "HOME", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 
 
 def _read(variable: str, default: str) -> dict[str, str]:
-    """The variable that a setting is read from, and in words what it is where that is not set: for the reference."""
+    """A setting's environment variable and a description of its default, for the reference."""
     return {"variable": variable, "default": default}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that the environment decides, read once. The string below each field is its line in the reference."""
+    """All settings from the environment, read once. The text below each field is its line in the reference."""
 
     home: Path = field(
         metadata=_read(
@@ -59,9 +59,9 @@ class Settings:
     trusted_keys: tuple[Path, ...] = field(metadata=_read("SLIPWAY_TRUSTED_KEYS", "the signing key's public half"))
     """Public keys that `pull` and `verify` trust, separated by `:`."""
     signing_certificate: Path | None = field(metadata=_read("SLIPWAY_SIGNING_CERTIFICATE", "none"))
-    """The signing key's certificate and those that vouch for it, PEM, its own first."""
+    """The signing key's certificate chain, PEM, its own certificate first."""
     policy: Path | None = field(metadata=_read("SLIPWAY_POLICY", "none"))
-    """A policy (TOML) that says what is trusted, in place of `SLIPWAY_TRUSTED_KEYS`."""
+    """A trust policy (TOML), which replaces `SLIPWAY_TRUSTED_KEYS`."""
     trivy_database: str | None = field(
         metadata=_read("SLIPWAY_TRIVY_DATABASE", "none: the database that is in the home")
     )
@@ -77,30 +77,30 @@ class Settings:
     hub_endpoint: str = field(metadata=_read("HF_ENDPOINT", "`https://huggingface.co`"))
     """The model hub."""
     hub_token: str | None = field(repr=False, metadata=_read("HF_TOKEN", "none"))
-    """The token that the hub is asked with."""
+    """The access token for the hub."""
     disk_floor: int = field(metadata=_read("SLIPWAY_DISK_FLOOR", "`2GiB`"))
-    """How much of the home's disk stays free: no work starts below it, and no pull goes below it."""
+    """How much of the home's disk always stays free: no stage starts, and no pull continues, below it."""
     locks: Path = field(metadata=_read("SLIPWAY_LOCKS", "`/run/lock`, else `/tmp`"))
-    """The folder where all homes and users of this machine lock its GPUs and cores."""
+    """The folder of the locks of this machine's GPUs and cores, shared by all homes and users."""
     cpu_limit: InstructionSet | None = field(metadata=_read("SLIPWAY_CPU_ISA", "what the CPU has"))
-    """`avx2`: this machine's CPU behaves as one without AVX-512, in containers too."""
+    """`avx2`: use this machine's CPU, also in containers, as if it had no AVX-512."""
     timezone: str = field(metadata=_read("SLIPWAY_TIMEZONE", "`UTC`"))
     """The time zone of schedules, such as `Europe/Berlin`."""
     ui_address: str = field(metadata=_read("SLIPWAY_UI_ADDRESS", "`http://127.0.0.1:3000`"))
-    """Where others find the UI (MLflow: the next port): for links, and the one other host name that it accepts."""
+    """The UI's address for others (MLflow: the next port): used in links, and accepted as a host name."""
     webhook: str | None = field(repr=False, metadata=_read("SLIPWAY_NOTIFY_WEBHOOK", "none"))
     """Where failures and refusals are reported, in Slack's format."""
     mail_server: str | None = field(repr=False, metadata=_read("SLIPWAY_NOTIFY_SMTP", "none"))
     """The server that mails are sent through, `smtps://USER:PASSWORD@HOST:PORT` or `smtp://HOST:PORT`."""
     mail_to: tuple[str, ...] = field(metadata=_read("SLIPWAY_NOTIFY_MAIL", "none"))
     """Who is mailed failures and refusals, separated by commas."""
-    # What a worker inherits, and what the package installer inherits.
+    # The environments of workers and of the package installer.
     child_environment: Mapping[str, str]
     installer_environment: Mapping[str, str] = field(repr=False)
 
     @property
     def mlflow_address(self) -> str:
-        """Where a person finds MLflow: its server, or the one that `slipway ui` starts on the port after its own."""
+        """The address of MLflow's pages: its server, or the one that `slipway ui` starts on the next port."""
         if self.tracking_uri.startswith("http"):
             from registry.tracking import shown  # noqa: PLC0415 - the command line starts without the registry
 
@@ -110,19 +110,19 @@ class Settings:
 
     @property
     def cpu(self) -> Cpu:
-        """This machine's CPU, as it is to behave."""
+        """This machine's CPU, limited by `SLIPWAY_CPU_ISA`."""
         from containers.hardware.cpu import this_cpu  # noqa: PLC0415 - the command line starts without it
 
         return this_cpu(self.cpu_limit)
 
     @property
     def engine_is_here(self) -> bool:
-        """Whether the container engine runs on this machine, as far as its address tells."""
+        """Whether the container engine runs on this machine, judged by its address."""
         return self.docker_host is None or self.docker_host.startswith("unix://")
 
     @property
     def notifies(self) -> bool:
-        """Whether anybody is to be told of failures and refusals."""
+        """Whether notifications of failures and refusals are configured."""
         return bool(self.webhook or self.mail_to)
 
     @classmethod
@@ -130,7 +130,7 @@ class Settings:
         """Parse the environment.
 
         Raises:
-            SettingsError: ``SLIPWAY_HOME`` is empty or no folder, or another variable is not what it should be.
+            SettingsError: a variable has an invalid value.
         """
         home = _folder(environment.get("SLIPWAY_HOME", _default_home(environment)), "SLIPWAY_HOME")
         key = Path(environment.get("SLIPWAY_SIGNING_KEY", home / "keys" / "release.pem")).expanduser().absolute()
@@ -189,7 +189,9 @@ def _locks(text: str | None) -> Path:
 
     folder = _path(text) or default_folder()
     if not folder.is_dir():
-        raise SettingsError(f"`SLIPWAY_LOCKS` is {folder}, which is not a folder: make it, mode 1777 for several users")
+        raise SettingsError(
+            f"`SLIPWAY_LOCKS` is {folder}, which is not a folder: make it, with mode 1777 if several users share it"
+        )
     return folder
 
 
@@ -202,13 +204,13 @@ def _cpu_limit(text: str | None) -> InstructionSet | None:
 
 
 def _timezone(name: str) -> str:
-    if name == "UTC":  # which needs no table of zones: a small image has none
+    if name == "UTC":  # needs no time zone database, which small images lack
         return name
     try:
         return ZoneInfo(name).key
     except (ZoneInfoNotFoundError, ValueError) as error:
         raise SettingsError(
-            f"`SLIPWAY_TIMEZONE` is {name!r}: expected a zone such as Europe/Berlin, of those that `tzdata` has here"
+            f"`SLIPWAY_TIMEZONE` is {name!r}: expected a time zone of this system's `tzdata`, such as Europe/Berlin"
         ) from error
 
 
@@ -218,7 +220,7 @@ def _recipients(environment: Mapping[str, str]) -> tuple[str, ...]:
     server = urlsplit(environment.get("SLIPWAY_NOTIFY_SMTP", ""))
     if recipients and (server.scheme not in {"smtp", "smtps"} or not server.hostname):
         raise SettingsError(
-            "`SLIPWAY_NOTIFY_MAIL` needs `SLIPWAY_NOTIFY_SMTP`, as smtps://USER:PASSWORD@HOST:PORT or smtp://HOST:PORT"
+            "`SLIPWAY_NOTIFY_MAIL` needs `SLIPWAY_NOTIFY_SMTP`: smtps://USER:PASSWORD@HOST:PORT or smtp://HOST:PORT"
         )
     return recipients
 
@@ -228,11 +230,13 @@ def _path(text: str | None) -> Path | None:
 
 
 def _postgres(text: str | None) -> str | None:
-    """Return the address; a refusal does not repeat it, for it may hold a password."""
+    """Return the address; an error does not repeat it, because it may hold a password."""
     if not text:
         return None
     if re.fullmatch(r"postgres(ql)?(\+\w+)?://[^/]+/[^/]+", text) is None:
-        raise SettingsError("`SLIPWAY_DAGSTER_POSTGRES` is no postgresql://USER:PASSWORD@HOST:PORT/DATABASE")
+        raise SettingsError(
+            "`SLIPWAY_DAGSTER_POSTGRES` is not valid: expected postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
+        )
     return text
 
 
@@ -250,7 +254,7 @@ def _token(name: str, environment: Mapping[str, str]) -> str | None:
 
 
 def _tracking_uri(environment: Mapping[str, str]) -> str | None:
-    """Return MLflow's address, with the user and password that MLflow's own variables name, where they do."""
+    """Return MLflow's address, with user and password from MLflow's own variables if they are set."""
     uri = environment.get("MLFLOW_TRACKING_URI") or None
     if uri is None or "MLFLOW_TRACKING_USERNAME" not in environment:
         return uri
@@ -268,11 +272,11 @@ def _default_home(environment: Mapping[str, str]) -> str:
 
 def _folder(text: str, name: str) -> Path:
     if not text:
-        raise SettingsError(f"`{name}` is empty: name a folder, or unset it for the default")
+        raise SettingsError(f"`{name}` is empty: set it to a folder, or unset it for the default")
     try:
         folder = Path(text).expanduser().absolute()
     except RuntimeError as error:  # this user has no home directory
         raise SettingsError(f"`{name}` is {text}, and this user has no home directory: set {name}") from error
     if folder.exists() and not folder.is_dir():
-        raise SettingsError(f"`{name}` is {folder}, which is no folder: name another, or remove the file")
+        raise SettingsError(f"`{name}` is {folder}, which is not a folder: choose another, or remove the file")
     return folder

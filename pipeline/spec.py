@@ -1,4 +1,4 @@
-"""A model's file, ``models/<name>.yaml``, as a frozen `ModelSpec`: unknown keys refused, every error with its path."""
+"""Reads a model's file, ``models/<name>.yaml``, into a frozen `ModelSpec`; errors name the path of the key."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipeline.yaml_file import explain, keys, listed, read
 from registry.suggestions import suggestion
 
 _NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
-# The keys that name a file of data, by their path; ``*`` is any key.
+# Paths of the keys that name data files; ``*`` matches any key.
 _DATA = (("calibration", "uri"), ("evals", "tasks", "*", "data"), ("load", "prompts"))
 
 
@@ -36,48 +36,48 @@ class Source(_Section):
     uri: str
     """`file:FOLDER` or `hf://ORG/NAME`; a relative folder counts from the model file."""
     revision: str | None = None
-    """A commit, a tag or a branch; of a hub, `main` where it is left out."""
+    """A commit, a tag or a branch of a hub; default `main`."""
 
 
 class Calibration(_Section):
-    """Text that the quantizer looks at."""
+    """The text that the quantizer is calibrated with."""
 
     uri: Path
     """JSON lines of `{"text": …}`, as `file:PATH`."""
     samples: int = Field(default=128, ge=1)
-    """How many rows are used, from the first on."""
+    """How many rows are used, from the first."""
     max_tokens: int = Field(default=512, ge=16)
-    """What is longer is cut to so many tokens."""
+    """Longer rows are cut to so many tokens."""
 
 
 class Registry(_Section):
-    """What happens to a release whose gates all passed."""
+    """What happens to a release that passed all gates."""
 
     champion: Literal["automatic", "manual"] = "automatic"
-    """`automatic` makes it champion, `manual` leaves it a candidate for `slipway promote`."""
+    """`automatic` makes it the champion, `manual` leaves it a candidate until `slipway promote`."""
     cold_aliases: bool = False
-    """Whether `slipway gc --tier` may move away even what an alias names; it is then fetched on demand."""
+    """Whether `slipway gc --tier` may also move versions with an alias; a pull then fetches them from cold storage."""
 
 
 class Automation(_Section):
-    """What happens to the model without anybody asking: nothing, unless it is named here."""
+    """What happens to the model automatically; nothing by default."""
 
     release: Literal["by-hand", "nightly", "on-change"] = "by-hand"
-    """When to release anew: never, in the night after an input changed, or as soon as that is seen (revision,
-    calibration, suite, pins, limits).
+    """When the model is released again: only by hand, in the night after an input changed, or as soon as a change is
+    noticed. Inputs are the revision, calibration, suite, pins and limits.
     """
     upstream: Literal["locked", "follow"] = "locked"
-    """Whether the nightly run moves the lock to a branch's newer commit (`follow`), or stays and says so (`locked`)."""
+    """Whether the nightly run updates the lock to a branch's newer commit (`follow`) or only reports it (`locked`)."""
     rescan: Literal["by-hand", "nightly"] = "by-hand"
-    """Whether the champion is scanned every night."""
+    """Whether the champion is scanned again every night."""
     load: Literal["by-hand", "weekly"] = "by-hand"
-    """Whether the champion is put under load every week."""
+    """Whether the champion is load-tested again every week."""
     slower: float = Field(default=0.25, gt=0)
-    """By what fraction that load test may be slower than the release's own before it is reported."""
+    """How much slower than the release's own load test, as a fraction, that load test may be before it is reported."""
 
 
 class ModelSpec(_Section):
-    """One model: where its weights come from, its schemes, and the limits that each gate holds it to."""
+    """One model: the source of its weights, its schemes, and the limits of each gate."""
 
     model: str
     """The model's name: lower-case letters, digits, `-` and `.`."""
@@ -86,30 +86,30 @@ class ModelSpec(_Section):
     license: str | None = None
     """The license of the weights, for the image's labels and the bill of materials."""
     calibration: Calibration
-    """Text that the quantizer looks at."""
+    """The text that the quantizer is calibrated with."""
     schemes: Mapping[str, Scheme] = Field(min_length=1)
     """How the model is quantized; each scheme is a release line, `MODEL-SCHEME`."""
     evals: DriftLimits
-    """What is asked of FP16 and the quantized model, and the loss that may pass."""
+    """The evaluation of FP16 and of the quantized model, and the allowed loss."""
     runtime: str
-    """What serves the model: the name of a profile in `containers/runtimes/`."""
+    """The runtime that serves the model: a profile in `containers/runtimes/`."""
     scan: ScanPolicy = ScanPolicy()
-    """What the image may not have."""
+    """What the scan forbids in the image."""
     load: LoadPlan
-    """The traffic, and the limits under it."""
+    """The traffic of the load test, and the limits for it."""
     cost: CostPlan | None = None
-    """Prices, for the report's arithmetic."""
+    """Prices, for the cost in the report."""
     registry: Registry = Registry()
-    """What happens to a release whose gates all passed."""
+    """What happens to a release that passed all gates."""
     automation: Automation = Automation()
-    """What happens without anybody asking."""
+    """What happens automatically."""
     path: Path = Field(exclude=True)
 
     @field_validator("model")
     @classmethod
     def _plain(cls, name: str) -> str:
         if not _NAME.fullmatch(name):
-            raise ValueError(f"`{name}` is no name: use lower-case letters, digits, `-` and `.`")
+            raise ValueError(f"`{name}` is not a valid name: use lower-case letters, digits, `-` and `.`")
         return name
 
     @field_validator("schemes")
@@ -146,7 +146,7 @@ def find(model: str, models: Path) -> Path:
     """Return the file of ``model``: a path to a YAML file, or a name in the ``models`` folder.
 
     Raises:
-        SpecError: there is none; the message suggests a near name.
+        SpecError: there is no such file; the message suggests a similar name.
     """
     given = Path(model)
     if given.suffix in {".yaml", ".yml"}:
@@ -167,7 +167,7 @@ def load(path: Path) -> ModelSpec:
         SpecError: listing every key that is unknown, missing or wrong, by its path.
     """
     document = read(path)
-    # What the file can't say: where it is.
+    # Set by this function, and not allowed in the file.
     known = _known_keys()
     problems = [f"unknown key `path`{suggestion('path', known)}"] if "path" in document else []
     wrong: Iterable[str] = ()
@@ -177,36 +177,36 @@ def load(path: Path) -> ModelSpec:
     except ValidationError as error:
         wrong = (explain(detail, known) for detail in error.errors())
     except OSError as error:
-        problems.append(f"a name or path in it can't be looked up: {error.strerror}")
+        problems.append(f"a name or path in it is not valid: {error.strerror}")
     except UnicodeError:
-        problems.append("it holds half of a character (a lone `\\uD800` to `\\uDFFF`)")
+        problems.append("it holds an invalid character (a lone surrogate, `\\uD800` to `\\uDFFF`)")
     else:
         problems += _not_served(spec)
         if not problems:
             return spec
-    raise SpecError(listed(f"{path} is not a model's file:", itertools.chain(problems, wrong)))
+    raise SpecError(listed(f"{path} is not a valid model file:", itertools.chain(problems, wrong)))
 
 
 def _not_served(spec: ModelSpec) -> Iterator[str]:
-    """The schemes that no server can be started with, where one is to answer: found here rather than at its start."""
+    """Schemes that vLLM can't serve although the evaluation needs a server."""
     for name, scheme in spec.schemes.items() if spec.evals.engine == "served" else ():
         if key := scheme.not_served:
             yield (
-                f"`schemes.{name}.{key}`: vLLM serves no GPTQ like this, only 4 and 8 bits, `symmetric: true`, "
-                f"`desc_act: false`: change it, or set `evals: {{engine: hf}}` to evaluate it all the same "
+                f"`schemes.{name}.{key}`: vLLM can't serve this; for GPTQ it needs 4 or 8 bits, `symmetric: true`, "
+                f"`desc_act: false`: change it, or set `evals: {{engine: hf}}` to evaluate without a server "
                 f"(found {getattr(scheme, key)!r})"
             )
 
 
 def _resolved(document: Mapping[str, Any], folder: Path, problems: list[str]) -> dict[str, Any]:
-    """Replace the URIs of data by absolute paths, and make the source's absolute; add what is wrong to ``problems``."""
+    """Replace data URIs by absolute paths, and make the source's path absolute; append errors to ``problems``."""
     made: dict[str, Any] = copy.deepcopy(dict(document))
     for pattern in _DATA:
         for place, holder in _matching(made, pattern):
             uri = holder[place[-1]]
             key = ".".join(place)
             if not isinstance(uri, str):
-                continue  # the schema says so
+                continue  # the schema reports it
             path = folder / uri.removeprefix("file:")
             if not uri.startswith("file:"):
                 problems.append(f"`{key}`: expected file:PATH, counted from {folder} (found {uri!r})")

@@ -1,4 +1,4 @@
-"""Who signs here, and whom one believes: as the settings say, in the registry's terms."""
+"""The signing key and the trusted keys, from the settings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from registry.signing import SigningKey, load_key, load_or_create_key, load_trus
 
 
 def trust_of(settings: Settings) -> Trust:
-    """Return the policy that ``SLIPWAY_POLICY`` names; else trust the keys of ``SLIPWAY_TRUSTED_KEYS``, or one's own.
+    """Return the policy that ``SLIPWAY_POLICY`` names; else the keys of ``SLIPWAY_TRUSTED_KEYS``; else the home's own.
 
     Raises:
         PolicyError, SigningError: The policy or a key can't be read.
@@ -17,7 +17,7 @@ def trust_of(settings: Settings) -> Trust:
 
 
 def signing_key(settings: Settings) -> SigningKey:
-    """Return the key that releases are signed with, made on first use, with its certificate where one is named.
+    """Return the key that signs releases, made on first use, with its certificate if the settings name one.
 
     Raises:
         SigningError: The key or the certificate can't be read, or they do not belong together.
@@ -26,7 +26,7 @@ def signing_key(settings: Settings) -> SigningKey:
 
 
 def signing_key_if_any(settings: Settings) -> SigningKey | None:
-    """Return that key where there is one; errors as `signing_key`."""
+    """Return the signing key if it exists; errors as `signing_key`."""
     return _certified(load_key(settings.signing_key), settings) if settings.signing_key.exists() else None
 
 

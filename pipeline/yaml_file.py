@@ -1,4 +1,4 @@
-"""A YAML file that a person writes: read strictly, its problems explained with their path and a near name."""
+"""Reads a YAML file strictly; errors name the path of the key, and suggest a similar name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pipeline.errors import SpecError
 from registry.suggestions import suggestion
 
-# A model's file has some kilobytes and some hundred values, those that an alias repeats counted each time.
+# A model's file has some kilobytes and some hundred values; repeated aliases are counted each time.
 _MOST_BYTES = 256 * 1024
 _MOST_VALUES = 20_000
 _MOST_DEPTH = 50
@@ -26,13 +26,13 @@ def read(path: Path) -> dict[str, Any]:
     """Parse a file that holds a mapping.
 
     Raises:
-        SpecError: it can't be read; where and why, in one line.
+        SpecError: it can't be read; says where and why in one line.
     """
     try:
         with path.open("rb") as stream:
             data = stream.read(_MOST_BYTES + 1)
         if len(data) > _MOST_BYTES:
-            raise SpecError(f"{path} has more than {_MOST_BYTES // 1024} KiB: it is no file that a person wrote")
+            raise SpecError(f"{path} is too large: at most {_MOST_BYTES // 1024} KiB are read")
         document = yaml.load(data, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader that refuses duplicates
     except OSError as error:
         raise SpecError(f"can't read {path}: {error.strerror}") from error
@@ -42,9 +42,9 @@ def read(path: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise SpecError(f"{path} is nested too deeply: at most {_MOST_DEPTH} levels are read") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        raise SpecError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):
-        raise SpecError(f"{path} holds no mapping: expected `key: value` lines")
+        raise SpecError(f"{path} is not a mapping: expected `key: value` lines")
     return document
 
 
@@ -57,7 +57,7 @@ def listed(heading: str, problems: Iterable[str]) -> str:
 
 
 def explain(detail: Any, known: Iterable[str]) -> str:  # noqa: ANN401 - pydantic's own error record
-    """One problem as a person reads it, with a near name for a key that is unknown."""
+    """Describe a validation error, with a suggestion for an unknown key."""
     *above, key = [str(part) for part in detail["loc"]] or ["the file"]
     path = ".".join([*above, key])
     if detail["type"] == "extra_forbidden":
@@ -71,7 +71,7 @@ def explain(detail: Any, known: Iterable[str]) -> str:  # noqa: ANN401 - pydanti
 
 
 def keys(model: type[BaseModel]) -> Iterator[str]:
-    """Every key that may stand anywhere in a file that is such a model."""
+    """Yield every key of a model and of the models in it."""
     for name, info in model.model_fields.items():
         yield name
         for part in [info.annotation, *getattr(info.annotation, "__args__", ())]:

@@ -1,1 +1,1 @@
-"""The command line's commands, a module a subject; heavy imports wait inside them, so that ``--help`` stays instant."""
+"""The commands of ``slipway``, one module per subject. They import heavy packages when they run: ``--help`` is fast."""

@@ -1,4 +1,4 @@
-"""Which version deployments get: promotion by hand, rollback, canary, and who did it when."""
+"""Commands that decide which version deployments get: promote, rollback, canary, history, gc."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from registry.retention import Removal
     from registry.tiers import TierMove
 
-_why = click.option("--why", default="by hand", show_default=True, help="What the audit trail says.")
-_version = click.option("--version", required=True, metavar="N", help="The version's number, as in `slipway status`.")
+_why = click.option("--why", default="by hand", show_default=True, help="The reason that the audit trail records.")
+_version = click.option("--version", required=True, metavar="N", help="The version's number (see `slipway status`).")
 
 
 @click.command()
@@ -32,14 +32,15 @@ _version = click.option("--version", required=True, metavar="N", help="The versi
 @_why
 @as_json
 def promote(name: str, version: str, why: str, *, as_json: bool) -> None:
-    """Make version N of release line NAME champion, verified anew; the champion before becomes `previous`.
+    """Make version N of release line NAME the champion.
 
-    Where N is champion already and the audit trail does not say so, or unsigned, this writes that it is to be.
+    The version is verified again first. The champion so far becomes `previous`. If N is the champion already, but the
+    audit trail has no signed record of it, this command adds that record.
     """
     from registry import promote_version  # noqa: PLC0415
 
     moved = promote_version(name, version, why=why, **_common())
-    _tell(moved, f"version {moved.version} is champion", as_json=as_json)
+    _report(moved, f"version {moved.version} is champion", as_json=as_json)
 
 
 @click.command()
@@ -47,14 +48,15 @@ def promote(name: str, version: str, why: str, *, as_json: bool) -> None:
 @_why
 @as_json
 def rollback(name: str, why: str, *, as_json: bool) -> None:
-    """Go back: swap `champion` and `previous` of release line NAME, the old version verified anew.
+    """Swap `champion` and `previous` of release line NAME.
 
-    Done twice, all is as before. A rollback that was killed is finished by the next one.
+    The previous version is verified again first. A second rollback undoes the first. If a rollback was killed, the next
+    one finishes it.
     """
     from registry import rollback as go_back  # noqa: PLC0415
 
     moved = go_back(name, why=why, **_common())
-    _tell(moved, f"version {moved.version} is champion again", as_json=as_json)
+    _report(moved, f"version {moved.version} is champion again", as_json=as_json)
 
 
 @click.command()
@@ -64,22 +66,26 @@ def rollback(name: str, why: str, *, as_json: bool) -> None:
 @_why
 @as_json
 def canary(name: str, version: str, weight: int, why: str, *, as_json: bool) -> None:
-    """Record that some of the traffic of NAME is for version N, which `NAME@canary` then names.
+    """Assign a share of NAME's traffic to version N.
 
-    The deployment reads the split from the registered model's tag `slipway.canary`, {"version": "4", "weight": 10}.
+    `NAME@canary` then names that version. `slipway serve` follows the split at once. Other deployments read it from the
+    registered model's tag `slipway.canary`, for example {"version": "4", "weight": 10}.
     """
     from registry import canary as split  # noqa: PLC0415
 
     moved = split(name, version, weight, why=why, **_common())
-    told = f"version {moved.version} is for {weight}% of the traffic" if weight else "the canary has ended"
-    _tell(moved, told, as_json=as_json)
+    done = f"version {moved.version} gets {weight}% of the traffic" if weight else "the canary has ended"
+    _report(moved, done, as_json=as_json)
 
 
 @click.command()
 @click.argument("name")
 @as_json
 def history(name: str, *, as_json: bool) -> None:
-    """Show the audit trail of release line NAME: who moved which alias, when, from what, to what, and why."""
+    """Show the audit trail of release line NAME.
+
+    It lists every move of an alias: who moved it, when, from which version to which, and why.
+    """
     from pipeline.trust import trust_of  # noqa: PLC0415
     from registry.catalog import line, names  # noqa: PLC0415
     from registry.journal import records  # noqa: PLC0415
@@ -89,7 +95,7 @@ def history(name: str, *, as_json: bool) -> None:
     settings = Settings.read()
     found = line(settings.tracking_uri, name)
     if found is None:
-        progress.print(f"there is no release `{name}`{suggestion(name, names(settings.tracking_uri))}")
+        progress.print(f"there is no release line `{name}`{suggestion(name, names(settings.tracking_uri))}")
     journal = [] if found is None else records(found)
     trusted = policy_of(trust_of(settings)).keys
     if as_json:
@@ -118,20 +124,30 @@ def history(name: str, *, as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--keep", default=5, show_default=True, help="Versions of each line that stay in any case, the newest.")
-@click.option("--older-than", "days", default=30.0, show_default=True, help="Days that a version stays in any case.")
-@click.option("--cache", type=click.Path(path_type=Path), help="A cache of `slipway pull`, to be swept too.")
-@click.option("--tier", is_flag=True, help="Move instead: what is unused to $SLIPWAY_COLD_STORE, s3://BUCKET/PREFIX.")
-@click.option("--yes", is_flag=True, help="Remove it; without this, what would go is only shown.")
+@click.option(
+    "--keep", default=5, show_default=True, help="How many of the newest versions of each release line always stay."
+)
+@click.option(
+    "--older-than", "days", default=30.0, show_default=True, help="Versions younger than so many days always stay."
+)
+@click.option("--cache", type=click.Path(path_type=Path), help="A cache of `slipway pull` to clean up too.")
+@click.option(
+    "--tier",
+    is_flag=True,
+    help="Move unused files to $SLIPWAY_COLD_STORE (s3://BUCKET/PREFIX) instead of removing them.",
+)
+@click.option("--yes", is_flag=True, help="Remove; without this option the command only shows what it would remove.")
 @as_json
 def gc(keep: int, days: float, cache: Path | None, *, tier: bool, yes: bool, as_json: bool) -> None:
-    """Show, and with --yes remove, versions, uploads and cached files that no alias, no begun act and no limit needs.
+    """Show or remove versions, files and images that nothing uses.
 
-    With them go stage artifacts of this home that are older than a day and that neither a version that stays nor the
-    last run of a release was made of, and their images. The audit trail stays. Files that a server keeps are removed by
-    `mlflow gc` there, once their version is. With --tier nothing is removed: large files of versions that were not read
-    for --older-than days and that no alias names go to object storage by digest, and what an alias names comes back. A
-    pull reads them wherever they are.
+    Without --yes nothing is removed. A version stays if it has an alias, if it is among the --keep newest, if it is
+    younger than --older-than days, or if a promotion or rollback of it is unfinished. A stage artifact and its image
+    stay if a version that stays or the last run of a release was made from them, or if they are younger than a day. The
+    audit trail always stays. A remote MLflow server keeps the files of removed versions until `mlflow gc` runs there.
+
+    With --tier nothing is removed. Large files of versions without an alias that were not read for --older-than days
+    move to object storage; files of versions with an alias come back. `slipway pull` reads them from either place.
     """
     from pipeline.operations import retention  # noqa: PLC0415 - the engine's client, for those who ask
     from registry.retention import plan, remove  # noqa: PLC0415
@@ -139,7 +155,7 @@ def gc(keep: int, days: float, cache: Path | None, *, tier: bool, yes: bool, as_
     if tier:
         from pipeline.operations.tiering import move  # noqa: PLC0415
 
-        _tell_moves(move(Settings.read(), timedelta(days=days), say, yes=yes), yes=yes, as_json=as_json)
+        _report_moves(move(Settings.read(), timedelta(days=days), say, yes=yes), yes=yes, as_json=as_json)
         return
     settings = Settings.read()
     uri = settings.tracking_uri
@@ -157,11 +173,11 @@ def gc(keep: int, days: float, cache: Path | None, *, tier: bool, yes: bool, as_
     if found:
         rows = [[one.kind, one.name, f"{one.bytes / 1e6:.1f}", one.why] for one in found]
         print_table(["what", "name", "size, MB", "why"], rows)
-    done = "removed" if yes else "would go; `--yes` removes them"
-    progress.print(f"{len(found)} of {sum(one.bytes for one in found) / 1e6:.1f} MB {done}")
+    done = "removed" if yes else "can be removed: run again with `--yes`"
+    progress.print(f"{len(found)} items, {sum(one.bytes for one in found) / 1e6:.1f} MB, {done}")
 
 
-def _tell_moves(moves: Sequence[TierMove], *, yes: bool, as_json: bool) -> None:
+def _report_moves(moves: Sequence[TierMove], *, yes: bool, as_json: bool) -> None:
     items = [{"name": one.name, "to": one.to, "why": one.why, "bytes": one.bytes} for one in moves]
     if as_json:
         print_json({"moved": yes, "items": items})
@@ -169,12 +185,12 @@ def _tell_moves(moves: Sequence[TierMove], *, yes: bool, as_json: bool) -> None:
     if moves:
         rows = [[one.name, one.to, f"{one.bytes / 1e6:.1f}", one.why] for one in moves]
         print_table(["what", "to", "size, MB", "why"], rows)
-    done = "moved" if yes else "would move; `--yes` moves them"
-    progress.print(f"{len(moves)} of {sum(one.bytes for one in moves) / 1e6:.1f} MB {done}")
+    done = "moved" if yes else "can be moved: run again with `--yes`"
+    progress.print(f"{len(moves)} files, {sum(one.bytes for one in moves) / 1e6:.1f} MB, {done}")
 
 
 def _common() -> dict[str, Any]:
-    """What every command of this module hands to the registry."""
+    """The arguments that every command of this module passes to the registry."""
     from pipeline.trust import signing_key_if_any, trust_of  # noqa: PLC0415
 
     settings = Settings.read()
@@ -186,10 +202,12 @@ def _common() -> dict[str, Any]:
     }
 
 
-def _tell(moved: Moved, what: str, *, as_json: bool) -> None:
+def _report(moved: Moved, what: str, *, as_json: bool) -> None:
     if as_json:
         print_json(json.loads(json.dumps(asdict(moved))))
         return
-    before = f"; before it was {moved.replaced}" if moved.replaced else ""
-    note = " (nothing was to be done)" if moved.entry is None else " (begun before, finished now)" * moved.finished
+    before = f"; it was version {moved.replaced} before" if moved.replaced else ""
+    note = (
+        " (nothing to do)" if moved.entry is None else " (finished what an earlier command had begun)" * moved.finished
+    )
     results.print(escape(f"{moved.name}: {what}{before}{note}"))

@@ -1,4 +1,4 @@
-"""``slipway bundle`` and ``slipway metrics``: what a release hands to the cluster that runs it."""
+"""``slipway bundle`` and ``slipway metrics``: manifests for Kubernetes, and metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from pipeline.settings import Settings
 
 @click.command()
 @click.argument("name")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to write, empty or new.")
-@click.option("--namespace", default="slipway", show_default=True, help="Where it is to run.")
-@click.option("--monitoring", default="monitoring", show_default=True, help="The namespace of Prometheus.")
-@click.option("--image", metavar="REPOSITORY", help="Where the release's image was copied to.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to write: empty or new.")
+@click.option("--namespace", default="slipway", show_default=True, help="The namespace that the release runs in.")
+@click.option("--monitoring", default="monitoring", show_default=True, help="The namespace that Prometheus runs in.")
 @click.option(
-    "--gateway-image", metavar="REPOSITORY@DIGEST", help="The gateway's image, where it was pushed from elsewhere."
+    "--image",
+    metavar="REPOSITORY",
+    help="The repository that the cluster pulls the release's image from, if it was copied.",
 )
+@click.option("--gateway-image", metavar="REPOSITORY@DIGEST", help="The gateway's image, if another home pushed it.")
 @click.option(
     "--cluster", "described", metavar="FILE", type=click.Path(path_type=Path),
     help="What is the cluster's own, in YAML; docs/reference/cluster-file.md has every key.",
@@ -37,9 +39,11 @@ def bundle(
     *,
     as_json: bool,
 ) -> None:
-    """Write release NAME[@ALIAS] for Kubernetes: Kustomize base and overlays, every number from its own measurements.
+    """Write Kubernetes manifests for release NAME[@ALIAS].
 
-    Each number carries a comment that names its evidence. Alerts come with the tests that promtool runs.
+    The folder is a Kustomize base with overlays. Requests, limits, probes, autoscaling and alerts are derived from the
+    release's own measurements; a comment beside each number names its evidence. The alerts come with tests for
+    promtool.
     """
     from containers.kubernetes.bundle import Images, write_bundle  # noqa: PLC0415
     from pipeline.serving.deployment import cluster, gather, simulated  # noqa: PLC0415
@@ -59,7 +63,7 @@ def bundle(
         more=lambda found: simulated(evidence, found),
     )
     for warning in written.warnings:
-        progress.print(f"[yellow]before it is applied:[/] {escape(warning)}")
+        progress.print(f"[yellow]before you apply it:[/] {escape(warning)}")
     if as_json:
         found = {key: {"value": number.value, "why": number.why} for key, number in written.numbers.items()}
         print_json({
@@ -75,10 +79,15 @@ def bundle(
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), help="Write there, whole, for node_exporter's textfile folder.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Write the file atomically, for node_exporter's textfile collector."
+)
 @as_json
 def metrics(out: Path | None, *, as_json: bool) -> None:
-    """Print what Prometheus should know: champions and rescans, runs, queue, verdicts, stages' seconds, store."""
+    """Print metrics for Prometheus.
+
+    They cover champions, rescans, runs, the queue, verdicts, stage durations and the size of the store.
+    """
     from pipeline.orchestration.instance import open_instance  # noqa: PLC0415
     from pipeline.orchestration.metrics import exposition, look  # noqa: PLC0415
     from registry.atomic_write import write_atomically  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""Images: what makes two of them different, and the one that is no release's."""
+"""``slipway image``: compare two images, and build the gateway's image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.settings import Settings
 
 @click.group()
 def image() -> None:
-    """Look into images: `slipway image diff A B`. Build the gateway's: `slipway image gateway`."""
+    """Compare two images, or build the gateway's image."""
 
 
 @image.command()
@@ -22,10 +22,10 @@ def image() -> None:
 @click.argument("other")
 @as_json
 def diff(one: str, other: str, *, as_json: bool) -> None:
-    """Show what differs between images ONE and OTHER; exit status 1 where anything does.
+    """Show the differences between images ONE and OTHER; exit status 1 if there are any.
 
-    Each is an image of the engine (a tag or an id), or a file that `docker save` wrote. Settings are compared key by
-    key; of layers that differ, every file by kind, mode, owner, time, size and content.
+    Each is an image in the container engine (a tag or an id) or a file that `docker save` wrote. Settings are compared
+    by key. In layers that differ, files are compared by kind, mode, owner, time, size and content.
     """
     from containers.engine.engine import connect  # noqa: PLC0415
     from containers.errors import EngineError  # noqa: PLC0415
@@ -35,14 +35,14 @@ def diff(one: str, other: str, *, as_json: bool) -> None:
     try:
         client = connect(settings.docker_host, settings.home)
     except EngineError:
-        client = None  # files need none
+        client = None  # files that `docker save` wrote need no engine
     views = [view(each, client) for each in (one, other)]
     found = compare(*views)
     if as_json:
         identities = {"one": views[0].image_id, "other": views[1].image_id}
         print_json({**identities, "differences": [asdict(difference) for difference in found]})
     elif not found:
-        results.print(f"no difference: both are {views[0].image_id}")
+        results.print(f"no differences: both are {views[0].image_id}")
     else:
         rows = [tuple(escape(cell) for cell in (each.where, each.what, each.one, each.other)) for each in found]
         print_table(("where", "what", "one", "other"), rows[:MOST_FILES])
@@ -54,9 +54,9 @@ def diff(one: str, other: str, *, as_json: bool) -> None:
 @image.command()
 @as_json
 def gateway(*, as_json: bool) -> None:
-    """Build the gateway's image, push it to $SLIPWAY_IMAGE_REGISTRY where that is set, and print its reference.
+    """Build the gateway's image, push it if $SLIPWAY_IMAGE_REGISTRY is set, and print its reference.
 
-    `slipway bundle` names the one that was pushed last. The same gateway is the same digest, wherever it is built.
+    `slipway bundle` uses the image that was pushed last. The same gateway has the same digest wherever it is built.
     """
     from pipeline.serving.gateway_process import build_image  # noqa: PLC0415
 
@@ -68,6 +68,6 @@ def gateway(*, as_json: bool) -> None:
     click.echo(built.reference)
     if not built.pushed:
         progress.print(
-            "[yellow]it is in this machine's engine alone:[/] a cluster pulls it from a registry; set "
-            "SLIPWAY_IMAGE_REGISTRY and run this again"
+            "[yellow]the image is only in this machine's engine:[/] a cluster can't pull it; set "
+            "SLIPWAY_IMAGE_REGISTRY and run this command again"
         )

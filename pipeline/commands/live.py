@@ -1,4 +1,4 @@
-"""What is under way, live at the foot of a terminal: a line each, with how far it is and for how long it runs."""
+"""A live display at the bottom of a terminal: one line for each running task, with its progress and duration."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class _Row:
 
 
 class LiveDisplay:
-    """Lines that are written over in place, below what is printed; on what is no terminal there are none.
+    """Lines below the printed text that are updated in place; without a terminal nothing is shown.
 
-    Shows only within its block, and is gone after it, whatever ended that. The terminal needs no repair even after a
-    SIGKILL: its cursor is never hidden. All methods may be called from any thread.
+    The display is visible only inside its ``with`` block. It never hides the cursor, so even a SIGKILL leaves the
+    terminal usable. All methods may be called from any thread.
     """
 
     def __init__(self, console: Console) -> None:
-        """Draw on ``console``, which everything else is printed to meanwhile."""
+        """Draw on ``console``, on which other text may be printed at the same time."""
         self._console = console
         self._lock = threading.RLock()
         self._rows: dict[Hashable, _Row] = {}
@@ -45,16 +45,16 @@ class LiveDisplay:
 
     @property
     def shows(self) -> bool:
-        """Whether what is set is seen: a terminal that can move its cursor, within the block."""
+        """Whether lines are visible: inside the block, on a terminal that can move its cursor."""
         return self._open and self._console.is_interactive
 
     def set(self, key: Hashable, label: str, text: str, share: float | None = None) -> None:
-        """Show ``text`` in the line of ``key``, with a bar where a ``share`` (0 to 1) of it is done."""
+        """Show ``text`` in the line of ``key``, with a progress bar if a ``share`` (0 to 1) is given."""
         with self._lock:
             if not self.shows:
                 return
             before = self._rows.get(key)
-            safe = "".join(filter(str.isprintable, text))  # names from elsewhere are in it
+            safe = "".join(filter(str.isprintable, text))  # the text may contain names from outside
             self._rows[key] = _Row(label, safe, share, time.monotonic() if before is None else before.started)
             if self._live is None:
                 self._live = Live(
@@ -66,7 +66,7 @@ class LiveDisplay:
             self._live.refresh()
 
     def drop(self, *keys: Hashable) -> None:
-        """Remove the lines of these keys; with the last of them the display ends."""
+        """Remove the lines of these keys; the display ends with its last line."""
         with self._lock:
             for key in keys:
                 self._rows.pop(key, None)
@@ -103,7 +103,7 @@ class LiveDisplay:
         for _ in range(4):
             table.add_column(no_wrap=True)
         table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-        # Without the lock: rich's own is held here, and who holds ours may be waiting for that.
+        # Without our lock: rich holds its own here, and a thread that holds ours may wait for rich's.
         for row in list(self._rows.values()):
             bar = "" if row.share is None else ProgressBar(total=1.0, completed=row.share, width=_BAR_CELLS)
             seconds = Text(f"{now - row.started:.0f} s")

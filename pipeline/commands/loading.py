@@ -1,4 +1,4 @@
-"""``slipway load`` and ``slipway compare``: a release line under any traffic, and what quantization buys."""
+"""``slipway load`` and ``slipway compare``: load tests of a release line, and FP16 beside its schemes."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from rich.text import Text
 
 from pipeline.commands.show import REFUSED, as_json, live, print_json, print_table, progress, results, say, styled
 from pipeline.settings import Settings
-from registry.progress import Progress
 
 if TYPE_CHECKING:
     from evals.load.comparison import ComparisonRow
     from evals.load.load_test import TrafficProgress
     from pipeline.operations.load_tests import LoadTestResult
+    from registry.progress import Progress
 
 _LINE_SECONDS = 5.0
-# Steps of a comparison's search, shorter than a release's: there are several to measure.
+# Seconds of a step of a comparison's capacity search; shorter than a release's, because several schemes are measured.
 _STEP_SECONDS = 8.0
 
-_rate = click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Requests a second.")
-_seconds = click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="How long requests arrive.")
+_rate = click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Requests per second.")
+_seconds = click.option(
+    "--seconds", type=click.FloatRange(min=0, min_open=True), help="For how many seconds requests arrive."
+)
 
 
 @click.command()
@@ -36,12 +38,14 @@ _seconds = click.option("--seconds", type=click.FloatRange(min=0, min_open=True)
     "profiles",
     multiple=True,
     metavar="P",
-    help="A profile of evals/load/traffic, or several; default: the model's.",
+    help="A traffic profile (evals/load/traffic); repeatable. Default: the model's profiles.",
 )
 @_rate
 @_seconds
-@click.option("--capacity", is_flag=True, help="Search for the highest rate that the service level allows.")
-@click.option("--faults", is_flag=True, help="Mistreat the server at the end: hang up, crowd it, kill it.")
+@click.option("--capacity", is_flag=True, help="Search for the highest rate at which the limits hold.")
+@click.option(
+    "--faults", is_flag=True, help="Inject faults at the end: dropped connections, overload, a killed server."
+)
 @as_json
 def load(
     name: str,
@@ -53,17 +57,17 @@ def load(
     faults: bool,
     as_json: bool,
 ) -> None:
-    """Put release line NAME (demo-awq; demo-fp16 is what it was made from) under traffic, with live figures.
+    """Load-test release line NAME, for example demo-awq.
 
-    Serves its image in the sandbox, sends the profiles (default: the model's) one after the other, and judges what it
-    saw against the limits of the model's file. Measures anew each time; nothing is promoted or refused. Exit status 3
-    if a limit is missed.
+    demo-fp16 is the unquantized model. Serves the image in the sandbox, sends the traffic of one profile after the
+    other, and compares the measurements with the limits in the model's file. Every call measures again. Nothing is
+    promoted. Exit status 3 if a limit is missed.
 
     \b
         slipway load demo-awq --profile chat
         slipway load demo-awq --profile burst --rate 2 --seconds 60
         slipway load demo-gptq --capacity --faults
-    """  # noqa: D301 - click's mark for a paragraph that is kept as it is
+    """  # noqa: D301 - click's mark for a paragraph that is not rewrapped
     from pipeline.operations import load_tests  # noqa: PLC0415
     from pipeline.orchestration.release import sweep  # noqa: PLC0415
     from pipeline.stages.context import StageContext  # noqa: PLC0415
@@ -86,13 +90,19 @@ def load(
 
 @click.command()
 @click.argument("model")
-@click.option("--scheme", "schemes", multiple=True, metavar="S", help="Only this scheme beside FP16; several times.")
-@click.option("--profile", metavar="P", help="A profile of evals/load/traffic; default: the model's first.")
+@click.option("--scheme", "schemes", multiple=True, metavar="S", help="Compare only this scheme with FP16; repeatable.")
+@click.option("--profile", metavar="P", help="A traffic profile (evals/load/traffic). Default: the model's first.")
 @_rate
 @_seconds
-@click.option("--capacity/--no-capacity", default=True, show_default=True, help="Search for each one's capacity.")
-@click.option("--step-seconds", type=click.FloatRange(min=2), help="Of the search [the model's, else 8].")
-@click.option("--price", type=click.FloatRange(min=0), help="Of the machine, an hour [the model's `cost`].")
+@click.option("--capacity/--no-capacity", default=True, show_default=True, help="Search for the capacity of each.")
+@click.option(
+    "--step-seconds", type=click.FloatRange(min=2), help="Seconds of a step of that search. Default: the model's, or 8."
+)
+@click.option(
+    "--price",
+    type=click.FloatRange(min=0),
+    help="The machine's price per hour, in dollars. Default: the model's `cost`.",
+)
 @as_json
 def compare(
     model: str,
@@ -106,11 +116,11 @@ def compare(
     price: float | None,
     as_json: bool,
 ) -> None:
-    """Show what quantization buys: MODEL's FP16 and each scheme under the same traffic, on one page.
+    """Compare MODEL in FP16 and in each scheme under the same load.
 
-    Size, memory, tokens a second, latency at equal rate, capacity, and the cost of a million tokens. What was measured
-    under that traffic before is reused. Each is held to the limits of the model's file; exit status 3 if one misses
-    them.
+    Writes one page with size, memory, tokens per second, latency at equal rate, capacity, and the cost of a million
+    tokens. Earlier measurements under the same traffic are reused. Exit status 3 if one misses the limits in the
+    model's file.
     """
     from pipeline.operations import load_tests  # noqa: PLC0415
     from pipeline.orchestration.release import sweep  # noqa: PLC0415
@@ -145,12 +155,12 @@ def compare(
         _show_comparison(rows)
         for scheme, verdict in verdicts.items():
             results.print(f"\n{scheme} {styled(verdict.status)}: {escape(verdict.reason)}")
-        results.print(f"\nthe picture: {escape(str(page))}")
+        results.print(f"\npage: {escape(str(page))}")
     sys.exit(REFUSED if any(verdict.blocks for verdict in verdicts.values()) else 0)
 
 
 class Figures:
-    """Shows how the traffic goes: one line that is written over on a terminal, a line every few seconds elsewhere."""
+    """Shows the progress of the traffic: a line that is updated on a terminal, a line every few seconds elsewhere."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

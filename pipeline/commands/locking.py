@@ -1,4 +1,4 @@
-"""Runtimes: their locks."""
+"""``slipway lock``: pins the base image and the packages of runtimes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from pipeline.settings import Settings
 
 @click.command()
 @click.argument("profiles", nargs=-1, metavar="[PROFILE]…")
-@click.option("--upgrade", is_flag=True, help="Take newer versions where the requirements allow them.")
+@click.option("--upgrade", is_flag=True, help="Take newer versions if the requirements allow them.")
 @as_json
 def lock(profiles: Sequence[str], *, upgrade: bool, as_json: bool) -> None:
-    """Resolve runtime PROFILE, or all: the base's tag to a digest, requirements to versions with hashes.
+    """Pin the base image and packages of runtime PROFILE, or of all.
 
-    Writes the lock beside the profile in containers/runtimes/ and shows what changed. Nothing else ever resolves: a
-    build fails where the lock is of another profile than the one that is there now.
+    The base image is pinned by digest, requirements by version and hash. Writes the lock beside the profile in
+    containers/runtimes/ and shows the changes. Only this command resolves versions: if the profile changed after its
+    lock was written, building the image fails.
     """
     from containers.image.locking import lock as resolve  # noqa: PLC0415
     from containers.image.profile import names, stated  # noqa: PLC0415
@@ -31,9 +32,9 @@ def lock(profiles: Sequence[str], *, upgrade: bool, as_json: bool) -> None:
         print_json([asdict(each) for each in done])
         return
     for each in done:
-        changed = "nothing changed" if not each.changes else f"{len(each.changes)} changes"
+        changed = "no changes" if not each.changes else f"{len(each.changes)} changes"
         results.print(
-            f"{each.name}: {each.packages} packages by hash, {escape(each.base or 'base made here')}: {changed}"
+            f"{each.name}: {each.packages} packages with hashes, {escape(each.base or 'base built here')}: {changed}"
         )
         for line in each.changes:
             results.print(f"  {escape(line)}")

@@ -1,4 +1,4 @@
-"""What this machine has, and the servers that run on it."""
+"""``slipway doctor``, ``ui`` and ``stop``: this machine, and the servers that run on it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from pipeline.settings import Settings
 
 
 @click.command()
-@click.option("--fix", is_flag=True, help="Install and start what is missing, as far as this machine allows.")
-@click.option("--ray", is_flag=True, help="With --fix: make the environment of a node of a Ray cluster too.")
+@click.option("--fix", is_flag=True, help="Install and start missing parts, as far as possible.")
+@click.option("--ray", is_flag=True, help="With --fix: also make the environment of a Ray node.")
 @as_json
 def doctor(*, fix: bool, ray: bool, as_json: bool) -> None:
-    """Show whether this machine can release: engine, GPU, Trivy, disk, environments, MLflow, each with its remedy."""
+    """Check whether this machine can release.
+
+    Shows a remedy for each problem. Checks the container engine, CPU, GPU, Trivy and its database, disk, worker
+    environments and MLflow. Exit status 1 if a part that every release needs is missing.
+    """
     from pipeline.operations import doctor as checks  # noqa: PLC0415
     from pipeline.workers.environments import ENVIRONMENTS  # noqa: PLC0415
 
@@ -33,11 +37,9 @@ def doctor(*, fix: bool, ray: bool, as_json: bool) -> None:
 
 
 @click.command()
-@click.option(
-    "--port", default=3000, show_default=True, help="Dagster's port on 127.0.0.1; MLflow takes the port after."
-)
+@click.option("--port", default=3000, show_default=True, help="Dagster's port on 127.0.0.1; MLflow uses the next port.")
 def ui(port: int) -> None:
-    """Serve Dagster and MLflow on loopback until Ctrl-C."""
+    """Serve the web pages of Dagster and MLflow until Ctrl-C."""
     from pipeline.serving.ui import serve  # noqa: PLC0415
 
     serve(Settings.read(), port, progress.print)
@@ -45,7 +47,7 @@ def ui(port: int) -> None:
 
 @click.command()
 def stop() -> None:
-    """End the private container engine that `doctor --fix` started, if any."""
+    """Stop the container engine that `slipway doctor --fix` started."""
     from containers.engine.engine import stop as stop_engine  # noqa: PLC0415
 
     if not stop_engine(Settings.read().home, progress.print):

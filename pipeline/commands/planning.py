@@ -1,4 +1,4 @@
-"""``slipway plan``: what a model or a release needs and costs, before anything is done."""
+"""``slipway plan``: the memory, GPUs, speed and cost of a model or release, computed before anything runs."""
 
 from __future__ import annotations
 
@@ -22,16 +22,24 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model")
+@click.option("--gpu", "gpus", multiple=True, metavar="NAME", help="Plan for this GPU (H100, L4, …) only; repeatable.")
+@click.option("--context", type=click.IntRange(1), metavar="N", help="Tokens per request: prompt and answer together.")
+@click.option("--concurrency", type=click.IntRange(1), metavar="N", help="Concurrent requests.")
 @click.option(
-    "--gpu", "gpus", multiple=True, metavar="NAME", help="Only this GPU (H100, L4, …); several times for more."
+    "--kv-cache",
+    type=click.Choice(["16", "8"]),
+    default="16",
+    show_default=True,
+    help="Bits per number in the KV cache.",
 )
-@click.option("--context", type=click.IntRange(1), metavar="N", help="Tokens a request, prompt and answer.")
-@click.option("--concurrency", type=click.IntRange(1), metavar="N", help="Requests at once.")
 @click.option(
-    "--kv-cache", type=click.Choice(["16", "8"]), default="16", show_default=True, help="Bits a number in it."
+    "--headroom",
+    type=click.FloatRange(0, 0.9),
+    default=0.2,
+    show_default=True,
+    help="Share of a GPU's memory that stays free.",
 )
-@click.option("--headroom", type=click.FloatRange(0, 0.9), default=0.2, show_default=True, help="Share left free.")
-@click.option("--driver", metavar="VERSION", help="The NVIDIA driver of the host that is planned for: 550.54.15.")
+@click.option("--driver", metavar="VERSION", help="The NVIDIA driver of the target host, for example 550.54.15.")
 @as_json
 def plan(
     model: str,
@@ -44,11 +52,11 @@ def plan(
     *,
     as_json: bool,
 ) -> None:
-    """Say what MODEL takes: weights, KV cache, GPUs that hold it, speed, disk; and what its evaluation could see.
+    """Plan MODEL's memory, GPUs, speed, disk and evaluation.
 
-    MODEL is a name in models/ or a path to such a file, hf://ORG/NAME, or a release NAME[@ALIAS], whose load test is
-    then set beside the prediction. Only config.json and the headers of the safetensors are read, also on a hub. Where
-    a scheme of a model's file can't be made of this model, the exit status is 2.
+    MODEL is a name in models/, a path to such a file, hf://ORG/NAME, or a release NAME[@ALIAS]. For a release, the
+    measurements of its load test are shown beside the prediction. Only config.json and the headers of the safetensors
+    files are read, also from a hub. Exit status 2 if a scheme in the model's file can't be applied to this model.
     """
     from dataclasses import replace  # noqa: PLC0415
 
@@ -79,7 +87,7 @@ def plan(
 
 
 def _asked(model: str, settings: Settings, gpus: Sequence[Any], workload: Any) -> tuple[Plan, ReleaseMetadata | None]:  # noqa: ANN401
-    """Find out what ``model`` names, and plan it; give the release too, where it is one."""
+    """Plan the model, source or release that ``model`` names; return the release too if it is one."""
     from pipeline.errors import SpecError  # noqa: PLC0415
     from pipeline.planner import asking  # noqa: PLC0415
     from pipeline.planner.data import check_data  # noqa: PLC0415
@@ -103,7 +111,7 @@ def _asked(model: str, settings: Settings, gpus: Sequence[Any], workload: Any) -
 
 
 def _evaluation(model: str, settings: Settings) -> dict[str, Any] | None:
-    """What its suite takes and can see, of a model that has a file; None of anything else."""
+    """The items, tokens and detectable losses of a model's evaluation; None if ``model`` names no model file."""
     from pipeline.errors import SpecError  # noqa: PLC0415
     from pipeline.planner.evaluation import evaluation  # noqa: PLC0415
     from pipeline.spec import find, load  # noqa: PLC0415
@@ -118,11 +126,11 @@ def _evaluation(model: str, settings: Settings) -> dict[str, Any] | None:
 
 
 def _show_evaluation(evaluation: dict[str, Any]) -> None:
-    """Print what is asked, and the smallest loss that each task would see at 80% power."""
+    """Print the tasks, and the smallest loss that each detects with a power of 80%."""
     results.print(
         f"\nsuite {escape(evaluation['suite'])} ({evaluation['digest'][:19]}), engine {evaluation['engine']}:"
-        f" {evaluation['items']:,} items, about {evaluation['tokens']:,} tokens a model. What it sees at 80% power"
-        " where 2, 5 or 10% of the items flip, as is usual at four bits:"
+        f" {evaluation['items']:,} items, about {evaluation['tokens']:,} tokens per model. The smallest loss that it"
+        " detects with 80% power if 2, 5 or 10% of the answers change, as is usual at four bits:"
     )
     rows = []
     for task in evaluation["tasks"]:
@@ -136,14 +144,14 @@ def _show_evaluation(evaluation: dict[str, Any]) -> None:
                 f"{task['tokens']:,}",
                 f"{100 * task['limit']:.2f} {unit}",
                 " / ".join(f"{100 * value:.2f}" for value in seen) + f" {unit}",
-                "yes" if task["can_decide"] else f"[yellow]no: {task['items_wanted']:,} items would[/]",
+                "yes" if task["can_decide"] else f"[yellow]no: needs {task['items_wanted']:,} items[/]",
             )
         )
-    print_table(("task", "tier", "items", "tokens", "allowed", "sees", "decides at 5% flips"), rows)
+    print_table(("task", "tier", "items", "tokens", "allowed", "detects", "decides if 5% change"), rows)
 
 
 def _needs(model: str, release: ReleaseMetadata | None, settings: Settings) -> Needs | None:
-    """What the runtime of a model's file asks of a host, or a release's own image; None where none is chosen yet."""
+    """The requirements on a host: of a release's image or of a model file's runtime; None for a source's URI."""
     import json  # noqa: PLC0415
 
     from containers.image import gpu_compatibility, profile  # noqa: PLC0415
@@ -163,23 +171,23 @@ def _needs(model: str, release: ReleaseMetadata | None, settings: Settings) -> N
 
 
 def _gate(needs: Needs | None, gpus: Sequence[GpuModel], driver: str | None) -> list[str]:
-    """What the gate before a container's start will ask of a host, and which of these GPUs it would refuse."""
+    """The host that the image requires (driver, CUDA, compute capability), and which of these GPUs do not meet it."""
     from containers.hardware.gpu import Gpu  # noqa: PLC0415
     from containers.image import gpu_compatibility  # noqa: PLC0415
 
     if needs is None:
         return []
     if needs.driver is None:
-        return [f"{needs.runtime} runs on this machine's cores and asks for no driver"]
+        return [f"{needs.runtime} runs on CPU cores and needs no driver"]
     hosts = [Gpu(0, "", each.name, each.memory_bytes, driver or "", each.capability) for each in gpus]
     refused = sorted({problem for host in hosts for problem in gpu_compatibility.problems(needs, host)})
     known = ", ".join(needs.capabilities)
-    asks = f"{needs.runtime} asks for NVIDIA driver {needs.driver}, CUDA {needs.cuda}, compute capability {known}"
+    asks = f"{needs.runtime} needs NVIDIA driver {needs.driver}, CUDA {needs.cuda}, compute capability {known}"
     return [asks, *(f"refused: {problem}" for problem in refused)]
 
 
 def _is_uri(model: str) -> bool:
-    """Whether a source is named by itself: its schemes are this program's proposal, and refusing one is no error."""
+    """Whether ``model`` is a source's URI: its schemes are only proposed, so one that can't be made is no error."""
     return model.startswith(("hf://", "file:"))
 
 
@@ -199,17 +207,17 @@ def _show(found: Plan) -> None:
     )
     kept = facts.kv_bytes(work.context, work.kv_number_bytes)
     results.print(
-        f"KV cache: {facts.kv_bytes_per_token(work.kv_number_bytes):,} bytes a token, {_size(kept)} a request of "
-        f"{work.context:,} tokens, {_size(work.concurrency * kept)} for {work.concurrency} at once"
+        f"KV cache: {facts.kv_bytes_per_token(work.kv_number_bytes):,} bytes per token, {_size(kept)} per request of "
+        f"{work.context:,} tokens, {_size(work.concurrency * kept)} for {work.concurrency} concurrent requests"
     )
-    results.print(f"to download {_size(found.download_bytes)}; on disk for all schemes {_size(found.disk_bytes)}\n")
+    results.print(f"download: {_size(found.download_bytes)}; disk for all schemes: {_size(found.disk_bytes)}\n")
     print_table(
         (
             "scheme",
             "weights",
             "GPUs",
-            "on each",
-            "of",
+            "needed each",
+            "usable each",
             "requests",
             "tokens/s, one",
             "tokens/s, all",
@@ -219,8 +227,8 @@ def _show(found: Plan) -> None:
         [_row(scheme.weights, placement) for scheme in found.schemes for placement in scheme.placements],
     )
     results.print(
-        f"\nof: with {work.headroom:.0%} of the GPU left free; requests: how many of {work.context:,} tokens the cache "
-        f"then holds; tokens/s: bounds by memory bandwidth and arithmetic, at {work.concurrency} requests."
+        f"\nusable: with {work.headroom:.0%} of the GPU left free; requests: how many of {work.context:,} tokens the "
+        f"cache holds; tokens/s: upper bounds by memory bandwidth and arithmetic, at {work.concurrency} requests."
     )
     for note in found.notes:
         results.print(f"[dim]{escape(note)}[/]")
@@ -235,7 +243,7 @@ def _row(weights: Any, placement: Placement) -> tuple[str, ...]:  # noqa: ANN401
     return (
         escape(weights.scheme),
         _size(weights.bytes),
-        where if placement.fits else f"[red]none[/]: not {where}",
+        where if placement.fits else f"[red]does not fit[/] {where}",
         _size(demand.total),
         _size(placement.usable_bytes),
         f"{placement.most_requests:,}" if placement.fits else "-",
@@ -247,7 +255,7 @@ def _row(weights: Any, placement: Placement) -> tuple[str, ...]:  # noqa: ANN401
 
 
 def _show_measured(found: Plan, told: dict[str, Any]) -> None:
-    """Set what the load test measured beside what was predicted."""
+    """Print the load test's measurements beside the prediction."""
     if not told:
         return
     expected = told.get("expected")
@@ -256,10 +264,10 @@ def _show_measured(found: Plan, told: dict[str, Any]) -> None:
         results.print(f"\nmeasured in the sandbox: {escape(expected['sentence'])}")
     elif peak:
         weights = found.schemes[0].weights.bytes
-        results.print(f"\nmeasured in the sandbox: {_size(peak)} at the peak, {_size(weights)} of it weights")
+        results.print(f"\nmeasured in the sandbox: peak {_size(peak)}, of which {_size(weights)} are weights")
     rate = told.get("output_tokens_per_second")
     if rate:
-        where = "at its capacity" if told["at_capacity"] else "at the rate that was asked for"
+        where = "at its capacity" if told["at_capacity"] else "at the requested rate"
         results.print(f"measured: {rate:,.0f} tokens/s, {where}")
 
 

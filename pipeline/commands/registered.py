@@ -1,4 +1,4 @@
-"""What is released: showing it, fetching it, checking it."""
+"""``slipway status``, ``pull``, ``verify`` and ``report``: what is released."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from rich.markup import escape
 
 from pipeline.commands.show import FAILED, as_json, print_json, print_table, progress, results
 from pipeline.settings import Settings
-from registry.suggestions import suggestion
 
 
 @click.command()
 @click.argument("model", required=False)
 @as_json
 def status(model: str | None, *, as_json: bool) -> None:
-    """Show what is released: every release line with its versions and aliases, or MODEL's alone."""
+    """Show the versions and aliases of all release lines, or of MODEL."""
     from registry import catalog  # noqa: PLC0415
+    from registry.suggestions import suggestion  # noqa: PLC0415
 
     uri = Settings.read().tracking_uri
     columns = ("name", "version", "aliases", "created", "manifest_digest")
@@ -32,21 +32,27 @@ def status(model: str | None, *, as_json: bool) -> None:
         shown = [(name, number, " ".join(aliases), *rest) for name, number, aliases, *rest in rows]
         print_table([name.replace("_", " ") for name in columns], [[str(cell or "-") for cell in row] for row in shown])
     elif model:
-        progress.print(f"nothing of `{model}` is released{suggestion(model, catalog.names(uri))}")
+        progress.print(f"no release of `{model}`{suggestion(model, catalog.names(uri))}")
     else:
-        progress.print("nothing is released yet: `slipway release demo`")
+        progress.print("nothing is released yet: start with `slipway release demo`")
 
 
 @click.command()
 @click.argument("name")
 @click.argument("destination", type=click.Path(path_type=Path))
-@click.option("--replace", is_flag=True, help="Let another release there give way.")
-@click.option("--if-changed", is_flag=True, help="The same, and exit with 5 where it is this one.")
+@click.option("--replace", is_flag=True, help="Replace another release in DESTINATION.")
 @click.option(
-    "--cache", type=click.Path(path_type=Path), help="Keep files for other pulls there, and take them by link."
+    "--if-changed", is_flag=True, help="Like --replace, but exit with status 5 if this release is there already."
 )
-@click.option("--watch", "every", type=float, metavar="SECONDS", help="Go on, looking that often for another release.")
-@click.option("--run", metavar="COMMAND", help="With --watch: run COMMAND FOLDER DIGEST, again where it failed.")
+@click.option(
+    "--cache", type=click.Path(path_type=Path), help="A folder that shares files between pulls by hard links."
+)
+@click.option(
+    "--watch", "every", type=float, metavar="SECONDS", help="Keep running, and check for a new release this often."
+)
+@click.option(
+    "--run", metavar="COMMAND", help="With --watch: run COMMAND FOLDER DIGEST after each change; retried if it fails."
+)
 @as_json
 def pull(
     name: str,
@@ -59,10 +65,11 @@ def pull(
     run: str | None,
     as_json: bool,
 ) -> None:
-    """Fetch release NAME[@ALIAS] (default @champion) into DESTINATION, verified before it appears there.
+    """Fetch and verify release NAME[@ALIAS] (default @champion).
 
-    NAME@v3 is version 3. What a pull that was cut off had fetched is not fetched again. Exit status: 0 done, 1 not now
-    (no server, no disk), 3 refused (not what was signed), 4 no such release, 5 unchanged.
+    DESTINATION appears only after the release is verified. NAME@v3 is version 3. An interrupted pull continues where it
+    stopped. Exit status: 0 done, 1 failed for now (server unreachable, disk full), 3 refused (does not match its
+    signature), 4 no such release, 5 unchanged.
     """
     from registry.__main__ import main as light  # noqa: PLC0415
 
@@ -83,7 +90,10 @@ def pull(
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @as_json
 def verify(folder: Path, *, as_json: bool) -> None:
-    """Check a pulled release, offline: its signature, every file's digest, nothing added, every gate passed."""
+    """Verify a pulled release offline.
+
+    Checks its signature, the digest of every file, that there are no other files, and that it passed all gates.
+    """
     from pipeline.trust import trust_of  # noqa: PLC0415
     from registry import VerificationError  # noqa: PLC0415
     from registry import verify as check  # noqa: PLC0415
@@ -107,10 +117,15 @@ def verify(folder: Path, *, as_json: bool) -> None:
 
 @click.command()
 @click.argument("name")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the report there, not into $SLIPWAY_HOME/reports.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Where to write the report. Default: in $SLIPWAY_HOME/reports."
+)
 @as_json
 def report(name: str, out: Path | None, *, as_json: bool) -> None:
-    """Fetch the HTML report of release NAME[@ALIAS]: accuracy, latency, memory, vulnerabilities, with pictures."""
+    """Fetch the HTML report of release NAME[@ALIAS].
+
+    The report shows accuracy, latency, memory and vulnerabilities, with charts.
+    """
     from pipeline.trust import trust_of  # noqa: PLC0415
     from registry.manifest import REPORT  # noqa: PLC0415
     from registry.pull import fetch_file  # noqa: PLC0415

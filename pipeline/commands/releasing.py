@@ -1,4 +1,4 @@
-"""``slipway release``: run it, show it live, and say at the end what was released and what to try next."""
+"""``slipway release``: run the stages, show their progress, and print what was released and what to try next."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model")
-@click.option("--scheme", "schemes", multiple=True, metavar="S", help="Only this scheme; may be given several times.")
+@click.option("--scheme", "schemes", multiple=True, metavar="S", help="Release only this scheme; repeatable.")
 @as_json
 def release(model: str, schemes: Sequence[str], *, as_json: bool) -> None:
-    """Release MODEL (a name in models/, or a path to such a YAML file) in all of its schemes.
+    """Quantize, evaluate, scan, load-test, sign and promote MODEL.
 
-    Runs every stage whose inputs changed, reuses what is there, and promotes what passed every gate. A second run with
-    nothing changed says `up-to-date` within seconds.
+    MODEL is a name in models/ or a path to such a YAML file. All of its schemes are released. Only stages whose inputs
+    changed run; the others reuse their artifacts. A scheme is promoted if it passes every gate. If nothing changed, the
+    command reports `up-to-date` within seconds.
     """
     from pipeline.orchestration.release import Event, sweep  # noqa: PLC0415
     from pipeline.orchestration.release import release as run  # noqa: PLC0415
@@ -38,15 +39,15 @@ def release(model: str, schemes: Sequence[str], *, as_json: bool) -> None:
     for scheme in schemes:
         spec.scheme(scheme)
     about_cpu = check_cpu(spec, settings)
-    # A service manager's way to say Ctrl-C: containers are removed, not left for the next sweep. A shell's background
-    # job is started deaf to Ctrl-C itself, and the runs that are started here would be too.
+    # SIGTERM, which service managers send, also removes the containers. A shell starts background jobs with SIGINT
+    # ignored, and runs that are started here would inherit that.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
     ticker = Ticker()
     wanted = list(dict.fromkeys(schemes)) or list(spec.schemes)
 
     def look_ahead() -> dict[str, list[Event]]:
-        from pipeline.orchestration.unchanged import unchanged  # noqa: PLC0415 - takes a second to import, while the runs do too
+        from pipeline.orchestration.unchanged import unchanged  # noqa: PLC0415 - imports while the runs do
 
         sweep(settings)
         told = {scheme: events for scheme in wanted if (events := unchanged(spec, scheme, settings)) is not None}
@@ -68,10 +69,10 @@ def release(model: str, schemes: Sequence[str], *, as_json: bool) -> None:
 
 
 def check_cpu(spec: ModelSpec, settings: Settings) -> str | None:
-    """Return what this machine's CPU means for a release; None where the release is not served on it.
+    """Return a line about this machine's CPU for a release; None if the release is not served on it.
 
     Raises:
-        PlanError: nothing can be served on it; says what to do.
+        PlanError: this CPU can't serve the release; says what to do.
     """
     from containers.image import profile  # noqa: PLC0415
     from pipeline.errors import PlanError  # noqa: PLC0415
@@ -85,12 +86,12 @@ def check_cpu(spec: ModelSpec, settings: Settings) -> str | None:
 
 
 def exit_status(outcomes: Collection[str]) -> int:
-    """The exit status of a release whose schemes ended so: that of the worst ending."""
+    """The exit status for the outcomes of a release's schemes: that of the worst one."""
     return FAILED if "failed" in outcomes else REFUSED if "refused" in outcomes else 0
 
 
 def show_releases(spec: ModelSpec, releases: Sequence[dict[str, Any]], seconds: float) -> None:
-    """The last lines of a release: what, at what loss, how small, how fast, and what to try next."""
+    """Print the outcome of each scheme: loss, size, speed; and what to try next."""
     rows = [
         (
             f"{spec.model}-{entry['scheme']}",
@@ -105,7 +106,7 @@ def show_releases(spec: ModelSpec, releases: Sequence[dict[str, Any]], seconds: 
     print_table(("release", "outcome", "version", "aliases", *(title for title, _ in _FIGURES)), rows)
     endings = Counter(entry["outcome"] for entry in releases)
     told = ", ".join(f"{count} {styled(outcome)}" for outcome, count in endings.items())
-    results.print(f"\n{told} in {seconds:.0f} s; accuracy and bits a byte are changes against FP16.")
+    results.print(f"\n{told} in {seconds:.0f} s; accuracy and bits per byte are changes from FP16.")
     for entry in releases:
         if entry["error"]:
             line = entry["error"].splitlines()[0]
@@ -116,28 +117,28 @@ def show_releases(spec: ModelSpec, releases: Sequence[dict[str, Any]], seconds: 
 
 
 def _outcome(entry: Mapping[str, Any]) -> str:
-    """How a release ended, and which gate refused it."""
+    """The outcome of a release, and the gates that refused it."""
     refusing = [gate["name"] for gate in entry["gates"] if gate["blocks"]] if entry["outcome"] == "refused" else []
     return styled(entry["outcome"]) + (f" by {', '.join(refusing)}" if refusing else "")
 
 
 def _next_steps(spec: ModelSpec, releases: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    """Commands that make sense after such endings, and why one would run them."""
+    """Commands to try after these outcomes, each with its purpose."""
     outcomes = {entry["outcome"] for entry in releases}
     good = [f"{spec.model}-{entry['scheme']}" for entry in releases if entry["version"]]
     if "failed" in outcomes:
-        yield "slipway doctor", "what this machine lacks; then release again: finished stages are reused"
+        yield "slipway doctor", "find what this machine lacks; then release again: finished stages are reused"
     if "refused" in outcomes:
-        yield f"edit {_short(spec.path)}", "another scheme, or another limit: what was measured is judged anew"
+        yield f"edit {_short(spec.path)}", "choose another scheme or limit; measurements are reused"
     if good:
-        yield f"slipway report {good[0]}", "the evidence on one page, with pictures"
-        yield f"slipway pull {good[0]} ./{good[0]}", "what a deployment does: fetch it, verified to the byte"
-        yield "slipway status", "every version, and which of them deployments get"
-    yield "slipway ui", "the same runs in Dagster, the same versions in MLflow"
+        yield f"slipway report {good[0]}", "the evidence on one page, with charts"
+        yield f"slipway pull {good[0]} ./{good[0]}", "fetch and verify the release, as a deployment does"
+        yield "slipway status", "all versions, and which of them deployments get"
+    yield "slipway ui", "these runs in Dagster, these versions in MLflow"
 
 
 def _short(path: Path) -> str:
-    """The path as one would type it here."""
+    """The path, relative to the working directory if it is in it."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
@@ -157,7 +158,7 @@ def _size(measured: Mapping[str, float]) -> str:
 
 _FIGURES: tuple[tuple[str, Callable[[Mapping[str, float]], str]], ...] = (
     ("accuracy", _change("accuracy_change", "points")),
-    ("bits a byte", _change("bits_per_byte_change", "%")),
+    ("bits per byte", _change("bits_per_byte_change", "%")),
     ("size", _size),
     ("p95 latency", _plain("p95_latency_ms", "ms")),
     ("tokens/s", _plain("output_tokens_per_second", "")),

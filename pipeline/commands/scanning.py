@@ -1,4 +1,4 @@
-"""What is released, under today's vulnerability database."""
+"""``slipway rescan``: scans champions with the current vulnerability database."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 @click.argument("names", nargs=-1, metavar="[NAME]…")
 @as_json
 def rescan(names: Sequence[str], *, as_json: bool) -> None:
-    """Scan what is champion today with today's database: release line NAME, or all of them.
+    """Scan champions with the current vulnerability database.
 
-    By the bill of materials that was signed with the release, in seconds, where it suffices, by the image otherwise.
-    The version is marked with the tag `slipway.rescan`. Where its model's file says `scan: {rescan: rollback}`, a new
-    finding that the policy forbids rolls it back, if the version before is any better. Exit status 3 where a champion
-    is refused, 1 where none is and one could not be looked at; the others are looked at all the same.
+    Scans the champion of release line NAME, or of every line: the bill of materials that was signed with the release,
+    which takes seconds, or the image if that is not enough. The result is written to the version's tag
+    `slipway.rescan`. If the model's file says `scan: {rescan: rollback}` and the policy forbids a new finding, the line
+    is rolled back, unless the previous version has forbidden findings too. Exit status 3 if a champion is refused;
+    otherwise 1 if one could not be scanned.
     """
     from pipeline.operations.rescan import RescanError  # noqa: PLC0415
     from pipeline.operations.rescan import rescan as look_again  # noqa: PLC0415
@@ -48,11 +49,11 @@ def rescan(names: Sequence[str], *, as_json: bool) -> None:
             (each.name, each.version, styled(each.verdict.status), each.by, each.action, escape(each.why or "-"))
             for each in found
         ]
-        print_table(("name", "version", "scan", "by", "done", "why"), rows)
+        print_table(("name", "version", "scan", "scanned", "action", "why"), rows)
         for each in found:
             results.print(f"{each.name}: {escape(each.verdict.reason)}")
     elif failure is None:
-        results.print("nothing is champion yet: `slipway release demo`")
+        results.print("there is no champion yet: start with `slipway release demo`")
     if any(entry.verdict.blocks for entry in found):
         sys.exit(REFUSED)
     if failure is not None:

@@ -1,4 +1,4 @@
-"""Serving a release on this machine, and the keys of those who may ask it."""
+"""``slipway serve`` and ``slipway keys``: serve a release on this machine, and manage its API keys."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("name")
-@click.option("--replicas", type=click.IntRange(1, 64), default=1, show_default=True, help="Containers a release.")
-@click.option("--port", default=8080, show_default=True, help="The API's port on 127.0.0.1.")
-@click.option("--admin-port", default=None, type=int, help="Metrics and state; the port after by default.")
-@click.option("--parallel", type=click.IntRange(1), default=64, show_default=True, help="Requests at one replica.")
-@click.option("--every", type=float, default=2.0, show_default=True, help="Seconds between looks at the alias.")
-@click.option("--redis", metavar="URL", help="Share the keys' limits with other gateways there.")
+@click.option("--replicas", type=click.IntRange(1, 64), default=1, show_default=True, help="Containers per release.")
+@click.option("--port", default=8080, show_default=True, help="Port of the API on 127.0.0.1.")
+@click.option("--admin-port", default=None, type=int, help="Port for metrics and state. Default: the next port.")
+@click.option(
+    "--parallel", type=click.IntRange(1), default=64, show_default=True, help="Concurrent requests per replica."
+)
+@click.option("--every", type=float, default=2.0, show_default=True, help="Seconds between checks of the alias.")
+@click.option("--redis", metavar="URL", help="A Redis server through which gateways share the limits of keys.")
 @as_json
 def serve(
     name: str,
@@ -35,11 +37,12 @@ def serve(
     redis: str | None,
     as_json: bool,
 ) -> None:
-    """Serve release NAME[@ALIAS] (default @champion) on loopback until Ctrl-C, behind keys and limits.
+    """Serve release NAME[@ALIAS] (default @champion) until Ctrl-C.
 
-    The release is pulled and verified; its image runs hardened in as many containers as asked for, behind a gateway
-    that speaks OpenAI's API. When the alias comes to name another release, that one is started beside, warmed,
-    switched to, and the old one drained: no request is lost. A canary gets its share. `slipway keys add` makes a key.
+    The API is on 127.0.0.1, with keys and limits. The release is pulled and verified. Its image runs in hardened
+    containers behind a gateway with OpenAI's API. When the alias moves to another release, that release is started and
+    warmed, the traffic switches to it, and the old one is drained: no request is lost. A canary gets its share of the
+    traffic. Make a key with `slipway keys add`.
     """
     from containers.gateway import keys as api_keys  # noqa: PLC0415
     from pipeline.serving import serve  # noqa: PLC0415
@@ -53,28 +56,33 @@ def serve(
     def announce(running: Serving) -> None:
         gate = running.gateway
         if as_json:
-            versions = [{"version": wish.version, "weight": wish.weight} for wish in running.wishes]
+            versions = [{"version": release.version, "weight": release.weight} for release in running.desired]
             print_json({"model": model, "url": gate.url, "admin_url": gate.admin_url, "releases": versions})
             return
         results.print(f"{escape(model)} is served at [bold]{gate.url}/v1[/], metrics at {gate.admin_url}/metrics")
         if not api_keys.read(key_file(settings.home)):
-            progress.print("nobody has a key yet: `slipway keys add --owner NAME`")
+            progress.print("there is no API key yet: make one with `slipway keys add --owner NAME`")
 
     serve.serve(model, alias or CHAMPION, options, settings, say, announce)
 
 
 @click.group()
 def keys() -> None:
-    """Make, list and revoke the API keys of `slipway serve`; a running gateway follows within a second."""
+    """Make, list and revoke the API keys of `slipway serve`.
+
+    A running gateway applies changes within a second.
+    """
 
 
 @keys.command()
-@click.option("--owner", required=True, help="Whose key it is.")
-@click.option("--model", "models", multiple=True, help="A model that it is for; all, if none is given. Repeatable.")
-@click.option("--requests-per-minute", type=click.IntRange(1), help="No limit, if not given.")
-@click.option("--tokens-per-minute", type=click.IntRange(1), help="Prompt and answer together; no limit, if not given.")
-@click.option("--parallel", type=click.IntRange(1), help="Requests at a time, at each gateway.")
-@click.option("--days", type=click.FloatRange(min=0, min_open=True), help="It expires then; never, if not given.")
+@click.option("--owner", required=True, help="The owner of the key.")
+@click.option("--model", "models", multiple=True, help="A model that the key may use; repeatable. Default: all.")
+@click.option("--requests-per-minute", type=click.IntRange(1), help="Default: no limit.")
+@click.option(
+    "--tokens-per-minute", type=click.IntRange(1), help="Tokens of prompt and answer together. Default: no limit."
+)
+@click.option("--parallel", type=click.IntRange(1), help="Concurrent requests at each gateway. Default: no limit.")
+@click.option("--days", type=click.FloatRange(min=0, min_open=True), help="Days until the key expires. Default: never.")
 @as_json
 def add(
     owner: str,
@@ -86,7 +94,7 @@ def add(
     days: float | None,
     as_json: bool,
 ) -> None:
-    """Make a key and print it, this once: only its hash is kept."""
+    """Make a key and print it. It can't be shown again: only its hash is kept."""
     from containers.gateway import keys as api_keys  # noqa: PLC0415
     from pipeline.serving.gateway_process import key_file  # noqa: PLC0415
 
@@ -98,14 +106,14 @@ def add(
     if as_json:
         print_json({"key": text, **made.model_dump(mode="json", exclude={"sha256"})})
     else:
-        progress.print(f"key {made.id} of {escape(owner)}, shown this once:")
+        progress.print(f"key {made.id} of {escape(owner)}; it can't be shown again:")
         click.echo(text)
 
 
 @keys.command("list")
 @as_json
 def show(*, as_json: bool) -> None:
-    """Show every key's owner, limits and state; keys themselves are not kept."""
+    """Show the owner, limits and state of every key; the keys themselves are not kept."""
     from containers.gateway import keys as api_keys  # noqa: PLC0415
     from pipeline.serving.gateway_process import key_file  # noqa: PLC0415
 
@@ -133,7 +141,7 @@ def show(*, as_json: bool) -> None:
 @click.argument("key_id")
 @as_json
 def revoke(key_id: str, *, as_json: bool) -> None:
-    """Take the key KEY_ID back, for good."""
+    """Revoke the key KEY_ID permanently."""
     from containers.gateway import keys as api_keys  # noqa: PLC0415
     from pipeline.serving.gateway_process import key_file  # noqa: PLC0415
 

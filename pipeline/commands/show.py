@@ -1,4 +1,4 @@
-"""What the command line shows: progress on stderr, results on stdout."""
+"""Output of the command line: progress on stderr, results on stdout."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ from rich.text import Text
 
 from pipeline.commands.live import LiveDisplay
 
-# A pipe or a file has no width: there a table is as wide as its cells, so that a line stays a line.
+# A pipe or a file has no width: tables are then as wide as their cells, so that a row stays one line.
 _ENDLESS = 10_000
-# Cells up to this width are never broken; a terminal too narrow for all of them breaks the longer ones.
+# Cells up to this width are never wrapped; on a narrow terminal longer ones are.
 _SHORT = 24
 
 FAILED, USAGE, REFUSED, INTERRUPTED = 1, 2, 3, 130
 EXIT_STATUSES = {
-    0: "done; of a release: promoted, or up to date",
+    0: "done; for a release: promoted, or up to date",
     FAILED: "a stage or the environment failed",
-    USAGE: "usage: an option, a model file, or a scheme or a file system that can't do what is asked",
+    USAGE: "usage error: an option, a model file, or a scheme or file system that does not support the request",
     REFUSED: "a gate refused",
-    INTERRUPTED: "interrupted; the same command goes on from there",
+    INTERRUPTED: "interrupted; the same command continues from there",
 }
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 
 
 class Terminal(Console):
-    """A console that shows what is printed as text, wherever it came from: no character of it acts on the terminal.
+    """A console that escapes control characters in all printed text, including table cells.
 
-    Everything that is printed as a string goes through here, cells of tables too.
+    Text from outside can't move the cursor or change the terminal.
     """
 
     def render_str(self, text: str, **options: Any) -> Text:  # noqa: ANN401 - rich's own
-        """Return the text for markup, with what a terminal would act on escaped."""
+        """Return the text for markup, with control characters escaped."""
         return super().render_str(shown(text, lines=True), **options)
 
 
 def shown(text: str, *, lines: bool = False) -> str:
-    """Return text from outside as a terminal may show it (`registry.terminal.printable`)."""
+    """Return text with control characters escaped (`registry.terminal.printable`)."""
     from registry.terminal import printable  # noqa: PLC0415 - the command line starts without the registry
 
     return printable(text, lines=lines)
 
 
 class Results(Terminal):
-    """Prints results, below what was shown live: that ends first, for stdout may be the same terminal."""
+    """Prints results after ending the live display, because stdout may be the same terminal."""
 
     def print(self, *objects: Any, **options: Any) -> None:  # noqa: ANN401 - rich's own
         """Print as rich does."""
@@ -80,9 +80,9 @@ def styled(status: str) -> str:
 
 
 class Ticker:
-    """Prints what runs tell, a line an event, with the seconds since the start.
+    """Prints the events of runs, one line each, with the seconds since the start.
 
-    On a terminal what is under way, and how far it is, is in a line of its own that is written over.
+    On a terminal, each running stage has a line with its progress, which is updated in place.
     """
 
     def __init__(self) -> None:
@@ -106,7 +106,7 @@ class Ticker:
 
 
 def _follow(scheme: str, event: Mapping[str, Any]) -> bool:
-    """Show on the terminal what is under way; return whether that is all there is to show of the event."""
+    """Update the live display; return whether the event needs no printed line."""
     match event["event"]:
         case "start":
             live.set((scheme, event["stage"]), f"{scheme} {event['stage']}", "")
@@ -147,7 +147,7 @@ def _describe(event: Mapping[str, Any]) -> str | None:
 
 
 def say(line: str) -> None:
-    """Show a line of progress; on a terminal a count takes the place of the one before."""
+    """Print a line of progress; on a terminal, a count replaces the previous count."""
     counted = _counted(line) if live.shows else None
     if counted is not None:
         live.set(_SAID, "", line, counted[1])
@@ -163,7 +163,7 @@ def print_json(document: object) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a plain table to stdout; cells may hold rich's markup, and are a line each."""
+    """Print a plain table to stdout; cells are single lines and may hold rich's markup."""
     rows = [[shown(cell) for cell in row] for row in rows]
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for index, column in enumerate(columns):

@@ -1,1 +1,1 @@
-"""What keeps releases in order: rescan, retention, tiering, notifications, metrics, doctor."""
+"""Operation of released models and of this home: rescan, retention, tiering, notifications, metrics, doctor."""

@@ -1,4 +1,4 @@
-"""Whether this machine can release, part by part, each with its remedy; and the remedy itself, as far as it can go."""
+"""Checks whether this machine can release, part by part, with a remedy for each problem; installs missing parts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FREE_GIB = 20
 
 @dataclass(frozen=True)
 class Finding:
-    """One part of the machine: ``missing`` stops a release, ``warning`` limits one."""
+    """The state of one part of the machine: ``missing`` prevents a release, ``warning`` limits it."""
 
     part: str
     status: Literal["ok", "warning", "missing"]
@@ -32,7 +32,7 @@ class Finding:
 
 
 def examine(settings: Settings) -> list[Finding]:
-    """Look at everything that a release needs; changes nothing."""
+    """Check everything that a release needs, without changing anything."""
     return [
         _engine(settings),
         _cpu(settings),
@@ -46,10 +46,10 @@ def examine(settings: Settings) -> list[Finding]:
 
 
 def repair(settings: Settings, progress: Progress, environments: Sequence[str] = ENVIRONMENTS) -> None:
-    """Start a container engine, make the environments, update Trivy's database where one is configured.
+    """Start a container engine, make the environments, and update Trivy's database if one is configured.
 
     Raises:
-        ContainerError, WorkerFailed: what could not be had, and what to install by hand.
+        ContainerError, WorkerFailed: a part can't be installed; says what to install by hand.
     """
     engine.ensure(settings.docker_host, settings.home, progress).close()
     for name in environments:
@@ -75,7 +75,7 @@ def _cpu(settings: Settings) -> Finding:
     cpu = settings.cpu
     told = f"{cpu.model}, {cpu.cores} logical CPUs; {cpu.meaning}"
     if cpu.refusal is not None:
-        # A model with a GPU runtime does not care, nor does one whose engine is elsewhere.
+        # The CPU does not matter for a GPU runtime, or if the engine runs on another machine.
         elsewhere = bool(gpus()) or not settings.engine_is_here
         return Finding("cpu", "warning" if elsewhere else "missing", told, cpu.refusal)
     if cpu.bfloat16:
@@ -87,7 +87,7 @@ def _gpu() -> Finding:
     found = gpus()
     if not found:
         return Finding(
-            "gpu", "warning", "none: models run on this machine's cores", "AutoGPTQ needs a GPU; use gptqmodel"
+            "gpu", "warning", "none: models run on the CPU", "only AutoGPTQ needs a GPU: use gptqmodel instead"
         )
     return Finding("gpu", "ok", ", ".join(f"{gpu.name}, driver {gpu.driver}" for gpu in found))
 
@@ -103,7 +103,7 @@ def _database(settings: Settings) -> Finding:
     database = trivy.database(settings.home)
     if database.is_usable:
         return Finding("trivy database", "ok", f"updated {database.updated_at}")
-    found = database.damage or "absent: no vulnerability can be known"
+    found = database.damage or "absent: no vulnerabilities can be found"
     return Finding("trivy database", "warning", found, f"SLIPWAY_TRIVY_DATABASE=REPOSITORY {FIX}")
 
 
@@ -117,7 +117,7 @@ def _disk(settings: Settings) -> Finding:
         "disk",
         status,
         f"{free:.0f} GiB free for {settings.home}",
-        "" if status == "ok" else "free some, or move SLIPWAY_HOME",
+        "" if status == "ok" else "free some space, or move SLIPWAY_HOME",
     )
 
 
@@ -125,7 +125,7 @@ def _environment(name: str, settings: Settings) -> Finding:
     folder = environment_folder(name, settings.home)
     if folder.is_dir():
         return Finding(f"worker {name}", "ok", folder.name)
-    return Finding(f"worker {name}", "warning", "not made yet", f"made on first use, or now: {FIX}")
+    return Finding(f"worker {name}", "warning", "not made yet", f"made on first use, or now with {FIX}")
 
 
 def _mlflow(settings: Settings) -> Finding:
@@ -133,5 +133,5 @@ def _mlflow(settings: Settings) -> Finding:
     try:
         tracking.reach(uri)
     except TrackingError as error:
-        return Finding("mlflow", "missing", str(error), "start it, or unset MLFLOW_TRACKING_URI")
+        return Finding("mlflow", "missing", str(error), "start the server, or unset MLFLOW_TRACKING_URI")
     return Finding("mlflow", "ok", tracking.shown(uri))

@@ -1,7 +1,7 @@
-"""Telling people what went wrong: to a webhook in Slack's format, and by mail. Addresses are secrets and never told.
+"""Sends notifications of failures and refusals to a webhook in Slack's format, and by mail. Addresses are secrets.
 
-A notice is first kept, in ``notices/`` of the home, and told by whoever delivers next. So who does not answer loses
-none, and keeps nobody waiting who has one to tell.
+A notification is first queued in ``notices/`` of the home; `deliver` sends the queue. So a run never waits for a server
+that does not answer, and no notification is lost.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from registry.network import proxy_for, tls
 
 _TIMEOUT_SECONDS = 10.0
 _PAUSES_SECONDS = (1.0, 3.0)
-# How long is delivered at a time, and how long is tried to tell of what happened.
-_DELIVERY_SECONDS, _KEPT_SECONDS = 20.0, 7 * 24 * 3600.0
+# How long one call of `deliver` takes at most, and how long a notification is kept and tried.
+_DELIVERY_SECONDS, _EXPIRY_SECONDS = 20.0, 7 * 24 * 3600.0
 _FOLDER = "notices"
 
 
-class NoticeError(SlipwayError):
-    """Somebody could not be told; the message says by which way, and not where, as do ``ways``."""
+class NotificationError(SlipwayError):
+    """A notification could not be sent; names the channels (``ways``) that failed, never their addresses."""
 
     def __init__(self, message: str, ways: Collection[str]) -> None:
         super().__init__(message)
@@ -40,8 +40,8 @@ class NoticeError(SlipwayError):
 
 
 @dataclass(frozen=True)
-class Notice:
-    """What is to be told: a line, the reason, and where to look."""
+class Notification:
+    """A notification: a subject, the reason, and a link to the details."""
 
     subject: str
     reason: str
@@ -49,12 +49,12 @@ class Notice:
 
     @property
     def text(self) -> str:
-        """All of it, a part a line."""
+        """All parts, one per line."""
         return f"{self.subject}\n{self.reason}\n{self.link}"
 
 
-def keep(notice: Notice, settings: Settings) -> None:
-    """Keep a notice until it is delivered, by every way that is configured now."""
+def enqueue(notice: Notification, settings: Settings) -> None:
+    """Queue a notification for every channel that is configured now."""
     if ways := list(_ways(notice, settings)):
         folder = settings.home / _FOLDER
         folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def keep(notice: Notice, settings: Settings) -> None:
 
 
 def deliver(settings: Settings) -> list[str]:
-    """Tell what is kept, the oldest first; return what could not be told now, and stays kept for a week."""
+    """Deliver queued notifications, the oldest first; return the errors. Undelivered ones stay queued for a week."""
     troubles: list[str] = []
     silent: set[str] = set()
     until = time.monotonic() + _DELIVERY_SECONDS
@@ -70,35 +70,35 @@ def deliver(settings: Settings) -> list[str]:
         if time.monotonic() > until:
             break
         kept = json.loads(path.read_text())
-        notice, wanted = Notice(**kept["notice"]), kept["ways"]
+        notice, wanted = Notification(**kept["notice"]), kept["ways"]
         try:
             send(notice, settings, [way for way in wanted if way not in silent])
-        except NoticeError as error:
+        except NotificationError as error:
             troubles.append(str(error))
             silent |= set(error.ways)
         left = [way for way in wanted if way in silent]
-        if not left or time.time() - int(path.stem) / 1e9 > _KEPT_SECONDS:
+        if not left or time.time() - int(path.stem) / 1e9 > _EXPIRY_SECONDS:
             path.unlink()
         elif left != wanted:
             _write(path, notice, left)
     return troubles
 
 
-def send(notice: Notice, settings: Settings, only: Collection[str] = ("webhook", "mail")) -> None:
-    """Tell everybody who is to be told, by these ways; what does not answer is asked three times.
+def send(notice: Notification, settings: Settings, only: Collection[str] = ("webhook", "mail")) -> None:
+    """Send a notification through these channels, with up to three attempts each.
 
     Raises:
-        NoticeError: one of the ways failed; the others were taken.
+        NotificationError: a channel failed; the others received the notification.
     """
-    tried = {way: _tried(tell) for way, tell in _ways(notice, settings).items() if way in only}
+    tried = {way: _tried(attempt) for way, attempt in _ways(notice, settings).items() if way in only}
     failed = {way: wrong for way, wrong in tried.items() if wrong}
     if failed:
         words = "; ".join(f"{way}: {wrong}" for way, wrong in failed.items())
-        raise NoticeError(f"could not tell of `{notice.subject}`: {words}", failed.keys())
+        raise NotificationError(f"can't send the notification `{notice.subject}`: {words}", failed.keys())
 
 
-def _ways(notice: Notice, settings: Settings) -> Mapping[str, Callable[[], None]]:
-    """How to tell a notice, by each way that is configured."""
+def _ways(notice: Notification, settings: Settings) -> Mapping[str, Callable[[], None]]:
+    """A function that sends the notification, for each configured channel."""
     ways: dict[str, Callable[[], None]] = {}
     if settings.webhook:
         ways["webhook"] = lambda: _post(notice, settings.webhook or "")
@@ -107,37 +107,37 @@ def _ways(notice: Notice, settings: Settings) -> Mapping[str, Callable[[], None]
     return ways
 
 
-def _write(path: Path, notice: Notice, ways: Collection[str]) -> None:
+def _write(path: Path, notice: Notification, ways: Collection[str]) -> None:
     write_atomically(path, json.dumps({"notice": asdict(notice), "ways": list(ways)}))
 
 
-def _tried(tell: Callable[[], None]) -> str | None:
-    """Try a way until it is taken; return what is wrong with it, if anything."""
+def _tried(attempt: Callable[[], None]) -> str | None:
+    """Call ``attempt`` until it succeeds, at most three times; return the last error, if any."""
     for pause in (*_PAUSES_SECONDS, None):
         try:
-            tell()
+            attempt()
         except (httpx.HTTPError, smtplib.SMTPException, OSError) as error:
-            # Not the error's own words: httpx has the address in them, and the address is the secret.
+            # Not the error's own text: httpx puts the address into it, and the address is a secret.
             status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else type(error).__name__
             if pause is None:
                 return str(status)
             time.sleep(pause)
-        except (NetworkSettingError, httpx.InvalidURL, ValueError):  # their words may have the address in them, too
-            return "its address, or the proxy or the certificates that are set, can't be used"
+        except (NetworkSettingError, httpx.InvalidURL, ValueError):  # their text may hold the address too
+            return "the address, the proxy or the certificates in the settings can't be used"
         else:
             break
     return None
 
 
-def _post(notice: Notice, webhook: str) -> None:
-    """Slack's incoming webhooks, and what speaks like them: ``{"text": …}``, with ``&``, ``<`` and ``>`` escaped."""
+def _post(notice: Notification, webhook: str) -> None:
+    """Post to a webhook in Slack's format: ``{"text": …}``, with ``&``, ``<`` and ``>`` escaped."""
     body = {"text": html.escape(notice.text, quote=False)}
     with httpx.Client(verify=tls(), proxy=proxy_for(webhook), trust_env=False, timeout=_TIMEOUT_SECONDS) as client:
         client.post(webhook, json=body).raise_for_status()
 
 
-def _mail(notice: Notice, server: str, recipients: tuple[str, ...]) -> None:
-    """Over TLS, from the start (``smtps``) or before anybody says who they are (``smtp`` with a user)."""
+def _mail(notice: Notification, server: str, recipients: tuple[str, ...]) -> None:
+    """Send a mail, over TLS from the start (``smtps``) or before the login (``smtp`` with a user)."""
     place = urlsplit(server)
     message = EmailMessage()
     message["Subject"] = f"[slipway] {notice.subject}"

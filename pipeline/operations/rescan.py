@@ -1,7 +1,7 @@
-"""What is released, looked at with today's database: marked where the policy forbids it, and rolled back if asked.
+"""Scans champions with the current vulnerability database, marks them, and rolls them back if the model's file says so.
 
-The bill of materials that was signed with the release stands for the image: what is in it doesn't change, only what is
-known of it. Where the bill does not suffice the image itself is scanned.
+The bill of materials that was signed with the release is scanned: the image does not change, only the vulnerabilities
+that are known. If the bill of materials is not enough, the image itself is scanned.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ _LONGEST_REASON = 2000
 
 @dataclass(frozen=True)
 class Rescanned:
-    """One champion as it stands today. ``by`` is how it was looked at; ``action`` what was done about it.
+    """The result for one champion. ``by`` says what was scanned: ``sbom`` or ``image``.
 
-    ``action`` is ``none``, ``marked``, ``rolled back`` or ``kept`` (a rollback was asked for, and what is before is no
-    better or is not there); ``why`` says more of it.
+    ``action`` is ``none``, ``marked``, ``rolled back``, or ``kept`` (a rollback was requested, but there is no better
+    previous version); ``why`` explains it.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Rescanned:
 
 @dataclass(frozen=True)
 class Mark:
-    """What the tag of a version says of its latest rescan. Whoever can write to MLflow can write it: it is advisory."""
+    """A version's tag with the result of its latest rescan. It is advisory: any user of MLflow can write it."""
 
     blocks: bool
     status: str
@@ -71,36 +71,36 @@ class Mark:
 
     @classmethod
     def read(cls, tag: str) -> Mark:
-        """Read the tag; one that can't be read blocks, for it is no reason to be quiet."""
+        """Parse the tag; one that is not valid counts as blocking, so that it is noticed."""
         try:
             document = json.loads(tag)
             return cls(bool(document["blocks"]), str(document.get("status", "")), str(document.get("reason", "")))
         except (ValueError, KeyError, TypeError, RecursionError):
-            return cls(blocks=True, status="unreadable", reason=f"the tag `{TAG}` holds no result of a rescan")
+            return cls(blocks=True, status="unreadable", reason=f"the tag `{TAG}` is not a valid result of a rescan")
 
 
 class RescanError(SlipwayError):
-    """Champions that could not be looked at, each named with why. ``found`` are the others: they are marked."""
+    """Some champions could not be scanned: ``failed`` has the reasons. ``found`` has the results of the others."""
 
     def __init__(self, failed: Mapping[str, str], found: Sequence[Rescanned]) -> None:
         self.failed, self.found = failed, found
-        super().__init__("; ".join(f"{name} could not be looked at: {why}" for name, why in failed.items()))
+        super().__init__("; ".join(f"{name} could not be scanned: {why}" for name, why in failed.items()))
 
 
 def rescan(settings: Settings, names: list[str], progress: Progress) -> list[Rescanned]:
     """Scan the champions of the release lines ``names``, or of all; mark each version with what came out.
 
     Raises:
-        NotFoundError: there is no such release line, or it has no champion; nothing was looked at.
-        RescanError: some could not be looked at; all others were.
+        NotFoundError: there is no such release line, or it has no champion; nothing was scanned.
+        RescanError: some champions could not be scanned; all others were.
     """
     found, failed = [], {}
     for name in list(_with_champion(settings, names)):
         try:
-            found.append(_rescanned(settings, _meant(settings, name, CHAMPION), progress))
+            found.append(_rescanned(settings, _version(settings, name, CHAMPION), progress))
         except (SlipwayError, ContainerError, RegistryError) as error:
             failed[name] = " ".join(str(error).split())
-            progress(f"the champion of {name} could not be looked at: {failed[name]}")
+            progress(f"the champion of {name} could not be scanned: {failed[name]}")
     if failed:
         raise RescanError(failed, found)
     return found
@@ -113,18 +113,18 @@ def _with_champion(settings: Settings, names: list[str]) -> Iterator[str]:
         if line is not None and CHAMPION in line.aliases:
             yield name
         elif names:
-            hint = "it has no champion" if name in known else f"there is no such release{suggestion(name, known)}"
+            hint = "it has no champion" if name in known else f"there is no such release line{suggestion(name, known)}"
             raise NotFoundError(f"`{name}`: {hint}")
 
 
-def _meant(settings: Settings, name: str, alias: str) -> Version:
-    """Return the version that a pull of the alias gets."""
+def _version(settings: Settings, name: str, alias: str) -> Version:
+    """Return the version that a pull of the alias fetches."""
     return resolve(name, alias, settings.tracking_uri, trust_policy(trust_of(settings)))
 
 
 def _rescanned(settings: Settings, version: Version, progress: Progress) -> Rescanned:
     policy = policy_of(settings, version.tags.get(MODEL_TAG), progress)
-    evidence, by = looked_at(settings, f"{version.name}@{CHAMPION}", progress)
+    evidence, by = scan_release(settings, f"{version.name}@{CHAMPION}", progress)
     verdict = scan_gate.judge(evidence, policy, now=datetime.now(UTC))
     progress(f"{version.name} version {version.version}: {verdict.status}, {verdict.reason}")
     for line in scan_gate.warnings(evidence, policy):
@@ -132,26 +132,26 @@ def _rescanned(settings: Settings, version: Version, progress: Progress) -> Resc
     _mark(settings, version, verdict, evidence)
     action, why = ("none", "") if not verdict.blocks else ("marked", f"tag `{TAG}`")
     if verdict.status == "fail" and policy.rescan == "rollback":
-        action, why = _gone_back(settings, version, policy, verdict, progress)
+        action, why = _roll_back(settings, version, policy, verdict, progress)
     return Rescanned(version.name, version.version, verdict, by, action, why, evidence.seconds)
 
 
 def policy_of(settings: Settings, model: str | None, progress: Progress) -> ScanPolicy:
-    """The policy of the model's file as it is now; that of every image, and told so, where the file is gone.
+    """The current scan policy of the model's file; the default policy, with a warning, if the file does not exist.
 
     Raises:
-        SpecError: the file is there and is wrong, be it a VEX document that is too old: nothing weaker takes its place.
+        SpecError: the file exists but is not valid, for example because a VEX document is too old.
     """
     try:
         path = find(model or "", settings.models)
     except SpecError as error:
-        progress(f"warning: {error}: its champion is held to the policy of every image, and is not rolled back")
+        progress(f"warning: {error}: its champion is judged by the default policy, and is not rolled back")
         return ScanPolicy()
     return load(path).scan
 
 
-def looked_at(settings: Settings, reference: str, progress: Progress) -> tuple[ScanEvidence, str]:
-    """Return a release's evidence under today's database, and by what it was had: ``sbom`` or ``image``.
+def scan_release(settings: Settings, reference: str, progress: Progress) -> tuple[ScanEvidence, str]:
+    """Scan a release with the current database; return the evidence, and what was scanned: ``sbom`` or ``image``.
 
     Raises:
         RegistryError: the release is not what was signed.
@@ -172,7 +172,7 @@ def looked_at(settings: Settings, reference: str, progress: Progress) -> tuple[S
             sbom = folder / "sbom.cdx.json"
             return scans.scan_sbom(sbom, known, home=settings.home, folder=folder, progress=progress), "sbom"
         except ScanError as error:
-            progress(f"{error}: looking at the image itself")
+            progress(f"{error}: scanning the image instead")
         record = json.loads((folder / "image.json").read_text())
         client = connect(settings.docker_host, settings.home)
         try:
@@ -201,28 +201,28 @@ def _mark(settings: Settings, version: Version, verdict: Verdict, evidence: Scan
         backend.set_version_tag(version.name, version.version, TAG, json.dumps(told))
 
 
-def _gone_back(
+def _roll_back(
     settings: Settings, version: Version, policy: ScanPolicy, verdict: Verdict, progress: Progress
 ) -> tuple[str, str]:
-    """Roll back, unless what was before has the same holes, or there is nothing before."""
+    """Roll back, unless there is no previous version or it has forbidden findings too."""
     try:
-        before = _meant(settings, version.name, PREVIOUS)
+        before = _version(settings, version.name, PREVIOUS)
     except NotFoundError:
-        return "kept", "there is no version before it"
+        return "kept", "there is no previous version"
     except RegistryError as error:
-        return "kept", f"the version before it is not to be trusted: {error}"
+        return "kept", f"the previous version is not trusted: {error}"
     try:
-        evidence, _ = looked_at(settings, f"{version.name}@{PREVIOUS}", progress)
+        evidence, _ = scan_release(settings, f"{version.name}@{PREVIOUS}", progress)
     except (ContainerError, RegistryError) as error:
-        return "kept", f"version {before.version} before it could not be looked at: {error}"
+        return "kept", f"the previous version, {before.version}, could not be scanned: {error}"
     other = scan_gate.judge(evidence, policy, now=datetime.now(UTC))
     _mark(settings, before, other, evidence)
     if other.status == "fail":
-        return "kept", f"version {before.version} before it is refused too: {other.reason}"
+        return "kept", f"the previous version, {before.version}, is refused too: {other.reason}"
     why = f"rescan: {verdict.reason}"[:_LONGEST_REASON]
     key = signing_key_if_any(settings)
     try:
         moved = rollback(version.name, settings.tracking_uri, trust_of(settings), why=why, key=key, progress=progress)
     except RegistryError as error:
-        return "kept", f"no rollback: {error}"
+        return "kept", f"the rollback failed: {error}"
     return "rolled back", f"version {moved.version} is champion again"

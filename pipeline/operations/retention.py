@@ -1,9 +1,9 @@
-"""What a home keeps of all that its runs made, and what may go: artifacts, and the images that they name.
+"""Finds and removes unused artifacts of a home, and the images that they name.
 
-An artifact stays while it can be reached, through the digests of what each was made of, from a release that the
-registry keeps, from what an asset last produced, or from one that is younger than a day: a run may be under way. An
-image stays while an artifact that stays names it or a container uses it. Other images are not looked at, as other
-homes may share the engine; so an image's artifact goes after the image, and what could not be removed is found again.
+An artifact stays if it is an input, directly or not, of a release in the registry, of an asset's last artifact, or of
+an artifact that is younger than a day (a run may be using it). An image stays if an artifact that stays names it, or a
+container uses it. Images that no artifact names are ignored, because other homes may share the engine. An image is
+removed before its artifact, so that an image that could not be removed is found again.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ _ENGINE_ERRORS = (docker.errors.DockerException, requests.RequestException)
 
 @dataclass(frozen=True)
 class Leftover:
-    """What would go: ``kind`` is ``image`` or ``artifact``; ``bytes`` are those that nothing else shares.
+    """Something unused: ``kind`` is ``image`` or ``artifact``; ``bytes`` are those that removing it frees.
 
-    ``images`` are engine's ids: of the image itself, or of those that an artifact names.
+    ``images`` are the engine's ids of the image itself, or of the images that an artifact names.
     """
 
     kind: str
@@ -53,7 +53,7 @@ class Leftover:
 
 
 def kept_manifests(tracking_uri: str, going: Collection[retention.Removal]) -> set[str]:
-    """Return the digests of the manifests whose versions the registry has, but for the versions that are ``going``.
+    """Return the manifest digests of the registry's versions, except those that will be removed (``going``).
 
     Raises:
         TrackingError: The registry can't be reached or read.
@@ -66,9 +66,9 @@ def kept_manifests(tracking_uri: str, going: Collection[retention.Removal]) -> s
 def plan(
     settings: Settings, manifests: Collection[str], progress: Progress, *, now: datetime | None = None
 ) -> list[Leftover]:
-    """Return what may go where the releases with these ``manifests`` stay; images first, then artifacts.
+    """Return what is unused if the releases with these ``manifests`` stay; images first, then artifacts.
 
-    Where no engine answers, images and what names them stay, which ``progress`` is told.
+    If no engine answers, images and the artifacts that name them stay; ``progress`` gets a line about it.
 
     Raises:
         StoreError: an image's artifact is damaged.
@@ -88,14 +88,14 @@ def plan(
             with contextlib.closing(connect(settings.docker_host, settings.home)) as client:
                 images, staying = _images(client, gone, others, progress)
         except (EngineError, *_ENGINE_ERRORS) as error:
-            progress(f"images stay, and what names them: {error}")
+            progress(f"images and the artifacts that name them stay: {error}")
     return [*images, *_artifacts(store, made, kept, described, staying)]
 
 
 def remove(leftovers: Sequence[Leftover], settings: Settings, progress: Progress) -> list[Leftover]:
-    """Remove what is in the plan; return what was removed, with the bytes that it freed.
+    """Remove the items of a plan; return the removed ones, with the bytes that this freed.
 
-    An image that a container or another name needs by now stays, and so does an artifact that somebody is draft.
+    An image that a container or another tag uses by now stays, and so does an artifact that another process is making.
     """
     store = Store(settings.home / "artifacts")
     images = [item for item in leftovers if item.kind == "image"]
@@ -106,7 +106,7 @@ def remove(leftovers: Sequence[Leftover], settings: Settings, progress: Progress
             continue
         freed = _removed(store, item.place)
         if freed is None:
-            progress(f"{item.name} stays: somebody is making it")
+            progress(f"{item.name} stays: another process is making it")
             continue
         progress(f"removed {item.name}")
         removed.append(replace(item, bytes=freed))
@@ -114,13 +114,13 @@ def remove(leftovers: Sequence[Leftover], settings: Settings, progress: Progress
 
 
 def _made(store: Store) -> dict[Place, Mapping[str, Any]]:
-    """Every artifact's record. What is half-made lies in a hidden folder, and is none."""
+    """The record of every complete artifact; incomplete ones are in a hidden folder."""
     stages = sorted(path.name for path in store.root.glob("[!.]*") if path.is_dir())
     return {(stage, key): record for stage in stages for key, record in store.records(stage)}
 
 
 def _kept(made: Mapping[Place, Mapping[str, Any]], manifests: Collection[str], before: datetime) -> Iterator[Place]:
-    """The releases that are registered, and whatever is young."""
+    """The artifacts of registered releases, and all that were made after ``before``."""
     for place, record in made.items():
         manifest = record["files"].get("release/manifest.json") if place[0] == "release" else None
         registered = manifest is not None and f"sha256:{manifest['sha256']}" in manifests
@@ -129,10 +129,10 @@ def _kept(made: Mapping[Place, Mapping[str, Any]], manifests: Collection[str], b
 
 
 def _reachable(made: Mapping[Place, Mapping[str, Any]], roots: Collection[Place]) -> set[Place]:
-    """The artifacts that the roots were made of, and these in turn.
+    """The roots, their inputs, the inputs of these, and so on.
 
-    Many may hold the same (layers that were not measured do): those count that were made of the same as what was made
-    of them.
+    Several artifacts may have the same digest. Of these, only those count whose own inputs match the inputs of the
+    artifact that was made from them.
     """
     holding = defaultdict(list)
     for place, record in made.items():
@@ -155,7 +155,7 @@ def _reachable(made: Mapping[Place, Mapping[str, Any]], roots: Collection[Place]
 
 
 def _described(store: Store, made: Mapping[Place, Mapping[str, Any]]) -> dict[Place, Mapping[str, Any]]:
-    """What each image's artifact says of its image."""
+    """The image record of each image artifact."""
     found = {place: store.find(*place) for place in made if place[0] == "image"}
     return {place: artifact.document("image.json") for place, artifact in found.items() if artifact is not None}
 
@@ -166,11 +166,11 @@ def _images(
     kept: Sequence[Mapping[str, Any]],
     progress: Progress,
 ) -> tuple[list[Leftover], set[str]]:
-    """Return the images that may go, and the ids of those that were to go and are in use."""
+    """Return the unused images, and the ids of those that a container still uses."""
     needed = {image for record in kept for image in (record["image_id"], record["runtime_image_id"])}
     used = {container["ImageID"] for container in client.api.containers(all=True)}
     counted = {layer["digest"] for record in kept for layer in record.get("layers", ())}
-    # A release's image has its runtime's layers too: they are the runtime's, which goes after the releases.
+    # A release's image contains its runtime's layers; these are counted for the runtime, which is removed last.
     named = {record["image_id"]: (record["tag"], "model ", record) for record in gone}
     named |= {record["runtime_image_id"]: (f"runtime {record['runtime']}", "runtime ", record) for record in gone}
     found, staying = [], set()
@@ -205,7 +205,7 @@ def _artifacts(
     described: Mapping[Place, Mapping[str, Any]],
     staying: set[str],
 ) -> list[Leftover]:
-    """The artifacts that may go, but for those with an image that stays though no artifact needs it."""
+    """The unused artifacts, except those whose image stays because a container uses it."""
     names: Counter[tuple[int, int]] = Counter()
     found = []
     for place, record in made.items():
@@ -214,7 +214,7 @@ def _artifacts(
         if place in kept or not staying.isdisjoint(images):
             continue
         stage, key = place
-        why = f"no kept version and no last run was made of it, it is of {_created(record):%Y-%m-%d}"
+        why = f"no kept version and no last run uses it; made on {_created(record):%Y-%m-%d}"
         size = _freed(_folder(store, place), names)
         found.append(Leftover("artifact", f"{stage} {key[:12]}", why, size, place, images))
     return found
@@ -225,7 +225,7 @@ def _removed_images(images: Sequence[Leftover], settings: Settings, progress: Pr
     try:
         client = connect(settings.docker_host, settings.home)
     except EngineError as error:
-        progress(f"images stay, and what names them: {error}")
+        progress(f"images and the artifacts that name them stay: {error}")
         return []
     with contextlib.closing(client):
         for item in images:
@@ -241,7 +241,7 @@ def _removed_images(images: Sequence[Leftover], settings: Settings, progress: Pr
 
 
 def _removed(store: Store, place: Place) -> int | None:
-    """Remove an artifact, in one step for whoever looks; return the bytes freed, None where its lock is held."""
+    """Remove an artifact atomically; return the bytes freed, or None if another process holds its lock."""
     folder = _folder(store, place)
     with locked_if_free(folder.with_name(f"{folder.name}.lock")) as is_free:
         if not is_free:
@@ -250,14 +250,14 @@ def _removed(store: Store, place: Place) -> int | None:
         shutil.rmtree(beside, ignore_errors=True)
         beside.parent.mkdir(exist_ok=True)
         freed = _freed(folder, Counter())
-        with contextlib.suppress(FileNotFoundError):  # somebody else removed it
+        with contextlib.suppress(FileNotFoundError):  # another process removed it
             folder.rename(beside)
         shutil.rmtree(beside, ignore_errors=True)
     return freed
 
 
 def _freed(folder: Path, names: Counter[tuple[int, int]]) -> int:
-    """The bytes of the files whose last name is in the folder, once all that ``names`` counts so far is gone."""
+    """The bytes that removing the folder frees; ``names`` counts the hard links that are removed before it."""
     total = 0
     for stat in (path.stat() for path in folder.rglob("*") if path.is_file()):
         names[stat.st_dev, stat.st_ino] += 1

@@ -1,4 +1,4 @@
-"""Moving releases between the local disk and object storage, as settings and models' files allow."""
+"""Moves files of releases between the local disk and object storage, as settings and model files allow."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from registry.tiers import TierMove, carry_out, plan_moves
 
 
 def move(settings: Settings, unused_for: timedelta, progress: Progress, *, yes: bool) -> Sequence[TierMove]:
-    """Plan the moves, and make them where ``yes``; return those that are planned, or were made.
+    """Plan the moves, and carry them out if ``yes``; return the planned or completed ones.
 
     Raises:
-        SettingsError: no cold store is configured.
-        TrackingError: a store refuses; what was not moved is as it was.
+        SettingsError: `SLIPWAY_COLD_STORE` is not set.
+        TrackingError: a store refuses; files that were not moved are unchanged.
     """
     if settings.cold_store is None:
-        raise SettingsError("`SLIPWAY_COLD_STORE` names no store: set it to s3://BUCKET/PREFIX")
+        raise SettingsError("`SLIPWAY_COLD_STORE` is not set: set it to s3://BUCKET/PREFIX")
     moves = plan_moves(
         settings.tracking_uri, unused_for=unused_for, aliased=lambda name: cold_aliases_allowed(name, settings)
     )
@@ -32,7 +32,7 @@ def move(settings: Settings, unused_for: timedelta, progress: Progress, *, yes: 
 
 
 def cold_aliases_allowed(name: str, settings: Settings) -> bool:
-    """Whether the model's file of a release line lets its aliased versions be cold; where it can't be read, not."""
+    """Whether the model file of a release line allows aliased versions in cold storage; False if it can't be read."""
     found = current(settings.tracking_uri, name)
     model = found[0].tags.get(MODEL_TAG) if found else None
     if model is None:

@@ -34,7 +34,7 @@ from dagster import (
 
 from pipeline.errors import SpecError
 from pipeline.expected_errors import EXPECTED
-from pipeline.operations.notifications import Notice, deliver, keep
+from pipeline.operations.notifications import Notification, deliver, enqueue
 from pipeline.orchestration.instance import fail_orphaned_runs
 from pipeline.orchestration.jobs import RELEASE_JOB, release_job, rescan_job
 from pipeline.orchestration.metrics import champions
@@ -97,7 +97,9 @@ def nightly(context: ScheduleEvaluationContext, settings: ResourceParam[Settings
     found, unsure = _look(wanted, settings)
     troubles |= unsure
     for name, why in troubles.items():
-        keep(Notice(f"{name} can't be checked for changes", why, f"{settings.ui_address}/automation"), settings)
+        enqueue(
+            Notification(f"{name} can't be checked for changes", why, f"{settings.ui_address}/automation"), settings
+        )
     requests = [_request(context.instance, settings, each, _NIGHT, again=_day(context)) for each in found]
     started = [request for request in requests if request]
     yield from started
@@ -167,7 +169,7 @@ def failure_alert_sensor(context: RunFailureSensorContext, settings: ResourcePar
     if run.tags.get("dagster/will_retry") == "true":
         return
     ended = ending(_events(context.instance, run), succeeded=False)
-    keep(_notice(run, ended["outcome"], ended["error"], settings), settings)
+    enqueue(_notice(run, ended["outcome"], ended["error"], settings), settings)
 
 
 @run_status_sensor(
@@ -179,7 +181,7 @@ def failure_alert_sensor(context: RunFailureSensorContext, settings: ResourcePar
 def rescan_alert_sensor(context: RunStatusSensorContext, settings: ResourceParam[Settings]) -> None:
     """Queue a notification about champions that a rescan refuses."""
     for words in findings(_events(context.instance, context.dagster_run)):
-        keep(_notice(context.dagster_run, "refused by a rescan", words, settings), settings)
+        enqueue(_notice(context.dagster_run, "refused by a rescan", words, settings), settings)
 
 
 @sensor(minimum_interval_seconds=15, default_status=_ALERTS)
@@ -287,6 +289,6 @@ def _events(instance: DagsterInstance, run: DagsterRun) -> Iterator[Any]:
     return (entry.dagster_event for entry in instance.all_logs(run.run_id) if entry.dagster_event)
 
 
-def _notice(run: DagsterRun, outcome: str, reason: str, settings: Settings) -> Notice:
+def _notice(run: DagsterRun, outcome: str, reason: str, settings: Settings) -> Notification:
     what = run.tags.get("dagster/partition") or run.job_name
-    return Notice(f"{what} {outcome}", reason, f"{settings.ui_address}/runs/{run.run_id}")
+    return Notification(f"{what} {outcome}", reason, f"{settings.ui_address}/runs/{run.run_id}")

@@ -1,4 +1,4 @@
-"""What Prometheus is told of the pipeline and of the registry, as both are now: no history is kept here."""
+"""Metrics of the pipeline and the registry for Prometheus: their current state, without history."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from pipeline.stages.table import STAGES
 from pipeline.store.artifacts import Store
 from registry import catalog
 
-# How many of the newest events of a stage or a gate are looked through for each release's last.
+# How many of the newest events of a stage or gate are searched for each release's latest.
 _NEWEST = 500
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """One look. ``runs`` counts releases by how they ended or stand; ``queue`` is what waits, of any kind."""
+    """The current state. ``runs`` counts runs of releases by status; ``queue`` counts waiting runs of any kind."""
 
     champions: Sequence[Mapping[str, Any]]
     runs: Mapping[str, int]
@@ -42,7 +42,7 @@ class Metrics:
 
 
 def look(settings: Settings, instance: DagsterInstance) -> Metrics:
-    """Look at everything once.
+    """Read the current state.
 
     Raises:
         TrackingError: the registry can't be read.
@@ -62,7 +62,7 @@ def look(settings: Settings, instance: DagsterInstance) -> Metrics:
 
 
 def champions(settings: Settings) -> Sequence[Mapping[str, Any]]:
-    """Every release line's champion: name, version, manifest digest, and whether a rescan has marked it."""
+    """The champion of each release line: name, version, manifest digest, and whether a rescan marked it."""
     return [
         {
             "release": version.name,
@@ -76,28 +76,30 @@ def champions(settings: Settings) -> Sequence[Mapping[str, Any]]:
 
 
 def exposition(found: Metrics) -> str:
-    """One look in Prometheus' text format."""
+    """The metrics in Prometheus' text format."""
     registry = CollectorRegistry()
 
     def gauge(name: str, words: str, *labels: str) -> Gauge:
         return Gauge(f"slipway_{name}", words, labels, registry=registry)
 
-    marked = gauge("release_marked", "1 where a rescan found in the champion what the policy forbids.", "release")
+    marked = gauge(
+        "release_marked", "1 if a rescan found vulnerabilities in the champion that the policy forbids.", "release"
+    )
     info = gauge("release_info", "The champion of each release line.", "release", "version", "manifest")
     for each in found.champions:
         marked.labels(each["release"]).set(int(each["marked"]))
         info.labels(each["release"], each["version"], each["manifest_digest"]).set(1)
-    runs = gauge("release_runs", "Runs of releases, by how they ended or stand.", "status")
+    runs = gauge("release_runs", "Runs of releases, by status.", "status")
     for status, count in found.runs.items():
         runs.labels(status).set(count)
-    gauge("queued_runs", "Runs of any kind that wait.").set(found.queue)
-    verdict = gauge("verdict_info", "Each gate's last verdict.", "release", "gate", "status")
+    gauge("queued_runs", "Waiting runs of any kind.").set(found.queue)
+    verdict = gauge("verdict_info", "The last verdict of each gate.", "release", "gate", "status")
     for judged in found.verdicts:
         verdict.labels(judged["release"], judged["gate"], judged["status"]).set(1)
-    seconds = gauge("stage_seconds", "How long a stage took when its artifact was made last.", "release", "stage")
+    seconds = gauge("stage_seconds", "Duration of a stage when its artifact was last made.", "release", "stage")
     for stage in found.stages:
         seconds.labels(stage["release"], stage["stage"]).set(stage["seconds"])
-    size = gauge("artifact_store_bytes", "Bytes in a stage's artifacts; a release shares its checkpoint's.", "stage")
+    size = gauge("artifact_store_bytes", "Bytes of a stage's artifacts; a release shares its checkpoint's.", "stage")
     for name, taken in found.store_bytes.items():
         size.labels(name).set(taken)
     return generate_latest(registry).decode()
@@ -110,16 +112,16 @@ def _verdicts(instance: DagsterInstance) -> Iterator[Mapping[str, str]]:
         for record in instance.event_log_storage.get_asset_check_execution_history(key, limit=_NEWEST):
             event = record.event.dagster_event if record.event else None
             if event is None or event.event_type != DagsterEventType.ASSET_CHECK_EVALUATION:
-                continue  # planned, and not there yet
+                continue  # planned, but not evaluated yet
             release = _release(event.asset_check_evaluation_data.partition)
             if release not in seen:
                 seen.add(release)
-                told: Any = event.asset_check_evaluation_data.metadata[VERDICT].value
-                yield {"release": release, "gate": told["name"], "status": told["status"]}
+                found: Any = event.asset_check_evaluation_data.metadata[VERDICT].value
+                yield {"release": release, "gate": found["name"], "status": found["status"]}
 
 
 def _stages(instance: DagsterInstance) -> Iterator[Mapping[str, Any]]:
-    """How long each stage of each release took when it was last made, and not taken from the store."""
+    """The duration of each stage of each release when its artifact was last made, not taken from the store."""
     for stage in STAGES:
         seen = set()
         for record in instance.fetch_materializations(AssetRecordsFilter(AssetKey(stage.name)), limit=_NEWEST).records:
@@ -142,5 +144,5 @@ def _store_bytes(store: Store) -> Mapping[str, int]:
 
 
 def _release(partition: str | None) -> str:
-    """`demo|awq` as the registry names it."""
+    """The release line of a partition: `demo-awq` for `demo|awq`."""
     return (partition or "").replace("|", "-")

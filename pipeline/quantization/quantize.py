@@ -1,7 +1,7 @@
-"""Quantize a model: a scheme, its backend's worker in its own environment, and a checkpoint checked without its help.
+"""Quantize a model: run the backend's worker in its own environment, then check the checkpoint that it wrote.
 
-Four backends write two formats: AWQ by AutoAWQ or GPTQModel, GPTQ by GPTQModel or AutoGPTQ. The worker decides the
-weights and nothing else: configuration and tokenizer are the source's own, with the quantization written into it.
+Three backends write two formats: AWQ by AutoAWQ or GPTQModel, GPTQ by GPTQModel or AutoGPTQ. Only the weights come from
+the worker: the tokenizer is the source's, and so is config.json, to which the quantization is added.
 The law: the same source, calibration and scheme give the same bytes on the same machine.
 """
 
@@ -14,32 +14,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, ValidationError, model_validator
 
 from evals.drift import json_lines
 from pipeline.compatibility import preflight
 from pipeline.compatibility.backends import GROUP_SIZES, older_config
 from pipeline.compatibility.description import ModelDescription
 from pipeline.compatibility.safetensors_headers import HeaderError, read_model
-from pipeline.errors import QuantizeError
+from pipeline.errors import QuantizeError, WorkerFailed
 from pipeline.quantization import checkpoint
 from registry import untrusted
 from registry.digests import digest_file
 from registry.file_systems import set_mode
 from registry.progress import Progress
 
-RunWorker = Callable[[str, Path, Mapping[str, Any], Path], dict[str, Any]]
+RunWorker = Callable[[str, Path, Mapping[str, object], Path], Mapping[str, object]]
 
 Method = Literal["awq", "gptq"]
 BackendName = Literal["autoawq", "gptqmodel", "autogptq"]
 
 _SCRIPTS = Path(__file__).parent / "quantizers"
 _SEED = 0
-# Of config.json, what the source's own loader may want and a backend's must not meet: a quantization that was never
-# applied (its weights have 16 bits, `preflight` has seen to that), and the names of code that came with the model.
+# Keys of config.json that a backend must not see: a quantization that was never applied (`preflight` has checked that
+# the weights have 16 bits), and names of code that came with the model.
 _LEFT_OUT = ("quantization_config", "auto_map")
 _GPTQ_ONLY = ("symmetric", "desc_act")
-# What vLLM 0.32 loads of GPTQ on any device (`auto_gptq.py`, `gptq_utils.py`).
+# The bits of GPTQ that vLLM 0.32 loads on any device (`auto_gptq.py`, `gptq_utils.py`).
 _SERVED_BITS = (4, 8)
 
 
@@ -53,16 +53,16 @@ class Scheme(BaseModel):
     backend: BackendName
     """The program that quantizes; AWQ by `autoawq` or `gptqmodel`, GPTQ by `gptqmodel` or `autogptq`."""
     bits: int = 4
-    """Bits a weight: AWQ 4; GPTQ 2, 3, 4 or 8."""
+    """Bits per weight: AWQ 4; GPTQ 2, 3, 4 or 8."""
     group_size: int = 128
     """How many input weights share a scale: AWQ 32, 64 or 128; GPTQ 16 to 256, or -1 for a whole row."""
     symmetric: bool = True
     """GPTQ only: no zero points."""
     desc_act: bool = False
-    """GPTQ only: columns in order of activation."""
+    """GPTQ only: quantize columns in order of activation."""
     clone_saved_weights: bool = Field(default=True, exclude_if=lambda value: value is True)
-    """AutoAWQ only: `false` switches off the remedy that it needs on a CPU and so gives a spoiled checkpoint, for tests
-    of the gates.
+    """AutoAWQ only: `false` switches off a fix that it needs on a CPU. The checkpoint is then damaged, for tests of the
+    gates.
     """
 
     @model_validator(mode="after")
@@ -70,31 +70,100 @@ class Scheme(BaseModel):
         supported = _BACKENDS.get((self.method, self.backend))
         if supported is None:
             able = sorted(backend for method, backend in _BACKENDS if method == self.method)
-            raise ValueError(f"backend `{self.backend}` can't do {self.method}: use {_either(able)}")
+            raise ValueError(f"backend `{self.backend}` can't write {self.method}: use {_either(able)}")
         if self.bits not in supported.bits:
-            raise ValueError(f"{self.method} by `{self.backend}` has {_either(supported.bits)} `bits`, not {self.bits}")
+            raise ValueError(
+                f"`{self.backend}` writes {self.method} with {_either(supported.bits)} `bits`, not {self.bits}"
+            )
         if self.group_size not in GROUP_SIZES[self.method]:
             sizes = _either(GROUP_SIZES[self.method])
-            raise ValueError(f"{self.method} has a `group_size` of {sizes}, not {self.group_size}")
+            raise ValueError(f"{self.method} supports a `group_size` of {sizes}, not {self.group_size}")
         if self.method == "awq" and (extra := [key for key in _GPTQ_ONLY if key in self.model_fields_set]):
-            raise ValueError(f"`{extra[0]}` means nothing to awq: remove it, or use `method: gptq`")
+            raise ValueError(f"`{extra[0]}` applies only to gptq: remove it, or use `method: gptq`")
         if self.backend != "autoawq" and "clone_saved_weights" in self.model_fields_set:
-            raise ValueError("`clone_saved_weights` means something to the backend `autoawq` alone: remove it")
+            raise ValueError("`clone_saved_weights` applies only to the backend `autoawq`: remove it")
         return self
 
     @property
     def not_served(self) -> str | None:
-        """The key whose value vLLM refuses on every device, or None where it serves the scheme."""
+        """The key whose value vLLM refuses on every device, or None if vLLM serves the scheme."""
         if self.bits not in _SERVED_BITS:
             return "bits"
         if not self.symmetric:
             return "symmetric"
-        # With one group over a whole input the order of columns changes nothing.
+        # With one group for a whole row, the order of columns makes no difference.
         return "desc_act" if self.desc_act and self.group_size > 0 else None
 
 
+class QuantizationRequest(BaseModel):
+    """The request to a quantizer's worker script.
+
+    The script reads it as JSON in its own environment, which does not have this class.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    method: Method
+    bits: int
+    group_size: int
+    symmetric: bool
+    desc_act: bool
+    clone_saved_weights: bool
+    source: Path
+    """The model's folder, absolute."""
+    output: Path
+    """An empty folder, absolute, that receives the safetensors files."""
+    calibration: str
+    """The calibration file's path, for messages: `texts` holds its text."""
+    texts: tuple[str, ...]
+    max_tokens: int
+    """The longest piece of a text that is used; also the length of a calibration block."""
+    seed: int
+
+
+class QuantizationResult(BaseModel):
+    """The result of a quantizer's worker script."""
+
+    model_config = ConfigDict(frozen=True)
+
+    device: Literal["cpu", "cuda"]
+    blocks: PositiveInt
+    """Calibration blocks of `max_tokens` tokens that were used."""
+    quantization_config: Mapping[str, JsonValue]
+    """The `quantization_config` of the checkpoint's config.json."""
+
+
+class CalibrationRecord(BaseModel):
+    """What a checkpoint was calibrated with."""
+
+    model_config = ConfigDict(frozen=True)
+
+    sha256: str
+    samples: int
+    max_tokens: int
+    tokens: int
+
+
+class QuantizationRecord(BaseModel):
+    """What a release records about a checkpoint's quantization. It is kept in the notes of the `quantized` artifact."""
+
+    model_config = ConfigDict(frozen=True)
+
+    method: Method
+    backend: BackendName
+    parameters: Mapping[str, str | bool | int | float | None]
+    device: Literal["cpu", "cuda"]
+    calibration: CalibrationRecord
+    layers: int
+    """How many linear layers were quantized."""
+    bytes: int
+    source_bytes: int
+    bits_per_weight: float
+    """Bits that a quantized weight takes, including its share of scales and zeros."""
+
+
 class Backend(Protocol):
-    """What quantizes: where it runs, what it can do, and what it must be told."""
+    """A program that quantizes: its environment, its worker script and the bits that it can write."""
 
     @property
     def environment(self) -> str:
@@ -103,16 +172,16 @@ class Backend(Protocol):
 
     @property
     def script(self) -> Path:
-        """Its worker."""
+        """Its worker script."""
         ...
 
     @property
     def bits(self) -> tuple[int, ...]:
-        """The bits a weight that it can write."""
+        """The bits per weight that it can write."""
         ...
 
     def view(self, source: Path, scratch: Path) -> Path:
-        """Return the folder to load the source from: itself, or one in ``scratch`` that this backend can read."""
+        """Return the folder to load the source from: ``source``, or one in ``scratch`` that this backend can read."""
         ...
 
 
@@ -146,7 +215,7 @@ class _Current:
 
 @dataclass(frozen=True)
 class _Archived(_Current):
-    """A backend that stopped at transformers 4.51, which overlooks what a newer version writes into config.json."""
+    """A backend that needs transformers 4.51, which ignores keys that newer versions write into config.json."""
 
     def _readable(self, config: dict[str, Any]) -> dict[str, Any]:
         return older_config(config)
@@ -161,7 +230,7 @@ _BACKENDS: Mapping[tuple[str, str], Backend] = {
 
 
 def backend_of(scheme: Scheme) -> Backend:
-    """Return what quantizes a scheme. Its environment's pins and its script are part of the checkpoint's key."""
+    """Return the backend of a scheme; its environment's pins and its script are part of a checkpoint's key."""
     return _BACKENDS[scheme.method, scheme.backend]
 
 
@@ -175,18 +244,17 @@ def quantize(
     run_worker: RunWorker,
     scratch: Path,
     progress: Progress,
-) -> dict[str, Any]:
-    """Quantize the model in the folder ``source`` into the empty folder ``output``, and check what came out.
+) -> QuantizationRecord:
+    """Quantize the model in the folder ``source`` into the empty folder ``output``, and check the result.
 
     ``calibration`` holds JSON lines of ``{"text": …}``: the first ``samples`` are used, each cut to ``max_tokens``.
-    ``scratch`` is an empty folder for the worker. Returned is what a release records: backend, parameters, device,
-    calibration (sha256, samples, tokens), source and output bytes, bits a parameter and the layers that were quantized.
+    ``scratch`` is an empty folder for the worker.
 
     Raises:
         QuantizeError: the calibration is too small, or the scheme doesn't fit the model.
         UntrustedFileError: the worker left links or special files.
-        CheckpointError: what the worker wrote is not what the scheme promises; lists every problem.
-        WorkerFailed: the worker failed; its own words.
+        CheckpointError: the checkpoint does not match the scheme; lists every problem.
+        WorkerFailed: the worker failed, with its own message, or its result is not valid.
     """
     config = _read_config(source)
     texts = _calibration_texts(calibration, samples)
@@ -194,37 +262,52 @@ def quantize(
     backend = backend_of(scheme)
     written = scratch / "checkpoint"
     written.mkdir()
-    request = {
-        **scheme.model_dump(include={"method", "bits", "group_size", "symmetric", "desc_act"}),
-        "clone_saved_weights": scheme.clone_saved_weights,
-        "source": backend.view(source, scratch).absolute(),
-        "output": written.absolute(),
-        "calibration": str(calibration.absolute()),
-        "texts": texts,
-        "max_tokens": max_tokens,
-        "seed": _SEED,
-    }
+    request = QuantizationRequest(
+        method=scheme.method,
+        bits=scheme.bits,
+        group_size=scheme.group_size,
+        symmetric=scheme.symmetric,
+        desc_act=scheme.desc_act,
+        clone_saved_weights=scheme.clone_saved_weights,
+        source=backend.view(source, scratch).absolute(),
+        output=written.absolute(),
+        calibration=str(calibration.absolute()),
+        texts=tuple(texts),
+        max_tokens=max_tokens,
+        seed=_SEED,
+    )
     progress(f"quantizing: {scheme.method} by {scheme.backend}, {scheme.bits} bits, groups of {scheme.group_size}")
-    result = run_worker(backend.environment, backend.script, request, scratch)
-    _assemble(written, source, config, result["quantization_config"], output)
+    result = _result(run_worker(backend.environment, backend.script, request.model_dump(), scratch), scheme.backend)
+    _assemble(written, source, config, result.quantization_config, output)
     found = checkpoint.check(output, source, scheme)
-    progress(f"checked: {found.layers} layers, {found.bytes / 1e6:.1f} MB, {found.bits_per_weight:.2f} bits a weight")
-    return {
-        "method": scheme.method,
-        "backend": scheme.backend,
-        "parameters": scheme.model_dump(exclude={"method", "backend", *(_GPTQ_ONLY if scheme.method == "awq" else ())}),
-        "device": result["device"],
-        "calibration": {
-            "sha256": digest_file(calibration),
-            "samples": samples,
-            "max_tokens": max_tokens,
-            "tokens": result["blocks"] * max_tokens,
-        },
-        "layers": found.layers,
-        "bytes": found.bytes,
-        "source_bytes": found.source_bytes,
-        "bits_per_weight": found.bits_per_weight,
-    }
+    progress(f"checked: {found.layers} layers, {found.bytes / 1e6:.1f} MB, {found.bits_per_weight:.2f} bits per weight")
+    return QuantizationRecord(
+        method=scheme.method,
+        backend=scheme.backend,
+        parameters=scheme.model_dump(exclude={"method", "backend", *(_GPTQ_ONLY if scheme.method == "awq" else ())}),
+        device=result.device,
+        calibration=CalibrationRecord(
+            sha256=digest_file(calibration),
+            samples=samples,
+            max_tokens=max_tokens,
+            tokens=result.blocks * max_tokens,
+        ),
+        layers=found.layers,
+        bytes=found.bytes,
+        source_bytes=found.source_bytes,
+        bits_per_weight=found.bits_per_weight,
+    )
+
+
+def _result(written: Mapping[str, object], backend: str) -> QuantizationResult:
+    try:
+        return QuantizationResult.model_validate(written)
+    except ValidationError as error:
+        detail = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(map(str, detail["loc"]))
+        raise WorkerFailed(
+            f"the worker of `{backend}` wrote a result that is not valid: `{key}`: {detail['msg']}"
+        ) from error
 
 
 def _either(values: tuple[int, ...] | list[str]) -> str:
@@ -239,20 +322,20 @@ def _read_config(source: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise QuantizeError(f"can't read the model's configuration: {error}") from error
     if not isinstance(config, dict):
-        raise QuantizeError(f"{source / 'config.json'} holds no mapping")
+        raise QuantizeError(f"{source / 'config.json'} is not valid: expected a JSON object")
     return config
 
 
 def _calibration_texts(calibration: Path, samples: int) -> list[str]:
-    """Read the lines that will be used; the worker judges their tokens, since it has the tokenizer."""
+    """Read the texts that will be used. The worker, which has the tokenizer, checks that they have enough tokens."""
     try:
         rows = json_lines.read_rows(calibration, json_lines.TEXTS, samples)
     except json_lines.JsonLinesError as error:
         raise QuantizeError(f"the calibration text: {error}") from error
     if len(rows) < samples:
         raise QuantizeError(
-            f"{calibration} holds {len(rows)} samples, and `calibration.samples` is {samples}: add text, or ask for "
-            "fewer"
+            f"{calibration} holds {len(rows)} samples, but `calibration.samples` is {samples}: add text, or lower "
+            "`calibration.samples`"
         )
     return [row["text"] for row in rows]
 
@@ -265,7 +348,9 @@ def _check_fits(source: Path, config: Mapping[str, Any], scheme: Scheme, max_tok
     preflight.check(model, scheme)
     positions = model.text_config.get("max_position_embeddings")
     if isinstance(positions, int) and max_tokens > positions:
-        raise QuantizeError(f"`calibration.max_tokens` is {max_tokens}, and the model ends at {positions} positions")
+        raise QuantizeError(
+            f"`calibration.max_tokens` is {max_tokens}, but the model's longest context is {positions} tokens"
+        )
 
 
 def _assemble(
@@ -275,7 +360,7 @@ def _assemble(
     quantization: Mapping[str, Any],
     output: Path,
 ) -> None:
-    """Put the worker's weights beside the source's own configuration and tokenizer, all readable by anybody."""
+    """Put the worker's weights and the source's configuration and tokenizer into ``output``, readable by all users."""
     for name in untrusted.plain_files(written):
         if "/" not in name and name.endswith((".safetensors", ".safetensors.index.json")):
             shutil.move(written / name, output / name)

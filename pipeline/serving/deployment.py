@@ -1,4 +1,4 @@
-"""The evidence that a bundle is made from, out of the registry."""
+"""Reads what a Kubernetes bundle is made from: a release's evidence, and the cluster's description."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def gather(reference: str, settings: Settings) -> tuple[BundleEvidence, Mapping[
 
     Raises:
         RegistryError: there is no such release, or it is not what was signed.
-        PlanError: it has no load test, or can't be read.
+        PlanError: the release has no load test, or its evidence can't be read.
         LoadEvidenceError: its load test does not have the expected form.
     """
     names = ["config.json", *(f"{EVIDENCE}/{name}" for name in _FILES)]
@@ -53,7 +53,7 @@ def gather(reference: str, settings: Settings) -> tuple[BundleEvidence, Mapping[
 
 
 def cluster(path: Path) -> Cluster:
-    """Read what is the cluster's own.
+    """Read the description of a cluster.
 
     Raises:
         SpecError: listing every key that is unknown or wrong.
@@ -62,11 +62,11 @@ def cluster(path: Path) -> Cluster:
         return Cluster.model_validate(read(path))
     except ValidationError as error:
         problems = (explain(detail, keys(Cluster)) for detail in error.errors())
-        raise SpecError(listed(f"{path} does not describe a cluster:", problems)) from error
+        raise SpecError(listed(f"{path} is not a valid description of a cluster:", problems)) from error
 
 
 def measurements(load: LoadEvidence, requests: Sequence[RequestRecord]) -> ReplicaMeasurements:
-    """What a bundle needs of a load test."""
+    """The measurements of a load test that a bundle needs."""
     capacity = load.capacity
     rate = capacity.requests_per_second if capacity else None
     at_capacity = [step for step in capacity.steps if step.rate == rate] if capacity else []

@@ -1,4 +1,4 @@
-"""The replicas of one release: hardened containers of its image, each kept alive by a thread of its own."""
+"""The replicas of one release: hardened containers of its image, each watched and restarted by its own thread."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _WARM_SECONDS = 120.0
 
 
 class FleetError(SlipwayError):
-    """A release can't be served: its image is absent, or its replicas don't get well."""
+    """A release can't be served: its image is missing, or its replicas don't become healthy."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class Resources:
 
 
 class Fleet:
-    """``count`` replicas of one release. `start`, then `wait_ready`; `stop` at the end, however it went.
+    """``count`` replicas of one release. Call `start`, then `wait_ready`; call `stop` at the end, even after an error.
 
-    ``of_all`` is how many replicas of all releases are served beside each other: so many share the machine's cores.
-    ``changed`` is called, from any thread, whenever a replica came or went.
+    ``of_all`` is the number of replicas of all releases, which share the machine's cores. ``changed`` is called, from
+    any thread, whenever a replica starts or ends.
     """
 
     def __init__(
@@ -95,18 +95,20 @@ class Fleet:
         """Begin to start all replicas.
 
         Raises:
-            FleetError: The engine has not this image and can't pull it, or does not answer.
+            FleetError: the engine does not have this image and can't pull it, or does not answer.
         """
         try:
             with contextlib.closing(self.engine()) as client:
                 self.image_id = _image(client, self._image.reference, self._image.digest)
         except (docker.errors.DockerException, requests.RequestException) as error:
-            raise FleetError(f"the engine does not answer: {error}") from error
+            raise FleetError(
+                f"the container engine does not answer: {error}: check it with `slipway doctor`"
+            ) from error
         for replica in self._replicas:
             replica.start()
 
     def grow(self, count: int) -> bool:
-        """Begin to start more replicas, up to ``count``, and say whether any are; what runs stays."""
+        """Begin to start more replicas, up to ``count``; return whether any were missing. Running ones stay."""
         before = len(self._replicas)
         for index in range(before, count):
             replica = _Replica(self, index)
@@ -115,39 +117,39 @@ class Fleet:
         return count > before
 
     def wait_ready(self, check: Callable[[], None]) -> None:
-        """Wait until every replica is well and warm; ``check`` may raise meanwhile.
+        """Wait until every replica is healthy and warm; ``check`` is called meanwhile and may raise.
 
         Raises:
-            FleetError: One failed to start.
+            FleetError: a replica failed to start.
         """
         while not all(replica.url for replica in self._replicas):
             for replica in self._replicas:
                 if replica.failure is not None:
-                    raise FleetError(f"{replica.name} does not get well: {replica.failure}")
+                    raise FleetError(f"{replica.name} does not become healthy: {replica.failure}")
             check()
             threading.Event().wait(_POLL_SECONDS / 2)
 
     def up(self) -> dict[str, str]:
-        """The replicas that are well: URLs by name."""
+        """The URLs of the healthy replicas, by name."""
         return {replica.name: replica.url for replica in self._replicas if replica.url}
 
     def names(self) -> set[str]:
-        """Every replica's name, well or not."""
+        """The names of all replicas, healthy or not."""
         return {replica.name for replica in self._replicas}
 
     def stop(self) -> None:
-        """End and remove all replicas, those that are still starting among them."""
+        """End and remove all replicas, including those that are still starting."""
         for replica in self._replicas:
             replica.stopping.set()
         for replica in self._replicas:
             replica.end()
 
     def engine(self) -> docker.DockerClient:
-        """A client of the engine; one a thread, since they can't be shared."""
+        """A new client of the engine; each thread needs its own."""
         return connect(self._settings.docker_host, self._settings.home)
 
     def serve(self, client: docker.DockerClient, name: str, index: int) -> contextlib.AbstractContextManager[Any]:
-        """Start one container, hardened as the one that was load-tested."""
+        """Start one container, hardened like the one that was load-tested."""
         found = gpus() if self._needs_gpu else []
         return sandbox.serve(
             client,
@@ -165,16 +167,16 @@ class Fleet:
         )
 
     def _share_of_cores(self) -> CoreRequest:
-        """As many cores as it was tested with, and no more than an equal share of those that this process may use."""
+        """The cores that it was tested with, but at most an equal share of those that this process may use."""
         share = max(1, len(os.sched_getaffinity(0)) // self._of_all)
         tested = self._resources.cpus
         return CoreRequest(self._settings.locks, share if tested is None else min(share, math.ceil(tested)))
 
     def warm(self, server: sandbox.Server) -> None:
-        """Ask for a few tokens, so that no client pays for the first; learn the model's name and context on the way.
+        """Request a few tokens, so that the first client need not wait; read the model's name and context too.
 
         Raises:
-            FleetError: It does not answer; says why.
+            FleetError: the server does not answer; says why.
         """
         try:
             with httpx.Client(base_url=server.url, timeout=_WARM_SECONDS, trust_env=False) as client:
@@ -186,16 +188,16 @@ class Fleet:
         except (httpx.HTTPError, LookupError, TypeError, ValueError) as error:
             failure = server.failed()
             reason = error if failure is None else f"the server {failure}"
-            raise FleetError(f"it is healthy and does not answer: {reason}") from error
+            raise FleetError(f"it is healthy but does not answer: {reason}") from error
 
-    def tell(self, line: str) -> None:
-        """Say that a replica came or went."""
+    def report(self, line: str) -> None:
+        """Report that a replica started or ended."""
         self._progress(line)
         self._changed()
 
 
 class _Replica(threading.Thread):
-    """Keeps one container running until it is told to stop; ``failure`` says why a start failed."""
+    """Keeps one container running until ``stopping`` is set; ``failure`` says why a start failed."""
 
     def __init__(self, fleet: Fleet, index: int) -> None:
         super().__init__(name=f"{fleet.release}-{index + 1}", daemon=True)
@@ -204,17 +206,17 @@ class _Replica(threading.Thread):
         self.failure: str | None = None
         self._fleet = fleet
         self._index = index
-        # Names are new for each fleet: two releases' replicas, or one's before and after, are never confused.
+        # Unique for each fleet, so that the replicas of two fleets of one release have different names.
         self.name = f"{fleet.release}-{index + 1}-{uuid.uuid4().hex[:6]}"
 
     def run(self) -> None:
-        """Start it, watch it, start it again; a pause that doubles keeps a broken one from burning the machine."""
+        """Start the container, watch it and restart it, after pauses that double while starts fail."""
         pause = _FIRST_PAUSE_S
         with contextlib.closing(self._fleet.engine()) as client:
             while not self.stopping.is_set():
                 try:
                     with self._fleet.serve(client, self.name, self._index) as server:
-                        server.memory.stop()  # for a measurement; here it would grow for ever
+                        server.memory.stop()  # measurements are not needed here, and would fill the memory
                         self._fleet.warm(server)
                         self._up(server.url)
                         pause = _FIRST_PAUSE_S
@@ -222,14 +224,14 @@ class _Replica(threading.Thread):
                 except (ContainerError, FleetError, docker.errors.DockerException, requests.RequestException) as error:
                     self.failure = str(error)
                     if not self.stopping.is_set():
-                        self._fleet.tell(f"{self.name}: {error}")
+                        self._fleet.report(f"{self.name}: {error}")
                 finally:
                     self.url = ""
                 self.stopping.wait(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     def end(self) -> None:
-        """Wait for the thread; a container that is still starting is taken from under it."""
+        """Wait for the thread to end; remove its container if that is still starting."""
         if not self.is_alive():
             return
         self.join(2 * _POLL_SECONDS)
@@ -245,27 +247,29 @@ class _Replica(threading.Thread):
     def _up(self, url: str) -> None:
         self.failure = None
         self.url = url
-        self._fleet.tell(f"{self.name} serves")
+        self._fleet.report(f"{self.name} serves")
 
     def _watch(self, server: sandbox.Server) -> None:
         while not self.stopping.wait(_POLL_SECONDS):
             died = server.died()
             if died is not None:
                 self.url = ""
-                self._fleet.tell(f"{self.name} {died}; starting it again")
+                self._fleet.report(f"{self.name} {died}; restarting it")
                 return
 
 
 def _image(client: docker.DockerClient, reference: str, digest: str) -> str:
-    """The id of the signed manifest's image, which the engine has or pulls by digest."""
+    """The id of the manifest's image in the engine, which pulls it by digest if necessary."""
     for name in (reference, digest):
         try:
             return str(client.images.get(name).id)
         except docker.errors.ImageNotFound:
             continue
     if "@" not in reference:
-        raise FleetError(f"the engine has no image {digest}, which was never pushed: serve it where it was released")
+        raise FleetError(
+            f"the engine has no image {digest}, and it was never pushed to a registry: serve it where it was released"
+        )
     try:
         return str(client.images.pull(reference).id)
     except (docker.errors.APIError, requests.RequestException) as error:
-        raise FleetError(f"the engine has no image {reference} and can't pull it: {error}") from error
+        raise FleetError(f"the engine has no image {reference}, and can't pull it: {error}") from error

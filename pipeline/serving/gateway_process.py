@@ -1,4 +1,4 @@
-"""The gateway as a process: started in its own environment, told what to route to, asked how it is, drained."""
+"""The gateway as a process: start it in its own environment, set its routes, read its state, drain it."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ class GatewayError(SlipwayError):
 
 
 def key_file(home: Path) -> Path:
-    """Where a home's API keys are kept, as hashes."""
+    """The file of a home's API keys, which are kept as hashes."""
     return home / "gateway" / "keys.json"
 
 
 def build_image(settings: Settings, progress: Progress) -> GatewayImage:
-    """Build the gateway's image, push it where the settings name a registry, and remember it.
+    """Build the gateway's image, push it if the settings name a registry, and record it in the home.
 
     Raises:
-        ContainerError: in one line.
+        ContainerError: the image can't be built or pushed.
     """
     client = connect(settings.docker_host, settings.home)
     built = build_gateway_image(client, REQUIREMENTS, settings.home, progress, registry=settings.image_registry)
@@ -58,10 +58,10 @@ def build_image(settings: Settings, progress: Progress) -> GatewayImage:
 
 
 def pushed_image(home: Path) -> str | None:
-    """``REPOSITORY@sha256:…`` of the image that this home last pushed of the gateway as it is now; None without one."""
+    """``REPOSITORY@sha256:…`` of the gateway image that this home pushed last; None if the gateway changed since."""
     try:
         built = GatewayImage.model_validate_json(_image_file(home).read_bytes())
-    except (FileNotFoundError, ValidationError):  # none yet, or another Slipway's
+    except (FileNotFoundError, ValidationError):  # not built yet, or built by another version of Slipway
         return None
     return built.reference if built.pushed and built.contents == contents(REQUIREMENTS) else None
 
@@ -72,9 +72,9 @@ def _image_file(home: Path) -> Path:
 
 @dataclass(frozen=True)
 class Gateway:
-    """A running gateway; ``url`` is for clients and ``admin_url`` for whoever operates it.
+    """A running gateway; ``url`` is for clients, ``admin_url`` for operators.
 
-    Its ``log`` is also that of those before it: what this one wrote begins ``log_begins`` bytes into it.
+    Earlier gateways wrote to the same ``log``; this one's lines begin ``log_begins`` bytes into it.
     """
 
     url: str
@@ -85,21 +85,21 @@ class Gateway:
     log_begins: int = 0
 
     def route(self, routes: Routes) -> None:
-        """Put new routes into use, and return when they are.
+        """Set new routes, and return when they are in use.
 
         Raises:
-            GatewayError: It does not take them, or ended.
+            GatewayError: the gateway refused them, or ended.
         """
         write_atomically(self.settings.routes, routes.model_dump_json(indent=1))
         wanted = f"sha256:{digest_file(self.settings.routes)}"
-        self._until(lambda state: state["routes"] == wanted, "take the new routes")
+        self._until(lambda state: state["routes"] == wanted, "use the new routes")
 
     def wait_ready(self, timeout_s: float = _SWITCH_SECONDS) -> None:
-        """Wait until every model has a replica that is well; ``GatewayError`` where that takes longer."""
-        self._until(lambda state: bool(state["ready"]), "find its replicas well", timeout_s)
+        """Wait until every model has a healthy replica; ``GatewayError`` after the timeout."""
+        self._until(lambda state: bool(state["ready"]), "find a healthy replica for every model", timeout_s)
 
     def wait_idle(self, replicas: set[str], timeout_s: float) -> bool:
-        """Wait until replicas that left the routes have nothing more to do; False where that takes longer."""
+        """Wait until these replicas have no request left; return False after the timeout."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             working = {item["name"] for item in self.state()["replicas"] if item["running"]}
@@ -109,7 +109,7 @@ class Gateway:
         return False
 
     def state(self) -> dict[str, Any]:
-        """What the gateway says of itself; ``GatewayError`` where it ended."""
+        """Return the gateway's own state; ``GatewayError`` if it ended."""
         try:
             return dict(httpx.get(f"{self.admin_url}/replicas", timeout=5, trust_env=False).json())
         except httpx.HTTPError as error:
@@ -117,7 +117,7 @@ class Gateway:
             raise GatewayError(f"the gateway does not answer: {error}") from error
 
     def check(self) -> None:
-        """Raise ``GatewayError`` with its first error where it ended."""
+        """Raise ``GatewayError`` with the first error of its log if it ended."""
         if self.process.poll() is not None:
             raise GatewayError(
                 f"the gateway ended with status {self.process.returncode}: {_reason(self.log, self.log_begins)}"
@@ -135,12 +135,12 @@ class Gateway:
 
 @contextlib.contextmanager
 def gateway(settings: Settings, folder: Path, progress: Progress, **options: Any) -> Iterator[Gateway]:  # noqa: ANN401 - as GatewaySettings
-    """Run a gateway with its files in ``folder``; ``options`` are its settings. It drains at the end of the block.
+    """Run a gateway with its files in ``folder``; ``options`` are its settings. It is drained after the block.
 
-    It ends with this process, however that ends.
+    It ends when this process ends, even if that is killed.
 
     Raises:
-        GatewayError: It did not start; the message says why and where its log is.
+        GatewayError: it did not start; the message gives the reason and its log.
     """
     python = ensure_environment("gateway", settings, progress) / "bin" / "python"
     folder.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ def gateway(settings: Settings, folder: Path, progress: Progress, **options: Any
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=stream,
-            # Apart from the terminal, so that Ctrl-C reaches it once, from here.
+            # In its own process group, so that Ctrl-C reaches it once, through this process.
             process_group=0,
         )
     try:
@@ -212,8 +212,8 @@ def _end(process: subprocess.Popen[bytes], seconds: float) -> None:
 
 
 def _reason(log: Path, begins: int) -> str:
-    """Its first error, and where its log is."""
+    """The first error in its log, and the log's path."""
     with log.open("rb") as stream:
         stream.seek(begins)
         text = stream.read(_MOST_BYTES).decode(errors="replace")
-    return f"{engine_log.root_error(text) or 'it told no error'}; log: {log}"
+    return f"{engine_log.root_error(text) or 'no error in its log'}; log: {log}"

@@ -1,9 +1,9 @@
-"""Web servers on loopback answer their own pages, and no other page that the operator's browser has open.
+"""Protects web servers on loopback from other pages that the operator's browser has open.
 
-A browser sends to 127.0.0.1 what any page tells it to, and a name of the attacker's can lead there too (DNS rebinding).
-Neither Dagster's server nor MLflow's asks for a password. So each request must name one of the server's own addresses
-as its host, and come from one of its own pages, or from no page at all; another page may only lead to a page here. What
-changes something by GET is refused to everybody.
+Any web page can make a browser send requests to 127.0.0.1, also under a host name of the attacker's (DNS rebinding),
+and neither Dagster's server nor MLflow's asks for a password. So a request must name one of the server's own addresses
+as its host, and must come from one of its own pages or from no page. Another page may only link to a page here. GraphQL
+requests by GET, which could change something, are always refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ORIGINS = "SLIPWAY_UI_ORIGINS"
-"""The variable by which `slipway ui` tells a server its own origins, separated by commas."""
+"""The environment variable in which `slipway ui` passes a server its own origins, separated by commas."""
 REFUSED = "Refused by Slipway"
 """What every refusal begins with."""
 _NOT_PAGES = ("/graphql", "/api/", "/ajax-api/")
@@ -24,7 +24,7 @@ _FRAMES = (b"x-frame-options", b"SAMEORIGIN")
 
 
 class Guard:
-    """An ASGI application in front of another, which it keeps from pages that are not ``origins`` (``http://HOST``)."""
+    """An ASGI application in front of another; it passes on requests of pages of ``origins`` (``http://HOST``) only."""
 
     def __init__(self, app: ASGIApp, origins: Iterable[str]) -> None:
         self._app = app
@@ -44,12 +44,12 @@ class Guard:
             await send({"type": "http.response.body", "body": f"{REFUSED}: {why}\n".encode()})
 
     def refusal(self, scope: Mapping[str, Any]) -> str | None:
-        """Say why a request is refused; None where it is not."""
+        """Return why a request is refused, or None."""
         host, origin = _header(scope, b"host"), _header(scope, b"origin")
         site, mode = _header(scope, b"sec-fetch-site"), _header(scope, b"sec-fetch-mode")
         method, path = scope.get("method"), scope["path"]
         if host not in self._hosts:
-            return "this server has another host name; SLIPWAY_UI_ADDRESS says which it has behind a proxy"
+            return "unknown host name; behind a proxy, set SLIPWAY_UI_ADDRESS to the address that browsers use"
         follows_link = method in {"GET", "HEAD"} and mode == "navigate" and not path.startswith(_NOT_PAGES)
         foreign = site not in {None, "same-origin", "none"} and not follows_link
         if foreign or (origin is not None and origin not in self._origins):
@@ -60,18 +60,18 @@ class Guard:
 
 
 def origins_of(environment: Mapping[str, str]) -> list[str]:
-    """The origins that `slipway ui` told; none are answered where it told none."""
+    """The origins that `slipway ui` set; without any, every page is refused."""
     return [origin for origin in environment.get(ORIGINS, "").split(",") if origin]
 
 
 def _header(scope: Mapping[str, Any], name: bytes) -> str | None:
-    """A header in lower case; one that comes twice is none that is known."""
+    """The value of a header in lower case; values of a repeated header are joined and so match nothing."""
     found = [value for key, value in scope["headers"] if key == name]
     return b",".join(found).decode("latin-1").lower() if found else None
 
 
 def _unframed(send: Send) -> Send:
-    """Have no other page show these in a frame, where a click on it would be a click here."""
+    """Forbid other pages to show these pages in a frame (clickjacking)."""
 
     async def sent(message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -1,9 +1,8 @@
 """Dagster's and MLflow's own programs, with `pipeline.serving.guard` in front of what they serve.
 
 ``python -m pipeline.serving.guarded dagster dev …`` and ``… mlflow server …`` take the arguments of those programs.
-Both start
-their web server as a process of its own, so that what is replaced is how they start it. `pipeline.serving.ui`
-announces no server that answers under a foreign name: should a new version start it otherwise, that is found at once.
+Both start their web server in a process of its own; the function that starts it is replaced here. If a new version
+starts it in another way, `pipeline.serving.ui` notices that the server is not guarded, and refuses to announce it.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def _webserver() -> None:
 
 def _mlflow() -> None:
     server, mlflow = _module("mlflow.server"), _module("mlflow.cli")
-    build = server._build_uvicorn_command  # noqa: SLF001 - there is no other way to put something in front
+    build = server._build_uvicorn_command  # noqa: SLF001 - MLflow has no public way to put something in front
 
     def guarded(*arguments: Any, **options: Any) -> list[str]:  # noqa: ANN401 - as MLflow has it
         command: list[str] = build(*arguments, **options)
@@ -61,7 +60,7 @@ def _mlflow() -> None:
     mlflow.cli()
 
 
-def _module(name: str) -> Any:  # noqa: ANN401 - what is replaced in them has no types
+def _module(name: str) -> Any:  # noqa: ANN401 - the replaced functions have no types
     return importlib.import_module(name)
 
 

@@ -1,4 +1,4 @@
-"""``slipway serve``: a release behind the gateway on this machine, following its alias without dropping a request."""
+"""``slipway serve``: a release behind the gateway on this machine, following its alias without losing requests."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from registry.resolve import traffic
 
 _DRAIN_SECONDS = 600.0
 _CHECK_SECONDS = 0.5
-# What could not be served is tried again after a pause that doubles.
+# A release that could not be served is tried again after a pause, which doubles each time.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 5.0, 600.0
 
 
 class ServeError(SlipwayError):
-    """Nothing can be served under this name."""
+    """The release can't be served."""
 
 
 @dataclass(frozen=True)
-class Wish:
-    """One release that is to be served: ``weight`` percent of the traffic."""
+class DesiredRelease:
+    """A release that should be served, with its number of replicas; it gets ``weight`` percent of the traffic."""
 
     version: str
     digest: str
@@ -49,7 +49,7 @@ class Wish:
 
 @dataclass(frozen=True)
 class Options:
-    """What `serve` is told: ``parallel`` requests at one replica, a look at the alias ``every`` so many seconds."""
+    """The options of `serve`: at most ``parallel`` requests at a replica; the alias is read every ``every`` seconds."""
 
     replicas: int = 1
     port: int = 8080
@@ -59,31 +59,32 @@ class Options:
     redis: str | None = None
 
 
-def wished(name: str, alias: str, settings: Settings, replicas: int) -> list[Wish]:
-    """Return what is to be served now: what the alias means, and beside a champion its canary, if there is one.
+def desired_releases(name: str, alias: str, settings: Settings, replicas: int) -> list[DesiredRelease]:
+    """Return the releases that should be served now: the alias's, and for the champion also its canary, if any.
 
     Raises:
-        RegistryError: As `registry.resolve.traffic`: `pull` would refuse it, or the registry can't be read.
+        RegistryError: as `registry.resolve.traffic`: `pull` would refuse a release, or the registry can't be read.
     """
     first, *others = traffic(name, alias, settings.tracking_uri, policy_of(trust_of(settings)))
     shares = [(first, replicas), *((share, 1) for share in others)]
     return [
-        Wish(share.version.version, share.version.manifest_digest or "", share.weight, count) for share, count in shares
+        DesiredRelease(share.version.version, share.version.manifest_digest or "", share.weight, count)
+        for share, count in shares
     ]
 
 
 def serve(
     name: str, alias: str, options: Options, settings: Settings, progress: Progress, announce: Callable[[Serving], None]
 ) -> None:
-    """Serve what ``NAME@ALIAS`` names until Ctrl-C or SIGTERM; whatever was started is gone afterwards.
+    """Serve the release of ``NAME@ALIAS`` until Ctrl-C or SIGTERM, then end all that was started.
 
     Raises:
-        SlipwayError, ContainerError, RegistryError: It can't be served.
+        SlipwayError, ContainerError, RegistryError: it can't be served.
     """
     folder = settings.home / "serving" / f"{name}@{alias}"
     folder.mkdir(parents=True, exist_ok=True)
-    told = lambda: progress(f"waiting: another `slipway serve` of {name}@{alias} runs in this home")  # noqa: E731
-    with interrupted_by_signals(), locked(folder / "lock", waiting=told), contextlib.suppress(KeyboardInterrupt):
+    notify = lambda: progress(f"waiting: another `slipway serve` of {name}@{alias} runs in this home")  # noqa: E731
+    with interrupted_by_signals(), locked(folder / "lock", waiting=notify), contextlib.suppress(KeyboardInterrupt):
         _sweep(settings, folder, progress)
         serving = Serving(name, alias, options, settings, folder, progress)
         with serving.running():
@@ -94,7 +95,7 @@ def serve(
 
 
 class Serving:
-    """The releases that are served now, and the step from them to the ones that are wished for."""
+    """The releases that are served now, and the switch from them to the desired ones."""
 
     def __init__(
         self, name: str, alias: str, options: Options, settings: Settings, folder: Path, progress: Progress
@@ -102,7 +103,7 @@ class Serving:
         self.name = name
         self.alias = alias
         self.options = options
-        self.wishes: list[Wish] = []
+        self.desired: list[DesiredRelease] = []
         self._settings = settings
         self._folder = folder
         self._progress = progress
@@ -112,21 +113,21 @@ class Serving:
         self._looked = time.monotonic()
         self._settled = True
         self._routed = True
-        self._refused: list[Wish] | None = None
+        self._refused: list[DesiredRelease] | None = None
         self._pause_s = 0.0
         self._not_before = 0.0
-        self._told = ""
+        self._last_line = ""
 
     @property
     def gateway(self) -> Gateway:
-        """The gateway, once it runs."""
+        """The running gateway; `ServeError` before it runs."""
         if self._gateway is None:
             raise ServeError("the gateway does not run yet")
         return self._gateway
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Start the replicas and the gateway; after the block the gateway drains, then the replicas go."""
+        """Start the replicas and the gateway; after the block, drain the gateway, then end the replicas."""
         options = self.options
         chosen = {
             "port": options.port,
@@ -135,12 +136,12 @@ class Serving:
             "drain_timeout_s": 30.0,
         }
         try:
-            wishes = wished(self.name, self.alias, self._settings, options.replicas)
+            desired = desired_releases(self.name, self.alias, self._settings, options.replicas)
             routes = self._folder / "routes.json"
             routes.unlink(missing_ok=True)
             with gateway(self._settings, self._folder, self._progress, **chosen) as started:
                 self._gateway = started
-                self._move_to(wishes)
+                self._move_to(desired)
                 started.wait_ready()
                 yield
                 self._progress("draining")
@@ -150,69 +151,71 @@ class Serving:
                 fleet.stop()
 
     def look(self) -> None:
-        """See whether the alias, or the canary's share, changed, and follow.
+        """Read the alias and the canary's share, and switch if they changed.
 
-        What can't be served leaves what is, and is tried again later.
+        If the new releases can't be served, the current ones stay, and the new ones are tried again later.
 
         Raises:
-            GatewayError: The gateway ended.
+            GatewayError: the gateway ended.
         """
         self.gateway.check()
         if time.monotonic() - self._looked < self.options.every:
             return
         self._looked = time.monotonic()
         try:
-            wishes = wished(self.name, self.alias, self._settings, self.options.replicas)
+            desired = desired_releases(self.name, self.alias, self._settings, self.options.replicas)
         except RegistryError as error:
-            self._tell_once(f"what is served stays as it is: {error}")
+            self._report_once(f"registry unreachable, keeping current routes: {error}")
             return
-        if wishes == self.wishes and self._settled and self._routed:
+        if desired == self.desired and self._settled and self._routed:
             return
-        if wishes == self._refused and time.monotonic() < self._not_before:
+        if desired == self._refused and time.monotonic() < self._not_before:
             return
         try:
-            self._move_to(wishes)
+            self._move_to(desired)
         except (SlipwayError, RegistryError, ContainerError) as error:
             self.gateway.check()
-            first = wishes != self._refused
+            first = desired != self._refused
             self._pause_s = _FIRST_PAUSE_S if first else min(2 * self._pause_s, _LONGEST_PAUSE_S)
-            self._refused, self._not_before = wishes, time.monotonic() + self._pause_s
-            self._tell_once(f"what {self.name}@{self.alias} names now can't be served yet, what was is: {error}")
+            self._refused, self._not_before = desired, time.monotonic() + self._pause_s
+            self._report_once(
+                f"{self.name}@{self.alias} changed, but its release can't be served; keeping current routes: {error}"
+            )
 
-    def _move_to(self, wishes: list[Wish]) -> None:
-        """Start what is new beside what runs, switch once it is warm, then drain and end what is not wanted."""
+    def _move_to(self, desired: list[DesiredRelease]) -> None:
+        """Start new releases beside those that run, switch once they are warm, then drain and end unwanted ones."""
         self._settled = False
-        known = [(wish, self._fleets[wish.digest]) for wish in wishes if wish.digest in self._fleets]
+        known = [(release, self._fleets[release.digest]) for release in desired if release.digest in self._fleets]
         started: list[Fleet] = []
         try:
-            for wish in wishes:
-                if wish.digest not in self._fleets:
-                    started.append(self._fleet(wish, sum(each.replicas for each in wishes)))
+            for release in desired:
+                if release.digest not in self._fleets:
+                    started.append(self._fleet(release, sum(each.replicas for each in desired)))
                     started[-1].start()
-            # A canary that became champion has one replica.
-            grown = [fleet for wish, fleet in known if fleet.grow(wish.replicas)]
+            # A canary has one replica; it may have become champion.
+            grown = [fleet for release, fleet in known if fleet.grow(release.replicas)]
             for fleet in [*started, *grown]:
                 fleet.wait_ready(self.gateway.check)
-            self._switch(wishes, started)
-        except BaseException:  # a signal among them: replicas that were started get no traffic yet
+            self._switch(desired, started)
+        except BaseException:  # also for a signal: the new replicas get no traffic yet
             for fleet in started:
                 fleet.stop()
             raise
-        self._refused, self._told = None, ""
-        shown = ", ".join(f"version {wish.version} ({wish.weight}%)" for wish in wishes)
+        self._refused, self._last_line = None, ""
+        shown = ", ".join(f"version {release.version} ({release.weight}%)" for release in desired)
         self._progress(f"{self.name}@{self.alias}: {shown}")
         self._end_unwanted()
         self._settled = True
 
-    def _switch(self, wishes: list[Wish], started: list[Fleet]) -> None:
-        """Route to what is wished for; where the gateway does not take that, to what was."""
-        before = self.wishes
+    def _switch(self, desired: list[DesiredRelease], started: list[Fleet]) -> None:
+        """Route to the desired releases; if the gateway refuses those routes, restore the previous ones."""
+        before = self.desired
         self._fleets.update({fleet.digest: fleet for fleet in started})
-        self.wishes = wishes
+        self.desired = desired
         try:
             self._publish()
-        except BaseException:  # a signal among them: the routes that worked come back
-            self.wishes = before
+        except BaseException:  # also for a signal: restore the routes that worked
+            self.desired = before
             with contextlib.suppress(GatewayError):
                 self._publish()
             for fleet in started:
@@ -220,50 +223,52 @@ class Serving:
             raise
 
     def _end_unwanted(self) -> None:
-        wanted = {wish.digest for wish in self.wishes}
+        wanted = {release.digest for release in self.desired}
         for fleet in [each for digest, each in self._fleets.items() if digest not in wanted]:
             if not self.gateway.wait_idle(fleet.names(), _DRAIN_SECONDS):
-                self._progress(f"{fleet.release} still answers after {_DRAIN_SECONDS:.0f} s: ending it all the same")
+                self._progress(f"{fleet.release} still has requests after {_DRAIN_SECONDS:.0f} s: ending it anyway")
             fleet.stop()
             del self._fleets[fleet.digest]
             shutil.rmtree(fleet.folder, ignore_errors=True)
-            self._progress(f"{fleet.release} is drained and gone")
+            self._progress(f"{fleet.release} is drained and has ended")
 
-    def _fleet(self, wish: Wish, of_all: int) -> Fleet:
+    def _fleet(self, release: DesiredRelease, of_all: int) -> Fleet:
         """Pull and verify a release, and make its fleet."""
-        folder = self._folder / wish.digest.removeprefix("sha256:")[:16]
+        folder = self._folder / release.digest.removeprefix("sha256:")[:16]
         pulled = pull(
-            f"{self.name}@v{wish.version}",
+            f"{self.name}@v{release.version}",
             folder,
             tracking_uri=self._settings.tracking_uri,
             trusted_keys=trust_of(self._settings),
             progress=self._progress,
         )
-        if pulled.manifest.digest != wish.digest:
-            raise ServeError(f"version {wish.version} of `{self.name}` is another release than the registry said")
-        release = f"{self.name}@{wish.version}"
-        replicas = (wish.replicas, of_all)
-        return Fleet(self._settings, release, pulled.manifest, folder, *replicas, self._changed, self._progress)
+        if pulled.manifest.digest != release.digest:
+            raise ServeError(
+                f"version {release.version} of `{self.name}` has another digest than the registry states: try again"
+            )
+        name = f"{self.name}@{release.version}"
+        replicas = (release.replicas, of_all)
+        return Fleet(self._settings, name, pulled.manifest, folder, *replicas, self._changed, self._progress)
 
     def _changed(self) -> None:
-        """A replica came or went, its thread says; `look` sees what the gateway did not take."""
+        """Update the routes after a replica started or ended; `look` repeats this if the gateway refuses."""
         with contextlib.suppress(GatewayError):
             self._publish()
 
     def _publish(self) -> None:
-        """Route to the replicas that are well now."""
+        """Route to the replicas that are healthy now."""
         with self._publishing:
-            if self._gateway is None or not self.wishes:
+            if self._gateway is None or not self.desired:
                 return
-            fleets = [(wish, self._fleets[wish.digest]) for wish in self.wishes]
+            fleets = [(release, self._fleets[release.digest]) for release in self.desired]
             first = fleets[0][1]
             backends = tuple(
                 Backend(
                     release=fleet.release,
-                    weight=wish.weight,
+                    weight=release.weight,
                     replicas=tuple(ReplicaRoute(name=name, url=url) for name, url in sorted(fleet.up().items())),
                 )
-                for wish, fleet in fleets
+                for release, fleet in fleets
             )
             route = ModelRoute(
                 served_as=first.served_as,
@@ -276,17 +281,17 @@ class Serving:
             self._gateway.route(Routes(models={self.name: route}))
             self._routed = True
 
-    def _tell_once(self, line: str) -> None:
-        if line != self._told:
-            self._told = line
+    def _report_once(self, line: str) -> None:
+        if line != self._last_line:
+            self._last_line = line
             self._progress(line)
 
 
 def _sweep(settings: Settings, folder: Path, progress: Progress) -> None:
-    """Remove what a `serve` that was killed left: containers, and pulled releases."""
+    """Remove the containers and pulled releases that a killed `serve` left."""
     with contextlib.closing(connect(settings.docker_host, settings.home)) as client:
         for name in sandbox.sweep(client, settings.home):
-            progress(f"removed {name}, which a killed process left")
+            progress(f"removed container {name}, left by a killed process")
     for left in folder.iterdir():
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)

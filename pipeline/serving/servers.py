@@ -1,8 +1,8 @@
-"""Servers that this process starts and ends: answered before they are announced, and none of their children left.
+"""Starts servers, announces them once they answer, and ends them with all of their child processes.
 
-Dagster is a tree of seven processes, and a run that the browser starts is one more below them, with its worker.
-A tree whose root dies is not lost: this process is the subreaper of all that it starts, so what is orphaned becomes its
-own child, and is found.
+Dagster is a tree of seven processes; a run that is started from the browser is one more, with its worker below it. This
+process is the subreaper of all that it starts: if a process of the tree dies, its children become children of this
+process, which can still find and end them.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from registry.progress import Progress
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _START_SECONDS = 180.0
-# How long runs may take to end their worker and to remove their container; then servers to close; then nobody is asked.
+# How long runs may take to end their workers and containers, then servers to close; after that they are killed.
 _RUN_SECONDS, _SERVER_SECONDS = 30.0, 15.0
 _TAIL_LINES = 5
 
 
 class ServerError(SlipwayError):
-    """A server can't start, or ended by itself."""
+    """A server can't start, or ended unexpectedly."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """A program to run, where it writes what it has to say, and how one sees that it answers.
+    """A program to run, its log, and the check whether it answers.
 
-    ``ready`` returns whether it does, and raises `ServerError` where it answers that something is wrong.
+    ``ready`` returns whether the server answers, and raises `ServerError` if it answers with an error.
     """
 
     name: str
@@ -48,12 +48,12 @@ class Server:
 
 
 def run(servers: Sequence[Server], progress: Progress, announce: Callable[[], None]) -> None:
-    """Start the servers, announce them once all of them answer, and go on until SIGINT or SIGTERM.
+    """Start the servers, announce them once all of them answer, and serve until SIGINT or SIGTERM.
 
-    Whatever they started is ended with them, runs first.
+    Then end them with all that they started, runs first.
 
     Raises:
-        ServerError: a port is taken, or a server ends by itself or does not answer.
+        ServerError: a port is taken, or a server ends unexpectedly or does not answer.
     """
     for server in servers:
         _refuse_taken(server)
@@ -72,7 +72,7 @@ def run(servers: Sequence[Server], progress: Progress, announce: Callable[[], No
         except KeyboardInterrupt:
             progress("ending")
         except ServerError:
-            # Nobody sees to these runs any more. Cut off and not asked to end, they are taken up at the next start.
+            # Killed runs are continued at the next start; runs that are asked to end are not.
             for pid in _runs(not_ours):
                 _signal(pid, signal.SIGKILL)
             raise
@@ -81,13 +81,13 @@ def run(servers: Sequence[Server], progress: Progress, announce: Callable[[], No
 
 
 def descendants() -> list[int]:
-    """Every process below this one, parents first."""
+    """The ids of all descendants of this process, parents first."""
     parents: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
-        # A process may end between being listed and being read.
+        # A process may end after it was listed.
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             if entry.name.isdigit():
-                # The name, in brackets, may hold anything; behind it are the state and the parent.
+                # The name, in brackets, may hold any character; the state and the parent's id follow it.
                 state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
                 if state != "Z":
                     parents.setdefault(int(parent), []).append(int(entry.name))
@@ -107,7 +107,7 @@ def _start(server: Server) -> subprocess.Popen[bytes]:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            # Apart from the terminal, so that Ctrl-C reaches them once, from here.
+            # In its own process group, so that Ctrl-C reaches it once, through this process.
             process_group=0,
         )
 
@@ -119,7 +119,7 @@ def _refuse_taken(server: Server) -> None:
             probe.bind(("127.0.0.1", server.port))
         except OSError as error:
             raise ServerError(
-                f"{server.name} can't have port {server.port} of 127.0.0.1 ({error.strerror}): choose another, `--port`"
+                f"{server.name} can't use port {server.port} ({error.strerror}): choose another with `--port`"
             ) from error
 
 
@@ -152,9 +152,9 @@ def _last_words(server: Server) -> str:
 
 @contextlib.contextmanager
 def interrupted_by_signals() -> Iterator[None]:
-    """Both signals interrupt, even where a shell started this in the background and made it deaf to SIGINT.
+    """Make SIGINT and SIGTERM raise `KeyboardInterrupt`, also if a shell started this in the background.
 
-    A child inherits deafness, but no handler: what starts within hears both.
+    A shell makes its background jobs ignore SIGINT, and child processes inherit that; they do not inherit a handler.
     """
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, signal.default_int_handler) for number in numbers]
@@ -166,7 +166,7 @@ def interrupted_by_signals() -> Iterator[None]:
 
 
 def _end(roots: Sequence[subprocess.Popen[bytes]], not_ours: set[int], progress: Progress) -> None:
-    """End runs, so that they remove their containers, then servers, then whatever is left."""
+    """End runs first, so that they remove their containers, then servers, then all that is left."""
     runs = _runs(not_ours)
     try:
         if runs:
@@ -176,7 +176,7 @@ def _end(roots: Sequence[subprocess.Popen[bytes]], not_ours: set[int], progress:
         _ask([process.pid for process in roots])
         _wait_for(lambda: set(descendants()) - not_ours, _SERVER_SECONDS)
     except KeyboardInterrupt:
-        progress("ending at once")
+        progress("killing what is left")
     finally:
         while left := set(descendants()) - not_ours:
             for pid in left:
@@ -191,7 +191,7 @@ def _runs(not_ours: set[int]) -> list[int]:
 
 
 def _is_run(pid: int) -> bool:
-    """Whether a process is one that Dagster's code server started to carry a run."""
+    """Whether Dagster's code server started this process to execute a run."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -217,7 +217,7 @@ def _signal(pid: int, number: signal.Signals) -> None:
 
 
 def _reap() -> None:
-    """Collect what has ended, orphans of ours among it."""
+    """Collect the exit statuses of ended children, including adopted ones."""
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass

@@ -1,4 +1,4 @@
-"""Dagster's and MLflow's web servers, side by side on loopback, until Ctrl-C."""
+"""``slipway ui``: Dagster's and MLflow's web servers on loopback, until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from registry.file_locks import locked
 from registry.progress import Progress
 from registry.tracking import prepare, shown
 
-# That `dagster dev` has a successor, and that its log handlers are not final, is for us to know, not for every log.
+# Warnings of Dagster's own that would appear in every log: `dagster dev` has a successor, its log handlers are a
+# preview.
 _KNOWN = "ignore:Function `dev_command` is superseded,ignore:Handling yaml-defined logging"
-# Seconds that a tick may take, which asks hubs that may not answer, and reads weights that were touched.
-_PATIENT = {"DAGSTER_SENSOR_GRPC_TIMEOUT_SECONDS": "600", "DAGSTER_SCHEDULE_GRPC_TIMEOUT_SECONDS": "600"}
-# The current folder may hold folders that are named as our packages are.
+# Seconds that a tick of a sensor or schedule may take: it asks hubs, which may be slow, and may read weights.
+_TICK_TIMEOUTS = {"DAGSTER_SENSOR_GRPC_TIMEOUT_SECONDS": "600", "DAGSTER_SCHEDULE_GRPC_TIMEOUT_SECONDS": "600"}
+# The current folder may contain folders with the names of our packages.
 _OWN_PACKAGES = {"PYTHONSAFEPATH": "1"}
 _LOCATIONS = """{ workspaceOrError { __typename ... on PythonError { message } ... on Workspace { locationEntries {
     locationOrLoadError { __typename ... on PythonError { message } } } } } }"""
@@ -35,19 +36,19 @@ _LOCATIONS = """{ workspaceOrError { __typename ... on PythonError { message } .
 def serve(settings: Settings, port: int, progress: Progress) -> None:
     """Serve Dagster on ``port`` and MLflow on the next, until interrupted.
 
-    The partitions of every model whose file is right are known to Dagster when its page opens, and what died since the
-    last time is marked as failed.
-    Where MLflow is a server already (`MLFLOW_TRACKING_URI`), its address is told and none is started.
+    First add the partitions of every valid model file to Dagster, and mark runs whose process is dead as failed. If
+    `MLFLOW_TRACKING_URI` names a server, its address is shown and no MLflow server is started.
 
     Raises:
-        ServerError: the home is served already, a port is taken, or a server does not start or ends by itself.
+        ServerError: another `slipway ui` serves the home, a port is taken, or a server does not start or ends
+        unexpectedly.
     """
 
     def refuse() -> None:
-        raise ServerError(f"another `slipway ui` serves {settings.home}: end it, or set SLIPWAY_HOME to another home")
+        raise ServerError(f"another `slipway ui` serves {settings.home}: end it, or set SLIPWAY_HOME to another folder")
 
     settings.home.mkdir(parents=True, exist_ok=True)
-    # Two daemons on one home would take up the same runs twice.
+    # Two daemons on one home would start each queued run twice.
     with locked(settings.home / "ui.lock", waiting=refuse):
         _serve(settings, port, progress)
 
@@ -58,15 +59,15 @@ def _serve(settings: Settings, port: int, progress: Progress) -> None:
             try:
                 add_partitions(instance, load(path))
             except SpecError as error:
-                progress(f"left out: {error}")
+                progress(f"ignored: {error}")
         sweep(settings)
         fail_orphaned_runs(instance, settings)
     prepare(settings.tracking_uri)
     remote = settings.tracking_uri.startswith("http")
     servers = [_dagster(settings, port), *([] if remote else [_mlflow(settings, port + 1)])]
     mlflow = shown(settings.tracking_uri) if remote else f"http://127.0.0.1:{port + 1}"
-    told = f"Dagster  http://127.0.0.1:{port}\nMLflow   {mlflow}\nCtrl-C ends {'it' if remote else 'both'}"
-    run(servers, progress, lambda: progress(told))
+    addresses = f"Dagster  http://127.0.0.1:{port}\nMLflow   {mlflow}\nCtrl-C ends {'it' if remote else 'both'}"
+    run(servers, progress, lambda: progress(addresses))
 
 
 def _dagster(settings: Settings, port: int) -> Server:
@@ -83,7 +84,7 @@ def _dagster(settings: Settings, port: int) -> Server:
             "SLIPWAY_UI_ADDRESS": os.environ.get("SLIPWAY_UI_ADDRESS") or address,
             "DAGSTER_HOME": str(_dagster_home(settings)),
             **storage_variables(settings),
-            **_PATIENT,
+            **_TICK_TIMEOUTS,
             "PYTHONWARNINGS": _KNOWN,
             **_OWN_PACKAGES,
             ORIGINS: _origins(port, os.environ.get("SLIPWAY_UI_ADDRESS")),
@@ -95,7 +96,7 @@ def _dagster(settings: Settings, port: int) -> Server:
 
 
 def _dagster_home(settings: Settings) -> Path:
-    """A folder with Slipway's dagster.yaml, in the home: Dagster makes folders beside that file."""
+    """A folder of the home with a link to dagster.yaml; Dagster makes folders beside that file."""
     folder = settings.home / "dagster"
     folder.mkdir(parents=True, exist_ok=True)
     link = folder / "dagster.yaml"
@@ -105,10 +106,10 @@ def _dagster_home(settings: Settings) -> Path:
 
 
 def _has_loaded(address: str) -> bool:
-    """Whether Dagster answers and knows the pipeline.
+    """Whether Dagster answers and has loaded the pipeline.
 
     Raises:
-        ServerError: it answers, but the pipeline can't be loaded.
+        ServerError: it answers, but can't load the pipeline.
     """
     try:
         reply = httpx.post(f"{address}/graphql", json={"query": _LOCATIONS}, timeout=30, trust_env=False)
@@ -126,7 +127,7 @@ def _mlflow(settings: Settings, port: int) -> Server:
     address = f"http://127.0.0.1:{port}"
     folder = settings.home / "mlflow"
     folder.mkdir(parents=True, exist_ok=True)
-    # It needs the store's credentials, and nothing of the hub's or of Slipway's.
+    # It needs the store's credentials, but not the hub's or Slipway's.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "SLIPWAY_"))}
     return Server(
         "MLflow",
@@ -137,7 +138,7 @@ def _mlflow(settings: Settings, port: int) -> Server:
         ],
         {
             **inherited,
-            # Not an argument: it may hold a password, and everybody on this machine can read arguments.
+            # Not an argument: it may hold a password, and every user of this machine can read arguments.
             "MLFLOW_BACKEND_STORE_URI": settings.tracking_uri,
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -158,22 +159,24 @@ def _answers(address: str) -> bool:
 
 
 def _is_guarded(name: str, address: str) -> bool:
-    """If a server refuses other pages (`pipeline.serving.guard`); asked by a foreign name, as DNS rebinding has it.
+    """Whether a server is guarded (`pipeline.serving.guard`): asks it under a foreign host name, as DNS rebinding does.
 
     Raises:
-        ServerError: it answers.
+        ServerError: it does not refuse the request.
     """
     try:
         reply = httpx.get(f"{address}/", headers={"Host": "slipway.invalid"}, timeout=30, trust_env=False)
     except httpx.HTTPError:
         return False
     if reply.status_code != httpx.codes.FORBIDDEN or not reply.text.startswith(REFUSED):
-        raise ServerError(f"{name} answers requests of any web page: this version of it can't be guarded")
+        raise ServerError(
+            f"{name} answers requests of any web page: this version can't be guarded; install the pinned one"
+        )
     return True
 
 
 def _origins(port: int, address: str | None) -> str:
-    """The origins of a server on this port, and of the proxy in front of it where there is one."""
+    """The origins of a server on this port, and of the proxy in front of it, if any."""
     return ",".join([f"http://127.0.0.1:{port}", f"http://localhost:{port}", *([_origin(address)] if address else [])])
 
 

@@ -1,1 +1,1 @@
-"""Where weights come from: resolved, pulled, checked and locked."""
+"""Sources of weights: resolve a revision, pull its files, check them, and lock them."""

@@ -1,6 +1,6 @@
-"""The SHA-256 of files that others own and write to, so that a file that was only touched is the file that it was.
+"""SHA-256 of files that other programs may change, with a memory, so that unchanged files are not read again.
 
-A digest is remembered with the file's size, times and inode; who remembers none reads all of it.
+A digest is remembered with the file's size, times and inode. A file without a remembered digest is read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 from registry.atomic_write import write_atomically
 from registry.digests import digest_file
 
-# A file system's clock may stand still for some milliseconds: what was written so lately may be again, unseen.
+# A file system's clock has a resolution of some milliseconds, so a file that was written just before its digest was
+# taken may change again with the same time: its digest is not remembered.
 _SETTLED_NS = 1_000_000_000
 
 
@@ -34,14 +35,14 @@ def digests_of(files: Iterable[Path], memory: Path | None = None) -> dict[Path, 
         if stat.st_mtime_ns < began - _SETTLED_NS:
             read[str(path)] = [*seen, found[path]]
     if memory is not None and read:
-        with contextlib.suppress(OSError):  # a full disk, or another thread at it: what is not remembered is read again
+        with contextlib.suppress(OSError):  # a full disk, or another thread writes it
             memory.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(memory, json.dumps({**known, **read}, indent=1))
     return found
 
 
 def _read(memory: Path | None) -> Mapping[str, list[int | str]]:
-    """What is remembered; a memory that is lost or damaged costs a look at each file."""
+    """The remembered digests; none if the memory is missing or damaged."""
     try:
         found = {} if memory is None else json.loads(memory.read_text())
     except (FileNotFoundError, ValueError):

@@ -1,8 +1,8 @@
-"""A model hub: what a revision holds, and one file of it, resumed where it broke off.
+"""A model hub: lists the files of a revision, and downloads one file, resuming where a download broke off.
 
-`huggingface_hub` has the addresses, the headers and the errors. What answers is read here, for a hub is not trusted:
-each answer is bounded in bytes, as sent (a compressed one is refused), and in seconds, JSON in values and depth; one of
-another form than the hub's is a ``SourceError`` like any other. The hub has no say in how long to wait.
+`huggingface_hub` provides addresses, headers and errors. Answers are read here, because a hub is not trusted: each is
+limited in bytes as sent (compressed ones are refused) and in seconds, and JSON also in values and depth. An unexpected
+answer is a ``SourceError``. Waiting times are fixed here, whatever the hub asks for.
 """
 
 from __future__ import annotations
@@ -38,27 +38,27 @@ from registry.errors import NetworkSettingError
 from registry.progress import Progress
 
 _COMMIT, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
-# Never asked through a proxy.
+# Hosts that are reached without a proxy.
 _HERE = ("all://localhost", "all://127.0.0.1", "all://[::1]")
 # Seconds without a byte.
 _TIMEOUT = 10
-# A file of a revision takes some 300 bytes and a dozen values; the largest revisions have some ten thousand.
+# A file of a revision takes some 300 bytes and a dozen values; the largest revisions have some ten thousand files.
 _REVISION = Bounds(bytes=32 << 20, values=1_000_000)
 _DOCUMENT_SECONDS = network.ANSWER_SECONDS
-# Breaks of a download without a byte of progress between two of them, and the pause after each, in seconds.
+# How many breaks of a download in a row, without progress, are tolerated; and the pause after each, in seconds.
 _MOST_BREAKS, _PAUSE = 5, 1.0
 
 
 def _client() -> httpx2.Client:
-    """Return what `huggingface_hub` asks through, under the policy of `registry.network`."""
+    """Return the HTTP client of `huggingface_hub`, under the policy of `registry.network`."""
     try:
         return httpx2.Client(
             verify=network.tls(), follow_redirects=True, timeout=_TIMEOUT, mounts=dict.fromkeys(_HERE),
             event_hooks={"request": [_ask_plainly, hf_request_event_hook], "response": [_check]},
         )  # fmt: skip
-    except (ImportError, ValueError, httpx2.InvalidURL) as error:  # a proxy of SOCKS, or of no scheme that is known
+    except (ImportError, ValueError, httpx2.InvalidURL) as error:  # a SOCKS proxy, or one with an unknown scheme
         raise SourceError(
-            "the hub can't be asked through the proxy that is set: set HTTPS_PROXY to http://HOST:PORT, not ALL_PROXY"
+            "the hub can't be reached through the configured proxy: set HTTPS_PROXY to http://HOST:PORT, not ALL_PROXY"
         ) from error
 
 
@@ -67,7 +67,7 @@ def _ask_plainly(request: httpx2.Request) -> None:
 
 
 def _check(answer: httpx2.Response) -> None:
-    """Hold an answer to the policy before its body is read; of one that is no success there is none."""
+    """Check an answer against the policy before its body is read; drop the body of an answer that is not a success."""
     there = str(_redirect_target(answer)) if answer.has_redirect_location else None
     encoding = answer.headers.get("Content-Encoding", "")
     problem = network.answer_problem(answer.request.method, str(answer.url), there, encoding)
@@ -84,12 +84,12 @@ def _redirect_target(answer: httpx2.Response) -> httpx2.URL:
         there = answer.url.join(answer.headers["Location"])
         _ = there.host  # decoding fails for an invalid host name
     except (httpx2.InvalidURL, ValueError) as error:
-        raise SourceError(f"the hub at {answer.url.host} is not followed: the address is malformed") from error
+        raise SourceError(f"the hub at {answer.url.host} redirects to a malformed address") from error
     return there
 
 
 class _NoBody(httpx2.SyncByteStream):
-    """In place of a body that nobody wants, and that could be of any size: a refusal's, a redirect's."""
+    """Replaces the body of an error or redirect, which is not needed and may have any size."""
 
     def __init__(self, body: httpx2.SyncByteStream) -> None:
         self._body = body
@@ -116,7 +116,7 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Hub:
-    """A hub: where it is, and the token that it wants, if any; the token is never shown."""
+    """A hub: its address, and the token for it, if any, which is never shown."""
 
     endpoint: str
     token: str | None
@@ -143,14 +143,14 @@ class Hub:
             )
         siblings = found.get("siblings") or []
         if not isinstance(siblings, list):
-            raise self._strange(f"`siblings` is no list of files of {repository}@{revision}")
+            raise self._strange(f"`siblings` of {repository}@{revision} is not a list of files")
         return commit, [self._file(sibling) for sibling in siblings]
 
     def download(self, repository: str, commit: str, name: str, *, size: int, part: Path, progress: Progress) -> None:
-        """Bring ``part`` to ``size`` bytes of the file ``name``, going on from what it holds already.
+        """Download the file ``name`` of ``size`` bytes to ``part``, continuing after the bytes that it holds already.
 
         Raises:
-            SourceError: the hub does not answer, or not with this file; what came so far stays for the next try.
+            SourceError: the hub does not answer, or not with this file; ``part`` is kept for the next try.
         """
         with self._explained(repository, commit), part.open("ab") as stream:
             if stream.tell() > size:
@@ -168,7 +168,7 @@ class Hub:
                     time.sleep(_PAUSE)
 
     def read(self, repository: str, commit: str, name: str, *, start: int, length: int) -> bytes:
-        """Return ``length`` bytes of the file ``name`` from ``start`` on (fewer where it ends), and fetch no more.
+        """Return ``length`` bytes of the file ``name`` from ``start`` on, or fewer at its end; fetch no more than that.
 
         Raises:
             SourceError: the hub does not answer, or not with these bytes.
@@ -180,8 +180,11 @@ class Hub:
             self._asked(url, {"Range": f"bytes={start}-{start + length - 1}"}) as answer,
         ):
             if start and answer.status_code != httpx2.codes.PARTIAL_CONTENT:
-                raise SourceError(f"{self.endpoint} can't send a part of {name}: pull the model, then plan")
-            # A server that knows no ranges sends all of it: what is not wanted is not waited for.
+                raise SourceError(
+                    f"{self.endpoint} does not support range requests, so {name} can't be read in parts: download the "
+                    "model and plan its folder"
+                )
+            # A server without range requests sends the whole file; stop after the wanted bytes.
             for chunk in answer.iter_raw():
                 got += chunk
                 if len(got) >= length:
@@ -192,7 +195,7 @@ class Hub:
 
     @contextlib.contextmanager
     def _asked(self, url: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
-        """Ask for something, and give the answer where it is one; its body is still to be read."""
+        """Send a GET request, and yield its answer if it is a success; the body is not read yet."""
         known = build_hf_headers(token=self.token or False)
         with get_session().stream("GET", url, headers={**known, **headers}, timeout=_TIMEOUT) as answer:
             hf_raise_for_status(answer)
@@ -201,14 +204,14 @@ class Hub:
     def _fill(
         self, repository: str, commit: str, name: str, size: int, stream: BinaryIO, pace: network.Pace, counter: Counter
     ) -> None:  # fmt: skip
-        """Append what is lacking of a file, over one connection, as far as it comes."""
+        """Append the missing bytes of a file, over one connection, as far as it lasts."""
         held = stream.tell()
         url = hf_hub_url(repository, name, revision=commit, endpoint=self.endpoint)
         with self._asked(url, {"Range": f"bytes={held}-"} if held else {}) as answer:
-            if held and answer.status_code != httpx2.codes.PARTIAL_CONTENT:  # it knows no ranges
+            if held and answer.status_code != httpx2.codes.PARTIAL_CONTENT:  # it does not support range requests
                 _empty(stream)
                 counter.add(-held / 1e6)
-            for chunk in answer.iter_raw():  # as it comes: pieces of a set size would hide a trickle
+            for chunk in answer.iter_raw():  # as it arrives: chunks of a fixed size would hide a slow connection
                 stream.write(chunk)
                 pace.add(len(chunk))
                 counter.add(len(chunk) / 1e6)
@@ -216,7 +219,7 @@ class Hub:
                     _empty(stream)
                     raise SourceError(f"the hub at {self.endpoint} sends more than the {size} bytes of {name}")
         if stream.tell() < size:
-            raise httpx2.RemoteProtocolError(f"it ended after {stream.tell()} of {size} bytes")
+            raise httpx2.RemoteProtocolError(f"the connection ended after {stream.tell()} of {size} bytes")
 
     def _document(self, data: bytes) -> Mapping[str, Any]:
         try:
@@ -224,30 +227,34 @@ class Hub:
         except DocumentError as error:
             raise self._strange(str(error)) from error
         if not isinstance(found, dict):
-            raise self._strange("it sends no JSON object")
+            raise self._strange("its answer is not a JSON object")
         return found
 
     def _file(self, sibling: object) -> HubFile:
-        """Take what the hub says of a file, once size and digests have their form; whoever joins its name checks it."""
+        """Parse the entry of a file, and check its size and digests. The caller must check the name before using it."""
         if not isinstance(sibling, dict) or not isinstance(name := sibling.get("rfilename"), str):
             raise self._strange("it lists a file without a name")
         size, large = sibling.get("size"), sibling.get("lfs")
         if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-            raise SourceError(f"the hub at {self.endpoint} names no size for {name}: it may be too old, or no hub")
+            raise SourceError(
+                f"the hub at {self.endpoint} states no size of {name}: it may be too old, or not a model hub"
+            )
         if large is not None and not isinstance(large, dict):
-            raise self._strange(f"`lfs` of {name} is no object")
+            raise self._strange(f"`lfs` of {name} is not an object")
         sha256 = large.get("sha256") if large else None
         blob = None if large else sibling.get("blobId")
         for digest, form in ((sha256, _SHA256), (blob, _COMMIT)):
             if digest is not None and (not isinstance(digest, str) or form.fullmatch(digest) is None):
-                raise SourceError(f"the hub at {self.endpoint} names {str(digest)[:80]!r} as the digest of {name}")
+                raise SourceError(
+                    f"the hub at {self.endpoint} states an invalid digest of {name}: {str(digest)[:80]!r}"
+                )
         return HubFile(name, size, sha256, blob)
 
     def _strange(self, what: str) -> SourceError:
-        return SourceError(f"what answers at {self.endpoint} is no model hub: {what[:200]}")
+        return SourceError(f"{self.endpoint} does not answer like a model hub: {what[:200]}")
 
     def _shown(self, error: Exception) -> str:
-        """What a library says, without the token: libraries show headers that they do not like."""
+        """An error's text without the token: libraries print headers that they reject."""
         said = str(error)
         for form in (self.token or "", repr(self.token or "")[1:-1]):
             said = said.replace(form, "HF_TOKEN") if form else said
@@ -255,23 +262,25 @@ class Hub:
 
     @contextlib.contextmanager
     def _explained(self, repository: str, revision: str) -> Iterator[None]:
-        """Turn every failure of the hub into one line that says what to do."""
+        """Turn every failure of the hub into an error that says what to do."""
         what = f"hf://{repository}@{revision}"
-        token = "the HF_TOKEN that is set" if self.token else "no token (HF_TOKEN is not set)"
+        token = "with HF_TOKEN" if self.token else "without a token (HF_TOKEN is not set)"
         try:
             yield
         except GatedRepoError as error:
             raise SourceError(
-                f"{what} is gated, and was asked for with {token}: accept its terms at {self.endpoint}/{repository}, "
+                f"{what} is gated, and was requested {token}: accept its terms at {self.endpoint}/{repository}, "
                 "then set HF_TOKEN to a token of that account"
             ) from error
         except RevisionNotFoundError as error:
             raise SourceError(f"{repository} has no revision `{revision}` at {self.endpoint}") from error
         except RemoteEntryNotFoundError as error:
-            raise SourceError(f"{what} lacks a file that it listed: try again, or name another revision") from error
+            raise SourceError(
+                f"{what} lists a file that it does not have: try again, or choose another revision"
+            ) from error
         except RepositoryNotFoundError as error:
             raise SourceError(
-                f"{what} is not at {self.endpoint}, or is private: check the name; asked with {token}"
+                f"{what} does not exist at {self.endpoint}, or is private: check the name (requested {token})"
             ) from error
         except HfHubHTTPError as error:
             status = error.response.status_code
@@ -279,21 +288,19 @@ class Hub:
             raise kind(f"{self.endpoint} refused {what} with status {status}") from error
         except HFValidationError as error:
             raise SourceError(
-                f"hf://{repository} is no name of a model: expected hf://ORG/NAME ({self._shown(error)})"
+                f"hf://{repository} is not a valid model name: expected hf://ORG/NAME ({self._shown(error)})"
             ) from error
         except (httpx2.HTTPError, OfflineModeIsEnabled) as error:
             raise UnreachableError(
                 f"can't reach the hub at {self.endpoint}: {self._shown(error) or type(error).__name__}; check the"
-                " network or HF_ENDPOINT and run again: what was downloaded is kept"
+                " network or HF_ENDPOINT and run again: downloaded parts are kept"
             ) from error
         except NetworkSettingError as error:
             raise UnreachableError(f"the hub at {self.endpoint} {error}") from error
         except (httpx2.InvalidURL, UnicodeError) as error:
-            raise SourceError(f"the hub at {self.endpoint} redirects to what is no address") from error
+            raise SourceError(f"the hub at {self.endpoint} redirects to an invalid address") from error
         except OSError as error:
-            raise SourceError(
-                f"{what} could not be stored or did not come whole: {self._shown(error)}; run again"
-            ) from error
+            raise SourceError(f"{what} could not be downloaded or stored: {self._shown(error)}; run again") from error
 
 
 def _empty(stream: BinaryIO) -> None:

@@ -1,9 +1,9 @@
-"""Where weights come from: resolve a revision, pull its files, check every one, and hold it to its lock.
+"""Sources of weights: resolve a revision, pull its files, check each of them, and compare them with the lock.
 
 A source is a folder, ``file:FOLDER``, or a model on a hub, ``hf://ORG/NAME[@REVISION]``. Only safetensors, JSON and
-tokenizer files at its top are taken. A pickle can run code when it is loaded and is refused; a hub's model that has
-safetensors beside its pickles is taken without them. Code that comes with a model is never run.
-A lock (`pipeline.sources.lock`) pins what the first good pull found.
+tokenizer files at its top level are pulled. Pickles can run code when they are loaded: a folder with pickles is
+refused, and of a hub's model only the safetensors are pulled. Code that comes with a model is never run. A lock
+(`pipeline.sources.lock`) pins the files of the first successful pull.
 """
 
 from __future__ import annotations
@@ -45,29 +45,29 @@ if TYPE_CHECKING:
     from pipeline.sources.hub import Hub
 
 
-# The file of a home in which `resolve` remembers.
+# The file of a home in which digests of folders' files are remembered.
 DIGESTS = "digests.json"
 
 _CHUNK = 4 * 1024 * 1024
 # A tokenizer of 262,144 words takes 35 MB and two million values.
 _DOCUMENT = Bounds(bytes=128 << 20, values=8_000_000, depth=64)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# What the Hugging Face cache calls a blob: git's digest, or the sha256 of a large file.
+# Names of blobs in the Hugging Face cache: git's digest, or the sha256 of a large file.
 _BLOB = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 _HUB = re.compile(r"hf://(?P<repository>[^/@]+/[^/@]+)(?:@(?P<revision>.+))?")
-# A name of a file at the top: no way to another folder, no control character, no longer than file systems take.
+# A file name at the top level: no other folder, no control character, not too long for file systems.
 _PLAIN = re.compile(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]{0,200}")
 _TOKENIZER = re.compile(r"(tokenizer|spiece|sentencepiece|.+\.bpe)\.model|(merges|vocab)\.txt|.+\.(jinja|tiktoken)")
-# What a tokenizer may be, all files of a form; for others transformers would need sentencepiece or tiktoken.
+# Supported forms of a tokenizer, each with all of its files; other forms need sentencepiece or tiktoken.
 _TOKENIZER_FORMS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 _PICKLE = re.compile(r".+\.(bin|pt|pth|ckpt|pkl|pickle|joblib)")
-# Linux: let two files share their blocks until one is written to (btrfs, XFS).
+# Linux's ioctl that makes two files share their blocks (btrfs, XFS).
 _FICLONE = 0x40049409
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file to pull, with the digests that a lock or the hub states (see `hub.HubFile`)."""
+    """One file to pull, with the digests that the lock or the hub states (see `hub.HubFile`)."""
 
     path: str
     size: int
@@ -77,9 +77,9 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class ResolvedSource:
-    """What will be pulled, exactly. ``revision`` is a commit, or None for a folder, whose files decide.
+    """The exact files to pull. ``revision`` is a commit; None for a folder, which is identified by its files.
 
-    Of what is not pulled, ``left_out`` has the names. A folder's digests are remembered in the file ``memory``.
+    ``left_out`` names the files that are not pulled. A folder's digests are remembered in the file ``memory``.
     """
 
     uri: str
@@ -92,12 +92,12 @@ class ResolvedSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What changes with the content and with nothing else: the commit, or the digest over a folder's files."""
+        """Identifies the content: the commit, or the digest over a folder's files."""
         return self.revision or digest_json(self.sha256)
 
     @cached_property
     def sha256(self) -> dict[str, str]:
-        """A folder's files as they were when this was first asked, path → 64 hex digits."""
+        """The digests of a folder's files when they were first requested: path → 64 hex digits."""
         folder = Path(self.uri.removeprefix("file:"))
         places = {file.path: Path(*_place(folder, file.path)) for file in self.files}
         found = digests_of(places.values(), self.memory)
@@ -118,39 +118,39 @@ def resolve(
     lock: Lock | None = None,
     memory: Path | None = None,
 ) -> ResolvedSource:
-    """Find out what ``uri`` at ``revision`` (a commit, tag or branch; default ``main``) holds, without its weights.
+    """List the files of ``uri`` at ``revision`` (a commit, tag or branch; default ``main``) without pulling them.
 
-    Under a ``lock`` a hub is not asked: the lock has it all. ``memory`` is where the digests of a folder's files are
-    remembered (`pipeline.sources.file_digests`).
+    Under a ``lock`` a hub is not asked, because the lock lists the files. ``memory`` is where the digests of a folder's
+    files are remembered (`pipeline.sources.file_digests`).
 
     Raises:
-        SourceError: there is no such source, it can't be reached, it holds what is refused, or the lock is of another.
+        SourceError: the source does not exist, can't be reached, holds refused files, or differs from the lock.
     """
     if uri.startswith("file:"):
         if revision is not None:
-            raise SourceError(f"`source.revision` means nothing to {uri}: its lock pins a folder's files; remove it")
+            raise SourceError(f"`source.revision` does not apply to {uri}: a folder has no revisions; remove it")
         return _resolve_folder(uri, lock, memory)
     match = _HUB.fullmatch(uri)
     if match is None:
         raise SourceError(f"can't pull from `{uri}`: expected file:FOLDER or hf://ORG/NAME[@REVISION]")
     named = match["revision"]
     if named and revision and named != revision:
-        raise SourceError(f"`source.uri` says @{named} and `source.revision` says {revision}: keep one")
+        raise SourceError(f"`source.uri` names @{named}, but `source.revision` is {revision}: remove one of them")
     from pipeline.sources.hub import Hub  # noqa: PLC0415 - the hub's client takes a third of a second to import
 
     return _resolve_hub(match["repository"], named or revision or "main", Hub(endpoint, token), lock)
 
 
 def pull(resolved: ResolvedSource, folder: Path, downloads: Path, progress: Progress) -> dict[str, str]:
-    """Put the source's files into the empty ``folder``, each checked, and return their sha256 by path.
+    """Pull the source's files into the empty ``folder``, check each, and return their sha256 by path.
 
-    What a hub sends is kept in ``downloads`` until all of it is there, so that a broken pull goes on where it stopped.
+    Downloads are kept in ``downloads`` until they are complete, so that an interrupted pull continues where it stopped.
 
     Raises:
-        SourceError: a file is not what the lock or the hub says, or is damaged, or wants code run; lists them all.
+        SourceError: files differ from the lock or the hub's list, are damaged, or need code to run; lists all of them.
     """
     for name in resolved.left_out:
-        progress(f"left out: {name}")
+        progress(f"not pulled: {name}")
     place = _copy_folder if resolved.hub is None else _download
     digests = place(resolved, folder, downloads, progress)
     _check_content(folder, progress)
@@ -159,10 +159,10 @@ def pull(resolved: ResolvedSource, folder: Path, downloads: Path, progress: Prog
 
 
 def hold_to_lock(path: Path, resolved: ResolvedSource, sha256: Mapping[str, str]) -> None:
-    """Compare what was pulled (path → sha256) with the lock in ``path``, or write it where there is none.
+    """Compare the pulled files (path → sha256) with the lock in ``path``; write the lock if there is none.
 
     Raises:
-        SourceError: listing all that is different, missing or extra.
+        SourceError: listing all different, missing and extra files.
     """
     lock = read_lock(path)
     if lock is None:
@@ -174,16 +174,16 @@ def hold_to_lock(path: Path, resolved: ResolvedSource, sha256: Mapping[str, str]
 
 
 def revision_of(resolved: ResolvedSource, sha256: Mapping[str, str]) -> str:
-    """The revision that a release records: a hub's commit, or for a folder the digest over its files' digests."""
+    """The revision that a release records: a hub's commit; for a folder the digest over its files' digests."""
     return resolved.revision or digest_json(dict(sha256))
 
 
 def _visible(uri: str, folder: Path) -> list[str]:
-    """Return what is in a folder and not hidden, by its path in it, sorted."""
+    """Return the paths of a folder's files, sorted and without hidden ones."""
 
     def refuse(name: str, why: str) -> None:
         if not _hidden(Path(name)):
-            raise SourceError(f"{uri} can't be taken: `{name}`: {why}")
+            raise SourceError(f"{uri} can't be used: `{name}`: {why}")
 
     found = [name for name, _ in entries(folder, refuse) if not _hidden(Path(name))]
     return sorted(found, key=lambda name: Path(name).parts)
@@ -223,10 +223,12 @@ def _resolve_hub(repository: str, revision: str, hub: Hub, lock: Lock | None) ->
     if lock is not None:
         lock.refuse_other(uri, revision if _COMMIT.fullmatch(revision) else None)
         if lock.revision is None:
-            raise SourceError(f"{lock.path} names no commit: delete it to lock {uri} anew")
+            raise SourceError(f"{lock.path} has no commit: delete it to lock {uri} again")
         files = tuple(SourceFile(name, file.size, file.sha256) for name, file in sorted(lock.files.items()))
         if outside := [file.path for file in files if not _is_taken(file.path, _locked_weights(lock))]:
-            raise SourceError(f"{lock.path} names {_listed(outside)}, which is never pulled: delete it to lock anew")
+            raise SourceError(
+                f"{lock.path} lists {_listed(outside)}, which is never pulled: delete it to lock the source again"
+            )
         return ResolvedSource(uri, lock.revision, files, (), hub, lock)
     commit, found = hub.revision(repository, revision)
     names = [file.path for file in found]
@@ -243,13 +245,13 @@ def _resolve_hub(repository: str, revision: str, hub: Hub, lock: Lock | None) ->
 
 
 def _place(folder: Path, name: str) -> tuple[Path, str]:
-    """Where a file of a source truly is: a folder without links, and a path in it.
+    """The real place of a source's file: a folder without links, and the path in it.
 
-    It is the file itself, or what a link leads to within the folder or, as the Hugging Face cache has it, from
-    ``snapshots/REVISION`` to ``blobs/DIGEST`` beside it.
+    A link may lead to a file in the same folder or, as in the Hugging Face cache, from ``snapshots/REVISION`` to
+    ``blobs/DIGEST`` beside it.
 
     Raises:
-        SourceError: a link leads elsewhere, or nowhere.
+        SourceError: a link leads elsewhere, or its target does not exist.
     """
     try:
         root, target = folder.resolve(strict=True), (folder / name).resolve(strict=True)
@@ -261,13 +263,13 @@ def _place(folder: Path, name: str) -> tuple[Path, str]:
     if root.parent.name == "snapshots" and target.parent == blobs and _BLOB.fullmatch(target.name):
         return blobs, target.name
     raise SourceError(
-        f"{folder / name} is a link to {target}: a source's links may lead only within its folder, or to the blobs of "
-        "a Hugging Face cache; copy the file in its place"
+        f"{folder / name} is a link to {target}: links may lead only to the same folder or to the blobs of a Hugging "
+        "Face cache; replace the link by a copy of the file"
     )
 
 
 def _opened(folder: Path, name: str) -> BinaryIO:
-    """Open a file of a source; ``SourceError`` where it is no regular file, or leads outside."""
+    """Open a file of a source; ``SourceError`` if it is not a regular file or is outside of the source."""
     try:
         return untrusted.open_file(*_place(folder, name))
     except (OSError, UntrustedFileError) as error:
@@ -301,7 +303,7 @@ def _read_start(folder: Path, name: str) -> bytes:
 
 
 def _weights(uri: str, names: list[str], index: Callable[[], bytes]) -> list[str]:
-    """The files with the weights; where there are pickles alone they are named."""
+    """The files that hold the weights; ``SourceError`` if there are none, or only pickles."""
     if not any(name.endswith(".safetensors") for name in names):
         if pickles := [name for name in names if _PICKLE.fullmatch(name)]:
             raise SourceError(
@@ -316,7 +318,7 @@ def _weights(uri: str, names: list[str], index: Callable[[], bytes]) -> list[str
 
 
 def _require(uri: str, taken: list[str]) -> None:
-    """A model has a configuration, and a tokenizer in a form that every worker reads."""
+    """Check that there is a configuration, and a tokenizer in a form that every worker can read."""
     if "config.json" not in taken:
         raise SourceError(f"{uri} has no config.json: it holds {_listed(taken)}")
     if any(all(name in taken for name in form) for form in _TOKENIZER_FORMS):
@@ -324,9 +326,8 @@ def _require(uri: str, taken: list[str]) -> None:
     found = [name for name in taken if _TOKENIZER.fullmatch(name)]
     raise SourceError(
         f"{uri} has no tokenizer.json"
-        + (f", only {_listed(found)}, which no worker reads" if found else "")
-        + ": complete the folder, or save the tokenizer with transformers (`AutoTokenizer.from_pretrained(…)"
-        ".save_pretrained(…)`), which writes it"
+        + (f", only {_listed(found)}, which no worker can read" if found else "")
+        + ": add it, or write it with transformers (`AutoTokenizer.from_pretrained(…).save_pretrained(…)`)"
     )
 
 
@@ -349,7 +350,7 @@ def _copy_folder(resolved: ResolvedSource, folder: Path, _downloads: Path, progr
 
 
 def _copy(reader: BinaryIO, target: Path) -> str:
-    """Copy a file, or let it share the source's blocks, and return its sha256; its bytes are read once."""
+    """Copy a file, sharing blocks if possible, and return its sha256; its bytes are read once."""
     total = hashlib.sha256()
     with target.open("w+b") as writer:
         try:
@@ -368,7 +369,7 @@ def _copy(reader: BinaryIO, target: Path) -> str:
 def _download(resolved: ResolvedSource, folder: Path, downloads: Path, progress: Progress) -> dict[str, str]:
     hub, commit = resolved.hub, resolved.revision
     if hub is None or commit is None or _COMMIT.fullmatch(commit) is None:
-        raise SourceError(f"{resolved.uri} is no hub's model")
+        raise SourceError(f"{resolved.uri} is not a model on a hub")
     repository = resolved.uri.removeprefix("hf://")
     kept = downloads / repository.replace("/", "--") / commit
     kept.mkdir(parents=True, exist_ok=True)
@@ -386,7 +387,9 @@ def _download(resolved: ResolvedSource, folder: Path, downloads: Path, progress:
     if resolved.lock is not None:
         resolved.lock.refuse_difference(digests)
     if problems:
-        raise SourceError(f"{resolved.uri}@{commit} did not come as the hub promised, run again: {'; '.join(problems)}")
+        raise SourceError(
+            f"{resolved.uri}@{commit}: downloaded files differ from the hub's digests, run again: {'; '.join(problems)}"
+        )
     for file in resolved.files:
         shutil.move(kept / (file.path + ".part"), folder / file.path)
         set_mode(folder / file.path, 0o644)
@@ -395,7 +398,7 @@ def _download(resolved: ResolvedSource, folder: Path, downloads: Path, progress:
 
 
 def _verify(path: Path, file: SourceFile) -> tuple[str, str | None]:
-    """Return a file's sha256, and what is wrong with it. Git's digest of a blob covers a head with its size."""
+    """Return a file's sha256, and its problem if any. Git's digest of a blob also covers a header with the size."""
     sha256, blob = hashlib.sha256(), hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
@@ -410,7 +413,7 @@ def _verify(path: Path, file: SourceFile) -> tuple[str, str | None]:
 
 
 def _check_content(folder: Path, progress: Progress) -> None:
-    """Parse every header and configuration: weights complete, a head, a tokenizer, nothing that wants code run."""
+    """Parse headers and configuration: weights complete, an output head, a valid tokenizer, no code to run."""
     problems: list[str] = []
     documents: dict[str, Any] = {}
     for path in sorted(folder.glob("*.json")):
@@ -421,7 +424,7 @@ def _check_content(folder: Path, progress: Progress) -> None:
             problems.append(f"{path.name} can't be read: {error}")
     config = documents.get("config.json", {})
     if not isinstance(config, dict):
-        problems.append("config.json is no JSON object")
+        problems.append("config.json is not a JSON object")
         config = {}
     model = ModelDescription(config, {})
     try:
@@ -429,17 +432,20 @@ def _check_content(folder: Path, progress: Progress) -> None:
     except HeaderError as error:
         problems += str(error).splitlines()
     if model.lacks_head:
-        problems.append("the weights have no output head, and config.json ties none to the embedding: the model is cut")
+        problems.append(
+            "the weights have no output head, and config.json does not tie it to the embedding: weights are missing"
+        )
     if "tokenizer.json" in documents and not _is_tokenizer(documents["tokenizer.json"]):
-        problems.append("tokenizer.json describes no tokenizer: expected an object with `model` and its `vocab`")
+        problems.append("tokenizer.json is not a valid tokenizer: expected an object with `model` and its `vocab`")
     for name, document in documents.items():
         if not isinstance(document, dict) or not document.get("auto_map"):
             continue
         if is_supported(model.architecture):
-            progress(f"{name}: `auto_map` is left out: transformers has `{model.architecture}` itself")
+            progress(f"{name}: `auto_map` is ignored: transformers supports `{model.architecture}` itself")
         else:
             problems.append(
-                f"{name} has `auto_map`, and transformers does not have `{model.architecture[:60]}` itself: code that "
+                f"{name} has `auto_map`, and transformers does not support `{model.architecture[:60]}` itself: code "
+                "that "
                 "comes with a model is never run; choose another model"
             )
     if problems:
@@ -447,6 +453,6 @@ def _check_content(folder: Path, progress: Progress) -> None:
 
 
 def _is_tokenizer(document: object) -> bool:
-    """Whether a tokenizer.json has the form that the library `tokenizers` reads."""
+    """Whether a tokenizer.json has the form that the library `tokenizers` can read."""
     model = document.get("model") if isinstance(document, dict) else None
     return isinstance(model, dict) and isinstance(model.get("vocab"), dict | list)

@@ -47,4 +47,4 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
             context.progress,
         )
     pins = pins_digest(quantize.backend_of(context.scheme).environment)
-    draft.notes.update(record, pins_digest=pins)
+    draft.notes.update(record.model_dump(mode="json"), pins_digest=pins)

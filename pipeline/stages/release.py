@@ -16,6 +16,7 @@ from evals.drift.pairs import read_drift
 from evals.load import cost as costs
 from evals.load.evidence import read_load_evidence
 from evals.load.requests import read_requests
+from pipeline.quantization.quantize import QuantizationRecord
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext, prepared
 from pipeline.stages.image import record_of
@@ -130,20 +131,20 @@ def _source(context: StageContext, source: Artifact) -> Source:
 
 
 def _quantizer(context: StageContext, quantized: Artifact) -> Quantizer:
-    record = quantized.notes
-    calibration = record["calibration"]
+    record = QuantizationRecord.model_validate(quantized.notes)
+    calibration = record.calibration
     return Quantizer(
-        backend=record["backend"],
-        version=pinned_version(record["backend"]),
-        method=record["method"],
-        parameters=record["parameters"],
+        backend=record.backend,
+        version=pinned_version(record.backend),
+        method=record.method,
+        parameters=record.parameters,
         calibration=Calibration(
             uri=context.spec.calibration.uri.name,
-            digest=f"sha256:{calibration['sha256']}",
-            samples=calibration["samples"],
-            max_tokens=calibration["max_tokens"],
+            digest=f"sha256:{calibration.sha256}",
+            samples=calibration.samples,
+            max_tokens=calibration.max_tokens,
         ),
-        pins_digest=record["pins_digest"],
+        pins_digest=quantized.notes["pins_digest"],
     )
 
 
@@ -224,8 +225,8 @@ def _write_cost(context: StageContext, draft: ArtifactDraft) -> None:
 def _write_mlbom(context: StageContext, draft: ArtifactDraft, inputs: Inputs) -> None:
     """The model's bill of materials: its source, quantizer and data, and what was measured."""
     source, quantized, spec = inputs["source"], inputs["quantized"], context.spec
-    record = quantized.notes
-    data = {spec.calibration.uri.name: ("calibration", str(record["calibration"]["sha256"]))}
+    record = QuantizationRecord.model_validate(quantized.notes)
+    data = {spec.calibration.uri.name: ("calibration", record.calibration.sha256)}
     for name, task in spec.evals.tasks.items():
         if task.data is not None:
             data[task.data.name] = (f"evaluation: {name}", digest_file(task.data))
@@ -236,7 +237,7 @@ def _write_mlbom(context: StageContext, draft: ArtifactDraft, inputs: Inputs) ->
         base_revision=source.notes["revision"],
         licence=spec.license,
         architecture=(quantized.document("config.json").get("architectures") or ["unknown"])[0],
-        quantization={"method": record["method"], "backend": record["backend"], **record["parameters"]},
+        quantization={"method": record.method, "backend": record.backend, **record.parameters},
         files=quantized.sha256,
         datasets=data,
     )

@@ -1,1 +1,1 @@
-"""Content-addressed artifacts, and which of them each asset last made."""
+"""The store of content-addressed artifacts, and the index of each asset's last artifact."""

@@ -1,11 +1,11 @@
-"""Artifacts that homes share: in object storage, their files by content, found by the keys of their recipes.
+"""Artifacts that homes share through object storage: files by digest, found by the keys of their recipes.
 
-What one home has made, another fetches in place of making it: weights that were pulled, checkpoints, what their layers
-lost, what a GPU answered. Whatever else a release is made of is of the machine that it was made on: images, which come
-out the same anywhere, scans, load tests, what a processor answered, for two of them need not agree on the last bit.
+A home fetches what another home has made: pulled weights, checkpoints, layer errors, and answers from a GPU. Not shared
+are images, which every machine builds identically, and scans, load tests and answers from a CPU, which depend on the
+machine.
 
-    PREFIX/artifacts/STAGE/KEY.json     the files, each with its content, and the notes; written last
-    PREFIX/sha256/HEX                   a content (`registry.objects`)
+    PREFIX/artifacts/STAGE/KEY.json     the files with their digests, and the notes; written last
+    PREFIX/sha256/HEX                   a file's content (`registry.objects`)
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class _Record(BaseModel):
 
 
 class SharedStore(Store):
-    """A home's own artifacts, and behind them those of all homes that share an object store.
+    """A home's own store, and behind it the shared artifacts in an object store.
 
-    One that is away or damaged stops nothing: what can't be fetched is made, and what can't be shared is kept.
+    If the object store is unreachable or damaged, artifacts are made here, and are not shared.
     """
 
     def __init__(self, root: Path, floor: int, uri: str, progress: Progress) -> None:
-        """Share through ``s3://BUCKET/PREFIX``, and tell ``progress`` what comes from there and what does not."""
+        """Share through ``s3://BUCKET/PREFIX``; ``progress`` gets a line for each fetched or shared artifact."""
         super().__init__(root, floor)
         self.uri = uri
         self.progress = progress
@@ -54,19 +54,19 @@ class SharedStore(Store):
             if record is not None:
                 return super()._make(recipe, place, lambda draft: self._fetch(record, draft, objects))
         except TrackingError as error:
-            self.progress(f"what others made of this can't be had: {error}")
+            self.progress(f"the shared artifact can't be fetched, making it here: {error}")
             mend = True
         made = super()._make(recipe, place, make)
         try:
             self._share(recipe, made, objects, mend=mend)
         except TrackingError as error:
-            self.progress(f"others can't have this: {error}")
+            self.progress(f"the artifact can't be shared: {error}")
         return made
 
     def _fetch(self, record: _Record, draft: ArtifactDraft, objects: ObjectStore) -> None:
         size = sum(file.size for file in record.files.values())
-        require_room(self.root, size, self.floor, f"what others made (in {self.uri})")
-        self.progress(f"made before, by others: fetching {size / 1e6:,.1f} MB from {self.uri}")
+        require_room(self.root, size, self.floor, f"the shared artifact (in {self.uri})")
+        self.progress(f"another home made this artifact: fetching {size / 1e6:,.1f} MB from {self.uri}")
         for name, file in record.files.items():
             target = draft.folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,9 @@ def _record(recipe: Recipe, objects: ObjectStore) -> _Record | None:
     try:
         return None if text is None else _Record.model_validate_json(text)
     except ValidationError as error:
-        raise TrackingError(f"{objects.uri} has no record under {_name(recipe)}: {error.errors()[0]['msg']}") from error
+        raise TrackingError(
+            f"{objects.uri}: {_name(recipe)} is not a valid record: {error.errors()[0]['msg']}"
+        ) from error
 
 
 def _name(recipe: Recipe) -> str:

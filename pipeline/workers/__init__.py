@@ -1,1 +1,1 @@
-"""Worker scripts: their pinned environments, and where they run."""
+"""Worker scripts: their pinned environments, and the launchers that run them."""

@@ -1,7 +1,7 @@
-"""Pinned environments, one a worker, each made once.
+"""Pinned environments of workers, each made once.
 
-An environment is made from ``requirements/<name>.txt`` on first use and named after the digest of its pins; torch comes
-first and by version alone, since which build of it fits depends on the machine (see ``requirements/README.md``).
+An environment is made from ``requirements/<name>.txt`` on first use and named after the digest of its pins. Torch is
+installed first and pinned only by version, because its build depends on the machine (see ``requirements/README.md``).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from registry.file_locks import locked
 from registry.progress import Progress
 
 ENVIRONMENTS = ("autoawq", "gptqmodel", "autogptq", "lm-eval", "aiperf", "gateway")
-# What every worker finds in its environment, by the name that it has there.
+# Modules that are copied into every environment, by their name there.
 _HARNESS = {
     "slipway_worker.py": Path(__file__).with_name("slipway_worker.py"),
     "slipway_counting.py": PACKAGES / "registry" / "counting.py",
@@ -32,12 +32,12 @@ _TAIL_LINES = 20
 
 
 def pins_digest(environment: str) -> str:
-    """``sha256:…`` over everything that decides what is installed in an environment."""
+    """``sha256:…`` over the files that determine what is installed in an environment."""
     return digest_json({path.name: digest_file(path) for path in _pins(environment)})
 
 
 def pinned_version(distribution: str) -> str:
-    """The version of the distribution that gives an environment its name."""
+    """The pinned version of the distribution that an environment is named after."""
     names = {"autogptq": "auto-gptq"}
     pattern = re.compile(rf"^{names.get(distribution, distribution)}==([^ ]+)", re.MULTILINE)
     found = pattern.search((REQUIREMENTS / f"{distribution}.txt").read_text())
@@ -47,12 +47,12 @@ def pinned_version(distribution: str) -> str:
 
 
 def environment_folder(environment: str, home: Path) -> Path:
-    """Where an environment lives once it is made; see `ensure_environment`."""
+    """The folder of an environment, which may not be made yet; see `ensure_environment`."""
     return home / "envs" / f"{environment}-{pins_digest(environment)[7:19]}"
 
 
 def ensure_environment(environment: str, settings: Settings, progress: Progress) -> Path:
-    """Make the environment if it is not there, and return its folder.
+    """Make the environment if it does not exist, and return its folder.
 
     Raises:
         WorkerFailed: the installer failed; the message ends with its last output.
@@ -63,13 +63,13 @@ def ensure_environment(environment: str, settings: Settings, progress: Progress)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_name(folder.name + ".lock")):
         if not folder.is_dir():
-            progress(f"making the {environment} environment (once; a minute or two where nothing is cached)")
+            progress(f"making the {environment} environment (once; takes a minute or two if nothing is cached)")
             _install(environment, folder, settings)
     return folder
 
 
 def _pins(environment: str) -> list[Path]:
-    """The files that decide what is installed."""
+    """The files that determine what is installed."""
     pins = [REQUIREMENTS / f"{environment}.txt", REQUIREMENTS / "build.txt", *_HARNESS.values()]
     return [REQUIREMENTS / "torch.txt", _EXACT, *pins] if _needs_torch(environment) else pins
 
@@ -91,7 +91,7 @@ def _install(environment: str, folder: Path, settings: Settings) -> None:
     hashed += ["--build-constraints", str(REQUIREMENTS / "build.txt")]
     steps.append(["pip", "install", "--python", python, *hashed, "-r", pinned])
     variables = dict(settings.installer_environment)
-    # pip's name for a folder of wheels; uv has its own.
+    # uv has another name for pip's folder of wheels.
     if "PIP_FIND_LINKS" in variables:
         variables.setdefault("UV_FIND_LINKS", variables["PIP_FIND_LINKS"])
     for step in steps:

@@ -1,4 +1,4 @@
-"""What a worker reports through Dagster Pipes, read from a file that the worker may do anything to."""
+"""Reads a worker's Dagster Pipes messages from a file that the worker may replace or damage."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 
 
 class WorkerMessages(PipesMessageReader):
-    """Follows the messages' file in a worker's folder.
+    """Follows the file of messages in a worker's folder.
 
-    Dagster's own reader opens the file by its path again and again, so that a link in its place is followed. This one
-    makes the file anew before the worker starts, and reads that file however the path is changed afterwards.
+    Dagster's own reader opens the path repeatedly, and so would follow a link that the worker puts there. This reader
+    creates the file before the worker starts and keeps it open.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Read what the worker of this folder reports."""
+        """Read the messages of the worker with this folder."""
         self._folder = folder
 
     @contextmanager
     def read_messages(self, handler: PipesMessageHandler) -> Iterator[dict[str, Any]]:
-        """Hand messages on as they come, until the block ends; yields what the worker must know."""
+        """Pass messages on as they arrive, until the block ends; yield the parameters for the worker."""
         ended = Event()
         with untrusted.create_file(self._folder, MESSAGES) as stream:
             thread = Thread(target=self._follow, args=(stream.fileno(), handler, ended), daemon=True)
@@ -49,12 +49,12 @@ class WorkerMessages(PipesMessageReader):
                 thread.join()
 
     def no_messages_debug_text(self) -> str:
-        """Where messages were looked for."""
+        """The file that was read, for Dagster's message about missing messages."""
         return f"Attempted to read messages from file {self._folder / MESSAGES}."
 
     def _follow(self, descriptor: int, handler: PipesMessageHandler, ended: Event) -> None:
         try:
             for line in lines(descriptor, ended):
                 handler.handle_message(json.loads(line))
-        except Exception:  # noqa: BLE001 - whatever a worker wrote: Dagster logs it, and the run goes on
+        except Exception:  # noqa: BLE001 - a worker may write anything; Dagster logs it, and the run continues
             handler.report_pipes_framework_exception(f"{type(self).__name__}: not a message", sys.exc_info())

@@ -1,20 +1,21 @@
-"""Running a worker script: what it is asked, where it runs, and what it gave or how it failed."""
+"""Runs a worker script: writes its request, has a launcher run it, and reads its result or says why it failed."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from pipeline.errors import WorkerFailed
 from pipeline.settings import Settings
 from pipeline.workers.launchers.local import Local, how_it_ended
+from pipeline.workers.launchers.remote_job import output_folder
 from pipeline.workers.launchers.task import LOG, LOG_BYTES, OUTPUT, RESULT, RESULT_BYTES, Launcher, Task
 from registry import untrusted
 from registry.progress import Progress
@@ -24,12 +25,26 @@ Bootstrap = Callable[[Path], contextlib.AbstractContextManager[Mapping[str, str]
 _TAIL_LINES = 20
 
 
-class Workers:
-    """Runs worker scripts; a plain callable to the stages (environment, script, request, scratch folder) → result.
+class ResultFile(BaseModel):
+    """A worker's ``result.json``, which `slipway_worker.main` writes: its ``result``, or the ``error`` of a failure.
 
-    ``launcher`` decides where: a process of this machine, if none is given. ``bootstrap`` is entered around each run,
-    with its folder, and gives variables for the worker's environment (Dagster Pipes' session); each run adds its
-    seconds to ``seconds``. Who sets ``stop``, from another thread, has what runs ended.
+    Each caller validates ``result`` with a model of its own. The other keys are for people who run a worker by hand.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    result: dict[str, JsonValue] | None = None
+    error: str | None = None
+    seconds: float | None = None
+    max_rss_bytes: int | None = None
+
+
+class Workers:
+    """Runs worker scripts; to the stages a plain callable: (environment, script, request, scratch folder) → result.
+
+    ``launcher`` decides where they run; the default is a process of this machine. ``bootstrap`` is entered around each
+    run with its folder, and yields variables for the worker's environment (Dagster Pipes' session). Each run appends
+    its duration to ``seconds``. Setting ``stop`` from another thread ends the worker that runs.
     """
 
     def __init__(
@@ -47,34 +62,35 @@ class Workers:
         self.launcher = launcher or Local(settings, progress)
         self.stop = threading.Event()
 
-    def __call__(self, environment: str, script: Path, request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    def __call__(
+        self, environment: str, script: Path, request: Mapping[str, object], folder: Path
+    ) -> dict[str, JsonValue]:
         """Run ``script`` in ``environment`` and return its result.
 
         A `Path` in the request names files: under the key ``output`` an empty folder that the worker fills, elsewhere
-        what it reads. ``folder`` is its working folder and holds result.json and output.log afterwards. The worker is
-        given an allowlist of the environment, so no secret of the orchestrator; what else it could see of it says
-        `pipeline.workers.launchers.confinement`.
+        files that it reads. ``folder`` is its working folder, and holds result.json and output.log afterwards. The
+        worker gets only an allowlist of this process's environment variables, and so none of its secrets;
+        `pipeline.workers.launchers.confinement` says what else a worker on this machine could see.
 
         Raises:
-            WorkerFailed: it said what was wrong, or ended without a result.
-            UntrustedFileError: it left something else than regular files, or a result that is too large.
+            WorkerFailed: the worker reported an error, or ended without a valid result.
+            UntrustedFileError: it left something other than regular files, or a result that is too large.
         """
         with self.bootstrap(folder) as variables:
             ended = self.launcher(Task(environment, script, request, folder, variables, self.stop))
         self.seconds.append(ended.seconds)
-        if request.get(OUTPUT):  # from here on nobody writes there, and who reads needs no further care
-            untrusted.plain_files(Path(request[OUTPUT]))
-        return self._result(environment, script, ended.status, folder)
-
-    def _result(self, environment: str, script: Path, status: int, folder: Path) -> dict[str, Any]:
-        outcome = _outcome(folder)
-        if status == 0 and isinstance(outcome.get("result"), dict):
-            return dict(outcome["result"])
+        if request.get(OUTPUT):  # the worker has ended, so its output needs no checks after this one
+            untrusted.plain_files(output_folder(request))
+        written = _read_result(folder)
+        if ended.status == 0 and written.result is not None:
+            return written.result
         kept = self._keep_log(f"{script.stem}-{environment}", folder)
-        if "error" in outcome:
-            raise WorkerFailed(f"{outcome['error']} (full output: {kept})")
+        if written.error is not None:
+            raise WorkerFailed(f"{written.error} (full output: {kept})")
         tail = kept.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
-        raise WorkerFailed("\n".join([f"worker {script.stem} {how_it_ended(status)}; full output: {kept}", *tail]))
+        raise WorkerFailed(
+            "\n".join([f"worker {script.stem} {how_it_ended(ended.status)}; full output: {kept}", *tail])
+        )
 
     def _keep_log(self, name: str, folder: Path) -> Path:
         logs = self.settings.home / "logs"
@@ -85,18 +101,17 @@ class Workers:
         return kept
 
 
-def _outcome(folder: Path) -> dict[str, Any]:
-    """What a worker wrote into its result file: nothing where there is none.
+def _read_result(folder: Path) -> ResultFile:
+    """Read a worker's result file; one without any key where there is none.
 
     Raises:
-        WorkerFailed: it is no JSON object.
+        WorkerFailed: it is not a valid result file.
     """
     try:
-        outcome = json.loads(untrusted.read(folder, RESULT, RESULT_BYTES))
+        return ResultFile.model_validate_json(untrusted.read(folder, RESULT, RESULT_BYTES))
     except FileNotFoundError:
-        return {}
-    except (ValueError, RecursionError) as error:
-        raise WorkerFailed(f"the worker's {RESULT} is not valid JSON: {error}") from error
-    if not isinstance(outcome, dict):
-        raise WorkerFailed(f"the worker's {RESULT} holds no JSON object")
-    return outcome
+        return ResultFile()
+    except ValidationError as error:
+        detail = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in detail["loc"]) or "the document"
+        raise WorkerFailed(f"the worker's {RESULT} is not valid: `{where}`: {detail['msg']}") from error

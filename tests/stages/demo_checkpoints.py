@@ -13,7 +13,7 @@ from homes import DEMO
 from pipeline.compatibility.safetensors_headers import read_model
 from pipeline.planner.sources import describe_folder
 from pipeline.planner.weights import quantized
-from pipeline.quantization.quantize import Scheme, quantize
+from pipeline.quantization.quantize import QuantizationRecord, Scheme, quantize
 from pipeline.settings import Settings
 from pipeline.workers.runner import Workers
 
@@ -25,7 +25,7 @@ class Checkpoint:
     """The checkpoint's folder, its record and the lines of progress."""
 
     folder: Path
-    record: dict[str, Any]
+    record: QuantizationRecord
     lines: list[str]
 
 
@@ -46,11 +46,11 @@ def make_checkpoint(folder: Path, scheme: Mapping[str, Any], machine: Settings, 
     assert planned.bytes == sum(tensor.bytes for tensor in read_model(output).values())
     assert abs(planned.bytes / (output / "model.safetensors").stat().st_size - 1) < 0.01
     log = (scratch / "output.log").read_text(errors="replace").replace("\r", "\n")
-    (folder / "told.json").write_text(json.dumps({"record": record, "lines": [*lines, *log.splitlines()]}))
+    (folder / "told.json").write_text(json.dumps({"record": record.model_dump(), "lines": [*lines, *log.splitlines()]}))
     return read_checkpoint(folder)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read one that was made."""
     told = json.loads((folder / "told.json").read_text())
-    return Checkpoint(folder / "checkpoint", told["record"], told["lines"])
+    return Checkpoint(folder / "checkpoint", QuantizationRecord.model_validate(told["record"]), told["lines"])

@@ -248,7 +248,7 @@ def test_a_server_that_restarts_and_forbids_for_a_while_ends_no_job(
     assert elsewhere.run(script, tmp_path, told.append) == {"slept": True}
     assert (elsewhere.api.forbidden, len(elsewhere.api.jobs)) == (0, 1)
     (line,) = {line for line in told if "forbidden" in line}
-    assert "the job runs on" in line
+    assert "while the job continues" in line
     assert line.endswith('cannot get resource "jobs" in the namespace "models" (403)')
 
 
@@ -340,7 +340,7 @@ def test_who_joins_a_job_and_is_stopped_leaves_it_to_who_started_it(
         first = beside.submit(elsewhere.run, script, tmp_path)
         wait_for(tmp_path / "began")
         second = beside.submit(joining, ENVIRONMENT, script, {}, tmp_path / "second")
-        while not any("runs it already" in line for line in told):
+        while not any("following the running job" in line for line in told):
             assert not second.done()
         joining.stop.set()
         with pytest.raises(WorkerFailed, match="was stopped"):
@@ -360,7 +360,7 @@ def test_who_joined_a_job_that_was_taken_away_starts_it_again(
         first = beside.submit(starting, ENVIRONMENT, script, {}, tmp_path)
         wait_for(tmp_path / "began")
         second = beside.submit(elsewhere.run, script, tmp_path / "second", told.append)
-        while not any("runs it already" in line for line in told):
+        while not any("following the running job" in line for line in told):
             assert not second.done()
         starting.stop.set()
         with pytest.raises(WorkerFailed, match="was stopped"):

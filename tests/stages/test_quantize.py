@@ -53,12 +53,12 @@ def test_autoawq_loses_little_and_the_same_request_gives_the_same_bytes(
         path.name: digest_file(path) for path in again.folder.iterdir()
     }
     assert [line for line in first.lines if line.endswith("layer 3 of 4")]
-    assert first.record["bits_per_weight"] < 4.5
+    assert first.record.bits_per_weight < 4.5
     spoiled = checkpoint(AWQ | {"clone_saved_weights": False})
     before = loss(DEMO / "model")
     # Measured: 0.009 nats a token with the remedy, 0.28 without.
     assert loss(first.folder) - before < 0.03
-    if first.record["device"] == "cpu":
+    if first.record.device == "cpu":
         assert loss(spoiled.folder) - before > 0.1
 
 
@@ -69,7 +69,7 @@ def test_gptqmodel_loses_little_at_four_bits_and_much_at_two(
     for name in ("model.safetensors", "config.json"):
         assert digest_file(four.folder / name) == digest_file(again.folder / name)
     assert [line for line in four.lines if line.endswith("layer 3 of 4")]
-    assert four.record["device"] in {"cpu", "cuda"}
+    assert four.record.device in {"cpu", "cuda"}
     two = checkpoint(GPTQ | {"bits": 2})
     assert (two.folder / "model.safetensors").stat().st_size < (four.folder / "model.safetensors").stat().st_size
     before = loss(DEMO / "model")
@@ -86,7 +86,7 @@ def test_gptqmodel_makes_awq_too(checkpoint: Quantized, loss: Callable[[Path], f
 
 @pytest.mark.parametrize("changes", [{"bits": 8}, {"desc_act": True, "symmetric": False}, {"group_size": -1}])
 def test_gptqmodel_makes_what_a_scheme_may_ask_for(changes: dict[str, Any], machine: Settings, tmp_path: Path) -> None:
-    assert make_checkpoint(tmp_path, GPTQ | changes, machine, samples=8).record["layers"] == 28
+    assert make_checkpoint(tmp_path, GPTQ | changes, machine, samples=8).record.layers == 28
 
 
 def test_autogptq_works_on_a_gpu_and_without_one_names_the_way_out(

@@ -18,7 +18,7 @@ from pipeline.settings import Settings
 from pipeline.workers.environments import ensure_environment
 from pipeline.workers.launchers import remote_job
 from pipeline.workers.launchers.node import do
-from pipeline.workers.launchers.remote_job import announced, message, outcome_in, receive, send
+from pipeline.workers.launchers.remote_job import announced, is_message, outcome_in, receive, send
 from pipeline.workers.launchers.task import Ended, Task
 from registry.errors import TrackingError, UntrustedFileError
 from registry.manifest import FileRecord
@@ -125,7 +125,7 @@ def test_an_outcome_that_leaves_its_folder_is_refused(
     outcome = do(send(task, store), store, tmp_path / "elsewhere", settings)
     store.get(outcome, tmp_path / "outcome.json")
     (tmp_path / "outcome.json").write_text((tmp_path / "outcome.json").read_text().replace("text.txt", name))
-    with pytest.raises(WorkerFailed, match="holds no outcome"):
+    with pytest.raises(WorkerFailed, match="is not a valid Outcome"):
         receive(remote_job.put(tmp_path / "outcome.json", store), task, store)
     assert not list(tmp_path.rglob("escaped.txt"))
 
@@ -157,9 +157,7 @@ def test_by_the_command_a_remote_job_says_where_its_outcome_is(
     small = {**home, **aws, "PYTHONTZPATH": ""}  # its image has no table of zones
     done = subprocess.run(command, env=small, cwd=CHECKOUT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    said = message(done.stdout.splitlines()[-1])
-    assert said is not None
-    outcome = outcome_in(said["params"]["payload"])
+    outcome = outcome_in(done.stdout.splitlines()[-1])
     assert outcome is not None
     assert receive(outcome, real, store).status == 1
     assert "Traceback" in (real.folder / "output.log").read_text()
@@ -167,9 +165,8 @@ def test_by_the_command_a_remote_job_says_where_its_outcome_is(
 
 def test_an_announcement_is_heard_and_nothing_else_is() -> None:
     record = FileRecord(sha256="a" * 64, size=3)
-    heard = message(announced(record))
-    assert heard is not None
-    assert outcome_in(heard["params"]["payload"]) == record
-    assert message("layer 1 of 2") is None
-    assert message('{"layer": 1}') is None
-    assert outcome_in({"layer": 1}) is None
+    assert is_message(announced(record))
+    assert outcome_in(announced(record)) == record
+    for line in ("layer 1 of 2", '{"layer": 1}'):
+        assert not is_message(line)
+        assert outcome_in(line) is None

@@ -229,7 +229,7 @@ def test_a_champion_that_can_not_be_looked_at_stops_none_of_the_others(quiet: Ho
     for model in ("a", "demo", "z"):
         quiet.release(model)
     (quiet.folder / "models" / "demo.yaml").write_text("scan: {fail_onn: [LOW]}")
-    with pytest.raises(RescanError, match=r"^demo-awq could not be looked at: .*unknown key `scan.fail_onn`") as caught:
+    with pytest.raises(RescanError, match=r"^demo-awq could not be scanned: .*unknown key `scan.fail_onn`") as caught:
         quiet.rescan()
     assert [found.name for found in caught.value.found] == ["a-awq", "z-awq"]
     marked = {version.name for version in catalog.lines(quiet.settings.tracking_uri) if TAG in version.tags}

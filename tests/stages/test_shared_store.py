@@ -106,7 +106,7 @@ def test_a_storage_that_is_away_stops_nothing(homes: tuple[Home, Home], monkeypa
     made = one.obtain()
     assert made.folder.is_dir()
     assert [line.split(":")[0] for line in one.told if "127.0.0.1:9" in line] == [
-        "what others made of this can't be had", "others can't have this",
+        "the shared artifact can't be fetched", "the artifact can't be shared",
     ]  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def test_what_is_damaged_or_lost_there_is_made_here_and_mended(
     harm(store, first.files["sub/weights"]["sha256"])
     second = other.obtain()
     assert (other.made, second.digest) == (1, first.digest)
-    assert other.told[1].startswith("what others made of this can't be had")
+    assert other.told[1].startswith("the shared artifact can't be fetched")
     assert list((other.folder / ".making").iterdir()) == []
     third = Home(tmp_path / "third", store.uri)
     assert (third.obtain().digest, third.made) == (first.digest, 0)

@@ -11,7 +11,6 @@ Three things are done beside what the package does; none edits it, all in the su
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantizer_common import batch_size, calibration_blocks, prepare  # type: ignore[import-not-found]
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Quantize ``source`` into the empty folder ``output``; request: `pipeline.quantization.quantize`."""
+    """Quantize ``source`` into the folder ``output``; see `QuantizationRequest` in `pipeline.quantization.quantize`."""
     device = prepare(request)
     blocks = calibration_blocks(request)
     report(f"loading AutoAWQ on {device}")
@@ -62,7 +61,6 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
         "device": device,
         "blocks": len(blocks),
         "quantization_config": model.quant_config.to_transformers_dict(),
-        "files": sorted(path.name for path in Path(request["output"]).glob("*.safetensors")),
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from quantizer_common import batch_size, calibration_blocks, prepare  # type: ignore[import-not-found]
@@ -10,7 +9,7 @@ from slipway_worker import Report, WorkerError, main
 
 
 def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Quantize ``source`` into the empty folder ``output``; request: `pipeline.quantization.quantize`.
+    """Quantize ``source`` into the folder ``output``; see `QuantizationRequest` in `pipeline.quantization.quantize`.
 
     Raises:
         WorkerError: there is no GPU.
@@ -54,7 +53,6 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
         "device": device,
         "blocks": len(blocks),
         "quantization_config": {**{key: document[key] for key in kept}, "checkpoint_format": "gptq"},
-        "files": sorted(path.name for path in Path(request["output"]).glob("*.safetensors")),
     }
 
 

@@ -11,7 +11,7 @@ from slipway_worker import Report, WorkerError, main
 
 
 def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Quantize ``source`` into the empty folder ``output``; request: `pipeline.quantization.quantize`."""
+    """Quantize ``source`` into the folder ``output``; see `QuantizationRequest` in `pipeline.quantization.quantize`."""
     # Its default is half the processors: slower, for no gain in the result. With one it doesn't start.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, len(os.sched_getaffinity(0)))))
     os.environ["GPTQMODEL_OFFLINE"] = "1"
@@ -58,7 +58,6 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
         "device": device,
         "blocks": len(blocks),
         "quantization_config": _serialized(model.model.config.quantization_config),
-        "files": sorted(path.name for path in Path(request["output"]).glob("*.safetensors")),
     }
 
 

@@ -1,1 +1,1 @@
-"""Where workers run: as processes of this machine, or elsewhere on engines that exist."""
+"""Where workers run: processes or containers of this machine, or jobs of a Ray or Kubernetes cluster."""

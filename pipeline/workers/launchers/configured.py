@@ -1,4 +1,4 @@
-"""What runs this installation's workers, as its settings have it."""
+"""The launcher that this installation's settings choose."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from registry.progress import Progress
 
 
 def launcher(settings: Settings, progress: Progress) -> Launcher:
-    """Give what runs workers: processes of this machine, where nothing else is configured.
+    """Return the launcher of `SLIPWAY_WORKERS`; without it, workers are processes of this machine.
 
     Raises:
-        SettingsError: what is configured can't be read.
+        SettingsError: the file that `SLIPWAY_WORKERS` names can't be read.
     """
     if settings.workers is None:
         return Local(settings, progress)
-    from pipeline.workers.launchers.container import Containers  # noqa: PLC0415 - for those who have somewhere else
+    from pipeline.workers.launchers.container import Containers  # noqa: PLC0415 - only if workers run elsewhere
     from pipeline.workers.launchers.jobs import Engine, Jobs  # noqa: PLC0415
     from pipeline.workers.launchers.kubernetes import KubernetesCluster  # noqa: PLC0415
     from pipeline.workers.launchers.placement import Container, Ray, placement  # noqa: PLC0415
@@ -31,14 +31,14 @@ def launcher(settings: Settings, progress: Progress) -> Launcher:
 
 
 def have_gpus(settings: Settings) -> bool:
-    """Whether a worker gets a GPU, there or here.
+    """Whether a worker gets a GPU, on this machine or elsewhere.
 
     Raises:
-        SettingsError: what is configured can't be read.
+        SettingsError: the file that `SLIPWAY_WORKERS` names can't be read.
     """
     if settings.workers is None:
         return bool(gpus())
-    from pipeline.workers.launchers.placement import placement  # noqa: PLC0415 - for those who have somewhere else
+    from pipeline.workers.launchers.placement import placement  # noqa: PLC0415 - only if workers run elsewhere
 
     return placement(settings.workers).gpus > 0
 
@@ -47,10 +47,10 @@ def are_here(settings: Settings) -> bool:
     """Whether workers run on this machine.
 
     Raises:
-        SettingsError: what is configured can't be read.
+        SettingsError: the file that `SLIPWAY_WORKERS` names can't be read.
     """
     if settings.workers is None:
         return True
-    from pipeline.workers.launchers.placement import Container, placement  # noqa: PLC0415 - for those who have somewhere else
+    from pipeline.workers.launchers.placement import Container, placement  # noqa: PLC0415 - only if workers run elsewhere
 
     return isinstance(placement(settings.workers), Container)

@@ -1,9 +1,9 @@
-"""What a worker process of this machine is held in, so that it sees no other process and none of their environments.
+"""Confines worker processes of this machine, so that they see no other process and no other environment variables.
 
-A process may read the environment of every other that runs as the same user, in ``/proc/PID/environ``, where the
-operator's credentials stand as they were when that process began, whatever it removed since. So a worker gets a PID
-namespace with a ``/proc`` of its own, and no capability to leave it. As root it keeps those that only concern files and
-its own priority: it reads and writes what root may, and so must not be a stranger's code; containers are for that.
+A process can read the environment of every process of the same user in ``/proc/PID/environ``, including credentials
+that were set when that process started. So a worker gets its own PID namespace with its own ``/proc``, and no
+capability to leave it. A worker of root keeps the capabilities for files and for its own priority; it can read and
+write what root can, so untrusted code must run in a container instead.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _WITHOUT_PRIVILEGES = ("setpriv", "--no-new-privs")
 _WITHOUT_CAPABILITIES = (*_WITHOUT_PRIVILEGES, "--inh-caps=-all", f"--bounding-set={_KEPT}")
 _NAMESPACES = ("unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc")
 _AS_ONESELF = ("--user", "--map-current-user")
-# The first process of a PID namespace is deaf to signals that it has no handler for: the worker is the second.
+# The first process of a PID namespace ignores signals without a handler, so the worker is the second.
 _FIRST = ("sh", "-c", '"$@"; exit $?', "worker")
 
 
 def confined(command: Sequence[str]) -> list[str]:
-    """Return the command that runs ``command`` as far from this process as the machine permits, and dies with it."""
+    """Return a command that runs ``command`` as confined as this machine permits; it ends when this process ends."""
     inner = _confinement()
     if "unshare" not in inner:
-        # Without a namespace, what is not dumpable is at least not read by a process that has lost its capabilities.
+        # Without a namespace, processes without capabilities at least can't read this one if it is not dumpable.
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
     return ["setpriv", "--pdeathsig", "KILL", *inner, *command]
 
@@ -39,13 +39,13 @@ def is_hidden() -> bool:
 
 
 def status_of(code: int) -> int:
-    """The exit status of a worker, negative where a signal ended it; the process between says that as a shell does."""
+    """A worker's exit status, negative if a signal ended it; the shell between reports signals as 128 + number."""
     return 128 - code if code > 128 else code
 
 
 @cache
 def _confinement() -> tuple[str, ...]:
-    """What stands before a worker's command: the strictest of what works here."""
+    """The prefix of a worker's command: the strictest confinement that works on this machine."""
     if os.geteuid() == 0:
         candidates = [(*_NAMESPACES, *_WITHOUT_CAPABILITIES, *_FIRST), _WITHOUT_CAPABILITIES, _WITHOUT_PRIVILEGES]
     else:

@@ -1,9 +1,9 @@
-"""Workers in containers of this machine's engine: the same files under the same paths, no network, nothing else.
+"""Workers in containers of this machine's engine: the same files under the same paths, and no network.
 
-The container has the worker's pinned environment and this machine's Python beside what it reads, all of it read-only,
-so that its image holds no more than the system's libraries; without one in the settings, that is the base of the CPU
-runtime, made here. Dagster's own client for containers (`PipesDockerClient`) knows no engine but the environment's, and
-leaves its containers behind.
+The worker's pinned environment, this machine's Python and the files that the worker reads are mounted read-only, so the
+image needs only the system's libraries. If the settings name no image, the base of the CPU runtime is built and used.
+Dagster's own client for containers (`PipesDockerClient`) can use only the engine that the environment names, and leaves
+its containers behind.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from containers.engine.engine import connect
 from containers.image import profile
@@ -24,7 +23,8 @@ from pipeline.settings import Settings
 from pipeline.workers.environments import ensure_environment
 from pipeline.workers.launchers.local import worker_environment
 from pipeline.workers.launchers.placement import Container
-from pipeline.workers.launchers.task import LOG, OUTPUT, Ended, Task
+from pipeline.workers.launchers.remote_job import output_folder
+from pipeline.workers.launchers.task import LOG, OUTPUT, RESULT, Ended, Task
 from registry.atomic_write import write_atomically
 from registry.progress import Progress
 
@@ -32,16 +32,16 @@ _BASE_OF = "vllm-cpu"
 
 
 class Containers:
-    """Runs workers in containers."""
+    """The launcher that runs workers in containers."""
 
     def __init__(self, where: Container, settings: Settings, progress: Progress) -> None:
-        """Connect to the engine only when there is something to run."""
+        """Keep the settings; the engine is connected to when a worker starts."""
         self.where = where
         self.settings = settings
         self.progress = progress
 
     def __call__(self, task: Task) -> Ended:
-        """Run the worker in a container, which is removed.
+        """Run the worker in a container, and remove the container.
 
         Raises:
             ContainerError: no engine answers, or it can't run the container.
@@ -49,9 +49,8 @@ class Containers:
         folder = task.folder
         python = ensure_environment(task.environment, self.settings, self.progress) / "bin" / "python"
         write_atomically(folder / "request.json", json.dumps(task.request, default=os.fspath))
-        files = ("--request", str(folder / "request.json"), "--result", str(folder / "result.json"))
-        reads = {python.parents[1], task.script.parent, *_interpreter(), *_read(task.request)}
-        output = task.request.get(OUTPUT)
+        files = ("--request", str(folder / "request.json"), "--result", str(folder / RESULT))
+        reads = {python.parents[1], task.script.parent, *_interpreter(), *_paths_read(task.request)}
         client = connect(self.settings.docker_host, self.settings.home)
         try:
             image = (
@@ -67,7 +66,7 @@ class Containers:
                 home=self.settings.home,
                 folder=folder,
                 reads=sorted(reads),
-                writes=[folder, *([Path(output)] if output else [])],
+                writes=[folder, *([output_folder(task.request)] if task.request.get(OUTPUT) else [])],
                 environment={**worker_environment(self.settings, python, folder), **task.variables},
                 log=LOG,
                 memory_bytes=self.where.memory,
@@ -79,19 +78,19 @@ class Containers:
 
 
 def _interpreter() -> list[Path]:
-    """Where this machine's Python is, which environments are made of; one of the system's is the image's own."""
+    """The folder of the Python that environments are made from; none if it is the system's, which the image has too."""
     return [] if Path(sys.base_prefix) == Path("/usr") else [Path(sys.base_prefix)]
 
 
-def _read(request: Any, key: str | None = None) -> Iterator[Path]:  # noqa: ANN401 - any JSON value
-    """Every file and folder that a request names to be read, and what links in such a folder lead to."""
-    if isinstance(request, Path) and key != OUTPUT:
-        yield request
-        links = [path for path in request.rglob("*") if path.is_symlink()] if request.is_dir() else []
+def _paths_read(value: object) -> Iterator[Path]:
+    """Every file and folder that a request names, except its output; and the targets of links in such a folder."""
+    if isinstance(value, Path):
+        yield value
+        links = [path for path in value.rglob("*") if path.is_symlink()] if value.is_dir() else []
         yield from {link.resolve().parent for link in links}
-    elif isinstance(request, dict):
-        for name, value in request.items():
-            yield from _read(value, name)
-    elif isinstance(request, list | tuple):
-        for value in request:
-            yield from _read(value)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from () if key == OUTPUT else _paths_read(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _paths_read(item)

@@ -1,4 +1,4 @@
-"""The HTTP interface of an engine, asked again for a while where it does not answer."""
+"""A client of a cluster's HTTP API, which retries for a while if the API does not answer."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import httpx
 from pipeline.errors import UnansweredError, WorkerFailed
 from registry.network import proxy_for, tls
 
-# What restarts is away for so long, and what is busy may be for as long.
+# How long requests are retried while a server restarts or is busy.
 _PATIENCE_SECONDS = 60.0
 _PAUSE_SECONDS = 1.0
 _LONGEST_SAID = 300
 _SECONDS = 60.0
-# What `registry.network` trusts where no authority is named.
+# The authorities that `registry.network` trusts by default.
 SYSTEM_AUTHORITIES = "`REQUESTS_CA_BUNDLE`, `SSL_CERT_FILE` or this system's authorities"
 
 
 def client(
     address: str, headers: Mapping[str, str] | None = None, verify: ssl.SSLContext | None = None
 ) -> httpx.Client:
-    """Return a client of the engine at an address, under the policy of `registry.network`; it follows no redirect."""
+    """Return an HTTP client for an address, under the policy of `registry.network`; it follows no redirects."""
     proxy = proxy_for(address)
     return httpx.Client(
         base_url=address, headers=headers, verify=verify or tls(), proxy=proxy, timeout=_SECONDS, trust_env=False
@@ -33,34 +33,34 @@ def client(
 
 
 class Interface:
-    """What is asked at one address, over connections that are kept.
+    """The HTTP API at one address, over connections that are kept open.
 
-    Errors call it ``name``, and say that its certificate is checked against ``authority``.
+    Errors name it ``name``, and say that its certificate is checked against ``authority``.
     """
 
     def __init__(self, name: str, connect: Callable[[], httpx.Client], authority: str) -> None:
-        """Ask through what ``connect`` gives, which knows the address."""
+        """Send requests through the client that ``connect`` returns."""
         self.name = name
         self.connect = connect
         self.authority = authority
         self._client: httpx.Client | None = None
 
     def find(self, path: str, **parameters: str) -> httpx.Response | None:
-        """Get what is at a path; None where there is nothing.
+        """Get a path; None if it does not exist.
 
         Raises:
-            UnansweredError: nothing answers.
-            WorkerFailed: it refuses.
+            UnansweredError: the server does not answer.
+            WorkerFailed: the server refuses.
         """
         reply = self._asked("GET", path, params=parameters)
         return None if reply.status_code == httpx.codes.NOT_FOUND else self._accepted(reply)
 
     def document(self, path: str, **parameters: str) -> dict[str, Any] | None:
-        """Get the JSON object at a path; None where there is nothing.
+        """Get the JSON object at a path; None if the path does not exist.
 
         Raises:
-            UnansweredError: nothing answers.
-            WorkerFailed: it refuses, or what answers sends no such thing, as a proxy may.
+            UnansweredError: the server does not answer.
+            WorkerFailed: the server refuses, or the answer is not a JSON object, for example from a proxy.
         """
         reply = self.find(path, **parameters)
         if reply is None:
@@ -70,31 +70,31 @@ class Interface:
         except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
-            raise WorkerFailed(f"{self.name} answers {path} with no JSON object: {_said(reply)}")
+            raise WorkerFailed(f"{self.name} did not answer {path} with a JSON object: {_said(reply)}")
         return found
 
     def send(self, method: str, path: str, **content: Any) -> httpx.Response:  # noqa: ANN401 - as httpx takes it
-        """Send something to a path.
+        """Send a request to a path.
 
         Raises:
-            UnansweredError: nothing answers.
-            WorkerFailed: it refuses.
+            UnansweredError: the server does not answer.
+            WorkerFailed: the server refuses.
         """
         return self._accepted(self._asked(method, path, **content))
 
     def end(self, method: str, path: str, **content: Any) -> None:  # noqa: ANN401 - as httpx takes it
-        """Have something ended; that there is none, or nobody answers, is as good."""
+        """Send a request that stops something, and ignore errors: it may have ended already."""
         with contextlib.suppress(httpx.HTTPError):
             self._connected().request(method, path, **content)
 
     def _connected(self) -> httpx.Client:
-        """The client that is kept; it is made anew after an error, with whatever certificate is there then."""
+        """The open client; a new one after an error, with the certificate that is then configured."""
         if self._client is None:
             self._client = self.connect()
         return self._client
 
     def close(self) -> None:
-        """Give the connections back; what is asked afterwards makes new ones."""
+        """Close the connections; later requests open new ones."""
         if self._client is not None:
             self._client.close()
             self._client = None
@@ -112,7 +112,7 @@ class Interface:
                 why, pause = str(error), _PAUSE_SECONDS
                 if "CERTIFICATE_VERIFY_FAILED" in why:
                     raise WorkerFailed(
-                        f"{self.name} has a certificate that is not trusted, checked against {self.authority}: {why}"
+                        f"the certificate of {self.name} is not trusted (checked against {self.authority}): {why}"
                     ) from error
             if time.monotonic() + pause > deadline:
                 raise UnansweredError(f"{self.name} does not answer: {why}")
@@ -126,7 +126,7 @@ class Interface:
 
 
 def _said(reply: httpx.Response) -> str:
-    """What a refusal says in words: Kubernetes' and Ray's are JSON with a ``message`` in it."""
+    """The text of an error: Kubernetes and Ray send JSON with a ``message``."""
     try:
         document = reply.json()
         words = document["message"] if isinstance(document, dict) else reply.text
@@ -136,6 +136,6 @@ def _said(reply: httpx.Response) -> str:
 
 
 def _pause(reply: httpx.Response) -> float:
-    """How long to leave who is busy alone: as it says in whole seconds, if it does."""
+    """Seconds until the next try: the answer's ``Retry-After`` if it has one."""
     said = reply.headers.get("Retry-After", "")
     return max(float(said), _PAUSE_SECONDS) if said.isdecimal() else _PAUSE_SECONDS

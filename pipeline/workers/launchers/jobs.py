@@ -1,12 +1,12 @@
-"""Workers as jobs of an engine that others run: sent by digest, submitted, followed, stopped, and fetched by digest.
+"""Runs workers as jobs of a Ray or Kubernetes cluster: sends files, submits a job, follows it, fetches its outcome.
 
 A job's name is derived from its `RemoteJob` and from the code or image that runs it. So a process that asks for the
 same work while the job runs, because the process that started it was killed, follows that job.
 
-A job that was seen outlives what happens to its engine's interface: a server that restarts answers nothing, and then
-for some seconds that one may not (Kubernetes' 403 until its roles are read). So it is asked again for minutes, and a
-job is ended only where the run that started it is stopped. One that another run started is left to that run; one that
-the run which started it stopped is started again.
+A job continues while its cluster's API is unavailable: a server that restarts does not answer, and may then refuse for
+some seconds (Kubernetes answers 403 until it has read its roles). So requests are retried for minutes. A job is ended
+only if the run that started it is stopped. If another run started the job, that run may stop it; this run then starts
+the job again.
 """
 
 from __future__ import annotations
@@ -19,58 +19,58 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 from pipeline.errors import UnansweredError, WorkerFailed
-from pipeline.workers.launchers.remote_job import message, outcome_in, receive, send
+from pipeline.workers.launchers.remote_job import is_message, outcome_in, receive, send
 from pipeline.workers.launchers.task import MESSAGES, Ended, Task
 from registry.manifest import FileRecord
 from registry.objects import ObjectStore
 from registry.progress import Progress
 
-# How long a job that was seen is asked after while its engine refuses or does not answer, beside `http`'s own patience.
+# How long requests about a known job are retried while its cluster refuses or does not answer, beyond `http`'s retries.
 _PATIENCE_SECONDS = 600.0
-# The same for the log of a job that has ended: its node may be gone.
+# The same for the log of a job that has ended, whose node may be gone.
 _LAST_LOG_SECONDS = 60.0
 _PAUSE_SECONDS = 1.0
 _LOG_LINES = 20
 _STATES = 5
-Told = TypeVar("Told")
+T = TypeVar("T")
 
 
 class Engine(Protocol):
-    """What runs jobs."""
+    """A cluster that runs jobs."""
 
     @property
     def name(self) -> str:
-        """What a person calls it, with its address."""
+        """Its name for messages, with its address."""
         ...
 
     @property
-    def does(self) -> str:
-        """What runs remote jobs there, by content: the code's digest, or an image."""
+    def code(self) -> str:
+        """The digest of the code or image that runs remote jobs there."""
         ...
 
     @property
     def poll_seconds(self) -> float:
-        """How long to leave it alone between two looks at a job."""
+        """Seconds between two requests for a job's state."""
         ...
 
     def running(self, job: str) -> bool | None:
-        """Whether a job waits or runs; False where it has ended, None where there is none."""
+        """Whether a job waits or runs; False if it has ended, None if it does not exist."""
         ...
 
     def was_stopped(self, job: str) -> bool:
-        """Whether a job that does not run any more was stopped or deleted, rather than ended by itself."""
+        """Whether a job that no longer runs was stopped or deleted, rather than ended by itself."""
         ...
 
     def states(self, job: str) -> Sequence[str]:
-        """What keeps a job from running, or was done to it, one line each, in the engine's own words."""
+        """Why a job does not run, and its events, one line each, as the cluster states them."""
         ...
 
     def log(self, job: str) -> str:
-        """What a job has printed so far."""
+        """The job's output so far."""
         ...
 
     def why(self, job: str) -> str:
-        """What the engine says of a job's end, or of why it has not begun."""
+        """The cluster's explanation of why a job ended or did not begin."""
         ...
 
     def submit(self, job: str, remote_job: FileRecord, task: Task) -> None:
@@ -78,19 +78,19 @@ class Engine(Protocol):
         ...
 
     def stop(self, job: str) -> None:
-        """Stop a job; that it has ended, or the engine is gone, is as good."""
+        """Stop a job; errors are ignored, because it may have ended already."""
         ...
 
     def close(self) -> None:
-        """Give back what was kept to speak to it."""
+        """Close the connections."""
         ...
 
 
 class Jobs:
-    """Runs workers as jobs of an engine."""
+    """The launcher that runs workers as jobs of a cluster."""
 
     def __init__(self, engine: Engine, store: str, progress: Progress) -> None:
-        """Speak to the engine only when there is something to run; ``store`` is s3://BUCKET/PREFIX."""
+        """Keep the settings; the cluster is contacted when a worker starts. ``store`` is s3://BUCKET/PREFIX."""
         self.engine = engine
         self.store = store
         self.progress = progress
@@ -100,13 +100,13 @@ class Jobs:
         """Send the remote job, follow its job to the end, and fetch its outcome.
 
         Raises:
-            UnansweredError: the engine does not answer.
-            WorkerFailed: the engine refuses, or the job ended without an outcome.
-            TrackingError: the object store refuses, or holds something else than its names say.
+            UnansweredError: the cluster does not answer.
+            WorkerFailed: the cluster refuses, or the job ended without an outcome.
+            TrackingError: the object store refuses, or a file in it does not match its digest.
         """
         store = ObjectStore.opened(self.store)
         remote_job = send(task, store)
-        stem = hashlib.sha256(f"{remote_job.sha256} {self.engine.does}".encode()).hexdigest()[:32]
+        stem = hashlib.sha256(f"{remote_job.sha256} {self.engine.code}".encode()).hexdigest()[:32]
         outcome = None
         with contextlib.closing(self.engine):
             while outcome is None:
@@ -114,28 +114,28 @@ class Jobs:
         return receive(outcome, task, store)
 
     def _tried(self, stem: str, remote_job: FileRecord, task: Task) -> FileRecord | None:
-        """Start a job, or join the one that runs, and follow it; None where another run took it away meanwhile."""
+        """Start a job, or follow the one that runs already; None if another run stopped it meanwhile."""
         job, running = self._next(stem)
         try:
             if not running:
                 self.engine.submit(job, remote_job, task)
-            self.progress(f"{self.engine.name} {'runs it already' if running else 'is given it'}, as {job}")
+            self.progress(f"{self.engine.name}: {'following the running job' if running else 'submitted as'} {job}")
             return self._follow(job, task, joined=bool(running))
         except Exception as error:  # whatever failed, the job may still be running
             if task.stop.is_set() and not running:
                 self.engine.stop(job)
             elif task.stop.is_set():
-                self.progress(f"the job {job} was started by another run: it is left to that one")
+                self.progress(f"job {job} was started by another run, and continues")
             elif isinstance(error, UnansweredError):
-                self.progress(f"the job {job} may run on: the next run follows it")
+                self.progress(f"job {job} may still run: the next run will follow it")
             raise
-        except BaseException:  # an interruption, by a person or by Dagster
+        except BaseException:  # also an interruption by a person or by Dagster
             if not running:
                 self.engine.stop(job)
             raise
 
     def _next(self, stem: str) -> tuple[str, bool]:
-        """The job of this stem that runs, or else the first name that no job has had, and whether it runs."""
+        """The running job with this stem, else the first unused name; and whether it runs."""
         for number in itertools.count(1):
             job = f"{stem}-{number}"
             running = self.engine.running(job)
@@ -144,67 +144,66 @@ class Jobs:
         return job, bool(running)
 
     def _follow(self, job: str, task: Task, *, joined: bool) -> FileRecord | None:
-        """Hand on what the job reports until it has ended, and return where its outcome is.
+        """Pass on the job's messages until it has ended, and return the record of its outcome.
 
-        None where it was stopped although nobody here did: who ``joined`` it may start it again.
+        None if another run stopped a job that this run had ``joined``.
         """
         outcome, other = None, []
         with (task.folder / MESSAGES).open("a") as messages:
             for line in self._lines(job, task):
-                said = message(line)
-                if said is None:
+                if not is_message(line):
                     other.append(line)
                     continue
-                outcome = outcome_in((said.get("params") or {}).get("payload")) or outcome
+                outcome = outcome_in(line) or outcome
                 messages.write(line + "\n")
                 messages.flush()
         if outcome is None and joined and self._asked(lambda: self.engine.was_stopped(job), task, _PATIENCE_SECONDS):
-            self.progress(f"the job {job} was stopped by the run that started it: starting it again")
+            self.progress(f"job {job} was stopped by the run that started it: starting it again")
             return None
         if outcome is None:
             why = self._asked(lambda: self.engine.why(job), task, _PATIENCE_SECONDS)
             told = "\n".join(dict.fromkeys([*other[-_LOG_LINES:], *self._states[-_STATES:], why]))
-            raise WorkerFailed(f"the job {job} of {self.engine.name} ended without an outcome:\n{told}")
+            raise WorkerFailed(f"job {job} of {self.engine.name} ended without an outcome:\n{told}")
         return outcome
 
     def _lines(self, job: str, task: Task) -> Iterator[str]:
-        """Every line of a job's log as it comes, until the job has ended."""
+        """Yield the lines of a job's log as they arrive, until the job has ended."""
         seen, ended = 0, False
         self._states = []
         while not ended:
-            # Asked before the log is read, so that what was written last is read too.
+            # Checked before the log is read, so that the last lines are read too.
             ended = not self._asked(lambda: self.engine.running(job), task, _PATIENCE_SECONDS)
-            self._tell_states(job, task)
+            self._report_states(job, task)
             log = self._log(job, task, ended=ended)
             whole = len(log) if ended else log.rfind("\n") + 1
             yield from log[seen:whole].splitlines()
             seen = max(seen, whole)
             if not ended and task.stop.wait(self.engine.poll_seconds):
-                raise WorkerFailed(f"the job {job} of {self.engine.name} was stopped")
+                raise WorkerFailed(f"job {job} of {self.engine.name} was stopped")
 
-    def _tell_states(self, job: str, task: Task) -> None:
-        """Say each change once: why a job does not begin is known to its engine within seconds."""
+    def _report_states(self, job: str, task: Task) -> None:
+        """Report each new state once: a cluster knows within seconds why a job does not begin."""
         for state in self._asked(lambda: self.engine.states(job), task, _PATIENCE_SECONDS):
             if state not in self._states:
                 self._states.append(state)
                 self.progress(f"{job}: {state}")
 
     def _log(self, job: str, task: Task, *, ended: bool) -> str:
-        """A job's log; nothing where it can't be read now, or, of one that has ended, for a while.
+        """A job's log; empty if it can't be read now. The log of a job that has ended is retried for a while.
 
-        Its node may be gone, and the job with it: what became of that is asked next.
+        Its node may be gone, and the job with it; the caller checks the job's state next.
         """
         try:
             return self._asked(lambda: self.engine.log(job), task, _LAST_LOG_SECONDS) if ended else self.engine.log(job)
         except WorkerFailed as error:
-            told = f"its log can't be read: {error}"
-            if told not in self._states:
-                self._states.append(told)
-                self.progress(f"{job}: {told}")
+            problem = f"its log can't be read: {error}"
+            if problem not in self._states:
+                self._states.append(problem)
+                self.progress(f"{job}: {problem}")
             return ""
 
-    def _asked(self, ask: Callable[[], Told], task: Task, patience: float) -> Told:
-        """Ask after a job that was seen; where the engine refuses or is silent, again for ``patience`` seconds."""
+    def _asked(self, ask: Callable[[], T], task: Task, patience: float) -> T:
+        """Call ``ask`` about a known job; retry for ``patience`` seconds if the cluster refuses or does not answer."""
         deadline, said = time.monotonic() + patience, ""
         while True:
             try:
@@ -214,6 +213,6 @@ class Jobs:
                     raise
                 if said != str(error):
                     said = str(error)
-                    self.progress(f"asked again for {patience / 60:.0f} minutes, the job runs on: {said}")
+                    self.progress(f"retrying for {patience / 60:.0f} minutes, while the job continues: {said}")
             if task.stop.wait(_PAUSE_SECONDS):
                 raise WorkerFailed(f"a job of {self.engine.name} was stopped")

@@ -1,4 +1,4 @@
-"""A Kubernetes cluster as an engine of jobs, through its own HTTP interface.
+"""A Kubernetes cluster as an engine of jobs, through its HTTP API.
 
 Each remote job is a Job of one pod. It is never started twice, and the cluster removes it in the end even if this
 process is killed. Dagster's own client (`PipesK8sClient`) starts bare pods, which stay when their starter is killed.
@@ -22,13 +22,13 @@ from registry import network
 from registry.errors import NetworkSettingError
 from registry.manifest import FileRecord
 
-# Seconds that a job that ended can still be looked at.
+# Seconds that a job is kept after it has ended.
 _KEPT_SECONDS = 24 * 3600
 _POLL_SECONDS = 5.0
 _LONGEST_SAID = 500
 _HOME = "/var/lib/slipway"
 _UNPRIVILEGED = 65534
-# Without a GPU a worker multiplies with AVX2.
+# A worker without a GPU needs a CPU with AVX2.
 _CPU_AFFINITY = {
     "nodeAffinity": {
         "requiredDuringSchedulingIgnoredDuringExecution": {
@@ -39,10 +39,10 @@ _CPU_AFFINITY = {
 
 
 class KubernetesCluster:
-    """The jobs of a namespace."""
+    """The jobs of a Kubernetes namespace."""
 
     def __init__(self, where: Kubernetes) -> None:
-        """Speak to it only when asked something."""
+        """Keep the settings; connect on the first request."""
         self.where = where
         self.name = f"Kubernetes at {where.address}, namespace {where.namespace}"
         authority = f"`certificate` ({where.certificate})" if where.certificate else SYSTEM_AUTHORITIES
@@ -53,21 +53,21 @@ class KubernetesCluster:
         self.pods = f"/api/v1/namespaces/{where.namespace}/pods"
 
     @property
-    def does(self) -> str:
-        """The image, which is named by its digest."""
+    def code(self) -> str:
+        """The image with its digest."""
         return self.where.image
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the connections."""
         self.asked.close()
 
     @property
     def poll_seconds(self) -> float:
-        """Three requests each time, over one connection."""
+        """Each check takes three requests, over one connection."""
         return _POLL_SECONDS
 
     def running(self, job: str) -> bool | None:
-        """Whether a job waits or runs: one that ended says so in its conditions; and remember it for `states`."""
+        """Whether a job waits or runs, by its conditions; the job is remembered for `states`."""
         found = self.asked.document(f"{self.jobs}/{job}")
         if found is None:
             return None
@@ -75,11 +75,11 @@ class KubernetesCluster:
         return not _ended(found)
 
     def was_stopped(self, job: str) -> bool:
-        """A job that is stopped is deleted; one that ended by itself is kept for a day."""
+        """Whether a job was stopped: it is then deleted, while a job that ended by itself is kept for a day."""
         return self.asked.find(f"{self.jobs}/{job}") is None
 
     def log(self, job: str) -> str:
-        """What the job's pod has printed; nothing as long as it has not begun."""
+        """The output of the job's pod; empty before it starts."""
         pod = self._looked.get(job) or self._pod(job)
         if pod is None or _status(pod).get("phase") in {None, "Pending", "Unknown"}:
             return ""
@@ -87,7 +87,7 @@ class KubernetesCluster:
         return "" if found is None else found.text
 
     def states(self, job: str) -> tuple[str, ...]:
-        """What the job's and its pod's conditions, its container and its events say; and remember the pod for `log`."""
+        """Conditions, container states and warnings of the job and its pod; the pod is remembered for `log`."""
         pod = self._pod(job)
         if pod is not None:
             self._looked[job] = pod
@@ -99,14 +99,14 @@ class KubernetesCluster:
         return tuple(dict.fromkeys(told))
 
     def why(self, job: str) -> str:
-        """The same once it has ended, and how its container did."""
+        """The states of a job that has ended, and how its container ended."""
         pod = self._pod(job) or self._looked.get(job) or {}
         ends = [f"{state['terminated'].get('reason')}, status {state['terminated'].get('exitCode')}"
                 for state in _containers(pod) if "terminated" in state]  # fmt: skip
-        return "; ".join([*self.states(job), *ends]) or "the cluster says nothing of it"
+        return "; ".join([*self.states(job), *ends]) or "the cluster gives no reason"
 
     def _warnings(self, name: str) -> list[str]:
-        """The warnings among an object's events; nothing where one may not list them, which is no reason to fail."""
+        """The warnings among an object's events; none if the token may not list events."""
         events = f"/api/v1/namespaces/{self.where.namespace}/events"
         try:
             found = self.asked.document(events, fieldSelector=f"involvedObject.name={name},type=Warning")
@@ -120,7 +120,7 @@ class KubernetesCluster:
         try:
             self.asked.send("POST", self.jobs, json=self.manifest(job, remote_job, task))
         except WorkerFailed:
-            if self.running(job) is None:  # an answer that was lost is no refusal
+            if self.running(job) is None:  # the job exists if only the answer was lost
                 raise
 
     def stop(self, job: str) -> None:
@@ -128,7 +128,7 @@ class KubernetesCluster:
         self.asked.end("DELETE", f"{self.jobs}/{job}", params={"propagationPolicy": "Background"})
 
     def manifest(self, job: str, remote_job: FileRecord, task: Task) -> dict[str, Any]:
-        """The job as Kubernetes takes it: hardened, on the nodes and with the resources that are configured."""
+        """The manifest of the job: hardened, with the configured nodes and resources."""
         where = self.where
         labels = {"app.kubernetes.io/name": "slipway-worker", "slipway/environment": task.environment}
         resources = {"cpu": where.cpus, "memory": where.memory}
@@ -192,18 +192,18 @@ class KubernetesCluster:
         return items[0] if items else None
 
     def _connect(self) -> httpx.Client:
-        """Connect; as whom says the token, which the cluster renews, so that it is read for each request."""
+        """Connect. The token is read for each request, because the cluster renews it."""
         where = self.where
         try:
             verify = ssl.create_default_context(cafile=str(where.certificate)) if where.certificate else None
-        except OSError as error:  # ssl's own are too
+        except OSError as error:  # ssl's errors are OSErrors too
             raise SettingsError(f"`certificate` of {self.name} can't be read: {error}") from error
         made = client(where.address, {}, verify)
         made.auth = self._authorized
         return made
 
     def _authorized(self, request: httpx.Request) -> httpx.Request:
-        """Say who asks."""
+        """Add the token to a request."""
         where = self.where
         try:
             token = network.token(str(where.token), where.token.read_text()) if where.token else ""
@@ -227,7 +227,7 @@ def _containers(pod: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _said_by(document: dict[str, Any]) -> list[str]:
-    """What an object says of itself in words: conditions, its own reason (an eviction's), what its container awaits."""
+    """An object's messages: its conditions, its reason (for example an eviction), and why its container waits."""
     waiting = [state["waiting"] for state in _containers(document) if "waiting" in state]
     told = [*_conditions(document), _status(document), *waiting]
     return [_line(each) for each in told if each.get("message") or each in waiting]
@@ -243,5 +243,5 @@ def _conditions(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _ended(job: dict[str, Any]) -> bool:
-    """Whether a job is complete or failed: Kubernetes' own sign that nothing more becomes of it."""
+    """Whether a job has ended: Kubernetes then sets the condition Complete or Failed."""
     return any(each.get("type") in {"Complete", "Failed"} and each.get("status") == "True" for each in _conditions(job))

@@ -1,4 +1,4 @@
-"""Workers as processes of this machine: each dies with the process that started it, however that ends."""
+"""Workers as processes of this machine. Each ends when the process that started it ends, even if that is killed."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from registry import untrusted
 from registry.atomic_write import write_atomically
 from registry.progress import Progress
 
-# How often is looked whether a task is to stop.
-_LOOK_SECONDS = 0.5
+# How often a task's `stop` is checked.
+_CHECK_SECONDS = 0.5
 
 
 class Local:
-    """Runs workers here, in their pinned environments."""
+    """The launcher that runs workers as processes of this machine."""
 
     def __init__(self, settings: Settings, progress: Progress) -> None:
-        """Take environments from the settings' home; they are made where they are not there."""
+        """Use the environments in the settings' home; missing ones are made when a worker starts."""
         self.settings = settings
         self.progress = progress
 
     def __call__(self, task: Task) -> Ended:
-        """Run the worker in a process group and, where the machine permits it, a PID namespace of its own.
+        """Run the worker in its own process group and, if the machine permits it, its own PID namespace.
 
         Raises:
             WorkerFailed: the task was stopped.
@@ -43,7 +43,9 @@ class Local:
         files = ("--request", str(folder / "request.json"), "--result", str(folder / RESULT))
         command = confined([str(python), str(task.script), *files])
         if not is_hidden():
-            self.progress("this machine gives no PID namespace: workers see its processes, and may read environments")
+            self.progress(
+                "this machine permits no PID namespace: workers see its processes and can read their environments"
+            )
         started = time.monotonic()
         with untrusted.create_file(folder, LOG) as log:
             process = subprocess.Popen(
@@ -63,7 +65,7 @@ class Local:
 
 
 def worker_environment(settings: Settings, python: Path, folder: Path) -> dict[str, str]:
-    """The variables of a worker that runs with this interpreter in this folder: none of them a secret."""
+    """The environment variables of a worker with this interpreter and working folder; no secret is among them."""
     inherited = dict(settings.child_environment)
     temporary = folder / "tmp"
     temporary.mkdir(exist_ok=True)
@@ -82,7 +84,7 @@ def worker_environment(settings: Settings, python: Path, folder: Path) -> dict[s
 
 
 def how_it_ended(status: int) -> str:
-    """Say in words what a child's exit status means."""
+    """Describe a process's exit status in words."""
     if status == -signal.SIGKILL:
         return "was killed (by hand, or the machine ran out of memory)"
     if status < 0:
@@ -93,13 +95,13 @@ def how_it_ended(status: int) -> str:
 def _wait(process: subprocess.Popen[bytes], task: Task) -> None:
     while not task.stop.is_set():
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_LOOK_SECONDS)
+            process.wait(_CHECK_SECONDS)
             return
     raise WorkerFailed(f"worker {task.script.stem} was stopped")
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """Make sure that nothing of the worker's process group is left."""
+    """Kill what is left of the worker's process group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

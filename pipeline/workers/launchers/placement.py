@@ -1,7 +1,7 @@
-"""Where workers run, as the file that ``SLIPWAY_WORKERS`` names says it: this installation's affair, not a model's.
+"""Where workers run, from the file that ``SLIPWAY_WORKERS`` names. It belongs to an installation, not to a model.
 
-The same model's file releases on a laptop and on a cluster, and what comes of it must not depend on which. So a model
-says nothing of machines; what it runs on is one file an installation::
+The same model file must give the same release on a laptop and on a cluster, so it does not name machines. Each
+installation has one file for them::
 
     launcher: ray
     address: http://127.0.0.1:8265
@@ -21,7 +21,7 @@ from pipeline.errors import SettingsError, SpecError
 from pipeline.yaml_file import explain, keys, listed, read
 
 _Store = Annotated[str, Field(pattern=r"^s3://[a-z0-9.-]+(/[\w./-]+)?$")]
-# As Kubernetes writes amounts; its schemas take any text.
+# An amount as Kubernetes writes it; its own schema accepts any text.
 _Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|[MGTPE]|[KMGTPE]i)?$")]
 
 
@@ -29,48 +29,48 @@ class _Placement(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     gpus: int = Field(default=0, ge=0)
-    """GPUs a worker."""
+    """GPUs per worker."""
 
 
 class Container(_Placement):
     """Containers of this machine's engine."""
 
     launcher: Literal["container"]
-    """What runs workers."""
+    """The kind of launcher."""
     image: str | None = Field(default=None, pattern=r"sha256:[0-9a-f]{64}$")
-    """The system's libraries, and Python where this machine's is the system's own, by id or digest; the CPU runtime's
-    base where it is left out.
+    """An image with the system's libraries, by id or digest; also with Python if this machine's Python is the system's.
+    Default: the base of the CPU runtime.
     """
     memory: ByteSize = ByteSize(32 * 2**30)
-    """Of each container, at most."""
+    """The memory limit of each container."""
 
 
 class Ray(_Placement):
     """A Ray cluster."""
 
     launcher: Literal["ray"]
-    """What runs workers."""
+    """The kind of launcher."""
     address: str = Field(pattern=r"^https?://[^/]+$")
-    """Of its jobs' interface."""
+    """The address of its jobs API."""
     store: _Store
-    """The object store between here and there."""
+    """The object store through which files are exchanged."""
     cpus: float = Field(default=1, gt=0)
-    """CPUs a worker."""
+    """CPUs per worker."""
     resources: Mapping[str, float] = {}
-    """The cluster's own names, with how much of each a worker takes."""
+    """The cluster's custom resources, with the amount per worker."""
     home: Path | None = None
-    """Where a node keeps environments, if its own `SLIPWAY_HOME` does not say so."""
+    """The folder of worker environments on a node. Default: the node's own `SLIPWAY_HOME`."""
 
 
 class Toleration(BaseModel):
-    """A taint of nodes that workers put up with, as Kubernetes has it."""
+    """A toleration of workers for a node's taint, as in Kubernetes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     key: str | None = None
     """The taint's key."""
     operator: Literal["Exists", "Equal"] | None = None
-    """How it is compared."""
+    """How the value is compared."""
     value: str | None = None
     """The taint's value."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
@@ -81,43 +81,43 @@ class Kubernetes(_Placement):
     """A namespace of a Kubernetes cluster; each worker is a Job of one pod."""
 
     launcher: Literal["kubernetes"]
-    """What runs workers."""
+    """The kind of launcher."""
     address: str = Field(default="https://kubernetes.default.svc", pattern=r"^https?://[^/]+$")
-    """Of the cluster's API."""
+    """The address of the cluster's API."""
     token: Path | None = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
-    """The file of the token that it is asked with."""
+    """The file with the access token."""
     certificate: Path | None = Path("/var/run/secrets/kubernetes.io/serviceaccount/ca.crt")
-    """The file of the cluster's authority."""
+    """The file with the certificate of the cluster's authority."""
     namespace: str = "default"
-    """Where jobs run."""
+    """The namespace of the jobs."""
     image: str = Field(pattern=r"@sha256:[0-9a-f]{64}$")
-    """What runs a worker: the checkout, and `requirements/node.txt` first on its `PATH`; by digest."""
+    """The image that runs workers, by digest: with the checkout, and `requirements/node.txt` first on its `PATH`."""
     store: _Store
-    """The object store between here and there."""
+    """The object store through which files are exchanged."""
     cpus: _Quantity = "4"
-    """CPUs a worker."""
+    """CPUs per worker."""
     memory: _Quantity = "16Gi"
-    """Memory a worker."""
+    """Memory per worker."""
     ephemeral_storage: _Quantity | None = None
-    """What a pod keeps on its node, environments and weights among it: request and limit."""
+    """Ephemeral storage of a pod, for environments and weights: request and limit."""
     node_selector: Mapping[str, str] = {}
-    """Labels of nodes."""
+    """Labels that nodes must have."""
     tolerations: tuple[Toleration, ...] = ()
-    """Taints that workers put up with."""
+    """Tolerations of the pods."""
     service_account: str = "default"
-    """Of the pods."""
+    """The service account of the pods."""
     secrets: tuple[str, ...] = ()
-    """Secrets that hold S3's variables."""
+    """Secrets with the environment variables for S3."""
     image_pull_secrets: tuple[str, ...] = ()
-    """Secrets of the image's registry."""
+    """Secrets for pulling the image."""
     runtime_class: str | None = None
-    """For nodes that give containers no GPU without it: `nvidia`."""
+    """The runtime class, `nvidia` on nodes that need it for GPUs."""
     priority_class: str | None = None
-    """Of the pods."""
+    """The priority class of the pods."""
     claim: str | None = None
-    """The volume that keeps workers' environments; without it each pod makes its own."""
+    """The volume claim for worker environments; without it each pod makes its own."""
     hours: float = Field(default=24, gt=0)
-    """Then a job is ended."""
+    """Hours after which a job is ended."""
 
 
 Placement = Annotated[Container | Ray | Kubernetes, Field(discriminator="launcher")]
@@ -127,7 +127,7 @@ _PLACEMENT: TypeAdapter[Container | Ray | Kubernetes] = TypeAdapter(Placement)
 
 
 def placement(path: Path) -> Container | Ray | Kubernetes:
-    """Read where workers run.
+    """Read the file that `SLIPWAY_WORKERS` names.
 
     Raises:
         SettingsError: listing every key that is unknown, missing or wrong.
@@ -139,12 +139,12 @@ def placement(path: Path) -> Container | Ray | Kubernetes:
     except ValidationError as error:
         known = {*keys(Container), *keys(Ray), *keys(Kubernetes)}
         problems = (explain(detail, known) for detail in map(_without_kind, error.errors()))
-        heading = f"{path} (`SLIPWAY_WORKERS`) does not say where workers run:"
+        heading = f"{path} (`SLIPWAY_WORKERS`) is not valid:"
         raise SettingsError(listed(heading, problems)) from error
 
 
 def _without_kind(detail: Any) -> dict[str, Any]:  # noqa: ANN401 - pydantic's own error record
-    """The problem with its path as it stands in the file, which pydantic begins with the launcher's name."""
+    """The error with the key's path as in the file; pydantic puts the launcher's name before it."""
     if not detail["loc"]:
         return {**detail, "loc": ("launcher",)}
     return {**detail, "loc": detail["loc"][1:]}

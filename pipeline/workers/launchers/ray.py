@@ -1,7 +1,7 @@
-"""A Ray cluster as an engine of jobs, through Ray's own HTTP interface; nothing of Ray is installed here.
+"""A Ray cluster as an engine of jobs, through Ray's HTTP API; Ray need not be installed here.
 
-Ray places a job where its resources are. The code goes along as a package, named by its content, that Ray keeps; what a
-node needs beside is in ``requirements/ray.txt``.
+Ray runs a job on a node with the requested resources. The code is uploaded as a package, named by its digest, which Ray
+keeps. The other requirements of a node are in ``requirements/ray.txt``.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _CODE = ("pipeline", "evals", "containers", "registry")
 
 
 class RayCluster:
-    """The jobs of a cluster."""
+    """The jobs of a Ray cluster."""
 
     def __init__(self, where: Ray) -> None:
-        """Speak to it only when asked something."""
+        """Keep the settings; connect on the first request."""
         self.where = where
         self.name = f"the Ray cluster at {where.address}"
         self.asked = Interface(self.name, lambda: client(where.address), SYSTEM_AUTHORITIES)
 
     @cached_property
     def package(self) -> bytes:
-        """The code that a node needs, as a zip file; the same code gives the same bytes."""
+        """The code for a node as a zip file; the same code gives the same bytes."""
         made = io.BytesIO()
         with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
             # Laid out as an installed wheel is, from a checkout too.
@@ -46,21 +46,21 @@ class RayCluster:
         return made.getvalue()
 
     @property
-    def does(self) -> str:
-        """The code's digest."""
+    def code(self) -> str:
+        """The digest of the uploaded code."""
         return hashlib.sha256(self.package).hexdigest()
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the connections."""
         self.asked.close()
 
     @property
     def poll_seconds(self) -> float:
-        """Ray's own interface is asked by its dashboard as often."""
+        """As often as Ray's own dashboard asks."""
         return 1.0
 
-    def states(self, job: str) -> tuple[str, ...]:  # noqa: ARG002 - the protocol's
-        """Nothing: what Ray says of a job stands in its message, once it has ended."""
+    def states(self, job: str) -> tuple[str, ...]:  # noqa: ARG002 - of the protocol
+        """None: Ray describes a job only in its message, after it has ended."""
         return ()
 
     def running(self, job: str) -> bool | None:
@@ -69,22 +69,22 @@ class RayCluster:
         return None if found is None else found.get("status") in {"PENDING", "RUNNING"}
 
     def was_stopped(self, job: str) -> bool:
-        """Ray keeps a stopped job, and says so."""
+        """Whether a job was stopped: Ray keeps stopped jobs with that status."""
         found = self.asked.document(f"/api/jobs/{job}")
         return found is None or found.get("status") == "STOPPED"
 
     def log(self, job: str) -> str:
-        """What the job has printed on its node."""
+        """The job's output on its node."""
         found = self.asked.document(f"/api/jobs/{job}/logs")
         return "" if found is None else str(found.get("logs", ""))
 
     def why(self, job: str) -> str:
-        """Ray's message."""
+        """Ray's message about the job."""
         found = self.asked.document(f"/api/jobs/{job}")
         return "it was deleted" if found is None else str(found.get("message"))
 
     def submit(self, job: str, remote_job: FileRecord, task: Task) -> None:
-        """Give the cluster the code, where it has not got it, and the job."""
+        """Upload the code if the cluster does not have it, and submit the job."""
         home = {"SLIPWAY_HOME": str(self.where.home)} if self.where.home else {}
         document = {
             "submission_id": job,
@@ -98,7 +98,7 @@ class RayCluster:
         try:
             self.asked.send("POST", "/api/jobs/", json=document)
         except WorkerFailed:
-            if self.running(job) is None:  # an answer that was lost is no refusal
+            if self.running(job) is None:  # the job exists if only the answer was lost
                 raise
 
     def stop(self, job: str) -> None:
@@ -106,7 +106,7 @@ class RayCluster:
         self.asked.end("POST", f"/api/jobs/{job}/stop")
 
     def _give_code(self) -> str:
-        name = f"_ray_pkg_{self.does[:32]}.zip"
+        name = f"_ray_pkg_{self.code[:32]}.zip"
         if self.asked.find(f"/api/packages/gcs/{name}") is None:
             self.asked.send("PUT", f"/api/packages/gcs/{name}", content=self.package)
         return f"gcs://{name}"

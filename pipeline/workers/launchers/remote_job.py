@@ -1,11 +1,8 @@
-"""A task that is done on another machine: what it reads goes there by digest, what it makes comes back by digest.
+"""A task that runs on another machine: its input and output files travel through an object store, named by digest.
 
-A remote job is a document in the object store, named by its own digest, that names everything the worker reads by its
-content; its outcome is another. Every file is checked where it arrives, on the way there and on the way back, so that
-neither the store nor the network is trusted with more than being there.
-
-    remote job   {"environment", "script", "request", "inputs": {"in/0/model.safetensors": {"sha256", "size"}}}
-    outcome  {"status", "seconds", "result", "log", "outputs": {"model.safetensors": {"sha256", "size"}}}
+A `RemoteJob` is a document in the store, named by its own digest. It lists every file that the worker reads with its
+digest. Its `Outcome` is another document. Each side checks the digest of every file that it fetches, so the store and
+the network need not be trusted.
 """
 
 from __future__ import annotations
@@ -14,10 +11,10 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 from dagster_pipes import PIPES_PROTOCOL_VERSION, PIPES_PROTOCOL_VERSION_FIELD
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
 from pipeline.errors import WorkerFailed
 from pipeline.resources import PACKAGES
@@ -29,7 +26,7 @@ from registry.objects import ObjectStore, digest_of
 
 D = TypeVar("D", bound="_Document")
 _OUTCOME = "slipway.outcome"
-# In a request on its way, a file is named {_FILE: its place in the worker's folder there}.
+# In a remote job's request, a file is written as {_FILE: its path in the worker's folder on the node}.
 _FILE = "slipway.file"
 _RELATIVE = TypeAdapter[str](RelativePath)
 
@@ -39,16 +36,16 @@ class _Document(BaseModel):
 
 
 class RemoteJob(_Document):
-    """What is to be done, its files by content; ``script`` is a path below the folder of the packages."""
+    """A worker's task; ``inputs`` lists its files by path. ``script`` is a path below the packages' folder."""
 
     environment: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     script: RelativePath
-    request: Mapping[str, Any]
+    request: Mapping[str, JsonValue]
     inputs: Mapping[RelativePath, FileRecord]
 
 
 class Outcome(_Document):
-    """What came of it: the worker's exit status and seconds, its result, its output's files and its log."""
+    """How a worker ended: its exit status, its duration in seconds, and its result, log and output files."""
 
     status: int
     seconds: float
@@ -58,14 +55,14 @@ class Outcome(_Document):
 
 
 def send(task: Task, store: ObjectStore) -> FileRecord:
-    """Put what a task reads into the store, and return the remote job's own record there.
+    """Put the files that a task reads into the store, and return the record of its `RemoteJob` there.
 
     Raises:
         TrackingError: the store refuses.
     """
     found: dict[str, Path] = {}
 
-    def named(path: Path) -> dict[str, str]:
+    def named(path: Path) -> JsonValue:
         place = f"in/{len(found)}/{path.name}"
         if path.is_dir():
             found.update({f"{place}/{file.relative_to(path)}": file for file in path.rglob("*") if file.is_file()})
@@ -73,7 +70,7 @@ def send(task: Task, store: ObjectStore) -> FileRecord:
             found[place] = path
         return {_FILE: place}
 
-    request = {key: {_FILE: "out"} if key == OUTPUT else _replaced(task.request[key], named) for key in task.request}
+    request = {key: {_FILE: "out"} if key == OUTPUT else _replaced(value, named) for key, value in task.request.items()}
     inputs = {place: put(path, store) for place, path in sorted(found.items())}
     remote_job = RemoteJob(
         environment=task.environment,
@@ -85,31 +82,43 @@ def send(task: Task, store: ObjectStore) -> FileRecord:
 
 
 def receive(outcome: FileRecord, task: Task, store: ObjectStore) -> Ended:
-    """Fetch what came of a remote job to where the task wants it, each file with its digest.
+    """Fetch a remote job's result, log and output files to the task's folders, and check their digests.
 
     Raises:
         TrackingError: the store refuses, or holds something else.
-        WorkerFailed: the outcome is none, or too large.
+        WorkerFailed: the outcome is not valid, or too large.
     """
-    told = get_document(Outcome, outcome, task.folder / "outcome.json", store)
-    for name, record, limit in ((LOG, told.log, LOG_BYTES), (RESULT, told.result, RESULT_BYTES)):
+    ended = get_document(Outcome, outcome, task.folder / "outcome.json", store)
+    for name, record, limit in ((LOG, ended.log, LOG_BYTES), (RESULT, ended.result, RESULT_BYTES)):
         if record is not None:
             if record.size > limit:
                 raise WorkerFailed(f"the worker's {name} has {record.size} bytes; at most {limit} are fetched")
             store.get(record, task.folder / name)
-    for name, record in told.outputs.items():
-        target = Path(task.request[OUTPUT]) / name
+    for name, record in ended.outputs.items():
+        target = output_folder(task.request) / name
         target.parent.mkdir(parents=True, exist_ok=True)
         store.get(record, target)
-    return Ended(told.status, told.seconds)
+    return Ended(ended.status, ended.seconds)
+
+
+def output_folder(request: Mapping[str, object]) -> Path:
+    """The folder that a request asks the worker to fill.
+
+    Raises:
+        WorkerFailed: it names none.
+    """
+    folder = request.get(OUTPUT)
+    if not isinstance(folder, str | Path):
+        raise WorkerFailed(f"the request names no `{OUTPUT}` folder, and the worker's outcome has output files")
+    return Path(folder)
 
 
 def unpack(remote_job: RemoteJob, folder: Path, store: ObjectStore) -> Task:
-    """Fetch what a remote job reads into a folder of this machine, and return the task that it is here.
+    """Fetch the files that a remote job reads into a folder of this machine, and return the task to run here.
 
     Raises:
         TrackingError: the store refuses, or holds something else.
-        WorkerFailed: it names a file outside its folder.
+        WorkerFailed: the job names a file outside its folder.
     """
     for place, record in remote_job.inputs.items():
         target = folder / place
@@ -119,17 +128,18 @@ def unpack(remote_job: RemoteJob, folder: Path, store: ObjectStore) -> Task:
     work = folder / "work"
     work.mkdir()
     try:
-        request = _placed(remote_job.request, folder)
+        request = {key: _placed(value, folder) for key, value in remote_job.request.items()}
     except ValidationError as error:
         raise WorkerFailed(f"the remote job names a file outside its folder: {error.errors()[0]['msg']}") from error
     return Task(remote_job.environment, PACKAGES / remote_job.script, request, work, {})
 
 
 def pack(ended: Ended, task: Task, folder: Path, store: ObjectStore) -> Outcome:
-    """Put what a worker left into the store, and say what it is.
+    """Put a worker's result, log and output files into the store, and return the `Outcome` that lists them.
 
     Raises:
-        UntrustedFileError: it left something else than regular files, or a log or result that is too large.
+        UntrustedFileError: the worker left something other than regular files, or too large a log or result.
+        WorkerFailed: the worker removed its log.
     """
     output = folder / "out"
     made = untrusted.plain_files(output)
@@ -147,7 +157,7 @@ def pack(ended: Ended, task: Task, folder: Path, store: ObjectStore) -> Outcome:
 
 
 def _kept(task: Task, name: str, limit: int, folder: Path) -> Path | None:
-    """Copy a file of the worker's folder to where no worker writes, and return that; None where there is none."""
+    """Copy a file from the worker's folder to one that the worker can't write to; None if there is no such file."""
     try:
         with untrusted.open_file(task.folder, name, limit) as left, (folder / name).open("wb") as kept:
             shutil.copyfileobj(left, kept)
@@ -157,29 +167,40 @@ def _kept(task: Task, name: str, limit: int, folder: Path) -> Path | None:
 
 
 def announced(outcome: FileRecord) -> str:
-    """One line that says where a remote job's outcome is, as a message of Dagster Pipes, which others read as one."""
+    """Return the line that announces an outcome's record in the store: a custom message of Dagster Pipes."""
     payload = {_OUTCOME: outcome.model_dump()}
     method = {"method": "report_custom_message", "params": {"payload": payload}}
     return json.dumps({PIPES_PROTOCOL_VERSION_FIELD: PIPES_PROTOCOL_VERSION, **method})
 
 
-def message(line: str) -> dict[str, Any] | None:
-    """The message of Dagster Pipes that a line of a log is, or None."""
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) and PIPES_PROTOCOL_VERSION_FIELD in found else None
+def is_message(line: str) -> bool:
+    """Whether a line of a job's log is a message of Dagster Pipes."""
+    return _message(line) is not None
 
 
-def outcome_in(payload: object) -> FileRecord | None:
-    """Where the outcome is, if a message's payload says so (see `announced`)."""
+def outcome_in(line: str) -> FileRecord | None:
+    """Return the record of the outcome that a line of a job's log announces (see `announced`); else None.
+
+    Raises:
+        WorkerFailed: the line announces an outcome whose record is not valid.
+    """
+    found = _message(line) or {}
+    parameters = found.get("params")
+    payload = parameters.get("payload") if isinstance(parameters, dict) else None
     if not isinstance(payload, dict) or _OUTCOME not in payload:
         return None
     try:
         return FileRecord.model_validate(payload[_OUTCOME])
     except ValidationError as error:
-        raise WorkerFailed(f"the job names an outcome that is not valid: {error.errors()[0]['msg']}") from error
+        raise WorkerFailed(f"the job's record of its outcome is not valid: {error.errors()[0]['msg']}") from error
+
+
+def _message(line: str) -> dict[str, JsonValue] | None:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and PIPES_PROTOCOL_VERSION_FIELD in found else None
 
 
 def node_command(store: str, remote_job: FileRecord) -> list[str]:
@@ -188,7 +209,7 @@ def node_command(store: str, remote_job: FileRecord) -> list[str]:
 
 
 def put(path: Path, store: ObjectStore) -> FileRecord:
-    """Put a file into the store, where nothing of its name and size is there, and return its record."""
+    """Put a file into the store, unless it is there already, and return its record."""
     record = FileRecord(sha256=digest_of(path), size=path.stat().st_size)
     if not store.has(record):
         store.put(path, record)
@@ -202,27 +223,27 @@ def put_document(document: _Document, path: Path, store: ObjectStore) -> FileRec
 
 
 def get_document(kind: type[D], record: FileRecord, path: Path, store: ObjectStore) -> D:
-    """Fetch a document to ``path``, and parse it."""
+    """Fetch a document to ``path``, and parse it; `WorkerFailed` if it is not valid."""
     store.get(record, path)
     try:
         return kind.model_validate_json(path.read_bytes())
     except ValueError as error:
-        raise WorkerFailed(f"{store.uri} holds no {kind.__name__.lower()} under {record.sha256}: {error}") from error
+        raise WorkerFailed(f"{store.uri}: {record.sha256} is not a valid {kind.__name__}: {error}") from error
 
 
-def _replaced(value: Any, by: Callable[[Path], Any]) -> Any:  # noqa: ANN401 - any JSON value
-    """The value with every path in it replaced."""
+def _replaced(value: object, by: Callable[[Path], JsonValue]) -> JsonValue:
+    """The value with every path in it replaced; `RemoteJob` refuses what JSON can't hold."""
     if isinstance(value, Path):
         return by(value)
     if isinstance(value, Mapping):
         return {key: _replaced(item, by) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_replaced(item, by) for item in value]
-    return value
+    return cast("JsonValue", value)
 
 
-def _placed(value: Any, folder: Path) -> Any:  # noqa: ANN401 - any JSON value
-    """The value with every file's name in it replaced by its path here."""
+def _placed(value: JsonValue, folder: Path) -> object:
+    """The value with every file's name in it replaced by its path on this machine."""
     if isinstance(value, Mapping):
         if set(value) == {_FILE}:
             return folder / _RELATIVE.validate_python(value[_FILE])

@@ -16,6 +16,7 @@ from evals.drift.answers import AskedSuite
 from evals.drift.pairs import ChoicePairs, Divergence, DocumentPair, Drift, TextPairs
 from evals.load.evidence import LoadEvidence
 from homes import DEMO
+from pipeline.quantization.quantize import CalibrationRecord, QuantizationRecord
 from pipeline.settings import Settings
 from pipeline.spec import load
 from pipeline.stages.context import StageContext
@@ -45,10 +46,12 @@ LOAD = load_evidence.measured()
 SAMPLES: list[dict[str, str | int | float]] = [
     {"seconds": 1.0, "phase": "load", "memory_bytes": 10**9, "usage_bytes": 10**9}
 ]
-QUANTIZED_NOTES = {
-    "method": "gptq", "backend": "gptqmodel", "parameters": {"bits": 4, "group_size": 64},
-    "calibration": {"sha256": "cd" * 32, "samples": 32, "max_tokens": 200}, "pins_digest": DIGEST,
-}  # fmt: skip
+QUANTIZED = QuantizationRecord(
+    method="gptq", backend="gptqmodel", parameters={"bits": 4, "group_size": 64}, device="cpu", layers=28,
+    calibration=CalibrationRecord(sha256="cd" * 32, samples=32, max_tokens=200, tokens=6400),
+    bytes=10**6, source_bytes=3 * 10**6, bits_per_weight=4.3,
+)  # fmt: skip
+QUANTIZED_NOTES = {**QUANTIZED.model_dump(mode="json"), "pins_digest": DIGEST}
 
 
 def drift_of(lost: int) -> Drift:

@@ -44,7 +44,9 @@ def test_what_is_not_said_is_the_default(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_wrong_is_named_with_its_key(tmp_path: Path, text: str, told: str) -> None:
-    with pytest.raises(SpecError, match=f"(?s)cluster.yaml does not describe a cluster:.*{re.escape(told)}"):
+    with pytest.raises(
+        SpecError, match=f"(?s)cluster.yaml is not a valid description of a cluster:.*{re.escape(told)}"
+    ):
         cluster(written(tmp_path, text))
 
 

@@ -137,7 +137,7 @@ def test_status_with_nothing_released(slipway: Slipway) -> None:
     assert (done.returncode, done.stdout) == (0, "")
     assert "nothing is released yet" in done.stderr
     assert json.loads(slipway("status", "--json").stdout) == []
-    assert "nothing of `demo` is released" in slipway("status", "demo").stderr
+    assert "no release of `demo`" in slipway("status", "demo").stderr
 
 
 def test_pull_and_report_with_nothing_released(slipway: Slipway, released: Path, tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ WRONG = [
 @pytest.mark.parametrize("body", WRONG, ids=lambda body: repr(body[-50:]))
 def test_a_revision_has_its_form_or_is_refused(hostile: Recording, tmp_path: Path, body: bytes) -> None:
     said = refusal(hostile, tmp_path, ASKED["revision"], Answer(body=body))
-    assert f"at {hostile.address}" in said
+    assert hostile.address in said
     assert len(said) < 400
 
 

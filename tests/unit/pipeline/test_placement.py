@@ -47,7 +47,7 @@ def test_a_worker_has_the_gpus_that_it_asks_a_cluster_for(tmp_path: Path) -> Non
         (RAY.replace("s3:", "file:"), "`store`: "),
         (RAY.replace("address: http://127.0.0.1:8265\n", ""), "`address` is missing"),
         (RAY + "gpus: -1\n", "`gpus`: "),
-        ("", "holds no mapping"),
+        ("", "is not a mapping"),
         (KUBERNETES + "memory: much\n", "`memory`: "),
         (KUBERNETES.replace("@sha256", ":latest@sha1"), "`image`: "),
         (KUBERNETES + "tolerations: [{key: nvidia.com/gpu, efect: NoSchedule}]\n", "did you mean `effect`?"),

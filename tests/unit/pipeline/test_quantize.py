@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from pipeline.errors import CheckpointError, QuantizeError, UnsupportedModelError
-from pipeline.quantization.quantize import Scheme, backend_of, quantize
+from pipeline.errors import CheckpointError, QuantizeError, UnsupportedModelError, WorkerFailed
+from pipeline.quantization.quantize import QuantizationRecord, Scheme, backend_of, quantize
 from registry.errors import UntrustedFileError
 from unit.pipeline import checkpoints
 
@@ -51,7 +51,7 @@ def calibration(tmp_path: Path) -> Path:
 
 def run(
     tmp_path: Path, source: Path, calibration: Path, scheme: dict[str, Any], worker: Worker, **more: int
-) -> dict[str, Any]:
+) -> QuantizationRecord:
     output, scratch = tmp_path / "output", tmp_path / "scratch"
     output.mkdir()
     scratch.mkdir()
@@ -77,10 +77,21 @@ def test_the_checkpoint_is_the_sources_own_but_for_its_weights(tmp_path: Path, s
     config = json.loads((output / "config.json").read_text())
     assert config.pop("quantization_config")["quant_method"] == "awq"
     assert config == checkpoints.config()
-    assert record["calibration"]["tokens"] == 4 * 256
-    assert len(record["calibration"]["sha256"]) == 64
-    assert record["bytes"] < record["source_bytes"]
-    assert record["layers"] == len(checkpoints.linears())
+    assert record.calibration.tokens == 4 * 256
+    assert len(record.calibration.sha256) == 64
+    assert record.bytes < record.source_bytes
+    assert record.layers == len(checkpoints.linears())
+
+
+def test_a_worker_whose_result_is_not_valid_is_named_with_the_key(
+    tmp_path: Path, source: Path, calibration: Path
+) -> None:
+    class Forgetful(Worker):
+        def __call__(self, environment: str, script: Path, request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+            return {**super().__call__(environment, script, request, folder), "blocks": 0}
+
+    with pytest.raises(WorkerFailed, match="`autoawq` wrote a result that is not valid: `blocks`"):
+        run(tmp_path, source, calibration, AWQ, Forgetful())
 
 
 def test_a_worker_that_breaks_its_promise_is_caught(tmp_path: Path, source: Path, calibration: Path) -> None:
@@ -149,7 +160,7 @@ def test_what_a_source_has_left_over_reaches_neither_worker_nor_checkpoint(
     ("text", "samples", "reason"),
     [
         ("", 8, "holds 0 samples"),
-        ('{"text": "a"}\n', 2, "holds 1 samples, and `calibration.samples` is 2"),
+        ('{"text": "a"}\n', 2, "holds 1 samples, but `calibration.samples` is 2"),
         ('{"txt": "a"}\n', 1, "line 1: `text` is missing: expected an object with `text`, found `txt`"),
         ("not json\n", 1, "line 1: no JSON"),
     ],
@@ -169,7 +180,7 @@ def test_calibration_that_will_not_do_is_refused_before_a_worker_starts(
 def test_longer_samples_than_the_model_has_positions_are_refused(
     tmp_path: Path, source: Path, calibration: Path
 ) -> None:
-    with pytest.raises(QuantizeError, match="the model ends at 512 positions"):
+    with pytest.raises(QuantizeError, match="the model's longest context is 512 tokens"):
         run(tmp_path, source, calibration, AWQ, Worker(), max_tokens=513)
 
 
@@ -189,13 +200,13 @@ def test_a_quantized_source_is_refused(tmp_path: Path, calibration: Path) -> Non
 @pytest.mark.parametrize(
     ("scheme", "reason"),
     [
-        (AWQ | {"bits": 3}, "awq by `autoawq` has 4 `bits`, not 3"),
+        (AWQ | {"bits": 3}, "`autoawq` writes awq with 4 `bits`, not 3"),
         (GPTQ | {"bits": 5}, "2, 3, 4 or 8"),
         (GPTQ | {"group_size": 48}, "`group_size`"),
         (AWQ | {"backend": "autogptq"}, "use `autoawq` or `gptqmodel`"),
         (GPTQ | {"backend": "autoawq"}, "use `autogptq` or `gptqmodel`"),
-        (AWQ | {"desc_act": True}, "`desc_act` means nothing to awq"),
-        (GPTQ | {"clone_saved_weights": False}, "backend `autoawq` alone"),
+        (AWQ | {"desc_act": True}, "`desc_act` applies only to gptq"),
+        (GPTQ | {"clone_saved_weights": False}, "applies only to the backend `autoawq`"),
         (AWQ | {"group_sise": 64}, "group_sise"),
         ({"method": "awq"}, "backend"),
     ],

@@ -111,7 +111,7 @@ def test_what_is_young_stays_with_what_it_was_made_of(settings: Settings, store:
         written.write_text(json.dumps({**json.loads(written.read_text()), "created": "2026-01-02T03:04:05+00:00"}))
     (doomed,) = plan(settings, [], pytest.fail)
     assert (doomed.kind, doomed.name) == ("artifact", f"quantized {other.key[:12]}")
-    assert "of 2026-01-02" in doomed.why
+    assert "made on 2026-01-02" in doomed.why
     remove([doomed], settings, lambda _: None)
     assert store.find("quantized", quantized.key)
 
@@ -141,7 +141,7 @@ def test_an_artifact_that_somebody_is_making_is_left_and_told(settings: Settings
         removed = remove(doomed, settings, told.append)
     assert places(removed) == {("source", other.key)}
     assert store.find("source", held.key)
-    assert f"source {held.key[:12]} stays: somebody is making it" in told
+    assert f"source {held.key[:12]} stays: another process is making it" in told
 
 
 def test_what_is_half_made_is_not_looked_at(settings: Settings, store: Store) -> None:
@@ -159,7 +159,7 @@ def test_without_an_engine_images_and_their_artifacts_stay_and_the_rest_goes(set
     doomed = plan(settings, [], told.append, now=LATER)
     assert places(doomed) == {("source", source.key)}
     (line,) = told
-    assert line.startswith("images stay, and what names them: the container engine at")
+    assert line.startswith("images and the artifacts that name them stay: the container engine at")
     handled(settings, image)
     assert places(planned(settings)) == {("source", source.key)}, "nor is an engine asked where no image is to go"
 
@@ -175,7 +175,7 @@ def test_the_command_shows_what_would_go_and_removes_it_when_told_to(
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     item = {
         "kind": "artifact", "name": f"source {made.key[:12]}", "bytes": written.stat().st_size + 7,
-        "why": "no kept version and no last run was made of it, it is of 2026-01-02",
+        "why": "no kept version and no last run uses it; made on 2026-01-02",
     }  # fmt: skip
     for words, removed in ((["gc", "--json"], False), (["gc", "--yes", "--json"], True)):
         done = CliRunner().invoke(cli.main, words)

@@ -19,7 +19,7 @@ from pipeline.serving import fleet as fleets
 from pipeline.serving import serve
 from pipeline.serving.fleet import Fleet, Resources
 from pipeline.serving.gateway_process import GatewayError
-from pipeline.serving.serve import Options, Serving, Wish
+from pipeline.serving.serve import DesiredRelease, Options, Serving
 from pipeline.settings import Settings
 
 OLD, NEW = "sha256:" + "a" * 64, "sha256:" + "b" * 64
@@ -34,7 +34,7 @@ class Gateway:
 
     def route(self, routes: Routes) -> None:
         if self.stubborn_about & {backend.release for backend in routes.models["demo-awq"].backends}:
-            raise GatewayError("the gateway did not take the new routes within 10 s")
+            raise GatewayError("the gateway did not use the new routes within 10 s")
         self.routes = routes
 
     def check(self) -> None:
@@ -72,7 +72,7 @@ class ScriptedFleet(Fleet):
 
 
 class Scripted(Serving):
-    """Serves what ``wished`` says; the images of ``absent`` can't be had."""
+    """Serves what ``desired_now`` says; the images of ``absent`` can't be had."""
 
     def __init__(self, folder: Path) -> None:
         self.told: list[str] = []
@@ -81,28 +81,28 @@ class Scripted(Serving):
         self.gate = Gateway()
         self._gateway = self.gate  # type: ignore[assignment]
         self.absent: set[str] = set()
-        self.wished: list[Wish] = []
+        self.desired_now: list[DesiredRelease] = []
 
-    def to(self, *wished: Wish) -> None:
-        """Wish for something else, and look."""
-        self.wished = list(wished)
+    def to(self, *desired: DesiredRelease) -> None:
+        """DesiredRelease for something else, and look."""
+        self.desired_now = list(desired)
         self.look()
 
     def running(self) -> set[str]:  # type: ignore[override]
         """The releases that have replicas."""
         return {fleet.release for fleet in self._fleets.values()}
 
-    def _fleet(self, wish: Wish, of_all: int) -> Fleet:
-        folder = self._folder / wish.version
+    def _fleet(self, release: DesiredRelease, of_all: int) -> Fleet:
+        folder = self._folder / release.version
         (folder / "release" / "evidence").mkdir(parents=True, exist_ok=True)
         (folder / "release" / "evidence" / "load.json").write_text(measured().format())
-        image = SimpleNamespace(reference=wish.digest, digest=wish.digest, minimum_driver=None)
-        manifest: Any = SimpleNamespace(digest=wish.digest, image=image)
-        release = f"{self.name}@{wish.version}"
+        image = SimpleNamespace(reference=release.digest, digest=release.digest, minimum_driver=None)
+        manifest: Any = SimpleNamespace(digest=release.digest, image=image)
+        name = f"{self.name}@{release.version}"
         made = ScriptedFleet(
-            self._settings, release, manifest, folder, wish.replicas, of_all, self._changed, self._progress
+            self._settings, name, manifest, folder, release.replicas, of_all, self._changed, self._progress
         )  # fmt: skip
-        made.images = frozenset({wish.digest} - self.absent)
+        made.images = frozenset({release.digest} - self.absent)
         return made
 
 
@@ -113,8 +113,8 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scripted
     monkeypatch.setattr(fleets, "_FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(serve, "_FIRST_PAUSE_S", 0.0)
     made = Scripted(tmp_path)
-    monkeypatch.setattr(serve, "wished", lambda *_: made.wished)
-    made.to(Wish("1", OLD, 100, 2))
+    monkeypatch.setattr(serve, "desired_releases", lambda *_: made.desired_now)
+    made.to(DesiredRelease("1", OLD, 100, 2))
     assert made.gate.shares() == {"demo-awq@1": (100, 2)}
     yield made
     for fleet in made._fleets.values():
@@ -123,21 +123,21 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scripted
 
 def test_routes_that_the_gateway_does_not_take_end_nothing_that_is_routed(served: Scripted) -> None:
     served.gate.stubborn_about = {"demo-awq@2"}
-    served.to(Wish("2", NEW, 100, 2))
+    served.to(DesiredRelease("2", NEW, 100, 2))
     assert served.running() == {"demo-awq@1"}
     assert served.gate.shares() == {"demo-awq@1": (100, 2)}
-    assert "did not take the new routes" in served.told[-1]
+    assert "did not use the new routes" in served.told[-1]
     served.gate.stubborn_about = set()
     served.look()
     assert served.gate.shares() == {"demo-awq@2": (100, 2)}
     assert served.running() == {"demo-awq@2"}
 
 
-def test_what_could_not_be_started_is_tried_again_though_nobody_wishes_anew(served: Scripted) -> None:
+def test_what_could_not_be_started_is_tried_again_though_the_desired_release_is_the_same(served: Scripted) -> None:
     served.absent = {NEW}
-    served.to(Wish("2", NEW, 100, 2))
+    served.to(DesiredRelease("2", NEW, 100, 2))
     assert served.running() == {"demo-awq@1"}
-    assert "the engine does not answer" in served.told[-1]
+    assert "the container engine does not answer" in served.told[-1]
     served.absent = set()
     served.look()
     assert served.gate.shares() == {"demo-awq@2": (100, 2)}
@@ -159,14 +159,14 @@ def test_tries_are_further_and_further_apart(served: Scripted, monkeypatch: pyte
     monkeypatch.setattr(ScriptedFleet, "start", counted)
     for second in range(60):
         clock[0] = float(second)
-        served.to(Wish("2", NEW, 100, 2))
+        served.to(DesiredRelease("2", NEW, 100, 2))
     assert tries == [0.0, 5.0, 15.0, 35.0]
 
 
 def test_a_canary_that_becomes_champion_gets_all_its_replicas(served: Scripted) -> None:
-    served.to(Wish("1", OLD, 90, 2), Wish("2", NEW, 10, 1))
+    served.to(DesiredRelease("1", OLD, 90, 2), DesiredRelease("2", NEW, 10, 1))
     assert served.gate.shares() == {"demo-awq@1": (90, 2), "demo-awq@2": (10, 1)}
-    served.to(Wish("2", NEW, 100, 2))
+    served.to(DesiredRelease("2", NEW, 100, 2))
     assert served.gate.shares() == {"demo-awq@2": (100, 2)}
     assert served.running() == {"demo-awq@2"}
 

@@ -49,7 +49,7 @@ def test_children_inherit_an_allowlist() -> None:
 @pytest.mark.parametrize("name", ["SLIPWAY_HOME", "SLIPWAY_MODELS"])
 def test_a_place_that_is_no_folder_is_refused_by_name(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(SettingsError, match=f"`{name}`.*file.*no folder"):
+    with pytest.raises(SettingsError, match=f"`{name}`.*file.*not a folder"):
         Settings.read({name: str(tmp_path / "file")})
     with pytest.raises(SettingsError, match=f"`{name}` is empty"):
         Settings.read({name: ""})
@@ -74,7 +74,10 @@ def test_how_much_disk_stays_free_is_a_size() -> None:
 def test_schedules_keep_a_zones_hours() -> None:
     assert Settings.read({}).timezone == "UTC"
     assert Settings.read({"SLIPWAY_TIMEZONE": "Europe/Berlin"}).timezone == "Europe/Berlin"
-    with pytest.raises(SettingsError, match=r"`SLIPWAY_TIMEZONE` is 'Berlin': expected a zone such as Europe/Berlin"):
+    with pytest.raises(
+        SettingsError,
+        match=r"`SLIPWAY_TIMEZONE` is 'Berlin': expected a time zone of this system",
+    ):
         Settings.read({"SLIPWAY_TIMEZONE": "Berlin"})
 
 

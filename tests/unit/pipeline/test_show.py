@@ -94,7 +94,7 @@ def screen(output: str) -> list[str]:
     [
         ("done", 0, "promoted"),
         ("fail", FAILED, "error: it failed"),
-        ("interrupt", INTERRUPTED, "error: interrupted: what was started has been ended"),
+        ("interrupt", INTERRUPTED, "error: interrupted: everything that was started has ended"),
     ],
 )
 def test_on_a_terminal_counts_are_live_and_gone_afterwards(tmp_path: Path, ending: str, status: int, last: str) -> None:

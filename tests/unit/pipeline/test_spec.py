@@ -145,11 +145,11 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "holds no mapping"),
-        (b"- a\n- b\n", "holds no mapping"),
+        (b"", "is not a mapping"),
+        (b"- a\n- b\n", "is not a mapping"),
         (b"model: [demo\n", "line 2: "),
         (b"model: !!python/object:os.system x\n", "line 1: could not determine a constructor"),
-        (b"model: \xff\xfe\n", "is no YAML"),
+        (b"model: \xff\xfe\n", "is not valid YAML"),
         (b"{[a]: 1}", "line 1: a key is a word here"),
         (b"1: 2\n", "`1`: Keys should be strings"),
     ],
@@ -197,9 +197,9 @@ def test_a_source_on_a_hub_is_left_as_it_is(write: Write) -> None:
 
 @pytest.mark.parametrize("name", ["Demo", "a/b", "a b", "-a", "a@b", "", "../x"])
 def test_names_are_plain(write: Write, name: str) -> None:
-    assert f"`model`: `{name}` is no name" in refusal(write(put("model", name)))
+    assert f"`model`: `{name}` is not a valid name" in refusal(write(put("model", name)))
     schemes = {name: {"method": "awq", "backend": "autoawq"}}
-    assert f"`schemes`: `{name}` is no name" in refusal(write(put("schemes", schemes)))
+    assert f"`schemes`: `{name}` is not a valid name" in refusal(write(put("schemes", schemes)))
 
 
 def test_an_unknown_runtime_is_refused_with_a_near_name(write: Write) -> None:
@@ -249,7 +249,7 @@ def test_a_scheme_that_vllm_refuses_on_every_device_is_refused_before_it_is_made
         document["schemes"]["gptq"] |= changes
 
     message = refusal(write(change))
-    assert f"`schemes.gptq.{key}`: vLLM serves no GPTQ like this" in message
+    assert f"`schemes.gptq.{key}`: vLLM can't serve this" in message
     assert "`evals: {engine: hf}`" in message
 
     def by_transformers(document: dict[str, Any]) -> None:

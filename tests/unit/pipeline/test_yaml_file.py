@@ -28,7 +28,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: " + "[" * 5000, "nested too deeply"),
         ("- " * 3000, "nested too deeply"),
         ("a: [" + "1, " * 30_000 + "1]", "at most 20000 values"),
-        ("a: " + "x" * 300_000, "more than 256 KiB"),
+        ("a: " + "x" * 300_000, "at most 256 KiB"),
         ("expires: 2026-11-31", "line 1: '2026-11-31' can't be read: day is out of range for month"),
         ("a: 1\nwhen: !!timestamp soon", "line 2: 'soon' can't be read"),
         ("a: !!int many", "line 1: 'many' can't be read"),
@@ -36,7 +36,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: !!python/object:os.system x", "could not determine a constructor"),
         ("a: 1\na: 2", "line 2: the key `a` stands twice"),
         ("a: " + "9" * 5000, "can't be read"),
-        ("a: \x00", "no YAML"),
+        ("a: \x00", "not valid YAML"),
     ],
     ids=lambda value: value[:30],
 )
@@ -66,7 +66,7 @@ def test_a_wrong_value_is_shown_in_short(tmp_path: Path) -> None:
 def test_a_key_of_halves_of_a_character_is_a_problem_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "model.yaml"
     path.write_text('"\\ud800\\udc00": 1\n')
-    with pytest.raises(SpecError, match="is not a model's file"):
+    with pytest.raises(SpecError, match="is not a valid model file"):
         load(path)
 
 
@@ -83,5 +83,5 @@ def test_a_key_of_halves_of_a_character_is_a_problem_of_the_file(tmp_path: Path)
 def test_a_name_that_no_file_can_have_is_a_problem_of_the_file(tmp_path: Path, line: str) -> None:
     path = tmp_path / "model.yaml"
     path.write_text(f"{line}\n")
-    with pytest.raises(SpecError, match="is not a model's file"):
+    with pytest.raises(SpecError, match="is not a valid model file"):
         load(path)

@@ -20,12 +20,12 @@ from dagster import (
 from recording_server import own_certificate, recording
 
 from pipeline.operations import notifications
-from pipeline.operations.notifications import Notice, NoticeError, deliver, keep, send
+from pipeline.operations.notifications import Notification, NotificationError, deliver, enqueue, send
 from pipeline.orchestration import automation
 from pipeline.settings import Settings
 from webhook_server import Webhook, listening
 
-NOTICE = Notice("demo|awq refused", "drift: accuracy < 0.9 & falling", "http://ui/runs/1")
+NOTICE = Notification("demo|awq refused", "drift: accuracy < 0.9 & falling", "http://ui/runs/1")
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_one_way_that_fails_keeps_no_other_from_being_taken_and_its_address_is_n
 ) -> None:
     webhook.busy = 9
     both = replace(settings, webhook=webhook.url, mail_server=mail_server, mail_to=("a@example.org",))
-    with pytest.raises(NoticeError, match="webhook: 503") as caught:
+    with pytest.raises(NotificationError, match="webhook: 503") as caught:
         send(NOTICE, both)
     assert len(mails) == 1
     assert "secret" not in str(caught.value) + repr(both)
@@ -106,7 +106,7 @@ def test_a_way_that_is_set_wrongly_keeps_no_other_from_being_taken(
     if wrong == "certificates":
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nowhere.pem")
     both = replace(settings, webhook=address, mail_server=mail_server, mail_to=("a@example.org",))
-    with pytest.raises(NoticeError, match="webhook: its address, or the proxy or the certificates") as caught:
+    with pytest.raises(NotificationError, match="webhook: the address, the proxy or the certificates") as caught:
         send(NOTICE, both)
     assert len(mails) == 1
     assert "secret" not in str(caught.value)
@@ -119,8 +119,8 @@ def test_what_could_not_be_told_is_told_later_and_only_by_the_way_that_failed(
     webhook.busy = 3
     later = replace(NOTICE, subject="demo|gptq refused")
     for notice in (NOTICE, later):
-        keep(notice, both)
-    assert deliver(both) == ["could not tell of `demo|awq refused`: webhook: 503"]
+        enqueue(notice, both)
+    assert deliver(both) == ["can't send the notification `demo|awq refused`: webhook: 503"]
     assert (len(mails), webhook.texts) == (2, [])
     assert deliver(both) == []
     assert len(mails) == 2
@@ -132,15 +132,15 @@ def test_what_could_not_be_told_is_told_later_and_only_by_the_way_that_failed(
 def test_what_could_not_be_told_for_a_week_is_given_up(webhook: Webhook, settings: Settings) -> None:
     told = replace(settings, webhook=webhook.url)
     webhook.busy = 9
-    keep(NOTICE, told)
+    enqueue(NOTICE, told)
     (kept,) = (settings.home / "notices").iterdir()
     kept.rename(kept.with_stem("1"))
-    assert deliver(told) == ["could not tell of `demo|awq refused`: webhook: 503"]
+    assert deliver(told) == ["can't send the notification `demo|awq refused`: webhook: 503"]
     assert list((settings.home / "notices").iterdir()) == []
 
 
 def test_where_nobody_is_to_be_told_nothing_is_kept(settings: Settings) -> None:
-    keep(NOTICE, settings)
+    enqueue(NOTICE, settings)
     assert not (settings.home / "notices").exists()
 
 
@@ -189,11 +189,11 @@ def test_a_mail_server_over_tls_must_be_who_it_says(tmp_path: Path, monkeypatch:
     with recording(certificate=certificate) as server:
         place = server.address.replace("https://", "smtps://ann:word@")
         settings = replace(Settings.read({}), mail_server=place, mail_to=("ops@example.com",))
-        with pytest.raises(NoticeError, match="SSLCertVerificationError") as caught:
+        with pytest.raises(NotificationError, match="SSLCertVerificationError") as caught:
             send(NOTICE, settings)
         assert "word" not in str(caught.value)
         monkeypatch.setattr(notifications, "_TIMEOUT_SECONDS", 2.0)
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        with pytest.raises(NoticeError) as caught:  # it speaks HTTP, and is believed by now
+        with pytest.raises(NotificationError) as caught:  # it speaks HTTP, and is believed by now
             send(NOTICE, settings)
         assert "SSL" not in str(caught.value)
