@@ -95,18 +95,20 @@ def describe(
     mlbom: str | None = None,
     hardware: Hardware | None = None,
     created: str | None = None,
+    known: Mapping[str, FileRecord] | None = None,
 ) -> Manifest:
     """Return the manifest of everything in ``folder``.
 
     ``gates`` gives each verdict with the names of its evidence, which like ``sbom`` are paths in ``folder``
-    (``release/evidence/drift.json``). ``hardware`` is this machine where it is not given.
+    (``release/evidence/drift.json``). ``hardware`` is this machine where it is not given. Files that are ``known`` by
+    path, and still have that size, are not read and hashed again; promotion verifies every file.
 
     Raises:
         ManifestError: Evidence is not in the folder, the folder is sealed already or holds something but plain files.
     """
     if (folder / MANIFEST).exists() or (folder / SIGNATURE).exists():
         raise ManifestError(f"`{folder}` is sealed already: a release is written once")
-    files = _described(folder)
+    files = _described(folder, known or {})
     cited = [sbom, *([mlbom] if mlbom else []), *(name for _, names in gates for name in names)]
     absent = sorted({name for name in cited if name not in files})
     if absent:
@@ -141,13 +143,14 @@ def this_machine(accelerators: Sequence[Accelerator] = ()) -> Hardware:
     )
 
 
-def _described(folder: Path) -> dict[str, FileRecord]:
+def _described(folder: Path, known: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
     try:
         sizes = plain_files(folder)
     except VerificationError as error:
         found = "; ".join(str(problem) for problem in error.problems)
         raise ManifestError(f"`{folder}` can't be sealed: {found}") from error
-    digests = hash_files(folder, sorted(sizes))
+    same = {name: record.sha256 for name, record in known.items() if sizes.get(name) == record.size}
+    digests = same | hash_files(folder, sorted(sizes.keys() - same.keys()))
     unread = [str(Problem(name, "can't be read")) for name, digest in digests.items() if not digest]
     if unread:
         raise ManifestError(f"`{folder}` can't be sealed: {'; '.join(unread)}")

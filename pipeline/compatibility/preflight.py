@@ -1,7 +1,7 @@
-"""Refuse in the first second what would fail after an hour: a scheme that its backend or its format can't do.
+"""Refuses a scheme that its backend or format can't apply to a model, before an hour of quantization fails.
 
-A fast function over config.json and headers. `plan` asks it, `release` does before it starts a worker, and the stage
-that quantizes does again, since Dagster may run it alone.
+It reads only config.json and headers. `plan` calls it, `release` calls it before it starts a worker, and the stage that
+quantizes calls it again, because Dagster may run that stage alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NAMED = 3
 
 
 def check(model: ModelDescription, scheme: Scheme) -> None:
-    """Refuse a scheme that can't be made of this model.
+    """Refuse a scheme that can't be applied to this model.
 
     Raises:
         UnsupportedModelError: listing every reason, with the backend or the group sizes that can.
@@ -41,7 +41,7 @@ def check(model: ModelDescription, scheme: Scheme) -> None:
 
 
 def find_problems(model: ModelDescription, scheme: Scheme) -> list[str]:
-    """Return why ``scheme`` can't be made of ``model``, each with what to do; empty where it can."""
+    """Return why ``scheme`` can't be applied to ``model``, each with what to do; empty if it can."""
     stored = list(_stored(model))
     if stored:
         return stored
@@ -54,12 +54,12 @@ def find_problems(model: ModelDescription, scheme: Scheme) -> list[str]:
 
 
 def _stored(model: ModelDescription) -> Iterator[str]:
-    """What no backend can do anything about."""
+    """Problems that no backend can solve."""
     if found := model.quantized_dtypes:
         name, dtype = next(iter(found.items()))
-        yield f"the source is already quantized (`{name}` is {dtype}): name the model that it was made from"
+        yield f"the source is already quantized (`{name}` is {dtype}): use the original model"
     elif model.architecture in _TRANSPOSED:
-        yield f"`{model.architecture}` stores its linear layers transposed, which no packed format here describes"
+        yield f"`{model.architecture}` stores its linear layers transposed, which no packed format supports"
     elif not model.linears and not model.fused_experts:
         yield "the source has no linear layer in any numbered layer: nothing to quantize"
 
@@ -69,10 +69,10 @@ def _by_backend(model: ModelDescription, method: str, backend: str) -> Iterator[
     known = backends.known_architecture(backend, model.architecture)
     if known is None:
         version = backends.transformers_version(backend)
-        yield f"it does not know this architecture (its transformers is {version})"
+        yield f"it does not support this architecture (its transformers is {version})"
         return
     if model.fused_experts:
-        yield f"experts are stored as one tensor ({_some(model.fused_experts)}), which no packed format here has"
+        yield f"experts are stored as one tensor ({_some(model.fused_experts)}), which no packed format supports"
     if model.towers:
         yield f"beside a vision or audio tower ({_some(model.towers)}) it gives the decoder's layers other names"
     if model.drafting:
@@ -116,7 +116,7 @@ def _alternative(model: ModelDescription, method: str) -> str:
             if not any(_by_backend(model, other, backend)):
                 chosen = "" if other == method else f"`method: {other}` with "
                 return f"use {chosen}`backend: {backend}`"
-    return "no backend here can; choose another model"
+    return "no other backend can; choose another model"
 
 
 def _widths(model: ModelDescription, scheme: Scheme) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The text files that a model's file names, looked at before the stages that read them an hour later."""
+"""Checks the data files that a model's file names before any stage runs."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from evals.errors import SuiteError
 from pipeline.errors import SpecError
 from pipeline.spec import ModelSpec
 
-# So many rows of text at least are looked at; a file may have gigabytes.
+# How many rows of text are checked at least; a file may have gigabytes.
 _ROWS = 10_000
 
 
 def check_data(spec: ModelSpec) -> None:
-    """Read every row of the files that a model's file names, which the stages read in an hour.
+    """Check the data files that a model's file names, which stages would otherwise read only after an hour.
 
     Raises:
-        SpecError: a file can't be read, a row is not what it should be, or there are too few; with file and line.
+        SpecError: a file can't be read, a row is not valid, or there are too few; says file and line.
     """
     for key, path, wanted in (
         ("calibration.uri", spec.calibration.uri, spec.calibration.samples),
@@ -26,7 +26,7 @@ def check_data(spec: ModelSpec) -> None:
         except json_lines.JsonLinesError as error:
             raise SpecError(f"`{key}`: {error}") from error
         if found < wanted:
-            raise SpecError(f"`{key}`: {path} has {found} rows, and {wanted} are asked for: add text, or ask for fewer")
+            raise SpecError(f"`{key}`: {path} has {found} rows, but {wanted} are needed: add text, or lower the number")
     try:
         planning.check_data(spec.evals)
     except SuiteError as error:

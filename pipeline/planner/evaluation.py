@@ -1,4 +1,4 @@
-"""The evaluation's part of a plan: what is asked, and what loss it could see."""
+"""The evaluation's part of a plan: its tasks, and the losses that it detects."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipeline.spec import ModelSpec
 
 
 def evaluation(spec: ModelSpec) -> dict[str, Any]:
-    """What is asked, how many tokens that takes a model, and what loss it could see at 80% power."""
+    """The tasks, their tokens per model, and the losses that they detect with 80% power."""
     limits = spec.evals
     tasks = planning.plan(limits)
     return {

@@ -1,4 +1,4 @@
-"""What a model's config.json says that memory and speed follow from: layers, heads, what each layer caches, experts.
+"""The facts in a model's config.json that determine memory and speed: layers, heads, caches, experts.
 
 What a layer keeps for one token, in numbers of the cache's dtype, on each GPU of a tensor-parallel group of ``t``:
 
@@ -7,8 +7,8 @@ What a layer keeps for one token, in numbers of the cache's dtype, on each GPU o
                                                         part of the key, whole on every GPU (arXiv:2405.04434, 2.1)
     sliding window  as grouped-query, for the last ``window`` tokens alone (and those of the batch under way)
 
-These are the page sizes of vLLM's ``FullAttentionSpec``, ``MLAAttentionSpec`` and ``SlidingWindowSpec``; a test asks
-vLLM itself for them.
+These are the page sizes of vLLM's ``FullAttentionSpec``, ``MLAAttentionSpec`` and ``SlidingWindowSpec``; a test
+compares them with vLLM's own.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _FULL = "full_attention"
 _EXPERT_STEPS = ("decoder_sparse_step", "moe_layer_freq", "interleave_moe_layer_step")
 # Keys of architectures whose layers keep a state of fixed size, or caches of more than one kind (MiMo V2).
 _STATES = ("ssm_cfg", "mamba_d_state", "linear_num_key_heads", "hybrid_layer_pattern")
-# More than any model has; a number from outside makes no list longer than this.
+# More than any model has; it bounds lists whose length config.json determines.
 _MOST_LAYERS = 10_000
 
 
@@ -118,7 +118,7 @@ def read_facts(config: Mapping[str, Any]) -> ModelFacts:
     """Read a config.json, in which any number may be one for all layers or a list with one for each.
 
     Raises:
-        PlanError: it lacks what the cache's size follows from, or has what this program knows nothing of.
+        PlanError: it lacks a key that the cache's size depends on, or has layers of an unknown kind.
     """
     tied = ModelDescription(config, {}).tied
     config = text_config(config)
@@ -170,7 +170,7 @@ def _required(config: Mapping[str, Any], name: str, layers: int = 1, default: in
             return found
     if default is not None:
         return default
-    raise PlanError(f"config.json has no `{_NAMES[name][0]}`: what this model keeps for a token can't be told")
+    raise PlanError(f"config.json has no `{_NAMES[name][0]}`, so the size of the KV cache can't be computed")
 
 
 def _largest(config: Mapping[str, Any], key: str, layers: int) -> int:
@@ -234,12 +234,10 @@ def _windows(config: Mapping[str, Any], layers: int) -> Sequence[int | None]:
         unknown = sorted(set(listed) - {_FULL, *_WINDOWED})
         if unknown or len(listed) != layers:
             what = ", ".join(f"`{kind}`" for kind in unknown) or f"{len(listed)} of them for {layers} layers"
-            raise PlanError(f"config.json has `layer_types` with {what}: what such a layer keeps is not known here")
+            raise PlanError(f"config.json has `layer_types` with {what}: the KV cache of such a layer is not known")
         return [window if window and kind in _WINDOWED else None for kind in listed]
     if state := next((key for key in _STATES if config.get(key)), None):
-        raise PlanError(
-            f"config.json has `{state}`, of layers with a state or caches of their own: that is not known here"
-        )
+        raise PlanError(f"config.json has `{state}`: the state or cache of such layers is not known")
     if not window or config.get("use_sliding_window") is False:
         return [None] * layers
     return [window if _slides(config, layer, layers) else None for layer in range(layers)]

@@ -1,8 +1,8 @@
-"""What a server's memory comes to on each GPU, and what fits where.
+"""The memory that a server needs on each GPU, and which GPUs it fits.
 
     weights / t  +  KV cache  +  activations  +  context        held against        (1 - headroom) * the GPU's memory
 
-`t` is the tensor-parallel size. The parts that are no arithmetic, with where they come from:
+`t` is the tensor-parallel size. Parts that are estimates, with their origin:
 
 - Activations are those of the largest step: the residual stream, and the widest of attention's and the feed-forward's
   own tensors, for every batched token at 16 bits; then the logits of every sequence at 32 bits, three times (logits,
@@ -29,7 +29,7 @@ NCCL_BYTES = GIB // 2
 # vLLM's own defaults for an API server (0.32, `EngineArgs.get_batch_defaults`): from so much memory on, so many tokens
 # a step and sequences at once. An A100 counts as small, whatever its memory.
 _BATCHES = ((160 * GIB, 16384, 1024), (70 * GIB, 8192, 1024), (0, 2048, 256))
-# More GPUs than are in one machine are no tensor parallelism that one would want.
+# Tensor parallelism beyond the GPUs of one machine is too slow to be useful.
 LARGEST = 8
 
 

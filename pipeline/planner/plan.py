@@ -1,4 +1,4 @@
-"""A plan: what each scheme of a model takes, which GPUs hold it, and what these can be no faster than."""
+"""A plan: the memory of each scheme of a model, the GPUs that hold it, and upper bounds of their speed."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def make_plan(
     download_bytes: int,
     refused: Mapping[str, Sequence[str]] | None = None,
 ) -> Plan:
-    """Plan every scheme on every GPU; nothing is read or asked."""
+    """Plan every scheme on every GPU, without reading files or using the network."""
     packed = [each for each in weights if each.scheme != FP16]
     return Plan(
         model=model,
@@ -149,13 +149,13 @@ def place(facts: ModelFacts, weights: Weights, gpu: GpuModel, workload: Workload
 
 
 def _as_it_is(weights: Weights) -> str:
-    """Say what the bits on the box leave out."""
+    """Describe the sizes of the weights, scales and unquantized parts."""
     bare = weights.quantized * weights.bits / 8
     parts = (bare, weights.packed - bare, weights.bytes - weights.packed)
     packed, beside, rest = (f"{part / 1e9:,.3g} GB" for part in parts)
     return (
         f"{weights.scheme}: {packed} of {weights.bits}-bit weights, {beside} of scales and zeros, {rest} that stays at "
-        f"16 bits; {weights.bits_per_weight:.2f} bits a quantized weight, "
+        f"16 bits; {weights.bits_per_weight:.2f} bits per quantized weight, "
         f"{8 * weights.bytes / weights.numbers:.2f} over all"
     )
 

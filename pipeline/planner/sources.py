@@ -1,4 +1,4 @@
-"""Where a plan reads from: config.json and the headers of the safetensors, here or on a hub, never the weights."""
+"""Reads what a plan needs: config.json and safetensors headers, from a folder or a hub; never the weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.errors import PlanError, SourceError
 from pipeline.sources.source import ResolvedSource, SourceFile
 from registry.bounded_json import Bounds, DocumentError, read_json
 
-# One request brings most headers whole: a file of 5 GB has some hundred tensors, described in ten kilobytes.
+# One request reads most headers completely: a file of 5 GB has some hundred tensors, described in ten kilobytes.
 _FIRST_READ = 128 * 1024
 _AT_ONCE = 8
 _CONFIG = Bounds(bytes=1 << 20, values=100_000)
@@ -28,7 +28,7 @@ class Described:
 
 
 def describe(resolved: ResolvedSource) -> Described:
-    """Read a source's configuration and headers: of a hub's model by ranges, a few hundred kilobytes in all.
+    """Read a source's configuration and headers; from a hub by range requests, a few hundred kilobytes in all.
 
     Raises:
         SourceError: the hub does not answer.
@@ -67,19 +67,19 @@ def _header(resolved: ResolvedSource, file: SourceFile) -> dict[str, Tensor]:
     path = Path(file.path)
     first = _range(resolved, file.path, 0, min(_FIRST_READ, file.size))
     if len(first) < 8:
-        raise HeaderError(f"{path.name}: {len(first)} bytes are no safetensors file")
+        raise HeaderError(f"{path.name}: a file of {len(first)} bytes is not a safetensors file")
     length = header_length(first, path, file.size)
     if len(first) < 8 + length:
         first += _range(resolved, file.path, len(first), 8 + length - len(first))
     if len(first) < 8 + length:
-        raise HeaderError(f"{path.name}: the header did not come whole")
+        raise HeaderError(f"{path.name}: the hub sent only a part of the header: try again")
     return parse_header(first[8 : 8 + length], path, file.size)
 
 
 def _range(resolved: ResolvedSource, name: str, start: int, length: int) -> bytes:
     hub, commit = resolved.hub, resolved.revision
     if hub is None or commit is None:
-        raise SourceError(f"{resolved.uri} is no hub's model")
+        raise SourceError(f"{resolved.uri} is not a model on a hub")
     return hub.read(resolved.uri.removeprefix("hf://"), commit, name, start=start, length=length)
 
 
@@ -89,5 +89,5 @@ def _document(raw: bytes, what: str) -> dict[str, Any]:
     except DocumentError as error:
         raise PlanError(f"config.json of {what} can't be read: {error}") from error
     if not isinstance(document, dict):
-        raise PlanError(f"config.json of {what} is no JSON object")
+        raise PlanError(f"config.json of {what} is not a JSON object")
     return document

@@ -1,8 +1,8 @@
-"""A roofline: what a GPU can't be faster than (Williams et al., CACM 52(4), 2009).
+"""A roofline: an upper bound of a GPU's speed (Williams et al., CACM 52(4), 2009).
 
 A decoding step reads the weights once for all requests and each request's cache, and does two operations a weight and
 request: it takes at least as long as the slower of the two. What is left out (launches, communication between GPUs,
-kernels that don't reach the peak) makes every server slower than this: it is a bound to plan with, and no promise.
+kernels below the peak) makes every server slower than this bound.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the weights take in each scheme, from the tensors' headers, exactly as the packed formats store them.
+"""The size of the weights in each scheme, from the tensors' headers, exactly as the packed formats store them.
 
 A linear layer of [out, in] at b bits in groups of s takes, in bytes, with g = ceil(in / s):
 

@@ -1,8 +1,8 @@
-"""Check a quantized checkpoint without the quantizer's help.
+"""Checks a quantized checkpoint independently of the quantizer.
 
-What is read: config.json, the safetensors headers, group indices and scales. What must hold: every linear layer of the
-decoder is quantized and nothing else is; packed shapes, groups and dtypes fit the scheme and the source's shapes;
-everything else of the source is there; nothing is larger than the bits predict; anybody may read the files.
+It reads config.json, the safetensors headers, group indices and scales, and checks that every linear layer of the
+decoder is quantized and nothing else is; that packed shapes, groups and dtypes fit the scheme and the source's shapes;
+that the source's other tensors are present; that the size matches the bits; and that all users may read the files.
 
 The packed layouts, for a source weight of [out, in], b bits, g = in / group_size groups, all packed into int32:
 
@@ -83,7 +83,7 @@ def check(folder: Path, source: Path, scheme: Scheme) -> Found:
 def _refuse(folder: Path, problems: list[str]) -> None:
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems)
-        raise CheckpointError(f"the checkpoint in {folder} is not what its scheme promises:\n{listed}")
+        raise CheckpointError(f"the checkpoint in {folder} does not match its scheme:\n{listed}")
 
 
 def _read(folder: Path, what: str, problems: list[str]) -> dict[str, Tensor]:
@@ -106,7 +106,7 @@ def _file_problems(folder: Path, source: Path) -> Iterator[str]:
     """File modes, pickles, and the source's configuration and tokenizer files."""
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            yield f"{path.name} is no plain file"
+            yield f"{path.name} is not a regular file"
         elif path.is_file() and path.stat().st_mode & 0o044 != 0o044:
             yield f"{path.name} has mode {path.stat().st_mode & 0o777:04o}: an unprivileged container can't read it"
         if path.suffix in _PICKLES:
@@ -118,7 +118,7 @@ def _file_problems(folder: Path, source: Path) -> Iterator[str]:
         if not carried.is_file():
             yield f"{path.name} of the source is missing"
         elif carried.read_bytes() != path.read_bytes():
-            yield f"{path.name} is not the source's"
+            yield f"{path.name} differs from the source's"
 
 
 def _config_problems(folder: Path, source: Path, scheme: Scheme) -> Iterator[str]:
@@ -172,7 +172,7 @@ def _layer_problems(name: str, weight: Tensor, after: Mapping[str, Tensor], sche
                 f"of {list(weight.shape)} at {scheme.bits} bits in groups of {scheme.group_size}"
             )
         elif part == "scales" and not np.isfinite(np.frombuffer(read_bytes(tensor), np.float16)).all():
-            yield f"{name}.scales holds a value that is no finite number"
+            yield f"{name}.scales holds a value that is not finite"
         elif part == "g_idx":
             yield from _group_problems(name, np.frombuffer(read_bytes(tensor), np.int32), scheme)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, ValidationError, model_validator
 
 from evals.drift import json_lines
+from evals.workers import RunWorker
 from pipeline.compatibility import preflight
 from pipeline.compatibility.backends import GROUP_SIZES, older_config
 from pipeline.compatibility.description import ModelDescription
@@ -27,8 +28,6 @@ from registry import untrusted
 from registry.digests import digest_file
 from registry.file_systems import set_mode
 from registry.progress import Progress
-
-RunWorker = Callable[[str, Path, Mapping[str, object], Path], Mapping[str, object]]
 
 Method = Literal["awq", "gptq"]
 BackendName = Literal["autoawq", "gptqmodel", "autogptq"]

@@ -81,14 +81,14 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft, *, gates: 
         SigningError: a gate blocks.
     """
     source, quantized = inputs["source"], inputs["quantized"]
-    files = {name: quantized.folder / name for name in quantized.files}
+    files = {name: (quantized, name) for name in quantized.files}
     for name, gate in gates.items():
-        files |= {f"{EVIDENCE}/{file}": inputs[name].folder / file for file in gate.evidence}
+        files |= {f"{EVIDENCE}/{file}": (inputs[name], file) for file in gate.evidence}
+    files[SBOM] = (inputs["scan"], "sbom.cdx.json")
+    files[f"{EVIDENCE}/image.json"] = (inputs["image"], "image.json")
     waived = scan_gate.waived(read_scan(inputs["scan"].folder), context.spec.scan)
-    files[f"{EVIDENCE}/waived.json"] = _listed(draft, waived)
-    files[SBOM] = inputs["scan"].folder / "sbom.cdx.json"
-    files[f"{EVIDENCE}/image.json"] = inputs["image"].folder / "image.json"
-    seal.place(files, draft.folder)
+    placed = {name: artifact.folder / file for name, (artifact, file) in files.items()}
+    seal.place({**placed, f"{EVIDENCE}/waived.json": _listed(draft, waived)}, draft.folder)
     _write_cost(context, draft)
     _write_mlbom(context, draft, inputs)
     _write_report(context, draft, inputs, waived)
@@ -111,7 +111,9 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft, *, gates: 
         sbom=SBOM,
         mlbom=MLBOM,
         hardware=_hardware(inputs["load"]),
+        known={name: FileRecord.model_validate(artifact.files[file]) for name, (artifact, file) in files.items()},
     )
+    draft.sha256.update({name: file.sha256 for name, file in manifest.files.items()})
     seal.seal(draft.folder, prepared(context.key), manifest)
 
 

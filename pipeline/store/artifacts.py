@@ -2,12 +2,13 @@
 
 The law of the store: an artifact's *key* is the digest of what determines it (stage, inputs' digests, parameters,
 worker's pins, code version); its *digest* is that of what it holds (every file's path, size and sha256). A key is
-complete or absent: a stage writes beside, everything is synced, one rename publishes it. Files are read-only.
+complete or absent: a stage writes to another folder, everything is synced, and one rename publishes it. Files are
+read-only.
 
     ROOT/<stage>/<key>/artifact.json    the record
     ROOT/<stage>/<key>/files/…          what the stage made
-    ROOT/<stage>/<key>.lock             held while somebody makes it
-    ROOT/.making/<stage>-<key>/         half-made; swept by whoever holds the lock next
+    ROOT/<stage>/<key>.lock             held while a process makes it
+    ROOT/.making/<stage>-<key>/         incomplete; removed by the next holder of the lock
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ class Recipe:
 
 @dataclass(frozen=True)
 class ArtifactDraft:
-    """What a stage is given to fill: ``folder`` becomes the artifact, ``scratch`` is thrown away.
+    """The folders that a stage fills: ``folder`` becomes the artifact, ``scratch`` is removed afterwards.
 
-    A stage that hashed files while it wrote them says so in ``sha256`` (path → 64 hex digits), so that no byte
-    is read again; it adds its workers' seconds to ``worker_seconds``, and puts into ``notes`` what later stages should
-    know and no digest should cover.
+    Digests that the stage knows already go into ``sha256`` (path → 64 hex digits), so that these files are not
+    read again; it adds its workers' durations to ``worker_seconds``, and puts into ``notes`` what later stages
+    need and no digest should cover.
     """
 
     folder: Path
@@ -66,8 +67,8 @@ class ArtifactDraft:
 class Artifact:
     """A complete artifact.
 
-    ``inputs`` are the digests of what it was made from; ``seconds`` is what making it took then, ``cached`` whether it
-    was there already.
+    ``inputs`` are the digests of the artifacts that it was made from; ``seconds`` is how long making it took;
+    ``cached`` is whether it existed already.
     """
 
     stage: str
@@ -101,7 +102,7 @@ class Store:
     """The artifacts under one folder; safe to share between processes."""
 
     def __init__(self, root: Path, floor: int = 0) -> None:
-        """Use ``root``, made when the first artifact is; make nothing where fewer than ``floor`` bytes are free."""
+        """Use ``root``, which is made with the first artifact; refuse to make artifacts below ``floor`` free bytes."""
         self.root = root
         self.floor = floor
 
@@ -126,19 +127,19 @@ class Store:
         return _artifact(stage, place, record, cached=True)
 
     def records(self, stage: str) -> list[tuple[str, Mapping[str, Any]]]:
-        """Every key of a stage that is made, with its record, the newest first."""
+        """Every artifact of a stage as its key and record, the newest first."""
         found = [
             (path.parent.name, json.loads(path.read_text())) for path in (self.root / stage).glob("*/artifact.json")
         ]
         return sorted(found, key=lambda each: str(each[1]["created"]), reverse=True)
 
     def with_digest(self, stage: str, digest: str) -> Artifact | None:
-        """Return a stage's artifact that holds exactly this, however it came to be; None where there is none."""
+        """Return a stage's artifact with this digest, whatever its key; None if there is none."""
         keys = (key for key, record in self.records(stage) if record["digest"] == digest)
         return next((found for key in keys if (found := self.find(stage, key))), None)
 
     def obtain(self, recipe: Recipe, make: Callable[[ArtifactDraft], None]) -> Artifact:
-        """Return the recipe's artifact, having ``make`` fill it if it is not there.
+        """Return the recipe's artifact; if it does not exist, ``make`` fills it.
 
         One process makes a key at a time; others wait for it. When ``make`` raises, or the process dies, nothing is
         published and the next caller starts clean.
@@ -155,7 +156,7 @@ class Store:
             return self._make(recipe, place, make)
 
     def forget(self, recipe: Recipe) -> None:
-        """Drop an artifact whose record outlived what it stands for: an image that its engine has lost."""
+        """Remove an artifact that is no longer valid, such as the record of an image that the engine has lost."""
         place = self.root / recipe.stage / recipe.key
         with locked(place.with_name(place.name + ".lock")):
             shutil.rmtree(place, ignore_errors=True)
@@ -191,7 +192,7 @@ class Store:
         return _artifact(recipe.stage, place, record, cached=False)
 
     def sweep(self) -> None:
-        """Remove what processes that died had half made."""
+        """Remove the incomplete artifacts of processes that died."""
         for beside in (self.root / ".making").glob("*-*"):
             stage, _, key = beside.name.rpartition("-")
             with locked_if_free(self.root / stage / f"{key}.lock") as is_free:
@@ -219,14 +220,14 @@ def require_room(place: Path, needed: int, floor: int, what: str) -> None:
     """Check that ``place``'s disk has ``needed`` bytes for ``what`` and ``floor`` bytes beside.
 
     Raises:
-        PlanError: it has not.
+        PlanError: it does not.
     """
     there = next(path for path in (place, *place.parents) if path.exists())
     free = shutil.disk_usage(there).free
     if needed + floor > free:
-        takes = f"takes {needed / 1e9:,.1f} GB" if needed else "is to be made"
+        takes = f"needs {needed / 1e9:,.1f} GB" if needed else "can't be made"
         raise PlanError(
-            f"{what} {takes}, {free / 1e9:,.1f} GB are free for {place}, and {floor / 1e9:,.1f} GB are to stay free: "
+            f"{what} {takes}: {free / 1e9:,.1f} GB are free for {place}, and {floor / 1e9:,.1f} GB must stay free: "
             "make room (`slipway gc`), move SLIPWAY_HOME, or set SLIPWAY_DISK_FLOOR"
         )
 
@@ -239,7 +240,7 @@ def _seal(draft: ArtifactDraft) -> dict[str, dict[str, Any]]:
             continue
         name = path.relative_to(draft.folder).as_posix()
         if path.is_symlink() or not path.is_file():
-            raise StoreError(f"{name} is no plain file: an artifact holds nothing else")
+            raise StoreError(f"{name} is not a regular file: an artifact may hold only regular files")
         set_mode(path, 0o444)
         with path.open("rb") as stream:
             os.fsync(stream.fileno())

@@ -210,5 +210,5 @@ def test_a_fetch_that_is_interrupted_leaves_nothing_half_made(
 def test_nothing_is_fetched_onto_a_disk_that_is_full(homes: tuple[Home, Home]) -> None:
     one, other = homes
     one.obtain()
-    with pytest.raises(PlanError, match="are to stay free"):
+    with pytest.raises(PlanError, match="must stay free"):
         other.obtain(floor=2**60)

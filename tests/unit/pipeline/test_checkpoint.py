@@ -84,7 +84,7 @@ def test_a_scale_that_is_no_number_is_refused(tmp_path: Path, source: Path) -> N
     def spoil(tensors: checkpoints.Tensors) -> None:
         tensors[f"{LAYER}.scales"][0, 0] = np.nan
 
-    assert f"{LAYER}.scales holds a value that is no finite number" in refused(tmp_path, source, spoil)
+    assert f"{LAYER}.scales holds a value that is not finite" in refused(tmp_path, source, spoil)
 
 
 def test_group_indices_must_follow_the_group_size(tmp_path: Path, source: Path) -> None:

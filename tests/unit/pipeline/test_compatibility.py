@@ -86,7 +86,7 @@ def test_a_family_is_accepted_or_refused_from_its_headers(
         ("qwen3_moe", ("awq", "autoawq"), "the routers too.*no `num_experts`.*use `backend: gptqmodel`"),
         ("gemma3_text", ("awq", "gptqmodel"), "its own rotary positions: use `method: gptq` with `backend: gptqmodel`"),
         ("deepseek_v3", ("awq", "gptqmodel"), "latent attention the wrong inputs: use `backend: autoawq`"),
-        ("ministral3", ("awq", "autoawq"), "does not know this architecture.*use `backend: gptqmodel`"),
+        ("ministral3", ("awq", "autoawq"), "does not support this architecture.*use `backend: gptqmodel`"),
     ],
 )
 def test_a_refusal_names_the_layers_and_who_can(

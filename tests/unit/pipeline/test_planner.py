@@ -124,7 +124,7 @@ def test_which_layers_slide_is_read_as_each_architecture_says_it(changes: dict[s
         ({"layer_types": ["linear_attention"] * 32}, "`linear_attention`"),
         ({"layer_types": ["full_attention"]}, "1 of them for 32 layers"),
         ({"num_hidden_layers": None}, "`num_hidden_layers`"),
-        ({"mamba_d_state": 16}, "`mamba_d_state`, of layers with a state"),
+        ({"mamba_d_state": 16}, "`mamba_d_state`: the state"),
         ({"hybrid_layer_pattern": [0, 1] * 16}, "`hybrid_layer_pattern`"),
         ({"num_key_value_heads": [8, 8]}, "`num_key_value_heads` .*expected a number, or a list of 32"),
         ({"intermediate_size": {"0": 256}}, "`intermediate_size` .*expected a number"),

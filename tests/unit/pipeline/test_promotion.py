@@ -15,8 +15,10 @@ from pipeline.expected_errors import is_transient
 from pipeline.stages import promotion
 from pipeline.stages.run import run
 from pipeline.stages.table import RELEASE
+from pipeline.store import artifacts as store
 from pipeline.store.artifacts import Artifact
 from pipeline.trust import trust_of
+from registry import seal as seals
 from registry.errors import PromotionError, SigningError
 from registry.signing import load_trusted_keys
 from registry.verify import verify
@@ -49,6 +51,20 @@ def test_what_is_sealed_verifies_and_holds_every_gate_and_its_evidence(made: Mad
         )
     }  # fmt: skip
     assert "<svg" in (release.folder / "release" / "report.html").read_text()
+
+
+def test_files_that_were_hashed_when_they_were_made_are_not_read_again(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifacts, hashed = made.artifacts(), list[str]()
+    hash_files, digest_file = seals.hash_files, store.digest_file
+    monkeypatch.setattr(seals, "hash_files", lambda folder, names: hashed.extend(names) or hash_files(folder, names))
+    monkeypatch.setattr(store, "digest_file", lambda path: hashed.append(path.name) or digest_file(path))
+    release = seal(made, artifacts)
+    assert set(hashed) >= {"release/report.html", "release/evidence/waived.json", "release/evidence/mlbom.cdx.json"}
+    known = {name for artifact in artifacts.values() for name in artifact.files}
+    assert not {Path(name).name for name in hashed} & known
+    verify(release.folder, load_trusted_keys(made.settings.trusted_keys))
 
 
 def test_the_cpu_and_the_kernels_of_the_load_test_are_in_the_manifest_and_the_report(made: Made) -> None:

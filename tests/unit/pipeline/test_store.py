@@ -162,7 +162,7 @@ def test_digests_are_of_canonical_json_and_of_bytes(tmp_path: Path) -> None:
 
 
 def test_nothing_is_made_where_less_than_the_floor_is_free(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=r"`quantized` is to be made, .* GB are free .* are to stay free: make room"):
+    with pytest.raises(PlanError, match=r"`quantized` can't be made: .* GB are free .* must stay free: make room"):
         Store(tmp_path, floor=2**60).obtain(RECIPE, fill)
     made = Store(tmp_path).obtain(RECIPE, fill)
     # What is there is handed out however full the disk is.
