@@ -116,7 +116,7 @@ def _alternative(model: ModelDescription, method: str) -> str:
             if not any(_by_backend(model, other, backend)):
                 chosen = "" if other == method else f"`method: {other}` with "
                 return f"use {chosen}`backend: {backend}`"
-    return "no other backend can; choose another model"
+    return "no backend can; choose another model"
 
 
 def _widths(model: ModelDescription, scheme: Scheme) -> Iterator[str]:

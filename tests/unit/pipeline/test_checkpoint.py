@@ -142,7 +142,7 @@ def test_files_must_be_readable_carried_over_and_no_pickles(tmp_path: Path, sour
         "model.safetensors has mode 0600",
         "tokenizer.json of the source is missing",
         "is a pickle",
-        "no plain",
+        "not a regular file",
     ):
         assert problem in str(caught.value)
 

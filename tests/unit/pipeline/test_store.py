@@ -133,7 +133,7 @@ def test_a_truncated_file_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_link_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="no plain file"):
+    with pytest.raises(StoreError, match="not a regular file"):
         Store(tmp_path).obtain(RECIPE, lambda draft: (draft.folder / "link").symlink_to("/etc/passwd"))
 
 
