@@ -9,8 +9,9 @@ import threading
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import WorkerFailed
 from pipeline.settings import Settings
@@ -33,7 +34,7 @@ class ResultFile(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    result: dict[str, JsonValue] | None = None
+    result: dict[str, Any] | None = None
     error: str | None = None
     seconds: float | None = None
     max_rss_bytes: int | None = None
@@ -62,9 +63,7 @@ class Workers:
         self.launcher = launcher or Local(settings, progress)
         self.stop = threading.Event()
 
-    def __call__(
-        self, environment: str, script: Path, request: Mapping[str, object], folder: Path
-    ) -> dict[str, JsonValue]:
+    def __call__(self, environment: str, script: Path, request: Mapping[str, object], folder: Path) -> dict[str, Any]:
         """Run ``script`` in ``environment`` and return its result.
 
         A `Path` in the request names files: under the key ``output`` an empty folder that the worker fills, elsewhere

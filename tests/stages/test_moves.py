@@ -18,7 +18,7 @@ from release_folder import make_release
 from pipeline.commands.aliases import history
 from pipeline.operations.rescan import RescanError, rescan
 from pipeline.serving.deployment import gather
-from pipeline.serving.serve import wished
+from pipeline.serving.serve import desired_releases
 from pipeline.settings import Settings
 from registry import canary, journal, promote_version, pull, rollback
 from registry.backend import MANIFEST_TAG
@@ -418,19 +418,22 @@ def test_serve_and_pull_mean_the_same_version(uri: str, key: SigningKey, tmp_pat
     (tmp_path / "release.pub").write_bytes(key.public.pem())
     (tmp_path / "policy.toml").write_text('[signers]\nkeys = ["release.pub"]\nsigned_moves = true\n')
     settings = replace(Settings.read(), tracking_uri=uri, policy=tmp_path / "policy.toml")
-    assert [(wish.version, wish.weight) for wish in wished("demo-awq", "champion", settings, 2)] == [("3", 100)]
+    served = desired_releases("demo-awq", "champion", settings, 2)
+    assert [(each.version, each.weight) for each in served] == [("3", 100)]
     for junk in ('{"version":"1","weight":100}', "junk", '["1"]', '{"weight":"all"}', "{" * 5000):
         with connected(uri) as client:
             client.set_registered_model_tag("demo-awq", journal.WEIGHT_TAG, junk)
-        assert [(wish.version, wish.weight) for wish in wished("demo-awq", "champion", settings, 2)] == [("3", 100)]
+        served = desired_releases("demo-awq", "champion", settings, 2)
+        assert [(each.version, each.weight) for each in served] == [("3", 100)]
     canary("demo-awq", "1", 10, uri, Policy.load(tmp_path / "policy.toml"), key=key)
     with connected(uri) as client:
         client.set_registered_model_tag("demo-awq", journal.WEIGHT_TAG, '{"version":"1","weight":100}')
-    shares = [(wish.version, wish.weight, wish.replicas) for wish in wished("demo-awq", "champion", settings, 2)]
+    served = desired_releases("demo-awq", "champion", settings, 2)
+    shares = [(each.version, each.weight, each.replicas) for each in served]
     assert shares == [("3", 90, 2), ("1", 10, 1)]
     point(uri, "champion", "2")
     with pytest.raises(PullError, match="the audit trail says 3: it was not moved by Slipway"):
-        wished("demo-awq", "champion", settings, 2)
+        desired_releases("demo-awq", "champion", settings, 2)
     with pytest.raises(RescanError, match="it was not moved by Slipway"):
         rescan(settings, ["demo-awq"], lambda _: None)
     with pytest.raises(PullError, match="it was not moved by Slipway"):

@@ -136,10 +136,15 @@ def test_a_link_in_the_output_is_refused(task: Task, store: ObjectStore, setting
 
 
 def test_by_the_command_a_remote_job_says_where_its_outcome_is(
-    home: dict[str, str], settings: Settings, task: Task, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+    home: dict[str, str],
+    settings: Settings,
+    task: Task,
+    store: ObjectStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On the command line, with what a node's image has, it is the real checkout's: a script that fails in words."""
-    calibration = next(iter(task.request["deep"]))["text"]
+    calibration = tmp_path / "text.txt"
     request = {"output": task.request["output"], "source": task.request["model"], "calibration": calibration}
     real = replace(task, script=CHECKOUT / "evals" / "load" / "traffic" / "client.py", request=request)
     monkeypatch.setattr(remote_job, "PACKAGES", CHECKOUT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,8 +59,17 @@ def test_files_that_were_hashed_when_they_were_made_are_not_read_again(
 ) -> None:
     artifacts, hashed = made.artifacts(), list[str]()
     hash_files, digest_file = seals.hash_files, store.digest_file
-    monkeypatch.setattr(seals, "hash_files", lambda folder, names: hashed.extend(names) or hash_files(folder, names))
-    monkeypatch.setattr(store, "digest_file", lambda path: hashed.append(path.name) or digest_file(path))
+
+    def noted_files(folder: Path, names: Sequence[str]) -> dict[str, str]:
+        hashed.extend(names)
+        return hash_files(folder, names)
+
+    def noted_file(path: Path) -> str:
+        hashed.append(path.name)
+        return digest_file(path)
+
+    monkeypatch.setattr(seals, "hash_files", noted_files)
+    monkeypatch.setattr(store, "digest_file", noted_file)
     release = seal(made, artifacts)
     assert set(hashed) >= {"release/report.html", "release/evidence/waived.json", "release/evidence/mlbom.cdx.json"}
     known = {name for artifact in artifacts.values() for name in artifact.files}
