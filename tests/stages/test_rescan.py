@@ -251,7 +251,7 @@ def test_a_vex_document_that_got_too_old_does_not_end_a_rollback_in_silence(quie
     model_file(quiet.folder / "models", rescan="rollback", vex=["file:old.json"])
     quiet.release("demo")
     quiet.release("demo", SECRET)
-    with pytest.raises(RescanError, match=r"old\.json is of 2020-01-01"):
+    with pytest.raises(RescanError, match=r"old\.json is dated 2020-01-01"):
         quiet.rescan()
 
 
