@@ -35,7 +35,7 @@ def test_what_is_not_said_is_the_default(tmp_path: Path) -> None:
         ("image_pull_secrets: registry\n", "`image_pull_secrets`: "),
         ("priority_class: 'a: b'\n", "`priority_class`: "),
         ("cpu_request: 0\n", "`cpu_request`: "),
-        ("ephemeral_storage: 8G\n", "`ephemeral_storage`: expected an amount such as 512Mi or 8Gi (found '8G')"),
+        ("ephemeral_storage: 8G\n", "`ephemeral_storage`: expected an amount like 512Mi or 8Gi (found '8G')"),
         ("monitor_labels: {release: 'a b'}\n", "`monitor_labels.release`: "),
         ("monitor_labels: {'a b': x}\n", "`monitor_labels.a b.[key]`: "),
         ("redis_image: valkey/valkey:8\n", "`redis_image`: "),
