@@ -56,7 +56,7 @@ def read_top(folder: Path) -> Top | None:
     except (OSError, ValueError, KeyError) as error:
         raise AnswersError(f"{path} cannot be read ({error}): evaluate the model again") from error
     if not np.isfinite(top.log_probabilities).all():
-        raise AnswersError(f"{path} holds a log-probability that is no finite number: evaluate the model again")
+        raise AnswersError(f"{path} holds a log-probability that is not finite: evaluate the model again")
     return top
 
 

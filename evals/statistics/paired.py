@@ -208,7 +208,7 @@ def share_interval(successes: int, items: int, confidence: float) -> Interval:
         ValueError: without items, or with more successes than items.
     """
     if not 0 <= successes <= items or items == 0:
-        raise ValueError(f"{successes} of {items} items is no share")
+        raise ValueError(f"expected a share of items, found {successes} of {items}")
     tail = (1 - _checked(confidence)) / 2
     lower = float(special.betaincinv(successes, items - successes + 1, tail)) if successes else 0.0
     upper = float(special.betainccinv(successes + 1, items - successes, tail)) if successes < items else 1.0

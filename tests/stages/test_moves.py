@@ -229,7 +229,7 @@ def test_a_version_that_became_another_release_is_refused(uri: str, key: Signing
         pull("demo-awq", tmp_path / "out", tracking_uri=uri, trusted_keys=policy)
 
 
-def test_a_champion_that_something_else_appointed_is_confirmed_by_hand(
+def test_a_champion_that_something_else_assigned_is_confirmed_by_hand(
     uri: str, key: SigningKey, tmp_path: Path
 ) -> None:
     point(uri, "champion", "1")
@@ -405,7 +405,7 @@ def test_a_signed_rollback_brings_back_no_release_that_was_put_in_anothers_place
     assert pull("demo-awq", tmp_path / "out", tracking_uri=uri, trusted_keys=policy).version == "3"
 
 
-def test_a_champion_that_something_else_appointed_does_not_become_previous(
+def test_a_champion_that_something_else_assigned_does_not_become_previous(
     uri: str, store: Path, key: SigningKey
 ) -> None:
     policy = Policy((key.public,), signed_moves=True)
