@@ -18,7 +18,7 @@ _MOST_BYTES = 256 * 1024
 _MOST_VALUES = 20_000
 _MOST_DEPTH = 50
 _LONGEST_SHOWN = 200
-_MOST_TOLD = 20  # problems of one file
+_MOST_SHOWN = 20  # problems of one file
 _MERGE = "tag:yaml.org,2002:merge"
 
 
@@ -50,10 +50,10 @@ def read(path: Path) -> dict[str, Any]:
 
 def listed(heading: str, problems: Iterable[str]) -> str:
     """The heading, and a line for each of the first problems; the rest is not looked at."""
-    told = list(itertools.islice(problems, _MOST_TOLD + 1))
-    if len(told) > _MOST_TOLD:
-        told[-1] = "and more"
-    return "\n".join([heading, *(f"  {problem}" for problem in told)])
+    shown = list(itertools.islice(problems, _MOST_SHOWN + 1))
+    if len(shown) > _MOST_SHOWN:
+        shown[-1] = "and more"
+    return "\n".join([heading, *(f"  {problem}" for problem in shown)])
 
 
 def explain(detail: Any, known: Iterable[str]) -> str:  # noqa: ANN401 - pydantic's own error record

@@ -147,9 +147,9 @@ def compare(
         load_tests.price_per_hour(spec) if price is None else price,
     )  # fmt: skip
     if as_json:
-        told = {scheme: verdict.model_dump(mode="json") for scheme, verdict in verdicts.items()}
+        judged = {scheme: verdict.model_dump(mode="json") for scheme, verdict in verdicts.items()}
         print_json(
-            {"model": spec.model, "rows": [row.model_dump() for row in rows], "verdicts": told, "page": str(page)}
+            {"model": spec.model, "rows": [row.model_dump() for row in rows], "verdicts": judged, "page": str(page)}
         )
     else:
         _show_comparison(rows)
@@ -164,7 +164,7 @@ class Figures:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._told = 0.0
+        self._printed = 0.0
         self._last = ""
 
     def __enter__(self) -> Self:
@@ -183,10 +183,10 @@ class Figures:
             elif (
                 going.phase == "load"
                 and line != self._last
-                and time.monotonic() - self._told > _LINE_SECONDS
+                and time.monotonic() - self._printed > _LINE_SECONDS
                 and going.answered
             ):
-                self._told, self._last = time.monotonic(), line
+                self._printed, self._last = time.monotonic(), line
                 progress.print(line)
 
 

@@ -73,13 +73,13 @@ def plan(
 
     found, release = _asked(model, settings, wanted, workload)
     found = replace(found, notes=[*found.notes, *_gate(_needs(model, release, settings), wanted, driver)])
-    told = {} if release is None else measured(release)
+    measurements = {} if release is None else measured(release)
     asked = _evaluation(model, settings)
     if as_json:
-        print_json({**found.document(), "measured": told, "evaluation": asked})
+        print_json({**found.document(), "measured": measurements, "evaluation": asked})
     else:
         _show(found)
-        _show_measured(found, told)
+        _show_measured(found, measurements)
         if asked is not None:
             _show_evaluation(asked)
     if found.refused and not _is_uri(model):
@@ -187,7 +187,7 @@ def _gate(needs: Needs | None, gpus: Sequence[GpuModel], driver: str | None) -> 
 
 
 def _is_uri(model: str) -> bool:
-    """Whether ``model`` is a source's URI: its schemes are only proposed, so one that can't be made is no error."""
+    """Whether ``model`` is a source's URI: its schemes are only proposed, so that refusing one is not an error."""
     return model.startswith(("hf://", "file:"))
 
 
@@ -254,20 +254,20 @@ def _row(weights: Any, placement: Placement) -> tuple[str, ...]:  # noqa: ANN401
     )
 
 
-def _show_measured(found: Plan, told: dict[str, Any]) -> None:
+def _show_measured(found: Plan, measurements: dict[str, Any]) -> None:
     """Print the load test's measurements beside the prediction."""
-    if not told:
+    if not measurements:
         return
-    expected = told.get("expected")
-    peak = told.get("peak_memory_bytes")
+    expected = measurements.get("expected")
+    peak = measurements.get("peak_memory_bytes")
     if expected:
         results.print(f"\nmeasured in the sandbox: {escape(expected['sentence'])}")
     elif peak:
         weights = found.schemes[0].weights.bytes
         results.print(f"\nmeasured in the sandbox: peak {_size(peak)}, of which {_size(weights)} are weights")
-    rate = told.get("output_tokens_per_second")
+    rate = measurements.get("output_tokens_per_second")
     if rate:
-        where = "at its capacity" if told["at_capacity"] else "at the requested rate"
+        where = "at its capacity" if measurements["at_capacity"] else "at the requested rate"
         results.print(f"measured: {rate:,.0f} tokens/s, {where}")
 
 

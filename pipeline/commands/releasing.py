@@ -50,14 +50,15 @@ def release(model: str, schemes: Sequence[str], *, as_json: bool) -> None:
         from pipeline.orchestration.unchanged import unchanged  # noqa: PLC0415 - imports while the runs do
 
         sweep(settings)
-        told = {scheme: events for scheme in wanted if (events := unchanged(spec, scheme, settings)) is not None}
-        if len(told) < len(wanted):
+        found = ((scheme, unchanged(spec, scheme, settings)) for scheme in wanted)
+        unchanged_releases = {scheme: events for scheme, events in found if events is not None}
+        if len(unchanged_releases) < len(wanted):
             from pipeline.stages.preflight import foresee  # noqa: PLC0415 - as above
 
             if about_cpu:
                 say(about_cpu)
-            foresee(spec, [scheme for scheme in wanted if scheme not in told], settings, say)
-        return told
+            foresee(spec, [scheme for scheme in wanted if scheme not in unchanged_releases], settings, say)
+        return unchanged_releases
 
     releases = run(spec.path, wanted, settings, ticker, meanwhile=look_ahead)
     document = {"model": spec.model, "seconds": round(ticker.seconds, 2), "releases": releases}
@@ -105,8 +106,8 @@ def show_releases(spec: ModelSpec, releases: Sequence[dict[str, Any]], seconds: 
     results.print()
     print_table(("release", "outcome", "version", "aliases", *(title for title, _ in _FIGURES)), rows)
     endings = Counter(entry["outcome"] for entry in releases)
-    told = ", ".join(f"{count} {styled(outcome)}" for outcome, count in endings.items())
-    results.print(f"\n{told} in {seconds:.0f} s; accuracy and bits per byte are changes from FP16.")
+    outcomes = ", ".join(f"{count} {styled(outcome)}" for outcome, count in endings.items())
+    results.print(f"\n{outcomes} in {seconds:.0f} s; accuracy and bits per byte are changes from FP16.")
     for entry in releases:
         if entry["error"]:
             line = entry["error"].splitlines()[0]

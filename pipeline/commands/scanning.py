@@ -42,8 +42,8 @@ def rescan(names: Sequence[str], *, as_json: bool) -> None:
     with open_instance(settings) as instance:
         report(instance, settings)
     if as_json:
-        told = [{**entry.__dict__, "verdict": entry.verdict.model_dump(mode="json")} for entry in found]
-        print_json({"rescanned": told, "failed": {} if failure is None else failure.failed})
+        rescanned = [{**entry.__dict__, "verdict": entry.verdict.model_dump(mode="json")} for entry in found]
+        print_json({"rescanned": rescanned, "failed": {} if failure is None else failure.failed})
     elif found:
         rows = [
             (each.name, each.version, styled(each.verdict.status), each.by, each.action, escape(each.why or "-"))

@@ -127,10 +127,10 @@ def _widths(model: ModelDescription, scheme: Scheme) -> Iterator[str]:
     if ragged:
         widths = {weight.shape[1] for weight in model.linears.values()}
         fitting = [each for each in sizes if each == -1 or all(width % each == 0 for width in widths)]
-        told = f"use {_either(fitting)}" if fitting else f"no `group_size` of {scheme.method} does, use another method"
+        remedy = f"use {_either(fitting)}" if fitting else f"no `group_size` of {scheme.method} does; change `method`"
         yield (
             f"`group_size` {size} does not divide the {model.linears[ragged[0]].shape[1]} inputs of "
-            f"{_some(ragged)}: {told}"
+            f"{_some(ragged)}: {remedy}"
         )
     axis, what = (0, "outputs") if scheme.method == "awq" else (1, "inputs")
     whole = _AUTOAWQ_OUTPUTS if scheme.backend == "autoawq" else 32 // math.gcd(32, scheme.bits)

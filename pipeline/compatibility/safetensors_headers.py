@@ -60,13 +60,13 @@ def read_header(path: Path) -> dict[str, Tensor]:
     """Return the tensors of one file by name.
 
     Raises:
-        HeaderError: the file is no whole safetensors file; the message says why.
+        HeaderError: the file is not a complete safetensors file; the message says why.
     """
     size = path.stat().st_size
     with path.open("rb") as stream:
         first = stream.read(8)
         if len(first) < 8:
-            raise HeaderError(f"{path.name}: {size} bytes are no safetensors file")
+            raise HeaderError(f"{path.name}: a file of {size} bytes is not a safetensors file")
         raw = stream.read(header_length(first, path, size))
     return parse_header(raw, path, size)
 
@@ -80,7 +80,7 @@ def header_length(first: bytes, path: Path, size: int) -> int:
     (length,) = struct.unpack("<Q", first[:8])
     if length > size - 8:
         raise HeaderError(
-            f"{path.name}: a header of {length} bytes in a file of {size}: cut off, or no safetensors file"
+            f"{path.name}: a header of {length} bytes in a file of {size}: it is truncated, or not a safetensors file"
         )
     if length > _HEADER.bytes:
         raise HeaderError(f"{path.name}: a header of {length} bytes; at most {_HEADER.bytes} are read")
@@ -93,7 +93,7 @@ def parse_header(raw: bytes, path: Path, size: int) -> dict[str, Tensor]:
     It takes linear time, whatever the header says.
 
     Raises:
-        HeaderError: the header is none, or does not account for every byte of such a file.
+        HeaderError: the header is not valid, or does not cover every byte of the file.
     """
     data = 8 + len(raw)
     try:
@@ -101,7 +101,7 @@ def parse_header(raw: bytes, path: Path, size: int) -> dict[str, Tensor]:
     except (DocumentError, HeaderError) as error:
         raise HeaderError(f"{path.name}: the header can't be read: {error}") from error
     if not isinstance(header, dict):
-        raise HeaderError(f"{path.name}: the header is no JSON object")
+        raise HeaderError(f"{path.name}: the header is not a JSON object")
     header.pop("__metadata__", None)
     tensors = {name: _tensor(path, name, entry, data) for name, entry in header.items()}
     _check_cover(path, tensors, data, size)
@@ -132,7 +132,7 @@ def read_index(raw: bytes) -> dict[str, str]:
     """Return the file of every tensor, as a model's index says.
 
     Raises:
-        HeaderError: it is no index, or names what is no file beside it.
+        HeaderError: it is not an index, or names a file that can't be beside it.
     """
     try:
         placed = read_json(raw, INDEX_BOUNDS)["weight_map"]
@@ -140,7 +140,7 @@ def read_index(raw: bytes) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise HeaderError(f"{INDEX} has no readable `weight_map`: {error!r}") from error
     if odd := sorted({file for file in pairs.values() if _FILE.fullmatch(file) is None}):
-        raise HeaderError(f"{INDEX} names {_shown(odd[0])}, which is no safetensors file beside it")
+        raise HeaderError(f"{INDEX} names {_shown(odd[0])}, which is not the name of a safetensors file beside it")
     return pairs
 
 
@@ -195,15 +195,15 @@ def _index_problems(placed: Mapping[str, str], tensors: Mapping[str, Tensor]) ->
         if found is None:
             problems.append(f"{INDEX} puts {_shown(name)} into {placed[name]}, which lacks it")
         elif placed.get(name) != found:
-            said = _shown(placed[name]) if name in placed else "nothing of it"
-            problems.append(f"{_shown(name)} is in {found}, and {INDEX} says {said}")
+            stated = f"puts it into {_shown(placed[name])}" if name in placed else "does not name it"
+            problems.append(f"{_shown(name)} is in {found}, but {INDEX} {stated}")
     return problems
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     document = dict(pairs)
     if len(document) != len(pairs):
-        raise HeaderError("a name stands twice")
+        raise HeaderError("it has a name twice")
     return document
 
 
@@ -218,7 +218,7 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> Tensor:  # noqa: AN
     if len(shape) > _MOST_DIMENSIONS:
         raise problem(f"has {len(shape)} dimensions, of which at most {_MOST_DIMENSIONS} are read")
     if not all(type(number) is int and 0 <= number <= _LARGEST for number in (*shape, start, end)):
-        raise problem("has a number that is no natural number of 64 bits")
+        raise problem("has a number that is not an unsigned integer of 64 bits")
     if not isinstance(dtype, str) or dtype not in _BITS:
         raise problem(f"has the unknown dtype {str(dtype)[:_LONGEST_SHOWN]!r}")
     expected, rest = divmod(math.prod(shape) * _BITS[dtype], 8)

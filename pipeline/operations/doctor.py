@@ -73,14 +73,14 @@ def _engine(settings: Settings) -> Finding:
 
 def _cpu(settings: Settings) -> Finding:
     cpu = settings.cpu
-    told = f"{cpu.model}, {cpu.cores} logical CPUs; {cpu.meaning}"
+    found = f"{cpu.model}, {cpu.cores} logical CPUs; {cpu.meaning}"
     if cpu.refusal is not None:
         # The CPU does not matter for a GPU runtime, or if the engine runs on another machine.
         elsewhere = bool(gpus()) or not settings.engine_is_here
-        return Finding("cpu", "warning" if elsewhere else "missing", told, cpu.refusal)
+        return Finding("cpu", "warning" if elsewhere else "missing", found, cpu.refusal)
     if cpu.bfloat16:
-        return Finding("cpu", "ok", told)
-    return Finding("cpu", "warning", told, "all schemes work; a CPU with AVX-512 and bfloat16 is faster")
+        return Finding("cpu", "ok", found)
+    return Finding("cpu", "warning", found, "all schemes work; a CPU with AVX-512 and bfloat16 is faster")
 
 
 def _gpu() -> Finding:

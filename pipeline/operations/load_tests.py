@@ -1,4 +1,4 @@
-"""Load tests outside of a release: one line under any traffic, and FP16 beside every scheme."""
+"""Load tests outside of a release: of one release line, and of FP16 beside every scheme."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ from pipeline.stages.run import run, run_until
 from pipeline.stages.table import IMAGE, LOAD, SOURCE
 from pipeline.store.artifacts import Artifact
 from registry.progress import Progress
+from registry.suggestions import suggestion
 from registry.verdict import Verdict
 
 
 @dataclass(frozen=True)
 class LoadTestResult:
-    """One load test: its verdict, its evidence, and where both are, with the page."""
+    """A load test: its verdict, its evidence, its folder and its page."""
 
     name: str
     verdict: Verdict
@@ -41,10 +42,10 @@ class LoadTestResult:
 
 
 def find(name: str, settings: Settings) -> tuple[ModelSpec, str]:
-    """Return the model and the scheme of a release line, ``MODEL-SCHEME``; ``MODEL-fp16`` is what it was made from.
+    """Return the model and the scheme of a release line, ``MODEL-SCHEME``; ``MODEL-fp16`` is the unquantized model.
 
     Raises:
-        SpecError: no model's file in the models' folder has it.
+        SpecError: no model file in the models folder has this line.
     """
     known = []
     for path in sorted(settings.models.glob("*.yaml")):
@@ -53,7 +54,7 @@ def find(name: str, settings: Settings) -> tuple[ModelSpec, str]:
             if name == f"{spec.model}-{scheme}":
                 return spec, scheme
             known.append(f"{spec.model}-{scheme}")
-    raise SpecError(f"no model in {settings.models} has the release line `{name}`: there are {', '.join(known)}")
+    raise SpecError(f"no model in {settings.models} has the release line `{name}`{suggestion(name, known)}")
 
 
 def changed(plan: LoadPlan, profiles: Sequence[str], changes: Mapping[str, Any]) -> LoadPlan:

@@ -193,12 +193,12 @@ def _pull(client: docker.DockerClient, reference: str) -> None:
 
 
 def _mark(settings: Settings, version: Version, verdict: Verdict, evidence: ScanEvidence) -> None:
-    told = {
+    mark = {
         "status": verdict.status, "blocks": verdict.blocks, "reason": verdict.reason[:_LONGEST_REASON],
         "at": datetime.now(UTC).isoformat(timespec="seconds"), "database": evidence.database.digest,
     }  # fmt: skip
     with open_backend(settings.tracking_uri) as backend:
-        backend.set_version_tag(version.name, version.version, TAG, json.dumps(told))
+        backend.set_version_tag(version.name, version.version, TAG, json.dumps(mark))
 
 
 def _roll_back(

@@ -1,7 +1,7 @@
-"""A champion under load again: is it still as fast as its release's own load test found it?
+"""Load-tests a champion again, and compares it with the load test of its release.
 
-Drivers, kernels and neighbours change under an image that does not. The image that deployments pull is served once more
-under its model's traffic, and set beside the signed evidence of the day it was released.
+Its image does not change, but drivers, kernels and other load on the machine do. The image that deployments pull is
+served under its model's traffic, and the measurements are compared with the signed evidence of the release.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from registry.manifest import EVIDENCE
 from registry.pull import read_metadata
 from registry.resolve import CHAMPION
 
-# What is compared, and whether more of it is worse.
+# The compared metrics, and whether a higher value is worse.
 _COMPARED = {"p95_latency_ms": True, "p95_ttft_ms": True, "output_tokens_per_second": False}
 
 
 @dataclass(frozen=True)
 class Speed:
-    """A champion's load test beside its release's. ``slower`` are fractions, 0.5 for half as slow again, by metric.
+    """A champion's new load test beside its release's. ``slower`` has a fraction for each metric: 0.5 is 50% slower.
 
-    It is empty where the traffic of the model's file is another than the release's, or this machine's CPU or cores are:
-    then there is only the verdict.
+    It is empty if the traffic in the model's file, the CPU or the cores differ from the release's. Then only the
+    verdict counts.
     """
 
     version: str
@@ -40,12 +40,12 @@ class Speed:
 
     @property
     def holds(self) -> bool:
-        """Whether the limits hold, and nothing is slower than allowed."""
+        """Whether the limits hold and no metric is slower than allowed."""
         return not self.loaded.verdict.blocks and all(share <= self.allowed for share in self.slower.values())
 
     @property
     def words(self) -> str:
-        """All of it in a line."""
+        """The result in one line."""
         shares = ", ".join(f"{name} {share:+.0%}" for name, share in self.slower.items())
         beside = f"slower than at its release by {shares} ({self.allowed:.0%} allowed)" if shares else "not comparable"
         return f"version {self.version}: {self.loaded.verdict.status}, {self.loaded.verdict.reason}; {beside}"
@@ -56,8 +56,8 @@ def look_again(context: StageContext) -> Speed:
 
     Raises:
         RegistryError: there is no champion, or it is not what was signed.
-        StoreError: it was not made in this home, or is gone from it.
-        ContainerError: the engine has lost its image, or does not answer.
+        StoreError: its checkpoint is not in this home.
+        ContainerError: the engine does not have its image, or does not answer.
     """
     settings, name = context.settings, context.release_name
     names = (f"{EVIDENCE}/image.json", f"{EVIDENCE}/load.json")
@@ -72,7 +72,7 @@ def look_again(context: StageContext) -> Speed:
 
 
 def slower(then: LoadEvidence, now: LoadEvidence) -> dict[str, float]:
-    """By how much each metric is worse than it was, as a fraction; nothing where traffic or hardware differ."""
+    """How much worse each metric is than before, as a fraction; empty if traffic or hardware differ."""
     if [profile.requested for profile in then.profiles] != [profile.requested for profile in now.profiles]:
         return {}
     if differ_in_hardware(then, now):
@@ -86,7 +86,7 @@ def slower(then: LoadEvidence, now: LoadEvidence) -> dict[str, float]:
 
 
 def _checkpoint(context: StageContext, name: str, digest: str) -> Artifact:
-    """The checkpoint in the champion's image, for its tokenizer and its size."""
+    """The checkpoint in the champion's image; the load test needs its tokenizer and size."""
     found = context.store.with_digest("quantized", digest)
     if found is None:
         raise StoreError(f"the champion of `{name}` was not made in {context.settings.home}: load-test it where it was")

@@ -132,7 +132,7 @@ def look(reference: str, settings: Settings) -> ReleaseMetadata:
     """Read what a plan needs of the release ``NAME[@ALIAS]``.
 
     Raises:
-        RegistryError: there is no such release, or it is not what was signed.
+        RegistryError: there is no such release, or it does not match its signature.
     """
     return read_metadata(
         reference,
@@ -176,7 +176,7 @@ def _wanted(spec: ModelSpec | str) -> tuple[str, str | None, Lock | None]:
 
 
 def _released_weights(manifest: Manifest, facts: ModelFacts) -> Weights:
-    """The checkpoint's bytes as they are; how many numbers they are the source's bytes tell, at two a number."""
+    """The checkpoint's own bytes; the number of parameters follows from the source's bytes, at two per parameter."""
     size = sum(file.size for name, file in manifest.files.items() if name.endswith(".safetensors"))
     numbers = sum(file.size for name, file in manifest.source.files.items() if name.endswith(".safetensors")) // 2
     kept = facts.embedding * (1 if facts.tied else 2)
@@ -201,5 +201,5 @@ def _json(found: ReleaseMetadata, name: str) -> dict[str, Any]:
     except (KeyError, ValueError) as error:
         raise PlanError(f"{found.manifest.name} has no readable {name}: {error!r}") from error
     if not isinstance(document, dict):
-        raise PlanError(f"{name} of {found.manifest.name} is no JSON object")
+        raise PlanError(f"{name} of {found.manifest.name} is not a JSON object")
     return document

@@ -162,8 +162,8 @@ class Jobs:
             return None
         if outcome is None:
             why = self._asked(lambda: self.engine.why(job), task, _PATIENCE_SECONDS)
-            told = "\n".join(dict.fromkeys([*other[-_LOG_LINES:], *self._states[-_STATES:], why]))
-            raise WorkerFailed(f"job {job} of {self.engine.name} ended without an outcome:\n{told}")
+            tail = "\n".join(dict.fromkeys([*other[-_LOG_LINES:], *self._states[-_STATES:], why]))
+            raise WorkerFailed(f"job {job} of {self.engine.name} ended without an outcome:\n{tail}")
         return outcome
 
     def _lines(self, job: str, task: Task) -> Iterator[str]:

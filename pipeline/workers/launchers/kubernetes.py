@@ -92,11 +92,11 @@ class KubernetesCluster:
         if pod is not None:
             self._looked[job] = pod
         waits = pod is None or _status(pod).get("phase") == "Pending"
-        told = [*_said_by(self._found.get(job, {})), *_said_by(pod or {})]
+        lines = [*_said_by(self._found.get(job, {})), *_said_by(pod or {})]
         if waits:
             names = [job, *([pod["metadata"]["name"]] if pod else [])]
-            told += [line for name in names for line in self._warnings(name)]
-        return tuple(dict.fromkeys(told))
+            lines += [line for name in names for line in self._warnings(name)]
+        return tuple(dict.fromkeys(lines))
 
     def why(self, job: str) -> str:
         """The states of a job that has ended, and how its container ended."""
@@ -229,8 +229,8 @@ def _containers(pod: dict[str, Any]) -> list[dict[str, Any]]:
 def _said_by(document: dict[str, Any]) -> list[str]:
     """An object's messages: its conditions, its reason (for example an eviction), and why its container waits."""
     waiting = [state["waiting"] for state in _containers(document) if "waiting" in state]
-    told = [*_conditions(document), _status(document), *waiting]
-    return [_line(each) for each in told if each.get("message") or each in waiting]
+    lines = [*_conditions(document), _status(document), *waiting]
+    return [_line(each) for each in lines if each.get("message") or each in waiting]
 
 
 def _line(said: dict[str, Any]) -> str:

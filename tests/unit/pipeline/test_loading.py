@@ -56,9 +56,13 @@ def test_a_release_line_is_found_by_its_name_and_so_is_what_it_was_made_from(set
     assert (spec.model, found) == ("demo", scheme)
 
 
-def test_a_line_that_is_not_there_is_answered_with_those_that_are(settings: Settings) -> None:
-    with pytest.raises(SpecError, match=r"`demo-aqw`: there are demo-awq, demo-gptq, demo-fp16"):
-        load_tests.find("demo-aqw", settings)
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("demo-aqw", "did you mean `demo-awq`"), ("other", "there are `demo-awq`, `demo-gptq`, `demo-fp16`")],
+)
+def test_an_unknown_line_is_answered_with_a_near_one_or_all(settings: Settings, name: str, hint: str) -> None:
+    with pytest.raises(SpecError, match=f"`{name}`: {hint}"):
+        load_tests.find(name, settings)
 
 
 def test_another_profile_comes_as_it_is_and_keeps_the_models_limits() -> None:

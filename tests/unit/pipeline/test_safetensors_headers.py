@@ -39,12 +39,12 @@ def test_reads_what_the_library_writes(tmp_path: Path) -> None:
     ("header", "data", "reason"),
     [
         (b"{not json", b"", "no JSON"),
-        ([1], b"", "no JSON object"),
+        ([1], b"", "not a JSON object"),
         (b'{"a": {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]}, "a": {}}', b"", "twice"),
         ({"a": entry(0, 4, [2], "F17")}, b"1234", "unknown dtype"),
         ({"a": entry(0, 4, [3])}, b"1234", "takes 6 bytes"),
-        ({"a": entry(0, 4, [-1, -2])}, b"1234", "natural"),
-        ({"a": entry(0, 4, [2.0])}, b"1234", "natural"),
+        ({"a": entry(0, 4, [-1, -2])}, b"1234", "unsigned integer"),
+        ({"a": entry(0, 4, [2.0])}, b"1234", "unsigned integer"),
         ({"a": {"dtype": "F16", "shape": [2]}}, b"1234", "data_offsets"),
         ({"a": entry(0, 4, [2]), "b": entry(2, 6, [2])}, b"123456", "overlaps"),
         ({"a": entry(0, 4, [2]), "b": entry(6, 10, [2])}, b"1234567890", "hole"),
@@ -135,7 +135,7 @@ def test_an_index_must_be_complete_and_right(tmp_path: Path) -> None:
         read_model(tmp_path)
     message = str(caught.value)
     assert "`a` is in model-00001-of-00002.safetensors" in message
-    assert "says nothing of it" in message
+    assert "does not name it" in message
     assert "`c` into model-00001-of-00002.safetensors, which lacks it" in message
 
 

@@ -205,7 +205,7 @@ def test_an_extra_file_beside_a_single_one_is_not_read(model: Path, into: Fetch)
 def test_an_index_that_names_no_file_beside_it_is_refused(name: str, tmp_path: Path) -> None:
     folder = sharded(tmp_path / "sharded", "one.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(SourceError, match="no safetensors file beside it"):
+    with pytest.raises(SourceError, match="not the name of a safetensors file beside it"):
         resolve(f"file:{folder}")
 
 
