@@ -167,7 +167,7 @@ def test_a_share_has_the_exact_interval() -> None:
 
 @pytest.mark.parametrize(("successes", "items"), [(0, 0), (-1, 5), (6, 5)])
 def test_no_share_is_refused(successes: int, items: int) -> None:
-    with pytest.raises(ValueError, match="no share"):
+    with pytest.raises(ValueError, match="a share of items"):
         share_interval(successes, items, 0.95)
 
 
