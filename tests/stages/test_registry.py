@@ -470,7 +470,7 @@ def _link(folder: Path) -> None:
         (lambda folder: _flip(folder / "release/signature.json"), r"release/signature\.json"),
         (lambda folder: (folder / "extra.bin").write_bytes(b""), r"`extra\.bin` is extra"),
         (lambda folder: (folder / "config.json").unlink(), r"`config\.json` is missing"),
-        (lambda folder: (folder / "release/manifest.json").unlink(), "no signed release"),
+        (lambda folder: (folder / "release/manifest.json").unlink(), "not a signed release"),
         (_link, "symlink"),
         (_swap_image, r"release/signature\.json: it is not over this manifest"),
         (_pass_the_scan, r"release/signature\.json: it is not over this manifest"),
