@@ -70,14 +70,14 @@ def reads_what_was_made(browser: Browser) -> None:
             browser.picture(f"4-{asset}-pictures")
     # In MLflow, from the asset itself and from its version.
     browser.follows("release/report.html")
-    browser.reads("let through in writing")
+    browser.reads("accepted in the model's file")
     browser.picture("4-report", documented="report", part="iframe")
     browser.open("/assets/release?partition=demo%7Cgptq")
     browser.follows("/#/models/demo-gptq/versions/")
     browser.sees("The report")
     browser.picture("4-version", documented="version")
     browser.follows("The report")
-    browser.reads("let through in writing")
+    browser.reads("accepted in the model's file")
 
 
 def test_a_person_launches_watches_reads_and_backfills_in_a_browser(

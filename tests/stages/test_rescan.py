@@ -144,7 +144,7 @@ def test_where_the_file_says_so_it_is_rolled_back_unless_what_was_before_is_no_b
     status, told = slipway("rescan", "demo-awq")
     (entry,) = told["rescanned"]
     assert (status, entry["version"], entry["action"]) == (3, "3", "kept")
-    assert "version 2 before it is refused too" in entry["why"]
+    assert "the previous version, 2, is refused too" in entry["why"]
 
 
 def test_a_waiver_in_the_models_file_holds_for_the_rescan_too(
@@ -234,7 +234,7 @@ def test_a_champion_that_can_not_be_looked_at_stops_none_of_the_others(quiet: Ho
     assert [found.name for found in caught.value.found] == ["a-awq", "z-awq"]
     marked = {version.name for version in catalog.lines(quiet.settings.tracking_uri) if TAG in version.tags}
     assert marked == {"a-awq", "z-awq"}
-    assert any("no model `a`" in line and "policy of every image" in line for line in quiet.told)
+    assert any("no model `a`" in line and "judged by the default policy" in line for line in quiet.told)
 
 
 def test_a_vex_document_that_got_too_old_does_not_end_a_rollback_in_silence(quiet: Home) -> None:

@@ -106,7 +106,7 @@ def test_a_storage_that_is_away_stops_nothing(homes: tuple[Home, Home], monkeypa
     made = one.obtain()
     assert made.folder.is_dir()
     assert [line.split(":")[0] for line in one.told if "127.0.0.1:9" in line] == [
-        "the shared artifact can't be fetched", "the artifact can't be shared",
+        "the shared artifact can't be fetched, making it here", "the artifact can't be shared",
     ]  # fmt: skip
 
 
