@@ -6,8 +6,7 @@ import bisect
 import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from evals.load.traffic.profile import Arrivals, Lengths, Segment, TrafficProfile
 
@@ -29,10 +28,6 @@ class Schedule:
     requests: tuple[Planned, ...]
     warmup: tuple[Planned, ...]
     prefix_tokens: tuple[int, ...]
-
-    def document(self) -> dict[str, Any]:
-        """As JSON, for the client."""
-        return asdict(self)
 
 
 def plan(profile: TrafficProfile) -> Schedule:
