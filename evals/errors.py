@@ -6,6 +6,8 @@ from typing import Self
 
 from pydantic import ValidationError
 
+from registry.errors import first_problem
+
 
 class EvaluationError(Exception):
     """The family; its message is one line for a person and ends with what to do."""
@@ -25,6 +27,4 @@ class LoadEvidenceError(EvaluationError):
     @classmethod
     def of(cls, error: ValidationError, where: str) -> Self:
         """The first problem of a document that does not have the expected form."""
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the document"
-        return cls(f"{where}: `{place}`: {first['msg']}: run the load test again")
+        return cls(f"{where}: {first_problem(error)}: run the load test again")

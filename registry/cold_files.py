@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from registry import untrusted
 from registry.atomic_write import write_atomically
-from registry.errors import TrackingError, UntrustedFileError
+from registry.errors import TrackingError, UntrustedFileError, first_problem
 from registry.manifest import CoveredPath, FileRecord
 
 MARKER = "cold.json"
@@ -51,9 +51,7 @@ def cold_files(folder: Path) -> tuple[str, Mapping[str, FileRecord]]:
     try:
         marker = _Marker.model_validate(document)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise TrackingError(f"`{path}` is not valid at `{where}`: {first['msg']}") from error
+        raise TrackingError(f"`{path}` is not valid: {first_problem(error)}") from error
     return marker.store, marker.files
 
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class RegistryError(Exception):
@@ -82,3 +86,10 @@ class VerificationError(RegistryError):
         shown = "; ".join(str(problem) for problem in self.problems[:3])
         more = f"; and {len(self.problems) - 3} more" if len(self.problems) > 3 else ""
         super().__init__(f"`{folder}` is not the release that was signed: {shown}{more}")
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first problem of a document that does not have the expected form: "`KEY.PATH`: why", without its values."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(map(str, first["loc"])) or "the document"
+    return f"`{place[:200]}`: {first['msg'][:200]}"

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from registry.digests import digest_file
 from registry.download import CHUNK, Reader
 from registry.errors import TrackingError
 from registry.manifest import FileRecord
@@ -87,7 +88,7 @@ class ObjectStore:
         part = target.with_name(target.name + ".part")
         try:
             self._asked(lambda: self.client.download_file(bucket, key, str(part)))
-            if digest_of(part) != record.sha256:
+            if digest_local(part) != record.sha256:
                 raise TrackingError(f"s3://{bucket}/{key} does not have the SHA-256 in its name: it is damaged")
             with part.open("rb") as stream:
                 os.fsync(stream.fileno())
@@ -139,18 +140,9 @@ class ObjectStore:
             raise TrackingError(f"{self.uri}: {error}") from error
 
 
-def digest_of(path: Path) -> str:
+def digest_local(path: Path) -> str:
     """Sha256 of a file's bytes, as 64 hex digits; ``TrackingError`` where it can't be read."""
-    total = hashlib.sha256()
-    for chunk in _chunks(path):
-        total.update(chunk)
-    return total.hexdigest()
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
     try:
-        with path.open("rb") as stream:
-            while chunk := stream.read(CHUNK):
-                yield chunk
+        return digest_file(path)
     except OSError as error:
         raise TrackingError(f"`{path}` can't be read: {error.strerror}") from error

@@ -28,7 +28,7 @@ from registry.cold_files import LARGEST_MARKER, MARKER, cold_files, write_marker
 from registry.errors import ManifestError, TrackingError, UntrustedFileError
 from registry.locations import checked, checked_folder
 from registry.manifest import MANIFEST, Manifest
-from registry.objects import ObjectStore, digest_of
+from registry.objects import ObjectStore, digest_local
 from registry.progress import Progress
 from registry.promotion_lock import hold_promotion_lock
 from registry.retention import referenced_now
@@ -74,7 +74,7 @@ def cool(version: Version, store: ObjectStore, progress: Progress, least: int = 
         path = folder / name
         if name in before and not path.exists():
             continue
-        if digest_of(path) != record.sha256:
+        if digest_local(path) != record.sha256:
             raise TrackingError(f"`{path}` differs from the manifest: it is not moved")
         progress(f"{version.name} version {version.version}: {name}, {record.size / 1e6:.1f} MB")
         store.put(path, record)

@@ -14,6 +14,7 @@ from containers.errors import ImageError
 from containers.image.blobs import GZIP, PLAIN
 from containers.image.distribution import DOCUMENT
 from registry.bounded_json import DocumentError, read_json
+from registry.errors import first_problem
 
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 # No image has more layers: Docker takes 127.
@@ -122,6 +123,4 @@ def _read(form: type[_T], document: object, what: str) -> _T:
     try:
         return form.model_validate(document)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise ImageError(f"{what} is not of OCI's form: `{where[:100]}`: {first['msg'][:200]}") from error
+        raise ImageError(f"{what} is not of OCI's form: {first_problem(error)}") from error

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from containers.errors import ScanError
+from registry.errors import first_problem
 
 FILE = "scan.json"
 Severity = Literal["UNKNOWN", "LOW", "MEDIUM", "HIGH", "CRITICAL"]
@@ -162,6 +163,4 @@ def read_scan(folder: Path) -> ScanEvidence:
     except OSError as error:
         raise ScanError(f"{path} can't be read ({error.strerror}): scan the image again") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ScanError(f"{path}: `{place}`: {first['msg']}: scan the image again") from error
+        raise ScanError(f"{path}: {first_problem(error)}: scan the image again") from error

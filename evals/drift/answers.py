@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from evals.errors import AnswersError
 from registry import untrusted
-from registry.errors import UntrustedFileError
+from registry.errors import UntrustedFileError, first_problem
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -187,6 +187,4 @@ def read_answers(folder: Path) -> Answers:
     except (OSError, UntrustedFileError) as error:
         raise AnswersError(f"{path} cannot be read ({error}): evaluate the model again") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise AnswersError(f"{path}: `{place}`: {first['msg']}: evaluate the model again") from error
+        raise AnswersError(f"{path}: {first_problem(error)}: evaluate the model again") from error

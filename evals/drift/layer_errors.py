@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from evals.drift.pairs import Layer
 from evals.errors import AnswersError
 from evals.workers import RunWorker
+from registry.errors import first_problem
 
 ENVIRONMENT = "lm-eval"
 WORKER = Path(__file__).with_name("layers.py")
@@ -53,6 +54,4 @@ def measure_layers(
     try:
         return list(LayersResult.model_validate(found).layers)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise AnswersError(f"the result of the layers' worker is not valid: `{place}`: {first['msg']}") from error
+        raise AnswersError(f"the result of the layers' worker is not valid: {first_problem(error)}") from error

@@ -30,6 +30,7 @@ from evals.drift.divergence import Top
 from evals.errors import AnswersError
 from evals.statistics.paired import Flips
 from evals.statistics.sequential import prefixes
+from registry.errors import first_problem
 
 EXAMPLES = 10
 
@@ -245,9 +246,7 @@ def read_drift(folder: Path) -> Drift:
     except OSError as error:
         raise AnswersError(f"{path} cannot be read ({error.strerror}): compare the answers again") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise AnswersError(f"{path}: `{place}`: {first['msg']}: compare the answers again") from error
+        raise AnswersError(f"{path}: {first_problem(error)}: compare the answers again") from error
 
 
 def _graded_of(answers: AnyAnswers | None) -> Sequence[Graded]:

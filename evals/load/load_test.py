@@ -47,7 +47,7 @@ from evals.load.traffic.schedule import Schedule
 from evals.load.traffic.schedule import plan as schedule_of
 from evals.workers import RunWorker
 from registry import untrusted
-from registry.errors import UntrustedFileError
+from registry.errors import UntrustedFileError, first_problem
 from registry.progress import Progress
 
 __all__ = [
@@ -164,9 +164,7 @@ class Tester:
         try:
             result = ClientResult.model_validate(returned)
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise LoadError(f"the load generator's result is not valid: `{place}`: {first['msg']}") from error
+            raise LoadError(f"the load generator's result is not valid: {first_problem(error)}") from error
         requests = parse_requests(untrusted.read(output, REQUESTS, _RECORDS_BYTES), f"the load generator's {REQUESTS}")
         self.prompts_used = result.prompts_used
         self.client.append(result.client)

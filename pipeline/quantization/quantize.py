@@ -26,6 +26,7 @@ from pipeline.errors import QuantizeError, WorkerFailed
 from pipeline.quantization import checkpoint
 from registry import untrusted
 from registry.digests import digest_file
+from registry.errors import first_problem
 from registry.file_systems import set_mode
 from registry.progress import Progress
 
@@ -302,10 +303,8 @@ def _result(written: Mapping[str, object], backend: str) -> QuantizationResult:
     try:
         return QuantizationResult.model_validate(written)
     except ValidationError as error:
-        detail = error.errors(include_url=False, include_input=False)[0]
-        key = ".".join(map(str, detail["loc"]))
         raise WorkerFailed(
-            f"the worker of `{backend}` wrote a result that is not valid: `{key}`: {detail['msg']}"
+            f"the worker of `{backend}` wrote a result that is not valid: {first_problem(error)}"
         ) from error
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, Store, require_room
-from registry.errors import TrackingError
+from registry.errors import TrackingError, first_problem
 from registry.manifest import FileRecord, RelativePath
 from registry.objects import ObjectStore
 from registry.progress import Progress
@@ -93,9 +93,7 @@ def _record(recipe: Recipe, objects: ObjectStore) -> _Record | None:
     try:
         return None if text is None else _Record.model_validate_json(text)
     except ValidationError as error:
-        raise TrackingError(
-            f"{objects.uri}: {_name(recipe)} is not a valid record: {error.errors()[0]['msg']}"
-        ) from error
+        raise TrackingError(f"{objects.uri}: {_name(recipe)} is not a valid record: {first_problem(error)}") from error
 
 
 def _name(recipe: Recipe) -> str:

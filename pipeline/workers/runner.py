@@ -19,6 +19,7 @@ from pipeline.workers.launchers.local import Local, how_it_ended
 from pipeline.workers.launchers.remote_job import output_folder
 from pipeline.workers.launchers.task import LOG, LOG_BYTES, OUTPUT, RESULT, RESULT_BYTES, Launcher, Task
 from registry import untrusted
+from registry.errors import first_problem
 from registry.progress import Progress
 
 Bootstrap = Callable[[Path], contextlib.AbstractContextManager[Mapping[str, str]]]
@@ -111,6 +112,4 @@ def _read_result(folder: Path) -> ResultFile:
     except FileNotFoundError:
         return ResultFile()
     except ValidationError as error:
-        detail = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in detail["loc"]) or "the document"
-        raise WorkerFailed(f"the worker's {RESULT} is not valid: `{where}`: {detail['msg']}") from error
+        raise WorkerFailed(f"the worker's {RESULT} is not valid: {first_problem(error)}") from error

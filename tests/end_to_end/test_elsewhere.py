@@ -22,7 +22,7 @@ from homes import Slipway, make_home
 from pipeline.settings import Settings
 from pipeline.store.artifacts import Store
 from pipeline.store.materializations import MaterializationIndex
-from registry.objects import digest_of
+from registry.objects import digest_local
 
 # What names the hour, or what was measured in it.
 DATED = {
@@ -140,7 +140,7 @@ def test_the_weights_are_in_object_storage_by_digest_and_other_homes_can_have_th
     stored = {item["Key"] for item in client.list_objects_v2(Bucket=BUCKET)["Contents"]}
     for stage in ("source", "quantized"):
         (weights,) = (elsewhere.slipway.home / "artifacts" / stage).glob("*/files/model.safetensors")
-        assert f"artifacts/sha256/{digest_of(weights)}" in stored
+        assert f"artifacts/sha256/{digest_local(weights)}" in stored
         assert f"artifacts/artifacts/{stage}/{weights.parent.parent.name}.json" in stored
 
 

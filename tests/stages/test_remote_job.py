@@ -22,7 +22,7 @@ from pipeline.workers.launchers.remote_job import announced, is_message, outcome
 from pipeline.workers.launchers.task import Ended, Task
 from registry.errors import TrackingError, UntrustedFileError
 from registry.manifest import FileRecord
-from registry.objects import ObjectStore, digest_of
+from registry.objects import ObjectStore, digest_local
 
 # Copies what it reads, tells of its environment; in the checkout of a test, as the real ones are in ours.
 SCRIPT = """
@@ -75,7 +75,7 @@ def test_what_a_worker_reads_goes_there_and_what_it_makes_comes_back(
     output = tmp_path / "output"
     assert (output / "text.txt").read_text() == "TEXT"
     assert (output / "sub" / "config.json").read_text() == "text"
-    assert digest_of(output / "sub" / "model.safetensors") == digest_of(tmp_path / "source" / "model.safetensors")
+    assert digest_local(output / "sub" / "model.safetensors") == digest_local(tmp_path / "source" / "model.safetensors")
     result = (task.folder / "result.json").read_text()
     assert '"bits": 4' in result
     assert "AWS_SECRET_ACCESS_KEY" not in result
@@ -103,7 +103,7 @@ def test_what_is_damaged_on_the_way_there_is_refused_before_it_is_used(
     task: Task, store: ObjectStore, settings: Settings, tmp_path: Path
 ) -> None:
     sent = send(task, store)
-    spoil(store, digest_of(tmp_path / "text.txt"), b"TAXT")
+    spoil(store, digest_local(tmp_path / "text.txt"), b"TAXT")
     with pytest.raises(TrackingError, match="damaged"):
         do(sent, store, tmp_path / "elsewhere", settings)
 
@@ -112,7 +112,7 @@ def test_what_is_damaged_on_the_way_back_is_refused(
     task: Task, store: ObjectStore, settings: Settings, tmp_path: Path
 ) -> None:
     outcome = do(send(task, store), store, tmp_path / "elsewhere", settings)
-    spoil(store, digest_of(tmp_path / "elsewhere" / "out" / "text.txt"), b"TAXT")
+    spoil(store, digest_local(tmp_path / "elsewhere" / "out" / "text.txt"), b"TAXT")
     with pytest.raises(TrackingError, match="damaged"):
         receive(outcome, task, store)
     assert not (tmp_path / "output" / "text.txt").exists()

@@ -21,8 +21,9 @@ from pipeline.resources import PACKAGES
 from pipeline.workers.launchers.task import LOG, LOG_BYTES, OUTPUT, RESULT, RESULT_BYTES, Ended, Task
 from registry import untrusted
 from registry.atomic_write import write_atomically
+from registry.errors import first_problem
 from registry.manifest import FileRecord, RelativePath
-from registry.objects import ObjectStore, digest_of
+from registry.objects import ObjectStore, digest_local
 
 D = TypeVar("D", bound="_Document")
 _OUTCOME = "slipway.outcome"
@@ -130,7 +131,7 @@ def unpack(remote_job: RemoteJob, folder: Path, store: ObjectStore) -> Task:
     try:
         request = {key: _placed(value, folder) for key, value in remote_job.request.items()}
     except ValidationError as error:
-        raise WorkerFailed(f"the remote job names a file outside its folder: {error.errors()[0]['msg']}") from error
+        raise WorkerFailed(f"the remote job names a file outside its folder: {first_problem(error)}") from error
     return Task(remote_job.environment, PACKAGES / remote_job.script, request, work, {})
 
 
@@ -192,7 +193,7 @@ def outcome_in(line: str) -> FileRecord | None:
     try:
         return FileRecord.model_validate(payload[_OUTCOME])
     except ValidationError as error:
-        raise WorkerFailed(f"the job's record of its outcome is not valid: {error.errors()[0]['msg']}") from error
+        raise WorkerFailed(f"the job's record of its outcome is not valid: {first_problem(error)}") from error
 
 
 def _message(line: str) -> dict[str, JsonValue] | None:
@@ -210,7 +211,7 @@ def node_command(store: str, remote_job: FileRecord) -> list[str]:
 
 def put(path: Path, store: ObjectStore) -> FileRecord:
     """Put a file into the store, unless it is there already, and return its record."""
-    record = FileRecord(sha256=digest_of(path), size=path.stat().st_size)
+    record = FileRecord(sha256=digest_local(path), size=path.stat().st_size)
     if not store.has(record):
         store.put(path, record)
     return record

@@ -17,7 +17,7 @@ from registry.backend import Line, RegistryBackend, Version
 from registry.embedded import pages
 from registry.errors import NotFoundError, PromotionError, PullError, TrackingError, UntrustedFileError
 from registry.journal import PAYLOAD_TYPE, JournalEntry
-from registry.objects import ObjectStore, digest_of
+from registry.objects import ObjectStore, digest_local
 from registry.policy import Policy
 from registry.promotion_lock import PromotionLock, _Ticket, hold_promotion_lock
 from registry.pull import pull
@@ -54,7 +54,7 @@ def test_what_is_no_object_store_is_refused(uri: str) -> None:
 
 def test_a_file_that_cannot_be_read_has_no_digest(tmp_path: Path) -> None:
     with pytest.raises(TrackingError, match="can't be read: No such file"):
-        digest_of(tmp_path / "gone")
+        digest_local(tmp_path / "gone")
 
 
 @pytest.mark.parametrize("reference", ["", "@", "a@", "a@b@c", "../a", "a b", "a:b", "a'b"])
