@@ -1,4 +1,4 @@
-"""``python -m containers.gateway --config FILE``: serve until SIGTERM. Exit status 2 where the files can't be used."""
+"""``python -m containers.gateway --config FILE``: serve until SIGTERM. Exit status 2 if its files are not valid."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def main() -> int:
     parser.add_argument(
         "--config", type=Path, required=True, help="The settings, JSON; see docs/reference/gateway-files.md."
     )
-    parser.add_argument("--no-request-log", action="store_true", help="No line a request.")
+    parser.add_argument("--no-request-log", action="store_true", help="Do not log each request.")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""The two applications: the API for clients, by allowlist, and the operator's view on a port of its own."""
+"""The two applications: the API for clients (only listed paths exist), and the operator's API on its own port."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from containers.gateway.schema import Answer, ChatRequest, CompletionRequest, Er
 
 _REFERENCE = "#/components/schemas/{model}"
 _REFUSALS: dict[int | str, str] = {
-    400: "The request is wrong, or does not fit into the model's context or the key's limits",
-    401: "No key, or none that is valid",
+    400: "The request is not valid, or exceeds the model's context or the key's limits",
+    401: "The API key is missing or not valid",
     404: "Unknown model, or the key may not use it",
     408: "The request came too slowly",
     413: "The body is too large",
     415: "The body is not plain JSON",
-    422: "The engine can't process the request",
+    422: "The engine cannot process the request",
     429: "The key's limits are used up; see Retry-After",
-    431: "The head is too large",
+    431: "The request's headers are too large",
     500: "The engine failed",
     502: "No replica answered",
-    503: "All replicas are busy or away; see Retry-After",
+    503: "All replicas are busy or down; see Retry-After",
 }
 
 
 def api(gateway: Gateway) -> FastAPI:
-    """Make the application for clients; a path that is not here does not exist."""
+    """Make the application for clients. Every other path is refused."""
     app = FastAPI(
         title="Slipway's gateway", version="1", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )
@@ -59,7 +59,7 @@ def api(gateway: Gateway) -> FastAPI:
         key = await gateway.authenticate(reading.headers(request.scope), request.scope.get("client"))
         return gateway.models(key)
 
-    @app.get("/health", responses={503: {"description": "It is about to stop"}})
+    @app.get("/health", responses={503: {"description": "The gateway is about to stop"}})
     async def health() -> JSONResponse:
         """Whether requests should be sent here; no key is needed."""
         return JSONResponse({"status": "draining" if gateway.draining else "ok"}, 503 if gateway.draining else 200)
@@ -104,7 +104,7 @@ async def _refused(_: Request, error: Exception) -> Response:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """A path or a method that is not on the list."""
+    """Answer a request for an unknown path or method."""
     status = error.status_code if isinstance(error, HTTPException) else 500
     words = {404: "unknown path", 405: "method not allowed on this path"}
     refusal = Refusal(
@@ -117,7 +117,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 def _described(kind: type[ChatRequest | CompletionRequest]) -> dict[str, Any]:
-    """What OpenAPI says of such a path: FastAPI does not read these bodies, since they are read after the key."""
+    """Describe a path for OpenAPI. FastAPI can't derive it, because the body is read only after the key is checked."""
     schema = {"$ref": _REFERENCE.format(model=kind.__name__)}
     body = {"required": True, "content": {"application/json": {"schema": schema}}}
     answer = {"description": "The answer, or with `stream` its events", "content": {"text/event-stream": {}}}
@@ -129,7 +129,7 @@ def _described(kind: type[ChatRequest | CompletionRequest]) -> dict[str, Any]:
 
 
 def _documented(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's description with the bodies' schemas and the keys' scheme added."""
+    """Return FastAPI's OpenAPI document with the request schemas and the authentication scheme added."""
     document = app.openapi()
     components = document.setdefault("components", {})
     _, bodies = models_json_schema(

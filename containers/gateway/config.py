@@ -1,4 +1,4 @@
-"""What the gateway is told: settings that hold while it runs, and routes that may change under it."""
+"""The gateway's configuration: settings, read once at start, and routes, read again when their file changes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Section(BaseModel):
 
 
 class Settings(_Section):
-    """What holds from start to end; seconds and bytes."""
+    """Settings of a gateway, fixed while it runs. Times are in seconds, sizes in bytes."""
 
     keys: Path
     """The file of API keys."""
@@ -38,73 +38,73 @@ class Settings(_Section):
     port: Port = 8080
     """The API's port; 0 lets the system choose."""
     admin_host: str = "127.0.0.1"
-    """Where metrics and state are."""
+    """The address of the operator's port, with metrics and state."""
     admin_port: Port = 9090
-    """Their port; 0 lets the system choose."""
+    """The operator's port; 0 lets the system choose."""
     announce: Path | None = None
-    """A file that is written once both ports are open."""
+    """A file to write once both ports are open; it contains their numbers."""
     redis: str | None = None
-    """Shares the limits among gateways, `redis://HOST:PORT/NUMBER`; in memory where it is left out."""
+    """Redis in which several gateways share their limits, `redis://HOST:PORT/NUMBER`. Default: in memory."""
     redis_file: Path | None = None
-    """A file that holds that address, where it has a password."""
+    """A file that contains the address for `redis`, for an address with a password."""
     engine_key_file: Path | None = None
-    """The file of the key that replicas ask for."""
+    """A file that contains the API key of the replicas."""
     max_connections: Count = 4096
-    """Open at once."""
+    """Connections open at the same time."""
     max_head_bytes: Count = 16 * 1024
-    """Of a request's head."""
+    """Size of a request's headers."""
     head_timeout_s: Seconds = 10.0
-    """For a whole head."""
+    """Time in which all headers must arrive."""
     max_body_bytes: Count = 1024 * 1024
-    """Of a request's body."""
+    """Size of a request's body."""
     body_timeout_s: Seconds = 20.0
-    """For a whole body."""
+    """Time in which the whole body must arrive."""
     max_answer_bytes: Count = 32 * 1024 * 1024
-    """Of an answer that is not a stream."""
+    """Size of an answer that is not streamed."""
     queue_size: Count = 512
-    """Requests that wait for a place."""
+    """Requests that may wait for a free replica."""
     queue_timeout_s: Seconds = 10.0
-    """How long one waits."""
+    """How long a request may wait for a free replica."""
     connect_timeout_s: Seconds = 2.0
-    """To a replica."""
+    """Time to connect to a replica."""
     request_timeout_s: Seconds = 600.0
-    """For a whole answer."""
+    """Time in which a replica must finish its answer."""
     stall_timeout_s: Seconds = 30.0
-    """For the next piece of an answer."""
+    """Time in which the next part of an answer must arrive."""
     health_interval_s: Seconds = 1.0
-    """Between looks at a replica."""
+    """Time between two health checks of a replica."""
     health_timeout_s: Seconds = 2.0
-    """For its answer."""
+    """Time in which a health check must be answered."""
     reload_interval_s: Seconds = 0.25
-    """Between looks at the files of keys and routes."""
+    """How often to check whether the files of keys and routes have changed."""
     wrong_keys_per_minute: Count = 60
-    """Of one address."""
+    """Failed authentications allowed from one address."""
     rejected_per_minute: Count = 120
-    """Wrong requests of one key, at each gateway."""
+    """Invalid requests allowed for one key, counted by each gateway."""
     bodies_per_key: Count = 16
-    """Requests of one key that are read at a time, at each gateway."""
+    """Request bodies of one key that a gateway reads at the same time."""
     drain_delay_s: Annotated[float, Field(ge=0)] = 0.0
-    """How long requests are still taken after SIGTERM."""
+    """How long new requests are still accepted after SIGTERM."""
     drain_timeout_s: Seconds = 60.0
-    """How long what has begun may take then."""
+    """How long running requests may then take to finish."""
 
 
 class ReplicaRoute(_Section):
     """One server."""
 
     name: Label
-    """Its label in metrics."""
+    """The replica's label in metrics."""
     url: Url
     """Its address."""
 
 
 class Backend(_Section):
-    """One release that answers for a model."""
+    """A release that answers requests for a model."""
 
     release: Label
-    """Its name and version."""
+    """Name and version of the release."""
     weight: Annotated[int, Field(ge=0, le=100)] = 100
-    """Its share of the traffic; a canary has the smaller one."""
+    """The release's share of the traffic, relative to the other releases of the model."""
     replicas: tuple[ReplicaRoute, ...]
     """Its servers."""
 
@@ -113,17 +113,17 @@ class ModelRoute(_Section):
     """One model of the API."""
 
     served_as: str
-    """Its name inside the engine."""
+    """The model's name inside the engine."""
     tokenizer: Path
     """The folder of the release's tokenizer."""
     context: Count
-    """Tokens of prompt and answer together."""
+    """The model's context length: tokens of prompt and answer together."""
     parallel: Count = 64
-    """Requests at one replica at a time."""
+    """Requests that one replica works on at the same time."""
     default_tokens: Count = 512
-    """The longest answer where the client does not say."""
+    """Longest answer, in tokens, if the client sets no limit."""
     backends: tuple[Backend, ...]
-    """The releases that answer."""
+    """The releases that share the model's traffic."""
 
     @model_validator(mode="after")
     def _told_apart(self) -> ModelRoute:
@@ -134,25 +134,25 @@ class ModelRoute(_Section):
 
 
 class Routes(_Section):
-    """Every model of the API."""
+    """All models of the API."""
 
     models: Mapping[Label, ModelRoute] = Field(default_factory=dict)
-    """By its name in the API."""
+    """The models, by their names in the API."""
 
 
 def read_settings(path: Path) -> Settings:
     """Read the settings file.
 
     Raises:
-        ConfigurationError: It can't be read, or a key is unknown, missing or wrong.
+        ConfigurationError: The file can't be read, or a key is unknown, missing or not valid.
     """
     return _parse(path, _read(path), TypeAdapter(Settings).validate_json)[0]
 
 
 class Watched(Generic[Parsed]):
-    """A file that is read again when it changes; what can't be used leaves the last good content in place.
+    """A file that is read again when it changes. If the new content is not valid, the last valid one stays in use.
 
-    ``digest`` tells the content in use from another; ``error`` says what is wrong with the newest one, if anything.
+    ``digest`` is that of the content in use. ``error`` says why the newest content was not accepted, if it was not.
     """
 
     def __init__(self, path: Path, parse: Callable[[bytes], Parsed]) -> None:
@@ -163,10 +163,10 @@ class Watched(Generic[Parsed]):
         self.error: str | None = None
 
     def refresh(self) -> bool:
-        """Look at the file; return whether there is new content in use.
+        """Read the file if it has changed. Return whether new content is in use.
 
-        Cheap where nothing changed: one ``stat``. The file is to be replaced whole (`os.replace`). One that
-        can't be read is tried again at the next look.
+        An unchanged file costs one ``stat``. Writers must replace the file atomically (`os.replace`). A file that can't
+        be read is tried again at the next call.
         """
         stamp = self._stamp()
         if stamp == self._seen:
@@ -200,10 +200,10 @@ def _read(path: Path) -> bytes:
 
 
 def _parse(path: Path, data: bytes, parse: Callable[[bytes], Parsed]) -> tuple[Parsed, str]:
-    """The content and its digest."""
+    """Return the parsed content and its digest."""
     try:
         return parse(data), f"sha256:{hashlib.sha256(data).hexdigest()}"
     except ValidationError as error:
-        # Without the values: a key's hash or a password has no place in a message.
+        # The values are left out, since they may contain a key's hash or a password.
         found = "; ".join(f"`{'.'.join(map(str, item['loc'])) or 'file'}`: {item['msg']}" for item in error.errors())
         raise ConfigurationError(f"{path}: {found}") from error

@@ -1,8 +1,8 @@
-"""Connections to the replicas, kept for the next request at a cost that does not grow with their number.
+"""A pool of connections to the replicas whose cost per request does not grow with the number of connections.
 
-httpcore's pool looks at every idle connection for every other one, twice a request, and asks the kernel about each: in
-a profile, with some twenty of them, that was a third of the gateway's time. Here each connection is a transport of its
-own, taken by one request at a time.
+httpcore's pool compares every idle connection with every other one, twice per request, and makes a system call for
+each: in a profile with about twenty connections, that was a third of the gateway's time. Here each connection is its
+own transport, used by one request at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import partial
 
 import httpx
 
-# Engines close a connection that was idle for five seconds; one that is reused just then would break.
+# Engines close a connection after five idle seconds. Reusing it at that moment would fail.
 _KEEP_ALIVE_S = 4.0
 _IDLE_CONNECTIONS = 256
 
@@ -23,7 +23,7 @@ Origin = tuple[str, bytes]
 
 
 class Connections(httpx.AsyncBaseTransport):
-    """As many connections as are needed; the one that was used last is used first, so that those not needed expire.
+    """A pool that grows as needed. The most recently used connection is reused first, so that surplus ones expire.
 
     ``buffer`` is the kernel's receive buffer of each, in bytes.
     """
@@ -34,12 +34,12 @@ class Connections(httpx.AsyncBaseTransport):
             (socket.SOL_SOCKET, socket.SO_RCVBUF, buffer),
             (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
         ]
-        # With each, when it was put there: the oldest first.
+        # Each with the time at which it became idle, the oldest first.
         self._idle: dict[Origin, deque[tuple[float, httpx.AsyncHTTPTransport]]] = {}
         self._closed = False
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send a request on a connection of its own, which is free again once the response is closed."""
+        """Send a request on a connection that no other request uses. Closing the response frees the connection."""
         origin = (request.url.scheme, request.url.netloc)
         idle = self._idle.get(origin)
         connection = idle.pop()[1] if idle else self._new()
@@ -50,7 +50,7 @@ class Connections(httpx.AsyncBaseTransport):
         return response
 
     async def aclose(self) -> None:
-        """Close what is idle; what is in use is closed by who uses it."""
+        """Close the idle connections. Those in use are closed by the requests that use them."""
         self._closed = True
         await self._close_idle()
 
@@ -65,7 +65,7 @@ class Connections(httpx.AsyncBaseTransport):
         await self._close_idle()
 
     async def _close_idle(self) -> None:
-        """Close what is too old to be used again, or too much; of a replica that is no more, too."""
+        """Close connections that were idle for too long, and surplus ones, including those to removed replicas."""
         oldest = time.monotonic() - _KEEP_ALIVE_S
         gone = []
         for origin, idle in list(self._idle.items()):
@@ -78,7 +78,7 @@ class Connections(httpx.AsyncBaseTransport):
 
 
 class _Lent(httpx.AsyncByteStream):
-    """A response's body, with what is to be done once it is closed."""
+    """A response body that calls a function once it is closed."""
 
     def __init__(self, stream: httpx.AsyncByteStream, done: Callable[[], Awaitable[None]]) -> None:
         self._stream = stream

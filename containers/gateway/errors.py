@@ -1,4 +1,4 @@
-"""What a client is told, in OpenAI's form, and what is wrong with the gateway's own files."""
+"""Errors: those sent to a client, in OpenAI's format, and those about the gateway's own files."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 from containers.errors import ContainerError
 
 CLIENT_CLOSED = 499
-"""The status that the log and the metrics give a request whose client hung up; nobody is sent it."""
+"""The status in the log and the metrics for a request whose client disconnected. It is never sent."""
 
 
 class ConfigurationError(ContainerError):
-    """The gateway's settings, routes or keys can't be used; the message names the file and every wrong key."""
+    """The gateway's settings, routes or keys are not valid. The message names the file and each key with a problem."""
 
 
 class Refusal(Exception):
-    """An answer other than the one that was asked for.
+    """A request is refused; the client gets this as an error in OpenAI's format.
 
-    ``code`` is a stable word for programs; ``retry_after`` seconds, rounded up, go into the header of that name.
-    ``close`` ends the connection, since what follows on it was not read.
+    ``code`` is a stable identifier for programs; ``retry_after`` seconds, rounded up, go into the `Retry-After` header.
+    ``close`` closes the connection, because the rest of the request was not read.
     """
 
     def __init__(
@@ -42,16 +42,16 @@ class Refusal(Exception):
         self.close = close
 
     def document(self) -> dict[str, Any]:
-        """The error as OpenAI's clients read it."""
+        """Return the error in OpenAI's format."""
         kind = "server_error" if self.status >= 500 else _KINDS.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.parameter, "code": self.code}}
 
     def body(self) -> bytes:
-        """The document as JSON."""
+        """Return the error as JSON."""
         return json.dumps(self.document()).encode()
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Headers of such an answer, beside its type and length."""
+        """Return the answer's headers, without content type and length."""
         found = []
         if self.retry_after is not None:
             found.append((b"retry-after", str(max(1, math.ceil(self.retry_after))).encode()))

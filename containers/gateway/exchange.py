@@ -1,4 +1,4 @@
-"""One request from its first byte to its last: who asks, for what, within which limits, answered by whom."""
+"""Handling of one request: authentication, parsing, limits, and passing on the answer of a replica."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SLICE = 64 * 1024
 
 @dataclass
 class Account:
-    """What is known of a request, for its line in the log and for the metrics: everything but what it says."""
+    """What the log and the metrics record about a request. Prompt and answer are never part of it."""
 
     trace: trace.Trace
     path: str
@@ -53,7 +53,7 @@ class Account:
 
 
 class Exchange(Response):
-    """The answer to a request for tokens; it reads the request itself, so that nobody unknown makes it read a body."""
+    """The answer to a generation request. It reads the body itself, after authentication."""
 
     def __init__(self, gateway: Gateway, kind: type[ChatRequest | CompletionRequest], path: str) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Exchange(Response):
         self._begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer. Whatever happens, the client gets a whole answer or a closed connection, and the log its line."""
+        """Answer the request. The client always gets a complete answer or a closed connection, and it is logged."""
         self._scope, self._send = scope, send
         self._account = Account(trace.begin(dict(scope["headers"])), self._path)
         try:
@@ -83,7 +83,7 @@ class Exchange(Response):
         headers = reading.headers(self._scope)
         key = await gateway.authenticate(headers, self._scope.get("client"))
         account.key = key.id
-        # Before any work: who asks too often must not have the body read, parsed and its tokens counted each time.
+        # Checked first: a client above its limits must not cause the work of reading, parsing and counting tokens.
         await gateway.limiter.refuse_early(key)
         async with self._counting_rejections(key):
             request = await self._read(key, receive, headers)
@@ -97,13 +97,13 @@ class Exchange(Response):
             async with gateway.limiter.grant(key, tokens) as grant:
                 account.overhead_s = time.monotonic() - account.started
                 opened = await self._relay(pool, self._call(pool, request, longest, tokens), request, grant)
-        # What was used is settled by now: whoever has the whole answer may ask the next thing at once.
+        # The usage is settled before the last byte is sent, so that the client's next request counts correctly.
         await self._finish(opened)
 
     async def _read(
         self, key: Key, receive: Receive, headers: Mapping[bytes, bytes]
     ) -> ChatRequest | CompletionRequest:
-        """Read and parse the body, which is not kept."""
+        """Read and parse the body, which is not stored."""
         intake, settings = self._gateway.intake, self._gateway.settings
         declared = headers.get(b"content-length")
         async with intake.place(key, None if declared is None else int(declared)):
@@ -113,7 +113,7 @@ class Exchange(Response):
 
     @asynccontextmanager
     async def _counting_rejections(self, key: Key) -> AsyncIterator[None]:
-        """Count a request that is refused within the block for what it is; not one that came too often."""
+        """Count an invalid request that the block refuses. Requests refused by a limit (429) are not counted."""
         try:
             yield
         except Refusal as refusal:
@@ -122,7 +122,7 @@ class Exchange(Response):
             raise
 
     def _call(self, pool: Pool, request: ChatRequest | CompletionRequest, longest: int, tokens: int) -> Call:
-        """The request for the engine: the client's keys, this release's name, no longer answer than reserved."""
+        """Make the engine's request: the client's keys, the release's name, and no longer answer than reserved."""
         changes: dict[str, Any] = {
             "model": pool.route.served_as,
             "max_tokens": longest,
@@ -135,7 +135,7 @@ class Exchange(Response):
         return Call(self._path, document, headers, tokens, request.stream, request.model)
 
     async def _relay(self, pool: Pool, call: Call, request: ChatRequest | CompletionRequest, grant: Grant) -> Opened:
-        """Pass the answer on, but for its end, and say what it used."""
+        """Pass the answer on, except for its end, and return the tokens it used."""
         account = self._account
         meter = StreamMeter(hide_usage=not (request.stream_options and request.stream_options.include_usage))
         try:
@@ -155,7 +155,7 @@ class Exchange(Response):
                 account.completion_tokens = meter.completion_tokens
                 grant.used = account.prompt_tokens + account.completion_tokens
             elif call.sent:
-                # Who left while the engine worked can't be told what that took: it is all that was reserved.
+                # The client left while the engine was working, so the usage is unknown: charge all that was reserved.
                 grant.used = grant.reserved
 
     def _name_replica(self, call: Call) -> None:
@@ -163,7 +163,7 @@ class Exchange(Response):
             self._account.replica, self._account.release = call.replica.name, call.replica.release
 
     async def _stream(self, opened: Opened, meter: StreamMeter) -> None:
-        """Pass events on as they come; a stream that breaks ends in an event that says so."""
+        """Pass events on as they arrive. A stream that breaks ends with an event that says so."""
         account = self._account
         account.first_s = time.monotonic() - account.started
         account.status = httpx.codes.OK
@@ -197,7 +197,7 @@ class Exchange(Response):
         await self._write(body, more=False)
 
     async def _start(self, status: int, kind: bytes, headers: list[tuple[bytes, bytes]]) -> None:
-        """Send the head: nothing of the engine's, whose name, version and cookies are nobody's business."""
+        """Send status and headers. None are copied from the engine: they would reveal its name, version and cookies."""
         account = self._account
         self._begun = True
         told = [(b"content-type", kind), (b"x-request-id", account.trace.request_id.encode()), *headers]
@@ -210,7 +210,7 @@ class Exchange(Response):
         await self._put({"type": "http.response.body", "body": body, "more_body": more})
 
     async def _put(self, message: dict[str, Any]) -> None:
-        """Send a piece, once the client has read what it was sent before; who does not read for long has left."""
+        """Send a part once the client has read the earlier ones. A client that stops reading counts as disconnected."""
         try:
             async with asyncio.timeout(self._gateway.settings.stall_timeout_s):
                 await self._send(message)
@@ -220,7 +220,7 @@ class Exchange(Response):
 
 @asynccontextmanager
 async def _while_connected(receive: Receive) -> AsyncIterator[None]:
-    """Cancel the block when the client hangs up; ``ClientDisconnect`` then."""
+    """Cancel the block when the client disconnects, and raise ``ClientDisconnect``."""
     task = asyncio.current_task()
     left = False
 

@@ -1,4 +1,4 @@
-"""The gateway as a whole: its files, its replicas, its limits, and what it tells about requests."""
+"""The gateway's shared state: files, replicas, limits, metrics and the request log."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SOCKET_BUFFER = 256 * 1024
 
 
 class Gateway:
-    """Everything that requests share. `start` before use and `stop` after it, on one event loop."""
+    """State shared by all requests. Call `start` before use and `stop` after it, on one event loop."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -49,24 +49,24 @@ class Gateway:
         self.intake = Intake(settings.bodies_per_key, settings.body_timeout_s)
         self.engine_headers = _engine_headers(settings)
         self.metrics.show(self.router, self.stale_files)
-        # About to stop: said to whoever asks how it is, while it serves those who have not heard yet.
+        # About to stop: the health endpoint says so, while requests are still served.
         self.draining = False
         self._route_error: str | None = None
         self._applied = ""
         self._refreshing: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Take the routes into use and watch the files.
+        """Apply the routes and watch the files.
 
         Raises:
-            ConfigurationError: A file can't be used.
+            ConfigurationError: A file is not valid.
         """
         await self.router.apply(self.routes.value)
         self._applied = self.routes.digest
         self._refreshing = asyncio.ensure_future(self._refresh())
 
     async def stop(self) -> None:
-        """Settle what ran and end what watches."""
+        """Settle open reservations and stop watching the files."""
         if self._refreshing is not None:
             self._refreshing.cancel()
         self.router.stop()
@@ -74,7 +74,7 @@ class Gateway:
         await self.client.aclose()
 
     async def authenticate(self, headers: Mapping[bytes, bytes], client: tuple[str, int] | None) -> Key:
-        """Return the request's key; ``Refusal`` 401, or 429 where an address tries too many."""
+        """Return the request's key; ``Refusal`` 401, or 429 after too many failures from one address."""
         header = headers.get(b"authorization")
         try:
             return self.keys.value.authenticate(None if header is None else header.decode("latin-1"), datetime.now(UTC))
@@ -84,14 +84,14 @@ class Gateway:
             raise
 
     def pool(self, model: str, key: Key) -> Pool:
-        """Return a model's replicas; ``Refusal`` 404 for a model that there is not, or not for this key."""
+        """Return a model's replicas; ``Refusal`` 404 if it is unknown or the key may not use it."""
         pool = self.router.pools.get(model)
         if pool is None or not key.may_use(model):
             raise Refusal(404, "model_not_found", "unknown model, or your key may not use it", parameter="model")
         return pool
 
     def models(self, key: Key) -> ModelList:
-        """The models that a key may use."""
+        """Return the models that a key may use."""
         cards = [
             ModelCard(id=name, max_model_len=pool.route.context)
             for name, pool in sorted(self.router.pools.items())
@@ -100,14 +100,14 @@ class Gateway:
         return ModelList(data=cards)
 
     def stale_files(self) -> Iterator[str]:
-        """Files that changed into something that can't be used."""
+        """Return the files whose newest content is not valid."""
         if self.keys.error:
             yield "keys"
         if self.routes.error or self._route_error:
             yield "routes"
 
     def state(self) -> dict[str, object]:
-        """What an operator, or `slipway serve`, looks at; ``routes`` is the digest of the routes in use."""
+        """Return the state for operators and `slipway serve`. ``routes`` is the digest of the routes in use."""
         return {
             "routes": self._applied,
             "draining": self.draining,
@@ -124,7 +124,7 @@ class Gateway:
         }  # fmt: skip
 
     def tell(self, account: Account) -> None:
-        """Write a request's line and count it; neither holds a word of what was said."""
+        """Log and count a request, without prompt and answer."""
         seconds = time.monotonic() - account.started
         metrics, who = self.metrics, (account.model, account.key, account.replica)
         metrics.requests.labels(account.model, account.key, account.status, account.code).inc()
@@ -168,11 +168,11 @@ class Gateway:
 
 
 def _client(connections: Connections) -> httpx.AsyncClient:
-    """What asks the replicas how they are, each time with a limit in seconds."""
+    """Make the HTTP client for the replicas' health checks, with a time limit in seconds."""
     return httpx.AsyncClient(
         transport=connections,
         headers=HEADERS,
-        # A cookie that a replica sets must not come back.
+        # A cookie set by a replica must not be sent back.
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
         trust_env=False,
         follow_redirects=False,

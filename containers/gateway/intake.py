@@ -1,4 +1,4 @@
-"""Taking bodies in so that one key's don't stand in the way of another's: few of each at a time, in turn."""
+"""Limits how many request bodies of one key are read at a time, so that one key can't block another."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from weakref import WeakValueDictionary
 from containers.gateway.errors import Refusal
 from containers.gateway.keys import Key
 
-# Parsed within a fraction of a millisecond; a megabyte takes ten or twenty.
+# Parsing this takes a fraction of a millisecond, a megabyte ten to twenty.
 _SMALL_BYTES = 16 * 1024
-# Of the event loop's time, large bodies get one part in six.
+# Parsing large bodies takes at most a sixth of the event loop's time.
 _REST = 5.0
 
 
 class Intake:
-    """What bounds the bodies that are read and parsed. ``each`` key has so many at a time; more wait ``wait_s``."""
+    """Bounds the bodies that are read and parsed: ``each`` at a time per key. Further ones wait up to ``wait_s``."""
 
     def __init__(self, each: int, wait_s: float) -> None:
         self._each = each
@@ -29,12 +29,12 @@ class Intake:
 
     @contextlib.asynccontextmanager
     async def place(self, key: Key, size: int | None) -> AsyncIterator[None]:
-        """Hold a place for one body of this key, from its first byte until it is parsed; a small one needs none.
+        """Hold a place for one body of this key until it is parsed. Small bodies need none.
 
-        ``size`` is as the request declares it, which the server holds it to; None where it does not.
+        ``size`` is the declared size, which the server enforces; None if there is none.
 
         Raises:
-            Refusal: 429 where the key's other bodies did not come within the time that a body has.
+            Refusal: 429 if no place became free within ``wait_s``.
         """
         if size is not None and size <= _SMALL_BYTES:
             yield
@@ -55,7 +55,7 @@ class Intake:
 
     @contextlib.asynccontextmanager
     async def turn(self, size: int) -> AsyncIterator[None]:
-        """Parse a body of ``size`` bytes within the block: of the large ones one, and then all else for a while."""
+        """Parse a body of ``size`` bytes within the block. Large ones go one at a time, with pauses for other work."""
         if size <= _SMALL_BYTES:
             yield
             return

@@ -1,7 +1,7 @@
-"""API keys: made, kept as hashes, looked up in constant time.
+"""API keys: creation, storage as hashes, lookup in constant time.
 
-A key reads ``slw-ID-SECRET``. ID (public: it is in logs and metrics) finds the entry; of SECRET, 256 random bits, only
-the SHA-256 is kept. A slow hash protects what people choose; nobody guesses 256 random bits.
+A key has the form ``slw-ID-SECRET``. ID is public (logs, metrics) and identifies the entry. SECRET is 256 random bits,
+of which only the SHA-256 is stored. A slow hash is needed for passwords, not for 256 random bits.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
 
 class Limits(BaseModel):
-    """What a key may use; None is no limit. ``parallel`` counts requests at a time, at each gateway."""
+    """Limits of a key; None is no limit. ``parallel`` is the number of concurrent requests at each gateway."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -42,7 +42,7 @@ class Limits(BaseModel):
 
 
 class Key(BaseModel):
-    """One key as it is kept. ``models`` empty is every model."""
+    """An API key as it is stored. Empty ``models`` allows every model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -62,7 +62,7 @@ class Key(BaseModel):
         return "expired" if self.expires is not None and now >= self.expires else "active"
 
     def may_use(self, model: str) -> bool:
-        """Whether the key is for this model."""
+        """Whether the key may use this model."""
         return not self.models or model in self.models
 
 
@@ -71,23 +71,23 @@ _NOBODY = hashlib.sha256(b"").hexdigest()
 
 
 class Keyring:
-    """All keys, for looking one up."""
+    """All keys, by id."""
 
     def __init__(self, keys: Sequence[Key]) -> None:
         self._keys = {key.id: key for key in keys}
 
     @classmethod
     def parse(cls, data: bytes) -> Keyring:
-        """Read the file's content; ``ValidationError`` where it is none."""
+        """Parse the file's content. Raises ``ValidationError``."""
         return cls(_FILE.validate_json(data))
 
     def authenticate(self, header: str | None, now: datetime) -> Key:
-        """Return the key that an ``Authorization`` header carries.
+        """Return the key given in an ``Authorization`` header.
 
-        An unknown id takes as long as a wrong secret: something is hashed and compared either way.
+        An unknown id takes as long as a wrong secret, because both are hashed and compared.
 
         Raises:
-            Refusal: 401, with the same words for an unknown, a wrong and a revoked key.
+            Refusal: 401, with the same message for an unknown, a wrong and a revoked key.
         """
         scheme, _, token = (header or "").partition(" ")
         if scheme.lower() != "bearer" or not token:
@@ -111,10 +111,10 @@ def add(
     expires: datetime | None = None,
     limits: Limits = Limits(),  # noqa: B008 - frozen
 ) -> tuple[Key, str]:
-    """Make a key and keep its hash in the file; returns the entry and the key itself, which is kept nowhere.
+    """Make a key and store its hash in the file. Return the entry and the key itself, which is not stored.
 
     Raises:
-        ConfigurationError: The file can't be read or written, or the owner's name is none.
+        ConfigurationError: The file can't be read or written, or the owner's name is not valid.
     """
     secret = secrets.token_urlsafe(32)
     with _changing(path) as (keys, write):
@@ -135,25 +135,25 @@ def add(
 
 
 def revoke(path: Path, key_id: str) -> Key:
-    """Mark a key as revoked; the gateway refuses it within a second.
+    """Revoke a key. The gateway refuses it within a second.
 
     Raises:
-        ConfigurationError: There is no such key.
+        ConfigurationError: The key is unknown.
     """
     with _changing(path) as (keys, write):
         found = [key for key in keys if key.id == key_id]
         if not found:
-            raise ConfigurationError(f"there is no key `{key_id}`: `slipway keys list` shows those there are")
+            raise ConfigurationError(f"there is no key `{key_id}`: `slipway keys list` shows all keys")
         revoked = found[0].model_copy(update={"revoked": datetime.now(UTC).replace(microsecond=0)})
         write([revoked if key.id == key_id else key for key in keys])
     return revoked
 
 
 def read(path: Path) -> tuple[Key, ...]:
-    """Return every key of the file; none where there is no file.
+    """Return all keys of the file; none if the file is missing.
 
     Raises:
-        ConfigurationError: It holds something else.
+        ConfigurationError: The file is not a list of API keys.
     """
     try:
         return _FILE.validate_json(path.read_bytes())
@@ -164,7 +164,7 @@ def read(path: Path) -> tuple[Key, ...]:
 
 
 def create(path: Path) -> None:
-    """Make an empty file where there is none."""
+    """Make an empty file if it is missing."""
     with _changing(path) as (keys, write):
         if not path.exists():
             write(list(keys))
@@ -172,7 +172,7 @@ def create(path: Path) -> None:
 
 @contextmanager
 def _changing(path: Path) -> Iterator[tuple[tuple[Key, ...], Callable[[Sequence[Key]], None]]]:
-    """Give the keys and what writes them whole, one process at a time."""
+    """Lock the file; yield its keys and a function that replaces them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(path.name + ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -180,7 +180,7 @@ def _changing(path: Path) -> Iterator[tuple[tuple[Key, ...], Callable[[Sequence[
 
 
 def _write(path: Path, keys: Sequence[Key]) -> None:
-    """Replace the file, readable to its owner alone."""
+    """Replace the file, which only its owner can read."""
     text = json.dumps([key.model_dump(mode="json") for key in keys], indent=1)
     descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     with os.fdopen(descriptor, "w") as file:

@@ -1,13 +1,13 @@
-"""Tokens a minute, exactly: reserved before a request runs, settled when it has run.
+"""Exact accounting of tokens per minute: reserved before a request runs, settled afterwards.
 
-The law, at every moment and for every key:
+Invariant, at every moment and for every key:
 
     (open reservations) + (amounts settled within the last minute) ≤ limit     whenever a reservation is granted
 
-A reservation counts in full until it is settled; what was used then counts for a minute from there. A gateway that dies
-leaves its reservations open: each has a lease, and one that outlives it counts as used in full at the lease's end. So
-nothing is granted twice and nothing is lost for ever. Settling is idempotent, and may charge more than was reserved
-where more was used: later requests wait for it.
+A reservation counts in full until it is settled; from then on the tokens actually used count for a minute. A gateway
+that dies leaves its reservations open. Each has a lease: when it ends, the reservation counts as used in full. So
+nothing is granted twice and nothing stays reserved for ever. Settling is idempotent. It may charge more than was
+reserved, if more was used: later requests then wait longer.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ WINDOW_S = 60.0
 
 @dataclass(frozen=True)
 class Refused:
-    """Not granted; ``wait_s`` is when it would be, if nothing else changed."""
+    """A reservation that was not granted. It would be after ``wait_s`` seconds, if nothing else changed."""
 
     wait_s: float
 
 
 class Ledger(Protocol):
-    """Where reservations are kept. ``reserve`` returns None where the amount was granted under the id."""
+    """Storage of reservations. ``reserve`` returns None if the amount was granted."""
 
     async def reserve(self, key: str, reservation: str, amount: int, limit: int) -> Refused | None:
-        """Take ``amount`` of ``limit`` until it is settled; ids are never used twice."""
+        """Reserve ``amount`` of ``limit`` under an id that was never used before."""
         ...
 
     async def settle(self, key: str, reservation: str, used: int) -> bool:
-        """Replace the reservation by what was used; False where it was settled or had lapsed."""
+        """Replace the reservation by the amount used; False if it was settled before or its lease had ended."""
         ...
 
     async def charged(self, key: str) -> int:
-        """What counts against the key now."""
+        """Return the tokens that count against the key now."""
         ...
 
 
 @dataclass
 class _Account:
-    """``open`` holds amounts with the ends of their leases, the first end first, since all leases are equally long."""
+    """``open`` has amounts with the ends of their leases, earliest first, since all leases have the same length."""
 
     open: dict[str, tuple[int, float]] = field(default_factory=dict)
     settled: deque[tuple[float, int]] = field(default_factory=deque)
@@ -58,7 +58,7 @@ class _Account:
 
 
 class MemoryLedger:
-    """For one gateway. No operation yields between reading and writing, so that on one event loop each is atomic."""
+    """For a single gateway. No operation awaits between reading and writing, so each is atomic on one event loop."""
 
     def __init__(self, lease_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._lease_s = lease_s
@@ -103,7 +103,7 @@ class MemoryLedger:
 
 
 def _advance(account: _Account, now: float) -> None:
-    """Let leases lapse and a minute pass."""
+    """Settle reservations whose lease ended, and drop amounts older than a minute."""
     lapsed = list(itertools.takewhile(lambda item: item[1][1] <= now, account.open.items()))
     if lapsed:
         for name, _ in lapsed:
@@ -114,7 +114,7 @@ def _advance(account: _Account, now: float) -> None:
 
 
 def _wait(account: _Account, now: float, missing: int) -> float:
-    """Seconds until so much of what was settled is a minute old; a second where open reservations stand in the way."""
+    """Seconds until enough settled tokens are a minute old; one second if open reservations are in the way."""
     for when, amount in account.settled:
         missing -= amount
         if missing <= 0:
@@ -122,9 +122,9 @@ def _wait(account: _Account, now: float, missing: int) -> float:
     return 1.0
 
 
-# The same in one atomic step of Redis, by its clock, in milliseconds. A member of `settled` is ID:AMOUNT. `closed` has
-# ids that were settled and not found: a reservation may arrive after its own settling, where Redis stood still and its
-# sender gave up, and would be open with nobody left to settle it.
+# The same as one atomic Redis script, in milliseconds of Redis's clock. A member of `settled` is ID:AMOUNT. `closed`
+# has ids that were settled before they were reserved: when Redis hangs and the sender gives up, a reservation can
+# arrive after its own settlement, and nobody would settle it again.
 _ADVANCE = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -196,7 +196,7 @@ _CHARGED = _ADVANCE + "keep(2 * window)\nreturn total\n"
 
 
 class RedisLedger:
-    """For many gateways. ``client`` is ``redis.asyncio``'s; ``window_s`` is a minute but in tests."""
+    """For several gateways. ``client`` is from ``redis.asyncio``; ``window_s`` is a minute, except in tests."""
 
     def __init__(
         self,
@@ -228,5 +228,5 @@ class RedisLedger:
         return int(await self._charged(keys=self._keys(key), args=[self._window_ms]))
 
     def _keys(self, key: str) -> list[str]:
-        """All of one key's, in one slot of a Redis cluster."""
+        """Return the names of a key's entries, all in one slot of a Redis cluster."""
         return [f"{self._prefix}:{{{key}}}:{part}" for part in ("open", "amounts", "settled", "total", "closed")]

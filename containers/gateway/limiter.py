@@ -1,4 +1,4 @@
-"""What a key may use in a minute: requests (the `limits` library's moving window) and tokens (`ledger`)."""
+"""Limits of a key per minute: requests (the `limits` library's moving window) and tokens (`ledger`)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _SWEEP_EVERY_S, _CLOCK_AGE_S = 10.0, 10.0
 
 
 class _Memory(MemoryStorage):
-    """Requests of one gateway, by a clock that nobody sets; what is a minute old is swept now and then."""
+    """Requests of one gateway, by a monotonic clock. Entries that have expired are removed from time to time."""
 
     STORAGE_SCHEME: ClassVar[list[str]] = ["async+slipway"]  # type: ignore[misc]
 
@@ -47,7 +47,7 @@ class _Memory(MemoryStorage):
         self._swept = clock()
 
     async def now(self) -> float:
-        """Seconds since some moment."""
+        """Return the clock's time in seconds."""
         return self._clock()
 
     async def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
@@ -80,7 +80,7 @@ class _Memory(MemoryStorage):
 
 
 class _Shared(RedisStorage):
-    """Requests of many gateways, by Redis's clock, whatever theirs say; what lies ahead of it is forgotten."""
+    """Requests of several gateways, by Redis's clock. Entries in its future are removed."""
 
     STORAGE_SCHEME: ClassVar[list[str]] = ["async+slipway+redis"]  # type: ignore[misc]
 
@@ -90,7 +90,7 @@ class _Shared(RedisStorage):
         self._asking = asyncio.Lock()
 
     async def now(self) -> float:
-        """Redis's time, in seconds: asked now and then, and carried on by a clock that nobody sets."""
+        """Return Redis's time in seconds, read from time to time and carried forward with a monotonic clock."""
         async with self._asking:
             if time.monotonic() - self._asked > _CLOCK_AGE_S:
                 seconds, microseconds = await cast("Redis", self._redis.get_connection()).time()
@@ -123,7 +123,7 @@ class _Shared(RedisStorage):
 
 @dataclass
 class Grant:
-    """Leave to run one request. ``used`` is what will be charged: nothing, until something ran."""
+    """Permission to run one request. ``used`` is the number of tokens to charge; the caller sets it."""
 
     reserved: int
     used: int = 0
@@ -132,7 +132,7 @@ class Grant:
 class Limiter:
     """Grants requests within their key's limits.
 
-    ``lease_s``, where one is made, is the longest that a request may take: what a dead gateway left lapses soon after.
+    ``lease_s`` is the longest that a request may take. Reservations of a gateway that died end soon after it.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class Limiter:
         self._requests, self._storage = MovingWindowRateLimiter(requests), requests
         self._lease_s = lease_s
         self._wrong_keys = RateLimitItemPerMinute(wrong_keys)
-        # Each gateway's own: what it guards is this process.
+        # Not shared between gateways, because these limits protect this process.
         self._rejected = RateLimitItemPerMinute(rejected)
         self._rejections = MovingWindowRateLimiter(_Memory())
         self._close = close
@@ -160,15 +160,15 @@ class Limiter:
     def in_memory(
         cls, *, lease_s: float, wrong_keys: int = 60, rejected: int = 120, clock: Callable[[], float] = time.monotonic
     ) -> Limiter:
-        """For one gateway. ``clock`` gives seconds and never goes back."""
+        """Make the limiter of a single gateway. ``clock`` returns seconds and is monotonic."""
         lease_s += _LEASE_SLACK_S
         ledger, requests = MemoryLedger(lease_s, clock), _Memory(clock)
         return cls(ledger, requests, lease_s=lease_s, wrong_keys=wrong_keys, rejected=rejected)
 
     @classmethod
     def in_redis(cls, url: str, *, lease_s: float, wrong_keys: int = 60, rejected: int = 120) -> Limiter:
-        """For many gateways that share ``url`` (``redis://``, ``rediss://``)."""
-        # A few connections, waited for: an operation takes a fraction of a millisecond, and Redis takes one at a time.
+        """Make a limiter that shares its limits through ``url`` (``redis://``, ``rediss://``)."""
+        # Few connections are enough: Redis runs one operation at a time, each in a fraction of a millisecond.
         pool = redis.asyncio.BlockingConnectionPool.from_url(
             url,
             max_connections=_REDIS_CONNECTIONS,
@@ -193,13 +193,13 @@ class Limiter:
 
     @contextlib.asynccontextmanager
     async def grant(self, key: Key, tokens: int) -> AsyncIterator[Grant]:
-        """Let one request of ``tokens`` (prompt and longest answer) run; settle what it ``used`` after the block.
+        """Reserve ``tokens`` (prompt and longest answer) for one request, and settle what it ``used`` after the block.
 
-        Settled however the block is left, cancelled among it. A request that is refused takes nothing.
+        It is settled on any exit, including cancellation. A refused request uses nothing.
 
         Raises:
-            Refusal: 429 with the seconds to wait; 400 where the limit is below what is asked for; 503 where the shared
-                store does not answer.
+            Refusal: 429 with the seconds to wait; 400 if the request exceeds the whole limit; 503 if the shared store
+                does not answer.
         """
         limits = key.limits
         self._refuse_parallel(key)
@@ -220,9 +220,9 @@ class Limiter:
                 del self._running[key.id]
 
     async def refuse_early(self, key: Key) -> None:
-        """Raise the ``Refusal`` that `grant` would for the number of a key's requests; nothing is taken.
+        """Raise the ``Refusal`` that `grant` would raise for the number of requests, without counting this one.
 
-        Too many requests that were wrong are 429 as well: each is work, and none counts towards another limit.
+        Too many invalid requests are also answered with 429: each costs work, and no other limit counts them.
         """
         if not await self._rejections.test(self._rejected, key.id):
             message = f"{self._rejected.amount} requests of your key were wrong within a minute: correct them first"
@@ -231,37 +231,37 @@ class Limiter:
         await self._count(key, self._requests.test)
 
     async def count_rejected(self, key: Key) -> None:
-        """Count a request that was read and found wrong."""
+        """Count an invalid request."""
         await self._rejections.hit(self._rejected, key.id)
 
     async def refuse_guessing(self, address: str) -> None:
-        """Raise ``Refusal`` 429 where too many wrong keys came from an address within a minute; else count this one."""
+        """Count a failed authentication; ``Refusal`` 429 after too many from one address within a minute."""
         with _store():
             allowed = await self._requests.hit(self._wrong_keys, "wrong-keys", address)
         if not allowed:
             raise Refusal(429, "too_many_wrong_keys", "too many wrong API keys from your address", retry_after=60)
 
     async def close(self) -> None:
-        """Settle what ended, as far as the store answers, and leave it."""
+        """Settle finished requests, as far as the store answers, and disconnect."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.settled(), _CLOSE_WAIT_S)
         if self._close is not None:
             await self._close()
 
     async def settled(self) -> None:
-        """Wait until everything that ended is settled."""
+        """Wait until all finished requests are settled."""
         while self._settling:
             await asyncio.gather(*self._settling, return_exceptions=True)
 
     @contextlib.asynccontextmanager
     async def _reserved(self, key: Key, reservation: str, grant: Grant) -> AsyncIterator[None]:
-        """Reserve tokens first and count the request then: who is refused tokens has not used up a request."""
+        """Reserve tokens, then count the request, so that a refusal for tokens does not use up a request."""
         limit = key.limits.tokens_per_minute
         if limit is None:
             await self._count(key, self._requests.hit)
             yield
             return
-        # A task of its own: a client that hangs up meanwhile must not leave a reservation that nobody knows of.
+        # A separate task: a client that disconnects meanwhile must not leave a reservation that is never settled.
         reserving = asyncio.ensure_future(self._ledger.reserve(key.id, reservation, grant.reserved, limit))
         try:
             with _store():
@@ -275,7 +275,8 @@ class Limiter:
             task = asyncio.ensure_future(self._settle(reserving, key.id, reservation, grant.used))
             self._settling.add(task)
             task.add_done_callback(self._settling.discard)
-            # Settled before the answer ends, so that its client may go on; a store that is away is not waited for.
+            # Settled before the answer ends, so that the client's next request counts correctly. The wait is short if
+            # the store is down.
             await asyncio.wait([task], timeout=_SETTLE_WAIT_S)
 
     def _refuse_parallel(self, key: Key) -> None:
@@ -298,7 +299,7 @@ class Limiter:
     async def _settle(
         self, reserving: asyncio.Future[Refused | None], key_id: str, reservation: str, used: int
     ) -> None:
-        """Settle what was reserved, if it was, as soon as the store answers; the lease bounds how long that matters."""
+        """Settle a reservation as soon as the store answers. Retries stop when the lease has ended."""
         await asyncio.wait([reserving])
         if not reserving.cancelled() and reserving.exception() is None and reserving.result() is not None:
             return
@@ -316,7 +317,7 @@ class Limiter:
 
 @contextlib.contextmanager
 def _store() -> Iterator[None]:
-    """Say that the shared store is away: nothing runs uncounted."""
+    """Raise ``Refusal`` 503 if the shared store does not answer within the block: no request runs uncounted."""
     try:
         yield
     except (RedisError, StorageError, OSError) as error:

@@ -1,4 +1,4 @@
-"""What Prometheus sees. No prompt, no answer, no secret: keys appear by their public id."""
+"""Metrics for Prometheus. They contain no prompts, answers or secrets: keys appear by their public ids."""
 
 from __future__ import annotations
 
@@ -16,51 +16,51 @@ _P = "slipway_gateway"
 
 
 class Metrics:
-    """The gateway's own; ``registry`` is what `/metrics` shows."""
+    """The gateway's metrics; `/metrics` shows ``registry``."""
 
     def __init__(self) -> None:
-        # The moment of a counter's birth would be a series for each.
+        # Creation times would double the number of series.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         own = self.registry
         self.requests = Counter(
-            f"{_P}_requests", "Requests by what they were answered", ["model", "key", "status", "code"], registry=own
+            f"{_P}_requests", "Requests by status and error code", ["model", "key", "status", "code"], registry=own
         )
         self.latency = Histogram(
-            f"{_P}_request_seconds", "From the request to the end of its answer", ["model", "key", "replica"],
+            f"{_P}_request_seconds", "Time from the request to the end of its answer", ["model", "key", "replica"],
             buckets=_LATENCY, registry=own,
         )  # fmt: skip
         self.first_token = Histogram(
-            f"{_P}_first_token_seconds", "From the request to the first byte of a streamed answer",
+            f"{_P}_first_token_seconds", "Time from the request to the first byte of a streamed answer",
             ["model", "key", "replica"], buckets=_LATENCY, registry=own,
         )  # fmt: skip
         self.queued = Histogram(
-            f"{_P}_queue_seconds", "Waited for a replica with room", ["model"], buckets=_LATENCY, registry=own
+            f"{_P}_queue_seconds", "Time spent waiting for a free replica", ["model"], buckets=_LATENCY, registry=own
         )
         self.overhead = Histogram(
-            f"{_P}_overhead_seconds", "Spent here before the replica was asked, the queue left out", ["model"],
-            buckets=_OWN, registry=own,
+            f"{_P}_overhead_seconds", "Time in the gateway before the request goes to a replica, without the queue",
+            ["model"], buckets=_OWN, registry=own,
         )  # fmt: skip
         self.tokens = Counter(
-            f"{_P}_tokens", "Tokens by kind: prompt, completion", ["model", "key", "replica", "kind"], registry=own
+            f"{_P}_tokens", "Tokens by kind: prompt or completion", ["model", "key", "replica", "kind"], registry=own
         )
         self.attempts = Counter(
-            f"{_P}_replica_answers", "What replicas answered; error: it broke off", ["replica", "status"],
-            registry=own,
+            f"{_P}_replica_answers", "Answers of replicas by status; error: the connection failed",
+            ["replica", "status"], registry=own,
         )  # fmt: skip
-        self.retries = Counter(f"{_P}_retries", "Requests that went to another replica", ["model"], registry=own)
+        self.retries = Counter(f"{_P}_retries", "Requests retried at another replica", ["model"], registry=own)
         self.refused = Counter(
-            f"{_P}_refused", "Requests refused here, by the code they were told", ["code"], registry=own
+            f"{_P}_refused", "Requests refused by the gateway, by error code", ["code"], registry=own
         )
         self.hung_up = Counter(
-            f"{_P}_hung_up", "Clients that left before their answer was whole", ["model"], registry=own
+            f"{_P}_hung_up", "Clients that disconnected before their answer was complete", ["model"], registry=own
         )
         self.broken = Counter(
-            f"{_P}_broken_streams", "Streams that had begun and ended in an error", ["model"], registry=own
+            f"{_P}_broken_streams", "Streams that failed after they had begun", ["model"], registry=own
         )
 
     def show(self, router: Router, errors: Callable[[], Iterable[str]]) -> None:
-        """Add what is read when asked: queues and replicas, and which files could not be read again."""
+        """Add the metrics that are read at each scrape: queues, replicas, and files with content that is not valid."""
         self.registry.register(_State(router, errors))
 
 
@@ -70,16 +70,20 @@ class _State(Collector):
         self._errors = errors
 
     def collect(self) -> Iterator[Metric]:
-        """Read the router."""
+        """Read the metrics from the router."""
         queue = GaugeMetricFamily(f"{_P}_queue_length", "Requests that wait for a replica", labels=["model"])
         for model, pool in self._router.pools.items():
             queue.add_metric([model], len(pool.waiting))
         yield queue
         labels = ["replica", "release"]
-        up = GaugeMetricFamily(f"{_P}_replica_up", "1 where requests are sent there", labels=labels)
-        running = GaugeMetricFamily(f"{_P}_replica_running", "Requests it works on", labels=labels)
-        tokens = GaugeMetricFamily(f"{_P}_replica_tokens", "Tokens outstanding there", labels=labels)
-        ejections = CounterMetricFamily(f"{_P}_replica_ejections", "Times it was ejected", labels=labels)
+        up = GaugeMetricFamily(f"{_P}_replica_up", "1 if requests are sent to the replica", labels=labels)
+        running = GaugeMetricFamily(f"{_P}_replica_running", "Requests running at the replica", labels=labels)
+        tokens = GaugeMetricFamily(
+            f"{_P}_replica_tokens", "Tokens of the requests running at the replica", labels=labels
+        )
+        ejections = CounterMetricFamily(
+            f"{_P}_replica_ejections", "Times the replica was taken out of service", labels=labels
+        )
         for replica in self._router.everyone():
             names = [replica.name, replica.release]
             up.add_metric(names, float(replica.usable))
@@ -87,7 +91,9 @@ class _State(Collector):
             tokens.add_metric(names, replica.tokens)
             ejections.add_metric(names, replica.ejections)
         yield from (up, running, tokens, ejections)
-        stale = GaugeMetricFamily(f"{_P}_stale_files", "1 where a changed file can't be used", labels=["file"])
+        stale = GaugeMetricFamily(
+            f"{_P}_stale_files", "1 if the newest content of a file is not valid", labels=["file"]
+        )
         for name in self._errors():
             stale.add_metric([name], 1)
         yield stale

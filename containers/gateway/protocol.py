@@ -1,7 +1,7 @@
-"""The HTTP server's connection, with the bounds that uvicorn's lacks.
+"""The HTTP server's protocol class, with limits that uvicorn lacks.
 
-They are: the head's size and time, the rest of a body that was answered unread, trailers, requests sent ahead of their
-answers, and who does not read. At every moment either an answer is being made or a timer runs.
+It limits size and time of the headers, unread bodies, trailers, pipelined requests, and clients that do not read their
+answers. At every moment either an answer is being made or a timer runs.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     from starlette.types import Scope
     from uvicorn._types import ASGI3Application
 
-# Requests that a client may send ahead of their answers.
+# Requests that a client may pipeline.
 _AHEAD = 8
 _TRANSPORT = "slipway.transport"
 Stage = Literal["idle", "head", "body"]
 
 
 def abort(scope: Scope) -> None:
-    """Close a connection at once and drop what was not read; closing it politely would wait for the reader."""
+    """Close a connection at once and drop unsent data. A normal close would wait until the client has read it."""
     transport = scope.get("extensions", {}).get(_TRANSPORT)
     if transport is not None:
         transport.abort()
 
 
 def bounded(settings: Settings) -> type[HttpToolsProtocol]:
-    """Return the protocol class with these settings; uvicorn makes its objects itself."""
+    """Return the protocol class with these settings bound, since uvicorn makes the objects."""
     return type("BoundedProtocol", (_Bounded,), {"settings": settings})
 
 
@@ -44,11 +44,11 @@ class _Bounded(HttpToolsProtocol):
     _head_bytes = 0
     _framing_bytes = 0
     _problem: Refusal | None = None
-    # The request that is worked on; `cycle` is the newest, which may wait for this one's answer.
+    # The request being answered; `cycle` is the newest, which may wait for this one.
     _running: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take the connection, or say that there are too many."""
+        """Accept the connection, or refuse it if there are too many."""
         super().connection_made(transport)
         if len(self.connections) > self.settings.max_connections:
             self._reject(Refusal(503, "too_many_connections", "too many connections", retry_after=1))
@@ -56,7 +56,7 @@ class _Bounded(HttpToolsProtocol):
         self._time_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the timers and what was sent ahead; uvicorn tells the newest request alone that its client left."""
+        """Cancel the timers and drop pipelined requests. uvicorn notifies only the newest request of the disconnect."""
         self._untime_head()
         self.resume_writing()
         self.pipeline.clear()
@@ -66,7 +66,7 @@ class _Bounded(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Count what belongs to a head that goes on and on, or to a body's framing: chunks' extensions, trailers."""
+        """Count the bytes of headers, and of chunk extensions and trailers, which could otherwise go on for ever."""
         if self._problem is not None:
             return
         before = self._stage
@@ -82,37 +82,39 @@ class _Bounded(HttpToolsProtocol):
             self._reject(_HEAD_TOO_LARGE)
 
     def on_message_begin(self) -> None:
-        """Give the application a way to the connection itself."""
+        """Give the application access to the connection."""
         self._stage, self._head_bytes = "head", 0
         super().on_message_begin()
         extensions: dict[str, Any] = {_TRANSPORT: self.transport}
         self.scope["extensions"] = extensions
 
     def on_headers_complete(self) -> None:
-        """Refuse a head that is too large before anything looks at it."""
+        """Refuse headers that are too large before they are used."""
         self._stage, self._framing_bytes = "body", 0
         self._untime_head()
         if len(self.pipeline) >= _AHEAD:
-            self._problem = Refusal(400, "too_many_requests_ahead", "wait for answers before asking on", close=True)
-            raise ValueError("too many requests ahead")  # as below
+            self._problem = Refusal(
+                400, "too_many_requests_ahead", "too many pipelined requests: wait for their answers first", close=True
+            )
+            raise ValueError("too many pipelined requests")  # as below
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > self.settings.max_head_bytes:
             self._problem = _HEAD_TOO_LARGE
-            raise ValueError("the head is too large")  # the parser stops, and `send_400_response` is called
+            raise ValueError("the headers are too large")  # the parser stops, and `send_400_response` is called
         super().on_headers_complete()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a head's header. Trailers come this way too: nobody has checked them, nobody reads them."""
+        """Take a header. Trailers, which arrive here too, are dropped, because they were not checked."""
         if self._stage == "head":
             super().on_header(name, value)
 
     def on_body(self, body: bytes) -> None:
-        """What came with this piece of the body is no framing without end."""
+        """Reset the framing count: this part of the body has content."""
         self._framing_bytes = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The next byte begins another head; where this request is answered already, that one has to come in time."""
+        """End a request. If it is already answered, the timer for the next one starts."""
         super().on_message_complete()
         self._stage = "idle"
         if not self._answering:
@@ -120,7 +122,7 @@ class _Bounded(HttpToolsProtocol):
             self._time_head()
 
     def on_response_complete(self) -> None:
-        """Give the client time to take the answer, and to send the rest of a body or a head that has begun."""
+        """Give the client time to read the answer, and to send the rest of a body or of headers that have begun."""
         super().on_response_complete()
         if self.transport.is_closing():
             self.loop.call_later(self.settings.stall_timeout_s, self.transport.abort)
@@ -128,7 +130,7 @@ class _Bounded(HttpToolsProtocol):
             self._time_head()
 
     def pause_writing(self) -> None:
-        """Drop a client that does not read: late enough for an application with a time-out of its own to notice."""
+        """Drop a client that does not read, but only after the application's own timeout could have noticed."""
         super().pause_writing()
         if self._read_timer is None:
             self._read_timer = self.loop.call_later(2 * self.settings.stall_timeout_s, self.transport.abort)
@@ -141,13 +143,13 @@ class _Bounded(HttpToolsProtocol):
             self._read_timer = None
 
     def send_400_response(self, msg: str) -> None:
-        """Say what is wrong in the form of all other errors, unless an answer has begun."""
+        """Send the error in the same format as all others, unless an answer has begun."""
         problem = self._problem or Refusal(400, "bad_http", msg, close=True)
         self._problem = problem
         self._reject(problem)
 
     def timeout_keep_alive_handler(self) -> None:
-        """Close an idle connection; one whose reader has not taken its answer yet gets a while for it."""
+        """Close an idle connection. A client that has not yet read its answer gets some time for it."""
         if self.transport.is_closing():
             return
         if self.transport.get_write_buffer_size():
@@ -190,12 +192,12 @@ class _Bounded(HttpToolsProtocol):
     def _too_slow(self) -> None:
         self._head_timer = None
         if self._stage == "body" or (self._stage == "idle" and self._running is not None):
-            self.transport.close()  # an answer that nobody asked for could be taken for the next one's
+            self.transport.close()  # a second answer could be mistaken for that of the next request
             return
-        self._reject(Refusal(408, "head_too_slow", "the request's head did not come in time", close=True))
+        self._reject(Refusal(408, "head_too_slow", "the request's headers did not arrive in time", close=True))
 
 
-_HEAD_TOO_LARGE = Refusal(431, "head_too_large", "the request's head is too large", close=True)
+_HEAD_TOO_LARGE = Refusal(431, "head_too_large", "the request's headers are too large", close=True)
 _REASONS = {
     400: b"Bad Request",
     408: b"Request Timeout",

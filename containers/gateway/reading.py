@@ -1,4 +1,4 @@
-"""Reading a request: its head, its body within bounds, its keys, its tokens; and reading the engine's whole answer."""
+"""Reading a request (headers, body with limits, JSON, token count) and the engine's answer."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
     from starlette.types import Receive, Scope
 
-# Sent twice, these would be read one way here and another way elsewhere.
+# If one of these were sent twice, gateway and engine could use different values.
 _ONCE = frozenset(
     {b"authorization", b"content-length", b"content-type", b"content-encoding", b"transfer-encoding", b"host"}
 )
 _TOLD, _LONGEST_KEY = 3, 60
 # A conversation of 4,096 messages, each with a piece of text, has 24,579. (The parser itself stops at a depth of 200.)
 _MOST_PARTS = 40_000
-# A string, or the beginning of one that never ends. Possessive, so that nothing is read twice.
+# A string, or the beginning of one that is not closed. Possessive, so that there is no backtracking.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 
 
 def headers(scope: Scope) -> Mapping[bytes, bytes]:
-    """Return the request's headers; ``Refusal`` 400 where one that decides something is there twice."""
+    """Return the request's headers; ``Refusal`` 400 if one that matters was sent twice."""
     found: dict[bytes, bytes] = {}
     for name, value in scope["headers"]:
         if name in found and name in _ONCE:
@@ -44,13 +44,13 @@ def headers(scope: Scope) -> Mapping[bytes, bytes]:
 
 
 async def body(receive: Receive, head: Mapping[bytes, bytes], most: int, timeout_s: float) -> bytes:
-    """Read the body, no more than ``most`` bytes of it, in no more than ``timeout_s`` seconds.
+    """Read the body: at most ``most`` bytes in at most ``timeout_s`` seconds.
 
     Raises:
         Refusal: 413, 415 or 408; the connection is closed, since the rest was not read.
         ClientDisconnect: The client left.
     """
-    too_large = Refusal(413, "body_too_large", f"a request has {most} bytes at most", close=True)
+    too_large = Refusal(413, "body_too_large", f"the body may have at most {most} bytes", close=True)
     if int(head.get(b"content-length", b"0")) > most:
         raise too_large
     if head.get(b"content-encoding", b"identity").lower() != b"identity":
@@ -70,14 +70,14 @@ async def body(receive: Receive, head: Mapping[bytes, bytes], most: int, timeout
                 parts.append(part)
                 more = message.get("more_body", False)
     except TimeoutError:
-        raise Refusal(408, "body_too_slow", f"the body did not come within {timeout_s:g} s", close=True) from None
+        raise Refusal(408, "body_too_slow", f"the body did not arrive within {timeout_s:g} s", close=True) from None
     return b"".join(parts)
 
 
 def parsed(
     kind: type[ChatRequest | CompletionRequest], data: bytes, head: Mapping[bytes, bytes]
 ) -> ChatRequest | CompletionRequest:
-    """Read the JSON document; ``Refusal`` 415 or 400 that names the first keys that are wrong, never their values."""
+    """Read the JSON document; ``Refusal`` 415 or 400 names the first wrong keys, but not their values."""
     media = head.get(b"content-type", b"").split(b";")[0].strip().lower()
     if media != b"application/json":
         raise Refusal(415, "unsupported_media_type", "send `Content-Type: application/json`")
@@ -104,13 +104,13 @@ def parsed(
 
 
 def _parts(data: bytes) -> int:
-    """Keys, lists and objects in a JSON document, counted without parsing it; those in texts too where they are few."""
+    """Count a JSON document's keys, lists and objects without parsing it; an upper bound if it is small."""
     most = sum(map(data.count, (b"[", b"{", b":")))
     return most if most <= _MOST_PARTS else sum(map(_STRING.sub(b"", data).count, (b"[", b"{", b":")))
 
 
 def _path(problem: ErrorDetails) -> str:
-    """Where in the body something is wrong: three keys of the way at most, with the key that is unknown."""
+    """Return the path of an error in the body: at most three keys, including the unknown one."""
     way = [str(part)[:_LONGEST_KEY] for part in problem["loc"]]
     if problem["type"] == UNKNOWN_KEY:
         way.append(problem["ctx"]["name"])
@@ -118,7 +118,7 @@ def _path(problem: ErrorDetails) -> str:
 
 
 async def prompt_tokens(pool: Pool, request: ChatRequest | CompletionRequest) -> int:
-    """Count all of a request's prompts with the release's tokenizer; ``Refusal`` 400 where one can't fit."""
+    """Count the tokens of all prompts with the release's tokenizer; ``Refusal`` 400 if one can't fit."""
     context = pool.route.context
     if isinstance(request, CompletionRequest):
         return await pool.counter.completion(request.prompt, special=request.add_special_tokens, most=context)
@@ -127,13 +127,13 @@ async def prompt_tokens(pool: Pool, request: ChatRequest | CompletionRequest) ->
 
 
 def longest_answer(pool: Pool, request: ChatRequest | CompletionRequest, prompt: int) -> int:
-    """Tokens that one answer may have: as asked for, else the model's default as far as the context reaches.
+    """Return how many tokens an answer may have: the client's limit, or the model's default, bounded by the context.
 
     Raises:
         Refusal: 400 where prompt and answer don't fit into the context.
     """
     context = pool.route.context
-    # Of several prompts only the sum is known here; the engine checks each.
+    # For several prompts only the sum is known here; the engine checks each one.
     room = context - (prompt if request.prompts == 1 else 0)
     wanted = request.longest_answer
     if wanted is None:
@@ -147,7 +147,7 @@ def longest_answer(pool: Pool, request: ChatRequest | CompletionRequest, prompt:
 
 
 def check(opened: Opened, meter: StreamMeter) -> None:
-    """Read what a whole answer used; ``Refusal`` 502 where it is no JSON object, or not for the client."""
+    """Read the usage of a complete answer; ``Refusal`` 502 if it is not a JSON object, or an error of the engine."""
     if opened.status in {401, 403, 404, 405} or not (opened.status == 200 or 400 <= opened.status < 500):
         raise Refusal(502, "replica_misconfigured", f"the model's server answered {opened.status}")
     try:

@@ -1,4 +1,4 @@
-"""One replica as the gateway sees it: is it well, and how much is it doing."""
+"""State of one replica: whether it is healthy, and the requests it works on."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from containers.gateway.errors import CLIENT_CLOSED
 log = logging.getLogger("slipway.gateway")
 
 State = Literal["starting", "ready", "ejected"]
-# A check that fails twice ejects; five in a row, and requests that wait for this replica's answer go elsewhere.
+# Two failed checks in a row eject a replica. After five, requests waiting for its answer go to other replicas.
 EJECT_AFTER, LOST_AFTER, RETURN_AFTER, ERRORS_IN_A_ROW = 2, 5, 2, 5
 _LONGEST_EJECTION_S = 30.0
 
 
 @dataclass(eq=False)
 class Running:
-    """A request that a replica works on. ``lost`` says that its task was cancelled because the replica is gone."""
+    """A request that a replica works on. ``lost`` means that its task was cancelled because the replica is gone."""
 
     tokens: int
     task: asyncio.Task[object] | None
@@ -34,9 +34,9 @@ class Running:
 class Replica:
     """A server behind the gateway.
 
-    It begins as ``starting``, is ``ready`` with its first good check, and ``ejected`` by failing checks, by a refused
-    connection at once, or by errors in a row; from there two good checks bring it back, after a pause that doubles with
-    every ejection by errors (a replica whose health is fine and whose answers are not must not flap).
+    It begins as ``starting`` and is ``ready`` after its first successful health check. It is ``ejected`` by failed
+    checks, by errors in a row, or at once by a refused connection. Two successful checks bring it back, after a pause
+    that doubles with each ejection by errors: a replica with good checks and bad answers must not flap.
     """
 
     name: str
@@ -63,25 +63,25 @@ class Replica:
 
     @property
     def free(self) -> bool:
-        """Whether it has room for one more."""
+        """Whether it can take another request."""
         return self.usable and len(self.running) < self.parallel
 
     def begin(self, tokens: int, task: asyncio.Task[object] | None) -> Running:
-        """Count a request in; ``task`` is cancelled should this replica vanish."""
+        """Add a request; ``task`` is cancelled if this replica disappears."""
         running = Running(tokens, task)
         self.running.add(running)
         self.tokens += tokens
         return running
 
     def end(self, running: Running) -> None:
-        """Count a request out; twice is once."""
+        """Remove a request; calling it again has no effect."""
         if running in self.running:
             self.running.remove(running)
             self.tokens -= running.tokens
             self.changed()
 
     def checked(self, *, healthy: bool) -> None:
-        """Take the result of a health check."""
+        """Record the result of a health check."""
         if healthy:
             self._bad_checks = 0
             self._good_checks += 1
@@ -97,13 +97,13 @@ class Replica:
             self._give_up_requests()
 
     def refused(self) -> None:
-        """A connection could not be made: it is gone, now."""
+        """Record a refused connection: the replica is ejected at once."""
         self._good_checks = 0
         if self.state == "ready":
             self.eject("it refuses connections")
 
     def answered(self, status: int) -> None:
-        """Take the status of an answer; 0 is a connection that broke. Errors in a row eject."""
+        """Record the status of an answer; 0 is a broken connection. Errors in a row eject the replica."""
         if 0 < status < 500 or status == CLIENT_CLOSED:
             self._errors = 0
             self._pause_s = 0.5
@@ -115,7 +115,7 @@ class Replica:
             self.eject(f"{self._errors} errors in a row")
 
     def eject(self, why: str) -> None:
-        """Send no more requests there until it is well again."""
+        """Send the replica no more requests until it is healthy again."""
         self.ejections += 1
         self._good_checks = 0
         self._errors = 0
@@ -129,7 +129,7 @@ class Replica:
         self.changed()
 
     def _give_up_requests(self) -> None:
-        """Wake those who wait for an answer that will not come: a host that vanished closes no connection."""
+        """Cancel requests whose answer will not come: a host that disappears does not close its connections."""
         for running in list(self.running):
             if running.task is not None and not running.lost:
                 running.lost = True
@@ -137,7 +137,7 @@ class Replica:
 
 
 async def watch(replica: Replica, client: httpx.AsyncClient, interval_s: float, timeout_s: float) -> None:
-    """Check a replica's health for ever."""
+    """Check a replica's health until cancelled."""
     while True:
         try:
             answer = await client.get(f"{replica.url}/health", timeout=timeout_s)

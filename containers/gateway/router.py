@@ -1,4 +1,4 @@
-"""Which replica gets a request: a canary's exact share, least outstanding tokens, a bounded queue."""
+"""Selection of a request's replica: exact canary shares, then the fewest outstanding tokens; a bounded queue."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ log = logging.getLogger("slipway.gateway")
 
 @dataclass(frozen=True, eq=False)
 class Lease:
-    """A place at a replica, to be given back with `release`."""
+    """A slot at a replica; return it with `release`."""
 
     replica: Replica
     running: Running
 
     def release(self) -> None:
-        """Give the place back; twice is once."""
+        """Return the slot; calling it again has no effect."""
         self.replica.end(self.running)
 
 
 @dataclass(eq=False)
 class _Share:
-    """One release's part of the traffic; ``credit`` is where it stands in its turn."""
+    """A release's share of the traffic; ``credit`` is its state in the weighted round robin."""
 
     release: str
     weight: int
@@ -51,7 +51,7 @@ class _Waiting:
 
 
 class Pool:
-    """One model's replicas, and who waits for one of them."""
+    """A model's replicas, and the queue of requests that wait for one."""
 
     def __init__(self, route: ModelRoute, counter: PromptCounter) -> None:
         self.route = route
@@ -61,15 +61,15 @@ class Pool:
         self._turns = itertools.count(1)
 
     def replicas(self) -> Iterator[Replica]:
-        """Every replica that may get requests."""
+        """All replicas in the routes."""
         for share in self.shares:
             yield from share.replicas
 
     async def place(self, tokens: int, tried: Collection[Replica], size: int, timeout_s: float) -> Lease:
-        """Wait for a replica with room: first come, first served; one in ``tried`` only where no other is well.
+        """Wait for a free replica, first come, first served. Those in ``tried`` are used only if no other is healthy.
 
         Raises:
-            Refusal: 503 where the queue is full, or the wait is over.
+            Refusal: 503 if the queue is full, or after the timeout.
         """
         task = asyncio.current_task()
         replica = None if self.waiting else self._choose(tried)
@@ -82,9 +82,9 @@ class Pool:
         try:
             async with asyncio.timeout(timeout_s):
                 return await entry.place
-        except BaseException as error:  # a client that left cancels the wait: its place must be free again
+        except BaseException as error:  # a client that disconnects cancels the wait: its slot must be free again
             if entry.place.done() and not entry.place.cancelled():
-                entry.place.result().release()  # it came just too late
+                entry.place.result().release()  # the slot was assigned just after the timeout
             if isinstance(error, TimeoutError):
                 word = "busy" if any(replica.usable for replica in self.replicas()) else "away"
                 message = f"all replicas are {word}: waited {timeout_s:g} s for one"
@@ -95,7 +95,7 @@ class Pool:
                 self.waiting.remove(entry)
 
     def serve_queue(self) -> None:
-        """Hand places that became free to those who wait."""
+        """Assign free slots to waiting requests."""
         while self.waiting:
             first = self.waiting[0]
             if first.place.done():
@@ -108,7 +108,7 @@ class Pool:
             first.place.set_result(Lease(replica, replica.begin(first.tokens, first.task)))
 
     def _choose(self, tried: Collection[Replica]) -> Replica | None:
-        """The next release's turn (smooth weighted round robin, as nginx's), then its least loaded replica."""
+        """Choose the release by smooth weighted round robin (as nginx does), then its least loaded replica."""
         others = any(replica.usable and replica not in tried for replica in self.replicas())
         eligible = []
         for share in self.shares:
@@ -129,7 +129,7 @@ class Pool:
 
 
 class Router:
-    """All models' pools, as the routes have them. Replicas that leave the routes finish what they have begun."""
+    """The pools of all models in the routes. Replicas removed from the routes finish their running requests."""
 
     def __init__(self, settings: Settings, client: httpx.AsyncClient) -> None:
         self._settings = settings
@@ -140,10 +140,10 @@ class Router:
         self._counters: dict[Path, PromptCounter] = {}
 
     async def apply(self, routes: Routes) -> None:
-        """Take new routes into use at one moment.
+        """Apply new routes atomically.
 
         Raises:
-            ConfigurationError: A tokenizer can't be read; the routes in use stay.
+            ConfigurationError: A tokenizer can't be read. The current routes stay in use.
         """
         counters: dict[Path, PromptCounter] = {}
         for folder in {route.tokenizer for route in routes.models.values()}:
@@ -174,24 +174,24 @@ class Router:
             self.leaving.append(replica)
 
     def forget_idle(self) -> None:
-        """Stop watching replicas that left and have nothing more to do."""
+        """Stop watching removed replicas that have no running requests."""
         for replica in [each for each in self.leaving if not each.running]:
             self.leaving.remove(replica)
             self._watches.pop(replica).cancel()
 
     @property
     def is_ready(self) -> bool:
-        """Whether every model has a replica that is well."""
+        """Whether every model has a healthy replica."""
         return bool(self.pools) and all(
             any(replica.usable for replica in pool.replicas()) for pool in self.pools.values()
         )
 
     def everyone(self) -> list[Replica]:
-        """Every replica, those that are leaving among them."""
+        """Return all replicas, including removed ones that still work on requests."""
         return list(self._watches)
 
     def stop(self) -> None:
-        """End all health checks."""
+        """Stop all health checks."""
         for task in self._watches.values():
             task.cancel()
 

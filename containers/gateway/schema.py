@@ -1,10 +1,10 @@
-"""The requests that are taken, key by key.
+"""The accepted requests, key by key.
 
-A key that is not here is refused by name: what the engine takes beyond OpenAI's API (chat templates from the client,
-embeddings to unpickle, images to fetch, engine arguments) stays out by not being listed. Texts alone are taken.
+Any other key is refused by name. This keeps out what the engine accepts beyond OpenAI's API (chat templates from the
+client, embeddings to unpickle, images to fetch, engine arguments). Only text is accepted.
 
-Checking stops at the first thing that is wrong in a list, and at the first unknown key: a body of a megabyte may hold
-half a million, each of which would become an error of a kilobyte while everybody else waits.
+Validation stops at the first error in a list and at the first unknown key. A body of a megabyte may have half a million
+errors, each with a message of a kilobyte, and creating them would block all other requests.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from pydantic_core import PydanticCustomError
 from containers.gateway.tokens import Prompt
 
 UNKNOWN_KEY = "unknown_key"
-"""The type of the error that names a key which no request has; ``name`` in its context is that key, cut."""
+"""Error type for an unknown key; ``name`` in its context is the key, shortened."""
 _LONGEST_KEY = 60
 _MOST_BIASES = 1024
-# Of a JSON Schema, whose form is the engine's to judge; its tools' and its answers' schemas are written by people.
+# Maximum size of a JSON Schema, which the engine validates. Schemas of tools and answers are written by people.
 _MOST_SCHEMA_VALUES = 10_000
 
 
 def _whole(value: object) -> object:
-    """JSON Schema calls 4.0 an integer, so it is one here."""
+    """Accept 4.0 as an integer, as JSON Schema does."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = BeforeValidator(_whole)  # outermost, or the bounds would not be in the schema
+Whole = BeforeValidator(_whole)  # outermost, so that the bounds appear in the schema
 Tokens = Annotated[StrictInt, Field(ge=1, le=10_000_000), Whole]
 _TokenId = Annotated[StrictInt, Field(ge=0, le=2**31 - 1)]
-# There may be half a million: `Whole`, which is Python, sees those alone that are no integers as they stand.
+# There may be half a million values: the Python validator `Whole` runs only for those that are not plain integers.
 TokenId = Annotated[_TokenId | Annotated[_TokenId, Whole], Field(union_mode="left_to_right")]
 Seed = Annotated[StrictInt, Field(ge=-(2**63), le=2**63 - 1), Whole]
 Number = StrictFloat
@@ -57,9 +57,9 @@ Bias = Annotated[Number, Field(ge=-100, le=100)]
 
 
 def _few(value: object) -> object:
-    """Count before anything is checked, which pydantic does afterwards."""
+    """Check the length before the content; pydantic does it in the other order."""
     if isinstance(value, dict) and len(value) > _MOST_BIASES:
-        raise PydanticCustomError("too_long", "at most {most} biases are taken", {"most": _MOST_BIASES})
+        raise PydanticCustomError("too_long", "at most {most} biases are allowed", {"most": _MOST_BIASES})
     return value
 
 
@@ -70,7 +70,7 @@ def _small(value: dict[str, Any]) -> dict[str, Any]:
             return value
         inner = left.pop()
         left.extend(inner.values() if isinstance(inner, dict) else inner if isinstance(inner, list) else ())
-    raise PydanticCustomError("too_long", "at most {most} values are taken", {"most": _MOST_SCHEMA_VALUES})
+    raise PydanticCustomError("too_long", "at most {most} values are allowed", {"most": _MOST_SCHEMA_VALUES})
 
 
 Biases = Annotated[
@@ -87,7 +87,7 @@ class _Part(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known_keys(cls, value: object) -> object:
-        """Stop at the first unknown key, where pydantic lists them all."""
+        """Stop at the first unknown key; pydantic would list all."""
         unknown = next((key for key in value if key not in cls.model_fields), None) if isinstance(value, dict) else None
         if unknown is not None:
             raise PydanticCustomError(UNKNOWN_KEY, "unknown key", {"name": str(unknown)[:_LONGEST_KEY]})
@@ -95,20 +95,20 @@ class _Part(BaseModel):
 
 
 class StreamOptions(_Part):
-    """What a stream carries beside the answer."""
+    """What a stream contains besides the answer."""
 
     include_usage: StrictBool = False
 
 
 class ResponseFormat(_Part):
-    """The form of the answer."""
+    """The format of the answer."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: Schema | None = None
 
 
 class _Request(_Part):
-    """What both kinds of request have. The last block is the engine's own samplers."""
+    """Keys of both kinds of request. The last block has sampling parameters that only the engine defines."""
 
     model: Word
     stream: StrictBool = False
@@ -136,17 +136,17 @@ class _Request(_Part):
 
     @property
     def prompts(self) -> int:
-        """How many prompts are answered."""
+        """Number of prompts."""
         return 1
 
     @property
     def longest_answer(self) -> int | None:
-        """Tokens of one answer at most, where the client says so."""
+        """Maximum number of tokens of an answer, if the client gives one."""
         return self.max_tokens
 
 
 def _kind_of_prompt(value: object) -> str:
-    """Which of its forms a prompt has, by its first part, so that it is checked against that one alone."""
+    """Return which form a prompt has, by its first part, so that it is validated against that form only."""
     if not isinstance(value, list):
         return "text"
     first = value[0] if value else None
@@ -177,28 +177,28 @@ class CompletionRequest(_Request):
 
     @property
     def prompts(self) -> int:
-        """One for a text or a list of token ids, else as many as are listed."""
+        """Number of prompts: one for a text or a list of token ids, else the length of the list."""
         if isinstance(self.prompt, list) and not isinstance(self.prompt[0], int):
             return len(self.prompt)
         return 1
 
 
 class TextPart(_Part):
-    """A piece of a message."""
+    """A text part of a message."""
 
     type: Literal["text"]
     text: StrictStr
 
 
 class FunctionCall(_Part):
-    """What a tool was called with; ``arguments`` is JSON in a string."""
+    """The tool and the arguments of a call; ``arguments`` is a JSON string."""
 
     name: Word
     arguments: StrictStr
 
 
 class ToolCall(_Part):
-    """A call that the assistant made."""
+    """A tool call by the assistant."""
 
     id: Word
     type: Literal["function"]
@@ -206,7 +206,7 @@ class ToolCall(_Part):
 
 
 class Message(_Part):
-    """One turn of the conversation."""
+    """A message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: StrictStr | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] | None = None
@@ -246,7 +246,7 @@ class NamedTool(_Part):
 
 
 class TemplateOptions(_Part):
-    """Switches that chat templates know."""
+    """Options for chat templates."""
 
     enable_thinking: StrictBool | None = None
     thinking: StrictBool | None = None
@@ -267,11 +267,11 @@ class ChatRequest(_Request):
 
     @property
     def longest_answer(self) -> int | None:
-        """Tokens of one answer at most: the newer name of the key wins, as with OpenAI."""
+        """Maximum number of tokens of an answer. The key's newer name takes precedence, as at OpenAI."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
     def plain_messages(self) -> list[dict[str, Any]]:
-        """The conversation for a chat template; pieces of text are joined."""
+        """The conversation for a chat template; text parts are joined."""
         found = []
         for message in self.messages:
             plain = message.model_dump(exclude_none=True)
@@ -286,7 +286,7 @@ class ChatRequest(_Request):
 
 
 class Usage(BaseModel):
-    """What was counted."""
+    """Token counts of a request."""
 
     prompt_tokens: int
     completion_tokens: int = 0
@@ -294,7 +294,7 @@ class Usage(BaseModel):
 
 
 class Answer(BaseModel):
-    """What a request without ``stream`` gets; the engine's own keys are passed on as they are."""
+    """The answer to a request without ``stream``. Other keys of the engine are passed on unchanged."""
 
     object: str
     choices: list[dict[str, Any]]
@@ -311,7 +311,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """Every answer that is none."""
+    """The answer to a request that failed."""
 
     error: ErrorDetail
 
@@ -334,6 +334,6 @@ class ModelList(BaseModel):
 
 
 def forwarded(request: _Request, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """What the engine is sent: the keys that the client set, with these changes; None takes a key out."""
+    """Return the document for the engine: the keys set by the client, with these changes. None removes a key."""
     document = {**request.model_dump(mode="json", exclude_unset=True), **changes}
     return {name: value for name, value in document.items() if value is not None or name not in changes}

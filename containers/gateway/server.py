@@ -1,4 +1,4 @@
-"""The process: both ports, signals, and an end that lets answers finish."""
+"""The gateway's process: both ports, signals, and a graceful stop."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _BACKLOG = 2048
 
 
 class _Quiet(uvicorn.Server):
-    """A server whose signals are this module's."""
+    """A uvicorn server that leaves signal handling to this module."""
 
     def install_signal_handlers(self) -> None:
         """None."""
 
 
 async def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT, then drain: readiness goes, a while later the ports, and begun answers finish.
+    """Serve until SIGTERM or SIGINT, then drain: report not ready, close the ports later, finish running answers.
 
     Raises:
-        ConfigurationError: A file can't be used, or a port is taken.
+        ConfigurationError: A file is not valid, or a port is in use.
     """
     gateway = Gateway(settings)
     stopping = asyncio.Event()
@@ -49,13 +49,13 @@ async def serve(settings: Settings) -> None:
         _server(api, settings, bounded(settings)),
         _server(app.admin(gateway, api), settings, bounded(settings)),
     ]
-    # uvicorn's own `serve` would take the signals: `_serve` is what it does beside.
+    # uvicorn's `serve` would install its own signal handlers; `_serve` is the same without them.
     running = [
         asyncio.ensure_future(server._serve(sockets=[listener]))  # noqa: SLF001
         for server, listener in zip(servers, (public, private), strict=True)
     ]
     _announce(settings, public, private)
-    # What is there now stays: the collector need not walk through it for ever, which is milliseconds each time.
+    # These objects live until the end. Scanning them at each garbage collection would cost milliseconds.
     gc.collect()
     gc.freeze()
     try:
@@ -95,7 +95,7 @@ def _listening(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    # What the kernel holds for a client that reads slowly, or not at all; connections inherit it.
+    # Kernel buffer for a client that reads slowly or not at all. Connections inherit it.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
     try:
         listener.bind((host, port))
@@ -108,7 +108,7 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 def _announce(settings: Settings, public: socket.socket, private: socket.socket) -> None:
-    """Say which ports it is, whole or not at all."""
+    """Log the ports and write them to the announcement file, atomically."""
     ports = {"port": public.getsockname()[1], "admin_port": private.getsockname()[1], "pid": os.getpid()}
     log.info(
         "serving on %s:%s, metrics on %s:%s", settings.host, ports["port"], settings.admin_host, ports["admin_port"]

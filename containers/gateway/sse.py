@@ -1,4 +1,4 @@
-"""A stream of server-sent events on its way through: forwarded at once, counted, and known to be whole or not."""
+"""Passing on a stream of server-sent events: counts its tokens and detects whether it is complete."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _LONGEST_EVENT = 1024 * 1024
 
 
 class StreamError(Exception):
-    """The engine's stream is none: an event without an end, or one that is no JSON."""
+    """The engine's stream is not valid: an event does not end, or is not JSON."""
 
 
 @dataclass
 class StreamMeter:
-    """Reads what passes. ``hide_usage`` keeps the closing event with the usage from a client that did not ask for it.
+    """Reads the events of a stream. ``hide_usage`` drops the last event, the usage, if it was not requested.
 
-    ``completion_tokens`` is the engine's own count once it said so, and before that one a piece of text: what a client
-    that hung up is charged.
+    ``completion_tokens`` is the engine's count as soon as it is known, and until then one per part of the text. A
+    client that disconnects is charged this number.
     """
 
     hide_usage: bool = False
@@ -32,19 +32,19 @@ class StreamMeter:
 
     @property
     def completion_tokens(self) -> int:
-        """Tokens of the answer so far."""
+        """Number of tokens of the answer so far."""
         return self.pieces if self._counted is None else self._counted
 
     def feed(self, data: bytes) -> bytes:
-        """Take what came from the engine, return what goes to the client: all events that are complete.
+        """Take data from the engine; return the complete events, for the client.
 
         Raises:
-            StreamError: It is no stream of JSON events.
+            StreamError: The data is not a stream of JSON events.
         """
         events = (self._rest + data).replace(b"\r\n", b"\n").split(b"\n\n")
         self._rest = events.pop()
         if len(self._rest) > _LONGEST_EVENT:
-            raise StreamError("an event without an end")
+            raise StreamError("an event does not end")
         return b"".join(event + b"\n\n" for event in events if self._passes(event))
 
     def _passes(self, event: bytes) -> bool:
@@ -63,7 +63,7 @@ class StreamMeter:
         return bool(document.get("choices")) or "usage" not in document or not self.hide_usage
 
     def read(self, document: Mapping[str, Any]) -> None:
-        """Take what an event, or a whole answer, says of its usage."""
+        """Read the usage from an event or a complete answer."""
         choices = document.get("choices")
         self.pieces += len(choices) if isinstance(choices, list) else 0
         usage = document.get("usage")

@@ -1,4 +1,4 @@
-"""How many tokens a prompt has, by the release's own tokenizer and chat template."""
+"""Counts a prompt's tokens with the release's tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from tokenizers import Tokenizer
 
 from containers.gateway.errors import ConfigurationError, Refusal
 
-# Above this many characters the work goes to a thread: the event loop serves everybody.
+# Longer texts are counted in a thread, so that they do not block the event loop.
 _AT_ONCE = 8_000
 
 Prompt = str | list[str] | list[int] | list[list[int]]
 
 
 class PromptCounter:
-    """Counts prompts for one release; ``folder`` holds tokenizer.json and, for chat, a template."""
+    """Counts prompts for one release. ``folder`` contains tokenizer.json and, for chat, a template."""
 
     def __init__(self, folder: Path) -> None:
         try:
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            # The longest token's text in bytes: a prompt of more than context times this can't fit.
+            # Bytes of the longest token: a prompt longer than the context times this can't fit.
             self.longest = max(len(token.encode()) for token in self._tokenizer.get_vocab())
-        except Exception as error:  # the library raises Exception itself
+        except Exception as error:  # the library raises plain Exception
             raise ConfigurationError(f"{folder} has no readable tokenizer: {error}") from error
         self._folder = folder
 
     async def completion(self, prompt: Prompt, *, special: bool, most: int) -> int:
-        """Count all prompts of a request; ``Refusal`` 400 where one can't fit into ``most`` tokens."""
+        """Count all prompts of a request; ``Refusal`` 400 if one can't fit into ``most`` tokens."""
         if prompt and isinstance(prompt, list) and isinstance(prompt[0], int):
             return len(prompt)
         texts = [prompt] if isinstance(prompt, str) else prompt
@@ -51,7 +51,7 @@ class PromptCounter:
         options: Mapping[str, Any],
         most: int,
     ) -> int:
-        """Count a conversation as the template writes it out, with the cue for the answer."""
+        """Count a conversation as rendered by the template, including the prompt for the assistant's answer."""
         template = self._template
         if template is None:
             raise Refusal(400, "no_chat_template", "this model has no chat template: use /v1/completions")
@@ -80,7 +80,7 @@ class PromptCounter:
 
     @cached_property
     def _words(self) -> dict[str, str]:
-        """``bos_token`` and its like, which templates write."""
+        """Return the special tokens that templates use, such as ``bos_token``."""
         found = {}
         for name, value in self._configuration.items():
             if name.endswith("_token"):
@@ -91,7 +91,7 @@ class PromptCounter:
 
     @cached_property
     def _template(self) -> jinja2.Template | None:
-        """The release's own template, rendered as transformers does (utils/chat_template_utils)."""
+        """Load the release's chat template. It is rendered as in transformers (utils/chat_template_utils)."""
         path = self._folder / "chat_template.jinja"
         text = path.read_text() if path.exists() else self._configuration.get("chat_template")
         if isinstance(text, list):

@@ -1,4 +1,4 @@
-"""Which request is which: an id for people, and W3C trace context (https://www.w3.org/TR/trace-context/)."""
+"""Request ids: one for people, and W3C trace context (https://www.w3.org/TR/trace-context/)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _STATE_BYTES = 512
 
 @dataclass(frozen=True)
 class Trace:
-    """One request on its way: ids in hexadecimal, as the headers have them."""
+    """The ids of a request, in hexadecimal as in the headers."""
 
     request_id: str
     trace_id: str
@@ -29,7 +29,7 @@ class Trace:
         return f"00-{self.trace_id}-{self.span_id}-{self.flags}"
 
     def headers(self) -> dict[str, str]:
-        """What the replica is sent."""
+        """Return the headers for the replica."""
         found = {"x-request-id": self.request_id, "traceparent": self.parent}
         if self.state is not None:
             found["tracestate"] = self.state.decode("ascii")
@@ -37,7 +37,7 @@ class Trace:
 
 
 def begin(headers: Mapping[bytes, bytes]) -> Trace:
-    """Go on with the client's ids where they are well formed, else begin new ones.
+    """Continue the client's ids if they are valid, else make new ones.
 
     A malformed ``traceparent`` starts a new trace and drops ``tracestate``, as the recommendation says (4.3).
     """
@@ -55,7 +55,7 @@ def begin(headers: Mapping[bytes, bytes]) -> Trace:
 
 
 def _is_valid(found: re.Match[bytes]) -> bool:
-    """Version ff is forbidden, ids of zeros mean none, and version 00 has four fields."""
+    """Whether a ``traceparent`` is valid: not version ff, no ids of zeros, exactly four fields in version 00."""
     version, trace, parent, _, rest = found.groups()
     return (
         version != b"ff" and trace.strip(b"0") != b"" and parent.strip(b"0") != b"" and not (version == b"00" and rest)

@@ -1,4 +1,4 @@
-"""Asking a replica, and another one where that fails before anything reached the client."""
+"""Sends a request to a replica, and to another one if that fails before the client received anything."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from containers.gateway.replicas import Replica
 from containers.gateway.router import Lease, Pool
 from containers.gateway.sse import StreamMeter
 
-# Said to every replica, whatever it is asked.
+# Sent with every request to a replica.
 HEADERS = {"user-agent": "slipway-gateway", "accept-encoding": "identity"}
-# An answer with such a status is none: it is asked for again elsewhere, once.
+# After an answer with one of these statuses, the request is retried once at another replica.
 _AGAIN = frozenset({500, 502, 503, 504})
-# A request that reached a replica which then died may be what killed it: so it is delivered twice at most.
+# If a replica dies during a request, the request may be the cause. So it is sent to two replicas at most.
 DELIVERIES = 2
-# Connections that were never made cost nothing; this many replicas are tried before one gives up.
+# A refused connection is cheap. After this many, the request fails.
 _REFUSALS = 8
 
 
 class _Lost(Exception):
-    """The replica was taken for gone while this request waited for it."""
+    """The replica disappeared while this request waited for its answer."""
 
 
 @dataclass
 class Call:
-    """One request for the engine: ``tokens`` outstanding while it runs; ``sent`` says that a replica was given it."""
+    """A request for the engine. ``tokens`` count as outstanding while it runs; ``sent``: a replica has received it."""
 
     path: str
     document: Mapping[str, Any]
@@ -52,7 +52,7 @@ class Call:
 
 @dataclass
 class Opened:
-    """A replica's answer. ``body`` is all of it, or the first piece of a stream that ``rest`` goes on with."""
+    """A replica's answer. ``body`` is all of it, or the first part of a stream; ``rest`` has the others."""
 
     status: int
     body: bytes
@@ -60,10 +60,10 @@ class Opened:
 
 
 class Upstream:
-    """The replicas as one server."""
+    """Sends requests to the replicas, as if they were one server."""
 
     def __init__(self, settings: Settings, connections: httpx.AsyncBaseTransport, metrics: Metrics) -> None:
-        """Ask over ``connections`` itself: a client's cookies, redirects and logins are a sixth of the work."""
+        """Use ``connections`` directly: httpx's client adds a sixth to the work, for cookies, redirects and logins."""
         self._settings = settings
         self._connections = connections
         timeout = httpx.Timeout(
@@ -74,14 +74,14 @@ class Upstream:
 
     @asynccontextmanager
     async def ask(self, pool: Pool, call: Call) -> AsyncIterator[Opened]:
-        """Give the first good answer; its place and its connection are given back after the block, however it ends.
+        """Yield the first good answer. Its slot and its connection are returned after the block.
 
-        A connection that can't be made, or breaks, or says 500, 502, 503 or 504 before the first byte of a stream, or
-        before the end of any other answer, sends the request elsewhere. Leaving the block early closes the connection,
-        which tells the engine to stop.
+        The request is retried at another replica if the connection fails or the status is 500, 502, 503 or 504, before
+        the first byte of a stream or before the end of any other answer. Leaving the block early closes the
+        connection, which makes the engine stop.
 
         Raises:
-            Refusal: 502 where no replica answered, 503 where none had room in time.
+            Refusal: 502 if no replica answered, 503 if none became free in time.
         """
         deliveries = refusals = 0
         while True:
@@ -126,11 +126,11 @@ class Upstream:
         lease = await pool.place(call.tokens, call.tried, self._settings.queue_size, self._settings.queue_timeout_s)
         call.queued_s += time.monotonic() - started
         call.replica = lease.replica
-        # The route may have changed while this request waited: the engine is told the name that this release knows.
+        # The route may have changed while this request waited, so the model's name is that of the chosen release.
         return lease
 
     async def _try(self, lease: Lease, call: Call) -> tuple[httpx.Response, Opened]:
-        """Ask one replica, up to the first piece of a stream or the end of another answer."""
+        """Send the request to one replica and read to the first part of a stream or the end of any other answer."""
         request = httpx.Request(
             "POST",
             _address(lease.replica.url, call.path),
@@ -143,7 +143,7 @@ class Upstream:
             answer = await self._connections.handle_async_request(request)
             try:
                 opened = await self._open(answer, call)
-            except BaseException:  # a cancelled request among them: the connection must not stay open
+            except BaseException:  # including cancellation: the connection must not stay open
                 await answer.aclose()
                 raise
         except httpx.HTTPError:
@@ -156,7 +156,7 @@ class Upstream:
                 raise _Lost from None
             raise
         finally:
-            lease.running.task = None  # what has begun to arrive is no longer waited for
+            lease.running.task = None  # from here on, losing the replica no longer cancels this request
         call.sent = opened.status == httpx.codes.OK
         return answer, opened
 
@@ -165,14 +165,16 @@ class Upstream:
             pieces = answer.aiter_raw()
             first = await anext(pieces, b"")
             if not first:
-                raise httpx.RemoteProtocolError("a stream that ended before it began")
+                raise httpx.RemoteProtocolError("the stream ended before its first event")
             return Opened(answer.status_code, first, pieces)
         parts, size = [], 0
         async for part in answer.aiter_raw():
             parts.append(part)
             size += len(part)
             if size > self._settings.max_answer_bytes:
-                raise Refusal(502, "answer_too_large", "the model's server sent more than this gateway passes on")
+                raise Refusal(
+                    502, "answer_too_large", "the model's server sent a larger answer than this gateway allows"
+                )
         return Opened(answer.status_code, b"".join(parts), None)
 
 
@@ -182,7 +184,7 @@ def _address(url: str, path: str) -> httpx.URL:
 
 
 async def metered(opened: Opened, meter: StreamMeter) -> AsyncIterator[bytes]:
-    """The events of a stream as they come.
+    """Yield the events of a stream as they arrive.
 
     Raises:
         StreamError, httpx.HTTPError: The stream broke.
