@@ -43,8 +43,10 @@ def load(folder: Path, request: dict[str, Any], report: Callable[[str], None]) -
         raise WorkerError(f"the checkpoint in {folder} cannot be loaded: {error}") from error
     batch_size = request.get("batch_size") or BATCH_SIZE
     model = _backend(report)(pretrained=network, tokenizer=tokenizer, batch_size=batch_size, device=device)
-    packages = {name: metadata.version(name) for name in ("transformers", "torch")}
-    return model, {"name": "hf", "device": device, "dtype": dtype, "batch_size": batch_size, **packages}
+    # Two machines' answers are paired only where the same kernels computed them.
+    processor = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
+    engine = {"name": "hf", "device": device, "processor": processor, "dtype": dtype, "batch_size": batch_size}
+    return model, {**engine, **{name: metadata.version(name) for name in ("transformers", "torch")}}
 
 
 def read(folder: Path, dtype: str = "float32") -> PreTrainedModel:

@@ -98,6 +98,14 @@ def test_the_demo_model_has_learnt_and_repeats_itself(baseline: Asked) -> None:
     assert outcome.metrics["divergence.mean"] == 0
 
 
+def test_answers_of_two_kinds_of_processor_are_not_paired(baseline: Asked) -> None:
+    here = baseline.answers.engine["processor"]  # as the worker found it
+    elsewhere = {**baseline.answers.engine, "processor": f"not {here}"}
+    outcome = verdict(baseline, Asked(baseline.answers.model_copy(update={"engine": elsewhere}), baseline.folder))
+    assert outcome.status == "inconclusive"
+    assert "processor" in outcome.reason
+
+
 def test_calibration_text_that_holds_an_item_is_refused(baseline: Asked) -> None:
     held_out = json.loads((DEMO / "heldout.jsonl").read_text().partition("\n")[0])["text"]
     outcome = verdict(baseline, baseline, [*CALIBRATION, f"import sys\n{held_out}"])
