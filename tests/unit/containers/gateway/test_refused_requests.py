@@ -110,7 +110,7 @@ def test_an_engines_answer_is_an_object_and_meant_for_the_client(status: int, da
 
 @pytest.mark.parametrize(
     ("data", "why"),
-    [(b"data: {\n\n", "not JSON"), (b"data: [1]\n\n", "not an object"), (b"x" * (1 << 21), "without an end")],
+    [(b"data: {\n\n", "not JSON"), (b"data: [1]\n\n", "not an object"), (b"x" * (1 << 21), "does not end")],
 )
 def test_an_engines_stream_is_one_of_json_events(data: bytes, why: str) -> None:
     with pytest.raises(StreamError, match=why):
