@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from containers.image import profile
+from containers.image.serving import Override, Serve, ServingConfiguration
 from containers.scan.policy import ScanPolicy
 from evals.drift.limits import DriftLimits
 from evals.load.cost import CostPlan
@@ -19,11 +20,12 @@ from evals.load.load_test import LoadPlan
 from pipeline.errors import SpecError
 from pipeline.quantization.quantize import Scheme
 from pipeline.yaml_file import explain, keys, listed, read
+from registry.digests import digest_file
 from registry.suggestions import suggestion
 
 _NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 # Paths of the keys that name data files; ``*`` matches any key.
-_DATA = (("calibration", "uri"), ("evals", "tasks", "*", "data"), ("load", "prompts"))
+_DATA = (("calibration", "uri"), ("evals", "tasks", "*", "data"), ("load", "prompts"), ("serve", "chat_template"))
 
 
 class _Section(BaseModel):
@@ -37,6 +39,13 @@ class Source(_Section):
     """`file:FOLDER` or `hf://ORG/NAME`; a relative folder counts from the model file."""
     revision: str | None = None
     """A commit, a tag or a branch of a hub; default `main`."""
+
+
+class ReleasedScheme(Scheme):
+    """How a model is quantized, and what is served differently for it."""
+
+    serve: Override = Field(default=Override(), exclude=True)
+    """Keys of the model's `serve` that this scheme overrides."""
 
 
 class Calibration(_Section):
@@ -87,12 +96,14 @@ class ModelSpec(_Section):
     """The license of the weights, for the image's labels and the bill of materials."""
     calibration: Calibration
     """The text that the quantizer is calibrated with."""
-    schemes: Mapping[str, Scheme] = Field(min_length=1)
+    schemes: Mapping[str, ReleasedScheme] = Field(min_length=1)
     """How the model is quantized; each scheme is a release line, `MODEL-SCHEME`."""
     evals: DriftLimits
     """The evaluation of FP16 and of the quantized model, and the allowed loss."""
     runtime: str
     """The runtime that serves the model: a profile in `containers/runtimes/`."""
+    serve: Serve = Serve()
+    """How the model is served; this is tested, and part of the release."""
     scan: ScanPolicy = ScanPolicy()
     """What the scan forbids in the image."""
     load: LoadPlan
@@ -114,7 +125,7 @@ class ModelSpec(_Section):
 
     @field_validator("schemes")
     @classmethod
-    def _plain_schemes(cls, schemes: Mapping[str, Scheme]) -> Mapping[str, Scheme]:
+    def _plain_schemes(cls, schemes: Mapping[str, ReleasedScheme]) -> Mapping[str, ReleasedScheme]:
         for name in schemes:
             cls._plain(name)
         return schemes
@@ -131,7 +142,7 @@ class ModelSpec(_Section):
         """The file beside this one that pins what the source resolved to."""
         return self.path.with_suffix(".lock.json")
 
-    def scheme(self, name: str) -> Scheme:
+    def scheme(self, name: str) -> ReleasedScheme:
         """Return one scheme.
 
         Raises:
@@ -140,6 +151,26 @@ class ModelSpec(_Section):
         if name not in self.schemes:
             raise SpecError(f"{self.path} has no scheme `{name}`{suggestion(name, self.schemes)}")
         return self.schemes[name]
+
+    def serving(self, scheme: str | None = None, variant: str | None = None) -> ServingConfiguration:
+        """Return how the model is served in a scheme, or as a variant; without a scheme, what holds for all of them.
+
+        Raises:
+            SpecError: the model has no such scheme or variant.
+        """
+        sections: list[Override] = [self.serve]
+        if scheme is not None:
+            sections.append(self.scheme(scheme).serve)
+        if variant is not None:
+            if variant not in self.serve.variants:
+                raise SpecError(f"{self.path} has no variant `{variant}`{suggestion(variant, self.serve.variants)}")
+            sections.append(self.serve.variants[variant])
+        keys: dict[str, Any] = {"variant": variant}
+        for section in sections:
+            keys |= {name: getattr(section, name) for name in section.model_fields_set - {"variants"}}
+        if self.serve.chat_template is not None:
+            keys["chat_template"] = f"sha256:{digest_file(self.serve.chat_template)}"
+        return ServingConfiguration(**keys)
 
 
 def find(model: str, models: Path) -> Path:

@@ -221,6 +221,29 @@ class Kernels(_ManifestPart):
     """The implementation of attention."""
 
 
+class ServedConfiguration(_ManifestPart):
+    """How a release may be served: a configuration in which it passed its gates."""
+
+    variant: Name | None
+    """The name of the variant; none is the main configuration, which the image runs by itself."""
+    context: Count | None
+    """Tokens of prompt and answer."""
+    dtype: Name
+    """The precision of activations, and of weights that are not quantized."""
+    kv_cache: Name
+    """The precision of the KV cache; `auto` is that of `dtype`."""
+    tensor_parallel: Count
+    """GPUs that share each layer."""
+    pipeline_parallel: Count
+    """Groups of GPUs that share the layers."""
+    chat_template: Digest | None
+    """Of the chat template in the image; none is the model's own."""
+    adapters: tuple[Name, ...]
+    """LoRA adapters, under the names that requests use."""
+    command: tuple[Text, ...]
+    """The arguments of the image's entry point."""
+
+
 class Hardware(_ManifestPart):
     """What the release was tested on; ``instruction_set`` is the CPU's best that the tests used."""
 
@@ -257,6 +280,8 @@ class Manifest(_ManifestPart):
     """Every verdict, with its evidence."""
     image: Image
     """The container that was scanned and load-tested."""
+    serving: Annotated[tuple[ServedConfiguration, ...], Later()] = ()
+    """The configurations in which it passed its gates, the main one first; the first releases do not list them."""
     sbom: Sbom
     """The image's bill of materials."""
     mlbom: Annotated[Sbom | None, Later()] = None

@@ -26,6 +26,7 @@ from registry.manifest import (
     Manifest,
     Quantizer,
     Sbom,
+    ServedConfiguration,
     Source,
     utc_now,
 )
@@ -91,6 +92,7 @@ def describe(
     quantizer: Quantizer,
     gates: Sequence[tuple[Verdict, Sequence[str]]],
     image: Image,
+    serving: tuple[ServedConfiguration, ...] = (),
     sbom: str,
     mlbom: str | None = None,
     hardware: Hardware | None = None,
@@ -124,6 +126,7 @@ def describe(
             GateRecord(verdict=verdict, evidence={name: digests[name] for name in names}) for verdict, names in gates
         ),
         image=image,
+        serving=serving,
         sbom=Sbom(path=sbom, digest=digests[sbom]),
         mlbom=Sbom(path=mlbom, digest=digests[mlbom]) if mlbom else None,
         hardware=hardware or this_machine(),

@@ -24,15 +24,16 @@ from containers.image.base import store_of
 from containers.image.blobs import Blob, BlobStore
 from containers.image.distribution import Registry, Traffic, parse
 from containers.image.gpu_compatibility import MODEL_BYTES
-from containers.image.layers import FileLayer, plain_files
+from containers.image.layers import FileLayer, Member, plain_files
 from containers.image.oci import OciImage
 from containers.image.profile import RuntimeProfile
 from containers.image.runtime import PORT, Runtime, build_runtime
+from containers.image.serving import CHAT_TEMPLATE, DEFAULT, ServingConfiguration
 from registry.progress import Progress
 
 RELEASE_REPOSITORY = "slipway"
-# Longer contexts than this are asked for in words; a cache for 128k tokens fits few machines.
-LONGEST_CONTEXT = 32768
+SERVING = "slipway.serving"
+"""The label with the configuration that the image serves, as JSON."""
 # Overlay file systems stack 128 layers; the base, the runtime and what is added later need some.
 MOST_SHARDS = 100
 # At once to a registry. Each holds a piece of at most a megabyte in memory.
@@ -96,6 +97,8 @@ def build_image(
     model_digest: str,
     home: Path,
     progress: Progress,
+    serving: ServingConfiguration = DEFAULT,
+    chat_template: Path | None = None,
     registry: str | None = None,
     labels: Mapping[str, str] | None = None,
     base: str | None = None,
@@ -103,7 +106,8 @@ def build_image(
 ) -> ImageRecord:
     """Put the release ``name`` (``demo-awq``) together: the runtime with the checkpoint in it; push it if asked to.
 
-    ``served_name`` is the model's name in the API. ``registry`` is a repository's prefix (``127.0.0.1:5005/slipway``).
+    ``served_name`` is the model's name in the API, ``serving`` how it is served, with the ``chat_template`` that it
+    names. ``registry`` is a repository's prefix (``127.0.0.1:5005/slipway``).
     ``labels`` are added, for instance ``org.opencontainers.image.source``; those of ``org.opencontainers`` become
     annotations too. ``sha256`` is what is known of the checkpoint's files, by their path in it: a layer whose files
     are known and that was sent before is not read again.
@@ -111,10 +115,12 @@ def build_image(
     Raises:
         ImageError, WheelError, EngineError: in one line each; nothing half-made bears a tag.
     """
-    arguments = serving_arguments(profile, checkpoint, served_name)
+    serving = serving.resolved(checkpoint_config(checkpoint), profile)
     _refuse_unwanted(checkpoint)
     runtime = build_runtime(client, profile, home, progress, base=base)
     layers = model_layers(checkpoint, sha256 or {})
+    if chat_template is not None:
+        layers.append(FileLayer((Member(CHAT_TEMPLATE.removeprefix("/"), chat_template.read_bytes()),), {}))
     version = model_digest.removeprefix("sha256:")[:12]
     described = {
         "org.opencontainers.image.title": name,
@@ -124,12 +130,14 @@ def build_image(
         "org.opencontainers.image.base.digest": runtime.labels["slipway.base.digest"],
         "slipway.model.digest": model_digest,
         "slipway.model.name": served_name,
+        SERVING: serving.document(),
         MODEL_BYTES: str(sum(path.stat().st_size for path in checkpoint.rglob("*.safetensors"))),
         **(labels or {}),
     }
     progress(f"putting {name} together from {checkpoint}")
+    arguments = list(command(profile, served_name, serving))
     placed = place_image(
-        client, runtime, layers, {"Cmd": list(arguments)}, name=name, version=version, labels=described, home=home,
+        client, runtime, layers, {"Cmd": arguments}, name=name, version=version, labels=described, home=home,
         progress=progress, registry=registry,
     )  # fmt: skip
     image = placed.image
@@ -297,33 +305,38 @@ def _comment(layer: FileLayer) -> str:
     return f"{folder} {name}" + (f" and {len(others)} more" if others else "")
 
 
-def serving_arguments(profile: RuntimeProfile, checkpoint: Path, served_name: str) -> tuple[str, ...]:
-    """Return what the image hands to vLLM: the profile's arguments, and those that follow from the checkpoint.
+def serving_arguments(
+    profile: RuntimeProfile, checkpoint: Path, served_name: str, serving: ServingConfiguration = DEFAULT
+) -> tuple[str, ...]:
+    """Return what a checkpoint's image hands to vLLM.
+
+    Raises:
+        ImageError: the folder holds no checkpoint that vLLM would load.
+    """
+    return command(profile, served_name, serving.resolved(checkpoint_config(checkpoint), profile))
+
+
+def command(profile: RuntimeProfile, served_name: str, serving: ServingConfiguration) -> tuple[str, ...]:
+    """Return what an image hands to vLLM for a resolved configuration: its arguments and the profile's."""
+    return (
+        "--model", "/model", "--served-model-name", served_name, "--host", "0.0.0.0", "--port", str(PORT),  # noqa: S104 - its own network
+        *serving.engine_arguments(), *profile.arguments,
+    )  # fmt: skip
+
+
+def checkpoint_config(checkpoint: Path) -> dict[str, Any]:
+    """Return a checkpoint's config.json.
 
     Raises:
         ImageError: the folder holds no checkpoint that vLLM would load.
     """
     try:
-        config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ImageError(f"{checkpoint} has no readable config.json: it is not a checkpoint") from error
     if not any(checkpoint.glob("*.safetensors")):
         raise ImageError(f"{checkpoint} has no *.safetensors: it is not a checkpoint")
-    context = served_context(config)
-    length = ("--max-model-len", str(context)) if context else ()
-    # One precision for a model and all its schemes: left to themselves, FP16's answers come in what the model was
-    # trained in and a scheme's in float16. A CPU emulates half precision: bfloat16 takes a fifth of the time.
-    precision = ("--dtype", "float16" if profile.minimum_driver else "bfloat16")
-    return (
-        "--model", "/model", "--served-model-name", served_name, "--host", "0.0.0.0", "--port", str(PORT),  # noqa: S104 - its own network
-        *length, *precision, *profile.arguments,
-    )  # fmt: skip
-
-
-def served_context(config: Mapping[str, Any]) -> int | None:
-    """The longest context, in tokens, that is served of a model with this ``config.json``; None where vLLM decides."""
-    longest = config.get("max_position_embeddings", config.get("text_config", {}).get("max_position_embeddings"))
-    return min(int(longest), LONGEST_CONTEXT) if longest else None
+    return config
 
 
 def find(client: docker.DockerClient, record: ImageRecord) -> Image | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from containers.image.build import served_context
+from containers.image.serving import default_context
 from containers.kubernetes.cluster import Cluster
 from containers.kubernetes.numbers import AnsweredRequest, BundleEvidence, Number, ReplicaMeasurements
 from evals.load.cost import parse_cost
@@ -22,7 +22,7 @@ from pipeline.planner.facts import read_facts
 from pipeline.settings import Settings
 from pipeline.trust import trust_of
 from pipeline.yaml_file import explain, keys, listed, read
-from registry.manifest import EVIDENCE
+from registry.manifest import EVIDENCE, Manifest
 from registry.pull import ReleaseMetadata, read_metadata
 
 _FILES = ("load.json", "requests.jsonl", "image.json", "cost.json")
@@ -46,10 +46,15 @@ def gather(reference: str, settings: Settings) -> tuple[BundleEvidence, Mapping[
         manifest=found.manifest,
         version=found.version,
         measured=measurements(load, requests),
-        context=served_context(config) or read_facts(config).context,
+        context=_context(found.manifest) or default_context(config) or read_facts(config).context,
         hourly=_hourly(found),
     )
     return evidence, image
+
+
+def _context(manifest: Manifest) -> int | None:
+    """The context of the main configuration; the first releases do not state it."""
+    return manifest.serving[0].context if manifest.serving else None
 
 
 def cluster(path: Path) -> Cluster:

@@ -15,6 +15,7 @@ from containers.hardware.gpu import gpus
 from containers.image import build as images
 from containers.image import profile as profiles
 from containers.image.runtime import build_runtime
+from containers.image.serving import CHAT_TEMPLATE, ServingConfiguration
 from containers.sandbox import sandbox
 from evals.drift import asking
 from evals.drift.answers import Answers
@@ -31,28 +32,42 @@ FP16 = "fp16"  # in the place of an image's id
 
 
 def recipe_of(
-    context: StageContext, checkpoint: Artifact, inputs: Mapping[str, str], more: Mapping[str, Any], code: str
+    context: StageContext,
+    checkpoint: Artifact,
+    serving: ServingConfiguration,
+    inputs: Mapping[str, str],
+    more: Mapping[str, Any],
+    code: str,
 ) -> Recipe:
     """The questions and the engine that is asked; no limit, since limits judge answers and do not change them."""
     limits = context.spec.evals
     kept = None if limits.divergence is None else limits.divergence.model_dump(mode="json", exclude={"max_mean"})
     parameters = {**questions(limits), "engine": engine_of(context, checkpoint), "divergence": kept, **more}
+    if limits.engine == "served":
+        profile, config = profiles.load(context.spec.runtime), images.checkpoint_config(checkpoint.folder)
+        parameters["serving"] = serving.answering().resolved(config, profile).model_dump(mode="json")
     return Recipe("answers", inputs, parameters, code=code, pins=pins_digest(asking.ENVIRONMENT))
 
 
+def reference(context: StageContext) -> ServingConfiguration:
+    """How FP16 is served, whatever the scheme and the variant that are compared with it."""
+    return context.spec.serving().reference()
+
+
 def engine_of(context: StageContext, checkpoint: Artifact) -> dict[str, str]:
-    """What computes the answers, and with which arguments: the same for FP16 and candidate."""
+    """What computes the answers: the same for FP16 and candidate."""
     on = {} if context.instruction_set is None else {"instruction_set": context.instruction_set}
     if context.spec.evals.engine == "hf":
         return {"name": "hf", "device": "cuda" if have_gpus(context.settings) else "cpu", **on}
     gpu = next((found.name for found in gpus()), None)
     profile = profiles.load(context.spec.runtime)
+    serving = context.serving.resolved(images.checkpoint_config(checkpoint.folder), profile)
     return {
         "name": asking.SERVED,
         "runtime": profile.name,
         "pins": profile.pins_digest(),
         "device": gpu if profile.minimum_driver and gpu else "cpu",
-        "arguments": " ".join(images.serving_arguments(profile, checkpoint.folder, context.spec.model)),
+        "dtype": serving.dtype,
         **on,
     }
 
@@ -121,8 +136,11 @@ def serve_source(context: StageContext, source: Artifact) -> Iterator[sandbox.Se
     profile = profiles.load(context.spec.runtime)
     with context.engine() as client:
         runtime = build_runtime(client, profile, context.settings.home, context.progress)
-        command = images.serving_arguments(profile, source.folder, context.spec.model)
-        with _served(context, client, runtime.image_id, command=command, mounts={source.folder: "/model"}) as server:
+        command = images.serving_arguments(profile, source.folder, context.spec.model, reference(context))
+        mounts = {source.folder: "/model"}
+        if context.spec.serve.chat_template is not None:
+            mounts[context.spec.serve.chat_template] = CHAT_TEMPLATE
+        with _served(context, client, runtime.image_id, command=command, mounts=mounts) as server:
             yield server
 
 

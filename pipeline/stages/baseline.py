@@ -16,7 +16,8 @@ def recipe(context: StageContext, inputs: Inputs) -> Recipe:
     """The source and the questions, some of which are asked twice."""
     source = inputs["source"]
     again = {"again": context.spec.evals.again}
-    return answers.recipe_of(context, source, {"source": source.digest}, again, code_version(__name__))
+    taken = {"source": source.digest}
+    return answers.recipe_of(context, source, answers.reference(context), taken, again, code_version(__name__))
 
 
 def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:

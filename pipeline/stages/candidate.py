@@ -27,7 +27,7 @@ def recipe(context: StageContext, inputs: Inputs) -> Recipe:
         # The limits and FP16's answers decide when to stop, so with other limits it is asked again.
         taken["baseline"] = inputs["baseline"].digest
         judged = {"looks": limits.looks, "limits": limits.model_dump(mode="json", exclude={"accept_inconclusive"})}
-    return answers.recipe_of(context, quantized, taken, judged, code_version(__name__))
+    return answers.recipe_of(context, quantized, context.serving, taken, judged, code_version(__name__))
 
 
 def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:

@@ -52,8 +52,13 @@ _COVERED = {
     # What a stage reads of the image's record was written when the image was built, and the image is an input.
     "pipeline.stages.scan": ("pipeline.stages.image", "containers.scan.scan_gate"),
     "pipeline.stages.load": ("pipeline.stages.image", "containers.image", "pipeline.planner.sources"),
-    # The verdicts are a parameter.
-    "pipeline.stages.release": ("pipeline.stages.image", "pipeline.trust", "containers.scan.scan_gate"),
+    # The verdicts are a parameter; how the model is served is in the image.
+    "pipeline.stages.release": (
+        "pipeline.stages.image",
+        "containers.image",
+        "pipeline.trust",
+        "containers.scan.scan_gate",
+    ),
     # Reading measurements takes no server; the load test, which starts one, follows this itself.
     "evals.load.measurements": ("containers.sandbox.sandbox",),
     # The profile's pins are in the recipe.

@@ -19,6 +19,7 @@ from containers.hardware.gpu import gpus
 from containers.image import profile as profiles
 from containers.image.build import ImageRecord, find
 from containers.image.layout import has_layers
+from containers.image.serving import ServingConfiguration
 from containers.scan.trivy_db import Database
 from pipeline.quantization.quantize import Scheme
 from pipeline.settings import Settings
@@ -44,6 +45,8 @@ class StageContext:
     settings: Settings
     progress: Progress
     bootstrap: Bootstrap = lambda _: contextlib.nullcontext({})
+    variant: str | None = None
+    """The serving variant that is tested; None for the main configuration."""
     dry: bool = False
     """Whether this is a dry run: artifacts are looked up, and nothing is made or written."""
     stop: threading.Event = field(default_factory=threading.Event)
@@ -61,6 +64,11 @@ class StageContext:
     def scheme(self) -> Scheme:
         """The scheme that is being released."""
         return self.spec.scheme(self.scheme_name)
+
+    @property
+    def serving(self) -> ServingConfiguration:
+        """How the release is served, as the model file says it."""
+        return self.spec.serving(self.scheme_name, self.variant)
 
     @property
     def release_name(self) -> str:

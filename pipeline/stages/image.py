@@ -8,6 +8,7 @@ from pathlib import Path
 from containers.image import build as images
 from containers.image import gpu_compatibility
 from containers.image import profile as profiles
+from containers.image.serving import ServingConfiguration
 from pipeline.errors import PlanError
 from pipeline.planner.facts import read_facts
 from pipeline.sources.lock import read_lock
@@ -28,6 +29,7 @@ def recipe(context: StageContext, inputs: Inputs) -> Recipe:
             "name": context.release_name,
             "runtime": profile.name,
             "registry": context.settings.image_registry,
+            "serving": _serving(context, inputs["quantized"]).document(),
             "labels": _labels(context, inputs["quantized"]),
         },
         code=code_version(__name__),
@@ -46,6 +48,8 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
             quantized.folder,
             name=context.release_name,
             served_name=context.spec.model,
+            serving=context.serving,
+            chat_template=context.spec.serve.chat_template,
             model_digest=quantized.digest,
             home=context.settings.home,
             progress=context.progress,
@@ -79,8 +83,13 @@ def _labels(context: StageContext, quantized: Artifact) -> dict[str, str]:
     if context.spec.license:
         labels["org.opencontainers.image.licenses"] = context.spec.license
     config = quantized.document("config.json")
-    served = images.served_context(config)
-    if served is not None:
+    serving = _serving(context, quantized)
+    if serving.context is not None:
         with contextlib.suppress(PlanError):  # the planner does not know this architecture, so the size is unknown
-            labels[gpu_compatibility.CACHE_BYTES] = str(read_facts(config).kv_bytes(served))
+            size = read_facts(config).kv_bytes(serving.context, serving.cache_bytes)
+            labels[gpu_compatibility.CACHE_BYTES] = str(size)
     return labels
+
+
+def _serving(context: StageContext, quantized: Artifact) -> ServingConfiguration:
+    return context.serving.resolved(quantized.document("config.json"), profiles.load(context.spec.runtime))

@@ -9,6 +9,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from containers.hardware.gpu import gpus
+from containers.image import build as images
+from containers.image import profile as profiles
 from containers.sandbox.kernels import ComputedOn
 from containers.scan import mlbom, scan_gate
 from containers.scan.evidence import read_scan
@@ -36,6 +38,7 @@ from registry.manifest import (
     Image,
     Kernels,
     Quantizer,
+    ServedConfiguration,
     Source,
     utc_now,
 )
@@ -108,6 +111,7 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft, *, gates: 
             runtime=record.runtime,
             minimum_driver=record.minimum_driver,
         ),
+        serving=(_serving(context, quantized),),
         sbom=SBOM,
         mlbom=MLBOM,
         hardware=_hardware(inputs["load"]),
@@ -130,6 +134,12 @@ def _cited(name: str, gate: Gate) -> list[str]:
 def _source(context: StageContext, source: Artifact) -> Source:
     files = {name: FileRecord(sha256=entry["sha256"], size=entry["size"]) for name, entry in source.files.items()}
     return Source(uri=public_uri(context.spec.source.uri), revision=source.notes["revision"], files=files)
+
+
+def _serving(context: StageContext, quantized: Artifact) -> ServedConfiguration:
+    profile = profiles.load(context.spec.runtime)
+    serving = context.serving.resolved(quantized.document("config.json"), profile)
+    return serving.record(images.command(profile, context.spec.model, serving))
 
 
 def _quantizer(context: StageContext, quantized: Artifact) -> Quantizer:

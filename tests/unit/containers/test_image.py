@@ -11,6 +11,7 @@ import pytest
 from containers.errors import ImageError, WheelError
 from containers.image import base, build, profile, runtime, wheels
 from containers.image.blobs import Blob, BlobStore
+from containers.image.serving import LONGEST_CONTEXT
 
 BASE = base.BaseImage("sha256:" + "1" * 64, "sha256:" + "2" * 64, "a base")
 
@@ -53,7 +54,7 @@ def test_arguments_follow_from_the_checkpoint(tmp_path: Path) -> None:
 def test_a_context_of_131072_tokens_is_capped(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, text_config={"max_position_embeddings": 131072})
     words = build.serving_arguments(profile.load("vllm-cuda13"), folder, "big")
-    assert words[words.index("--max-model-len") + 1] == str(build.LONGEST_CONTEXT)
+    assert words[words.index("--max-model-len") + 1] == str(LONGEST_CONTEXT)
     # FP16 is asked in the precision in which every scheme of it computes.
     assert words[words.index("--dtype") + 1] == "float16"
 

@@ -1,0 +1,217 @@
+"""How a model is served: the model file's section ``serve``, and one configuration that an image or a variant runs.
+
+A key is set for all schemes. A scheme may override it, and a variant both. What a scheme or a variant can't override
+is one for the model, because FP16's answers are compared with all of them, or because it is a file in the image.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints
+
+from containers.hardware.gpu import gpus
+from containers.image.profile import RuntimeProfile
+from registry.manifest import ServedConfiguration
+
+LONGEST_CONTEXT = 32768
+"""A context longer than this is served only where the model file asks for it: its cache fits few machines."""
+CHAT_TEMPLATE = "/serve/chat_template.jinja"
+"""Where the image has the chat template of the model file."""
+# Keys that change no answer, but for the rounding that other batches bring.
+_SPEED_AND_MEMORY = ("gpu_memory", "max_sequences", "batched_tokens", "prefix_caching")
+_BFLOAT16_SINCE = (8, 0)  # of a GPU's compute capability
+
+ServedName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+([.-][a-z0-9]+)*$", max_length=63)]
+ParserName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=63)]
+Word = Annotated[str, StringConstraints(pattern=r"^[^\s\x00-\x1f\x7f]+$", max_length=4096)]
+Dtype = Literal["float16", "bfloat16", "float32"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Pinned(_Section):
+    """Where further weights come from: an adapter's, or those of a model that drafts tokens."""
+
+    uri: str
+    """`file:FOLDER` or `hf://ORG/NAME`; a relative folder counts from the model file."""
+    revision: str | None = None
+    """A commit, a tag or a branch of a hub; default `main`."""
+
+
+class Adapter(Pinned):
+    """A LoRA adapter that is served next to the model, under its own name."""
+
+
+class Speculative(_Section):
+    """Tokens that are drafted cheaply, and accepted where the model would have generated them."""
+
+    method: Literal["ngram", "draft_model", "eagle", "eagle3"]
+    """`ngram` repeats what the prompt has; the others draft with a model."""
+    tokens: int = Field(ge=1, le=64)
+    """How many tokens are drafted at once."""
+    model: Pinned | None = None
+    """The model that drafts, for all methods but `ngram`."""
+
+
+class Override(_Section):
+    """What a scheme or a variant may override. A key that is not set is left to the engine, if nothing else is said."""
+
+    context: PositiveInt | None = None
+    """Tokens of prompt and answer; by default what the model was made for, up to 32,768."""
+    tensor_parallel: PositiveInt | None = None
+    """GPUs that share each layer; by default what the planner proposes."""
+    pipeline_parallel: PositiveInt = 1
+    """Groups of GPUs that share the layers."""
+    kv_cache: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] = "auto"
+    """The KV cache's precision; `auto` is that of the model."""
+    gpu_memory: float | None = Field(default=None, gt=0, le=1)
+    """The fraction of a GPU's memory that the engine takes."""
+    max_sequences: PositiveInt | None = None
+    """Requests that are computed at once."""
+    batched_tokens: PositiveInt | None = None
+    """Tokens that are computed in one step."""
+    prefix_caching: bool | None = None
+    """Whether the cache of a common beginning is shared by requests."""
+    tool_calls: ParserName | None = None
+    """The engine's parser of tool calls; it allows `tool_choice: auto`."""
+    reasoning: ParserName | None = None
+    """The engine's parser that separates reasoning from the answer."""
+    speculative: Speculative | None = None
+    """Speculative decoding."""
+    arguments: tuple[Word, ...] = ()
+    """Further arguments of the engine, of those that are allowed and have no key."""
+
+
+class Serve(Override):
+    """How the model is served."""
+
+    dtype: Literal["auto"] | Dtype = "auto"
+    """The precision of activations, and of weights that are not quantized, for FP16 and all schemes; `auto` is what the
+    model was trained in if the device supports it.
+    """
+    chat_template: Path | None = None
+    """A Jinja template in place of the model's own, as `file:PATH`; it is copied into the image."""
+    adapters: Mapping[ServedName, Adapter] = Field(default_factory=dict)
+    """LoRA adapters by the name under which they are served."""
+    variants: Mapping[ServedName, Override] = Field(default_factory=dict)
+    """Further configurations of the same image, each tested like the main one; `slipway serve --variant` starts one."""
+
+
+class ServingConfiguration(Override):
+    """One configuration that is served: the model's main one, or a ``variant``.
+
+    As the model file says it, ``context`` and ``tensor_parallel`` may be None and ``dtype`` ``auto``; `resolved` fills
+    them in. A resolved one is what commands, labels, manifests and cache keys are made from, as `document`.
+    """
+
+    variant: str | None = None
+    dtype: Literal["auto"] | Dtype = "auto"
+    chat_template: str | None = None
+    """``sha256:…`` of the template in the image."""
+    adapters: Mapping[str, Adapter] = Field(default_factory=dict)
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of one replica; on a CPU, the engine's processes."""
+        return (self.tensor_parallel or 1) * self.pipeline_parallel
+
+    def resolved(self, config: Mapping[str, Any], profile: RuntimeProfile) -> ServingConfiguration:
+        """Return the configuration with every value known, for a model with this ``config.json`` in a runtime."""
+        return self.model_copy(
+            update={
+                "context": self.context or default_context(config),
+                "tensor_parallel": self.tensor_parallel or 1,
+                "dtype": default_dtype(config, profile) if self.dtype == "auto" else self.dtype,
+            }
+        )
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of a number in the KV cache."""
+        return 1 if self.kv_cache.startswith("fp8") else 4 if self.dtype == "float32" else 2
+
+    def reference(self) -> ServingConfiguration:
+        """How FP16 is served to be compared with: a cache of full precision, and every token computed by the model."""
+        return self.model_copy(update={"kv_cache": "auto", "speculative": None})
+
+    def answering(self) -> ServingConfiguration:
+        """The same without the keys that change speed and memory, and no answer."""
+        return self.model_copy(update={"variant": None, **dict.fromkeys(_SPEED_AND_MEMORY)})
+
+    def engine_arguments(self) -> tuple[str, ...]:
+        """The engine's arguments for all keys that differ from its defaults."""
+        return tuple(self._words())
+
+    def _words(self) -> Iterator[str]:
+        for flag, value, default in (
+            ("--max-model-len", self.context, None),
+            ("--dtype", self.dtype, None),
+            ("--tensor-parallel-size", self.tensor_parallel or 1, 1),
+            ("--pipeline-parallel-size", self.pipeline_parallel, 1),
+            ("--kv-cache-dtype", self.kv_cache, "auto"),
+            ("--gpu-memory-utilization", self.gpu_memory, None),
+            ("--max-num-seqs", self.max_sequences, None),
+            ("--max-num-batched-tokens", self.batched_tokens, None),
+        ):
+            if value != default:
+                yield from (flag, str(value))
+        if self.prefix_caching is not None:
+            yield "--enable-prefix-caching" if self.prefix_caching else "--no-enable-prefix-caching"
+        if self.chat_template is not None:
+            yield from ("--chat-template", CHAT_TEMPLATE)
+        if self.tool_calls is not None:
+            yield from ("--enable-auto-tool-choice", "--tool-call-parser", self.tool_calls)
+        if self.reasoning is not None:
+            yield from ("--reasoning-parser", self.reasoning)
+        if self.speculative is not None:
+            drafting = {"method": self.speculative.method, "num_speculative_tokens": self.speculative.tokens}
+            yield from ("--speculative-config", json.dumps(drafting, separators=(",", ":")))
+        yield from self.arguments
+
+    def record(self, command: tuple[str, ...]) -> ServedConfiguration:
+        """The same for a manifest, of a resolved configuration, with the ``command`` that an image is started with."""
+        return ServedConfiguration(
+            variant=self.variant,
+            context=self.context,
+            dtype=self.dtype,
+            kv_cache=self.kv_cache,
+            tensor_parallel=self.tensor_parallel or 1,
+            pipeline_parallel=self.pipeline_parallel,
+            chat_template=self.chat_template,
+            adapters=tuple(self.adapters),
+            command=command,
+        )
+
+    def document(self) -> str:
+        """The configuration as canonical JSON, for a label and a cache key."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+
+DEFAULT = ServingConfiguration()
+"""How a model is served whose file says nothing about it."""
+
+
+def default_context(config: Mapping[str, Any]) -> int | None:
+    """The context that is served of a model with this ``config.json`` by default; None where the engine decides."""
+    longest = config.get("max_position_embeddings", config.get("text_config", {}).get("max_position_embeddings"))
+    return min(int(longest), LONGEST_CONTEXT) if longest else None
+
+
+def default_dtype(config: Mapping[str, Any], profile: RuntimeProfile) -> Dtype:
+    """The precision that a model was trained in, if the device supports it.
+
+    A CPU emulates half precision: bfloat16 takes a fifth of the time. GPUs before Ampere have no bfloat16. Nothing is
+    served in float32 unless the model file says so.
+    """
+    if profile.minimum_driver is None:
+        return "bfloat16"
+    parts = (config, config.get("text_config", {}))
+    trained = next((part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), "float16")
+    supported = all(gpu.capability >= _BFLOAT16_SINCE for gpu in gpus()[:1])
+    return "bfloat16" if trained == "bfloat16" and supported else "float16"
