@@ -108,6 +108,10 @@ class ModelDescription:
         rows = [tensor.shape[0] for name, tensor in self.tensors.items() if len(tensor.shape) == 2 and outside(name)]
         return isinstance(vocabulary, int) and sum(count >= vocabulary for count in rows) == 1
 
+    def is_in_decoder(self, name: str) -> bool:
+        """Whether a tensor stands in one of the decoder's numbered layers."""
+        return not outside(name) and _TOWER.search(name) is None
+
     def _linear(self, name: str) -> bool:
         return (
             self._in_layer(name)

@@ -30,7 +30,7 @@ _MOST_DIMENSIONS = 64
 _LARGEST = 2**64 - 1
 _MOST_PROBLEMS, _LONGEST_SHOWN = 20, 100
 # Bits an element, of the dtypes that safetensors names.
-_BITS = {
+BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
     "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
@@ -170,13 +170,6 @@ def read_model(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def read_bytes(tensor: Tensor) -> bytes:
-    """The bytes of one tensor: meant for small ones."""
-    with tensor.file.open("rb") as stream:
-        stream.seek(tensor.start)
-        return stream.read(tensor.bytes)
-
-
 def _folder_index(folder: Path) -> dict[str, str] | None:
     path = folder / INDEX
     if not path.exists():
@@ -219,9 +212,9 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> Tensor:  # noqa: AN
         raise problem(f"has {len(shape)} dimensions, of which at most {_MOST_DIMENSIONS} are read")
     if not all(type(number) is int and 0 <= number <= _LARGEST for number in (*shape, start, end)):
         raise problem("has a number that is not an unsigned integer of 64 bits")
-    if not isinstance(dtype, str) or dtype not in _BITS:
+    if not isinstance(dtype, str) or dtype not in BITS:
         raise problem(f"has the unknown dtype {str(dtype)[:_LONGEST_SHOWN]!r}")
-    expected, rest = divmod(math.prod(shape) * _BITS[dtype], 8)
+    expected, rest = divmod(math.prod(shape) * BITS[dtype], 8)
     if rest or end - start != expected:
         raise problem(f"of {dtype} and shape {list(shape)} takes {expected} bytes, not {end - start}")
     return Tensor(dtype, shape, data + start, data + end, path)

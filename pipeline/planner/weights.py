@@ -23,11 +23,10 @@ from containers.hardware.cpu import InstructionSet
 from pipeline.compatibility.description import FLOATS, ModelDescription
 from pipeline.compatibility.safetensors_headers import Tensor
 from pipeline.planner.facts import ModelFacts
-from pipeline.quantization.checkpoint import packed_layout
+from pipeline.quantization.formats.table import format_of
 from pipeline.quantization.quantize import Scheme
 
 FP16 = "fp16"
-_DTYPE_BYTES = {"F16": 2, "I32": 4}
 _FLOAT32_BYTES = 4
 _PACKED_BITS = 4  # of vLLM's kernel on CPUs
 _PACKED_PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -76,11 +75,8 @@ def unquantized(model: ModelDescription) -> Weights:
 def quantized(name: str, scheme: Scheme, model: ModelDescription) -> Weights:
     """The weights as ``scheme`` packs them: every linear layer of the decoder, and nothing else."""
     linears = {f"{key}.weight": tensor for key, tensor in model.linears.items()}
-    packed = sum(
-        math.prod(shape) * _DTYPE_BYTES[dtype]
-        for tensor in linears.values()
-        for dtype, shape in packed_layout(tensor, scheme).values()
-    )
+    layout = format_of(scheme).layout
+    packed = sum(stored.bytes for tensor in linears.values() for stored in layout(tensor, scheme).values())
     rest = sum(_at_16_bits(tensor) for key, tensor in model.tensors.items() if key not in linears)
     weights = sum(math.prod(tensor.shape) for tensor in linears.values())
     return Weights(

@@ -41,6 +41,9 @@ _CARRIERS = (
 _COVERED = {
     # The scheme's own script is a parameter.
     "pipeline.quantization.quantize": ("pipeline.quantization.quantizers",),
+    # So is the module of its format.
+    "pipeline.quantization.checkpoint": ("pipeline.quantization.formats.table",),
+    "pipeline.stages.quantized": ("pipeline.quantization.formats.table",),
     # The server that answers is the image, and the arguments of FP16's server are a parameter.
     "pipeline.stages.answers": ("containers",),
     "evals.drift.asking": ("containers", "evals.drift.divergence"),

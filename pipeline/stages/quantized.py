@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pipeline.quantization import quantize
+from pipeline.quantization.formats.table import format_of
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext
 from pipeline.stages.stage import Inputs, digests
@@ -25,6 +26,7 @@ def recipe(context: StageContext, inputs: Inputs) -> Recipe:
             "max_tokens": calibration.max_tokens,
             "cuda": have_gpus(context.settings),
             "worker": code_version(backend.script),
+            "format": code_version(format_of(context.scheme).__name__),
         },
         code=code_version(__name__),
         pins=pins_digest(backend.environment),

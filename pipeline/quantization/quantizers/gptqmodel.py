@@ -53,7 +53,7 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
         raise WorkerError(f"GPTQModel can't quantize this model as asked: {error}") from error
     report("saving")
     model.save(request["output"])
-    store_as_float16(Path(request["output"]))
+    store_as_float16(Path(request["output"]), Path(request["source"]))
     return {
         "device": device,
         "blocks": len(blocks),

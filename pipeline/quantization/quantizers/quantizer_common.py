@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from slipway_worker import WorkerError
 
 # Fewer tokens than this say nothing about what a layer sees.
 MINIMUM_TOKENS = 512
+_NUMBERED = re.compile(r"(^|\.)\d+\.")
 
 
 def calibration_blocks(request: dict[str, Any]) -> list[list[int]]:
@@ -55,10 +57,11 @@ def batch_size(max_tokens: int) -> int:
     return max(1, 8192 // max_tokens)
 
 
-def store_as_float16(folder: Path) -> None:
+def store_as_float16(folder: Path, source: Path) -> None:
     """Rewrite a checkpoint's other floating-point tensors as float16, file by file, and the index's total size.
 
-    On CPU the search runs in float32 or bfloat16, for which processors are made; float16 is what kernels load.
+    On CPU the search runs in float32 or bfloat16, for which processors are made; float16 is what kernels load. What
+    stands outside the numbered layers is taken from the ``source``: as bfloat16 it would have lost three bits.
 
     Raises:
         WorkerError: a weight is too large for float16.
@@ -67,14 +70,14 @@ def store_as_float16(folder: Path) -> None:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    total = 0
+    total, originals = 0, _outside_layers(source)
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in sorted(stored.keys())}
             metadata = stored.metadata()
         for name, tensor in tensors.items():
             if tensor.dtype in {torch.float32, torch.bfloat16}:
-                tensors[name] = tensor.half()
+                tensors[name] = originals.get(name, tensor).half()
                 if not tensors[name].isfinite().all():
                     raise WorkerError(f"`{name}` holds values that float16 can't: this model can't be quantized on CPU")
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -84,6 +87,17 @@ def store_as_float16(folder: Path) -> None:
         document = json.loads(index.read_text())
         document["metadata"]["total_size"] = total
         index.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
+
+
+def _outside_layers(source: Path) -> dict[str, Any]:
+    """The source's tensors that stand in no numbered layer: embeddings, the head, the last norm."""
+    from safetensors import safe_open
+
+    found: dict[str, Any] = {}
+    for path in sorted(source.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as stored:
+            found |= {name: stored.get_tensor(name) for name in sorted(stored.keys()) if not _NUMBERED.search(name)}
+    return found
 
 
 def _encoder(source: Path) -> Callable[[str], list[int]]:

@@ -40,18 +40,48 @@ def unquantized() -> Tensors:
     }
 
 
-def quantized(method: str, bits: int, group_size: int) -> Tensors:
-    """The same model as a quantizer would store it: right in dtypes and shapes, meaningless in values."""
-    tensors = {name: value for name, value in unquantized().items() if name.removesuffix(".weight") not in linears()}
-    for name, (out, inputs) in linears().items():
-        groups = inputs // group_size
-        packed = (inputs, out * bits // 32) if method == "awq" else (inputs * bits // 32, out)
-        tensors[f"{name}.qweight"] = np.zeros(packed, np.int32)
-        tensors[f"{name}.qzeros"] = np.zeros((groups, out * bits // 32), np.int32)
-        tensors[f"{name}.scales"] = np.ones((groups, out), np.float16)
-        if method == "gptq":
-            tensors[f"{name}.g_idx"] = (np.arange(inputs) // group_size).astype(np.int32)
+def quantized(method: str, bits: int, group_size: int, source: Tensors | None = None) -> Tensors:
+    """The same model as a quantizer would store it, or another ``source``: each weight rounded to the nearest."""
+    source = unquantized() if source is None else source
+    tensors = {name: value for name, value in source.items() if name.removesuffix(".weight") not in linears()}
+    for name in linears():
+        tensors |= packed(name, source[f"{name}.weight"].astype(np.float32), method, bits, group_size)
     return tensors
+
+
+def packed(name: str, weight: NDArray[np.float32], method: str, bits: int, group_size: int) -> Tensors:
+    """One linear layer [out, in] as a format packs it, in groups of ``group_size`` inputs or -1, symmetric."""
+    out, inputs = weight.shape
+    size = inputs if group_size == -1 else group_size
+    groups = weight.reshape(out, inputs // size, size)
+    middle = 2 ** (bits - 1)
+    scales = np.maximum(np.abs(groups).max(2) / (middle - 0.5), 1e-5).astype(np.float16)
+    values = np.clip(np.round(groups / scales[:, :, None]) + middle, 0, 2**bits - 1).astype(np.uint32)
+    values = values.reshape(out, inputs).T
+    zeros = np.full((inputs // size, out), middle if method == "awq" else middle - 1, np.uint32)
+    found: Tensors = {f"{name}.scales": np.ascontiguousarray(scales.T)}
+    if method == "awq":
+        return found | {
+            f"{name}.qweight": _words(_interleaved(values), bits),
+            f"{name}.qzeros": _words(_interleaved(zeros), bits),
+        }
+    return found | {
+        f"{name}.qweight": np.ascontiguousarray(_words(values.T, bits).T),
+        f"{name}.qzeros": _words(zeros, bits),
+        f"{name}.g_idx": (np.arange(inputs) // size).astype(np.int32),
+    }
+
+
+def _interleaved(values: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Eight outputs in the order that AWQ stores them in."""
+    return values.reshape(values.shape[0], -1, 8)[:, :, [0, 2, 4, 6, 1, 3, 5, 7]].reshape(values.shape)
+
+
+def _words(values: NDArray[np.uint32], bits: int) -> NDArray[np.int32]:
+    """Each row as one stream of bits, the lowest first, cut into words of 32."""
+    apart = (values[:, :, None] >> np.arange(bits, dtype=np.uint32)) & 1
+    stream = np.packbits(apart.reshape(values.shape[0], -1).astype(np.uint8), axis=1, bitorder="little")
+    return np.ascontiguousarray(stream).view("<i4")
 
 
 def quantization_config(method: str, bits: int, group_size: int) -> dict[str, Any]:

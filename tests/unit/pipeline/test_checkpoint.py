@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,70 @@ def test_a_scale_that_is_no_number_is_refused(tmp_path: Path, source: Path) -> N
     assert f"{LAYER}.scales holds a value that is not finite" in refused(tmp_path, source, spoil)
 
 
+def test_a_scale_of_zero_is_refused(tmp_path: Path, source: Path) -> None:
+    def spoil(tensors: checkpoints.Tensors) -> None:
+        tensors[f"{LAYER}.scales"][0, :3] = 0
+
+    assert f"{LAYER}.scales holds 3 values that are not above zero" in refused(tmp_path, source, spoil)
+
+
+@pytest.mark.parametrize("factor", [0.5, 2])
+def test_scales_of_one_layer_that_are_wrong_by_a_factor_are_refused(
+    tmp_path: Path, source: Path, factor: float
+) -> None:
+    def spoil(tensors: checkpoints.Tensors) -> None:
+        tensors[f"{LAYER}.scales"] *= np.float16(factor)
+
+    message = refused(tmp_path, source, spoil, "gptq")
+    found = re.search(rf"{LAYER} decodes to (\S+) times the source's weights: its scales are wrong", message)
+    assert found is not None, message
+    assert float(found[1]) == pytest.approx(factor, rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_weights_that_are_not_the_sources_are_refused(tmp_path: Path, source: Path, method: str) -> None:
+    """Those of another layer, and zeros: neither has wrong shapes or dtypes."""
+    twin = LAYER.replace("layers.1", "layers.0")
+
+    def exchange(tensors: checkpoints.Tensors) -> None:
+        for part in ("qweight", "qzeros", "scales"):
+            ours, theirs = f"{LAYER}.{part}", f"{twin}.{part}"
+            tensors[ours], tensors[theirs] = tensors[theirs], tensors[ours]
+
+    def erase(tensors: checkpoints.Tensors) -> None:
+        out, inputs = checkpoints.linears()[LAYER]
+        tensors |= checkpoints.packed(LAYER, np.zeros((out, inputs), np.float32), method, 4, 32)
+
+    message = refused(tmp_path, source, exchange, method)
+    assert f"{LAYER} does not decode to the source's weights: a cosine of" in message
+    assert f"{twin} does not decode" in message
+    assert f"{LAYER} does not decode" in refused(tmp_path, source, erase, method)
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "noticed"),
+    [
+        ("awq", "lm_head.weight", True),
+        ("gptq", "lm_head.weight", True),
+        ("gptq", "model.layers.0.input_layernorm.weight", True),
+        # AWQ divides norms by its scales.
+        ("awq", "model.layers.0.input_layernorm.weight", False),
+    ],
+)
+def test_what_is_not_quantized_is_the_sources(
+    tmp_path: Path, source: Path, method: str, name: str, noticed: bool
+) -> None:
+    tensors = checkpoints.quantized(method, 4, 32)
+    tensors[name] = tensors[name] * np.float16(1.5)
+    stated = checkpoints.config() | {"quantization_config": checkpoints.quantization_config(method, 4, 32)}
+    folder = checkpoints.write(tmp_path / "made", tensors, stated)
+    if not noticed:
+        assert check(folder, source, scheme(method)).layers
+        return
+    with pytest.raises(CheckpointError, match=f"`{name}` differs from the source's"):
+        check(folder, source, scheme(method))
+
+
 def test_group_indices_must_follow_the_group_size(tmp_path: Path, source: Path) -> None:
     def shuffle(tensors: checkpoints.Tensors) -> None:
         tensors[f"{LAYER}.g_idx"] = tensors[f"{LAYER}.g_idx"][::-1].copy()
@@ -97,7 +162,8 @@ def test_group_indices_must_follow_the_group_size(tmp_path: Path, source: Path) 
 def test_ordered_by_activation_the_indices_may_come_in_any_order(tmp_path: Path, source: Path) -> None:
     tensors = checkpoints.quantized("gptq", 4, 32)
     for name in checkpoints.linears():
-        tensors[f"{name}.g_idx"] = tensors[f"{name}.g_idx"][::-1].copy()
+        for part in ("g_idx", "scales", "qzeros"):
+            tensors[f"{name}.{part}"] = tensors[f"{name}.{part}"][::-1].copy()
     stated = checkpoints.quantization_config("gptq", 4, 32) | {"desc_act": True}
     folder = checkpoints.write(tmp_path / "made", tensors, checkpoints.config() | {"quantization_config": stated})
     assert check(folder, source, scheme("gptq", desc_act=True)).layers
@@ -106,11 +172,7 @@ def test_ordered_by_activation_the_indices_may_come_in_any_order(tmp_path: Path,
 
 
 def test_one_group_over_a_whole_input(tmp_path: Path, source: Path) -> None:
-    tensors = checkpoints.quantized("gptq", 4, 32)
-    for name, (out, inputs) in checkpoints.linears().items():
-        tensors[f"{name}.qzeros"] = np.zeros((1, out // 8), np.int32)
-        tensors[f"{name}.scales"] = np.ones((1, out), np.float16)
-        tensors[f"{name}.g_idx"] = np.zeros(inputs, np.int32)
+    tensors = checkpoints.quantized("gptq", 4, -1)
     stated = checkpoints.quantization_config("gptq", 4, -1)
     folder = checkpoints.write(tmp_path / "made", tensors, checkpoints.config() | {"quantization_config": stated})
     assert check(folder, source, scheme("gptq", group_size=-1)).layers == len(checkpoints.linears())

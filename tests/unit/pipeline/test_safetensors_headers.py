@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from pipeline.compatibility.safetensors_headers import HeaderError, parse_header, read_bytes, read_header, read_model
+from pipeline.compatibility.safetensors_headers import HeaderError, parse_header, read_header, read_model
+from pipeline.compatibility.safetensors_values import read_columns, read_rows
 from unit.pipeline import checkpoints
 
 
@@ -31,8 +32,10 @@ def test_reads_what_the_library_writes(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     found = read_header(tmp_path / "model.safetensors")
     assert {name: tensor.shape for name, tensor in found.items()} == {name: t.shape for name, t in tensors.items()}
-    norm = np.frombuffer(read_bytes(found["model.norm.weight"]), np.float16)
-    assert np.array_equal(norm, tensors["model.norm.weight"])
+    assert np.array_equal(read_rows(found["model.norm.weight"]), tensors["model.norm.weight"])
+    head = tensors["lm_head.weight"]
+    assert np.array_equal(read_rows(found["lm_head.weight"], slice(8, 24)), head[8:24])
+    assert np.array_equal(read_columns(found["lm_head.weight"], slice(8, 24)), head[:, 8:24])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""How checkpoints store quantized layers: one module per format, behind one Protocol."""
