@@ -26,7 +26,8 @@ from evals.drift.drift_gate import judge
 from evals.drift.layer_errors import measure_layers
 from evals.drift.limits import DriftLimits
 from evals.drift.pairs import compare
-from pipeline.quantization.quantize import Scheme, quantize
+from pipeline.compatibility.scheme import Scheme
+from pipeline.quantization.quantize import quantize
 from pipeline.settings import Settings
 from pipeline.workers.runner import Workers
 from registry.verdict import Verdict

@@ -17,8 +17,8 @@ from containers.scan.policy import ScanPolicy
 from evals.drift.limits import DriftLimits
 from evals.load.cost import CostPlan
 from evals.load.load_test import LoadPlan
+from pipeline.compatibility.scheme import Scheme
 from pipeline.errors import SpecError
-from pipeline.quantization.quantize import Scheme
 from pipeline.yaml_file import explain, keys, listed, read
 from registry.digests import digest_file
 from registry.suggestions import suggestion

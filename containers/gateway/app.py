@@ -84,7 +84,7 @@ def admin(gateway: Gateway, client_api: FastAPI) -> Starlette:
         return JSONResponse({"ready": fine}, 200 if fine else 503)
 
     async def replicas(_: Request) -> Response:
-        return JSONResponse(gateway.state())
+        return JSONResponse(gateway.state().model_dump())
 
     async def description(_: Request) -> Response:
         return JSONResponse(client_api.openapi())

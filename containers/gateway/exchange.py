@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -14,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from containers.gateway import reading, trace
+from containers.gateway.account import Account
 from containers.gateway.errors import CLIENT_CLOSED, Refusal
 from containers.gateway.limiter import Grant
 from containers.gateway.protocol import abort
@@ -29,27 +29,6 @@ if TYPE_CHECKING:
     from containers.gateway.keys import Key
 
 _SLICE = 64 * 1024
-
-
-@dataclass
-class Account:
-    """What the log and the metrics record about a request. Prompt and answer are never part of it."""
-
-    trace: trace.Trace
-    path: str
-    started: float = field(default_factory=time.monotonic)
-    key: str = "-"
-    model: str = "-"
-    replica: str = "-"
-    release: str = "-"
-    status: int = 0
-    code: str = "ok"
-    stream: bool = False
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    queued_s: float = 0.0
-    overhead_s: float = 0.0
-    first_s: float | None = None
 
 
 class Exchange(Response):

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import httpx
 
+from containers.gateway.account import Account
 from containers.gateway.config import Routes, Settings, Watched
 from containers.gateway.connections import Connections
 from containers.gateway.errors import ConfigurationError, Refusal
@@ -23,10 +23,8 @@ from containers.gateway.limiter import Limiter
 from containers.gateway.metrics import Metrics
 from containers.gateway.router import Pool, Router
 from containers.gateway.schema import ModelCard, ModelList
+from containers.gateway.state import GatewayState, ReplicaState
 from containers.gateway.upstream import HEADERS, Upstream
-
-if TYPE_CHECKING:
-    from containers.gateway.exchange import Account
 
 log = logging.getLogger("slipway.gateway")
 requests_log = logging.getLogger("slipway.gateway.requests")
@@ -106,22 +104,26 @@ class Gateway:
         if self.routes.error or self._route_error:
             yield "routes"
 
-    def state(self) -> dict[str, object]:
-        """Return the state for operators and `slipway serve`. ``routes`` is the digest of the routes in use."""
-        return {
-            "routes": self._applied,
-            "draining": self.draining,
-            "ready": self.router.is_ready,
-            "queues": {name: len(pool.waiting) for name, pool in self.router.pools.items()},
-            "replicas": [
-                {
-                    "name": replica.name, "release": replica.release, "url": replica.url,
-                    "state": "draining" if replica.draining else replica.state,
-                    "running": len(replica.running), "tokens": replica.tokens, "ejections": replica.ejections,
-                }
+    def state(self) -> GatewayState:
+        """Return the state for operators and `slipway serve`."""
+        return GatewayState(
+            routes=self._applied,
+            draining=self.draining,
+            ready=self.router.is_ready,
+            queues={name: len(pool.waiting) for name, pool in self.router.pools.items()},
+            replicas=tuple(
+                ReplicaState(
+                    name=replica.name,
+                    release=replica.release,
+                    url=replica.url,
+                    state="draining" if replica.draining else replica.state,
+                    running=len(replica.running),
+                    tokens=replica.tokens,
+                    ejections=replica.ejections,
+                )
                 for replica in self.router.everyone()
-            ],
-        }  # fmt: skip
+            ),
+        )
 
     def tell(self, account: Account) -> None:
         """Log and count a request, without prompt and answer."""

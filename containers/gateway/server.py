@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import logging
 import os
 import signal
@@ -18,6 +17,7 @@ from containers.gateway.config import Settings
 from containers.gateway.errors import ConfigurationError
 from containers.gateway.gateway import SOCKET_BUFFER, Gateway
 from containers.gateway.protocol import bounded
+from containers.gateway.state import GatewayPorts
 
 log = logging.getLogger("slipway.gateway")
 _BACKLOG = 2048
@@ -109,11 +109,9 @@ def _listening(host: str, port: int) -> socket.socket:
 
 def _announce(settings: Settings, public: socket.socket, private: socket.socket) -> None:
     """Log the ports and write them to the announcement file, atomically."""
-    ports = {"port": public.getsockname()[1], "admin_port": private.getsockname()[1], "pid": os.getpid()}
-    log.info(
-        "serving on %s:%s, metrics on %s:%s", settings.host, ports["port"], settings.admin_host, ports["admin_port"]
-    )
+    ports = GatewayPorts(port=public.getsockname()[1], admin_port=private.getsockname()[1], pid=os.getpid())
+    log.info("serving on %s:%s, metrics on %s:%s", settings.host, ports.port, settings.admin_host, ports.admin_port)
     if settings.announce is not None:
         beside = Path(f"{settings.announce}.part")
-        beside.write_text(json.dumps(ports))
+        beside.write_text(ports.model_dump_json())
         beside.replace(settings.announce)

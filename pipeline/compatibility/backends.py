@@ -19,6 +19,13 @@ from pipeline.errors import QuantizeError
 _TABLE = Path(__file__).with_name("backends.json")
 # Backends by method, the one to recommend first.
 METHODS: Mapping[str, tuple[str, ...]] = {"awq": ("gptqmodel", "autoawq"), "gptq": ("gptqmodel", "autogptq")}
+# The bits that a backend writes of a method.
+BITS: Mapping[tuple[str, str], tuple[int, ...]] = {
+    ("awq", "autoawq"): (4,),
+    ("awq", "gptqmodel"): (4,),
+    ("gptq", "gptqmodel"): (2, 3, 4, 8),
+    ("gptq", "autogptq"): (2, 3, 4, 8),
+}
 # What each method's format and kernels know; -1 is one group over a whole input.
 GROUP_SIZES: Mapping[str, tuple[int, ...]] = {"awq": (32, 64, 128), "gptq": (-1, 16, 32, 64, 128, 256)}
 # Backends that stopped at transformers 4.51.

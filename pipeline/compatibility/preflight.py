@@ -7,15 +7,12 @@ quantizes calls it again, because Dagster may run that stage alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
 
 from pipeline.compatibility import backends
 from pipeline.compatibility.description import ModelDescription, in_layer
+from pipeline.compatibility.scheme import Scheme, either
 from pipeline.errors import QuantizeError, UnsupportedModelError
-
-if TYPE_CHECKING:
-    from pipeline.quantization.quantize import Scheme
 
 _NAMES = {"autoawq": "AutoAWQ", "gptqmodel": "GPTQModel", "autogptq": "AutoGPTQ"}
 # Its classes keep a linear's weight as [in, out] (transformers' Conv1D); the packed layouts here are of [out, in].
@@ -127,7 +124,7 @@ def _widths(model: ModelDescription, scheme: Scheme) -> Iterator[str]:
     if ragged:
         widths = {weight.shape[1] for weight in model.linears.values()}
         fitting = [each for each in sizes if each == -1 or all(width % each == 0 for width in widths)]
-        remedy = f"use {_either(fitting)}" if fitting else f"no `group_size` of {scheme.method} does; change `method`"
+        remedy = f"use {either(fitting)}" if fitting else f"no `group_size` of {scheme.method} does; change `method`"
         yield (
             f"`group_size` {size} does not divide the {model.linears[ragged[0]].shape[1]} inputs of "
             f"{_some(ragged)}: {remedy}"
@@ -138,11 +135,6 @@ def _widths(model: ModelDescription, scheme: Scheme) -> Iterator[str]:
     if uneven:
         width = model.linears[uneven[0]].shape[axis]
         yield f"{_NAMES[scheme.backend]} packs {what} by {whole}, which does not divide the {width} of {_some(uneven)}"
-
-
-def _either(values: Sequence[int]) -> str:
-    words = [str(value) for value in values]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def _some(names: Iterable[str]) -> str:

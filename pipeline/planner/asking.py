@@ -11,13 +11,13 @@ from containers.hardware.gpu_models import GpuModel
 from pipeline.compatibility import preflight
 from pipeline.compatibility.backends import METHODS
 from pipeline.compatibility.description import ModelDescription
+from pipeline.compatibility.scheme import Scheme
 from pipeline.errors import PlanError, UnsupportedModelError
 from pipeline.planner.facts import ModelFacts, read_facts
 from pipeline.planner.memory import Workload
 from pipeline.planner.plan import Plan, make_plan
 from pipeline.planner.sources import Described, describe, describe_folder
 from pipeline.planner.weights import Weights, quantized, unquantized
-from pipeline.quantization.quantize import Scheme
 from pipeline.settings import Settings
 from pipeline.sources import source as sources
 from pipeline.sources.lock import Lock, read_lock

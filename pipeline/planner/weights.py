@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 from containers.hardware.cpu import InstructionSet
 from pipeline.compatibility.description import FLOATS, ModelDescription
 from pipeline.compatibility.safetensors_headers import Tensor
+from pipeline.compatibility.scheme import Scheme
 from pipeline.planner.facts import ModelFacts
 from pipeline.quantization.formats.table import format_of
-from pipeline.quantization.quantize import Scheme
 
 FP16 = "fp16"
 _FLOAT32_BYTES = 4

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +22,11 @@ from numpy.typing import NDArray
 from pipeline.compatibility.description import FLOATS, ModelDescription
 from pipeline.compatibility.safetensors_headers import HeaderError, Tensor, read_model
 from pipeline.compatibility.safetensors_values import equal, read_columns, read_rows
+from pipeline.compatibility.scheme import Scheme
 from pipeline.errors import CheckpointError
 from pipeline.quantization.formats.checkpoint_format import CheckpointFormat, PackedLayer
 from pipeline.quantization.formats.table import format_of
 from registry.bounded_json import Bounds, DocumentError, read_json
-
-if TYPE_CHECKING:
-    from pipeline.quantization.quantize import Scheme
 
 # Weights that are decoded of each layer, about, in spans of so many rows or columns.
 _SAMPLED, _SPAN = 1 << 19, 128

@@ -12,16 +12,17 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, JsonValue, PositiveInt, ValidationError
 
 from evals.drift import json_lines
 from evals.workers import RunWorker
 from pipeline.compatibility import preflight
-from pipeline.compatibility.backends import GROUP_SIZES, older_config
+from pipeline.compatibility.backends import older_config
 from pipeline.compatibility.description import ModelDescription
 from pipeline.compatibility.safetensors_headers import HeaderError, read_model
+from pipeline.compatibility.scheme import GPTQ_ONLY, BackendName, Method, Scheme
 from pipeline.errors import QuantizeError, WorkerFailed
 from pipeline.quantization import checkpoint
 from registry import untrusted
@@ -30,69 +31,11 @@ from registry.errors import first_problem
 from registry.file_systems import set_mode
 from registry.progress import Progress
 
-Method = Literal["awq", "gptq"]
-BackendName = Literal["autoawq", "gptqmodel", "autogptq"]
-
 _SCRIPTS = Path(__file__).parent / "quantizers"
 _SEED = 0
 # Keys of config.json that a backend must not see: a quantization that was never applied (`preflight` has checked that
 # the weights have 16 bits), and names of code that came with the model.
 _LEFT_OUT = ("quantization_config", "auto_map")
-_GPTQ_ONLY = ("symmetric", "desc_act")
-# The bits of GPTQ that vLLM 0.32 loads on any device (`auto_gptq.py`, `gptq_utils.py`).
-_SERVED_BITS = (4, 8)
-
-
-class Scheme(BaseModel):
-    """How a model is quantized."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    method: Method
-    """The format of the quantized weights."""
-    backend: BackendName
-    """The program that quantizes; AWQ by `autoawq` or `gptqmodel`, GPTQ by `gptqmodel` or `autogptq`."""
-    bits: int = 4
-    """Bits per weight: AWQ 4; GPTQ 2, 3, 4 or 8."""
-    group_size: int = 128
-    """How many input weights share a scale: AWQ 32, 64 or 128; GPTQ 16 to 256, or -1 for a whole row."""
-    symmetric: bool = True
-    """GPTQ only: no zero points."""
-    desc_act: bool = False
-    """GPTQ only: quantize columns in order of activation."""
-    clone_saved_weights: bool = Field(default=True, exclude_if=lambda value: value is True)
-    """AutoAWQ only: `false` switches off a fix that it needs on a CPU. The checkpoint is then damaged, for tests of the
-    gates.
-    """
-
-    @model_validator(mode="after")
-    def _supported(self) -> Scheme:
-        supported = _BACKENDS.get((self.method, self.backend))
-        if supported is None:
-            able = sorted(backend for method, backend in _BACKENDS if method == self.method)
-            raise ValueError(f"backend `{self.backend}` can't write {self.method}: use {_either(able)}")
-        if self.bits not in supported.bits:
-            raise ValueError(
-                f"`{self.backend}` writes {self.method} with {_either(supported.bits)} `bits`, not {self.bits}"
-            )
-        if self.group_size not in GROUP_SIZES[self.method]:
-            sizes = _either(GROUP_SIZES[self.method])
-            raise ValueError(f"{self.method} supports a `group_size` of {sizes}, not {self.group_size}")
-        if self.method == "awq" and (extra := [key for key in _GPTQ_ONLY if key in self.model_fields_set]):
-            raise ValueError(f"`{extra[0]}` applies only to gptq: remove it, or use `method: gptq`")
-        if self.backend != "autoawq" and "clone_saved_weights" in self.model_fields_set:
-            raise ValueError("`clone_saved_weights` applies only to the backend `autoawq`: remove it")
-        return self
-
-    @property
-    def not_served(self) -> str | None:
-        """The key whose value vLLM refuses on every device, or None if vLLM serves the scheme."""
-        if self.bits not in _SERVED_BITS:
-            return "bits"
-        if not self.symmetric:
-            return "symmetric"
-        # With one group for a whole row, the order of columns makes no difference.
-        return "desc_act" if self.desc_act and self.group_size > 0 else None
 
 
 class QuantizationRequest(BaseModel):
@@ -162,41 +105,19 @@ class QuantizationRecord(BaseModel):
     """Bits that a quantized weight takes, including its share of scales and zeros."""
 
 
-class Backend(Protocol):
-    """A program that quantizes: its environment, its worker script and the bits that it can write."""
+@dataclass(frozen=True)
+class QuantizationBackend:
+    """A program that quantizes. ``environment`` is the name of the requirements file of its environment."""
 
-    @property
-    def environment(self) -> str:
-        """The name of the requirements file of its environment."""
-        ...
+    environment: str
 
     @property
     def script(self) -> Path:
         """Its worker script."""
-        ...
-
-    @property
-    def bits(self) -> tuple[int, ...]:
-        """The bits per weight that it can write."""
-        ...
-
-    def view(self, source: Path, scratch: Path) -> Path:
-        """Return the folder to load the source from: ``source``, or one in ``scratch`` that this backend can read."""
-        ...
-
-
-@dataclass(frozen=True)
-class _Current:
-    """A backend with a current version of transformers."""
-
-    environment: str
-    bits: tuple[int, ...]
-
-    @property
-    def script(self) -> Path:
         return _SCRIPTS / f"{self.environment}.py"
 
     def view(self, source: Path, scratch: Path) -> Path:
+        """Return the folder to load the source from: ``source``, or one in ``scratch`` that this backend can read."""
         config = _read_config(source)
         readable = self._readable({key: value for key, value in config.items() if key not in _LEFT_OUT})
         if readable == config:
@@ -214,24 +135,23 @@ class _Current:
 
 
 @dataclass(frozen=True)
-class _Archived(_Current):
+class _Archived(QuantizationBackend):
     """A backend that needs transformers 4.51, which ignores keys that newer versions write into config.json."""
 
     def _readable(self, config: dict[str, Any]) -> dict[str, Any]:
         return older_config(config)
 
 
-_BACKENDS: Mapping[tuple[str, str], Backend] = {
-    ("awq", "autoawq"): _Archived("autoawq", (4,)),
-    ("awq", "gptqmodel"): _Current("gptqmodel", (4,)),
-    ("gptq", "gptqmodel"): _Current("gptqmodel", (2, 3, 4, 8)),
-    ("gptq", "autogptq"): _Archived("autogptq", (2, 3, 4, 8)),
+_BACKENDS: Mapping[BackendName, QuantizationBackend] = {
+    "autoawq": _Archived("autoawq"),
+    "gptqmodel": QuantizationBackend("gptqmodel"),
+    "autogptq": _Archived("autogptq"),
 }
 
 
-def backend_of(scheme: Scheme) -> Backend:
+def backend_of(scheme: Scheme) -> QuantizationBackend:
     """Return the backend of a scheme; its environment's pins and its script are part of a checkpoint's key."""
-    return _BACKENDS[scheme.method, scheme.backend]
+    return _BACKENDS[scheme.backend]
 
 
 def quantize(
@@ -284,7 +204,7 @@ def quantize(
     return QuantizationRecord(
         method=scheme.method,
         backend=scheme.backend,
-        parameters=scheme.model_dump(exclude={"method", "backend", *(_GPTQ_ONLY if scheme.method == "awq" else ())}),
+        parameters=scheme.model_dump(exclude={"method", "backend", *(GPTQ_ONLY if scheme.method == "awq" else ())}),
         device=result.device,
         calibration=CalibrationRecord(
             sha256=digest_file(calibration),
@@ -306,12 +226,6 @@ def _result(written: Mapping[str, object], backend: str) -> QuantizationResult:
         raise WorkerFailed(
             f"the worker of `{backend}` wrote a result that is not valid: {first_problem(error)}"
         ) from error
-
-
-def _either(values: tuple[int, ...] | list[str]) -> str:
-    """``4``; ``2, 3 or 4``."""
-    words = [f"`{value}`" if isinstance(value, str) else str(value) for value in values]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def _read_config(source: Path) -> dict[str, Any]:

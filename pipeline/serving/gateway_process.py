@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import subprocess
 import time
@@ -19,6 +18,7 @@ from containers.engine.engine import connect
 from containers.gateway import keys
 from containers.gateway.config import Routes
 from containers.gateway.config import Settings as GatewaySettings
+from containers.gateway.state import GatewayPorts, GatewayState
 from containers.image.gateway_image import GatewayImage, build_gateway_image, contents
 from containers.sandbox import engine_log
 from pipeline.errors import SlipwayError
@@ -92,26 +92,27 @@ class Gateway:
         """
         write_atomically(self.settings.routes, routes.model_dump_json(indent=1))
         wanted = f"sha256:{digest_file(self.settings.routes)}"
-        self._until(lambda state: state["routes"] == wanted, "use the new routes")
+        self._until(lambda state: state.routes == wanted, "use the new routes")
 
     def wait_ready(self, timeout_s: float = _SWITCH_SECONDS) -> None:
         """Wait until every model has a healthy replica; ``GatewayError`` after the timeout."""
-        self._until(lambda state: bool(state["ready"]), "find a healthy replica for every model", timeout_s)
+        self._until(lambda state: state.ready, "find a healthy replica for every model", timeout_s)
 
     def wait_idle(self, replicas: set[str], timeout_s: float) -> bool:
         """Wait until these replicas have no request left; return False after the timeout."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            working = {item["name"] for item in self.state()["replicas"] if item["running"]}
+            working = {replica.name for replica in self.state().replicas if replica.running}
             if not working & replicas:
                 return True
             time.sleep(0.2)
         return False
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> GatewayState:
         """Return the gateway's own state; ``GatewayError`` if it ended."""
         try:
-            return dict(httpx.get(f"{self.admin_url}/replicas", timeout=5, trust_env=False).json())
+            answer = httpx.get(f"{self.admin_url}/replicas", timeout=5, trust_env=False)
+            return GatewayState.model_validate_json(answer.content)
         except httpx.HTTPError as error:
             self.check()
             raise GatewayError(f"the gateway does not answer: {error}") from error
@@ -123,7 +124,7 @@ class Gateway:
                 f"the gateway ended with status {self.process.returncode}: {_reason(self.log, self.log_begins)}"
             )
 
-    def _until(self, done: Callable[[dict[str, Any]], bool], what: str, timeout_s: float = _SWITCH_SECONDS) -> None:
+    def _until(self, done: Callable[[GatewayState], bool], what: str, timeout_s: float = _SWITCH_SECONDS) -> None:
         deadline = time.monotonic() + timeout_s
         while not done(self.state()):
             if time.monotonic() > deadline:
@@ -169,8 +170,8 @@ def gateway(settings: Settings, folder: Path, progress: Progress, **options: Any
     try:
         ports = _announced(process, announced, log, begins)
         yield Gateway(
-            f"http://{configured.host}:{ports['port']}",
-            f"http://{configured.admin_host}:{ports['admin_port']}",
+            f"http://{configured.host}:{ports.port}",
+            f"http://{configured.admin_host}:{ports.admin_port}",
             process,
             configured,
             log,
@@ -190,7 +191,7 @@ def _modules(folder: Path) -> Path:
     return modules
 
 
-def _announced(process: subprocess.Popen[bytes], announced: Path, log: Path, begins: int) -> dict[str, int]:
+def _announced(process: subprocess.Popen[bytes], announced: Path, log: Path, begins: int) -> GatewayPorts:
     deadline = time.monotonic() + _START_SECONDS
     while not announced.exists():
         if process.poll() is not None:
@@ -198,7 +199,7 @@ def _announced(process: subprocess.Popen[bytes], announced: Path, log: Path, beg
         if time.monotonic() > deadline:
             raise GatewayError(f"the gateway did not start within {_START_SECONDS:g} s: {_reason(log, begins)}")
         time.sleep(0.02)
-    return dict(json.loads(announced.read_text()))
+    return GatewayPorts.model_validate_json(announced.read_bytes())
 
 
 def _end(process: subprocess.Popen[bytes], seconds: float) -> None:

@@ -21,7 +21,7 @@ from containers.image.build import ImageRecord, find
 from containers.image.layout import has_layers
 from containers.image.serving import ServingConfiguration
 from containers.scan.trivy_db import Database
-from pipeline.quantization.quantize import Scheme
+from pipeline.compatibility.scheme import Scheme
 from pipeline.settings import Settings
 from pipeline.sources.source import ResolvedSource
 from pipeline.spec import ModelSpec

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from real_server import AWS, BUCKET, s3_server
 
-from pipeline.quantization.quantize import Scheme
+from pipeline.compatibility.scheme import Scheme
 from pipeline.settings import Settings
 from registry.objects import ObjectStore
 from shared import made_once

@@ -11,9 +11,10 @@ from typing import Any
 from containers.hardware import machine_locks
 from homes import DEMO
 from pipeline.compatibility.safetensors_headers import read_model
+from pipeline.compatibility.scheme import Scheme
 from pipeline.planner.sources import describe_folder
 from pipeline.planner.weights import quantized
-from pipeline.quantization.quantize import QuantizationRecord, Scheme, quantize
+from pipeline.quantization.quantize import QuantizationRecord, quantize
 from pipeline.settings import Settings
 from pipeline.workers.runner import Workers
 

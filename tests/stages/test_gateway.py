@@ -140,7 +140,7 @@ def test_requests_go_where_the_fewest_tokens_are_outstanding(start: Start, two: 
 
 def test_a_canary_gets_its_share_exactly(start: Start, two: list[Upstream]) -> None:
     gate = start(routes(("champion", 90, two[:1]), ("canary", 10, two[1:])))
-    wait_until(lambda: all(each["state"] == "ready" for each in gate.process.state()["replicas"]))
+    wait_until(lambda: all(each.state == "ready" for each in gate.process.state().replicas))
     releases = collections.Counter(gate.ask().headers["x-slipway-release"] for _ in range(50))
     assert releases == {"champion": 45, "canary": 5}
     two[1].process.kill()
@@ -153,7 +153,7 @@ def test_a_replica_that_fails_before_the_first_byte_costs_nobody_anything(
 ) -> None:
     # No health check finds out before a request does.
     gate = start(routes(("v1", 100, two)), health_interval_s=60.0)
-    wait_until(lambda: all(each["state"] == "ready" for each in gate.process.state()["replicas"]))
+    wait_until(lambda: all(each.state == "ready" for each in gate.process.state().replicas))
     if how == "refuses":
         two[0].process.kill()
     elif how == "breaks":
@@ -172,7 +172,7 @@ def test_a_request_that_kills_replicas_is_delivered_twice_at_most(start: Start) 
     with ExitStack() as stack:
         many = [stack.enter_context(upstream(die_after=1)) for _ in range(4)]
         gate = start(routes(("v1", 100, many)))
-        wait_until(lambda: all(each["state"] == "ready" for each in gate.process.state()["replicas"]))
+        wait_until(lambda: all(each.state == "ready" for each in gate.process.state().replicas))
         answer = gate.ask()
         assert (answer.status_code, answer.json()["error"]["code"]) == (502, "replica_failed")
         time.sleep(0.2)
@@ -185,7 +185,7 @@ def test_connections_that_are_never_made_are_no_deliveries(start: Start, two: li
         silent = [Upstream(url, two[0].process) for url in (first, second)]
         options = {"connect_timeout_s": 0.2, "health_interval_s": 60.0}
         gate = start(routes(("v1", 100, silent), ("v2", 0, two[:1])), **options)
-        wait_until(lambda: all(each["state"] == "ready" for each in gate.process.state()["replicas"]))
+        wait_until(lambda: all(each.state == "ready" for each in gate.process.state().replicas))
         for url in (first, second):
             httpx.get(f"{url}/stop")
         assert gate.ask().headers["x-slipway-release"] == "v2"
@@ -228,12 +228,12 @@ def test_a_stream_that_breaks_ends_in_an_error_that_clients_read(start: Start, t
 def test_a_replica_is_ejected_while_it_is_sick_and_returns_by_itself(start: Start, two: list[Upstream]) -> None:
     gate = start(routes(("v1", 100, two)))
     two[0].behave(sick=True)
-    wait_until(lambda: "ejected" in {each["state"] for each in gate.process.state()["replicas"]})
+    wait_until(lambda: "ejected" in {each.state for each in gate.process.state().replicas})
     before = len(two[0].seen()["paths"])
     assert {gate.ask().status_code for _ in range(10)} == {200}
     assert len(two[0].seen()["paths"]) == before
     two[0].behave(sick=False)
-    wait_until(lambda: {each["state"] for each in gate.process.state()["replicas"]} == {"ready"})
+    wait_until(lambda: {each.state for each in gate.process.state().replicas} == {"ready"})
     for _ in range(4):
         gate.ask()
     assert len(two[0].seen()["paths"]) > before
@@ -242,7 +242,7 @@ def test_a_replica_is_ejected_while_it_is_sick_and_returns_by_itself(start: Star
 def test_a_replica_that_freezes_loses_its_requests_to_another(start: Start, two: list[Upstream]) -> None:
     """A host that vanishes closes no connection: health checks tell, and who waits for it is answered elsewhere."""
     gate = start(routes(("v1", 100, two)), health_timeout_s=0.3)
-    wait_until(lambda: all(each["state"] == "ready" for each in gate.process.state()["replicas"]))
+    wait_until(lambda: all(each.state == "ready" for each in gate.process.state().replicas))
     for each in two:
         each.behave(token_ms=20)
     with ThreadPoolExecutor(4) as pool:
@@ -309,11 +309,11 @@ def test_a_replica_that_leaves_finishes_what_it_began(start: Start, two: list[Up
         time.sleep(0.2)
         gate.process.route(routes(("v2", 100, two[1:])))
         name = f"v1-{two[0].url.rpartition(':')[2]}"
-        assert {each["name"]: each["state"] for each in gate.process.state()["replicas"]}[name] == "draining"
+        assert {each.name: each.state for each in gate.process.state().replicas}[name] == "draining"
         assert gate.ask().headers["x-slipway-release"] == "v2"
         assert gate.process.wait_idle({name}, 5)
         assert begun.result().text.endswith("data: [DONE]\n\n")
-    wait_until(lambda: name not in {each["name"] for each in gate.process.state()["replicas"]})
+    wait_until(lambda: name not in {each.name for each in gate.process.state().replicas})
 
 
 def is_refused(url: str) -> bool:

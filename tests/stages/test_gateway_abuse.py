@@ -444,8 +444,8 @@ def test_a_thousand_clients_at_once_are_all_answered(machine: Settings, tmp_path
             assert collections.Counter(answers) == {"200": 1000}
             assert most - before < 200 * MIB
             state = running.process.state()
-            assert state["queues"] == {MODEL: 0}
-            assert {(each["running"], each["tokens"]) for each in state["replicas"]} == {(0, 0)}
+            assert state.queues == {MODEL: 0}
+            assert {(each.running, each.tokens) for each in state.replicas} == {(0, 0)}
             assert max(first.seen()["most"], second.seen()["most"]) <= 64
 
 

@@ -13,8 +13,9 @@ import pytest
 
 from containers.hardware.gpu import gpus
 from homes import DEMO
+from pipeline.compatibility.scheme import Scheme
 from pipeline.errors import WorkerFailed
-from pipeline.quantization.quantize import Scheme, quantize
+from pipeline.quantization.quantize import quantize
 from pipeline.settings import Settings
 from pipeline.workers.runner import Workers
 from registry.digests import digest_file

@@ -29,7 +29,7 @@ from pipeline.quantization.formats.checkpoint_format import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.quantization.quantize import Scheme
+    from pipeline.compatibility.scheme import Scheme
 
 REST_DTYPE: str | None = "F16"
 AXIS = 1

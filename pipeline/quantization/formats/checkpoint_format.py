@@ -18,7 +18,7 @@ from pipeline.compatibility.safetensors_headers import BITS, Tensor
 from pipeline.compatibility.safetensors_values import read_rows
 
 if TYPE_CHECKING:
-    from pipeline.quantization.quantize import Scheme
+    from pipeline.compatibility.scheme import Scheme
 
 
 @dataclass(frozen=True)

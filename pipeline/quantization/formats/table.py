@@ -9,7 +9,7 @@ from pipeline.quantization.formats import awq, gptq
 from pipeline.quantization.formats.checkpoint_format import CheckpointFormat
 
 if TYPE_CHECKING:
-    from pipeline.quantization.quantize import Scheme
+    from pipeline.compatibility.scheme import Scheme
 
 _FORMATS: Mapping[str, CheckpointFormat] = {"awq": awq, "gptq": gptq}
 

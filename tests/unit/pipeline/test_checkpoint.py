@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.compatibility.scheme import Scheme
 from pipeline.errors import CheckpointError
 from pipeline.quantization.checkpoint import check
-from pipeline.quantization.quantize import Scheme
 from unit.pipeline import checkpoints
 
 LAYER = "model.layers.1.mlp.down_proj"

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from checkout import CHECKOUT
-from pipeline.quantization.quantize import Scheme, backend_of
+from pipeline.compatibility.scheme import Scheme
+from pipeline.quantization.quantize import backend_of
 from pipeline.stages import code_version as versions
 from pipeline.stages.code_version import closure, code_version
 from pipeline.stages.stage import Stage

@@ -19,9 +19,9 @@ from pipeline.commands.show import USAGE
 from pipeline.compatibility import backends, preflight
 from pipeline.compatibility.description import ModelDescription
 from pipeline.compatibility.safetensors_headers import Tensor
+from pipeline.compatibility.scheme import Scheme
 from pipeline.errors import SpecError, UnsupportedModelError
 from pipeline.planner.sources import describe_folder
-from pipeline.quantization.quantize import Scheme
 from pipeline.settings import Settings
 from pipeline.spec import load
 from pipeline.stages.preflight import foresee

@@ -18,6 +18,7 @@ from homes import DEMO
 from pipeline.commands import planning
 from pipeline.compatibility.description import ModelDescription
 from pipeline.compatibility.safetensors_headers import Tensor, read_model
+from pipeline.compatibility.scheme import Scheme
 from pipeline.errors import PlanError
 from pipeline.planner import asking
 from pipeline.planner.facts import ModelFacts, read_facts
@@ -35,7 +36,6 @@ from pipeline.planner.plan import make_plan
 from pipeline.planner.sources import describe, describe_folder
 from pipeline.planner.speed import roofline
 from pipeline.planner.weights import Weights, active_numbers, bytes_per_step, quantized, stored, unquantized
-from pipeline.quantization.quantize import Scheme
 from pipeline.settings import Settings
 from pipeline.sources.source import resolve
 from pipeline.spec import ModelSpec, Source, load

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from pipeline.compatibility.scheme import Scheme
 from pipeline.errors import CheckpointError, QuantizeError, UnsupportedModelError, WorkerFailed
-from pipeline.quantization.quantize import QuantizationRecord, Scheme, backend_of, quantize
+from pipeline.quantization.quantize import QuantizationRecord, backend_of, quantize
 from registry.errors import UntrustedFileError
 from unit.pipeline import checkpoints
 

@@ -1,0 +1,73 @@
+"""A scheme of a model file: the format, the program that writes it, and its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pipeline.compatibility.backends import BITS, GROUP_SIZES
+
+Method = Literal["awq", "gptq"]
+BackendName = Literal["autoawq", "gptqmodel", "autogptq"]
+
+GPTQ_ONLY = ("symmetric", "desc_act")
+# The bits of GPTQ that vLLM 0.32 loads on any device (`auto_gptq.py`, `gptq_utils.py`).
+_SERVED_BITS = (4, 8)
+
+
+class Scheme(BaseModel):
+    """How a model is quantized."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Method
+    """The format of the quantized weights."""
+    backend: BackendName
+    """The program that quantizes; AWQ by `autoawq` or `gptqmodel`, GPTQ by `gptqmodel` or `autogptq`."""
+    bits: int = 4
+    """Bits per weight: AWQ 4; GPTQ 2, 3, 4 or 8."""
+    group_size: int = 128
+    """How many input weights share a scale: AWQ 32, 64 or 128; GPTQ 16 to 256, or -1 for a whole row."""
+    symmetric: bool = True
+    """GPTQ only: no zero points."""
+    desc_act: bool = False
+    """GPTQ only: quantize columns in order of activation."""
+    clone_saved_weights: bool = Field(default=True, exclude_if=lambda value: value is True)
+    """AutoAWQ only: `false` switches off a fix that it needs on a CPU. The checkpoint is then damaged, for tests of the
+    gates.
+    """
+
+    @model_validator(mode="after")
+    def _supported(self) -> Scheme:
+        bits = BITS.get((self.method, self.backend))
+        if bits is None:
+            able = sorted(backend for method, backend in BITS if method == self.method)
+            raise ValueError(f"backend `{self.backend}` can't write {self.method}: use {either(able)}")
+        if self.bits not in bits:
+            raise ValueError(f"`{self.backend}` writes {self.method} with {either(bits)} `bits`, not {self.bits}")
+        if self.group_size not in GROUP_SIZES[self.method]:
+            sizes = either(GROUP_SIZES[self.method])
+            raise ValueError(f"{self.method} supports a `group_size` of {sizes}, not {self.group_size}")
+        if self.method == "awq" and (extra := [key for key in GPTQ_ONLY if key in self.model_fields_set]):
+            raise ValueError(f"`{extra[0]}` applies only to gptq: remove it, or use `method: gptq`")
+        if self.backend != "autoawq" and "clone_saved_weights" in self.model_fields_set:
+            raise ValueError("`clone_saved_weights` applies only to the backend `autoawq`: remove it")
+        return self
+
+    @property
+    def not_served(self) -> str | None:
+        """The key whose value vLLM refuses on every device, or None if vLLM serves the scheme."""
+        if self.bits not in _SERVED_BITS:
+            return "bits"
+        if not self.symmetric:
+            return "symmetric"
+        # With one group for a whole row, the order of columns makes no difference.
+        return "desc_act" if self.desc_act and self.group_size > 0 else None
+
+
+def either(choices: Sequence[object]) -> str:
+    """``4``; ``2, 3 or 4``; words in backticks."""
+    words = [f"`{choice}`" if isinstance(choice, str) else str(choice) for choice in choices]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
