@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from homes import DEMO, SLIPWAY
 from pipeline.cli import main
 from pipeline.commands.show import USAGE
 from pipeline.compatibility import backends, preflight
-from pipeline.compatibility.description import ModelDescription
+from pipeline.compatibility.description import ModelDescription, Role
 from pipeline.compatibility.safetensors_headers import Tensor
 from pipeline.compatibility.scheme import Scheme
 from pipeline.errors import SpecError, UnsupportedModelError
@@ -52,11 +53,12 @@ def model_of(family: str, tmp_path: Path, **changes: object) -> ModelDescription
 
 PAIRS = [(method, backend) for method, named in backends.METHODS.items() for backend in named]
 # What each backend can do, by family; what it can't has a word of the reason, and what to do.
-DENSE = {"llama", "qwen2"}
+DENSE = {"llama", "qwen2", "mistral"}
 ABLE = {
-    ("awq", "autoawq"): DENSE | {"qwen3", "phi3", "mixtral", "gemma2", "deepseek_v3"},
-    ("awq", "gptqmodel"): DENSE | {"qwen3", "ministral3", "gemma2", "qwen3_moe"},
-    ("gptq", "gptqmodel"): DENSE | {"qwen3", "ministral3", "gemma2", "gemma3_text", "qwen3_moe", "deepseek_v3"},
+    ("awq", "autoawq"): DENSE | {"qwen3", "phi3", "phi4", "mixtral", "gemma2", "deepseek_v3"},
+    ("awq", "gptqmodel"): DENSE | {"qwen3", "ministral3", "smollm3", "gemma2", "qwen3_moe", "glm4_moe"},
+    ("gptq", "gptqmodel"): DENSE
+    | {"qwen3", "ministral3", "smollm3", "gemma2", "gemma3_text", "qwen3_moe", "glm4_moe", "deepseek_v3"},
     ("gptq", "autogptq"): DENSE | {"mixtral"},
 }
 
@@ -143,6 +145,48 @@ def test_weights_of_fewer_bits_are_quantized_whatever_the_configuration_says(dty
     tensors = {**model.tensors, name: Tensor(dtype, (256, 128), 0, 0, Path("x"))}
     (problem,) = preflight.find_problems(ModelDescription(model.config, tensors), scheme_of("awq", "autoawq"))
     assert f"already quantized (`{name}` is {dtype})" in problem
+
+
+# What every family is made of: its roles but `other`, with how many tensors have each.
+PARTS: dict[str, dict[str, int]] = {
+    "llama": {"linear": 14, "embedding": 1, "head": 1},
+    "qwen2": {"linear": 14, "embedding": 1, "head": 1},
+    "qwen3": {"linear": 14, "embedding": 1, "head": 1},
+    "mistral": {"linear": 14, "embedding": 1, "head": 1},
+    "ministral3": {"linear": 14, "embedding": 1, "head": 1},
+    "smollm3": {"linear": 14, "embedding": 1},
+    "phi3": {"linear": 8, "embedding": 1, "head": 1},
+    "phi4": {"linear": 8, "embedding": 1},
+    "glm4": {"linear": 12, "embedding": 1, "head": 1},
+    "gemma2": {"linear": 14, "embedding": 1},
+    "gemma3_text": {"linear": 14, "embedding": 1},
+    "gemma3n_text": {"linear": 22, "router": 2, "embedding": 2},
+    "mixtral": {"linear": 8, "expert": 24, "router": 2, "embedding": 1, "head": 1},
+    "qwen3_moe": {"linear": 8, "expert": 24, "router": 2, "embedding": 1, "head": 1},
+    "qwen3_5_text": {"linear": 10, "state": 5, "embedding": 1, "head": 1},
+    "qwen3_next": {
+        "linear": 4, "state": 3, "expert": 24, "shared expert": 6, "router": 4, "embedding": 1, "head": 1,
+    },
+    "llama4_text": {"linear": 8, "shared expert": 6, "fused experts": 4, "router": 2, "embedding": 1, "head": 1},
+    "gpt_oss": {"linear": 8, "fused experts": 4, "router": 2, "embedding": 1, "head": 1},
+    "granitemoe": {"linear": 8, "fused experts": 4, "router": 2, "embedding": 1, "head": 1},
+    "glm4_moe": {"linear": 11, "expert": 12, "shared expert": 3, "router": 1, "embedding": 1, "head": 1},
+    "qwen3_vl": {"linear": 14, "vision": 39, "embedding": 1, "head": 1},
+    "gemma3": {"linear": 14, "vision": 37, "projector": 2, "embedding": 1},
+    "voxtral": {"linear": 14, "audio": 37, "projector": 2, "embedding": 1, "head": 1},
+    "deepseek_v3": {"linear": 13, "expert": 24, "shared expert": 3, "router": 1, "embedding": 1, "head": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_tensor_of_a_family_has_its_role(family: str, tmp_path: Path) -> None:
+    model = model_of(family, tmp_path)
+    found = Counter(str(role) for role in model.roles.values() if role is not Role.OTHER)
+    assert found == PARTS[family]
+    assert model.roles.keys() == model.tensors.keys()
+    # All that is not quantized in a layer is small beside what is, but for experts in one tensor.
+    rest = [name for name in model.of(Role.OTHER) if len(model.tensors[name].shape) == 2 and name.endswith(".weight")]
+    assert not [name for name in rest if "norm" not in name and "altup" not in name and "per_layer" not in name]
 
 
 def test_layers_that_draft_tokens_are_told_from_the_decoders(tmp_path: Path) -> None:
