@@ -1,7 +1,8 @@
-"""A pool of this machine's cores: each CPU server gets its own cores by number.
+"""A pool of this machine's cores: each CPU server gets its own cores by number, and each of its ranks some of them.
 
-With vLLM's own choice (``VLLM_CPU_OMP_THREADS_BIND=auto``) every server takes the same cores. Here a server holds a
-lock for each of its cores. All homes of this machine share the locks, and the kernel drops them when the process ends.
+With vLLM's own choice (``VLLM_CPU_OMP_THREADS_BIND=auto``) every server takes the same cores, and a model that is
+divided among several ranks needs a NUMA node for each. Here a server holds a lock for each of its cores. All homes of
+this machine share the locks, and the kernel drops them when the process ends.
 """
 
 from __future__ import annotations
@@ -26,32 +27,41 @@ _TOPOLOGY = Path("/sys/devices/system/cpu")
 
 @dataclass(frozen=True)
 class Cores:
-    """Logical CPUs by number, and whether another server uses some of them too."""
+    """Logical CPUs by number, whether another server uses some of them too, and those of each of several ranks."""
 
     numbers: tuple[int, ...]
     shared: bool = False
+    ranks: tuple[tuple[int, ...], ...] = ()
 
     @property
     def cpuset(self) -> str:
-        """The numbers in the format of Docker's ``cpuset`` and of vLLM's binding: ``0,1``."""
-        return ",".join(map(str, self.numbers))
+        """The numbers in the format of Docker's ``cpuset``: ``0,1``."""
+        return _listed(self.numbers)
+
+    @property
+    def binding(self) -> str:
+        """Each rank's numbers in the format of vLLM's ``VLLM_CPU_OMP_THREADS_BIND``: ``0,1|2,3``."""
+        return "|".join(map(_listed, self.ranks or (self.numbers,)))
 
 
 @dataclass(frozen=True)
 class CoreRequest:
     """A server's request: ``count`` cores or all; ``with_client`` leaves a core to the load generator.
 
-    ``locks`` is the machine's folder of locks.
+    ``locks`` is the machine's folder of locks. The cores are divided evenly among the engine's ``ranks``, each of which
+    gets at least one.
     """
 
     locks: Path
     count: int | None = None
     with_client: bool = False
+    ranks: int = 1
 
     def of(self, available: int) -> int:
-        """Return the number of cores to take of ``available``."""
-        rest = max(1, available - _CLIENT_CORES) if self.with_client else available
-        return rest if self.count is None else min(self.count, rest)
+        """Return the number of cores to take of ``available``: a multiple of the ranks, or all if they are too few."""
+        rest = available - _CLIENT_CORES if self.with_client else available
+        wanted = rest if self.count is None else min(self.count, rest)
+        return min(available, max(self.ranks, wanted - wanted % self.ranks))
 
 
 @contextlib.contextmanager
@@ -65,29 +75,44 @@ def reserved(request: CoreRequest, progress: Progress, available: Sequence[int] 
     wanted = request.of(len(pool))
     with contextlib.ExitStack() as held:
         with locked(request.locks, _ASSIGNING):
-            taken, level = _take(request.locks, pool, wanted, held)
-        if level:
-            progress(f"warning: other servers use every core: sharing {', '.join(map(str, taken))}")
+            taken, shared = _take(request.locks, pool, wanted, request.ranks, held)
+        if shared:
+            progress(f"warning: other servers use every core: sharing {_listed(shared, ', ')}")
         elif len(taken) < wanted:
             progress(f"this server gets {len(taken)} of {wanted} cores: other servers use the rest")
-        yield Cores(tuple(sorted(taken)), shared=level > 0)
+        yield Cores(tuple(sorted(taken)), bool(shared), _divided(taken, request.ranks))
 
 
-def _take(locks: Path, pool: Sequence[int], wanted: int, held: contextlib.ExitStack) -> tuple[list[int], int]:
-    """Lock up to ``wanted`` of the cores with the fewest servers; return them and each one's number of other servers.
+def _divided(cores: Sequence[int], ranks: int) -> tuple[tuple[int, ...], ...]:
+    """Divide cores among several ranks, neighbours together; ranks share cores if they are more than the cores."""
+    if ranks == 1:
+        return ()
+    each = len(cores) // ranks
+    if not each:
+        return tuple((cores[rank % len(cores)],) for rank in range(ranks))
+    return tuple(tuple(sorted(cores[rank * each : (rank + 1) * each])) for rank in range(ranks))
 
-    A core has one lock file per level, and its servers hold any of them: the holder of a lower level may end first.
+
+def _take(
+    locks: Path, pool: Sequence[int], wanted: int, ranks: int, held: contextlib.ExitStack
+) -> tuple[list[int], list[int]]:
+    """Lock up to ``wanted`` of the cores with the fewest servers; return them, and those that other servers use too.
+
+    If these are fewer than the ``ranks``, the ones with the next fewest servers are added. A core has one lock file per
+    level, and its servers hold any of them: the holder of a lower level may end first.
     """
     free = {core: [level for level in range(_MOST_ON_A_CORE) if _is_free(locks, core, level)] for core in pool}
     most = max(map(len, free.values()))
     if not most:
-        return list(pool), _MOST_ON_A_CORE
-    taken = [core for core in pool if len(free[core]) == most][:wanted]
+        return list(pool), list(pool)
+    emptiest = sorted(pool, key=lambda core: -len(free[core]))
+    equal = sum(len(free[core]) == most for core in pool)
+    taken = emptiest[: min(wanted, max(equal, ranks))]
     for core in taken:
-        lock = try_lock(locks, _name(core, free[core][0]))
+        lock = try_lock(locks, _name(core, free[core][0])) if free[core] else None
         if lock is not None:
             held.callback(os.close, lock)
-    return taken, _MOST_ON_A_CORE - most
+    return taken, [core for core in taken if len(free[core]) < _MOST_ON_A_CORE]
 
 
 def _is_free(locks: Path, core: int, level: int) -> bool:
@@ -99,6 +124,10 @@ def _is_free(locks: Path, core: int, level: int) -> bool:
         return False
     os.close(lock)
     return True
+
+
+def _listed(numbers: Sequence[int], separator: str = ",") -> str:
+    return separator.join(map(str, numbers))
 
 
 def _name(core: int, level: int) -> str:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pynvml
+
+# A GPU with more memory in use than this share belongs to another program, even if its processes are not visible
+# from here; a desktop and the driver take less.
+_BUSY_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -21,13 +28,66 @@ class Gpu:
 
 
 def gpus() -> list[Gpu]:
-    """Return the GPUs; none without a driver."""
+    """Return the GPUs that answer NVML; none without a driver."""
+    found = []
+    with contextlib.suppress(pynvml.NVMLError), _nvml():
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            with contextlib.suppress(pynvml.NVMLError):
+                found.append(_describe(index))
+    return found
+
+
+def free_bytes(gpu: Gpu) -> int:
+    """Return a GPU's free memory; 0 if it does not answer."""
+    with contextlib.suppress(pynvml.NVMLError), _nvml():
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle(gpu.uuid)).free)
+    return 0
+
+
+def is_busy(gpu: Gpu) -> bool:
+    """Whether another program computes on a GPU, or uses more of its memory than a desktop does."""
+    with contextlib.suppress(pynvml.NVMLError), _nvml():
+        device = handle(gpu.uuid)
+        used = int(pynvml.nvmlDeviceGetMemoryInfo(device).used)
+        return bool(pynvml.nvmlDeviceGetComputeRunningProcesses(device)) or used > _BUSY_SHARE * gpu.memory_bytes
+    return True
+
+
+def linked(one: Gpu, two: Gpu) -> bool:
+    """Whether two GPUs reach each other's memory over NVLink."""
+    with contextlib.suppress(pynvml.NVMLError), _nvml():
+        link = pynvml.NVML_P2P_CAPS_INDEX_NVLINK
+        status = pynvml.nvmlDeviceGetP2PStatus(handle(one.uuid), handle(two.uuid), link)
+        return bool(status == pynvml.NVML_P2P_STATUS_OK)
+    return False
+
+
+def disappeared(uuids: Sequence[str]) -> str | None:
+    """Say which of these GPUs do not answer NVML any more, and where to look; None if all do."""
+    lost = [uuid for uuid in uuids if not _answers(uuid)]
+    if not lost:
+        return None
+    return f"lost {' and '.join(lost)}: NVML does not find it any more; look for `Xid` in the kernel's log (`dmesg`)"
+
+
+def handle(gpu: str) -> Any:  # noqa: ANN401 - a pointer of NVML's
+    """Return NVML's handle of a GPU, by UUID or index; NVML must have been initialized."""
+    return pynvml.nvmlDeviceGetHandleByIndex(int(gpu)) if gpu.isdecimal() else pynvml.nvmlDeviceGetHandleByUUID(gpu)
+
+
+def _answers(uuid: str) -> bool:
+    with contextlib.suppress(pynvml.NVMLError), _nvml():
+        pynvml.nvmlDeviceGetMemoryInfo(handle(uuid))
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def _nvml() -> Iterator[None]:
+    """Use NVML during the block; NVMLError without a driver."""
+    pynvml.nvmlInit()
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []
-    try:
-        return [_describe(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        yield
     finally:
         pynvml.nvmlShutdown()
 

@@ -1,4 +1,4 @@
-"""May this GPU run this image? Asked before a container starts, from what the image says of itself.
+"""May these GPUs run this image? Asked before a container starts, from what the image says of itself.
 
 An image carries its needs as labels, so that whoever has it can ask: the oldest driver and CUDA, the architectures its
 kernels are for, its weights, and the cache of one request of the longest context that it serves. A driver that is too
@@ -8,8 +8,8 @@ old would otherwise crash deep in CUDA, and a GPU that is too small would run ou
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import docker
 
@@ -46,6 +46,10 @@ class Needs:
     def memory_bytes(self) -> int:
         """Weights and cache, in a GPU of which the headroom stays free."""
         return round((self.model_bytes + self.cache_bytes) / (1 - HEADROOM))
+
+    def of_one_among(self, gpus: int) -> Needs:
+        """What is asked of each of so many GPUs that the model is divided among."""
+        return replace(self, model_bytes=self.model_bytes // gpus, cache_bytes=self.cache_bytes // gpus)
 
 
 def needs_of(labels: Mapping[str, str]) -> Needs:
@@ -88,10 +92,10 @@ def problems(needs: Needs, gpu: Gpu) -> list[str]:
     return found
 
 
-def check(client: docker.DockerClient, image: str, gpu: str | None) -> None:
-    """Refuse an image that the GPU ``gpu`` (index or UUID) can't run; an image that asks for none is let through.
+def check(client: docker.DockerClient, image: str, devices: Sequence[str]) -> None:
+    """Refuse an image that the GPUs ``devices`` (index or UUID) can't run; an image that asks for none is let through.
 
-    An image that needs a driver on a host without one is refused only where a GPU was asked for: without one it may
+    An image that needs a driver on a host without one is refused only where GPUs were asked for: without one it may
     run where the driver is not seen from here (a remote engine).
 
     Raises:
@@ -102,14 +106,18 @@ def check(client: docker.DockerClient, image: str, gpu: str | None) -> None:
     except docker.errors.DockerException:
         return  # that it isn't there says whoever starts it
     needs = needs_of(labels)
-    if gpu is None or needs.driver is None:
+    if needs.driver is None:
         return
-    found = next((each for each in gpus() if gpu in {each.uuid, str(each.index)}), None)
-    if found is None:
-        raise GpuError(f"{needs.runtime} needs NVIDIA driver {needs.driver} or later, and NVML knows no GPU `{gpu}`")
-    wrong = problems(needs, found)
+    here = gpus()
+    wrong = []
+    for device in devices:
+        found = next((each for each in here if device in {each.uuid, str(each.index)}), None)
+        if found is None:
+            asked = f"{needs.runtime} needs NVIDIA driver {needs.driver} or later"
+            raise GpuError(f"{asked}, and NVML knows no GPU `{device}`")
+        wrong += problems(needs.of_one_among(len(devices)), found)
     if wrong:
-        raise GpuError("; ".join(wrong))
+        raise GpuError("; ".join(dict.fromkeys(wrong)))
 
 
 def _runs(kernels: str, capability: tuple[int, int]) -> bool:

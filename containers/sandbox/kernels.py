@@ -7,9 +7,9 @@ trusted: at most `_LOG_BYTES` of it are read, and an invalid line counts as abse
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 MARK = b"slipway kernels: "
 _LOG_BYTES = 4 << 20
@@ -39,23 +39,28 @@ class Kernels(BaseModel):
 
 
 class ComputedOn(BaseModel):
-    """What computed a server's answers, as far as known; ``cores`` are the numbers of logical CPUs.
+    """What computed a server's answers, as far as known: ``gpus`` by UUID, ``cores`` by the numbers of logical CPUs.
 
     ``cores_shared`` is whether another server used some of them at the same time.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    gpu: str | None = None
+    gpus: tuple[str, ...] = ()
     cpu_model: str | None = None
     instruction_set: str | None = None
     cores: tuple[int, ...] | None = None
     cores_shared: bool = False
     kernels: Kernels | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_gpu(cls, given: Any) -> Any:  # noqa: ANN401 - what the file holds, not yet checked
+        return with_gpus(given)
+
     def __str__(self) -> str:
         """Describe it for a report."""
-        parts = [part for part in (self.gpu, self.cpu_model, self.instruction_set) if part]
+        parts = [part for part in (*self.gpus, self.cpu_model, self.instruction_set) if part]
         if self.cores is not None:
             shared = " shared with other servers" if self.cores_shared else ""
             parts.append(f"{len(self.cores)} cores ({', '.join(map(str, self.cores))}){shared}")
@@ -67,6 +72,14 @@ class ComputedOn(BaseModel):
                 f"KV cache {self.kernels.kv_cache_dtype}",
             ]  # fmt: skip
         return ", ".join(parts) or "unknown"
+
+
+def with_gpus(given: Any) -> Any:  # noqa: ANN401 - what a file holds, not yet checked
+    """Return what a file says of a server with ``gpus`` in place of ``gpu``, from before there could be several."""
+    if not isinstance(given, Mapping) or "gpu" not in given:
+        return given
+    rest = {key: value for key, value in given.items() if key != "gpu"}
+    return {"gpus": [given["gpu"]] if given["gpu"] else [], **rest}
 
 
 def find(log: Iterable[bytes]) -> Kernels | None:

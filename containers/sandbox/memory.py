@@ -1,12 +1,14 @@
-"""Samples a container's memory: from its cgroup or Docker's statistics, and of the GPU from NVML."""
+"""Samples a container's memory: from its cgroup or Docker's statistics, of each worker, and of each GPU from NVML."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,14 @@ import docker
 import requests
 from docker.models.containers import Container
 
+from containers.hardware.gpu import handle
+
 Reader = Callable[[], Mapping[str, int] | None]
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _PROC = Path("/proc")
+# How vLLM titles the process of a rank, if it has several: `VLLM::Worker_TP1`, `VLLM::Worker_PP0_TP1`.
+_WORKER = re.compile(rb"VLLM::Worker_([A-Z]+\d+(?:_[A-Z]+\d+)*)")
 
 
 @dataclass
@@ -90,24 +96,28 @@ class MemorySampler:
             number = max(number + 1, int((time.monotonic() - started) / self.interval))
 
 
-def container_reader(container: Container, gpu: str | None = None) -> tuple[Reader, str]:
+def container_reader(container: Container, gpus: Sequence[str] = ()) -> tuple[Reader, str]:
     """Return a reader of a running container's memory, and the name of its source.
 
     The source is the container's cgroup if the engine is on this machine (it survives restarts), else Docker's
-    statistics (about one sample per second). With ``gpu`` the reader adds ``gpu_memory_bytes`` of that device, and
-    ``gpu_process_bytes`` of the container's own processes if the driver reports them.
+    statistics (about one sample per second). If the engine's ranks are processes of their own, the reader adds the
+    memory of each (``worker_tp0_bytes``). For each of ``gpus`` it adds the memory in use on that device
+    (``gpu_0_memory_bytes``) and by the container's own processes (``gpu_0_process_bytes``, if the driver reports it).
     """
     container.reload()
-    read, source = _cgroup_reader(container.attrs["State"]["Pid"], container.id) or (_stats_reader(container), "docker")
-    device = None if gpu is None else _gpu_reader(gpu, lambda: _pids(container))
-    if device is None:
-        return read, source
+    found = _cgroup_reader(container.attrs["State"]["Pid"], container.id)
+    read, source = found or (_stats_reader(container), "docker")
+    pids = lambda: _pids(container)  # noqa: E731
+    devices = [] if not gpus else _gpu_readers(gpus, pids)
+    more = [*devices, *([] if found is None else [_worker_reader(pids)])]
 
-    def both() -> Mapping[str, int] | None:
+    def all_of_them() -> Mapping[str, int] | None:
         values = read()
-        return None if values is None else {**values, **device()}
+        if values is None:
+            return None
+        return dict(itertools.chain(values.items(), *(each().items() for each in more)))
 
-    return both, f"{source} and nvml"
+    return all_of_them, f"{source} and nvml" if devices else source
 
 
 def _cgroup_reader(pid: int, container_id: str | None) -> tuple[Reader, str] | None:
@@ -173,32 +183,46 @@ def _pids(container: Container) -> set[int]:
     return set()
 
 
-def _gpu_reader(gpu: str, pids: Callable[[], set[int]]) -> Callable[[], Mapping[str, int]] | None:
-    """Return a reader of the memory in use on a device (by index or UUID) and by processes; None if NVML lacks it."""
+def _worker_reader(pids: Callable[[], set[int]]) -> Callable[[], Mapping[str, int]]:
+    """Return a reader of the memory that each rank of the engine has for itself or shares with other ranks."""
+
+    def read() -> Mapping[str, int]:
+        values: dict[str, int] = {}
+        for pid in sorted(pids()):
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                rank = _WORKER.match((_PROC / str(pid) / "cmdline").read_bytes())
+                if rank is not None:
+                    lines = (_PROC / str(pid) / "status").read_text().splitlines()
+                    fields = dict(line.split(":", 1) for line in lines)
+                    kilobytes = sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem"))
+                    values[f"worker_{rank[1].decode().lower()}_bytes"] = 1024 * kilobytes
+        return values
+
+    return read
+
+
+def _gpu_readers(gpus: Sequence[str], pids: Callable[[], set[int]]) -> list[Callable[[], Mapping[str, int]]]:
+    """Return readers of the memory in use on devices (by index or UUID) and by processes; none if NVML lacks one."""
     import pynvml  # noqa: PLC0415 - needed only with a GPU
 
     try:
         pynvml.nvmlInit()
-        handle = (
-            pynvml.nvmlDeviceGetHandleByIndex(int(gpu))
-            if gpu.isdecimal()
-            else pynvml.nvmlDeviceGetHandleByUUID(gpu.encode())
-        )
+        handles = [handle(gpu) for gpu in gpus]
     except pynvml.NVMLError:
-        return None
+        return []
 
-    def read() -> Mapping[str, int]:
+    def read(number: int, device: Any) -> Mapping[str, int]:  # noqa: ANN401 - a pointer of NVML's
         values: dict[str, int] = {}
         with contextlib.suppress(pynvml.NVMLError):
-            values["gpu_memory_bytes"] = int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+            values[f"gpu_{number}_memory_bytes"] = int(pynvml.nvmlDeviceGetMemoryInfo(device).used)
             wanted = pids()
             held = [
                 process.usedGpuMemory
-                for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+                for process in pynvml.nvmlDeviceGetComputeRunningProcesses(device)
                 if process.pid in wanted and process.usedGpuMemory is not None
             ]
             if held:
-                values["gpu_process_bytes"] = sum(held)
+                values[f"gpu_{number}_process_bytes"] = sum(held)
         return values
 
-    return read
+    return [functools.partial(read, number, device) for number, device in enumerate(handles)]

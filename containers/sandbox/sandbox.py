@@ -32,6 +32,7 @@ from containers.errors import SandboxError, UnhealthyError
 from containers.hardware import core_pool
 from containers.hardware.core_pool import CoreRequest, Cores
 from containers.hardware.cpu import Cpu, InstructionSet, this_cpu
+from containers.hardware.gpu import disappeared
 from containers.image import gpu_compatibility
 from containers.sandbox import failure, isolation, kernels, logs
 from containers.sandbox.container import create, engine_errors, hardening, remove, terminated_by_exception
@@ -56,8 +57,9 @@ class Server:
 
     ``started_seconds`` counts from the container's creation to its first healthy answer. ``died`` returns how it
     stopped and why, or None while it runs; ``failing`` returns what is wrong with a running one. ``network`` is its
-    network access. ``url`` may change at a restart. ``cores`` are the cores of this machine reserved for it, if any,
-    and ``cpu`` is their CPU; ``kernels`` are reported by its engine. Its log is saved in the folder ``logs``.
+    network access. ``url`` may change at a restart. ``gpus`` are its devices, by UUID or index, and ``ranks`` is the
+    number of processes that its model is divided among; ``cores`` are the cores of this machine reserved for it, if
+    any, and ``cpu`` is their CPU; ``kernels`` are reported by its engine. Its log is saved in the folder ``logs``.
     """
 
     url: str
@@ -67,7 +69,8 @@ class Server:
     memory: MemorySampler
     died: Callable[[], Failure | None]
     container: Container | None = None
-    gpu: str | None = None
+    gpus: tuple[str, ...] = ()
+    ranks: int = 1
     network: str | None = None
     start_timeout_s: float = 300.0
     cores: Cores | None = None
@@ -77,8 +80,12 @@ class Server:
     logs: Path | None = None
 
     def failed(self) -> Failure | None:
-        """Return how it stopped, or what is wrong with it while it runs; None if it works."""
-        return self.died() or self.failing()
+        """Return how it stopped, or what is wrong with it while it runs; None if it works.
+
+        A GPU that disappeared is the reason, whatever the engine says of it.
+        """
+        lost = disappeared(self.gpus)
+        return (None if lost is None else Failure(lost)) or self.died() or self.failing()
 
     @property
     def computed_on(self) -> ComputedOn:
@@ -90,7 +97,7 @@ class Server:
             cpu |= {"cores": self.cores.numbers, "cores_shared": self.cores.shared}
         if self.kernels is not None:
             cpu |= self.kernels.model_dump(include={"cpu_model", "instruction_set"})
-        return ComputedOn(gpu=self.gpu, kernels=self.kernels, **cpu)
+        return ComputedOn(gpus=self.gpus, kernels=self.kernels, **cpu)
 
     def restart(self) -> None:
         """Restart the container, whether or not it runs, and wait until it is healthy.
@@ -124,7 +131,7 @@ def serve(
     environment: Mapping[str, str] | None = None,
     command: Sequence[str] | None = None,
     mounts: Mapping[Path, str] | None = None,
-    gpu: str | None = None,
+    gpus: Sequence[str] = (),
     cores: CoreRequest | None = None,
     cpu_limit: InstructionSet | None = None,
     start_timeout_s: float = 300.0,
@@ -150,8 +157,8 @@ def serve(
         environment: variables for the server.
         command: arguments in place of the image's own.
         mounts: folders of the engine's machine → paths in the container, read-only.
-        gpu: a device, by index or UUID, or None.
-        cores: this machine's cores to reserve, if the engine is local; None to reserve none.
+        gpus: devices, by index or UUID, each for one rank of the engine.
+        cores: this machine's cores to reserve for the engine's ranks, if the engine is local; None to reserve none.
         cpu_limit: the instruction set that the server may use at most.
         start_timeout_s: how long the server may take until it is healthy.
         lifetime_s: seconds after which the container is killed; None for never.
@@ -163,7 +170,7 @@ def serve(
     """
     if "sha256:" not in image:
         raise SandboxError(f"`{image}` is a tag, which can point to another image later: use the image's id or digest")
-    gpu_compatibility.check(client, image, gpu)
+    gpu_compatibility.check(client, image, gpus)
     full_name = f"{name}-{uuid.uuid4().hex[:8]}"
     with (
         terminated_by_exception(),
@@ -172,16 +179,17 @@ def serve(
         _reserved(client, cores, progress) as given,
     ):
         started, kept = time.monotonic(), home / "logs"
+        ranks = max(1, len(gpus), 1 if cores is None else cores.ranks)
         container = create(client, image, {
             "name": full_name,
             "labels": {**(labels or {}), **ownership(home)},
             "environment": {**_ENVIRONMENT, **_limited_to(cpu_limit), **_bound_to(given), **(environment or {})},
             "command": None if command is None else list(command),
             "volumes": {str(path): {"bind": place, "mode": "ro"} for path, place in (mounts or {}).items()},
-            "device_requests": None if gpu is None else [DeviceRequest(device_ids=[gpu], capabilities=[["gpu"]])],
+            "device_requests": [DeviceRequest(device_ids=list(gpus), capabilities=[["gpu"]])] if gpus else None,
             "cpuset_cpus": None if given is None else given.cpuset,
             "nano_cpus": None if cpus is None else round(cpus * 1e9),
-            **hardening(memory_bytes),
+            **hardening(memory_bytes, ranks),
             **_reached_by(network),
         })  # fmt: skip
         try:
@@ -189,18 +197,23 @@ def serve(
             reach = isolation.PUBLISHED if network is None else isolation.ISOLATED if sealed else isolation.UNSEALED
             if not sealed:
                 progress(f"the sandbox's network is {reach}")
-            read, source = container_reader(container, gpu)
+            read, source = container_reader(container, gpus)
             sampler = MemorySampler(read, source)
             sampler.start()
             try:
-                url = _wait(container, started, start_timeout_s, progress, kept)
+                try:
+                    url = _wait(container, started, start_timeout_s, progress, kept)
+                except UnhealthyError as error:
+                    if lost := disappeared(gpus):
+                        raise UnhealthyError(f"the server {lost}") from error
+                    raise
                 seconds = time.monotonic() - started
                 progress(f"the server is healthy after {seconds:.1f} s")
                 sampler.phase = "idle"
                 with _ended_after(container, lifetime_s):
                     yield Server(
                         url, seconds, memory_bytes, cpus, sampler, lambda: failure.stopped(container, kept), container,
-                        gpu, reach, start_timeout_s, given,
+                        tuple(gpus), ranks, reach, start_timeout_s, given,
                         None if given is None else this_cpu(cpu_limit), _kernels(container),
                         lambda: failure.failing(container, kept), kept,
                     )  # fmt: skip
@@ -230,7 +243,7 @@ def _kernels(container: Container) -> Kernels | None:
 
 
 def _bound_to(cores: Cores | None) -> dict[str, str]:
-    return {} if cores is None else {"VLLM_CPU_OMP_THREADS_BIND": cores.cpuset}
+    return {} if cores is None else {"VLLM_CPU_OMP_THREADS_BIND": cores.binding}
 
 
 def _limited_to(instruction_set: InstructionSet | None) -> dict[str, str]:

@@ -107,5 +107,5 @@ def _speed_of(hardware: ComputedOn) -> tuple[object, ...]:
     """What latencies depend on: the CPU, how many cores and whether they were shared, but not which cores."""
     return (
         hardware.cpu_model, hardware.instruction_set, hardware.cores and len(hardware.cores), hardware.cores_shared,
-        bool(hardware.gpu),
+        len(hardware.gpus),
     )  # fmt: skip

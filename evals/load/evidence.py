@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from containers.sandbox.kernels import ComputedOn
+from containers.sandbox.kernels import ComputedOn, with_gpus
 from evals.errors import LoadEvidenceError
 from evals.load.capacity import Capacity
 from evals.load.expected_memory import MemoryPrediction
@@ -137,10 +137,19 @@ class FaultResult(_Document):
     limit_seconds: float | None = None
 
 
+class GpuMemory(_Document):
+    """The memory of one of the server's GPUs in bytes; ``peak_bytes`` is None if it was not sampled."""
+
+    uuid: str
+    total_bytes: int
+    peak_bytes: int | None
+
+
 class MemoryResult(_Document):
     """The server's memory in bytes: its limit, its peaks by source and by phase, leaks by profile, the prediction.
 
-    ``hertz`` is how many samples a second there were; ``unwatched_seconds`` the longest time without one.
+    ``hertz`` is how many samples a second there were; ``unwatched_seconds`` the longest time without one. ``gpus`` are
+    in the order of the engine's ranks.
     """
 
     limit_bytes: int
@@ -152,23 +161,31 @@ class MemoryResult(_Document):
     phases: Mapping[str, int] = {}
     leaks: Mapping[str, Leak] = {}
     expected: MemoryPrediction | None = None
+    gpus: tuple[GpuMemory, ...] = ()
 
 
 class ServerResult(_Document):
     """The server: how it ended if it did, its start, its limits, its engine's version, and what computed its answers.
 
-    ``start_seconds`` is None if it never became healthy. ``computed_on`` is None in evidence from before it was
-    recorded.
+    ``start_seconds`` is None if it never became healthy. ``gpus`` are the UUIDs of its devices, and ``ranks`` is how
+    many processes the model was divided among, each on a GPU or on cores of its own. ``computed_on`` is None in
+    evidence from before it was recorded.
     """
 
     died: str | None
     start_seconds: float | None
     cpus: float | None = None
-    gpu: str | None = None
+    gpus: tuple[str, ...] = ()
+    ranks: int = 1
     network: str | None = None
     memory_limit_bytes: int
     version: str | None = None
     computed_on: ComputedOn | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_gpu(cls, given: Any) -> Any:  # noqa: ANN401 - what the file holds, not yet checked
+        return with_gpus(given)
 
     @property
     def cores(self) -> float | None:

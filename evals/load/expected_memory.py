@@ -14,6 +14,9 @@ TOLERANCE = 0.15
 # What the runtime takes beside weights and KV cache: interpreter, libraries, buffers. Measured on the demo's images
 # (4.2M parameters, whose weights are negligible) with Python 3.11 and torch 2.13, the two processes of vLLM 0.32.
 RUNTIME_BYTES: Mapping[str, int] = {"vllm-cpu": 1_350_000_000}
+# What each rank's process takes besides if there are several: with one, the engine's own process computes. Measured
+# with two ranks: 1.94 GB in all.
+RANK_BYTES = 300_000_000
 
 
 @dataclass(frozen=True)
@@ -30,15 +33,17 @@ class ExpectedMemory:
         return self.weights_bytes + self.kv_cache_bytes + self.runtime_bytes
 
 
-def expect(weights_bytes: int, runtime: str, environment: Mapping[str, str]) -> ExpectedMemory | None:
-    """Predict a server's memory from its release; None for a runtime that was not measured yet.
+def expect(weights_bytes: int, runtime: str, environment: Mapping[str, str], ranks: int = 1) -> ExpectedMemory | None:
+    """Predict the memory of a server with so many ranks; None for a runtime that was not measured yet.
 
-    On CPU vLLM takes ``VLLM_CPU_KVCACHE_SPACE`` GiB for its KV cache and touches all of it at the start.
+    On CPU each rank takes ``VLLM_CPU_KVCACHE_SPACE`` GiB for its KV cache and touches all of it at the start. The ranks
+    divide the weights among them.
     """
     space = environment.get("VLLM_CPU_KVCACHE_SPACE")
     if runtime not in RUNTIME_BYTES or space is None:
         return None
-    return ExpectedMemory(weights_bytes, int(float(space) * 2**30), RUNTIME_BYTES[runtime])
+    runtime_bytes = RUNTIME_BYTES[runtime] + (ranks * RANK_BYTES if ranks > 1 else 0)
+    return ExpectedMemory(weights_bytes, ranks * int(float(space) * 2**30), runtime_bytes)
 
 
 class MemoryPrediction(BaseModel):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from evals.load.evidence import LoadEvidence
+from evals.load.measurements import gpu_metric
 from evals.load.plan import LoadPlan
 from evals.load.slo import met, plain, sentence
 from registry.verdict import Verdict
@@ -22,7 +23,7 @@ def judge(evidence: LoadEvidence, plan: LoadPlan) -> Verdict:
     capacity that the client ended, memory that was not sampled, and a missing GPU are inconclusive, unless something
     failed that they can't explain.
     """
-    limits = plan.limits()
+    limits = {**plan.limits(), **_gpu_limits(evidence, plan)}
     metrics = dict(evidence.metrics)
     lacking = evidence.lacking
     if lacking is not None:
@@ -44,6 +45,12 @@ def judge(evidence: LoadEvidence, plan: LoadPlan) -> Verdict:
     )
     reason = f"{sent}: " + ", ".join(sentence(name, metrics, limits) for name in limits)
     return Verdict(gate=GATE, status="pass", reason=reason, metrics=metrics, limits=limits)
+
+
+def _gpu_limits(evidence: LoadEvidence, plan: LoadPlan) -> dict[str, float]:
+    """The limit of each GPU's memory, by the name of the metric."""
+    share = 1 - plan.memory.gpu_headroom
+    return {gpu_metric(number): share * gpu.total_bytes for number, gpu in enumerate(evidence.memory.gpus)}
 
 
 def is_conclusive(evidence: LoadEvidence, plan: LoadPlan) -> bool:
@@ -73,7 +80,8 @@ def _explains(cause: str, name: str, evidence: LoadEvidence, limits: Mapping[str
     if metric == "capacity_requests_per_second":
         return _capacity_doubt(evidence, limits) is not None
     if cause == "memory-unwatched":
-        return metric in {"peak_memory_bytes", "leak_bytes_per_request"} and name not in evidence.metrics
+        of_memory = metric in {"peak_memory_bytes", "leak_bytes_per_request"} or metric.startswith("gpu_")
+        return of_memory and name not in evidence.metrics
     if metric == "error_rate":
         return cause == "incomplete" and all(
             each.traffic.sent - each.traffic.answered <= limits[name] * each.traffic.requests
@@ -101,7 +109,8 @@ def _failure(name: str, metrics: Mapping[str, float], limits: Mapping[str, float
         return f"faults not survived: {', '.join(failed)}"
     if name == "leak_bytes_per_request" and name in metrics:
         return f"memory leaks: at least {sentence(name, metrics, limits).removeprefix(f'{name} ')}"
-    return sentence(name, metrics, limits)
+    on = {gpu_metric(number): f" ({gpu.uuid})" for number, gpu in enumerate(evidence.memory.gpus)}
+    return sentence(name, metrics, limits) + on.get(name, "")
 
 
 def _doubt(evidence: LoadEvidence, plan: LoadPlan) -> tuple[str, str] | None:

@@ -6,11 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from containers.hardware.gpu import gpus
 from containers.sandbox.sandbox import Server
 from evals.load import evidence as documents
 from evals.load import requests as records
 from evals.load.capacity import Capacity
-from evals.load.evidence import ClientCost, FaultResult, Leak, LoadEvidence, MemoryResult, ProfileResult
+from evals.load.evidence import ClientCost, FaultResult, GpuMemory, Leak, LoadEvidence, MemoryResult, ProfileResult
 from evals.load.expected_memory import ExpectedMemory, compared
 from evals.load.requests import RequestRecord
 from evals.load.slo import DISTRIBUTIONS, PERCENTILES, percentile
@@ -58,6 +59,10 @@ def all_metrics(
     peak = server.memory.peak(outside="faults")
     if peak is not None:
         metrics["peak_memory_bytes"] = float(peak)
+    for number in range(len(server.gpus)):
+        peak = server.memory.peak(f"gpu_{number}_memory_bytes", outside="faults")
+        if peak is not None:
+            metrics[gpu_metric(number)] = float(peak)
     for number, each in enumerate(measured):
         prefix = f"{each.name}." if number else ""
         metrics |= {f"{prefix}{name}": value for name, value in each.metrics.items()}
@@ -71,6 +76,11 @@ def all_metrics(
     if survived is not None:
         metrics["faults_failed"] = float(sum(fault.ok is False for fault in survived))
     return metrics
+
+
+def gpu_metric(number: int) -> str:
+    """The name of the peak of the memory of one of the server's GPUs, and of its limit."""
+    return f"gpu_{number}_peak_bytes"
 
 
 def leak(samples: Sequence[MemorySample], profile: TrafficProfile) -> Leak | None:
@@ -99,6 +109,7 @@ def memory(
     sampler = server.memory
     names = sorted({name for sample in sampler.samples for name in sample} - {"seconds", "phase"})
     peaks = {name: sampler.peak(name, outside="faults") for name in names}
+    totals = {gpu.uuid: gpu.memory_bytes for gpu in gpus()} if server.gpus else {}
     return MemoryResult(
         limit_bytes=server.memory_bytes,
         source=sampler.source,
@@ -109,6 +120,11 @@ def memory(
         phases=sampler.peaks_by_phase(),
         leaks={each.name: each.leak for each in measured if each.leak},
         expected=None if expected is None else compared(expected, peaks),
+        gpus=tuple(
+            GpuMemory(uuid=uuid, total_bytes=totals[uuid], peak_bytes=peaks.get(f"gpu_{number}_memory_bytes"))
+            for number, uuid in enumerate(server.gpus)
+            if uuid in totals
+        ),
     )
 
 

@@ -36,6 +36,10 @@ class Memory(_Section):
     """The container's limit, `12GiB` or bytes."""
     headroom: float = Field(default=0.2, ge=0, lt=1)
     """The share of it that must be free at the peak."""
+    gpu_headroom: float = Field(default=0.02, ge=0, lt=1)
+    """The share of each GPU's memory that must be free at the peak. vLLM takes its own share at the start
+    (`serve.gpu_memory`); what it takes beyond that is not foreseen.
+    """
     max_leak_per_request: ByteSize = ByteSize(64 * 1024)
     """The largest leak for each request that a profile with a leak test (`soak`) may find: the lower end of the
     interval of the memory's slope.

@@ -7,10 +7,9 @@ import math
 import os
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import docker
 import httpx
@@ -18,8 +17,8 @@ import requests
 
 from containers.engine.engine import connect
 from containers.errors import ContainerError
+from containers.hardware import gpu_pool
 from containers.hardware.core_pool import CoreRequest
-from containers.hardware.gpu import gpus
 from containers.sandbox import sandbox
 from evals.load.evidence import read_load_evidence
 from pipeline.errors import SlipwayError
@@ -47,6 +46,7 @@ class Resources:
     memory_bytes: int
     cpus: float | None
     start_timeout_s: float
+    ranks: int = 1
 
     @classmethod
     def tested(cls, folder: Path) -> Resources:
@@ -57,7 +57,7 @@ class Resources:
         """
         evidence = read_load_evidence(folder / EVIDENCE)
         timeout = max(_LEAST_START_TIMEOUT_S, _STARTS * (evidence.server.start_seconds or 0.0))
-        return cls(evidence.memory.limit_bytes, evidence.server.cpus, timeout)
+        return cls(evidence.memory.limit_bytes, evidence.server.cpus, timeout, evidence.server.ranks)
 
 
 class Fleet:
@@ -89,7 +89,7 @@ class Fleet:
         self._of_all = of_all
         self._needs_gpu = manifest.image.minimum_driver is not None
         self._image = manifest.image
-        self._replicas = [_Replica(self, index) for index in range(count)]
+        self._replicas = [_Replica(self, number) for number in range(1, count + 1)]
 
     def start(self) -> None:
         """Begin to start all replicas.
@@ -110,8 +110,8 @@ class Fleet:
     def grow(self, count: int) -> bool:
         """Begin to start more replicas, up to ``count``; return whether any were missing. Running ones stay."""
         before = len(self._replicas)
-        for index in range(before, count):
-            replica = _Replica(self, index)
+        for number in range(before + 1, count + 1):
+            replica = _Replica(self, number)
             self._replicas.append(replica)
             replica.start()
         return count > before
@@ -148,29 +148,41 @@ class Fleet:
         """A new client of the engine; each thread needs its own."""
         return connect(self._settings.docker_host, self._settings.home)
 
-    def serve(self, client: docker.DockerClient, name: str, index: int) -> contextlib.AbstractContextManager[Any]:
-        """Start one container, hardened like the one that was load-tested."""
-        found = gpus() if self._needs_gpu else []
-        return sandbox.serve(
-            client,
-            self.image_id,
-            name=f"slipway-serve-{name.replace('@', '-')}",
-            home=self._settings.home,
-            memory_bytes=self._resources.memory_bytes,
-            cpus=self._resources.cpus,
-            labels={sandbox.STAGE_LABEL: "serve", REPLICA_LABEL: name},
-            gpu=found[index % len(found)].uuid if found else None,
-            cores=None if self._needs_gpu else self._share_of_cores(),
-            cpu_limit=self._settings.cpu_limit,
-            start_timeout_s=self._resources.start_timeout_s,
-            progress=lambda line: self._progress(f"{name}: {line}"),
-        )
+    @contextlib.contextmanager
+    def serve(self, client: docker.DockerClient, name: str) -> Iterator[sandbox.Server]:
+        """Start one container, hardened like the one that was load-tested, on GPUs or cores of its own.
+
+        Raises:
+            GpuPoolError: too few GPUs are free; a replica does not wait, so that the current releases go on.
+            ContainerError: it does not start.
+        """
+        progress = lambda line: self._progress(f"{name}: {line}")  # noqa: E731
+        ranks = self._resources.ranks if self._needs_gpu else 0
+        with (
+            gpu_pool.reserved(ranks, progress, self._settings.locks, wait=False) as devices,
+            sandbox.serve(
+                client,
+                self.image_id,
+                name=f"slipway-serve-{name.replace('@', '-')}",
+                home=self._settings.home,
+                memory_bytes=self._resources.memory_bytes,
+                cpus=self._resources.cpus,
+                labels={sandbox.STAGE_LABEL: "serve", REPLICA_LABEL: name},
+                gpus=[gpu.uuid for gpu in devices],
+                cores=None if self._needs_gpu else self._share_of_cores(),
+                cpu_limit=self._settings.cpu_limit,
+                start_timeout_s=self._resources.start_timeout_s,
+                progress=progress,
+            ) as server,
+        ):
+            yield server
 
     def _share_of_cores(self) -> CoreRequest:
         """The cores that it was tested with, but at most an equal share of those that this process may use."""
         share = max(1, len(os.sched_getaffinity(0)) // self._of_all)
         tested = self._resources.cpus
-        return CoreRequest(self._settings.locks, share if tested is None else min(share, math.ceil(tested)))
+        count = share if tested is None else min(share, math.ceil(tested))
+        return CoreRequest(self._settings.locks, count, ranks=self._resources.ranks)
 
     def warm(self, server: sandbox.Server) -> None:
         """Request a few tokens, so that the first client need not wait; read the model's name and context too.
@@ -199,15 +211,14 @@ class Fleet:
 class _Replica(threading.Thread):
     """Keeps one container running until ``stopping`` is set; ``failure`` says why a start failed."""
 
-    def __init__(self, fleet: Fleet, index: int) -> None:
-        super().__init__(name=f"{fleet.release}-{index + 1}", daemon=True)
+    def __init__(self, fleet: Fleet, number: int) -> None:
+        super().__init__(name=f"{fleet.release}-{number}", daemon=True)
         self.stopping = threading.Event()
         self.url = ""
         self.failure: str | None = None
         self._fleet = fleet
-        self._index = index
         # Unique for each fleet, so that the replicas of two fleets of one release have different names.
-        self.name = f"{fleet.release}-{index + 1}-{uuid.uuid4().hex[:6]}"
+        self.name = f"{fleet.release}-{number}-{uuid.uuid4().hex[:6]}"
 
     def run(self) -> None:
         """Start the container, watch it and restart it, after pauses that double while starts fail."""
@@ -215,7 +226,7 @@ class _Replica(threading.Thread):
         with contextlib.closing(self._fleet.engine()) as client:
             while not self.stopping.is_set():
                 try:
-                    with self._fleet.serve(client, self.name, self._index) as server:
+                    with self._fleet.serve(client, self.name) as server:
                         server.memory.stop()  # measurements are not needed here, and would fill the memory
                         self._fleet.warm(server)
                         self._up(server.url)

@@ -136,11 +136,12 @@ def serve_source(context: StageContext, source: Artifact) -> Iterator[sandbox.Se
     profile = profiles.load(context.spec.runtime)
     with context.engine() as client:
         runtime = build_runtime(client, profile, context.settings.home, context.progress)
-        command = images.serving_arguments(profile, source.folder, context.spec.model, reference(context))
+        serving = reference(context)
+        command = images.serving_arguments(profile, source.folder, context.spec.model, serving)
         mounts = {source.folder: "/model"}
         if context.spec.serve.chat_template is not None:
             mounts[context.spec.serve.chat_template] = CHAT_TEMPLATE
-        with _served(context, client, runtime.image_id, command=command, mounts=mounts) as server:
+        with _served(context, client, runtime.image_id, serving.gpus, command=command, mounts=mounts) as server:
             yield server
 
 
@@ -153,7 +154,7 @@ def serve_image(context: StageContext, image_id: str) -> Iterator[sandbox.Server
     """
     started = False
     try:
-        with context.engine() as client, _served(context, client, image_id) as server:
+        with context.engine() as client, _served(context, client, image_id, context.serving.gpus) as server:
             started = True
             yield server
     except SandboxError as error:
@@ -163,23 +164,28 @@ def serve_image(context: StageContext, image_id: str) -> Iterator[sandbox.Server
         raise SandboxError(f"the image of `{context.scheme_name}` can't be asked: {error}; {remedy}") from error
 
 
+@contextmanager
 def _served(
     context: StageContext,
     client: docker.DockerClient,
     image: str,
+    ranks: int,
     **more: Any,  # noqa: ANN401 - as `sandbox.serve` takes it
-) -> AbstractContextManager[sandbox.Server]:
+) -> Iterator[sandbox.Server]:
     """Start an image as the load test does, but with all of the machine's memory: only the answers count here."""
-    needs_gpu = profiles.load(context.spec.runtime).minimum_driver is not None
-    return sandbox.serve(
-        client,
-        image,
-        name=f"slipway-evaluation-{context.spec.model}",
-        home=context.settings.home,
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        gpu=next((found.uuid for found in gpus()), None) if needs_gpu else None,
-        cores=context.server_cores(),
-        start_timeout_s=context.spec.load.start_timeout_s,
-        progress=context.progress,
-        **more,
-    )
+    with (
+        context.gpus(ranks) as devices,
+        sandbox.serve(
+            client,
+            image,
+            name=f"slipway-evaluation-{context.spec.model}",
+            home=context.settings.home,
+            memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            gpus=devices,
+            cores=context.server_cores(ranks=ranks),
+            start_timeout_s=context.spec.load.start_timeout_s,
+            progress=context.progress,
+            **more,
+        ) as server,
+    ):
+        yield server

@@ -12,7 +12,7 @@ from typing import TypeVar
 import docker
 
 from containers.engine.engine import connect
-from containers.hardware import machine_locks
+from containers.hardware import gpu_pool, machine_locks
 from containers.hardware.core_pool import CoreRequest
 from containers.hardware.cpu import InstructionSet
 from containers.hardware.gpu import gpus
@@ -109,11 +109,28 @@ class StageContext:
         """Have the device where workers run on it; whatever runs them elsewhere has its own queue."""
         return self.device() if launchers.are_here(self.settings) else contextlib.nullcontext()
 
-    def server_cores(self, count: float | None = None, *, with_client: bool = False) -> CoreRequest | None:
-        """Return which cores a server of the model's runtime asks for; None where it computes on a GPU."""
+    def server_cores(
+        self, count: float | None = None, *, with_client: bool = False, ranks: int = 1
+    ) -> CoreRequest | None:
+        """Return which cores a server of the model's runtime asks for; None where it computes on GPUs."""
         if profiles.load(self.spec.runtime).minimum_driver is not None:
             return None
-        return CoreRequest(self.settings.locks, None if count is None else math.ceil(count), with_client)
+        return CoreRequest(self.settings.locks, None if count is None else math.ceil(count), with_client, ranks)
+
+    @contextlib.contextmanager
+    def gpus(self, ranks: int) -> Iterator[tuple[str, ...]]:
+        """Reserve a GPU for each of a server's ranks, by UUID; none for a runtime that computes on a CPU.
+
+        On a machine without GPUs there are none to reserve.
+
+        Raises:
+            GpuPoolError: the machine has fewer, or one has disappeared.
+        """
+        if profiles.load(self.spec.runtime).minimum_driver is None:
+            yield ()
+            return
+        with gpu_pool.reserved(ranks, self.progress, self.settings.locks) as found:
+            yield tuple(gpu.uuid for gpu in found)
 
     @contextlib.contextmanager
     def cores(self, *, alone: bool = False) -> Iterator[None]:

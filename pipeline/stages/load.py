@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 from containers.errors import UnhealthyError
-from containers.hardware import gpu_pool
 from containers.image import profile as profiles
 from containers.image.build import ImageRecord
 from containers.sandbox import sandbox
@@ -73,14 +71,8 @@ def measure(
     A server that never gets healthy is evidence: the gate fails it, the stage does not. An image that needs a GPU is
     not started where there is none: that is inconclusive.
     """
-    with (
-        context.device(),
-        context.cores(alone=True),
-        gpu_pool.reserved(context.progress, context.settings.locks)
-        if record.minimum_driver
-        else contextlib.nullcontext() as gpu,
-    ):
-        if record.minimum_driver and gpu is None:
+    with context.device(), context.cores(alone=True), context.gpus(context.serving.gpus) as gpus:
+        if record.minimum_driver and not gpus:
             return load_test.write_without_gpu(plan, folder)
         try:
             with (
@@ -92,8 +84,8 @@ def measure(
                     home=context.settings.home,
                     memory_bytes=plan.memory.limit_bytes,
                     cpus=plan.cpus,
-                    gpu=None if gpu is None else gpu.uuid,
-                    cores=context.server_cores(plan.cpus, with_client=True),
+                    gpus=gpus,
+                    cores=context.server_cores(plan.cpus, with_client=True, ranks=context.serving.gpus),
                     start_timeout_s=plan.start_timeout_s,
                     lifetime_s=plan.lifetime_s,
                     labels={sandbox.STAGE_LABEL: "load"},
@@ -120,4 +112,4 @@ def _expected_memory(context: StageContext, record: ImageRecord, checkpoint: Art
     """What the server should take: on a CPU, which may hold float32 copies of weights, by its instruction set."""
     weights = stored(describe_folder(checkpoint.folder).model)
     size = weights.bytes if record.minimum_driver else weights.on_cpu(context.settings.cpu.instruction_set)
-    return expect(size, record.runtime, profiles.load(record.runtime).full_environment)
+    return expect(size, record.runtime, profiles.load(record.runtime).full_environment, context.serving.gpus)

@@ -105,3 +105,25 @@ def test_the_threads_of_one_core_are_given_together(tmp_path: Path) -> None:
         (folder / "physical_package_id").write_text("0\n")
         (folder / "core_id").write_text(f"{number % 2}\n")
     assert neighbours_together({0, 1, 2, 3}, tmp_path) == [0, 2, 1, 3]
+
+
+def test_each_rank_gets_cores_of_its_own(tmp_path: Path) -> None:
+    with reserved(CoreRequest(tmp_path, 5, ranks=2), print, [0, 4, 1, 5, 2, 6]) as cores:
+        assert (cores.cpuset, cores.binding) == ("0,1,4,5", "0,4|1,5")
+    with reserved(CoreRequest(tmp_path), print, range(2)) as cores:
+        assert cores.binding == "0,1"
+
+
+def test_ranks_are_more_than_the_load_generators_core_and_share_only_what_they_must(tmp_path: Path) -> None:
+    assert CoreRequest(tmp_path, with_client=True, ranks=2).of(2) == 2
+    assert CoreRequest(tmp_path, with_client=True, ranks=2).of(4) == 2
+    assert CoreRequest(tmp_path, 1, ranks=2).of(4) == 2
+    told: list[str] = []
+    with (
+        reserved(CoreRequest(tmp_path, 1), print, range(2)),
+        reserved(CoreRequest(tmp_path, 2, ranks=2), told.append, range(2)) as cores,
+    ):
+        assert (cores.binding, cores.shared) == ("1|0", True)
+    assert told == ["warning: other servers use every core: sharing 0"]
+    with reserved(CoreRequest(tmp_path, ranks=2), print, range(1)) as cores:
+        assert cores.binding == "0|0"

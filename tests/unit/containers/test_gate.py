@@ -52,8 +52,8 @@ def test_driver_580_on_a_host_with_550_is_refused_by_name_and_number_before_a_co
     started: list[str] = []
     with (
         pytest.raises(GpuError, match=r"vllm-cuda13 needs NVIDIA driver 580\.65\.06 or later, and this host has 550"),
-        sandbox.serve(client(labels, started), "sha256:image", name="x", home=tmp_path, memory_bytes=GIB, gpu="GPU-1",
-                      progress=print),
+        sandbox.serve(client(labels, started), "sha256:image", name="x", home=tmp_path, memory_bytes=GIB,
+                      gpus=["GPU-1"], progress=print),
     ):  # fmt: skip
         pass
     assert started == []
@@ -62,18 +62,18 @@ def test_driver_580_on_a_host_with_550_is_refused_by_name_and_number_before_a_co
 @pytest.mark.usefixtures("nvml")
 def test_cuda_12_runs_where_cuda_13_does_not() -> None:
     labels = {**labels_of(profile.load("vllm-cuda12")), gpu_compatibility.RUNTIME: "vllm-cuda12"}
-    check(client(labels, []), "image", "0")
+    check(client(labels, []), "image", ["0"])
 
 
 @pytest.mark.usefixtures("nvml")
 def test_a_gpu_that_is_not_there_is_named() -> None:
     with pytest.raises(GpuError, match="NVML knows no GPU `7`"):
-        check(client(labels_of(profile.load("vllm-cuda13")), []), "image", "7")
+        check(client(labels_of(profile.load("vllm-cuda13")), []), "image", ["7"])
 
 
 def test_an_image_for_cpus_asks_for_nothing() -> None:
     assert labels_of(profile.load("vllm-cpu")) == {}
-    check(client({}, []), "image", "0")
+    check(client({}, []), "image", ["0"])
 
 
 def test_what_is_too_small_is_refused_with_both_numbers() -> None:
@@ -83,6 +83,12 @@ def test_what_is_too_small_is_refused_with_both_numbers() -> None:
         "60.0 GiB of weights and 8.0 GiB of cache take a GPU of 85.0 GiB with 20% left free, and H100 has 79.6 GiB"
     )
     assert problems(needs, gpu(name="H200")) == []
+
+
+def test_each_of_two_gpus_holds_half() -> None:
+    needs = Needs("vllm-cuda13", model_bytes=60 * GIB, cache_bytes=8 * GIB).of_one_among(2)
+    assert problems(needs, gpu()) == []
+    assert (needs.model_bytes, needs.cache_bytes) == (30 * GIB, 4 * GIB)
 
 
 @pytest.mark.parametrize(

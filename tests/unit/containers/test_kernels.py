@@ -63,7 +63,9 @@ def test_a_server_says_what_computes_its_answers() -> None:
         return Server("http://x", 1.0, 1, None, sampler, lambda: None, **known)  # type: ignore[arg-type]
 
     assert server().computed_on == ComputedOn()
-    assert server(gpu="GPU-1").computed_on == ComputedOn(gpu="GPU-1")
+    assert server(gpus=("GPU-1", "GPU-2")).computed_on == ComputedOn(gpus=("GPU-1", "GPU-2"))
+    assert ComputedOn.model_validate({"gpu": "GPU-1"}) == ComputedOn(gpus=("GPU-1",))
+    assert ComputedOn.model_validate({"gpu": None}) == ComputedOn()
     cpu = Cpu("A CPU", "x86_64", "avx2", 2)
     alone = server(cores=Cores((0, 1)), cpu=cpu).computed_on
     assert alone == ComputedOn(cpu_model="A CPU", instruction_set="avx2", cores=(0, 1))

@@ -93,6 +93,19 @@ def test_a_sampler_keeps_phases_and_the_peak_and_survives_the_end_of_what_it_wat
     assert sampler.peak("gpu_memory_bytes") is None
 
 
+def test_the_memory_of_each_rank_is_read_by_its_title(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    titles = {1: "python -m vllm", 39: "VLLM::Worker_TP0", 40: "VLLM::Worker_TP1", 41: "VLLM::Worker_PP1_TP0"}
+    for pid, title in titles.items():
+        (tmp_path / str(pid)).mkdir()
+        (tmp_path / str(pid) / "cmdline").write_bytes(title.encode() + b"\0")
+        status = f"Name:\tx\nRssAnon:\t{pid} kB\nRssFile:\t9 kB\nRssShmem:\t1 kB\n"
+        (tmp_path / str(pid) / "status").write_text(status)
+    monkeypatch.setattr(memory, "_PROC", tmp_path)
+    assert memory._worker_reader(lambda: {1, 39, 40, 41, 99})() == {
+        "worker_tp0_bytes": 40 * 1024, "worker_tp1_bytes": 41 * 1024, "worker_pp1_tp0_bytes": 42 * 1024,
+    }  # fmt: skip
+
+
 def test_a_time_without_samples_is_told() -> None:
     values = iter([{"memory_bytes": 5}, None, {"usage_bytes": 1}])
     sampler = MemorySampler(lambda: next(values, None), "test", interval=0.001)

@@ -62,4 +62,7 @@ def test_a_prediction_adds_up_and_one_that_is_far_off_says_so() -> None:
     assert bad.off
     assert "+20%" in bad.sentence
     assert not compared(expected, {"memory_bytes": None}).off
+    two = expect(10**9, "vllm-cpu", {"VLLM_CPU_KVCACHE_SPACE": "1"}, ranks=2)
+    assert two is not None
+    assert (two.weights_bytes, two.kv_cache_bytes) == (10**9, 2 * 2**30)
     assert expect(1, "a-runtime-of-tomorrow", {"VLLM_CPU_KVCACHE_SPACE": "1"}) is None

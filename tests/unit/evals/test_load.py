@@ -113,6 +113,16 @@ def test_a_limit_missed_by_a_hair_fails_by_name(name: str, value: float) -> None
     assert verdict.metrics[name] == value
 
 
+def test_each_gpu_is_held_to_its_own_memory_and_named() -> None:
+    gpus = [{"uuid": f"GPU-{number}", "total_bytes": 80 * GIB, "peak_bytes": 76 * GIB} for number in range(2)]
+    seen = {"gpu_0_peak_bytes": 0.98 * 80 * GIB, "gpu_1_peak_bytes": 0.98 * 80 * GIB}
+    assert judge(evidence(memory={"gpus": gpus}, metrics=seen), plan()).status == "pass"
+    over = judge(evidence(memory={"gpus": gpus}, metrics={**seen, "gpu_1_peak_bytes": 79 * GIB}), plan())
+    assert (over.status, over.reason) == ("fail", "gpu_1_peak_bytes 79.00 GiB > 78.40 GiB (GPU-1)")
+    unseen = judge(evidence(memory={"gpus": gpus}, metrics={"gpu_0_peak_bytes": GIB}), plan())
+    assert unseen.reason == "gpu_1_peak_bytes could not be measured (limit 78.40 GiB) (GPU-1)"
+
+
 @pytest.mark.parametrize("name", ["p95_latency_ms", "error_rate", "output_tokens_per_second", "peak_memory_bytes"])
 def test_a_metric_that_is_missing_fails(name: str) -> None:
     verdict = judge(evidence(metrics={name: None}), plan())
@@ -477,6 +487,17 @@ def test_a_load_generators_result_in_another_form_is_an_error(tmp_path: Path, se
             server(url), plan(), tokenizer=tmp_path, folder=tmp_path, scratch=tmp_path, run_worker=broken,
             progress=print,
         )  # fmt: skip
+
+
+def test_evidence_from_before_a_server_could_have_several_gpus_is_read() -> None:
+    document = json.loads(load_evidence.measured().format())
+    for part in (document["server"], document["server"]["computed_on"]):
+        del part["gpus"]
+        part["gpu"] = "GPU-1"
+    del document["server"]["ranks"], document["memory"]["gpus"]
+    server = parse_load_evidence(json.dumps(document), "load.json").server
+    assert server.computed_on is not None
+    assert (server.gpus, server.computed_on.gpus, server.ranks) == (("GPU-1",), ("GPU-1",), 1)
 
 
 def test_evidence_of_a_real_release_is_read_and_written_without_a_loss() -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from containers.hardware import gpu_pool
+from containers.hardware import gpu
 from containers.image.build import ImageRecord
 from evals.load import load_test as loads
 from evals.load.comparison import ComparisonRow
@@ -111,7 +111,7 @@ def test_one_of_several_profiles_keeps_what_the_file_says_of_all() -> None:
 def test_an_image_that_needs_a_gpu_is_not_started_where_there_is_none(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_pool, "gpus", list)
+    monkeypatch.setattr(gpu, "gpus", list)
     settings.home.mkdir()
     spec = load(DEMO.with_suffix(".yaml"))
     record = ImageRecord.model_validate({**release_evidence.IMAGE, "minimum_driver": "580.65.06"})

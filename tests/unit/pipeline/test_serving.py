@@ -63,7 +63,7 @@ class ScriptedFleet(Fleet):
         return SimpleNamespace(images=SimpleNamespace(get=get), close=lambda: None)
 
     @contextlib.contextmanager
-    def serve(self, *_: object) -> Iterator[SimpleNamespace]:
+    def serve(self, *_: object) -> Iterator[SimpleNamespace]:  # type: ignore[override]  # as much of a server as is used
         url = f"http://10.0.0.{next(self.numbers)}:8000"
         yield SimpleNamespace(url=url, memory=SimpleNamespace(stop=lambda: None), died=lambda: None)
 
