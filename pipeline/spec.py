@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from containers.image import profile
 from containers.image.serving import Override, Serve, ServingConfiguration
 from containers.scan.policy import ScanPolicy
+from evals import builtin
 from evals.drift.limits import DriftLimits
 from evals.load.cost import CostPlan
 from evals.load.load_test import LoadPlan
@@ -24,8 +25,9 @@ from registry.digests import digest_file
 from registry.suggestions import suggestion
 
 _NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
-# Paths of the keys that name data files; ``*`` matches any key.
-_DATA = (("calibration", "uri"), ("evals", "tasks", "*", "data"), ("load", "prompts"), ("serve", "chat_template"))
+# Paths of the keys that name data files, some of which may be built-in ones; ``*`` matches any key.
+_BUILTIN = (("calibration", "uri"), ("evals", "tasks", "*", "data"), ("load", "prompts"))
+_DATA = (*_BUILTIN, ("serve", "chat_template"))
 
 
 class _Section(BaseModel):
@@ -52,7 +54,7 @@ class Calibration(_Section):
     """The text that the quantizer is calibrated with."""
 
     uri: Path
-    """JSON lines of `{"text": …}`, as `file:PATH`."""
+    """JSON lines of `{"text": …}`, as `file:PATH`, or `builtin:calibration`: prose, code and questions with answers."""
     samples: int = Field(default=128, ge=1)
     """How many rows are used, from the first."""
     max_tokens: int = Field(default=512, ge=16)
@@ -239,7 +241,13 @@ def _resolved(document: Mapping[str, Any], folder: Path, problems: list[str]) ->
             if not isinstance(uri, str):
                 continue  # the schema reports it
             path = folder / uri.removeprefix("file:")
-            if not uri.startswith("file:"):
+            if uri.startswith("builtin:") and pattern in _BUILTIN:
+                name = uri.removeprefix("builtin:")
+                path = builtin.FILES.get(name, path)
+                if name not in builtin.FILES:
+                    known = ", ".join(f"builtin:{each}" for each in builtin.FILES)
+                    problems.append(f"`{key}`: expected one of {known} (found {uri!r})")
+            elif not uri.startswith("file:"):
                 problems.append(f"`{key}`: expected file:PATH, counted from {folder} (found {uri!r})")
             elif not path.is_file():
                 problems.append(f"`{key}`: there is no file {path}")

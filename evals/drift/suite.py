@@ -49,7 +49,7 @@ class TaskLimits(_Frozen):
     task: str | None = None
     """The task's name in lm-eval, or one of ours (`cloze`, `perplexity`); the key where it is left out."""
     data: Path | None = None
-    """The file that one of our tasks asks, as `file:PATH`."""
+    """The file that one of our tasks asks, as `file:PATH`; `builtin:cloze` and `builtin:heldout` come with Slipway."""
     items: Annotated[int, Field(gt=0)] | None = None
     """How many items are asked: of our tasks spread over the file, of lm-eval's the first of each part."""
     metric: str | None = None

@@ -82,7 +82,7 @@ class LoadPlan(Changes):
     """
 
     prompts: Path
-    """JSON lines of `{"text": …}`, as `file:PATH`; more text than any profile sends."""
+    """JSON lines of `{"text": …}`, as `file:PATH` or `builtin:heldout`; more text than any profile sends."""
     profiles: Mapping[str, Changes] = Field(default_factory=lambda: {"quick": Changes()}, min_length=1)
     """Profiles of `evals/load/traffic`: a list of names, or a mapping of names to changes."""
     request_timeout_s: Positive = 60.0

@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("containers.sandbox", "containers.scan", "containers.kubernetes"),
     ("evals.errors", "evals.statistics", "evals.workers"),
     ("evals.drift", "evals.load"),
+    ("evals.builtin",),
     ("evals.report",),
     ("pipeline.errors", "pipeline.resources"),
     ("pipeline.expected_errors", "pipeline.yaml_file", "pipeline.settings"),

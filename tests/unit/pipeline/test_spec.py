@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,16 @@ def test_data_that_is_not_there_is_named_before_anything_runs(write: Write, key:
 def test_data_without_a_scheme_or_from_elsewhere_is_refused(write: Write) -> None:
     assert "`load.prompts`: expected file:PATH" in refusal(write(put("load.prompts", "heldout.jsonl")))
     assert "(found 's3://b/x')" in refusal(write(put("calibration.uri", "s3://b/x")))
+
+
+def test_data_may_be_what_comes_with_slipway(write: Write) -> None:
+    spec = load(write(put("calibration.uri", "builtin:calibration")))
+    assert json.loads(spec.calibration.uri.read_text().partition("\n")[0])["text"]
+    message = refusal(write(put("load.prompts", "builtin:held-out")))
+    assert "`load.prompts`: expected one of builtin:calibration, builtin:cloze, builtin:heldout" in message
+    assert "`serve.chat_template`: expected file:PATH" in refusal(
+        write(put("serve", {"chat_template": "builtin:cloze"}))
+    )
 
 
 def test_text_that_begins_like_a_uri_is_left_alone(write: Write) -> None:
