@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from containers.errors import ProfileError
 from containers.image import profile
+from containers.image.engine_options import find_problems, options_of, parser_problem
 from containers.image.serving import Override, Serve, ServingConfiguration
 from containers.scan.policy import ScanPolicy
 from evals import builtin
@@ -28,6 +30,8 @@ _NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 # Paths of the keys that name data files, some of which may be built-in ones; ``*`` matches any key.
 _BUILTIN = (("calibration", "uri"), ("evals", "tasks", "*", "data"), ("load", "prompts"))
 _DATA = (*_BUILTIN, ("serve", "chat_template"))
+# Keys of `serve` whose values the engine defines.
+_ASKED_OF_ENGINE = {"arguments", "tool_calls", "reasoning"}
 
 
 class _Section(BaseModel):
@@ -214,7 +218,7 @@ def load(path: Path) -> ModelSpec:
     except UnicodeError:
         problems.append("it holds an invalid character (a lone surrogate, `\\uD800` to `\\uDFFF`)")
     else:
-        problems += _not_served(spec)
+        problems += [*_not_served(spec), *_refused_by_engine(spec)]
         if not problems:
             return spec
     raise SpecError(listed(f"{path} is not a valid model file:", itertools.chain(problems, wrong)))
@@ -229,6 +233,27 @@ def _not_served(spec: ModelSpec) -> Iterator[str]:
                 f"`desc_act: false`: change it, or set `evals: {{engine: hf}}` to evaluate without a server "
                 f"(found {getattr(scheme, key)!r})"
             )
+
+
+def _refused_by_engine(spec: ModelSpec) -> Iterator[str]:
+    """Keys of `serve` that the runtime's engine does not take."""
+    sections: dict[str, Override] = {"serve": spec.serve}
+    sections |= {f"schemes.{name}.serve": scheme.serve for name, scheme in spec.schemes.items()}
+    sections |= {f"serve.variants.{name}": variant for name, variant in spec.serve.variants.items()}
+    asked = {path: section for path, section in sections.items() if section.model_fields_set & _ASKED_OF_ENGINE}
+    if not asked:
+        return
+    try:
+        options = options_of(profile.load(spec.runtime))
+    except ProfileError as error:
+        yield f"`serve`: {error}"
+        return
+    for path, section in asked.items():
+        yield from (f"`{path}.arguments`: {problem}" for problem in find_problems(section.arguments, options))
+        for key, parsers in (("tool_calls", options.tool_parsers), ("reasoning", options.reasoning_parsers)):
+            name = getattr(section, key)
+            if name is not None and (problem := parser_problem(name, parsers, options)):
+                yield f"`{path}.{key}`: {problem}"
 
 
 def _resolved(document: Mapping[str, Any], folder: Path, problems: list[str]) -> dict[str, Any]:

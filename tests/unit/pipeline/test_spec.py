@@ -275,6 +275,52 @@ def test_what_vllm_serves_of_gptq_is_let_through(write: Write, changes: dict[str
     assert load(write(lambda document: document["schemes"]["gptq"].update(changes))).schemes["gptq"].not_served is None
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("serve.contxt", 4096, "unknown key `serve.contxt`: did you mean `context`?"),
+        ("serve.context", 0, "`serve.context`: Input should be greater than 0 (found 0)"),
+        ("serve.gpu_memory", 1.2, "`serve.gpu_memory`: Input should be less than or equal to 1 (found 1.2)"),
+        ("serve.kv_cache", "fp4", "`serve.kv_cache`: Input should be 'auto', 'fp8', 'fp8_e4m3' or 'fp8_e5m2'"),
+        ("serve.speculative", {"method": "ngram"}, "`serve.speculative.tokens` is missing"),
+        ("serve.chat_template", "file:no.jinja", "`serve.chat_template`: there is no file"),
+        ("serve.tool_calls", "hermess", "`serve.tool_calls`: vLLM 0.32.0 has no parser `hermess`: did you mean"),
+        ("serve.reasoning", "qwen9", "`serve.reasoning`: vLLM 0.32.0 has no parser `qwen9`: did you mean `qwen3`?"),
+        ("serve.arguments", ["--trust-remote-code"],
+         "`serve.arguments`: `--trust-remote-code` can't be set: it would run code that was not checked"),
+        ("serve.arguments", ["--max-model-len", "512"], "`--max-model-len` has a key of its own: set `serve.context`"),
+        ("serve.variants", {"long": {"reasoning": "gwen3"}}, "`serve.variants.long.reasoning`: vLLM 0.32.0 has no"),
+        ("serve.variants", {"long": {"dtype": "float32"}}, "`serve.variants.long`: `dtype` is one for the whole model"),
+        ("schemes.awq.serve", {"arguments": ["--seed"]}, "`schemes.awq.serve.arguments`: `--seed` takes one value"),
+    ],
+)  # fmt: skip
+def test_how_a_model_is_served_is_checked_with_the_file(write: Write, key: str, value: object, expected: str) -> None:
+    def change(document: dict[str, Any]) -> None:
+        document["serve"] = {}
+        put(key, value)(document)
+
+    message = refusal(write(change))
+    assert expected in message
+    assert len(message.splitlines()) == 2
+
+
+def test_a_scheme_overrides_keys_of_the_model_and_a_variant_both(write: Write) -> None:
+    def change(document: dict[str, Any]) -> None:
+        document["serve"] = {
+            "context": 256, "max_sequences": 8, "dtype": "float32", "variants": {"long": {"context": 512}},
+        }  # fmt: skip
+        document["schemes"]["awq"]["serve"] = {"context": 128}
+
+    spec = load(write(change))
+    found = [spec.serving(), spec.serving("gptq"), spec.serving("awq"), spec.serving("awq", "long")]
+    assert [each.context for each in found] == [256, 256, 128, 512]
+    assert {each.max_sequences for each in found} == {8}
+    assert {each.dtype for each in found} == {"float32"}
+    assert "serve" not in spec.scheme("awq").model_dump()  # it does not enter the key of the quantized weights
+    with pytest.raises(SpecError, match="no variant `lang`: did you mean `long`"):
+        spec.serving("awq", "lang")
+
+
 def test_a_model_is_a_name_in_the_models_folder_or_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "demo.yaml"
     path.touch()
