@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import load_evidence
+from image_record import image_record
 
 from containers.kubernetes.bundle import Images, WrittenBundle, write_bundle
 from containers.kubernetes.cluster import Cluster
@@ -20,7 +21,6 @@ from registry.verdict import Verdict
 DIGEST = "sha256:" + "ab" * 32
 REDIS = f"registry.example:5000/valkey@sha256:{'ef' * 32}"
 GATEWAY = f"registry.example/slipway-gateway@sha256:{'cd' * 32}"
-IMAGE = {"user": 65534, "port": 8000}
 
 
 def manifest(**changes: object) -> Manifest:
@@ -96,4 +96,4 @@ def cluster(**changes: object) -> Cluster:
 
 
 def written(given: BundleEvidence, folder: Path, placed: Cluster | None = None) -> WrittenBundle:
-    return write_bundle(given, IMAGE, folder, images=Images(gateway=GATEWAY), cluster=placed)
+    return write_bundle(given, image_record(), folder, images=Images(gateway=GATEWAY), cluster=placed)

@@ -16,7 +16,7 @@ from typing import Any
 
 import docker
 from docker.models.images import Image
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from containers.errors import ImageError
 from containers.image import loading
@@ -29,8 +29,10 @@ from containers.image.oci import OciImage
 from containers.image.profile import RuntimeProfile
 from containers.image.runtime import PORT, Runtime, build_runtime
 from containers.image.serving import CHAT_TEMPLATE, DEFAULT, ServingConfiguration
+from registry.errors import first_problem
 from registry.progress import Progress
 
+IMAGE_FILE = "image.json"
 RELEASE_REPOSITORY = "slipway"
 SERVING = "slipway.serving"
 """The label with the configuration that the image serves, as JSON."""
@@ -85,6 +87,23 @@ class ImageRecord(BaseModel):
     layers: tuple[LayerRecord, ...] = ()
     manifest: str
     configuration: str
+
+
+def read_image(folder: Path) -> ImageRecord:
+    """Read ``image.json`` in ``folder``; ``ImageError`` where it is missing, or is none."""
+    path = folder / IMAGE_FILE
+    try:
+        return parse_image(path.read_bytes(), str(path))
+    except OSError as error:
+        raise ImageError(f"{path} can't be read: {error.strerror}") from error
+
+
+def parse_image(data: bytes, where: str) -> ImageRecord:
+    """Read what ``image.json`` holds; ``ImageError``, which names the file as ``where``, if it is not valid."""
+    try:
+        return ImageRecord.model_validate_json(data)
+    except ValidationError as error:
+        raise ImageError(f"{where}: {first_problem(error)}: release again") from error
 
 
 def build_image(

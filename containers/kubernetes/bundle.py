@@ -16,6 +16,7 @@ import yaml
 
 from containers.errors import ContainerError
 from containers.hardware.cpu import NODE_TERMS
+from containers.image.build import ImageRecord
 from containers.kubernetes.alerts import Alert, alerts, healthy, recordings
 from containers.kubernetes.cluster import Cluster
 from containers.kubernetes.dashboard import dashboard
@@ -59,7 +60,7 @@ class WrittenBundle:
 
 def write_bundle(
     evidence: BundleEvidence,
-    image: Mapping[str, Any],
+    image: ImageRecord,
     folder: Path,
     *,
     images: Images | None = None,
@@ -72,7 +73,7 @@ def write_bundle(
 
     Args:
         evidence: the release's manifest, load test and requests.
-        image: the release's ``image.json``.
+        image: what the release's image is.
         folder: the bundle's folder.
         images: the images besides the engine's.
         cluster: settings of the cluster.
@@ -88,7 +89,7 @@ def write_bundle(
     if not evidence.measured.start_seconds:
         raise BundleError("no server started in the load test (load.json: server.start_seconds): release again")
     cluster = cluster or Cluster()
-    found = {**numbers(evidence), "progress_seconds": progress_seconds(evidence, image.get("size_bytes"))}
+    found = {**numbers(evidence), "progress_seconds": progress_seconds(evidence, image.size_bytes)}
     if cluster.cpu_request is not None:
         _check_request(cluster, tested_cores(evidence)[0])
         found["cpu_request"] = Number(thousandths(1000 * cluster.cpu_request), "the cluster's file: cpu_request")
@@ -114,7 +115,7 @@ def write_bundle(
 
 
 def _values(
-    evidence: BundleEvidence, image: Mapping[str, Any], images: Images, found: Mapping[str, Number]
+    evidence: BundleEvidence, image: ImageRecord, images: Images, found: Mapping[str, Number]
 ) -> dict[str, Any]:
     """Return the templates' values, without the namespaces and those of the cluster."""
     manifest = evidence.manifest
@@ -130,7 +131,7 @@ def _values(
     return {
         "name": name, "line": line, "version": evidence.version, "digest": manifest.digest, "n": found,
         "image": f"{repository}@{digest}", "pushed": pushed or images.engine is not None,
-        "user": int(image["user"]), "port": int(image["port"]), "model_folder": _MODEL_FOLDER,
+        "user": image.user, "port": image.port, "model_folder": _MODEL_FOLDER,
         "on_gpu": evidence.on_gpu, "cpu_terms": NODE_TERMS,
         "driver": driver, "driver_major": major, "driver_minor": minor,
         "gateway_name": gateway, "gateway_digest": gateway_digest, "gateway_known": bool(gateway_digest),

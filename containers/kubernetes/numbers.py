@@ -118,11 +118,9 @@ def numbers(evidence: BundleEvidence) -> dict[str, Number]:
     return found
 
 
-def progress_seconds(evidence: BundleEvidence, image_bytes: int | None) -> Number:
+def progress_seconds(evidence: BundleEvidence, image_bytes: int) -> Number:
     """How long a new replica may take before its rollout counts as stuck; ``image_bytes`` are uncompressed."""
     start = 3 * _start_seconds(evidence)
-    if not image_bytes:
-        return Number(_PROGRESS_SECONDS, "Kubernetes' default: image.json has no size_bytes")
     return Number(
         max(_PROGRESS_SECONDS, math.ceil(image_bytes / _PULL_RATE + start)),
         f"image.json: {image_bytes / 1e9:.1f} GB at {_PULL_RATE / 1e6:.0f} MB/s, a choice, and three starts of "

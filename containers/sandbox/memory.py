@@ -16,6 +16,7 @@ from typing import Any
 import docker
 import requests
 from docker.models.containers import Container
+from pydantic import BaseModel, ConfigDict, Field
 
 from containers.hardware.gpu import handle
 
@@ -25,6 +26,28 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _PROC = Path("/proc")
 # How vLLM titles the process of a rank, if it has several: `VLLM::Worker_TP1`, `VLLM::Worker_PP0_TP1`.
 _WORKER = re.compile(rb"VLLM::Worker_([A-Z]+\d+(?:_[A-Z]+\d+)*)")
+
+
+class MemorySample(BaseModel):
+    """A server's memory at one time, in bytes; None for what could not be read. ``memory.json`` is a list of these.
+
+    ``seconds`` are those since the start; ``phase`` is what the load test did then.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    __pydantic_extra__: dict[str, int] = Field(init=False)  # of each GPU, see `container_reader`
+
+    seconds: float
+    phase: str
+    memory_bytes: int | None = None
+    """In use by the container, without inactive page cache."""
+    usage_bytes: int | None = None
+    """With page cache."""
+
+    @property
+    def readings(self) -> Mapping[str, int]:
+        """What could be read, by name."""
+        return self.model_dump(exclude={"seconds", "phase"}, exclude_none=True)
 
 
 @dataclass
@@ -40,7 +63,7 @@ class MemorySampler:
     source: str
     interval: float = 0.1
     phase: str = "start"
-    samples: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[MemorySample] = field(default_factory=list)
     _started: float = field(default_factory=time.monotonic)
     _ended: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
@@ -59,26 +82,27 @@ class MemorySampler:
 
     def peak(self, name: str = "memory_bytes", outside: str | None = None) -> int | None:
         """Return the highest value of ``name`` outside one phase; None without samples."""
-        values = [sample[name] for sample in list(self.samples) if name in sample and sample["phase"] != outside]
-        return max(values, default=None)
+        readings = [sample.readings for sample in list(self.samples) if sample.phase != outside]
+        return max((each[name] for each in readings if name in each), default=None)
 
     def peaks_by_phase(self, name: str = "memory_bytes") -> dict[str, int]:
         """Return the highest value of ``name`` in each phase, in the order of the phases."""
         peaks: dict[str, int] = {}
         for sample in list(self.samples):
-            if name in sample:
-                peaks[sample["phase"]] = max(peaks.get(sample["phase"], 0), sample[name])
+            read = sample.readings.get(name)
+            if read is not None:
+                peaks[sample.phase] = max(peaks.get(sample.phase, 0), read)
         return peaks
 
     def hertz(self) -> float | None:
         """Return the measured number of samples per second; None with fewer than two."""
         samples = list(self.samples)
-        span = samples[-1]["seconds"] - samples[0]["seconds"] if samples else 0.0
+        span = samples[-1].seconds - samples[0].seconds if samples else 0.0
         return (len(samples) - 1) / span if span > 0 else None
 
     def longest_gap(self, name: str = "memory_bytes") -> float:
         """Return the longest time without a sample of ``name`` since the start, in seconds."""
-        times: list[float] = [sample["seconds"] for sample in list(self.samples) if name in sample]
+        times = [sample.seconds for sample in list(self.samples) if name in sample.readings]
         ends = [0.0, *times, time.monotonic() - self._started]
         return max(later - earlier for earlier, later in itertools.pairwise(ends))
 
@@ -91,7 +115,7 @@ class MemorySampler:
             ended = self._ended.wait(max(0.0, started + number * self.interval - time.monotonic()))
             values = self.read()
             if values is not None:
-                self.samples.append({"seconds": time.monotonic() - started, "phase": self.phase, **values})
+                self.samples.append(MemorySample(seconds=time.monotonic() - started, phase=self.phase, **values))
             # On a busy machine, samples that are overdue are skipped, not taken in a burst.
             number = max(number + 1, int((time.monotonic() - started) / self.interval))
 

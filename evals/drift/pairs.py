@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from containers.sandbox.kernels import ComputedOn
 from evals.drift import divergence
@@ -143,6 +143,9 @@ class Layer(_Frozen):
     error: float
 
 
+_LAYERS = TypeAdapter(list[Layer])
+
+
 class Drift(_Frozen):
     """What ``drift.json`` holds: every task's pairs, and the differences between the two engines, if any.
 
@@ -225,6 +228,26 @@ def _different_precision(computed_on: Mapping[Literal["FP16", "candidate"], Comp
         for name in ("instruction_set", "compute_dtype")
         if len({getattr(kernels, name) for kernels in told}) > 1
     ]
+
+
+def write_layers(layers: Sequence[Layer], folder: Path) -> None:
+    """Write ``layers.json`` into ``folder``."""
+    (folder / "layers.json").write_bytes(_LAYERS.dump_json(list(layers)))
+
+
+def read_layers(folder: Path) -> list[Layer]:
+    """Read ``layers.json`` in ``folder``.
+
+    Raises:
+        AnswersError: if it is missing or not what ``write_layers`` writes.
+    """
+    path = folder / "layers.json"
+    try:
+        return _LAYERS.validate_json(path.read_bytes())
+    except OSError as error:
+        raise AnswersError(f"{path} cannot be read ({error.strerror}): measure the layers again") from error
+    except ValidationError as error:
+        raise AnswersError(f"{path}: {first_problem(error)}: measure the layers again") from error
 
 
 def write_drift(drift: Drift, folder: Path) -> Path:

@@ -297,7 +297,7 @@ def _memory_lacking(server: Server) -> str | None:
     """
     if not server.memory.source.startswith("cgroup"):
         return "the container is on another machine, whose free memory is unknown"
-    held = next((each["memory_bytes"] for each in reversed(server.memory.samples) if "memory_bytes" in each), 0)
+    held = next((each.memory_bytes for each in reversed(server.memory.samples) if each.memory_bytes is not None), 0)
     fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
     free = int(fields["MemAvailable"].split()[0]) * 1024
     needed = server.memory_bytes - held + _SPARE_BYTES

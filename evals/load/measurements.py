@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from containers.hardware.gpu import gpus
+from containers.sandbox.memory import MemorySample
 from containers.sandbox.sandbox import Server
+from evals.errors import LoadEvidenceError
 from evals.load import evidence as documents
 from evals.load import requests as records
 from evals.load.capacity import Capacity
@@ -18,10 +21,8 @@ from evals.load.slo import DISTRIBUTIONS, PERCENTILES, percentile
 from evals.load.traffic.profile import TrafficProfile
 from evals.statistics.trend import slope
 
-# A sample of the server's memory: the seconds since its start, the phase, and bytes by source.
-MemorySample = Mapping[str, str | int | float]
-
 MEMORY = "memory.json"
+_SAMPLES = TypeAdapter(list[MemorySample])
 _MOST_SAMPLES = 6000
 # The slope of the memory is fitted after this share of the traffic, once pools and caches are full.
 _SETTLING_SHARE = 0.2
@@ -85,10 +86,14 @@ def gpu_metric(number: int) -> str:
 
 def leak(samples: Sequence[MemorySample], profile: TrafficProfile) -> Leak | None:
     """The slope of the memory under load; None where there are too few samples."""
-    loaded = [sample for sample in samples if sample["phase"] == "load" and "memory_bytes" in sample]
+    loaded = [
+        (sample.seconds, float(sample.memory_bytes))
+        for sample in samples
+        if sample.phase == "load" and sample.memory_bytes is not None
+    ]
     settled = loaded[int(_SETTLING_SHARE * len(loaded)) :]
     try:
-        found = slope([float(each["seconds"]) for each in settled], [float(each["memory_bytes"]) for each in settled])
+        found = slope([seconds for seconds, _ in settled], [size for _, size in settled])
     except ValueError:
         return None
     rate = profile.requests / profile.seconds
@@ -107,7 +112,7 @@ def memory(
     ``unwatched`` is the longest time without a sample, in seconds, faults left out.
     """
     sampler = server.memory
-    names = sorted({name for sample in sampler.samples for name in sample} - {"seconds", "phase"})
+    names = sorted({name for sample in sampler.samples for name in sample.readings})
     peaks = {name: sampler.peak(name, outside="faults") for name in names}
     totals = {gpu.uuid: gpu.memory_bytes for gpu in gpus()} if server.gpus else {}
     return MemoryResult(
@@ -170,14 +175,28 @@ def write(
 ) -> None:
     """Write ``load.json``, ``requests.jsonl`` and ``memory.json``."""
     (folder / records.FILE).write_text(records.format_requests(requests), encoding="utf-8")
-    (folder / MEMORY).write_text(json.dumps(_thinned(samples), allow_nan=False), encoding="utf-8")
+    (folder / MEMORY).write_bytes(_SAMPLES.dump_json(_thinned(samples), exclude_none=True))
     (folder / documents.FILE).write_text(evidence.format(), encoding="utf-8")
+
+
+def read_samples(folder: Path) -> list[MemorySample]:
+    """Read ``memory.json`` in ``folder``.
+
+    Raises:
+        LoadEvidenceError: it is missing, or not what `write` writes.
+    """
+    path = folder / MEMORY
+    try:
+        return _SAMPLES.validate_json(path.read_bytes())
+    except OSError as error:
+        raise LoadEvidenceError(f"{path} can't be read ({error.strerror}): run the load test again") from error
+    except ValidationError as error:
+        raise LoadEvidenceError.of(error, str(path)) from error
 
 
 def _thinned(samples: Sequence[MemorySample]) -> list[MemorySample]:
     """Keep the highest sample of each stretch of a long run, so that a report can show them all."""
     size = -(-len(samples) // _MOST_SAMPLES) or 1
     return [
-        max(samples[at : at + size], key=lambda sample: float(sample.get("memory_bytes", 0)))
-        for at in range(0, len(samples), size)
+        max(samples[at : at + size], key=lambda sample: sample.memory_bytes or 0) for at in range(0, len(samples), size)
     ]

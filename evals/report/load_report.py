@@ -9,9 +9,9 @@ from typing import Any
 
 from markupsafe import Markup
 
+from containers.sandbox.memory import MemorySample
 from evals.load.comparison import MEASURES, ComparedScheme, ComparisonRow, incomparable, table
 from evals.load.evidence import FaultResult, LoadEvidence
-from evals.load.measurements import MemorySample
 from evals.load.requests import RequestRecord
 from evals.load.slo import met, shown
 from evals.report import html, load_pictures, pictures

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from containers.sandbox.memory import MemorySample
 from containers.scan.evidence import SEVERITIES, ScanEvidence
 from evals.drift.pairs import ChoicePairs, Drift, TextPairs
-from evals.load.measurements import MemorySample
 from evals.load.requests import RequestRecord
 from evals.load.slo import percentile
 from evals.report.svg import WIDTH, Axis, Canvas
@@ -127,7 +127,7 @@ def latency(requests: Sequence[RequestRecord], limits: Mapping[str, float]) -> s
 
 def memory(samples: Sequence[MemorySample], limit_bytes: float, allowed_bytes: float | None = None) -> str | None:
     """Draw the container's memory over time with its limit, and the peak that the headroom allows."""
-    points = [(float(row["seconds"]), float(row["memory_bytes"])) for row in samples if "memory_bytes" in row]
+    points = [(each.seconds, float(each.memory_bytes)) for each in samples if each.memory_bytes is not None]
     if not points:
         return None
     gib = 2.0**30
@@ -136,7 +136,7 @@ def memory(samples: Sequence[MemorySample], limit_bytes: float, allowed_bytes: f
     canvas = Canvas("Memory of the container over time", 258)
     _grid(canvas, across, up, "s", lambda value: f"{value:g}")
     canvas.text(4, 16, "GiB")
-    busy = [float(row["seconds"]) for row in samples if row.get("phase") == "load"]
+    busy = [each.seconds for each in samples if each.phase == "load"]
     if busy:
         canvas.area(
             [(across(busy[0]), 30), (across(busy[-1]), 30), (across(busy[-1]), 216), (across(busy[0]), 216)],
@@ -155,8 +155,7 @@ def memory(samples: Sequence[MemorySample], limit_bytes: float, allowed_bytes: f
         canvas.line([(44, y), (WIDTH - _RIGHT, y)], colour, dash="4 3")
         canvas.text(50, y + 13, f"{words} {value / gib:.2f} GiB", colour, size=11)
     # The gate judges this peak: it leaves the faults out, which fill the memory on purpose.
-    judged = [row for row in samples if "memory_bytes" in row and row.get("phase") != "faults"]
-    peak = max((float(row["memory_bytes"]) for row in judged), default=0.0)
+    peak = max((each.memory_bytes or 0 for each in samples if each.phase != "faults"), default=0)
     canvas.text(44, 252, f"peak {peak / gib:.2f} GiB, {peak / limit_bytes:.0%} of the limit", size=11)
     return canvas.svg()
 

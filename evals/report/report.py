@@ -5,7 +5,6 @@ What was not measured is marked as such. The page has no script, loads nothing, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +13,14 @@ from typing import Any
 from markupsafe import Markup
 
 from containers.errors import ScanError
+from containers.sandbox.memory import MemorySample
 from containers.scan.evidence import ScanEvidence, read_scan
 from evals.drift.pairs import Drift, read_drift
 from evals.errors import AnswersError, EvaluationError, LoadEvidenceError
 from evals.load.cost import CostEvidence, read_cost
 from evals.load.cost import sentences as cost_sentences
 from evals.load.evidence import LoadEvidence, read_load_evidence
-from evals.load.measurements import MemorySample
+from evals.load.measurements import read_samples
 from evals.load.requests import RequestRecord, read_requests
 from evals.report import cost_pictures, drift_pictures, html, load_pictures, load_report, pictures
 from evals.report.pictures import StageTime, shown_bytes
@@ -42,7 +42,6 @@ class ReportEvidence:
     load: LoadEvidence | None = None
     requests: Sequence[RequestRecord] = ()
     memory: Sequence[MemorySample] = ()
-    image: Mapping[str, Any] | None = None
     cost: CostEvidence | None = None
 
     @classmethod
@@ -61,8 +60,7 @@ class ReportEvidence:
                 scan=read_scan(found["scan.json"].parent) if "scan.json" in found else None,
                 load=read_load_evidence(found["load.json"].parent) if "load.json" in found else None,
                 requests=read_requests(found["requests.jsonl"].parent) if "requests.jsonl" in found else (),
-                memory=_json(found.get("memory.json")) or (),
-                image=_json(found.get("image.json")),
+                memory=read_samples(found["memory.json"].parent) if "memory.json" in found else (),
                 cost=read_cost(found["cost.json"]) if "cost.json" in found else None,
             )
         except (AnswersError, LoadEvidenceError, ScanError) as error:
@@ -260,12 +258,3 @@ def _number(name: str, value: float) -> str:
     if name.endswith("_ms"):
         return f"{value:,.1f} ms"
     return f"{int(value):,}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.5g}"
-
-
-def _json(path: Path | None) -> Any:  # noqa: ANN401 - what the file holds
-    if path is None:
-        return None
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ReportError(f"the report can't be written: {path} can't be read: {error}") from error

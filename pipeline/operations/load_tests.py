@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from containers.image.build import ImageRecord
 from evals.load import load_test as loads
@@ -22,6 +21,7 @@ from pipeline.spec import ModelSpec
 from pipeline.spec import load as load_spec
 from pipeline.stages import load
 from pipeline.stages.context import StageContext
+from pipeline.stages.image import record_of
 from pipeline.stages.run import run, run_until
 from pipeline.stages.table import IMAGE, LOAD, SOURCE
 from pipeline.store.artifacts import Artifact
@@ -57,7 +57,7 @@ def find(name: str, settings: Settings) -> tuple[ModelSpec, str]:
     raise SpecError(f"no model in {settings.models} has the release line `{name}`{suggestion(name, known)}")
 
 
-def changed(plan: LoadPlan, profiles: Sequence[str], changes: Mapping[str, Any]) -> LoadPlan:
+def changed(plan: LoadPlan, profiles: Sequence[str], changes: Mapping[str, object]) -> LoadPlan:
     """Return a plan with other profiles, each as it comes, and with ``changes`` of the section's own keys.
 
     What the model's file changes of the profiles by name stays with those that it names; what it changes of all of them
@@ -71,7 +71,7 @@ def changed(plan: LoadPlan, profiles: Sequence[str], changes: Mapping[str, Any])
     named = {name: plan.profiles.get(name, Changes()) for name in profiles or plan.profiles}
     document["profiles"] = {name: own.model_copy(update=said) for name, own in named.items()}
     search = changes.get("capacity")
-    if search is not None and plan.capacity is not None:
+    if isinstance(search, Mapping) and plan.capacity is not None:
         changes = {**changes, "capacity": {**plan.capacity.model_dump(), **search}}
     return LoadPlan.model_validate({**document, **changes})
 
@@ -88,19 +88,18 @@ def artifacts(context: StageContext) -> tuple[Artifact, Artifact]:
 def load_now(context: StageContext, plan: LoadPlan, live: loads.Live) -> LoadTestResult:
     """Measure one release line under a plan, now, whatever was measured before; keep it under ``loads`` of the home."""
     checkpoint, image = artifacts(context)
-    return measure_now(context, plan, image.document("image.json"), checkpoint, live)
+    return measure_now(context, plan, record_of(image), checkpoint, live)
 
 
 def measure_now(
-    context: StageContext, plan: LoadPlan, image: Mapping[str, Any], checkpoint: Artifact, live: loads.Live
+    context: StageContext, plan: LoadPlan, image: ImageRecord, checkpoint: Artifact, live: loads.Live
 ) -> LoadTestResult:
-    """Measure an image, by its ``image.json``, with the checkpoint that is in it."""
+    """Measure an image with the checkpoint that is in it."""
     name = context.release_name
     folder = context.settings.home / "loads" / f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%S}"
     folder.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix="load-", dir=folder) as scratch:
-        record = ImageRecord.model_validate(image)
-        evidence = load.measure(context, plan, record, checkpoint, folder, Path(scratch), live)
+        evidence = load.measure(context, plan, image, checkpoint, folder, Path(scratch), live)
     verdict = loads.judge(evidence, plan)
     page = folder / "load.html"
     seen = ReportEvidence.read(folder)

@@ -18,6 +18,7 @@ import requests
 
 from containers.engine.engine import connect
 from containers.errors import ContainerError, ScanError
+from containers.image.build import read_image
 from containers.scan import scan as scans
 from containers.scan import scan_gate
 from containers.scan.evidence import ScanEvidence, read_scan
@@ -173,11 +174,11 @@ def scan_release(settings: Settings, reference: str, progress: Progress) -> tupl
             return scans.scan_sbom(sbom, known, home=settings.home, folder=folder, progress=progress), "sbom"
         except ScanError as error:
             progress(f"{error}: scanning the image instead")
-        record = json.loads((folder / "image.json").read_text())
+        record = read_image(folder)
         client = connect(settings.docker_host, settings.home)
         try:
-            image = record["reference"] if record["pushed"] else record["image_id"]
-            if record["pushed"]:
+            image = record.reference if record.pushed else record.image_id
+            if record.pushed:
                 _pull(client, image)
             subject = scans.in_engine(client, image, purl=known.purl)
             return scans.scan(subject, home=settings.home, folder=folder, progress=progress), "image"

@@ -15,15 +15,16 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import docker
 import requests
 
 from containers.engine.engine import connect
 from containers.errors import EngineError
+from containers.image.build import ImageRecord, read_image
 from pipeline.settings import Settings
-from pipeline.store.artifacts import Store
+from pipeline.store.artifacts import ArtifactRecord, Store
 from pipeline.store.materializations import MaterializationIndex, Place
 from registry.catalog import lines
 from registry.file_locks import locked_if_free
@@ -71,7 +72,7 @@ def plan(
     If no engine answers, images and the artifacts that name them stay; ``progress`` gets a line about it.
 
     Raises:
-        StoreError: an image's artifact is damaged.
+        StoreError, ImageError: an image's artifact is damaged.
     """
     store = Store(settings.home / "artifacts")
     made = _made(store)
@@ -81,7 +82,7 @@ def plan(
     described = _described(store, made)
     gone = [record for place, record in described.items() if place not in kept]
     images: list[Leftover] = []
-    staying = {record["image_id"] for record in gone}
+    staying = {record.image_id for record in gone}
     if gone:
         others = [record for place, record in described.items() if place in kept]
         try:
@@ -113,22 +114,22 @@ def remove(leftovers: Sequence[Leftover], settings: Settings, progress: Progress
     return removed
 
 
-def _made(store: Store) -> dict[Place, Mapping[str, Any]]:
+def _made(store: Store) -> dict[Place, ArtifactRecord]:
     """The record of every complete artifact; incomplete ones are in a hidden folder."""
     stages = sorted(path.name for path in store.root.glob("[!.]*") if path.is_dir())
     return {(stage, key): record for stage in stages for key, record in store.records(stage)}
 
 
-def _kept(made: Mapping[Place, Mapping[str, Any]], manifests: Collection[str], before: datetime) -> Iterator[Place]:
+def _kept(made: Mapping[Place, ArtifactRecord], manifests: Collection[str], before: datetime) -> Iterator[Place]:
     """The artifacts of registered releases, and all that were made after ``before``."""
     for place, record in made.items():
-        manifest = record["files"].get("release/manifest.json") if place[0] == "release" else None
-        registered = manifest is not None and f"sha256:{manifest['sha256']}" in manifests
+        manifest = record.files.get("release/manifest.json") if place[0] == "release" else None
+        registered = manifest is not None and f"sha256:{manifest.sha256}" in manifests
         if registered or _created(record) >= before:
             yield place
 
 
-def _reachable(made: Mapping[Place, Mapping[str, Any]], roots: Collection[Place]) -> set[Place]:
+def _reachable(made: Mapping[Place, ArtifactRecord], roots: Collection[Place]) -> set[Place]:
     """The roots, their inputs, the inputs of these, and so on.
 
     Several artifacts may have the same digest. Of these, only those count whose own inputs match the inputs of the
@@ -136,7 +137,7 @@ def _reachable(made: Mapping[Place, Mapping[str, Any]], roots: Collection[Place]
     """
     holding = defaultdict(list)
     for place, record in made.items():
-        holding[record["digest"]].append(place)
+        holding[record.digest].append(place)
     found: set[Place] = set()
     ahead = [place for place in roots if place in made]
     while ahead:
@@ -144,35 +145,35 @@ def _reachable(made: Mapping[Place, Mapping[str, Any]], roots: Collection[Place]
         if place in found:
             continue
         found.add(place)
-        inputs = made[place]["recipe"]["inputs"]
+        inputs = made[place].recipe.inputs
         ahead += [
             other
             for digest in inputs.values()
             for other in holding[digest]
-            if all(inputs.get(name, of) == of for name, of in made[other]["recipe"]["inputs"].items())
+            if all(inputs.get(name, of) == of for name, of in made[other].recipe.inputs.items())
         ]
     return found
 
 
-def _described(store: Store, made: Mapping[Place, Mapping[str, Any]]) -> dict[Place, Mapping[str, Any]]:
+def _described(store: Store, made: Mapping[Place, ArtifactRecord]) -> dict[Place, ImageRecord]:
     """The image record of each image artifact."""
     found = {place: store.find(*place) for place in made if place[0] == "image"}
-    return {place: artifact.document("image.json") for place, artifact in found.items() if artifact is not None}
+    return {place: read_image(artifact.folder) for place, artifact in found.items() if artifact is not None}
 
 
 def _images(
     client: docker.DockerClient,
-    gone: Sequence[Mapping[str, Any]],
-    kept: Sequence[Mapping[str, Any]],
+    gone: Sequence[ImageRecord],
+    kept: Sequence[ImageRecord],
     progress: Progress,
 ) -> tuple[list[Leftover], set[str]]:
     """Return the unused images, and the ids of those that a container still uses."""
-    needed = {image for record in kept for image in (record["image_id"], record["runtime_image_id"])}
+    needed = {image for record in kept for image in (record.image_id, record.runtime_image_id)}
     used = {container["ImageID"] for container in client.api.containers(all=True)}
-    counted = {layer["digest"] for record in kept for layer in record.get("layers", ())}
+    counted = {layer.digest for record in kept for layer in record.layers}
     # A release's image contains its runtime's layers; these are counted for the runtime, which is removed last.
-    named = {record["image_id"]: (record["tag"], "model ", record) for record in gone}
-    named |= {record["runtime_image_id"]: (f"runtime {record['runtime']}", "runtime ", record) for record in gone}
+    named = {record.image_id: (record.tag, "model ", record) for record in gone}
+    named |= {record.runtime_image_id: (f"runtime {record.runtime}", "runtime ", record) for record in gone}
     found, staying = [], set()
     for image, (name, own, record) in named.items():
         if image in needed or not _has(client, image):
@@ -181,9 +182,7 @@ def _images(
             progress(f"{name} stays: a container uses it")
             staying.add(image)
             continue
-        layers = {
-            layer["digest"]: layer["size"] for layer in record.get("layers", ()) if layer["holds"].startswith(own)
-        }
+        layers = {layer.digest: layer.size for layer in record.layers if layer.holds.startswith(own)}
         size = sum(layers[digest] for digest in layers.keys() - counted)
         counted |= layers.keys()
         found.append(Leftover("image", name, "no artifact that stays names it", size, images=(image,)))
@@ -200,17 +199,17 @@ def _has(client: docker.DockerClient, image: str) -> bool:
 
 def _artifacts(
     store: Store,
-    made: Mapping[Place, Mapping[str, Any]],
+    made: Mapping[Place, ArtifactRecord],
     kept: Collection[Place],
-    described: Mapping[Place, Mapping[str, Any]],
+    described: Mapping[Place, ImageRecord],
     staying: set[str],
 ) -> list[Leftover]:
     """The unused artifacts, except those whose image stays because a container uses it."""
     names: Counter[tuple[int, int]] = Counter()
     found = []
     for place, record in made.items():
-        image = described.get(place, {})
-        images = tuple(image[name] for name in ("image_id", "runtime_image_id") if name in image)
+        image = described.get(place)
+        images = () if image is None else (image.image_id, image.runtime_image_id)
         if place in kept or not staying.isdisjoint(images):
             continue
         stage, key = place
@@ -270,5 +269,5 @@ def _folder(store: Store, place: Place) -> Path:
     return store.root / stage / key
 
 
-def _created(record: Mapping[str, Any]) -> datetime:
-    return datetime.fromisoformat(record["created"])
+def _created(record: ArtifactRecord) -> datetime:
+    return datetime.fromisoformat(record.created)

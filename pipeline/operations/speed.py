@@ -6,10 +6,10 @@ served under its model's traffic, and the measurements are compared with the sig
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from containers.image.build import parse_image
 from evals.load.comparison import differ_in_hardware
 from evals.load.evidence import LoadEvidence, parse_load_evidence
 from pipeline.errors import StoreError
@@ -64,9 +64,9 @@ def look_again(context: StageContext) -> Speed:
     champion = read_metadata(
         f"{name}@{CHAMPION}", names, tracking_uri=settings.tracking_uri, trusted_keys=trust_of(settings)
     )
-    record = json.loads(champion.files[names[0]])
+    record = parse_image(champion.files[names[0]], f"{names[0]} of {name}@{CHAMPION}")
     then = parse_load_evidence(champion.files[names[1]], f"{names[1]} of {name}@{CHAMPION}")
-    checkpoint = _checkpoint(context, name, str(record["model_digest"]))
+    checkpoint = _checkpoint(context, name, record.model_digest)
     loaded = measure_now(context, context.spec.load, record, checkpoint, lambda _: None)
     return Speed(champion.version, loaded, slower(then, loaded.evidence), context.spec.automation.slower)
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from dagster import MetadataValue, TableColumn, TableRecord, TableSchema
 
 from containers.scan.evidence import read_scan
+from evals.drift.answers import read_answers
 from evals.drift.pairs import read_drift
 from evals.load.evidence import read_load_evidence
+from evals.load.measurements import read_samples
 from evals.load.requests import read_requests
 from evals.report import drift_pictures, load_pictures, pictures
 from evals.report.svg import as_markdown
@@ -18,6 +19,7 @@ from pipeline.stages import drift as drift_stage
 from pipeline.stages import load as load_stage
 from pipeline.stages import scan as scan_stage
 from pipeline.stages.context import StageContext
+from pipeline.stages.image import record_of
 from pipeline.stages.metadata import RELEASE
 from pipeline.stages.promotion import PromotedRelease
 from pipeline.stages.stage import Stage
@@ -31,8 +33,8 @@ def files(_context: StageContext, made: Artifact) -> dict[str, Any]:
     return {
         "files": MetadataValue.table(
             [
-                TableRecord({"file": name, "bytes": entry["size"], "sha256": entry["sha256"]})
-                for name, entry in made.files.items()
+                TableRecord({"file": name, "bytes": file.size, "sha256": file.sha256})
+                for name, file in made.files.items()
             ],
             TableSchema([TableColumn("file"), TableColumn("bytes", "int"), TableColumn("sha256")]),
         )
@@ -41,10 +43,10 @@ def files(_context: StageContext, made: Artifact) -> dict[str, Any]:
 
 def answers(_context: StageContext, made: Artifact) -> dict[str, Any]:
     """How many items of each task were answered, and by what."""
-    document = made.document("answers.json")
+    found = read_answers(made.folder)
     return {
-        **{f"items of {name}": len(task["items"]) for name, task in document["tasks"].items()},
-        "engine": MetadataValue.json(document["engine"]),
+        **{f"items of {name}": len(task.items) for name, task in found.tasks.items()},
+        "engine": MetadataValue.json(dict(found.engine)),
     }
 
 
@@ -67,11 +69,11 @@ def drift(context: StageContext, made: Artifact) -> dict[str, Any]:
 
 def image(_context: StageContext, made: Artifact) -> dict[str, Any]:
     """What the image is and stands on."""
-    document = made.document("image.json")
+    record = record_of(made)
     names = ("reference", "base", "base_digest", "pins_digest", "runtime", "minimum_driver")
     return {
-        **{name: str(document[name]) for name in names},
-        "image size": f"{document['size_bytes'] / 1e9:.2f} GB",
+        **{name: str(getattr(record, name)) for name in names},
+        "image size": f"{record.size_bytes / 1e9:.2f} GB",
     }
 
 
@@ -97,7 +99,7 @@ def load(context: StageContext, made: Artifact) -> dict[str, Any]:
     """How fast it answered, how much memory it took, and every figure of the load test."""
     evidence = read_load_evidence(made.folder)
     judged = load_stage.judge(made, context.spec)
-    samples = json.loads((made.folder / "memory.json").read_text())
+    samples = read_samples(made.folder)
     drawn = (
         pictures.latency(read_requests(made.folder), judged.limits),
         pictures.memory(samples, evidence.memory.limit_bytes, judged.limits.get("peak_memory_bytes")),

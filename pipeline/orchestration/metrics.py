@@ -136,9 +136,7 @@ def _stages(instance: DagsterInstance) -> Iterator[Mapping[str, Any]]:
 def _store_bytes(store: Store) -> Mapping[str, int]:
     folders = [folder for folder in sorted(store.root.glob("*")) if folder.is_dir() and not folder.name.startswith(".")]
     return {
-        folder.name: sum(
-            int(entry["size"]) for _, record in store.records(folder.name) for entry in record["files"].values()
-        )
+        folder.name: sum(file.size for _, record in store.records(folder.name) for file in record.files.values())
         for folder in folders
     }
 

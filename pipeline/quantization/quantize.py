@@ -88,7 +88,7 @@ class CalibrationRecord(BaseModel):
 
 
 class QuantizationRecord(BaseModel):
-    """What a release records about a checkpoint's quantization. It is kept in the notes of the `quantized` artifact."""
+    """What a release records about a checkpoint's quantization."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -103,6 +103,12 @@ class QuantizationRecord(BaseModel):
     source_bytes: int
     bits_per_weight: float
     """Bits that a quantized weight takes, including its share of scales and zeros."""
+
+
+class QuantizedNotes(QuantizationRecord):
+    """What is noted about the artifact of `quantized`: ``pins_digest`` is that of the worker's environment."""
+
+    pins_digest: str
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from containers.image.build import ImageRecord, parse_image
 from containers.image.serving import default_context
 from containers.kubernetes.cluster import Cluster
 from containers.kubernetes.numbers import AnsweredRequest, BundleEvidence, Number, ReplicaMeasurements
@@ -28,18 +29,19 @@ from registry.pull import ReleaseMetadata, read_metadata
 _FILES = ("load.json", "requests.jsonl", "image.json", "cost.json")
 
 
-def gather(reference: str, settings: Settings) -> tuple[BundleEvidence, Mapping[str, Any]]:
-    """Read the evidence of the release ``NAME[@ALIAS]``, verified, and its ``image.json``.
+def gather(reference: str, settings: Settings) -> tuple[BundleEvidence, ImageRecord]:
+    """Read the evidence of the release ``NAME[@ALIAS]``, verified, and what its image is.
 
     Raises:
         RegistryError: there is no such release, or it is not what was signed.
         PlanError: the release has no load test, or its evidence can't be read.
-        LoadEvidenceError: its load test does not have the expected form.
+        LoadEvidenceError, ImageError: its evidence does not have the expected form.
     """
     names = ["config.json", *(f"{EVIDENCE}/{name}" for name in _FILES)]
     found = read_metadata(reference, names, tracking_uri=settings.tracking_uri, trusted_keys=trust_of(settings))
     config_file, load_file, requests_file, image_file, _ = names
-    image, config = _document(found, image_file), _document(found, config_file)
+    image = parse_image(_file(found, image_file), f"{image_file} of {found.manifest.name}")
+    config = _document(found, config_file)
     load = parse_load_evidence(_file(found, load_file), f"{load_file} of {found.manifest.name}")
     requests = parse_requests(found.files.get(requests_file, b""), f"{requests_file} of {found.manifest.name}")
     evidence = BundleEvidence(

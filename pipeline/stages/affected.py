@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from containers.image import profile as profiles
 from containers.scan import scan_gate
@@ -59,7 +58,7 @@ class InputsDryRun(DryRun):
         if recipe.stage != SCAN.name:
             return super().find(recipe)
         for key, record in self.store.records(recipe.stage):
-            if record["recipe"]["inputs"] == recipe.inputs and record["recipe"]["code"] == recipe.code:
+            if record.recipe.inputs == recipe.inputs and record.recipe.code == recipe.code:
                 return self.store.find(recipe.stage, key)
         return None
 
@@ -142,7 +141,7 @@ def touched(specs: Iterable[ModelSpec], settings: Settings) -> str:
 def _what_is_new(store: Store, recipe: Recipe) -> str:
     """The parts of a recipe that differ from the most similar one that was made."""
     wanted = _leaves(asdict(recipe))
-    others = [_leaves(record["recipe"]) for _, record in store.records(recipe.stage)]
+    others = [_leaves(asdict(record.recipe)) for _, record in store.records(recipe.stage)]
     if not others:
         return "never made"
     differing = [
@@ -152,7 +151,7 @@ def _what_is_new(store: Store, recipe: Recipe) -> str:
     return f"{', '.join(names)} changed"
 
 
-def _leaves(document: Mapping[str, Any], above: str = "") -> dict[str, object]:
+def _leaves(document: Mapping[str, object], above: str = "") -> dict[str, object]:
     """Flatten a nested mapping: each leaf under its dotted path."""
     found: dict[str, object] = {}
     for name, value in document.items():

@@ -22,6 +22,7 @@ from evals.drift.answers import Answers
 from evals.drift.suite import questions
 from pipeline.stages.context import StageContext
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe
+from pipeline.store.notes import AnswersNotes
 from pipeline.workers.environments import pins_digest
 from pipeline.workers.launchers.configured import have_gpus
 
@@ -36,7 +37,7 @@ def recipe_of(
     checkpoint: Artifact,
     serving: ServingConfiguration,
     inputs: Mapping[str, str],
-    more: Mapping[str, Any],
+    more: Mapping[str, object],
     code: str,
 ) -> Recipe:
     """The questions and the engine that is asked; no limit, since limits judge answers and do not change them."""
@@ -72,6 +73,11 @@ def engine_of(context: StageContext, checkpoint: Artifact) -> dict[str, str]:
     }
 
 
+def image_id_of(image: Artifact) -> str:
+    """The engine's id of an image that was built."""
+    return images.read_image(image.folder).image_id
+
+
 def answer(
     context: StageContext,
     draft: ArtifactDraft,
@@ -87,7 +93,7 @@ def answer(
     """
     limits = context.spec.evals
     if context.instruction_set is not None:
-        draft.notes["instruction_set"] = context.instruction_set
+        draft.note(AnswersNotes(instruction_set=context.instruction_set))
     address = draft.scratch / "address"
     serving = (
         asking.StartingServer(
@@ -121,7 +127,7 @@ def answer(
     @contextmanager
     def noted() -> Iterator[sandbox.Server]:
         with serve() as server:
-            draft.notes["computed_on"] = server.computed_on.model_dump(mode="json")
+            draft.note(AnswersNotes(computed_on=server.computed_on))
             yield server
 
     if serving is None:

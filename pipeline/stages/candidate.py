@@ -14,6 +14,7 @@ from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext
 from pipeline.stages.stage import Inputs
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe
+from pipeline.store.notes import AnswersNotes
 
 
 def recipe(context: StageContext, inputs: Inputs) -> Recipe:
@@ -32,10 +33,10 @@ def recipe(context: StageContext, inputs: Inputs) -> Recipe:
 
 def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
     """Ask the candidate, in looks where the model's file says so."""
-    quantized, image_id = inputs["quantized"], str(inputs["image"].document("image.json")["image_id"])
+    quantized, image_id = inputs["quantized"], answers.image_id_of(inputs["image"])
 
     def ask_in_looks(ask_part: answers.AskPart) -> None:
-        draft.notes["fraction"] = _ask_in_looks(context, ask_part, inputs["baseline"], draft)
+        draft.note(AnswersNotes(fraction=_ask_in_looks(context, ask_part, inputs["baseline"], draft)))
 
     with context.device():
         ask = ask_in_looks if context.spec.evals.looks > 1 else None

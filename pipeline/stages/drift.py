@@ -8,7 +8,7 @@ from containers.sandbox.kernels import ComputedOn
 from evals.drift import asking, drift_gate
 from evals.drift.answers import read_answers
 from evals.drift.divergence import read_top
-from evals.drift.pairs import Layer, compare, read_drift, write_drift
+from evals.drift.pairs import compare, read_drift, read_layers, write_drift
 from evals.errors import AnswersError
 from pipeline.spec import ModelSpec
 from pipeline.stages.code_version import code_version
@@ -16,6 +16,7 @@ from pipeline.stages.context import StageContext
 from pipeline.stages.layers import calibration_texts
 from pipeline.stages.stage import Inputs, digests
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe
+from pipeline.store.notes import AnswersNotes
 from registry.digests import digest_file
 from registry.verdict import Verdict
 
@@ -39,10 +40,10 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
         compared = compare(
             read_answers(baseline.folder),
             answered,
-            fraction=candidate.notes.get("fraction", 1.0),
+            fraction=candidate.noted(AnswersNotes).fraction,
             overlapping=asking.overlapping(answered, candidate.folder, calibration_texts(context)),
             tops=(read_top(baseline.folder), read_top(candidate.folder)),
-            layers=[Layer.model_validate(layer) for layer in inputs["layers"].document("layers.json")],
+            layers=read_layers(inputs["layers"].folder),
             computed_on=_computed_on(baseline, candidate),
         )
     except AnswersError as error:
@@ -60,7 +61,7 @@ def judge(drift: Artifact, spec: ModelSpec) -> Verdict:
 def _computed_on(baseline: Artifact, candidate: Artifact) -> dict[Literal["FP16", "candidate"], ComputedOn]:
     sides: dict[Literal["FP16", "candidate"], Artifact] = {"FP16": baseline, "candidate": candidate}
     return {
-        side: ComputedOn.model_validate(answers.notes["computed_on"])
+        side: computed_on
         for side, answers in sides.items()
-        if "computed_on" in answers.notes
+        if (computed_on := answers.noted(AnswersNotes).computed_on) is not None
     }

@@ -57,7 +57,7 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
             sha256=quantized.sha256,
             labels=_labels(context, quantized),
         )
-    (draft.folder / "image.json").write_text(record.model_dump_json(indent=1))
+    (draft.folder / images.IMAGE_FILE).write_text(record.model_dump_json(indent=1))
 
 
 def stale(context: StageContext, image: Artifact) -> str | None:
@@ -69,7 +69,7 @@ def stale(context: StageContext, image: Artifact) -> str | None:
 
 def record_of(image: Artifact) -> images.ImageRecord:
     """Read what was written about an image when it was built."""
-    return images.ImageRecord.model_validate(image.document("image.json"))
+    return images.read_image(image.folder)
 
 
 def _labels(context: StageContext, quantized: Artifact) -> dict[str, str]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 from evals.drift import json_lines, layer_errors
+from evals.drift.pairs import write_layers
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext
 from pipeline.stages.stage import Inputs
@@ -42,7 +41,7 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
             run_worker=context.workers(draft),
             scratch=draft.scratch,
         )
-    (draft.folder / "layers.json").write_text(json.dumps([layer.model_dump() for layer in found]))
+    write_layers(found, draft.folder)
 
 
 def calibration_texts(context: StageContext) -> list[str]:

@@ -10,6 +10,7 @@ from pipeline.stages import baseline, candidate, image, quantized
 from pipeline.stages.context import StageContext
 from pipeline.stages.stage import Inputs
 from pipeline.store.artifacts import Artifact, Recipe
+from pipeline.store.notes import AnswersNotes
 from pipeline.workers.launchers.configured import are_here, have_gpus
 
 
@@ -23,7 +24,7 @@ def choose_instruction_set(context: StageContext, inputs: Inputs) -> StageContex
     if own is None and context.instruction_set is None:
         return context
     given = inputs.get("baseline")
-    answered_on = None if given is None else given.notes.get("instruction_set")
+    answered_on = None if given is None else given.noted(AnswersNotes).instruction_set
     chosen = context.instruction_set
     if chosen is None:
         # FP16 was asked on this CPU before the image was made, which may be one that was paired on another CPU.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from containers.image.build import read_image
 from containers.scan import mlbom
 from pipeline.stages.context import StageContext
 from pipeline.stages.metadata import figures
@@ -14,6 +15,7 @@ from pipeline.stages.release import MLBOM, SBOM
 from pipeline.store.artifacts import Artifact
 from pipeline.trust import signing_key, signing_key_if_any, trust_of
 from registry import catalog, journal
+from registry.manifest import EVIDENCE, MANIFEST, Manifest
 from registry.promote import Champion, PromotedVersion, find_promoted
 from registry.promote import promote as promote_folder
 from registry.resolve import CANDIDATE, CHAMPION
@@ -139,27 +141,27 @@ def _champion(context: StageContext, release: Artifact, *, candidate_only: bool 
     return "manual" if stays else context.spec.registry.champion
 
 
-def measured(manifest: Mapping[str, Any]) -> dict[str, float]:
+def measured(manifest: Manifest) -> dict[str, float]:
     """Return what one line about a release shows, from its manifest."""
     metrics: dict[str, float] = {}
-    for gate in manifest["gates"]:
-        metrics |= gate["verdict"]["metrics"]
-    source = sum(entry["size"] for entry in manifest["source"]["files"].values())
-    checkpoint = sum(entry["size"] for name, entry in manifest["files"].items() if not name.startswith("release/"))
+    for gate in manifest.gates:
+        metrics |= gate.verdict.metrics
+    source = sum(file.size for file in manifest.source.files.values())
+    checkpoint = sum(file.size for name, file in manifest.files.items() if not name.startswith("release/"))
     return figures(metrics, source, checkpoint)
 
 
 def _described(
     release: Artifact, promotion: PromotedVersion, outcome: Literal["promoted", "up-to-date"]
 ) -> PromotedRelease:
-    manifest = release.document("release/manifest.json")
+    manifest = Manifest.parse((release.folder / MANIFEST).read_bytes())
     return PromotedRelease(
         name=promotion.name,
         outcome=outcome,
         version=promotion.version,
         aliases=promotion.aliases,
         manifest_digest=promotion.manifest_digest,
-        image=manifest["image"]["reference"],
+        image=manifest.image.reference,
         measured=measured(manifest),
         report=promotion.report,
     )
@@ -167,9 +169,9 @@ def _described(
 
 def _attach(context: StageContext, release: Artifact) -> None:
     """Attach the bills of materials to the image in its registry, if it was pushed to one."""
-    image = release.document("release/evidence/image.json")
-    if not image["pushed"]:
+    image = read_image(release.folder / EVIDENCE)
+    if not image.pushed:
         return
     files = {Path(name).name: (mlbom.KIND, release.folder / name) for name in (SBOM, MLBOM)}
-    for title, digest in mlbom.attach(image["reference"], files).items():
-        context.progress(f"attached {title} to {image['reference']} as {digest[:19]}")
+    for title, digest in mlbom.attach(image.reference, files).items():
+        context.progress(f"attached {title} to {image.reference} as {digest[:19]}")

@@ -49,4 +49,4 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
             context.progress,
         )
     pins = pins_digest(quantize.backend_of(context.scheme).environment)
-    draft.notes.update(record.model_dump(mode="json"), pins_digest=pins)
+    draft.note(quantize.QuantizedNotes(**record.model_dump(), pins_digest=pins))

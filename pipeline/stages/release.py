@@ -18,12 +18,13 @@ from evals.drift.pairs import read_drift
 from evals.load import cost as costs
 from evals.load.evidence import read_load_evidence
 from evals.load.requests import read_requests
-from pipeline.quantization.quantize import QuantizationRecord
+from pipeline.quantization.quantize import QuantizedNotes
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext, prepared
 from pipeline.stages.image import record_of
 from pipeline.stages.stage import Gate, Inputs, digests
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe
+from pipeline.store.notes import SourceNotes
 from pipeline.trust import signing_key, signing_key_if_any
 from pipeline.workers.environments import pinned_version
 from registry import seal
@@ -33,7 +34,6 @@ from registry.manifest import (
     REPORT,
     Accelerator,
     Calibration,
-    FileRecord,
     Hardware,
     Image,
     Kernels,
@@ -115,7 +115,7 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft, *, gates: 
         sbom=SBOM,
         mlbom=MLBOM,
         hardware=_hardware(inputs["load"]),
-        known={name: FileRecord.model_validate(artifact.files[file]) for name, (artifact, file) in files.items()},
+        known={name: artifact.files[file] for name, (artifact, file) in files.items()},
     )
     draft.sha256.update({name: file.sha256 for name, file in manifest.files.items()})
     seal.seal(draft.folder, prepared(context.key), manifest)
@@ -132,8 +132,8 @@ def _cited(name: str, gate: Gate) -> list[str]:
 
 
 def _source(context: StageContext, source: Artifact) -> Source:
-    files = {name: FileRecord(sha256=entry["sha256"], size=entry["size"]) for name, entry in source.files.items()}
-    return Source(uri=public_uri(context.spec.source.uri), revision=source.notes["revision"], files=files)
+    revision = source.noted(SourceNotes).revision
+    return Source(uri=public_uri(context.spec.source.uri), revision=revision, files=source.files)
 
 
 def _serving(context: StageContext, quantized: Artifact) -> ServedConfiguration:
@@ -143,7 +143,7 @@ def _serving(context: StageContext, quantized: Artifact) -> ServedConfiguration:
 
 
 def _quantizer(context: StageContext, quantized: Artifact) -> Quantizer:
-    record = QuantizationRecord.model_validate(quantized.notes)
+    record = quantized.noted(QuantizedNotes)
     calibration = record.calibration
     return Quantizer(
         backend=record.backend,
@@ -156,7 +156,7 @@ def _quantizer(context: StageContext, quantized: Artifact) -> Quantizer:
             samples=calibration.samples,
             max_tokens=calibration.max_tokens,
         ),
-        pins_digest=quantized.notes["pins_digest"],
+        pins_digest=record.pins_digest,
     )
 
 
@@ -209,7 +209,7 @@ def _write_report(
         ],
         facts={
             "source": public_uri(context.spec.source.uri),
-            "revision": source.notes["revision"],
+            "revision": source.noted(SourceNotes).revision,
             **_computed_on(inputs),
         },
         digests=digests(inputs),
@@ -237,7 +237,7 @@ def _write_cost(context: StageContext, draft: ArtifactDraft) -> None:
 def _write_mlbom(context: StageContext, draft: ArtifactDraft, inputs: Inputs) -> None:
     """The model's bill of materials: its source, quantizer and data, and what was measured."""
     source, quantized, spec = inputs["source"], inputs["quantized"], context.spec
-    record = QuantizationRecord.model_validate(quantized.notes)
+    record = quantized.noted(QuantizedNotes)
     data = {spec.calibration.uri.name: ("calibration", record.calibration.sha256)}
     for name, task in spec.evals.tasks.items():
         if task.data is not None:
@@ -246,7 +246,7 @@ def _write_mlbom(context: StageContext, draft: ArtifactDraft, inputs: Inputs) ->
         name=context.release_name,
         version=quantized.digest,
         base=public_uri(spec.source.uri),
-        base_revision=source.notes["revision"],
+        base_revision=source.noted(SourceNotes).revision,
         licence=spec.license,
         architecture=(quantized.document("config.json").get("architectures") or ["unknown"])[0],
         quantization={"method": record.method, "backend": record.backend, **record.parameters},

@@ -12,6 +12,7 @@ from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext, prepared
 from pipeline.stages.stage import Inputs
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, require_room
+from pipeline.store.notes import SourceNotes
 
 
 def resolve(spec: ModelSpec, settings: Settings) -> sources.ResolvedSource:
@@ -51,7 +52,7 @@ def make(context: StageContext, _inputs: Inputs, draft: ArtifactDraft) -> None:
     settings, resolved = context.settings, prepared(context.source)
     require_room(settings.home, resolved.bytes, settings.disk_floor, f"{resolved.uri} (its weights)")
     draft.sha256.update(sources.pull(resolved, draft.folder, settings.home / "downloads", context.progress))
-    draft.notes["revision"] = sources.revision_of(resolved, draft.sha256)
+    draft.note(SourceNotes(revision=sources.revision_of(resolved, draft.sha256)))
 
 
 def accept(context: StageContext, source: Artifact) -> None:

@@ -22,13 +22,20 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from pipeline.errors import PlanError, StoreError
 from registry.atomic_write import write_atomically
 from registry.digests import digest_file, digest_json
+from registry.errors import first_problem
 from registry.file_locks import locked, locked_if_free
 from registry.file_systems import set_mode, sync_folder
+from registry.manifest import FileRecord
+
+Notes = TypeVar("Notes", bound=BaseModel)
+_RECORD = "artifact.json"
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Recipe:
 
     stage: str
     inputs: Mapping[str, str]
-    parameters: Mapping[str, Any]
+    parameters: Mapping[str, object]
     code: str
     pins: str = ""
 
@@ -52,15 +59,33 @@ class ArtifactDraft:
     """The folders that a stage fills: ``folder`` becomes the artifact, ``scratch`` is removed afterwards.
 
     Digests that the stage knows already go into ``sha256`` (path → 64 hex digits), so that these files are not
-    read again; it adds its workers' durations to ``worker_seconds``, and puts into ``notes`` what later stages
-    need and no digest should cover.
+    read again; it adds its workers' durations to ``worker_seconds``, and notes what later stages need and no digest
+    should cover.
     """
 
     folder: Path
     scratch: Path
     sha256: dict[str, str] = field(default_factory=dict)
     worker_seconds: list[float] = field(default_factory=list)
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, JsonValue] = field(default_factory=dict)
+
+    def note(self, notes: BaseModel) -> None:
+        """Add what is set in ``notes``, which `Artifact.noted` returns."""
+        self.notes.update(notes.model_dump(mode="json", exclude_unset=True))
+
+
+class ArtifactRecord(BaseModel):
+    """``artifact.json``: what an artifact was made from, what it holds, and how long making it took, in seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: Recipe
+    digest: str
+    files: Mapping[str, FileRecord]
+    notes: Mapping[str, JsonValue]
+    seconds: float
+    worker_seconds: float
+    created: str
 
 
 @dataclass(frozen=True)
@@ -75,27 +100,31 @@ class Artifact:
     key: str
     digest: str
     folder: Path
-    files: Mapping[str, Mapping[str, Any]]
+    files: Mapping[str, FileRecord]
     inputs: Mapping[str, str]
-    notes: Mapping[str, Any]
+    notes: Mapping[str, JsonValue]
     seconds: float
     worker_seconds: float
     created: str
     cached: bool
 
     def document(self, name: str) -> Any:  # noqa: ANN401 - JSON is what the caller expects it to be
-        """Parse one of the artifact's JSON files."""
+        """Parse a JSON file of the artifact that the project does not write itself, such as ``config.json``."""
         return json.loads((self.folder / name).read_text())
+
+    def noted(self, kind: type[Notes]) -> Notes:
+        """What the artifact's stage noted."""
+        return kind.model_validate(self.notes)
 
     @property
     def sha256(self) -> dict[str, str]:
         """Each file's sha256, as 64 hex digits, by its path in the artifact."""
-        return {name: str(entry["sha256"]) for name, entry in self.files.items()}
+        return {name: file.sha256 for name, file in self.files.items()}
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all files together."""
-        return sum(int(entry["size"]) for entry in self.files.values())
+        return sum(file.size for file in self.files.values())
 
 
 class Store:
@@ -110,32 +139,31 @@ class Store:
         """Return a stage's artifact under a key, or None.
 
         Raises:
-            StoreError: a file is missing or has another size than when it was made.
+            StoreError: a file is missing or has another size than when it was made, or the record can't be read.
         """
         place = self.root / stage / key
         try:
-            record = json.loads((place / "artifact.json").read_text())
+            record = _read(place)
         except FileNotFoundError:
             return None
-        for name, entry in record["files"].items():
+        for name, file in record.files.items():
             path = place / "files" / name
-            if not path.is_file() or path.stat().st_size != entry["size"]:
-                raise StoreError(
-                    f"artifact {place} is damaged: {name} is missing or not {entry['size']} bytes; "
-                    f"remove that folder and run again"
-                )
+            if not path.is_file() or path.stat().st_size != file.size:
+                raise _damaged(place, f"{name} is missing or not {file.size} bytes")
         return _artifact(stage, place, record, cached=True)
 
-    def records(self, stage: str) -> list[tuple[str, Mapping[str, Any]]]:
-        """Every artifact of a stage as its key and record, the newest first."""
-        found = [
-            (path.parent.name, json.loads(path.read_text())) for path in (self.root / stage).glob("*/artifact.json")
-        ]
-        return sorted(found, key=lambda each: str(each[1]["created"]), reverse=True)
+    def records(self, stage: str) -> list[tuple[str, ArtifactRecord]]:
+        """Every artifact of a stage as its key and record, the newest first.
+
+        Raises:
+            StoreError: a record can't be read.
+        """
+        found = [(path.parent.name, _read(path.parent)) for path in (self.root / stage).glob(f"*/{_RECORD}")]
+        return sorted(found, key=lambda each: each[1].created, reverse=True)
 
     def with_digest(self, stage: str, digest: str) -> Artifact | None:
         """Return a stage's artifact with this digest, whatever its key; None if there is none."""
-        keys = (key for key, record in self.records(stage) if record["digest"] == digest)
+        keys = (key for key, record in self.records(stage) if record.digest == digest)
         return next((found for key in keys if (found := self.find(stage, key))), None)
 
     def obtain(self, recipe: Recipe, make: Callable[[ArtifactDraft], None]) -> Artifact:
@@ -172,16 +200,16 @@ class Store:
             started = time.monotonic()
             make(draft)
             files = _seal(draft)
-            record = {
-                "recipe": asdict(recipe),
-                "digest": digest_json(files),
-                "files": files,
-                "notes": draft.notes,
-                "seconds": time.monotonic() - started,
-                "worker_seconds": sum(draft.worker_seconds),
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            }
-            write_atomically(beside / "artifact" / "artifact.json", json.dumps(record, indent=1))
+            record = ArtifactRecord(
+                recipe=recipe,
+                digest=digest_json({name: file.model_dump() for name, file in files.items()}),
+                files=files,
+                notes=draft.notes,
+                seconds=time.monotonic() - started,
+                worker_seconds=sum(draft.worker_seconds),
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+            )
+            write_atomically(beside / "artifact" / _RECORD, record.model_dump_json(indent=1))
             sync_folder(beside / "artifact")
             (beside / "artifact").rename(place)
             sync_folder(place.parent)
@@ -200,18 +228,29 @@ class Store:
                     shutil.rmtree(beside, ignore_errors=True)
 
 
-def _artifact(stage: str, place: Path, record: Mapping[str, Any], *, cached: bool) -> Artifact:
+def _read(place: Path) -> ArtifactRecord:
+    try:
+        return ArtifactRecord.model_validate_json((place / _RECORD).read_bytes())
+    except ValidationError as error:
+        raise _damaged(place, f"{_RECORD}: {first_problem(error)}") from error
+
+
+def _damaged(place: Path, why: str) -> StoreError:
+    return StoreError(f"artifact {place} is damaged: {why}; remove that folder and run again")
+
+
+def _artifact(stage: str, place: Path, record: ArtifactRecord, *, cached: bool) -> Artifact:
     return Artifact(
         stage=stage,
         key=place.name,
-        digest=record["digest"],
+        digest=record.digest,
         folder=place / "files",
-        files=record["files"],
-        inputs=record["recipe"]["inputs"],
-        notes=record["notes"],
-        seconds=record["seconds"],
-        worker_seconds=record["worker_seconds"],
-        created=record["created"],
+        files=record.files,
+        inputs=record.recipe.inputs,
+        notes=record.notes,
+        seconds=record.seconds,
+        worker_seconds=record.worker_seconds,
+        created=record.created,
         cached=cached,
     )
 
@@ -232,9 +271,9 @@ def require_room(place: Path, needed: int, floor: int, what: str) -> None:
         )
 
 
-def _seal(draft: ArtifactDraft) -> dict[str, dict[str, Any]]:
+def _seal(draft: ArtifactDraft) -> dict[str, FileRecord]:
     """Hash what is not hashed yet, make files read-only, and push everything to the disk."""
-    files: dict[str, dict[str, Any]] = {}
+    files: dict[str, FileRecord] = {}
     for path in sorted(draft.folder.rglob("*")):
         if path.is_dir() and not path.is_symlink():
             continue
@@ -244,7 +283,7 @@ def _seal(draft: ArtifactDraft) -> dict[str, dict[str, Any]]:
         set_mode(path, 0o444)
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
-        files[name] = {"sha256": draft.sha256.get(name) or digest_file(path), "size": path.stat().st_size}
+        files[name] = FileRecord(sha256=draft.sha256.get(name) or digest_file(path), size=path.stat().st_size)
     return files
 
 

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, Store, require_room
 from registry.errors import TrackingError, first_problem
@@ -29,7 +28,7 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     files: Mapping[RelativePath, FileRecord]
-    notes: Mapping[str, Any]
+    notes: Mapping[str, JsonValue]
 
 
 class SharedStore(Store):
@@ -76,16 +75,16 @@ class SharedStore(Store):
 
     def _share(self, recipe: Recipe, made: Artifact, objects: ObjectStore, *, mend: bool) -> None:
         self.progress(f"sharing {made.size_bytes / 1e6:,.1f} MB through {self.uri}")
-        files = {name: FileRecord.model_validate(entry) for name, entry in made.files.items()}
-        for name, file in files.items():
+        for name, file in made.files.items():
             if mend or not objects.has(file):
                 objects.put(made.folder / name, file, anew=True)
-        objects.note(_name(recipe), _Record(files=files, notes=made.notes).model_dump_json(indent=1))
+        objects.note(_name(recipe), _Record(files=made.files, notes=made.notes).model_dump_json(indent=1))
 
 
 def _is_shared(recipe: Recipe) -> bool:
-    engine = recipe.parameters.get("engine", {})
-    return recipe.stage in _STAGES and engine.get("device") != "cpu"
+    engine = recipe.parameters.get("engine")
+    on_cpu = isinstance(engine, Mapping) and engine.get("device") == "cpu"
+    return recipe.stage in _STAGES and not on_cpu
 
 
 def _record(recipe: Recipe, objects: ObjectStore) -> _Record | None:

@@ -20,12 +20,12 @@ import load_evidence
 import pytest
 from click.testing import CliRunner
 from docker.models.containers import Container
+from image_record import image_record
 from release_folder import FILES, make_release
 
 from containers.engine.owner import HOME_LABEL, home_digest
 from containers.errors import SandboxError, UnhealthyError
 from containers.image.base import ensure_base
-from containers.image.build import ImageRecord
 from containers.image.profile import load as load_profile
 from containers.sandbox import sandbox
 from evals.errors import AnswersError
@@ -107,13 +107,6 @@ def artifact(folder: Path, **documents: Any) -> Artifact:  # noqa: ANN401 - JSON
     return Artifact("test", "key", "sha256:0", folder, {}, {}, {}, 0.0, 0.0, "", cached=True)
 
 
-def record(image: str) -> dict[str, Any]:
-    told = dict.fromkeys(ImageRecord.model_fields, "none")
-    numbers = {"size_bytes": 1, "model_bytes": 1, "port": 8000, "user": 65534, "pushed": False}
-    absent: dict[str, Any] = {"minimum_cuda": None, "minimum_driver": None, "labels": {}, "layers": []}
-    return {**told, **numbers, **absent, "image_id": image, "runtime": "vllm-cpu"}
-
-
 def test_at_its_start_of_an_evaluation(failing: Fail, slipway: Slipway) -> None:
     context = StageContext(spec(), "gptq", Settings.read(dict(slipway.variables)), print)
     with failing(0, "noweights") as image, pytest.raises(SandboxError) as raised:
@@ -148,7 +141,7 @@ def test_in_a_load_test(
     checkpoint = dataclasses.replace(artifact(tmp_path / "checkpoint"), folder=DEMO / "model")
     monkeypatch.setattr("pipeline.operations.load_tests.find", lambda *_: (spec(), "gptq"))
     with failing(number, log) as image:
-        found = (checkpoint, artifact(tmp_path / "image", image=record(image)))
+        found = (checkpoint, artifact(tmp_path / "image", image=image_record(image_id=image).model_dump(mode="json")))
         monkeypatch.setattr("pipeline.operations.load_tests.artifacts", lambda _: found)
         done = CliRunner().invoke(main, ["load", "demo-gptq", "--json"], env=dict(slipway.variables))
     assert done.exit_code == REFUSED, done.output

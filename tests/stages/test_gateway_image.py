@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import bundle_evidence
 import docker
 import httpx
 import load_evidence
 import pytest
 import yaml
 from docker.models.containers import Container
+from image_record import image_record
 from release_folder import FILES, make_release
 
 import upstreams
@@ -50,7 +50,7 @@ def slipway(machine: Settings, tmp_path: Path) -> Slipway:
         **FILES,
         "config.json": (TOKENIZER / "config.json").read_bytes(),
         "release/evidence/load.json": load_evidence.measured().format().encode(),
-        "release/evidence/image.json": json.dumps(bundle_evidence.IMAGE).encode(),
+        "release/evidence/image.json": image_record().model_dump_json().encode(),
         "release/evidence/requests.jsonl": format_requests(load_evidence.requests()).encode(),
     }
     make_release(tmp_path / "release", key, files=files)

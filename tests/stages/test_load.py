@@ -241,4 +241,4 @@ def test_live_figures_come_while_it_runs(text: Path, tmp_path: Path, run_worker:
     under_way = [going for going in seen if going.phase == "load" and 0 < going.answered < RATE * SECONDS]
     assert under_way
     assert (under_way[-1].p95_latency_ms or 0) > 50
-    assert {"warm-up", "load"} <= {sample["phase"] for sample in sampler.samples}
+    assert {"warm-up", "load"} <= {sample.phase for sample in sampler.samples}

@@ -12,6 +12,7 @@ from typing import Any
 import docker
 import pytest
 import yaml
+from image_record import image_record
 from release_folder import FILES, make_release
 
 from containers.scan.evidence import Secret
@@ -84,11 +85,10 @@ def released(
     evidence = folder / f"evidence-{number}"
     evidence.mkdir()
     scan(in_engine(engine, image), home=settings.home, folder=evidence, progress=print)
-    record = {"pushed": False, "image_id": image, "reference": image}
     files = {**FILES, "config.json": json.dumps({"number": number}).encode()}
     for name in ("scan.json", "sbom.cdx.json"):
         files[f"release/evidence/{name}"] = (evidence / name).read_bytes()
-    files["release/evidence/image.json"] = json.dumps(record).encode()
+    files["release/evidence/image.json"] = image_record(image_id=image, reference=image).model_dump_json().encode()
     key = load_or_create_key(settings.signing_key)
     make_release(folder / f"release-{number}", key, files=files, created=f"2026-11-2{number}T00:00:00Z")
     trusted = load_trusted_keys([public_path(settings.signing_key)])
@@ -208,7 +208,7 @@ class Home:
     def release(self, model: str, *secrets: Secret) -> None:
         self.number += 1
         scanned = SCAN.model_copy(update={"secrets": secrets}).model_dump(mode="json", by_alias=True)
-        evidence = {"scan.json": scanned, "sbom.cdx.json": {}, "image.json": {"pushed": False}}
+        evidence = {"scan.json": scanned, "sbom.cdx.json": {}, "image.json": image_record().model_dump(mode="json")}
         files = {**FILES, "config.json": json.dumps({"number": self.number}).encode()}
         files |= {f"release/evidence/{name}": json.dumps(content).encode() for name, content in evidence.items()}
         folder, key = self.folder / f"release-{self.number}", signing_key(self.settings)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import docker
 import pytest
+from image_record import image_record
 from release_folder import make_release
 
 from homes import make_home
@@ -122,8 +123,8 @@ def test_images_go_that_no_artifact_that_stays_names_and_no_container_uses(
 
     def put(name: str, runtime: str) -> Artifact:
         layers = [{"digest": f"sha256:{name}", "size": 7, "holds": "model config.json"}]
-        record = {"image_id": ids[name], "tag": name, "runtime": runtime, "runtime_image_id": ids[runtime]}
-        text = json.dumps({**record, "layers": layers})
+        named = {"image_id": ids[name], "tag": name, "runtime": runtime, "runtime_image_id": ids[runtime]}
+        text = image_record(**named, layers=layers).model_dump_json()
 
         def make(draft: ArtifactDraft) -> None:
             (draft.folder / "image.json").write_text(text)

@@ -308,7 +308,7 @@ def test_memory_is_read_from_the_cgroup_ten_times_a_second(start: Callable[..., 
         server.memory.phase = "load"
         time.sleep(1.0)
         # Ten a second, but for a few that a busy machine misses.
-        assert sum(sample["phase"] == "load" for sample in server.memory.samples) >= 7
+        assert sum(sample.phase == "load" for sample in server.memory.samples) >= 7
         assert server.memory.source.startswith("cgroup")
         assert 64 * MIB < server.memory.peak() < 200 * MIB
 

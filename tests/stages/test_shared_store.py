@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.errors import PlanError
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe
+from pipeline.store.notes import SourceNotes
 from pipeline.store.shared import SharedStore
 from registry.errors import TrackingError
 from registry.manifest import FileRecord
@@ -39,7 +40,7 @@ class Home:
         (draft.folder / "sub" / "weights").write_bytes(WEIGHTS)
         (draft.folder / "config.json").write_text("{}")
         draft.worker_seconds.append(2.0)
-        draft.notes["revision"] = "0" * 40
+        draft.note(SourceNotes(revision="0" * 40))
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ def test_what_is_damaged_or_lost_there_is_made_here_and_mended(
 ) -> None:
     one, other = homes
     first = one.obtain()
-    harm(store, first.files["sub/weights"]["sha256"])
+    harm(store, first.files["sub/weights"].sha256)
     second = other.obtain()
     assert (other.made, second.digest) == (1, first.digest)
     assert other.told[1].startswith("the shared artifact can't be fetched")

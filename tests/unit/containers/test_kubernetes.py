@@ -17,7 +17,6 @@ import yaml
 from bundle_evidence import (
     DIGEST,
     GATEWAY,
-    IMAGE,
     REDIS,
     cluster,
     evidence,
@@ -29,6 +28,7 @@ from bundle_evidence import (
     on_gpu,
     written,
 )
+from image_record import image_record
 
 from containers.gateway.config import Routes
 from containers.gateway.config import Settings as GatewaySettings
@@ -404,7 +404,7 @@ def test_the_place_is_taken_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_what_is_missing_before_it_can_be_applied_is_said(tmp_path: Path) -> None:
-    made = write_bundle(evidence(manifest=manifest(image=image(reference=DIGEST))), IMAGE, tmp_path / "b")
+    made = write_bundle(evidence(manifest=manifest(image=image(reference=DIGEST))), image_record(), tmp_path / "b")
     assert [warning.split(":")[0] for warning in made.warnings] == [
         "the release's image was not pushed",
         "the load test did not measure the capacity (`load.capacity`)",
@@ -541,9 +541,9 @@ def test_no_volume_grows_without_end_and_no_sick_pod_stops_a_drain(folder: Path)
     assert spread["labelSelector"]["matchLabels"] == {"app.kubernetes.io/name": "demo-awq-gateway"}
 
 
-@pytest.mark.parametrize(("size", "seconds"), [(30 * 10**9, 1562), (10**9, 600), (None, 600)])
-def test_a_large_image_has_the_time_to_be_pulled(tmp_path: Path, size: int | None, seconds: int) -> None:
-    write_bundle(evidence(), IMAGE if size is None else {**IMAGE, "size_bytes": size}, tmp_path / "b")
+@pytest.mark.parametrize(("size", "seconds"), [(30 * 10**9, 1562), (10**9, 600)])
+def test_a_large_image_has_the_time_to_be_pulled(tmp_path: Path, size: int, seconds: int) -> None:
+    write_bundle(evidence(), image_record(size_bytes=size), tmp_path / "b")
     assert one(tmp_path / "b", "Deployment", "demo-awq-engine")["spec"]["progressDeadlineSeconds"] == seconds
 
 

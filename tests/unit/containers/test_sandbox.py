@@ -88,7 +88,7 @@ def test_a_sampler_keeps_phases_and_the_peak_and_survives_the_end_of_what_it_wat
     time.sleep(0.1)
     sampler.phase = "late"
     sampler.stop()
-    assert [sample["memory_bytes"] for sample in sampler.samples] == [5, 9, 7]
+    assert [sample.memory_bytes for sample in sampler.samples] == [5, 9, 7]
     assert sampler.peak() == 9
     assert sampler.peak("gpu_memory_bytes") is None
 
@@ -129,7 +129,7 @@ def test_an_engine_that_does_not_answer_once_ends_no_sampler() -> None:
     sampler.start()
     time.sleep(0.1)
     sampler.stop()
-    assert [sample["memory_bytes"] for sample in sampler.samples] == [7, 9]
+    assert [sample.memory_bytes for sample in sampler.samples] == [7, 9]
 
 
 def test_a_sampler_takes_its_last_sample_after_it_was_told_to_stop() -> None:
@@ -139,7 +139,7 @@ def test_a_sampler_takes_its_last_sample_after_it_was_told_to_stop() -> None:
     sampler.phase = "after"
     sampler.stop()
     sampler.stop()
-    assert [sample["phase"] for sample in sampler.samples] == ["start", "after"]
+    assert [sample.phase for sample in sampler.samples] == ["start", "after"]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 import load_evidence
 import pytest
 
+from containers.sandbox.memory import MemorySample
 from evals.load.comparison import ComparedScheme, ComparisonRow, incomparable, table
 from evals.load.evidence import FaultResult, LoadEvidence
 from evals.report import load_pictures
@@ -58,7 +59,7 @@ def test_the_clients_own_cost_is_stated() -> None:
 
 def test_a_page_shows_faults_findings_and_the_curve_and_runs_nothing(tmp_path: Path) -> None:
     load = evidence(faults=FAULTS, findings=("memory was `far` off",))
-    write_page(tmp_path / "load.html", "demo-awq", VERDICT, load, (), release_evidence.SAMPLES)
+    write_page(tmp_path / "load.html", "demo-awq", VERDICT, load, (), [release_evidence.SAMPLE])
     html = (tmp_path / "load.html").read_text()
     for words in (
         ">not survived<",
@@ -117,9 +118,9 @@ def test_other_traffic_is_no_comparison() -> None:
 
 
 def test_the_peak_of_the_picture_is_the_one_that_is_judged(tmp_path: Path) -> None:
-    samples: list[dict[str, str | int | float]] = [
-        {"seconds": 0.0, "phase": "load", "memory_bytes": 2 << 30},
-        {"seconds": 1.0, "phase": "faults", "memory_bytes": 3 << 30},
+    samples = [
+        MemorySample(seconds=0.0, phase="load", memory_bytes=2 << 30),
+        MemorySample(seconds=1.0, phase="faults", memory_bytes=3 << 30),
     ]
     write_page(tmp_path / "load.html", "demo-awq", VERDICT, evidence(), (), samples)
     assert "peak 2.00 GiB" in (tmp_path / "load.html").read_text()

@@ -13,6 +13,7 @@ from xml.etree import ElementTree as ET
 import load_evidence
 import pytest
 
+from containers.sandbox.memory import MemorySample
 from containers.scan.evidence import DatabaseUsed
 from evals.drift.answers import AskedSuite
 from evals.drift.drift_gate import judge as judge_drift
@@ -74,11 +75,9 @@ REQUESTS = [
 ]
 GIB = 2**30
 MEMORY = [
-    {
-        "seconds": number / 10,
-        "phase": "start" if number < 300 else "load",
-        "memory_bytes": min(number, 260) * 10_000_000,
-    }
+    MemorySample(
+        seconds=number / 10, phase="start" if number < 300 else "load", memory_bytes=min(number, 260) * 10_000_000
+    )
     for number in range(500)
 ]
 SCAN = release_evidence.SCAN.model_copy(
@@ -117,7 +116,7 @@ SUBJECT = ReportedRelease(
     facts={"quantizer": "autoawq 0.2.9, 4 bits, group 64", "tested on": "2 cores, x86_64"},
     digests={"image": "sha256:" + "ab" * 32},
 )
-EVIDENCE = ReportEvidence(drift=DRIFT, scan=SCAN, load=MEASURED, requests=REQUESTS, memory=MEMORY, image={})
+EVIDENCE = ReportEvidence(drift=DRIFT, scan=SCAN, load=MEASURED, requests=REQUESTS, memory=MEMORY)
 VERDICTS = (
     judge_drift(DRIFT, LIMITS),
     UNSURE.accepting({"database-absent": "the demo must run where none can be had"}),
@@ -222,7 +221,7 @@ def test_evidence_is_read_from_where_it_lies(tmp_path: Path) -> None:
     load.mkdir()
     write_drift(DRIFT, drift)
     (load / "requests.jsonl").write_text(format_requests(REQUESTS))
-    (load / "memory.json").write_text(json.dumps(MEMORY))
+    (load / "memory.json").write_text(json.dumps([sample.model_dump(exclude_none=True) for sample in MEMORY]))
     evidence = ReportEvidence.read(drift, load, tmp_path / "absent")
     assert evidence == ReportEvidence(drift=DRIFT, requests=REQUESTS, memory=MEMORY)
     (load / "scan.json").write_text("{")
@@ -286,7 +285,10 @@ def test_nothing_is_drawn_of_nothing(svg: str | None) -> None:
 
 
 def test_a_peak_survives_thinning() -> None:
-    samples = [{"seconds": float(number), "memory_bytes": 10 * GIB if number == 777 else GIB} for number in range(5000)]
+    samples = [
+        MemorySample(seconds=number, phase="load", memory_bytes=10 * GIB if number == 777 else GIB)
+        for number in range(5000)
+    ]
     assert "peak 10.00 GiB, 125% of the limit" in str(pictures.memory(samples, 8 * GIB))
 
 

@@ -7,11 +7,13 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import yaml
+from image_record import image_record
 
+from containers.hardware.cpu import InstructionSet
 from homes import DEMO
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec, load
@@ -19,17 +21,18 @@ from pipeline.stages.context import StageContext
 from pipeline.stages.run import run
 from pipeline.stages.table import STAGES
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, Store
-from unit.pipeline.release_evidence import DIGEST, IMAGE, LOAD, QUANTIZED_NOTES, SAMPLES, SCAN, drift_of
+from pipeline.store.notes import AnswersNotes
+from unit.pipeline.release_evidence import LOAD, QUANTIZED_NOTES, SAMPLE, SCAN, drift_of
 
 # What the stages leave behind, by stage; a release is sealed for real.
 _FILES: Mapping[str, Mapping[str, Any]] = {
     "quantized": {"model.safetensors": "packed", "config.json": {}},
-    "image": {"image.json": {**IMAGE, "model_digest": DIGEST}},
+    "image": {"image.json": image_record().model_dump_json()},
     "answers": {"answers.json": {}},
     "layers": {"layers.json": []},
     "drift": {"drift.json": drift_of(1).model_dump(mode="json", by_alias=True)},
     "scan": {"scan.json": SCAN.model_dump(mode="json", by_alias=True), "trivy.json": {}, "sbom.cdx.json": {}},
-    "load": {"load.json": LOAD.format(), "requests.jsonl": "", "memory.json": SAMPLES},
+    "load": {"load.json": LOAD.format(), "requests.jsonl": "", "memory.json": f"[{SAMPLE.model_dump_json()}]"},
 }
 
 
@@ -54,10 +57,17 @@ class FillingStore(Store):
                 text = content if isinstance(content, str) else json.dumps(content)
                 (draft.folder / name).write_text(text)
             draft.notes.update(QUANTIZED_NOTES if stage == "quantized" else {})
-            if "instruction_set" in recipe.parameters.get("engine", {}):
-                draft.notes["instruction_set"] = recipe.parameters["engine"]["instruction_set"]
+            if stage == "answers":
+                draft.note(AnswersNotes(instruction_set=instruction_set_of(recipe)))
 
         return fill
+
+
+def instruction_set_of(recipe: Recipe) -> InstructionSet | None:
+    """The CPU's that answers, by the recipe of the answers."""
+    engine = recipe.parameters["engine"]
+    assert isinstance(engine, dict)
+    return cast("InstructionSet | None", engine.get("instruction_set"))
 
 
 @dataclass(frozen=True)

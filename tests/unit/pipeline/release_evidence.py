@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -10,26 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import load_evidence
+from image_record import DIGEST, image_record
 
+from containers.sandbox.memory import MemorySample
 from containers.scan.evidence import SEVERITIES, DatabaseUsed, OperatingSystem, ScanEvidence, TrivyBuild
 from evals.drift.answers import AskedSuite
 from evals.drift.pairs import ChoicePairs, Divergence, DocumentPair, Drift, TextPairs
 from evals.load.evidence import LoadEvidence
 from homes import DEMO
-from pipeline.quantization.quantize import CalibrationRecord, QuantizationRecord
+from pipeline.quantization.quantize import CalibrationRecord, QuantizedNotes
 from pipeline.settings import Settings
 from pipeline.spec import load
 from pipeline.stages.context import StageContext
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, Store
 
-DIGEST = "sha256:" + "ab" * 32
-IMAGE = {
-    "reference": f"slipway/demo-gptq@{DIGEST}", "digest": DIGEST, "pushed": False, "tag": "slipway:demo-gptq",
-    "image_id": DIGEST, "base": "debian", "base_digest": DIGEST, "pins_digest": DIGEST, "wheels_digest": DIGEST,
-    "model_digest": DIGEST, "runtime": "vllm-cpu", "runtime_image_id": DIGEST, "minimum_cuda": None,
-    "minimum_driver": None, "size_bytes": 10**9, "model_bytes": 1000, "port": 8000, "user": 65534, "labels": {},
-    "manifest": "{}", "configuration": "{}",
-}  # fmt: skip
 SCAN = ScanEvidence(
     image_id=DIGEST,
     os=OperatingSystem(family="debian", name="12.1"),
@@ -43,15 +36,13 @@ SCAN = ScanEvidence(
 )
 # A real load test of the demo, whose limits it meets.
 LOAD = load_evidence.measured()
-SAMPLES: list[dict[str, str | int | float]] = [
-    {"seconds": 1.0, "phase": "load", "memory_bytes": 10**9, "usage_bytes": 10**9}
-]
-QUANTIZED = QuantizationRecord(
+SAMPLE = MemorySample(seconds=1.0, phase="load", memory_bytes=10**9, usage_bytes=10**9)
+QUANTIZED = QuantizedNotes(
     method="gptq", backend="gptqmodel", parameters={"bits": 4, "group_size": 64}, device="cpu", layers=28,
     calibration=CalibrationRecord(sha256="cd" * 32, samples=32, max_tokens=200, tokens=6400),
-    bytes=10**6, source_bytes=3 * 10**6, bits_per_weight=4.3,
+    bytes=10**6, source_bytes=3 * 10**6, bits_per_weight=4.3, pins_digest=DIGEST,
 )  # fmt: skip
-QUANTIZED_NOTES = {**QUANTIZED.model_dump(mode="json"), "pins_digest": DIGEST}
+QUANTIZED_NOTES = QUANTIZED.model_dump(mode="json")
 
 
 def drift_of(lost: int) -> Drift:
@@ -88,6 +79,7 @@ class Made:
     settings: Settings
     lost: int = 1
     load: LoadEvidence = LOAD
+    image: Mapping[str, object] = field(default_factory=dict)
     told: list[str] = field(default_factory=list)
 
     @property
@@ -103,7 +95,9 @@ class Made:
         of_checkpoint = {"quantized": quantized.digest}
         # An image is of its checkpoint, and so differs with it.
         image = self.put(
-            "image", of_checkpoint, {"image.json": json.dumps({**IMAGE, "model_digest": quantized.digest})}
+            "image",
+            of_checkpoint,
+            {"image.json": image_record(model_digest=quantized.digest, **self.image).model_dump_json()},
         )
         of_image = {"image": image.digest}
         paired = {"drift.json": drift_of(self.lost).model_dump_json(by_alias=True)}
@@ -113,7 +107,11 @@ class Made:
             {**of_checkpoint, **of_image},
             {"scan.json": SCAN.model_dump_json(by_alias=True), "trivy.json": "{}", "sbom.cdx.json": "{}"},
         )
-        measured = {"load.json": self.load.format(), "requests.jsonl": "", "memory.json": json.dumps(SAMPLES)}
+        measured = {
+            "load.json": self.load.format(),
+            "requests.jsonl": "",
+            "memory.json": f"[{SAMPLE.model_dump_json()}]",
+        }
         load_test = self.put("load", {**of_image, **of_checkpoint}, measured)
         made = (source, quantized, image, drift, scan, load_test)
         return {artifact.stage: artifact for artifact in made}

@@ -21,7 +21,7 @@ from pipeline.stages import quantized, scan
 from pipeline.stages.affected import affected, moved_upstream, touched
 from pipeline.store.artifacts import Artifact
 from registry.backend import Version
-from unit.pipeline.filled import _FILES, Models
+from unit.pipeline.filled import _FILES, Models, instruction_set_of
 from unit.pipeline.hub_server import COMMIT, REPOSITORY, serving
 from unit.pipeline.release_evidence import SCAN
 
@@ -51,7 +51,7 @@ def register(
     def current(_uri: str, name: str) -> list[Version]:
         release = signed[name.removeprefix("demo-")]
         assert release is not None
-        tags = {"slipway.manifest_digest": f"sha256:{release.files['release/manifest.json']['sha256']}"}
+        tags = {"slipway.manifest_digest": f"sha256:{release.files['release/manifest.json'].sha256}"}
         return [Version(name, "1", aliases, tags, "", datetime.now(UTC))]
 
     monkeypatch.setattr(looking.catalog, "current", current)
@@ -269,10 +269,9 @@ def test_a_finished_release_is_up_to_date_on_another_cpu_and_a_new_pair_gets_a_n
 ) -> None:
     def answers() -> list[tuple[str, str]]:
         made = models.context(spec, "awq").store.records("answers")
-        engines = [record["recipe"]["parameters"]["engine"] for _, record in made]
         return sorted(
-            (engine["instruction_set"], "FP16" if "image" not in record["recipe"]["inputs"] else "candidate")
-            for engine, (_, record) in zip(engines, made, strict=True)
+            (str(instruction_set_of(record.recipe)), "candidate" if "image" in record.recipe.inputs else "FP16")
+            for _, record in made
         )
 
     spec = models.write(schemes=SCHEMES)

@@ -104,7 +104,7 @@ def released(models: Models, monkeypatch: pytest.MonkeyPatch, says: dict[str, An
     def registered(_uri: str, name: str) -> list[Any]:
         made = signed[name]
         assert made is not None
-        digest = f"sha256:{made.files['release/manifest.json']['sha256']}"
+        digest = f"sha256:{made.files['release/manifest.json'].sha256}"
         return [type("Version", (), {"manifest_digest": digest, "aliases": ("candidate", "champion")})]
 
     monkeypatch.setattr("pipeline.stages.affected.catalog.current", registered)

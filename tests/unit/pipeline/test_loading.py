@@ -10,9 +10,9 @@ import load_evidence
 import pytest
 import yaml
 from click.testing import CliRunner
+from image_record import image_record
 
 from containers.hardware import gpu
-from containers.image.build import ImageRecord
 from evals.load import load_test as loads
 from evals.load.comparison import ComparisonRow
 from evals.load.load_test import TrafficProgress
@@ -28,7 +28,6 @@ from pipeline.stages.context import StageContext
 from pipeline.stages.load import measure
 from pipeline.store.artifacts import Artifact
 from registry.verdict import Status, Verdict
-from unit.pipeline import release_evidence
 
 GOING = TrafficProgress.model_validate({
     "purpose": "chat", "rate": 4.0, "phase": "load", "total": 480, "answered": 12, "errors": 0, "elapsed_s": 3.2,
@@ -114,7 +113,7 @@ def test_an_image_that_needs_a_gpu_is_not_started_where_there_is_none(
     monkeypatch.setattr(gpu, "gpus", list)
     settings.home.mkdir()
     spec = load(DEMO.with_suffix(".yaml"))
-    record = ImageRecord.model_validate({**release_evidence.IMAGE, "minimum_driver": "580.65.06"})
+    record = image_record(minimum_driver="580.65.06")
     checkpoint = Artifact("quantized", "0", "0", tmp_path, {}, {}, {}, 0.0, 0.0, "", cached=True)
     context = StageContext(spec, "awq", settings, print)
     found = measure(context, spec.load, record, checkpoint, tmp_path, tmp_path)

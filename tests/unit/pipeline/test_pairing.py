@@ -16,7 +16,7 @@ from pipeline.stages.table import BASELINE, DRIFT
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe
 from pipeline.workers.launchers.task import Ended, Task
 from pipeline.workers.runner import Workers
-from unit.pipeline.filled import FillingContext, FillingStore, Models
+from unit.pipeline.filled import FillingContext, FillingStore, Models, instruction_set_of
 
 
 @dataclass
@@ -82,8 +82,8 @@ def test_fp16_is_asked_anew_where_the_candidate_is_asked_on_another_instruction_
     elsewhere = run(BASELINE, replace(context, instruction_set="avx512"), source)
     paired = run(DRIFT, avx2, {**made, "baseline": elsewhere})
     assert told == ["FP16 was asked on a CPU with avx512: asking it on this one, with avx2"]
-    asked = [record["recipe"] for _, record in context.store.records("answers")]
-    assert sorted((each["parameters"]["engine"]["instruction_set"], "image" in each["inputs"]) for each in asked) == [
+    asked = [record.recipe for _, record in context.store.records("answers")]
+    assert sorted((instruction_set_of(each), "image" in each.inputs) for each in asked) == [
         ("avx2", False), ("avx2", True), ("avx512", False),
     ]  # fmt: skip
     here = run(BASELINE, avx2, source)
@@ -103,7 +103,5 @@ def test_a_candidate_is_asked_on_the_cpu_of_fp16_though_another_one_has_asked_it
     run(DRIFT, elsewhere, {**made, "baseline": run(BASELINE, elsewhere, source)})
     baseline = run(BASELINE, replace(context, instruction_set=own), source)
     run(DRIFT, context, {**made, "baseline": baseline})
-    asked = [
-        record["recipe"] for _, record in context.store.records("answers") if "image" in record["recipe"]["inputs"]
-    ]
-    assert {recipe["parameters"]["engine"]["instruction_set"] for recipe in asked} == {own, other}
+    asked = [record.recipe for _, record in context.store.records("answers") if "image" in record.recipe.inputs]
+    assert {instruction_set_of(recipe) for recipe in asked} == {own, other}

@@ -21,9 +21,10 @@ from pipeline.store.artifacts import Artifact
 from pipeline.trust import trust_of
 from registry import seal as seals
 from registry.errors import PromotionError, SigningError
+from registry.manifest import MANIFEST, Manifest
 from registry.signing import load_trusted_keys
 from registry.verify import verify
-from unit.pipeline.release_evidence import DIGEST, IMAGE, LOAD, Made, settings_of
+from unit.pipeline.release_evidence import DIGEST, LOAD, Made, settings_of
 
 
 @pytest.fixture
@@ -141,11 +142,8 @@ def test_a_release_that_was_changed_after_it_was_sealed_is_not_promoted(made: Ma
         promotion.promote(made.context, release)
 
 
-def test_no_alias_moves_while_the_bills_can_not_be_attached_to_the_image(
-    made: Made, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(IMAGE, "pushed", True)
-    monkeypatch.setitem(IMAGE, "reference", f"127.0.0.1:9/slipway/demo-gptq@{DIGEST}")
+def test_no_alias_moves_while_the_bills_can_not_be_attached_to_the_image(made: Made) -> None:
+    made.image = {"pushed": True, "reference": f"127.0.0.1:9/slipway/demo-gptq@{DIGEST}"}
     release = seal(made, made.artifacts())
     for _ in range(2):  # the second time as the first: they are not forgotten
         with pytest.raises(DistributionError, match=r"127\.0\.0\.1:9 can't be reached") as caught:
@@ -155,8 +153,7 @@ def test_no_alias_moves_while_the_bills_can_not_be_attached_to_the_image(
 
 
 def test_the_figures_of_a_release_are_its_verdicts_own(made: Made) -> None:
-    manifest = seal(made, made.artifacts()).document("release/manifest.json")
-    told = promotion.measured(manifest)
+    told = promotion.measured(Manifest.parse((seal(made, made.artifacts()).folder / MANIFEST).read_bytes()))
     assert told["accuracy_change"] == pytest.approx(-1 / 800)
     assert told["bits_per_byte_change"] > 0
     assert told["size_bytes"] == len("packed") + len("{}")

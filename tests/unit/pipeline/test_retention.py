@@ -8,10 +8,10 @@ import stat
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from image_record import image_record
 
 from pipeline import cli
 from pipeline.operations.retention import Leftover, plan, remove
@@ -57,7 +57,7 @@ def released(store: Store, name: str) -> dict[str, Artifact]:
 
 
 def manifest_of(release: Artifact) -> str:
-    return f"sha256:{release.files['release/manifest.json']['sha256']}"
+    return f"sha256:{release.files['release/manifest.json'].sha256}"
 
 
 def handled(settings: Settings, artifact: Artifact) -> None:
@@ -67,11 +67,8 @@ def handled(settings: Settings, artifact: Artifact) -> None:
 
 
 def image_of(name: str) -> dict[str, str]:
-    record: dict[str, Any] = {
-        "image_id": f"sha256:{name}", "tag": f"slipway:{name}", "runtime": "vllm-cpu", "runtime_image_id": "sha256:r",
-        "layers": [],
-    }  # fmt: skip
-    return {"image.json": json.dumps(record)}
+    record = image_record(image_id=f"sha256:{name}", tag=f"slipway:{name}", runtime_image_id="sha256:r")
+    return {"image.json": record.model_dump_json()}
 
 
 def planned(settings: Settings, *manifests: str) -> list[Leftover]:

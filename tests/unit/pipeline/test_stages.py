@@ -21,7 +21,8 @@ def test_an_image_bears_the_commit_that_was_pulled_and_its_recipe_covers_its_lab
         context = FillingContext(spec, "awq", replace(models.settings, hub_endpoint=hub.endpoint), lambda _: None)
         run_until("image", context)
     ((_, record),) = context.store.records("image")
-    labels = record["recipe"]["parameters"]["labels"]
+    labels = record.recipe.parameters["labels"]
+    assert isinstance(labels, dict)
     assert labels["org.opencontainers.image.revision"] == COMMIT
     assert labels["org.opencontainers.image.licenses"] == "mit"
     assert labels["org.opencontainers.image.source"] == f"hf://{REPOSITORY}"

@@ -142,7 +142,7 @@ def test_a_digest_given_by_the_stage_is_not_computed_again(tmp_path: Path) -> No
         fill(draft)
         draft.sha256["sub/weights"] = "ff" * 32
 
-    assert Store(tmp_path).obtain(RECIPE, make).files["sub/weights"]["sha256"] == "ff" * 32
+    assert Store(tmp_path).obtain(RECIPE, make).files["sub/weights"].sha256 == "ff" * 32
 
 
 def test_a_forgotten_artifact_is_made_anew(tmp_path: Path) -> None:

@@ -1,0 +1,26 @@
+"""What stages note about their artifacts for later stages; no digest covers it."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from containers.hardware.cpu import InstructionSet
+from containers.sandbox.kernels import ComputedOn
+
+
+class SourceNotes(BaseModel):
+    """Of `source`: the revision that a release records (`pipeline.sources.source.revision_of`)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    revision: str
+
+
+class AnswersNotes(BaseModel):
+    """Of `answers`: what computed them, and the fraction of the suite that was asked."""
+
+    model_config = ConfigDict(frozen=True)
+
+    instruction_set: InstructionSet | None = None
+    computed_on: ComputedOn | None = None
+    fraction: float = 1.0
