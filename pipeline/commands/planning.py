@@ -15,6 +15,7 @@ from pipeline.settings import Settings
 if TYPE_CHECKING:
     from containers.hardware.gpu_models import GpuModel
     from containers.image.gpu_compatibility import Needs
+    from pipeline.planner.document import MeasuredRelease, PlannedEvaluation
     from pipeline.planner.memory import Workload
     from pipeline.planner.plan import Placement, Plan
     from registry.pull import ReleaseMetadata
@@ -28,16 +29,12 @@ if TYPE_CHECKING:
 @click.option(
     "--kv-cache",
     type=click.Choice(["16", "8"]),
-    default="16",
-    show_default=True,
-    help="Bits per number in the KV cache.",
+    help="Bits per number in the KV cache. Default: those of the model file's `serve`, else 16.",
 )
 @click.option(
     "--headroom",
     type=click.FloatRange(0, 0.9),
-    default=0.2,
-    show_default=True,
-    help="Share of a GPU's memory that stays free.",
+    help="Share of a GPU's memory that stays free. Default: what `serve.gpu_memory` leaves, else 0.2.",
 )
 @click.option("--driver", metavar="VERSION", help="The NVIDIA driver of the target host, for example 550.54.15.")
 @as_json
@@ -46,8 +43,8 @@ def plan(
     gpus: Sequence[str],
     context: int | None,
     concurrency: int | None,
-    kv_cache: str,
-    headroom: float,
+    kv_cache: str | None,
+    headroom: float | None,
     driver: str | None,
     *,
     as_json: bool,
@@ -56,7 +53,8 @@ def plan(
 
     MODEL is a name in models/, a path to such a file, hf://ORG/NAME, or a release NAME[@ALIAS]. For a release, the
     measurements of its load test are shown beside the prediction. Only config.json and the headers of the safetensors
-    files are read, also from a hub. Exit status 2 if a scheme in the model's file can't be applied to this model.
+    files are read, also from a hub. What the model file's `serve` leaves out is proposed for each GPU. Exit status 2 if
+    a scheme in the model's file can't be applied to this model, or be served as the file says.
     """
     from dataclasses import replace  # noqa: PLC0415
 
@@ -67,16 +65,20 @@ def plan(
     wanted = [find_gpu(name) for name in gpus] or list(known_gpus())
 
     def workload(usual: Workload) -> Workload:
-        changed = {"context": context, "concurrency": concurrency}
-        said = {name: value for name, value in changed.items() if value is not None}
-        return replace(usual, **said, kv_number_bytes=int(kv_cache) // 8, headroom=headroom)
+        return replace(
+            usual,
+            context=context or usual.context,
+            concurrency=concurrency or usual.concurrency,
+            kv_number_bytes=usual.kv_number_bytes if kv_cache is None else int(kv_cache) // 8,
+            headroom=usual.headroom if headroom is None else headroom,
+        )
 
     found, release = _asked(model, settings, wanted, workload)
     found = replace(found, notes=[*found.notes, *_gate(_needs(model, release, settings), wanted, driver)])
-    measurements = {} if release is None else measured(release)
+    measurements = None if release is None else measured(release)
     asked = _evaluation(model, settings)
     if as_json:
-        print_json({**found.document(), "measured": measurements, "evaluation": asked})
+        print_json(found.document(measurements, asked).model_dump(mode="json", by_alias=True))
     else:
         _show(found)
         _show_measured(found, measurements)
@@ -110,7 +112,7 @@ def _asked(model: str, settings: Settings, gpus: Sequence[Any], workload: Any) -
     return asking.plan_release(found, gpus, workload), found
 
 
-def _evaluation(model: str, settings: Settings) -> dict[str, Any] | None:
+def _evaluation(model: str, settings: Settings) -> PlannedEvaluation | None:
     """The items, tokens and detectable losses of a model's evaluation; None if ``model`` names no model file."""
     from pipeline.errors import SpecError  # noqa: PLC0415
     from pipeline.planner.evaluation import evaluation  # noqa: PLC0415
@@ -125,26 +127,26 @@ def _evaluation(model: str, settings: Settings) -> dict[str, Any] | None:
     return evaluation(load(path))
 
 
-def _show_evaluation(evaluation: dict[str, Any]) -> None:
+def _show_evaluation(evaluation: PlannedEvaluation) -> None:
     """Print the tasks, and the smallest loss that each detects with a power of 80%."""
     results.print(
-        f"\nsuite {escape(evaluation['suite'])} ({evaluation['digest'][:19]}), engine {evaluation['engine']}:"
-        f" {evaluation['items']:,} items, about {evaluation['tokens']:,} tokens per model. The smallest loss that it"
+        f"\nsuite {escape(evaluation.suite)} ({evaluation.digest[:19]}), engine {evaluation.engine}:"
+        f" {evaluation.items:,} items, about {evaluation.tokens:,} tokens per model. The smallest loss that it"
         " detects with 80% power if 2, 5 or 10% of the answers change, as is usual at four bits:"
     )
     rows = []
-    for task in evaluation["tasks"]:
-        unit = "%" if task["kind"] == "text" else "pp"
-        seen = [task["detectable"]] if task["kind"] == "text" else list(task["detectable"].values())
+    for task in evaluation.tasks:
+        unit = "%" if task.kind == "text" else "pp"
+        seen = [task.detectable] if isinstance(task.detectable, float) else list(task.detectable.values())
         rows.append(
             (
-                task["name"],
-                task["tier"],
-                f"{task['items']:,}",
-                f"{task['tokens']:,}",
-                f"{100 * task['limit']:.2f} {unit}",
+                task.name,
+                task.tier,
+                f"{task.items:,}",
+                f"{task.tokens:,}",
+                f"{100 * task.limit:.2f} {unit}",
                 " / ".join(f"{100 * value:.2f}" for value in seen) + f" {unit}",
-                "yes" if task["can_decide"] else f"[yellow]no: needs {task['items_wanted']:,} items[/]",
+                "yes" if task.can_decide else f"[yellow]no: needs {task.items_wanted:,} items[/]",
             )
         )
     print_table(("task", "tier", "items", "tokens", "allowed", "detects", "decides if 5% change"), rows)
@@ -218,7 +220,9 @@ def _show(found: Plan) -> None:
             "GPUs",
             "needed each",
             "usable each",
+            "KV cache",
             "requests",
+            "context",
             "tokens/s, one",
             "tokens/s, all",
             "$/h",
@@ -227,8 +231,10 @@ def _show(found: Plan) -> None:
         [_row(scheme.weights, placement) for scheme in found.schemes for placement in scheme.placements],
     )
     results.print(
-        f"\nusable: with {work.headroom:.0%} of the GPU left free; requests: how many of {work.context:,} tokens the "
-        f"cache holds; tokens/s: upper bounds by memory bandwidth and arithmetic, at {work.concurrency} requests."
+        f"\nusable: with {work.headroom:.0%} of the GPU left free; KV cache: of one replica; requests: how many of "
+        f"{work.context:,} tokens it holds; context: the longest of which it holds {work.concurrency}; tokens/s: upper "
+        f"bounds by memory bandwidth and arithmetic, at {work.concurrency} requests. GPUs and context are what "
+        "`serve.tensor_parallel` and `serve.context` may be."
     )
     for note in found.notes:
         results.print(f"[dim]{escape(note)}[/]")
@@ -239,14 +245,17 @@ def _show(found: Plan) -> None:
 def _row(weights: Any, placement: Placement) -> tuple[str, ...]:  # noqa: ANN401 - as the plan has it
     demand, speed = placement.demand, placement.speed
     price, least = placement.dollars_per_hour, placement.dollars_per_million_at_least
-    where = f"{demand.tensor_parallel} x {placement.gpu.name}"
+    where = f"{demand.gpus} x {placement.gpu.name}"
+    context = placement.longest_context
     return (
         escape(weights.scheme),
         _size(weights.bytes),
         where if placement.fits else f"[red]does not fit[/] {where}",
         _size(demand.total),
         _size(placement.usable_bytes),
+        _size(placement.cache_bytes) if placement.fits else "-",
         f"{placement.most_requests:,}" if placement.fits else "-",
+        f"{context:,}" if context is not None and placement.fits else "-",
         f"{speed.one_request:,.0f}" if placement.fits else "-",
         f"{speed.all_requests:,.0f}" if placement.fits else "-",
         f"{price:.2f}" if price is not None and placement.fits else "-",
@@ -254,20 +263,19 @@ def _row(weights: Any, placement: Placement) -> tuple[str, ...]:  # noqa: ANN401
     )
 
 
-def _show_measured(found: Plan, measurements: dict[str, Any]) -> None:
+def _show_measured(found: Plan, measurements: MeasuredRelease | None) -> None:
     """Print the load test's measurements beside the prediction."""
-    if not measurements:
+    if measurements is None:
         return
-    expected = measurements.get("expected")
-    peak = measurements.get("peak_memory_bytes")
-    if expected:
-        results.print(f"\nmeasured in the sandbox: {escape(expected['sentence'])}")
+    peak = measurements.peak_memory_bytes
+    if measurements.expected is not None:
+        results.print(f"\nmeasured in the sandbox: {escape(measurements.expected.sentence)}")
     elif peak:
         weights = found.schemes[0].weights.bytes
         results.print(f"\nmeasured in the sandbox: peak {_size(peak)}, of which {_size(weights)} are weights")
-    rate = measurements.get("output_tokens_per_second")
+    rate = measurements.output_tokens_per_second
     if rate:
-        where = "at its capacity" if measurements["at_capacity"] else "at the requested rate"
+        where = "at its capacity" if measurements.at_capacity else "at the requested rate"
         results.print(f"measured: {rate:,.0f} tokens/s, {where}")
 
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from containers.hardware.gpu_models import GpuModel
+from evals.load.evidence import parse_load_evidence
 from pipeline.compatibility import preflight
 from pipeline.compatibility.backends import METHODS
 from pipeline.compatibility.description import ModelDescription
 from pipeline.compatibility.scheme import Scheme
 from pipeline.errors import PlanError, UnsupportedModelError
+from pipeline.planner import serving
+from pipeline.planner.document import MeasuredRelease
 from pipeline.planner.facts import ModelFacts, read_facts
 from pipeline.planner.memory import Workload
 from pipeline.planner.plan import Plan, make_plan
 from pipeline.planner.sources import Described, describe, describe_folder
-from pipeline.planner.weights import Weights, quantized, unquantized
+from pipeline.planner.weights import FP16, Weights, quantized, unquantized
 from pipeline.settings import Settings
 from pipeline.sources import source as sources
 from pipeline.sources.lock import Lock, read_lock
@@ -45,17 +49,23 @@ def plan_source(
     Raises:
         SourceError: the source can't be reached or is refused.
         PlanError: its configuration or headers can't be read.
-        UnsupportedModelError: it can't be planned for, and a scheme of it can't be made.
+        UnsupportedModelError: it can't be planned for, and a scheme of it can't be made; or it can't be served as the
+            file says.
     """
     described = describe_source(spec, settings)
     schemes = usual_schemes(described.model) if isinstance(spec, str) else spec.schemes
     refused = refusals(described.model, schemes)
     try:
-        return plan_described(spec, described, schemes, gpus, workload, refused)
+        planned = plan_described(spec, described, schemes, gpus, workload, refused)
+    except UnsupportedModelError:
+        raise
     except PlanError as error:
         if not refused:
             raise
         raise UnsupportedModelError("; ".join([*sentences(refused), str(error)])) from error
+    if isinstance(spec, str):
+        return planned
+    return replace(planned, refused={**planned.refused, **serving.unfitting(spec, planned)})
 
 
 def plan_described(
@@ -66,17 +76,28 @@ def plan_described(
     workload: Choose,
     refused: Mapping[str, Sequence[str]],
 ) -> Plan:
-    """Plan a model that has been described, in its ``schemes`` but those ``refused``.
+    """Plan a model that has been described, in its ``schemes`` but those ``refused``, each as its file has it served.
 
     Raises:
         PlanError: its configuration can't be read.
+        UnsupportedModelError: the model does not allow what its file says of serving it.
     """
-    name = spec if isinstance(spec, str) else spec.model
     facts = read_facts(described.model.config)
     weights = [unquantized(described.model)]
     weights += [quantized(scheme, schemes[scheme], described.model) for scheme in schemes if scheme not in refused]
-    wanted = workload(usual_workload(facts))
-    return make_plan(name, facts, weights, gpus, wanted, download_bytes=described.bytes, refused=refused)
+    usual = usual_workload(facts)
+    if isinstance(spec, str):
+        wanted = workload(usual)
+        return make_plan(spec, facts, weights, gpus, wanted, download_bytes=described.bytes, refused=refused)
+    if wrong := serving.problems(spec, facts, weights):
+        raise UnsupportedModelError("; ".join(wrong))
+    own = {
+        scheme: workload(serving.workload_of(spec.serving(scheme if scheme in spec.schemes else None), usual))
+        for scheme in (each.scheme for each in weights)
+    }
+    return make_plan(
+        spec.model, facts, weights, gpus, own[FP16], download_bytes=described.bytes, refused=refused, own=own
+    )
 
 
 def describe_source(spec: ModelSpec | str, settings: Settings, pulled: Path | None = None) -> Described:
@@ -142,21 +163,25 @@ def look(reference: str, settings: Settings) -> ReleaseMetadata:
     )
 
 
-def measured(found: ReleaseMetadata) -> dict[str, Any]:
-    """What the release's load test measured of what a plan predicts; empty where it has no such evidence."""
+def measured(found: ReleaseMetadata) -> MeasuredRelease | None:
+    """What the release's load test measured of what a plan predicts; None where it has no such evidence.
+
+    Raises:
+        LoadEvidenceError: its evidence can't be read.
+    """
     if LOAD not in found.files:
-        return {}
-    evidence = _json(found, LOAD)
-    metrics, memory = evidence.get("metrics", {}), evidence.get("memory", {})
-    capacity = evidence.get("capacity") or {}
-    return {
-        "peak_memory_bytes": metrics.get("peak_memory_bytes"),
-        "peak": memory.get("peak", {}),
-        "expected": memory.get("expected"),
-        "output_tokens_per_second": capacity.get("output_tokens_per_second") or metrics.get("output_tokens_per_second"),
-        "requests_per_second": capacity.get("requests_per_second") or metrics.get("requests_per_second"),
-        "at_capacity": bool(capacity.get("output_tokens_per_second")),
-    }
+        return None
+    load = parse_load_evidence(found.files[LOAD], f"{LOAD} of {found.manifest.name}")
+    tokens = None if load.capacity is None else load.capacity.output_tokens_per_second
+    requests = None if load.capacity is None else load.capacity.requests_per_second
+    return MeasuredRelease(
+        peak_memory_bytes=load.metrics.get("peak_memory_bytes"),
+        peak=load.memory.peak,
+        expected=load.memory.expected,
+        output_tokens_per_second=tokens or load.metrics.get("output_tokens_per_second"),
+        requests_per_second=requests or load.metrics.get("requests_per_second"),
+        at_capacity=bool(tokens),
+    )
 
 
 def usual_workload(facts: ModelFacts) -> Workload:

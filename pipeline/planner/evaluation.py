@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from evals.drift import planning
+from pipeline.planner.document import EvaluatedTask, PlannedEvaluation
 from pipeline.spec import ModelSpec
 
 
-def evaluation(spec: ModelSpec) -> dict[str, Any]:
+def evaluation(spec: ModelSpec) -> PlannedEvaluation:
     """The tasks, their tokens per model, and the losses that they detect with 80% power."""
     limits = spec.evals
     tasks = planning.plan(limits)
-    return {
-        "suite": limits.name,
-        "digest": limits.digest,
-        "engine": limits.engine,
-        "confidence": limits.confidence,
-        "power": planning.POWER,
-        "items": sum(task.items for task in tasks),
-        "tokens": sum(task.tokens for task in tasks),
-        "tasks": [
-            {
-                "name": task.name,
-                "tier": task.tier,
-                "kind": task.kind,
-                "items": task.items,
-                "groups": task.groups,
-                "tokens": task.tokens,
-                "limit": task.limit,
-                "detectable": dict(zip(map(str, planning.FLIPS), task.detectable, strict=True))
+    return PlannedEvaluation(
+        suite=limits.name,
+        digest=limits.digest,
+        engine=limits.engine,
+        confidence=limits.confidence,
+        power=planning.POWER,
+        items=sum(task.items for task in tasks),
+        tokens=sum(task.tokens for task in tasks),
+        tasks=tuple(
+            EvaluatedTask(
+                name=task.name,
+                tier=task.tier,
+                kind=task.kind,
+                items=task.items,
+                groups=task.groups,
+                tokens=task.tokens,
+                limit=task.limit,
+                detectable=dict(zip(map(str, planning.FLIPS), task.detectable, strict=True))
                 if task.kind != "text"
                 else task.detectable[0],
-                "items_wanted": task.wanted,
-                "can_decide": task.can_decide,
-            }
+                items_wanted=task.wanted,
+                can_decide=task.can_decide,
+            )
             for task in tasks
-        ],
-    }
+        ),
+    )

@@ -36,6 +36,13 @@ _FULL = "full_attention"
 _EXPERT_STEPS = ("decoder_sparse_step", "moe_layer_freq", "interleave_moe_layer_step")
 # Keys of architectures whose layers keep a state of fixed size, or caches of more than one kind (MiMo V2).
 _STATES = ("ssm_cfg", "mamba_d_state", "linear_num_key_heads", "hybrid_layer_pattern")
+# What a config.json may leave to its class in transformers, where that has other defaults than 0 or null.
+_CLASS_DEFAULTS: Mapping[str, Mapping[str, int]] = {
+    "gemma3_text": {
+        "max_position_embeddings": 131072, "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "head_dim": 256,
+    },
+}  # fmt: skip
 # More than any model has; it bounds lists whose length config.json determines.
 _MOST_LAYERS = 10_000
 
@@ -122,6 +129,7 @@ def read_facts(config: Mapping[str, Any]) -> ModelFacts:
     """
     tied = ModelDescription(config, {}).tied
     config = text_config(config)
+    config = {**_CLASS_DEFAULTS.get(str(config.get("model_type")), {}), **config}
     layers = _required(config, "layers")
     if layers > _MOST_LAYERS:
         raise PlanError(f"config.json has {layers:,} layers: expected at most {_MOST_LAYERS:,}")

@@ -1,8 +1,9 @@
 """The memory that a server needs on each GPU, and which GPUs it fits.
 
-    weights / t  +  KV cache  +  activations  +  context        held against        (1 - headroom) * the GPU's memory
+    weights / (t p)  +  KV cache / p  +  activations  +  context     held against     (1 - headroom) * the GPU's memory
 
-`t` is the tensor-parallel size. Parts that are estimates, with their origin:
+`t` is the tensor-parallel size, by which the cache is divided as `facts` has it; `p` is the pipeline-parallel size, of
+which the largest stage counts. Parts that are estimates, with their origin:
 
 - Activations are those of the largest step: the residual stream, and the widest of attention's and the feed-forward's
   own tensors, for every batched token at 16 bits; then the logits of every sequence at 32 bits, three times (logits,
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from containers.hardware.gpu_models import GpuModel
 from pipeline.planner.facts import ModelFacts
@@ -31,21 +32,28 @@ NCCL_BYTES = GIB // 2
 _BATCHES = ((160 * GIB, 16384, 1024), (70 * GIB, 8192, 1024), (0, 2048, 256))
 # Tensor parallelism beyond the GPUs of one machine is too slow to be useful.
 LARGEST = 8
+CONTEXT_STEP = 1024  # tokens; a proposed context is a multiple
 
 
 @dataclass(frozen=True)
 class Demand:
-    """Bytes on each GPU of a group of ``tensor_parallel``."""
+    """Bytes on each GPU of a replica of ``tensor_parallel`` times ``pipeline_parallel``."""
 
     tensor_parallel: int
+    pipeline_parallel: int
     weights: int
     kv_cache: int
     activations: int
     context: int
 
     @property
+    def gpus(self) -> int:
+        """GPUs of the replica."""
+        return self.tensor_parallel * self.pipeline_parallel
+
+    @property
     def total(self) -> int:
-        """All of them."""
+        """Bytes on each GPU."""
         return self.weights + self.kv_cache + self.activations + self.context
 
 
@@ -54,18 +62,25 @@ class Workload:
     """What is served: ``concurrency`` requests at once of ``context`` tokens each, prompt and answer together.
 
     ``kv_number_bytes`` is 2 for a cache at 16 bits, 1 for FP8. ``headroom`` is the share of a GPU that stays free.
+    ``tensor_parallel`` is None where the smallest group that fits is to be found. ``batched_tokens`` and
+    ``max_sequences`` are tokens of a step and sequences at once, None for vLLM's own.
     """
 
     context: int
     concurrency: int
     kv_number_bytes: int = 2
     headroom: float = 0.2
+    tensor_parallel: int | None = None
+    pipeline_parallel: int = 1
+    batched_tokens: int | None = None
+    max_sequences: int | None = None
 
 
-def batch(gpu: GpuModel) -> tuple[int, int]:
-    """Tokens that vLLM computes in one step by default, and sequences that it runs at once."""
+def batch(gpu: GpuModel, workload: Workload) -> tuple[int, int]:
+    """Tokens that vLLM computes in one step, and sequences that it runs at once: the workload's, or its defaults."""
     memory = 0 if gpu.name.startswith("A100") else gpu.memory_bytes
-    return next((tokens, requests) for least, tokens, requests in _BATCHES if memory >= least)
+    tokens, requests = next((tokens, requests) for least, tokens, requests in _BATCHES if memory >= least)
+    return workload.batched_tokens or tokens, workload.max_sequences or requests
 
 
 def activation_bytes(facts: ModelFacts, tokens: int, requests: int, tensor_parallel: int) -> int:
@@ -78,16 +93,28 @@ def activation_bytes(facts: ModelFacts, tokens: int, requests: int, tensor_paral
 
 def demand(facts: ModelFacts, weights: Weights, gpu: GpuModel, workload: Workload, tensor_parallel: int) -> Demand:
     """What each GPU of a group must hold."""
-    tokens, requests = batch(gpu)
-    kept = facts.kv_bytes(workload.context, workload.kv_number_bytes, tensor_parallel, tokens)
-    several = NCCL_BYTES if tensor_parallel > 1 else 0
+    tokens, requests = batch(gpu, workload)
+    several = NCCL_BYTES if tensor_parallel * workload.pipeline_parallel > 1 else 0
     return Demand(
         tensor_parallel=tensor_parallel,
-        weights=math.ceil(weights.bytes / tensor_parallel),
-        kv_cache=workload.concurrency * kept,
+        pipeline_parallel=workload.pipeline_parallel,
+        weights=math.ceil(weights.bytes / tensor_parallel * _largest_stage(facts, workload)),
+        kv_cache=workload.concurrency * _kept(facts, gpu, workload, tensor_parallel),
         activations=activation_bytes(facts, tokens, requests, tensor_parallel),
         context=CONTEXT_BYTES + GRAPHS_BYTES + several,
     )
+
+
+def _largest_stage(facts: ModelFacts, workload: Workload) -> float:
+    """The share of the layers that the largest stage of a pipeline has."""
+    return math.ceil(len(facts.layers) / workload.pipeline_parallel) / len(facts.layers)
+
+
+def _kept(facts: ModelFacts, gpu: GpuModel, workload: Workload, tensor_parallel: int) -> int:
+    """Bytes that one request of the workload's context keeps on each GPU."""
+    tokens, _ = batch(gpu, workload)
+    whole = facts.kv_bytes(workload.context, workload.kv_number_bytes, tensor_parallel, tokens)
+    return math.ceil(whole * _largest_stage(facts, workload))
 
 
 def usable_bytes(gpu: GpuModel, workload: Workload) -> int:
@@ -97,31 +124,66 @@ def usable_bytes(gpu: GpuModel, workload: Workload) -> int:
 
 def most_requests(facts: ModelFacts, needed: Demand, gpu: GpuModel, workload: Workload) -> int:
     """How many requests of the workload's context the cache holds, where it takes all that the rest leaves."""
-    room = usable_bytes(gpu, workload) - needed.total + needed.kv_cache
-    one = facts.kv_bytes(workload.context, workload.kv_number_bytes, needed.tensor_parallel, batch(gpu)[0])
-    return max(0, room // one) if one else 0
+    one = _kept(facts, gpu, workload, needed.tensor_parallel)
+    return cache_bytes(needed, gpu, workload) // needed.gpus // one if one else 0
+
+
+def cache_bytes(needed: Demand, gpu: GpuModel, workload: Workload) -> int:
+    """Bytes that all GPUs of a replica have for the KV cache, beside what the rest takes."""
+    return max(0, usable_bytes(gpu, workload) - needed.total + needed.kv_cache) * needed.gpus
+
+
+def longest_context(facts: ModelFacts, needed: Demand, gpu: GpuModel, workload: Workload) -> int | None:
+    """The longest context, in steps of `CONTEXT_STEP`, at which the cache holds the workload's requests; None for none.
+
+    A context of the model's own length is the longest, whether it is a multiple or not.
+    """
+
+    def holds(context: int) -> bool:
+        asked = replace(workload, context=context)
+        return most_requests(facts, needed, gpu, asked) >= workload.concurrency
+
+    if holds(facts.context):
+        return facts.context
+    low, high = 0, facts.context // CONTEXT_STEP + 1  # in steps: the cache grows with the context
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle * CONTEXT_STEP) else (low, middle)
+    return low * CONTEXT_STEP or None
 
 
 def tensor_parallel_sizes(facts: ModelFacts, weights: Weights) -> Iterator[int]:
-    """Yield the group sizes, ascending, that a model can be divided into.
+    """Yield the group sizes, ascending, that a model can be divided into."""
+    return (size for size in range(1, LARGEST + 1) if indivisible(facts, weights, size) is None)
+
+
+def indivisible(facts: ModelFacts, weights: Weights, size: int) -> str | None:
+    """Say why a model can't be divided among so many GPUs; None if it can.
 
     Attention heads are divided evenly, key-value heads divided or copied evenly, the feed-forward's width divided; and
     in a quantized layer whose inputs are divided no group of weights is cut: 29,568 inputs in groups of 128 are 231
     groups, which no even number divides.
     """
     group = weights.group_size if weights.group_size and weights.group_size > 0 else 1
-    for size in range(1, LARGEST + 1):
-        heads = facts.heads % size == 0
-        shared = facts.latent or facts.kv_heads % size == 0 or size % facts.kv_heads == 0
-        divided = (facts.intermediate, facts.heads * facts.head_dim)
-        if heads and shared and all(width % (size * group) == 0 for width in divided):
-            yield size
+    if facts.heads % size:
+        return f"{size} does not divide the model's {facts.heads} attention heads"
+    if not facts.latent and facts.kv_heads % size and size % facts.kv_heads:
+        return f"{size} neither divides the model's {facts.kv_heads} key-value heads nor is a multiple of them"
+    for width in (facts.intermediate, facts.heads * facts.head_dim):
+        if width % (size * group):
+            groups = "" if group == 1 else f" in groups of {group} ({weights.scheme})"
+            return f"{size} does not divide the {width:,} inputs of a layer{groups}"
+    return None
 
 
 def smallest_fit(facts: ModelFacts, weights: Weights, gpu: GpuModel, workload: Workload) -> tuple[Demand, bool]:
-    """Return the demand on the smallest group of GPUs that fits, and True; or on the largest there is, and False."""
-    needed = demand(facts, weights, gpu, workload, 1)
-    for size in tensor_parallel_sizes(facts, weights):
+    """Return the demand on the smallest group of GPUs that fits, and True; or on the largest there is, and False.
+
+    A workload that states its group has no other.
+    """
+    needed = demand(facts, weights, gpu, workload, workload.tensor_parallel or 1)
+    stated = workload.tensor_parallel
+    for size in tensor_parallel_sizes(facts, weights) if stated is None else (stated,):
         needed = demand(facts, weights, gpu, workload, size)
         if needed.total <= usable_bytes(gpu, workload):
             return needed, True

@@ -4,29 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from containers.hardware.cpu import INSTRUCTION_SETS
 from containers.hardware.gpu_models import GpuModel, price_source
+from pipeline.planner.document import (
+    BytesPerGpu,
+    MeasuredRelease,
+    PlanDocument,
+    PlannedEvaluation,
+    PlannedPlacement,
+    PlannedScheme,
+    PlannedWorkload,
+    SpeedBounds,
+)
 from pipeline.planner.facts import ModelFacts
-from pipeline.planner.memory import Demand, Workload, most_requests, smallest_fit, usable_bytes
+from pipeline.planner.memory import (
+    Demand,
+    Workload,
+    cache_bytes,
+    longest_context,
+    most_requests,
+    smallest_fit,
+    usable_bytes,
+)
 from pipeline.planner.speed import Roofline, roofline
 from pipeline.planner.weights import FP16, Weights
 
-SCHEMA = "slipway/plan/1"
 # What a scheme's checkpoint takes on disk: as an artifact, in its image, and in the registry.
 _COPIES = 3
 
 
 @dataclass(frozen=True)
 class Placement:
-    """One scheme on one kind of GPU: the smallest group that holds it, or the largest there is, which doesn't."""
+    """One scheme on one kind of GPU: the smallest group that holds it, or the largest there is, which doesn't.
+
+    ``cache_bytes`` is what a replica has for its KV cache; ``longest_context`` is the longest context of which that
+    holds the workload's requests, None if it holds none.
+    """
 
     gpu: GpuModel
     fits: bool
     demand: Demand
     usable_bytes: int
+    cache_bytes: int
     most_requests: int
+    longest_context: int | None
     speed: Roofline
 
     @property
@@ -38,48 +60,61 @@ class Placement:
     @property
     def dollars_per_hour(self) -> float | None:
         """What the group costs to rent; None where the data file has no price."""
-        return None if self.gpu.price is None else self.gpu.price.dollars_per_hour * self.demand.tensor_parallel
+        return None if self.gpu.price is None else self.gpu.price.dollars_per_hour * self.demand.gpus
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> PlannedPlacement:
         """As JSON."""
-        price = self.gpu.price
-        return {
-            "gpu": self.gpu.name,
-            "gpus": self.demand.tensor_parallel,
-            "fits": self.fits,
-            "bytes_per_gpu": {**asdict(self.demand), "total": self.demand.total, "usable": self.usable_bytes},
-            "most_requests": self.most_requests,
-            "tokens_per_second_at_most": asdict(self.speed),
-            "dollars_per_hour": self.dollars_per_hour,
-            "dollars_per_million_tokens_at_least": self.dollars_per_million_at_least,
-            "price_source": None if price is None else price_source(price),
-        }
+        price, needed = self.gpu.price, self.demand
+        return PlannedPlacement(
+            gpu=self.gpu.name,
+            gpus=needed.gpus,
+            tensor_parallel=needed.tensor_parallel,
+            pipeline_parallel=needed.pipeline_parallel,
+            fits=self.fits,
+            bytes_per_gpu=BytesPerGpu(
+                weights=needed.weights,
+                kv_cache=needed.kv_cache,
+                activations=needed.activations,
+                context=needed.context,
+                total=needed.total,
+                usable=self.usable_bytes,
+            ),
+            cache_bytes=self.cache_bytes,
+            most_requests=self.most_requests,
+            longest_context=self.longest_context,
+            tokens_per_second_at_most=SpeedBounds(**asdict(self.speed)),
+            dollars_per_hour=self.dollars_per_hour,
+            dollars_per_million_tokens_at_least=self.dollars_per_million_at_least,
+            price_source=None if price is None else price_source(price),
+        )
 
 
 @dataclass(frozen=True)
 class SchemePlan:
-    """One scheme: its weights, and where they go."""
+    """One scheme: its weights, how it is served, and where it goes."""
 
     weights: Weights
+    workload: Workload
     placements: Sequence[Placement]
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> PlannedScheme:
         """As JSON."""
-        return {
-            "scheme": self.weights.scheme,
-            "weights_bytes": self.weights.bytes,
-            "weights_bytes_on_cpu": {name: self.weights.on_cpu(name) for name in INSTRUCTION_SETS if name != "none"},
-            "bits_per_weight": self.weights.bits_per_weight,
-            "parameters": self.weights.numbers,
-            "gpus": [placement.document() for placement in self.placements],
-        }
+        return PlannedScheme(
+            scheme=self.weights.scheme,
+            weights_bytes=self.weights.bytes,
+            weights_bytes_on_cpu={name: self.weights.on_cpu(name) for name in INSTRUCTION_SETS if name != "none"},
+            bits_per_weight=self.weights.bits_per_weight,
+            parameters=self.weights.numbers,
+            workload=PlannedWorkload(**asdict(self.workload)),
+            gpus=tuple(placement.document() for placement in self.placements),
+        )
 
 
 @dataclass(frozen=True)
 class Plan:
     """A model's plan. ``download_bytes`` is what is pulled, ``disk_bytes`` what its releases take here.
 
-    ``refused`` has the schemes that can't be made of this model, with the reasons.
+    ``refused`` has the schemes that can't be made of this model or served as its file says, with the reasons.
     """
 
     model: str
@@ -91,24 +126,28 @@ class Plan:
     notes: Sequence[str] = field(default_factory=tuple)
     refused: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
-    def document(self) -> dict[str, Any]:
-        """As JSON."""
-        return {
-            "schema": SCHEMA,
-            "model": self.model,
-            "architecture": self.facts.architecture,
-            "attention": self.facts.attention,
-            "layers": len(self.facts.layers),
-            "longest_context": self.facts.context,
-            "workload": asdict(self.workload),
-            "kv_bytes_per_token": self.facts.kv_bytes_per_token(self.workload.kv_number_bytes),
-            "kv_bytes_per_request": self.facts.kv_bytes(self.workload.context, self.workload.kv_number_bytes),
-            "download_bytes": self.download_bytes,
-            "disk_bytes": self.disk_bytes,
-            "schemes": [scheme.document() for scheme in self.schemes],
-            "refused": {name: list(problems) for name, problems in self.refused.items()},
-            "notes": list(self.notes),
-        }
+    def document(
+        self, measured: MeasuredRelease | None = None, evaluation: PlannedEvaluation | None = None
+    ) -> PlanDocument:
+        """As JSON, with what a release's load test measured and how the model is evaluated."""
+        work = self.workload
+        return PlanDocument(
+            model=self.model,
+            architecture=self.facts.architecture,
+            attention=self.facts.attention,
+            layers=len(self.facts.layers),
+            longest_context=self.facts.context,
+            workload=PlannedWorkload(**asdict(work)),
+            kv_bytes_per_token=self.facts.kv_bytes_per_token(work.kv_number_bytes),
+            kv_bytes_per_request=self.facts.kv_bytes(work.context, work.kv_number_bytes),
+            download_bytes=self.download_bytes,
+            disk_bytes=self.disk_bytes,
+            schemes=tuple(scheme.document() for scheme in self.schemes),
+            refused={name: tuple(problems) for name, problems in self.refused.items()},
+            notes=tuple(self.notes),
+            measured=measured,
+            evaluation=evaluation,
+        )
 
 
 def make_plan(
@@ -120,14 +159,19 @@ def make_plan(
     *,
     download_bytes: int,
     refused: Mapping[str, Sequence[str]] | None = None,
+    own: Mapping[str, Workload] | None = None,
 ) -> Plan:
-    """Plan every scheme on every GPU, without reading files or using the network."""
+    """Plan every scheme on every GPU without reading files or using the network; ``own`` are schemes' own workloads."""
     packed = [each for each in weights if each.scheme != FP16]
+    schemes = []
+    for each in weights:
+        asked = (own or {}).get(each.scheme, workload)
+        schemes.append(SchemePlan(each, asked, [place(facts, each, gpu, asked) for gpu in gpus]))
     return Plan(
         model=model,
         facts=facts,
         workload=workload,
-        schemes=[SchemePlan(each, [place(facts, each, gpu, workload) for gpu in gpus]) for each in weights],
+        schemes=schemes,
         download_bytes=download_bytes,
         disk_bytes=download_bytes + _COPIES * sum(each.bytes for each in packed),
         notes=list(_notes(facts, weights, workload)),
@@ -143,7 +187,9 @@ def place(facts: ModelFacts, weights: Weights, gpu: GpuModel, workload: Workload
         fits=fits,
         demand=needed,
         usable_bytes=usable_bytes(gpu, workload),
+        cache_bytes=cache_bytes(needed, gpu, workload),
         most_requests=most_requests(facts, needed, gpu, workload),
+        longest_context=longest_context(facts, needed, gpu, workload),
         speed=roofline(facts, weights, gpu, workload, needed.tensor_parallel),
     )
 

@@ -27,7 +27,8 @@ class Roofline:
 
 def roofline(facts: ModelFacts, weights: Weights, gpu: GpuModel, workload: Workload, tensor_parallel: int) -> Roofline:
     """Bound the speed of a group of GPUs at half of the workload's context, which an answer has on average."""
-    bandwidth, flops = gpu.bandwidth_bytes_per_s * tensor_parallel, _flops(gpu, weights) * tensor_parallel
+    gpus = tensor_parallel * workload.pipeline_parallel
+    bandwidth, flops = gpu.bandwidth_bytes_per_s * gpus, _flops(gpu, weights) * gpus
     cached = facts.kv_bytes(max(1, workload.context // 2), workload.kv_number_bytes, tensor_parallel) * tensor_parallel
     active = active_numbers(weights, facts)
 

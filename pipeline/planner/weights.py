@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from containers.hardware.cpu import InstructionSet
-from pipeline.compatibility.description import FLOATS, ModelDescription
+from pipeline.compatibility.description import FLOATS, ModelDescription, in_layer
 from pipeline.compatibility.safetensors_headers import Tensor
 from pipeline.compatibility.scheme import Scheme
 from pipeline.planner.facts import ModelFacts
@@ -66,10 +66,15 @@ class Weights:
 
 
 def unquantized(model: ModelDescription) -> Weights:
-    """The weights as served without a scheme: 16 bits a number, what is stored in less (FP8) as it is stored."""
-    size = sum(_at_16_bits(tensor) for tensor in model.tensors.values())
+    """The weights as served without a scheme: 16 bits a number, what is stored in less (FP8, MXFP4) as it is stored.
+
+    Layers that only draft tokens are not loaded.
+    """
+    drafting = tuple({name.removesuffix(in_layer(name)) for name in model.drafting})
+    tensors = {name: tensor for name, tensor in model.tensors.items() if not drafting or not name.startswith(drafting)}
+    size = sum(_at_16_bits(tensor) for tensor in tensors.values())
     linear = sum(math.prod(tensor.shape) for tensor in model.linears.values())
-    return Weights(FP16, size, 0, _numbers(model.tensors), 0, 16, None, linear, _head(model.tensors))
+    return Weights(FP16, size, 0, _numbers(tensors), 0, 16, None, linear, _head(tensors))
 
 
 def quantized(name: str, scheme: Scheme, model: ModelDescription) -> Weights:
@@ -132,7 +137,12 @@ def _head(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _numbers(tensors: Mapping[str, Tensor]) -> int:
-    return sum(math.prod(tensor.shape) for name, tensor in tensors.items() if not name.endswith("_scale_inv"))
+    """Count weights: scales are none, and a byte of an MXFP4 block holds two."""
+    return sum(
+        math.prod(tensor.shape) * (2 if name.endswith("_blocks") else 1)
+        for name, tensor in tensors.items()
+        if not name.endswith(("_scale_inv", "_scales"))
+    )
 
 
 def _at_16_bits(tensor: Tensor) -> int:

@@ -9,10 +9,13 @@ from containers.hardware.gpu import Gpu, gpus
 from containers.hardware.gpu_models import GpuDataError, GpuModel, find_gpu
 from containers.image import profile as profiles
 from pipeline.errors import PlanError, SourceError, UnsupportedModelError
-from pipeline.planner.asking import describe_source, plan_described, refusals, sentences
+from pipeline.planner import serving
+from pipeline.planner.asking import describe_source, refusals, sentences, usual_workload
 from pipeline.planner.data import check_data
-from pipeline.planner.memory import Workload
-from pipeline.planner.plan import Plan, SchemePlan
+from pipeline.planner.facts import read_facts
+from pipeline.planner.plan import Plan, SchemePlan, make_plan
+from pipeline.planner.sources import Described
+from pipeline.planner.weights import FP16, quantized, unquantized
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec
 from pipeline.stages.source import recipe_of, resolve
@@ -28,11 +31,11 @@ def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Pr
 
     Raises:
         PlanError: the disk is too small for what will be made, or what serves it can't hold a scheme.
-        UnsupportedModelError: a scheme can't be made of this model.
+        UnsupportedModelError: a scheme can't be made of this model, or the model can't be served as its file says.
         SpecError: calibration text, prompts or a task's data are not what they should be.
     """
     check_data(spec)
-    machine = [_model_of(gpu) for gpu in gpus()[:1]]
+    here = gpus()
     try:
         pulled = _pulled(spec, settings)
         described = describe_source(spec, settings, pulled)
@@ -44,7 +47,9 @@ def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Pr
     if refused := refusals(described.model, {name: spec.scheme(name) for name in schemes}):
         raise UnsupportedModelError("; ".join(sentences(refused)))
     try:
-        planned = plan_described(spec, described, spec.schemes, machine, _as_tested, {})
+        planned = _planned(spec, described, [_model_of(gpu) for gpu in here[:1]])
+    except UnsupportedModelError:
+        raise
     except PlanError as error:
         # A model that the planner does not know yet may still be released.
         say(f"no plan: {error}")
@@ -57,22 +62,44 @@ def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Pr
     problems = _disk(planned, settings, pulled) + [
         problem
         for scheme in chosen
-        for problem in (_too_large_for_gpu(scheme) if on_gpu else _too_large_for_limit(scheme, spec, settings))
+        for problem in (
+            _too_large_for_gpus(scheme, len(here)) if on_gpu else _too_large_for_limit(scheme, spec, settings)
+        )
     ]
     if problems:
         raise PlanError("; ".join(problems))
     return planned
 
 
-def _too_large_for_gpu(scheme: SchemePlan) -> list[str]:
-    """The load test serves on one GPU of this machine."""
-    return [
-        f"{scheme.weights.scheme} needs {placement.demand.total / 2**30:.1f} GiB on each of "
-        f"{placement.demand.tensor_parallel} {placement.gpu.name}, and this machine serves on one of "
-        f"{placement.usable_bytes / 2**30:.1f} GiB: `slipway plan` says what holds it"
-        for placement in scheme.placements
-        if not placement.fits or placement.demand.tensor_parallel > 1
-    ]
+def _planned(spec: ModelSpec, described: Described, machine: Sequence[GpuModel]) -> Plan:
+    """Plan the model as it will be tested: each scheme with one request of the context that it serves."""
+    facts, model = read_facts(described.model.config), described.model
+    weights = [unquantized(model), *(quantized(name, spec.schemes[name], model) for name in spec.schemes)]
+    if wrong := serving.problems(spec, facts, weights):
+        raise UnsupportedModelError("; ".join(wrong))
+    own = {
+        each.scheme: serving.tested_workload(
+            spec.serving(None if each.scheme == FP16 else each.scheme), model, usual_workload(facts), _VLLM_LEAVES
+        )
+        for each in weights
+    }
+    return make_plan(spec.model, facts, weights, machine, own[FP16], download_bytes=described.bytes, own=own)
+
+
+def _too_large_for_gpus(scheme: SchemePlan, here: int) -> list[str]:
+    """Whether this machine's GPUs are enough and large enough for one replica; says what would hold it."""
+    problems = []
+    for placement in scheme.placements:
+        name, needed = scheme.weights.scheme, placement.demand
+        if needed.gpus > here:
+            problems.append(f"{name}: `serve.tensor_parallel` asks for {needed.gpus} GPUs, and this machine has {here}")
+        elif not placement.fits:
+            problems.append(
+                f"{name} needs {needed.total / 2**30:.1f} GiB on each of {needed.gpus} {placement.gpu.name}, of which "
+                f"{placement.usable_bytes / 2**30:.1f} GiB are usable: set `serve.tensor_parallel` or a shorter "
+                "`serve.context`; `slipway plan` says which"
+            )
+    return problems
 
 
 def _too_large_for_limit(scheme: SchemePlan, spec: ModelSpec, settings: Settings) -> list[str]:
@@ -87,11 +114,6 @@ def _too_large_for_limit(scheme: SchemePlan, spec: ModelSpec, settings: Settings
     return [
         f"{weights.scheme} has {size:.2f} GiB of weights{copies}, and `load.memory.limit_bytes` gives {given:.2f} GiB"
     ]
-
-
-def _as_tested(usual: Workload) -> Workload:
-    """One request at a time is what a server must hold to be tested at all."""
-    return Workload(context=usual.context, concurrency=1, headroom=_VLLM_LEAVES)
 
 
 def _pulled(spec: ModelSpec, settings: Settings) -> Path | None:

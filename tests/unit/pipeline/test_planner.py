@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +12,19 @@ from typing import Any, Literal
 import pytest
 from pydantic import ByteSize
 
+from containers.hardware.gpu import Gpu
 from containers.hardware.gpu_models import GpuDataError, find_gpu, known_gpus, price_source
 from containers.image import gpu_compatibility, profile
+from containers.image.serving import Override, Serve
 from evals.load.load_test import Memory
 from homes import DEMO
 from pipeline.commands import planning
 from pipeline.compatibility.description import ModelDescription
 from pipeline.compatibility.safetensors_headers import Tensor, read_model
 from pipeline.compatibility.scheme import Scheme
-from pipeline.errors import PlanError
+from pipeline.errors import PlanError, UnsupportedModelError
 from pipeline.planner import asking
+from pipeline.planner.document import PlanDocument
 from pipeline.planner.facts import ModelFacts, read_facts
 from pipeline.planner.memory import (
     Demand,
@@ -39,6 +43,7 @@ from pipeline.planner.weights import Weights, active_numbers, bytes_per_step, qu
 from pipeline.settings import Settings
 from pipeline.sources.source import resolve
 from pipeline.spec import ModelSpec, Source, load
+from pipeline.stages import preflight
 from pipeline.stages.preflight import foresee
 from registry.manifest import Manifest
 from registry.pull import ReleaseMetadata
@@ -334,7 +339,8 @@ def test_a_plan_says_it_as_it_is() -> None:
     model = model_of(PUBLIC["llama-3.1-70b"]["config"])
     weights = [unquantized(model), quantized("awq", AWQ, model)]
     plan = make_plan("m", facts_of("llama-3.1-70b"), weights, [find_gpu("H100")], Workload(4096, 16), download_bytes=1)
-    document = json.loads(json.dumps(plan.document()))
+    document = json.loads(plan.document().model_dump_json(by_alias=True))
+    assert PlanDocument.model_validate(document) == plan.document()
     assert document["schemes"][0]["weights_bytes"] == 141_107_412_992
     assert any("34.2 GB of 4-bit weights, 1.34 GB of scales and zeros, 4.21 GB" in note for note in document["notes"])
     assert document["schemes"][0]["gpus"][0]["gpus"] == 4
@@ -458,6 +464,57 @@ def test_a_release_that_the_disk_cannot_hold_is_refused_before_any_work(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
     with pytest.raises(PlanError, match="are free for"):
         foresee(spec_of(), ["awq"], Settings.read({"SLIPWAY_HOME": str(tmp_path)}), print)
+
+
+@pytest.mark.parametrize(
+    ("serve", "awq", "problem"),
+    [
+        ({"tensor_parallel": 3}, {}, "`serve.tensor_parallel`: 3 does not divide the model's 4 attention heads"),
+        ({}, {"tensor_parallel": 3}, "`schemes.awq.serve.tensor_parallel`: 3 does not divide"),
+        ({"context": 2048}, {}, "`serve.context`: the model's longest context is 1,024 tokens (found 2,048)"),
+        ({"pipeline_parallel": 5}, {}, "`serve.pipeline_parallel`: the model has 4 layers (found 5)"),
+        ({"variants": {"wide": {"tensor_parallel": 8}}}, {},
+         "`serve.variants.wide.tensor_parallel`: 8 does not divide the model's 4 attention heads"),
+    ],
+)  # fmt: skip
+def test_what_the_model_does_not_allow_is_refused_by_its_key_in_a_plan_and_before_a_release(
+    tmp_path: Path, serve: dict[str, Any], awq: dict[str, Any], problem: str
+) -> None:
+    schemes = dict(spec_of().schemes)
+    schemes["awq"] = schemes["awq"].model_copy(update={"serve": Override.model_validate(awq)})
+    spec = spec_of(serve=Serve.model_validate(serve), schemes=schemes)
+    settings = Settings.read({"SLIPWAY_HOME": str(tmp_path)})
+    for check in (lambda: foresee(spec, ["awq"], settings, print), lambda: asking.plan_source(spec, settings, [])):
+        with pytest.raises(UnsupportedModelError, match=re.escape(problem)):
+            check()
+
+
+def test_a_plan_takes_what_the_file_says_and_refuses_what_no_gpu_holds(tmp_path: Path) -> None:
+    settings = Settings.read({"SLIPWAY_HOME": str(tmp_path)})
+    stated = {"context": 512, "tensor_parallel": 2, "kv_cache": "fp8", "gpu_memory": 0.9, "max_sequences": 8}
+    spec = spec_of(serve=Serve.model_validate(stated))
+    planned = asking.plan_source(spec, settings, [find_gpu("L4")])
+    assert planned.refused == {}
+    assert (planned.workload.context, planned.workload.kv_number_bytes, planned.workload.max_sequences) == (512, 1, 8)
+    assert planned.workload.headroom == pytest.approx(0.1)
+    assert [placement.demand.gpus for scheme in planned.schemes for placement in scheme.placements] == [2, 2, 2]
+    tiny = find_gpu("L4").model_copy(update={"memory_bytes": 1 << 30})
+    (refused,) = asking.plan_source(spec, settings, [tiny]).refused["awq"]
+    assert refused.startswith("`serve.context` 512 and `serve.tensor_parallel` 2: 16 concurrent requests need 1.")
+    assert refused.endswith(" GiB on each of 2 L4, of which 0.9 GiB are usable")
+    unstated = asking.plan_source(spec_of(), settings, [tiny])
+    assert unstated.refused == {}
+
+
+def test_a_release_needs_as_many_gpus_as_its_file_asks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings.read({"SLIPWAY_HOME": str(tmp_path)})
+    h100 = Gpu(0, "GPU-0", "NVIDIA H100 80GB HBM3", 85520809984, "580.95.05", (9, 0))
+    monkeypatch.setattr(preflight, "gpus", lambda: [h100])
+    spec = spec_of(runtime="vllm-cuda13", serve=Serve(tensor_parallel=2))
+    with pytest.raises(PlanError, match=r"awq: `serve\.tensor_parallel` asks for 2 GPUs, and this machine has 1"):
+        foresee(spec, ["awq"], settings, print)
+    monkeypatch.setattr(preflight, "gpus", lambda: [h100, h100])
+    assert foresee(spec, ["awq"], settings, print) is not None
 
 
 def test_a_source_that_cannot_be_looked_at_is_left_to_its_stage(tmp_path: Path) -> None:
