@@ -63,6 +63,10 @@ class Calibration(_Section):
     """How many rows are used, from the first."""
     max_tokens: int = Field(default=512, ge=16)
     """Longer rows are cut to so many tokens."""
+    min_expert_tokens: int | None = Field(default=None, ge=1)
+    """Calibration tokens that must reach each expert of a mixture; with fewer the release fails and says how many
+    `samples` would be enough. Without it, experts that no token reached are a warning.
+    """
 
 
 class Registry(_Section):

@@ -15,6 +15,7 @@ from evals.load.measurements import read_samples
 from evals.load.requests import read_requests
 from evals.report import drift_pictures, load_pictures, pictures
 from evals.report.svg import as_markdown
+from pipeline.quantization.quantize import QuantizationRecord
 from pipeline.stages import drift as drift_stage
 from pipeline.stages import load as load_stage
 from pipeline.stages import scan as scan_stage
@@ -39,6 +40,22 @@ def files(_context: StageContext, made: Artifact) -> dict[str, Any]:
             TableSchema([TableColumn("file"), TableColumn("bytes", "int"), TableColumn("sha256")]),
         )
     }
+
+
+def quantized(context: StageContext, made: Artifact) -> dict[str, Any]:
+    """A table of the checkpoint's files, and of a mixture how many calibration tokens reached its experts."""
+    record = QuantizationRecord.model_validate(made.notes)
+    if not record.experts:
+        return files(context, made)
+    rows = [
+        TableRecord({"layer": name, "experts": len(counts), "fewest tokens": min(counts), "most tokens": max(counts)})
+        for name, counts in record.experts.items()
+    ]
+    columns = [
+        TableColumn("layer"),
+        *(TableColumn(name, "int") for name in ("experts", "fewest tokens", "most tokens")),
+    ]
+    return {**files(context, made), "tokens of experts": MetadataValue.table(rows, TableSchema(columns))}
 
 
 def answers(_context: StageContext, made: Artifact) -> dict[str, Any]:
@@ -111,7 +128,7 @@ def load(context: StageContext, made: Artifact) -> dict[str, Any]:
 
 _DESCRIBED: Mapping[str, Callable[[StageContext, Artifact], dict[str, Any]]] = {
     "source": files,
-    "quantized": files,
+    "quantized": quantized,
     "image": image,
     "baseline": answers,
     "drift": drift,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, JsonValue, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, NonNegativeInt, PositiveInt, ValidationError
 
 from evals.drift import json_lines
 from evals.workers import RunWorker
@@ -24,7 +24,7 @@ from pipeline.compatibility.description import ModelDescription
 from pipeline.compatibility.safetensors_headers import HeaderError, read_model
 from pipeline.compatibility.scheme import GPTQ_ONLY, BackendName, Method, Scheme
 from pipeline.errors import QuantizeError, WorkerFailed
-from pipeline.quantization import checkpoint
+from pipeline.quantization import checkpoint, expert_coverage
 from registry import untrusted
 from registry.digests import digest_file
 from registry.errors import first_problem
@@ -74,6 +74,8 @@ class QuantizationResult(BaseModel):
     """Calibration blocks of `max_tokens` tokens that were used."""
     quantization_config: Mapping[str, JsonValue]
     """The `quantization_config` of the checkpoint's config.json."""
+    experts: Mapping[str, tuple[NonNegativeInt, ...]] = {}
+    """Calibration tokens that reached each expert, by the name of the experts' module."""
 
 
 class CalibrationRecord(BaseModel):
@@ -103,6 +105,8 @@ class QuantizationRecord(BaseModel):
     source_bytes: int
     bits_per_weight: float
     """Bits that a quantized weight takes, including its share of scales and zeros."""
+    experts: Mapping[str, tuple[int, ...]] = Field(default={}, exclude_if=lambda value: not value)
+    """Calibration tokens that reached each expert, by the name of the experts' module; empty for a dense model."""
 
 
 class QuantizedNotes(QuantizationRecord):
@@ -170,11 +174,13 @@ def quantize(
     run_worker: RunWorker,
     scratch: Path,
     progress: Progress,
+    min_expert_tokens: int | None = None,
 ) -> QuantizationRecord:
     """Quantize the model in the folder ``source`` into the empty folder ``output``, and check the result.
 
     ``calibration`` holds JSON lines of ``{"text": …}``: the first ``samples`` are used, each cut to ``max_tokens``.
-    ``scratch`` is an empty folder for the worker.
+    ``scratch`` is an empty folder for the worker. Where the model has experts, each must be reached by
+    ``min_expert_tokens`` calibration tokens.
 
     Raises:
         QuantizeError: the calibration is too small, or the scheme doesn't fit the model.
@@ -204,6 +210,7 @@ def quantize(
     )
     progress(f"quantizing: {scheme.method} by {scheme.backend}, {scheme.bits} bits, groups of {scheme.group_size}")
     result = _result(run_worker(backend.environment, backend.script, request.model_dump(), scratch), scheme.backend)
+    expert_coverage.check(result.experts, samples, min_expert_tokens, progress)
     _assemble(written, source, config, result.quantization_config, output)
     found = checkpoint.check(output, source, scheme)
     progress(f"checked: {found.layers} layers, {found.bytes / 1e6:.1f} MB, {found.bits_per_weight:.2f} bits per weight")
@@ -222,6 +229,7 @@ def quantize(
         bytes=found.bytes,
         source_bytes=found.source_bytes,
         bits_per_weight=found.bits_per_weight,
+        experts=result.experts,
     )
 
 

@@ -24,6 +24,7 @@ def recipe(context: StageContext, inputs: Inputs) -> Recipe:
             **context.scheme.model_dump(mode="json"),
             "samples": calibration.samples,
             "max_tokens": calibration.max_tokens,
+            **({} if calibration.min_expert_tokens is None else {"min_expert_tokens": calibration.min_expert_tokens}),
             "cuda": have_gpus(context.settings),
             "worker": code_version(backend.script),
             "format": code_version(format_of(context.scheme).__name__),
@@ -47,6 +48,7 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
             context.workers(draft),
             draft.scratch,
             context.progress,
+            calibration.min_expert_tokens,
         )
     pins = pins_digest(quantize.backend_of(context.scheme).environment)
     draft.note(quantize.QuantizedNotes(**record.model_dump(), pins_digest=pins))

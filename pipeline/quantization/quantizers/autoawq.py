@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from expert_tokens import ExpertTokens  # type: ignore[import-not-found]
 from quantizer_common import batch_size, calibration_blocks, prepare  # type: ignore[import-not-found]
 from slipway_worker import Report, WorkerError, main
 
@@ -40,6 +41,7 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
         )
     except TypeError as error:
         raise WorkerError(f"AutoAWQ can't quantize this model: {error}; try `backend: gptqmodel`") from error
+    experts = ExpertTokens(model.model, len(blocks) * request["max_tokens"])
     model.quantize(
         tokenizer=None,
         quant_config={
@@ -61,6 +63,7 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
         "device": device,
         "blocks": len(blocks),
         "quantization_config": model.quant_config.to_transformers_dict(),
+        "experts": experts.found(),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from expert_tokens import ExpertTokens  # type: ignore[import-not-found]
 from quantizer_common import batch_size, calibration_blocks, prepare  # type: ignore[import-not-found]
 from slipway_worker import Report, WorkerError, main
 
@@ -37,6 +38,7 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
     model = AutoGPTQForCausalLM.from_pretrained(
         request["source"], config, torch_dtype=torch.float16, trust_remote_code=False
     )
+    experts = ExpertTokens(model.model, len(blocks) * request["max_tokens"])
     handler = _Forward(report)
     logging.getLogger("auto_gptq").addHandler(handler)
     logging.getLogger("auto_gptq").setLevel(logging.INFO)
@@ -53,6 +55,7 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
         "device": device,
         "blocks": len(blocks),
         "quantization_config": {**{key: document[key] for key in kept}, "checkpoint_format": "gptq"},
+        "experts": experts.found(),
     }
 
 

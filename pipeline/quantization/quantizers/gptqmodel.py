@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from expert_tokens import ExpertTokens  # type: ignore[import-not-found]
 from quantizer_common import batch_size, calibration_blocks, prepare, store_as_float16  # type: ignore[import-not-found]
 from slipway_worker import Report, WorkerError, main
 
@@ -33,6 +34,7 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
         trust_remote_code=False,
         dtype=torch.float16 if device == "cuda" else cpu_dtype,
     )
+    experts = ExpertTokens(model.model, len(blocks) * request["max_tokens"])
     layers = model.model.config.get_text_config().num_hidden_layers
 
     def layer_done(layer_idx: int, submodule_finalized: bool) -> None:
@@ -58,6 +60,7 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
         "device": device,
         "blocks": len(blocks),
         "quantization_config": _serialized(model.model.config.quantization_config),
+        "experts": experts.found(),
     }
 
 

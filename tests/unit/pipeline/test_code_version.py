@@ -177,7 +177,7 @@ def test_no_error_message_or_setting_is_in_a_version(stage: str) -> None:
 
 def test_a_scheme_depends_on_its_own_workers_script_and_what_that_imports() -> None:
     script = backend_of(Scheme(method="awq", backend="autoawq")).script
-    assert [path.name for path in closure(script)] == ["autoawq.py", "quantizer_common.py"]
+    assert [path.name for path in closure(script)] == ["autoawq.py", "expert_tokens.py", "quantizer_common.py"]
 
 
 def test_packages_do_nothing_but_import() -> None:

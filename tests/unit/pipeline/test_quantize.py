@@ -54,7 +54,7 @@ def run(
     tmp_path: Path, source: Path, calibration: Path, scheme: dict[str, Any], worker: Worker, **more: int
 ) -> QuantizationRecord:
     output, scratch = tmp_path / "output", tmp_path / "scratch"
-    output.mkdir()
+    output.mkdir(parents=True)
     scratch.mkdir()
     plan = {"samples": 8, "max_tokens": 256, **more}
     return quantize(
@@ -82,6 +82,17 @@ def test_the_checkpoint_is_the_sources_own_but_for_its_weights(tmp_path: Path, s
     assert len(record.calibration.sha256) == 64
     assert record.bytes < record.source_bytes
     assert record.layers == len(checkpoints.linears())
+
+
+def test_the_record_says_how_many_tokens_reached_each_expert(tmp_path: Path, source: Path, calibration: Path) -> None:
+    class Mixture(Worker):
+        def __call__(self, environment: str, script: Path, request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+            found = super().__call__(environment, script, request, folder)
+            return {**found, "experts": {"model.layers.0.mlp.experts": [700, 324]}}
+
+    record = run(tmp_path, source, calibration, AWQ, Mixture())
+    assert record.model_dump(mode="json")["experts"] == {"model.layers.0.mlp.experts": [700, 324]}
+    assert "experts" not in run(tmp_path / "dense", source, calibration, AWQ, Worker()).model_dump(mode="json")
 
 
 def test_a_worker_whose_result_is_not_valid_is_named_with_the_key(

@@ -1,0 +1,101 @@
+"""Two-layer models of every family, as transformers makes them, through the backends that run on a CPU.
+
+The law: what `preflight` accepts is quantized, and every check of the checkpoint passes; what it refuses, it refuses
+within a second, and names a backend that it accepts, if there is one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from homes import DEMO
+from pipeline.compatibility import backends, preflight
+from pipeline.compatibility.description import ModelDescription
+from pipeline.compatibility.safetensors_headers import read_model
+from pipeline.compatibility.scheme import Scheme
+from pipeline.errors import QuantizeError, UnsupportedModelError
+from pipeline.quantization.quantize import QuantizationRecord, quantize
+from pipeline.settings import Settings
+from pipeline.workers.environments import ensure_environment
+from pipeline.workers.runner import Workers
+from shared import made_once
+
+TESTS = Path(__file__).parents[1]
+FAMILIES: dict[str, Any] = json.loads((TESTS / "data" / "model_families.json").read_text())["families"]
+# AutoGPTQ quantizes on a GPU alone.
+PAIRS = [(method, each) for method, named in backends.METHODS.items() for each in named if each != "autogptq"]
+SAMPLES, TOKENS = 8, 128
+Family = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory, machine: Settings) -> Family:
+    """The folder of a family's model, with the demo's tokenizer."""
+
+    def make(folder: Path) -> None:
+        python = ensure_environment("gptqmodel", machine, print) / "bin" / "python"
+        script = TESTS / "make_model_families.py"
+        subprocess.run([python, script, folder / "families.json", folder], check=True, capture_output=True)
+        for model in folder.glob("*/"):
+            for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+                shutil.copyfile(DEMO / "model" / name, model / name)
+
+    root = made_once(tmp_path_factory, "model-families", make)
+    return lambda name: root / name
+
+
+def scheme_of(method: str, backend: str) -> Scheme:
+    """The smallest groups that the method has, for narrow layers."""
+    sizes = backends.GROUP_SIZES[method]
+    return Scheme.model_validate({"method": method, "backend": backend, "group_size": 32 if 32 in sizes else sizes[0]})
+
+
+def made(folder: Path, scheme: Scheme, machine: Settings, scratch: Path, **more: int) -> QuantizationRecord:
+    """Quantize a model for real and check what was written."""
+    for name in ("output", "scratch"):
+        (scratch / name).mkdir()
+    return quantize(
+        folder, DEMO / "calibration.jsonl", SAMPLES, TOKENS, scheme, scratch / "output", Workers(machine, print),
+        scratch / "scratch", print, **more,
+    )  # fmt: skip
+
+
+def test_the_tokens_that_reach_each_expert_are_counted(family: Family, machine: Settings, tmp_path: Path) -> None:
+    scheme = scheme_of("gptq", "gptqmodel")
+    with pytest.raises(QuantizeError, match=r"`calibration.min_expert_tokens` is 100000, but 8 of 8 experts") as caught:
+        made(family("qwen3_moe"), scheme, machine, tmp_path, min_expert_tokens=100_000)
+    assert "`calibration.samples` like these 8 would be enough" in str(caught.value)
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    record = made(family("qwen3_moe"), scheme, machine, tmp_path)
+    assert list(record.experts) == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+    # Two of four experts answer for every token, however often the quantizer runs a layer.
+    assert record.calibration is not None
+    assert {sum(counts) for counts in record.experts.values()} == {2 * record.calibration.tokens}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("method", "backend"), PAIRS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_is_quantized_or_refused_in_the_first_second(
+    name: str, method: str, backend: str, family: Family, machine: Settings, tmp_path: Path
+) -> None:
+    folder, scheme = family(name), scheme_of(method, backend)
+    model = ModelDescription(json.loads((folder / "config.json").read_text()), read_model(folder))
+    started = time.monotonic()
+    problems = preflight.find_problems(model, scheme)
+    assert time.monotonic() - started < 1
+    if problems:
+        with pytest.raises(UnsupportedModelError):
+            made(folder, scheme, machine, tmp_path)
+        print(f"refused: {'; '.join(problems)}")
+        return
+    assert made(folder, scheme, machine, tmp_path).layers == len(model.linears)
