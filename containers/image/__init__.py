@@ -1,1 +1,1 @@
-"""Images: base, runtime, layers, registries, and a release's own image."""
+"""Images: base, runtime, layers, registries, and the image of a release."""

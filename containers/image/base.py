@@ -1,7 +1,7 @@
-"""The base an image starts from: one by digest, or one made here from Debian's packages with mmdebstrap.
+"""The base of an image: an image pulled by digest, or one made here of Debian packages with mmdebstrap.
 
-Either is kept as its layers and settings under ``$SLIPWAY_HOME/images``, so that images can be put together and
-pushed without the engine, and is loaded into the engine for the work that is done on it.
+Its layers and settings are in ``$SLIPWAY_HOME/images``, so that images can be assembled and pushed without
+the engine. It is loaded into the engine to run commands in it.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from registry.progress import Progress
 
 REPOSITORY = "slipway-base"
 RECIPE_LABEL = "slipway.base.recipe"
-# What a package brings that nothing in a container reads; copyright files stay, as licences ask for.
+# Files of packages that a container does not need. Copyright files stay, because licences require them.
 _NO_DOCUMENTATION = (
     "path-exclude=/usr/share/man/*",
     "path-exclude=/usr/share/locale/*",
     "path-exclude=/usr/share/doc/*",
     "path-include=/usr/share/doc/*/copyright",
 )
-# Nothing of the machine that made the base may be in it: its name, its resolver, its mirror. Bytecode that packages
-# compile when they are configured names times; one process compiles it anew, in order: the same each time.
+# The base must not depend on the machine that made it (host name, resolver, mirror). Bytecode compiled while packages
+# are configured contains times. So one process compiles it again in a fixed order: the bytes are the same each time.
 _FORGET_THE_MACHINE = (
     'rm -rf "$1/etc/hostname" "$1/etc/resolv.conf" "$1/etc/apt/sources.list" "$1/etc/apt/sources.list.d" '
     '"$1/var/lib/apt/lists" "$1/var/cache" "$1/var/log"; mkdir -p "$1/var/cache" "$1/var/log"; '
@@ -57,10 +57,10 @@ _ENVIRONMENT = ("PATH=/usr/local/bin:/usr/bin:/bin", "LANG=C.UTF-8")
 
 @dataclass(frozen=True)
 class BaseImage:
-    """A base that is kept here and is in the engine.
+    """A base that is stored here and loaded into the engine.
 
-    ``reference`` is its id in the engine; ``digest`` names the content: the manifest's digest of one that was pulled,
-    the layer's digest of one that was made here, so that the same packages give the same digest. ``settings`` are the
+    ``reference`` is its id in the engine. ``digest`` identifies the content: the manifest's digest of a pulled image,
+    or the layer's digest of one made here, so that the same packages give the same digest. ``settings`` are the
     ``config`` of its image configuration.
     """
 
@@ -72,15 +72,15 @@ class BaseImage:
 
 
 def store_of(home: Path) -> BlobStore:
-    """Where the home keeps what images are made of."""
+    """Return the home's store of image layers."""
     return BlobStore(home / "images")
 
 
 def ensure_base(client: docker.DockerClient, profile: RuntimeProfile, home: Path, progress: Progress) -> BaseImage:
-    """Return the profile's base, fetched by digest or made here; one that is here already is reused.
+    """Return the profile's base: from the store, or else pulled by digest or made here.
 
     Raises:
-        ImageError: it can be neither had nor made; the message says why.
+        ImageError: it can't be pulled or made; the message says why.
     """
     store = store_of(home)
     if profile.base.debian is not None:
@@ -90,7 +90,7 @@ def ensure_base(client: docker.DockerClient, profile: RuntimeProfile, home: Path
 
 
 def given_base(client: docker.DockerClient, reference: str, home: Path) -> BaseImage:
-    """Return an image of the engine as a base, as it is.
+    """Return an image of the engine as a base, unchanged.
 
     Raises:
         ImageError: the engine has no such image.
@@ -101,7 +101,7 @@ def given_base(client: docker.DockerClient, reference: str, home: Path) -> BaseI
 
 
 def _fetched(reference: str, store: BlobStore, progress: Progress) -> BaseImage:
-    """Fetch an image by digest into the store, blob by blob, each checked."""
+    """Pull an image by digest into the store; each blob's digest is checked."""
     host, repository, digest = parse(reference)
     record = _remembered(store, digest.removeprefix("sha256:"))
     if record is not None:
@@ -111,12 +111,16 @@ def _fetched(reference: str, store: BlobStore, progress: Progress) -> BaseImage:
         manifest = _platform(registry, repository, digest, reference)
         data = b"".join(registry.blob(repository, manifest.config.digest, min(manifest.config.size, DOCUMENT.bytes)))
         if digest_of(data) != manifest.config.digest:
-            raise ImageError(f"the configuration of {reference} came as {digest_of(data)}")
+            raise ImageError(
+                f"the configuration of {reference} should be {manifest.config.digest}, but the registry sent "
+                f"{digest_of(data)}"
+            )
         configuration = read_configuration(data, f"the configuration of {reference}")
         diff_ids = configuration.rootfs.diff_ids
         if len(diff_ids) != len(manifest.layers):
             raise ImageError(
-                f"the base {reference} has {len(manifest.layers)} layers, and its configuration {len(diff_ids)}"
+                f"the manifest of the base {reference} has {len(manifest.layers)} layers, but its configuration "
+                f"{len(diff_ids)}"
             )
         layers = []
         for layer, diff_id in zip(manifest.layers, diff_ids, strict=True):
@@ -130,7 +134,7 @@ def _fetched(reference: str, store: BlobStore, progress: Progress) -> BaseImage:
 
 
 def _platform(registry: Registry, repository: str, digest: str, reference: str) -> ImageManifest:
-    """The manifest under a digest; of an index, that for Linux on x86-64."""
+    """The manifest with a digest; for an index, the one for Linux on x86-64."""
     found = _manifest(registry, repository, digest, reference)
     if isinstance(found, Index):
         wanted = Platform(os="linux", architecture="amd64")
@@ -152,7 +156,7 @@ def _prepared(
     client: docker.DockerClient, profile: RuntimeProfile, base: BaseImage, home: Path, store: BlobStore,
     progress: Progress,
 ) -> BaseImage:  # fmt: skip
-    """Add what the base lacks: its distribution's packages as they stood at the snapshot, in a layer of ours."""
+    """Add the profile's packages, of the distribution's snapshot, as a further layer."""
     key = digest_of(canonical_json([base.digest, profile.base.packages, profile.base.snapshot, packages.VERSION]))
     record = _remembered(store, key.removeprefix("sha256:"))
     if record is None:
@@ -166,7 +170,7 @@ def _prepared(
 def _made(
     client: docker.DockerClient, recipe: DebianRecipe, home: Path, store: BlobStore, progress: Progress
 ) -> BaseImage:
-    """Make a base of Debian packages. Its key is the recipe; its digest is known once it is made."""
+    """Make a base of Debian packages. It is stored under its recipe, because its digest is only known afterwards."""
     covered = [recipe.model_dump(mode="json"), EPOCH, _NO_DOCUMENTATION, _FORGET_THE_MACHINE, _ENVIRONMENT]
     key = hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
     record = _remembered(store, key)
@@ -177,7 +181,7 @@ def _made(
 
 
 def _lent(client: docker.DockerClient, recipe: DebianRecipe, key: str, store: BlobStore) -> BaseImage | None:
-    """Take the base from the engine, where another home has made it."""
+    """Return the base from the engine, if another home has made it."""
     tag = f"{REPOSITORY}:{recipe.suite}-{key[:12]}"
     if loading.existing(client, tag, {RECIPE_LABEL: key}) is None:
         return None
@@ -202,7 +206,7 @@ def _debian(recipe: DebianRecipe, key: str, layers: Sequence[Blob]) -> BaseImage
 
 
 def _loaded(client: docker.DockerClient, base: BaseImage, progress: Progress, tag: str | None = None) -> BaseImage:
-    """Return the base with the id that the engine has it under."""
+    """Load the base into the engine if necessary, and return it with its id there."""
     tag = tag or f"{REPOSITORY}:{base.digest.removeprefix('sha256:')[:12]}-{len(base.layers)}"
     image = OciImage(base.settings, base.layers, tuple("the base" for _ in base.layers), {})
     found = loading.existing(client, tag, {})
@@ -213,7 +217,7 @@ def _loaded(client: docker.DockerClient, base: BaseImage, progress: Progress, ta
 
 
 def _remembered(store: BlobStore, key: str) -> BaseImage | None:
-    """What was fetched or made under a key, if all of it is still there."""
+    """The base stored under a key, if all its layers are still there."""
     try:
         record = json.loads((store.root / "bases" / f"{key}.json").read_text())
     except FileNotFoundError:
@@ -259,7 +263,7 @@ def _mmdebstrap(recipe: DebianRecipe, archive: Path, scratch: Path, progress: Pr
                 output.append(line.strip())
                 if line.startswith("I: ") and line.rstrip().endswith("..."):
                     progress(f"mmdebstrap: {line[3:].strip()}")
-        except BaseException:  # a person's Ctrl-C among them: the child cleans up after SIGTERM
+        except BaseException:  # including Ctrl-C: the child cleans up after SIGTERM
             process.terminate()
             process.wait()
             raise
@@ -271,16 +275,16 @@ def _mmdebstrap(recipe: DebianRecipe, archive: Path, scratch: Path, progress: Pr
 
 
 def apt_sources() -> list[Path]:
-    """Return the files in which this machine says where its packages come from."""
+    """Return this machine's files of package sources."""
     folder = Path("/etc/apt/sources.list.d")
     return [Path("/etc/apt/sources.list"), *sorted(folder.glob("*.sources")), *sorted(folder.glob("*.list"))]
 
 
 def sources_of(suite: str, files: Iterable[Path]) -> list[Path]:
-    """Return those of ``files`` that offer Debian's own ``suite``, so that the machine's mirror serves the base too.
+    """Return those of ``files`` that offer Debian's ``suite``, so that the base uses the machine's mirror too.
 
-    Empty on a machine of another release; mmdebstrap then takes Debian's default. A third party's file names its own
-    suites or components.
+    Empty on a machine of another release: mmdebstrap then uses Debian's default. Files of third parties are skipped,
+    because they have other suites or components.
     """
     found = []
     for path in files:
@@ -294,7 +298,7 @@ def sources_of(suite: str, files: Iterable[Path]) -> list[Path]:
 
 
 def _layers_digest(layers: Sequence[Blob]) -> str:
-    """Name an image by its content alone: its one layer, or all of them together."""
+    """Return a digest that depends on the layers only: that of the single layer, or of the list of all."""
     if len(layers) == 1:
         return layers[0].diff_id
     return "sha256:" + hashlib.sha256("\n".join(layer.diff_id for layer in layers).encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""Blobs by digest under ``$SLIPWAY_HOME/images``: the layers that many images share, and what is known of the others.
+"""Blobs by digest under ``$SLIPWAY_HOME/images``: the layers shared by many images, and digests of the others.
 
-- ``blobs/sha256/<hex>``: a layer of a base or of a runtime; it appears whole or not at all.
-- ``known/<key>``: the digest of a layer that is streamed from an artifact, by what decides its bytes.
-- ``pushed/<registry>/<hex>``: a repository of that registry that holds the blob, to mount it from.
+- ``blobs/sha256/<hex>``: a layer of a base or of a runtime, written atomically.
+- ``known/<key>``: the digest of a layer that is streamed from an artifact; the key covers all that determines it.
+- ``pushed/<registry>/<hex>``: a repository of that registry that has the blob, to mount it from.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Blob:
-    """A layer as an image lists it. ``diff_id`` is the digest of the tar itself, ``digest`` that of what is sent.
+    """A layer of an image. ``diff_id`` is the digest of the tar, ``digest`` that of the bytes sent to a registry.
 
-    Whoever gets the ``chunks``, a registry or an engine, holds them to it.
+    The registry or the engine that receives the ``chunks`` checks the digest.
     """
 
     digest: str
@@ -40,33 +40,33 @@ class Blob:
 
     @property
     def descriptor(self) -> dict[str, object]:
-        """What a manifest says of it."""
+        """The blob's descriptor in a manifest."""
         return {"mediaType": self.media_type, "digest": self.digest, "size": self.size}
 
 
 class BlobStore:
-    """The blobs of one home; safe to share between processes."""
+    """The blobs of a home. Several processes may use it at the same time."""
 
     def __init__(self, root: Path) -> None:
-        """Use ``root``, made when the first blob is."""
+        """Use the folder ``root``, which is made with the first blob."""
         self.root = root
 
     def path(self, digest: str) -> Path:
-        """Where a blob is, or would be."""
+        """Return the path of a blob, which need not exist."""
         if not _DIGEST.fullmatch(digest):
             raise ImageError(f"`{digest}` is not a sha256 digest")
         return self.root / "blobs" / "sha256" / digest.removeprefix("sha256:")
 
     def has(self, digest: str, size: int) -> bool:
-        """Whether the blob is there in its full length."""
+        """Whether the blob is stored in its full length."""
         path = self.path(digest)
         return path.is_file() and path.stat().st_size == size
 
     def add(self, chunks: Iterable[bytes], expected: str | None = None) -> tuple[str, int]:
-        """Write a blob while it is hashed; return its digest and size.
+        """Write and hash a blob; return its digest and size.
 
         Raises:
-            ImageError: it is not the one that was expected.
+            ImageError: its digest is not the expected one.
         """
         folder = self.root / "blobs" / "sha256"
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,21 +79,21 @@ class BlobStore:
                 os.fsync(file.fileno())
                 set_mode(beside, 0o644)
                 beside.rename(self.path(digest))
-            except BaseException:  # Ctrl-C among them: no half-written blob stays
+            except BaseException:  # including Ctrl-C: no incomplete blob stays
                 beside.unlink(missing_ok=True)
                 raise
         return digest, size
 
     def plain(self, chunks: Iterable[bytes]) -> Blob:
-        """Keep a layer and return it."""
+        """Store a layer and return it."""
         return self.layer(*self.add(chunks))
 
     def layer(self, digest: str, size: int, diff_id: str | None = None, media_type: str = PLAIN) -> Blob:
-        """Return a layer that is kept here."""
+        """Return a stored layer."""
         return Blob(digest, size, diff_id or digest, media_type, lambda: read_file(self.path(digest)))
 
     def known(self, layer: FileLayer) -> Blob | None:
-        """Return a streamed layer whose digest is known from an earlier time; no byte of it is read."""
+        """Return a streamed layer if its digest is known from earlier, without reading it; else None."""
         key = layer.key
         if key is None:
             return None
@@ -104,16 +104,16 @@ class BlobStore:
         return Blob(digest, layer.size, digest, PLAIN, layer.unchecked) if _DIGEST.fullmatch(digest) else None
 
     def learn(self, layer: FileLayer, digest: str) -> Blob:
-        """Keep in mind what a streamed layer's digest is, once all of it came through its ``chunks``."""
+        """Record the digest of a streamed layer, once all its ``chunks`` have been read."""
         if layer.key is not None:
             _note(self.root / "known" / layer.key, digest)
         return Blob(digest, layer.size, digest, PLAIN, layer.unchecked)
 
     def hashed(self, layer: FileLayer) -> Blob:
-        """Return a streamed layer with its digest, read through once where that is not known.
+        """Return a streamed layer with its digest; it is read once if the digest is not known.
 
         Raises:
-            ImageError: a file is not the one whose sha256 the layer knows.
+            ImageError: a file's sha256 differs from the recorded one.
         """
         blob = self.known(layer)
         if blob is not None:
@@ -124,14 +124,14 @@ class BlobStore:
         return self.learn(layer, f"sha256:{digest.hexdigest()}")
 
     def pushed_to(self, registry: str, digest: str) -> str | None:
-        """Return a repository of ``registry`` that was seen to hold the blob."""
+        """Return a repository of ``registry`` that is known to have the blob."""
         try:
             return self._place(registry, digest).read_text()
         except FileNotFoundError:
             return None
 
     def note_push(self, registry: str, digest: str, repository: str) -> None:
-        """Keep in mind that a repository holds the blob."""
+        """Record that a repository has the blob."""
         _note(self._place(registry, digest), repository)
 
     def _place(self, registry: str, digest: str) -> Path:
@@ -141,7 +141,7 @@ class BlobStore:
 
 def _expect(digest: str, expected: str | None) -> None:
     if expected is not None and digest != expected:
-        raise ImageError(f"what came as {expected} is {digest}")
+        raise ImageError(f"expected the blob {expected}, but its content has the digest {digest}")
 
 
 def _note(path: Path, text: str) -> None:

@@ -1,7 +1,7 @@
 """The image of a release: a base, a runtime shared by every model, and one checkpoint under ``/model``.
 
-Nothing is built: the checkpoint's files become layers of their own on top of the runtime's, streamed from where they
-are. A shard is a layer; configuration and tokenizer are the last, so that a change of them moves kilobytes.
+No command runs: the checkpoint's files become layers on top of the runtime's, streamed from their folder. Each shard of
+weights is a layer. Configuration and tokenizer are the last layer, so that changing them transfers only kilobytes.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ IMAGE_FILE = "image.json"
 RELEASE_REPOSITORY = "slipway"
 SERVING = "slipway.serving"
 """The label with the configuration that the image serves, as JSON."""
-# Overlay file systems stack 128 layers; the base, the runtime and what is added later need some.
+# Overlay file systems allow 128 layers. The base, the runtime and later additions need some of them.
 MOST_SHARDS = 100
-# At once to a registry. Each holds a piece of at most a megabyte in memory.
+# Concurrent uploads to a registry. Each has at most a megabyte in memory.
 UPLOADS = 4
-# What is not weights, tokenizer or their configuration has no place in an image.
+# Only weights, tokenizer and their configuration go into an image.
 _UNWANTED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".py")
 
 
 class LayerRecord(BaseModel):
-    """One layer: its digest, its bytes, and what it is (``base …``, ``runtime …``, ``model …``)."""
+    """A layer: its digest, its size in bytes, and its content (``base …``, ``runtime …``, ``model …``)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -55,12 +55,11 @@ class LayerRecord(BaseModel):
 
 
 class ImageRecord(BaseModel):
-    """What an image is, as evidence (``image.json``).
+    """The record of an image, kept as evidence (``image.json``).
 
-    ``reference`` names it for the engine and never moves: ``REPOSITORY@sha256:…`` once it is in a registry
-    (``pushed``), else the engine's image id. ``digest`` is that of its OCI manifest, whether a registry has it yet or
-    not: the same inputs give the same one on any machine. ``image_id`` is the engine's id. Sizes are bytes,
-    uncompressed.
+    ``reference`` identifies it for the engine and never changes: ``REPOSITORY@sha256:…`` if it is in a registry
+    (``pushed``), else the engine's image id. ``digest`` is that of its OCI manifest, pushed or not: the same inputs
+    give the same digest on any machine. ``image_id`` is the engine's id. Sizes are uncompressed bytes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -123,16 +122,16 @@ def build_image(
     base: str | None = None,
     sha256: Mapping[str, str] | None = None,
 ) -> ImageRecord:
-    """Put the release ``name`` (``demo-awq``) together: the runtime with the checkpoint in it; push it if asked to.
+    """Assemble the image of the release ``name`` (``demo-awq``) from runtime and checkpoint; push it if wanted.
 
     ``served_name`` is the model's name in the API, ``serving`` how it is served, with the ``chat_template`` that it
     names. ``registry`` is a repository's prefix (``127.0.0.1:5005/slipway``).
     ``labels`` are added, for instance ``org.opencontainers.image.source``; those of ``org.opencontainers`` become
-    annotations too. ``sha256`` is what is known of the checkpoint's files, by their path in it: a layer whose files
-    are known and that was sent before is not read again.
+    annotations too. ``sha256`` has the known digests of the checkpoint's files, by path: a layer whose files are all
+    known and that was sent before is not read again.
 
     Raises:
-        ImageError, WheelError, EngineError: in one line each; nothing half-made bears a tag.
+        ImageError, WheelError, EngineError: each with one line. No incomplete image gets a tag.
     """
     serving = serving.resolved(checkpoint_config(checkpoint), profile)
     _refuse_unwanted(checkpoint)
@@ -192,9 +191,9 @@ def build_image(
 
 @dataclass(frozen=True)
 class Placed:
-    """An image that was put together: in the engine as ``tag``, and named by ``reference`` as `ImageRecord` has it.
+    """An assembled image: in the engine as ``tag``; ``reference`` and ``digest`` are as in `ImageRecord`.
 
-    ``size_bytes`` is that of all its layers.
+    ``size_bytes`` is the size of all its layers.
     """
 
     image: OciImage
@@ -217,13 +216,13 @@ def place_image(
     progress: Progress,
     registry: str | None = None,
 ) -> Placed:
-    """Put ``layers`` on top of a runtime, push the image where ``registry`` is given, and load it into the engine.
+    """Add ``layers`` to a runtime, push the image if ``registry`` is given, and load it into the engine.
 
-    ``changes`` are settings in place of the runtime's; ``labels`` are added, those of ``org.opencontainers`` as
+    ``changes`` replace settings of the runtime. ``labels`` are added; those of ``org.opencontainers`` become
     annotations too. The image is ``REGISTRY/name`` with the tag ``version``.
 
     Raises:
-        ImageError, EngineError: in one line each; nothing half-made bears a tag.
+        ImageError, EngineError: each with one line. No incomplete image gets a tag.
     """
     began = time.monotonic()
     store = store_of(home)
@@ -235,20 +234,20 @@ def place_image(
             image = _assembled(runtime, blobs, layers, changes, labels)
             target.put_blob(repository, image.config)
             target.put_manifest(repository, version, image.manifest)
-            progress(f"pushed {registry}/{name}:{version}: {told(target.traffic)}")
+            progress(f"pushed {registry}/{name}:{version}: {_describe(target.traffic)}")
     else:
         image = _assembled(runtime, [store.hashed(layer) for layer in layers], layers, changes, labels)
     tag = f"{RELEASE_REPOSITORY}:{name}-{version}"
     loaded = loading.load(client, image, tag)
-    progress(f"{tag} is {image.digest} after {time.monotonic() - began:.1f} s")
+    progress(f"{tag} is {image.digest}, assembled in {time.monotonic() - began:.1f} s")
     reference = f"{registry}/{name}@{image.digest}" if registry else str(loaded.id)
     return Placed(image, reference, tag, str(loaded.id), int(loaded.attrs["Size"]))
 
 
 def model_layers(checkpoint: Path, sha256: Mapping[str, str]) -> list[FileLayer]:
-    """Return the checkpoint's layers: every shard of weights one (in groups where there are very many), then the rest.
+    """Return the checkpoint's layers: one per shard of weights (groups if there are very many), then the other files.
 
-    ``sha256`` is what is known of its files, by their path in it.
+    ``sha256`` has the known digests of its files, by path.
     """
     known = {checkpoint / name: digest for name, digest in sha256.items()}
     members = plain_files(checkpoint, "model")
@@ -262,12 +261,12 @@ def model_layers(checkpoint: Path, sha256: Mapping[str, str]) -> list[FileLayer]
 def push_layers(
     registry: Registry, repository: str, shared: tuple[Blob, ...], layers: Sequence[FileLayer], store: BlobStore
 ) -> list[Blob]:
-    """Bring the layers into a repository: what is there is skipped, what another repository has is mounted.
+    """Push the layers to a repository. Those it has are skipped, those that another repository has are mounted.
 
-    A layer whose digest nobody knows yet is hashed while it is sent, and read no second time.
+    A layer with an unknown digest is hashed while it is sent, so that it is read once.
 
     Returns:
-        The ``layers`` with their digests; those that are ``shared`` have them already.
+        The ``layers`` with their digests; the ``shared`` ones had them before.
     """
 
     def push(layer: FileLayer | Blob) -> Blob:
@@ -280,19 +279,18 @@ def push_layers(
         store.note_push(registry.host, sent.digest, repository)
         return sent
 
-    # A registry hashes what it gets: beside each other, uploads have it do so on more than one core.
+    # A registry hashes each upload: concurrent uploads let it use more than one core.
     with ThreadPoolExecutor(UPLOADS) as pool:
         try:
             return list(pool.map(push, [*shared, *layers]))[len(shared) :]
-        except BaseException:  # Ctrl-C among them: uploads that run in threads must end
+        except BaseException:  # including Ctrl-C: the threads with uploads must end
             registry.stop()
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def told(traffic: Traffic) -> str:
-    """Say what was moved, in words."""
-    return f"{traffic.sent:,} bytes sent, {traffic.skipped:,} there already, {traffic.mounted:,} mounted"
+def _describe(traffic: Traffic) -> str:
+    return f"{traffic.sent:,} bytes sent, {traffic.skipped:,} already there, {traffic.mounted:,} mounted"
 
 
 def _push(registry: Registry, repository: str, blob: Blob, store: BlobStore) -> Blob:
@@ -318,7 +316,7 @@ def _assembled(
 
 
 def _comment(layer: FileLayer) -> str:
-    """Say what a layer holds: the folder that it is under, its first file, and how many more."""
+    """Describe a layer's content: its folder, its first file, and the number of other files."""
     first, *others = (member.name for member in layer.members)
     folder, _, name = first.partition("/")
     return f"{folder} {name}" + (f" and {len(others)} more" if others else "")
@@ -327,16 +325,16 @@ def _comment(layer: FileLayer) -> str:
 def serving_arguments(
     profile: RuntimeProfile, checkpoint: Path, served_name: str, serving: ServingConfiguration = DEFAULT
 ) -> tuple[str, ...]:
-    """Return what a checkpoint's image hands to vLLM.
+    """Return the arguments for vLLM of a checkpoint's image.
 
     Raises:
-        ImageError: the folder holds no checkpoint that vLLM would load.
+        ImageError: the folder is not a checkpoint that vLLM can load.
     """
     return command(profile, served_name, serving.resolved(checkpoint_config(checkpoint), profile))
 
 
 def command(profile: RuntimeProfile, served_name: str, serving: ServingConfiguration) -> tuple[str, ...]:
-    """Return what an image hands to vLLM for a resolved configuration: its arguments and the profile's."""
+    """Return the arguments for vLLM with a resolved configuration: the image's and the profile's."""
     return (
         "--model", "/model", "--served-model-name", served_name, "--host", "0.0.0.0", "--port", str(PORT),  # noqa: S104 - its own network
         *serving.engine_arguments(), *profile.arguments,
@@ -347,7 +345,7 @@ def checkpoint_config(checkpoint: Path) -> dict[str, Any]:
     """Return a checkpoint's config.json.
 
     Raises:
-        ImageError: the folder holds no checkpoint that vLLM would load.
+        ImageError: the folder is not a checkpoint that vLLM can load.
     """
     try:
         config: dict[str, Any] = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
@@ -359,7 +357,7 @@ def checkpoint_config(checkpoint: Path) -> dict[str, Any]:
 
 
 def find(client: docker.DockerClient, record: ImageRecord) -> Image | None:
-    """Return the recorded image if the engine has it or can pull it; ``None`` when it must be built again."""
+    """Return the recorded image if the engine has it or can pull it; ``None`` if it must be built again."""
     for reference in (record.image_id, record.reference):
         try:
             return client.images.get(reference)
@@ -377,8 +375,9 @@ def _refuse_unwanted(checkpoint: Path) -> None:
     unwanted = sorted(path.name for path in checkpoint.rglob("*") if path.suffix in _UNWANTED)
     if unwanted:
         raise ImageError(
-            f"{checkpoint} holds {', '.join(unwanted)}: only safetensors, JSON and tokenizer files are shipped"
+            f"{checkpoint} contains {', '.join(unwanted)}: only safetensors, JSON and tokenizer files "
+            "may be in an image"
         )
     linked = sorted(path.name for path in checkpoint.rglob("*") if path.is_symlink() and not path.exists())
     if linked:
-        raise ImageError(f"{checkpoint} holds broken links: {', '.join(linked)}")
+        raise ImageError(f"{checkpoint} contains broken links: {', '.join(linked)}")

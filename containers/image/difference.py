@@ -1,4 +1,4 @@
-"""What makes two images different: their settings, key by key, and the files of the layers that they don't share."""
+"""Differences between two images: their settings, key by key, and the files of layers that they do not share."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import docker
 from containers.errors import ImageError
 from containers.image.layers import CHUNK, Stream, pieces, read_file
 
-# One line a file is for reading; a whole runtime's is not.
+# More files than this are not listed one by one.
 MOST_FILES = 200
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One path of a layer: everything of it that decides the layer's digest."""
+    """A path in a layer, with everything that determines the layer's digest."""
 
     kind: str
     mode: str
@@ -35,7 +35,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class View:
-    """An image as it is compared: its id, its settings, and each layer's digest with its files."""
+    """An image prepared for comparison: its id, its settings, and each layer's digest and files."""
 
     image_id: str
     settings: Mapping[str, Any]
@@ -44,7 +44,7 @@ class View:
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that differs: ``where`` it is (``settings``, ``layer 3``), ``what`` it is, and how either has it."""
+    """A difference: ``where`` it is (``settings``, ``layer 3``), ``what`` it is, and both values."""
 
     where: str
     what: str
@@ -53,15 +53,15 @@ class Difference:
 
 
 def view(image: str, client: docker.DockerClient | None) -> View:
-    """Look at an image: a file that ``docker save`` or Slipway wrote, or the engine's by reference.
+    """Read an image: a file written by ``docker save`` or Slipway, or an image of the engine by reference.
 
     Raises:
-        ImageError: there is neither such a file nor such an image.
+        ImageError: there is no such file or image.
     """
     if Path(image).is_file():
         return _read(read_file(Path(image)), image)
     if client is None:
-        raise ImageError(f"there is no file {image}, and no engine to ask for such an image")
+        raise ImageError(f"there is no file {image}, and no container engine that could have such an image")
     try:
         return _read(client.images.get(image).save(chunk_size=CHUNK), image)
     except docker.errors.ImageNotFound as error:
@@ -69,7 +69,7 @@ def view(image: str, client: docker.DockerClient | None) -> View:
 
 
 def compare(one: View, other: View) -> list[Difference]:
-    """Return all that differs, settings first; empty for images of the same digest."""
+    """Return all differences, settings first; empty for images with the same digest."""
     found = list(_settings(one.settings, other.settings))
     for number in range(max(len(one.layers), len(other.layers))):
         where = f"layer {number + 1}"
@@ -108,7 +108,7 @@ def _digest(image: View, number: int) -> str:
 
 
 def _read(chunks: Iterable[bytes], name: str) -> View:
-    """Read an archive of an image once, from its beginning to its end; layers are hashed on the way."""
+    """Read an image's archive once, from beginning to end, and hash its layers."""
     documents: dict[str, bytes] = {}
     layers: dict[str, tuple[str, Mapping[str, Entry]]] = {}
     try:
@@ -130,11 +130,11 @@ def _read(chunks: Iterable[bytes], name: str) -> View:
             tuple(layers[layer] for layer in described["Layers"]),
         )
     except (tarfile.TarError, KeyError, ValueError, IndexError) as error:
-        raise ImageError(f"{name} is not a complete archive of an image: {type(error).__name__} {error}") from error
+        raise ImageError(f"{name} is not a complete image archive: {type(error).__name__} {error}") from error
 
 
 def _layer(start: bytes, rest: Iterator[bytes]) -> tuple[str, Mapping[str, Entry]]:
-    """Index a layer, and hash it to its last byte."""
+    """List a layer's files, and hash all of it."""
     seen = hashlib.sha256()
 
     def counted() -> Iterator[bytes]:
@@ -147,7 +147,7 @@ def _layer(start: bytes, rest: Iterator[bytes]) -> tuple[str, Mapping[str, Entry
     source = counted()
     with tarfile.open(fileobj=BufferedReader(Stream(source), CHUNK), mode="r|") as archive:
         files = {member.name.rstrip("/"): _entry(archive, member) for member in archive}
-    for _ in source:  # what follows the last member is part of the digest
+    for _ in source:  # the bytes after the last member are part of the digest
         pass
     return f"sha256:{seen.hexdigest()}", files
 

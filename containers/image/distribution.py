@@ -1,11 +1,11 @@
-"""A container registry, spoken to directly: blobs streamed both ways, mounted or skipped where they are there already.
+"""A client for container registries: streams blobs both ways, and mounts or skips those that are already there.
 
-The protocol is the OCI Distribution Specification 1.1 (which Docker's registry 2.8 speaks but for its referrers API).
-A registry on this machine's loopback is spoken to without TLS, as Docker does; every other with it. Credentials are
+The protocol is the OCI Distribution Specification 1.1 (Docker's registry 2.8 supports it without the referrers API).
+As with Docker, a registry on this machine's loopback is used without TLS, every other one with it. Credentials are
 those of ``docker login``.
 
-A registry is not trusted: every answer is bounded in bytes, as sent (a compressed one is refused), and in seconds, JSON
-in values and depth too, and one of another form than the specification's is a ``DistributionError`` like any other.
+A registry is not trusted. Every answer is bounded in bytes (compressed answers are refused) and in time, JSON also in
+values and depth. An answer that does not conform to the specification is a ``DistributionError``.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 _ACCEPT = f"{MANIFEST}, {DOCKER_MANIFEST}, {INDEX}"
 _HUB = ("docker.io", "registry-1.docker.io")
 _LOOPBACK = re.compile(r"^(localhost|127(\.\d+){3}|\[::1\])(:\d+)?$")
-# Possessive and from a word's beginning on: no character is looked at twice.
+# Possessive and anchored at the beginning of a word: there is no backtracking.
 _CHALLENGE = re.compile(r'\b(\w++)="([^"]*+)"')
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-# A registry checks and stores what it was sent before it answers.
+# A registry checks and stores a blob before it answers.
 _TIMEOUT = httpx.Timeout(30.0, read=600.0, write=600.0)
-# The specification asks registries to take manifests of 4 MiB, and none of more.
+# The specification requires registries to accept manifests of 4 MiB, not larger ones.
 DOCUMENT = Bounds(bytes=4 << 20, values=200_000)
 _TOKEN = Bounds(bytes=1 << 20, values=1000, depth=8)
 _LONGEST_SHOWN = 200
-# What a request's extensions hold the largest size of a blob under.
+# The key, in a request's extensions, for the largest size of the blob.
 _SIZE = "slipway.size"
 
 
 class DistributionError(ImageError):
-    """A registry can't be reached, refuses, or gave something else than was asked for."""
+    """A registry can't be reached, refuses a request, or sent something other than what was requested."""
 
 
 class NoAnswerError(DistributionError, UnreachableRegistryError):
@@ -58,7 +58,7 @@ class NoAnswerError(DistributionError, UnreachableRegistryError):
 
 @dataclass
 class Traffic:
-    """What went over the wire, in bytes: ``sent`` was uploaded, ``skipped`` and ``mounted`` were there already."""
+    """Bytes of blobs: ``sent`` were uploaded, ``skipped`` and ``mounted`` were already there."""
 
     sent: int = 0
     skipped: int = 0
@@ -67,16 +67,16 @@ class Traffic:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def add(self, **moved: int) -> None:
-        """Count; uploads run beside each other."""
+        """Add to the counts; safe between threads."""
         with self._lock:
             for name, count in moved.items():
                 setattr(self, name, getattr(self, name) + count)
 
 
 def parse(reference: str) -> tuple[str, str, str]:
-    """Split a reference into registry, repository and what follows, a tag or a digest (empty where neither is named).
+    """Split a reference into registry, repository, and tag or digest (empty if it has neither).
 
-    As Docker has it, the first part is a registry where it holds a dot or a colon or is ``localhost``.
+    As with Docker, the first part is a registry if it contains a dot or a colon or is ``localhost``.
     """
     name, at, digest = reference.partition("@")
     first, slash, rest = name.partition("/")
@@ -87,10 +87,10 @@ def parse(reference: str) -> tuple[str, str, str]:
 
 
 class Registry:
-    """One registry. ``host`` is as references write it; ``traffic`` counts what this object moved."""
+    """A registry. ``host`` is as in references; ``traffic`` counts the bytes transferred by this object."""
 
     def __init__(self, host: str) -> None:
-        """Open no connection yet."""
+        """Make the client; connections are opened on demand."""
         self.host = host
         self.traffic = Traffic()
         self._stopped = threading.Event()
@@ -112,15 +112,15 @@ class Registry:
         self._http.close()
 
     def stop(self) -> None:
-        """End the uploads under way, in other threads, at their next piece."""
+        """Cancel running uploads in other threads at their next chunk."""
         self._stopped.set()
 
     def has(self, repository: str, digest: str) -> bool:
-        """Whether the repository holds a blob."""
+        """Whether the repository has a blob."""
         return self._ask("HEAD", f"{repository}/blobs/{digest}", missing=True).status_code == httpx.codes.OK
 
     def mount(self, repository: str, digest: str, source: str) -> bool:
-        """Have the registry take a blob over from another of its repositories; False where it would not."""
+        """Mount a blob from another repository of the registry; False if the registry did not."""
         parameters = {"mount": digest, "from": source}
         answer = self._ask("POST", f"{repository}/blobs/uploads/", params=parameters)
         if answer.status_code == httpx.codes.CREATED:
@@ -130,13 +130,13 @@ class Registry:
         return False
 
     def upload(self, repository: str, chunks: Iterable[bytes], size: int, digest: str | None = None) -> str:
-        """Stream a blob of ``size`` bytes and return its digest, computed on the way where it is not given."""
+        """Stream a blob of ``size`` bytes and return its digest, computed while streaming if it is not given."""
         seen = hashlib.sha256()
 
         def counted() -> Iterator[bytes]:
             for chunk in chunks:
                 if self._stopped.is_set():
-                    raise DistributionError(f"an upload to {self.host} was ended with the others")
+                    raise DistributionError(f"an upload to {self.host} was cancelled because another one failed")
                 if digest is None:
                     seen.update(chunk)
                 yield chunk
@@ -150,7 +150,7 @@ class Registry:
         return final
 
     def put_blob(self, repository: str, data: bytes) -> str:
-        """Store a small blob, if it is not there; return its digest."""
+        """Store a small blob, unless it is there; return its digest."""
         digest = digest_of(data)
         if self.has(repository, digest):
             self.traffic.add(skipped=len(data))
@@ -158,10 +158,10 @@ class Registry:
         return self.upload(repository, [data], len(data), digest)
 
     def put_manifest(self, repository: str, name: str, data: bytes, media_type: str = MANIFEST) -> str:
-        """Store a manifest under a tag or its digest; return its digest as the registry has it.
+        """Store a manifest under a tag or its digest; return the registry's digest of it.
 
         Raises:
-            DistributionError: the registry answers another digest.
+            DistributionError: the registry returns another digest.
         """
         answer = self._ask(
             "PUT", f"{repository}/manifests/{name}", content=data, headers={"Content-Type": media_type}
@@ -173,21 +173,21 @@ class Registry:
         return ours
 
     def manifest(self, repository: str, name: str) -> tuple[bytes, str] | None:
-        """Return a manifest's bytes and media type; None where there is none.
+        """Return a manifest's bytes and media type; None if it does not exist.
 
         Raises:
-            DistributionError: what came under a digest is something else.
+            DistributionError: the manifest does not have the requested digest.
         """
         answer = self._ask("GET", f"{repository}/manifests/{name}", headers={"Accept": _ACCEPT}, missing=True)
         if answer.status_code != httpx.codes.OK:
             return None
         self.traffic.add(received=len(answer.content))
         if name.startswith("sha256:") and digest_of(answer.content) != name:
-            raise DistributionError(f"{self.host}/{repository}@{name} is {digest_of(answer.content)}")
+            raise DistributionError(f"{self.host}/{repository}@{name} has the digest {digest_of(answer.content)}")
         return answer.content, answer.headers.get("Content-Type", MANIFEST)
 
     def blob(self, repository: str, digest: str, size: int) -> Iterator[bytes]:
-        """Stream a blob of at most ``size`` bytes; the caller compares its digest."""
+        """Stream a blob of at most ``size`` bytes; the caller checks its digest."""
         path = f"{repository}/blobs/{digest}"
         with self._explained(), self._http.stream("GET", path, extensions={_SIZE: size}) as answer:
             if answer.status_code != httpx.codes.OK:
@@ -200,8 +200,8 @@ class Registry:
     def attach(self, repository: str, subject: dict[str, Any], kind: str, data: bytes, title: str) -> str:
         """Attach a document to an image as an OCI referrer and return the digest of its manifest.
 
-        Where the registry has no referrers API the subject's referrers are listed in an index under the tag
-        ``sha256-<hex>``, as the specification's fallback has it.
+        If the registry has no referrers API, the referrers are listed in an index with the tag ``sha256-<hex>``, the
+        specification's fallback.
         """
         empty = b"{}"
         self.put_blob(repository, empty)
@@ -227,7 +227,7 @@ class Registry:
         return digest
 
     def referrers(self, repository: str, digest: str) -> list[dict[str, Any]]:
-        """Return the descriptors of what is attached to an image, by the API or by the fallback's tag."""
+        """Return the descriptors of documents attached to an image, from the API or from the fallback's tag."""
         answer = self._ask("GET", f"{repository}/referrers/{digest}", missing=True)
         if answer.status_code == httpx.codes.OK:
             return self._listed(answer.content)
@@ -251,17 +251,17 @@ class Registry:
         self.put_manifest(repository, _fallback_tag(subject), index, INDEX)
 
     def _location(self, answer: httpx.Response) -> httpx.URL:
-        """Where an upload goes on: absolute, or relative to this registry, and never elsewhere."""
+        """Return the address at which to continue an upload, which must be at this registry."""
         if "Location" not in answer.headers:
-            raise DistributionError(f"the registry {self.host} does not say where an upload goes on")
+            raise DistributionError(f"the registry {self.host} sent no `Location` for an upload")
         there = self._there(answer)
         if not network.same_origin(self._base, str(there)):
             where = f"another host, {there.host}" if there.host != httpx.URL(self._base).host else f"{there}"[:200]
-            raise DistributionError(f"the registry {self.host} sends an upload on to {where}: refused")
+            raise DistributionError(f"the registry {self.host} redirects an upload to {where}: refused")
         return there
 
     def _bound(self, answer: httpx.Response) -> None:
-        """Hold an answer to its bounds before its body is read, a redirect's and a token service's too."""
+        """Check an answer's headers before the body is read, also for redirects and token services; limit the body."""
         there = str(self._there(answer)) if answer.has_redirect_location else None
         encoding = answer.headers.get("Content-Encoding", "")
         problem = network.answer_problem(answer.request.method, str(answer.url), there, encoding)
@@ -280,9 +280,9 @@ class Registry:
     def _there(self, answer: httpx.Response) -> httpx.URL:
         try:
             there = answer.url.join(answer.headers["Location"])
-            _ = there.host  # decoded, which fails for what is no name
+            _ = there.host  # decoding fails if it is not a valid name
         except (httpx.InvalidURL, ValueError) as error:
-            raise DistributionError(f"the registry {self.host} leads to a malformed address: refused") from error
+            raise DistributionError(f"the registry {self.host} redirects to a malformed address: refused") from error
         return there
 
     @contextlib.contextmanager
@@ -297,14 +297,14 @@ class Registry:
         return NoAnswerError(f"the registry {self.host} can't be reached: {words}")
 
     def _refusal(self, answer: httpx.Response, path: str) -> DistributionError:
-        # Not `answer.text`, which decodes as the answer says: zlib is a charset, too.
+        # Not `answer.text`, which decodes with the codec that the answer names, and zlib is a codec too.
         words = " ".join(answer.content.decode(errors="replace").split())[:_LONGEST_SHOWN] or answer.reason_phrase
         where = str(path).partition("?")[0]
         return DistributionError(f"the registry {self.host} answers {answer.status_code} for {where}: {words}")
 
 
 class _Bounded(httpx.SyncByteStream):
-    """The body of an answer: a document, or a blob of at most ``size`` bytes."""
+    """The body of an answer, with a size limit: a document, or a blob of at most ``size`` bytes."""
 
     def __init__(self, body: httpx.SyncByteStream, size: int | None, host: str) -> None:
         self._body = body
@@ -328,11 +328,10 @@ class _Bounded(httpx.SyncByteStream):
 
 
 class _Login(httpx.Auth):
-    """Answers a registry's challenge: basic, or a token of the service that it names.
+    """Authentication after a registry's challenge: basic, or a token from the service named in it.
 
-    Only what the registry itself asks is answered, not what a host asks to which it redirects. The service gets user
-    and password where it is the registry's host, its domain or in its domain, over TLS; any other is asked for a token
-    without them, which is what public images take.
+    Challenges of hosts to which the registry redirects are ignored. The service gets user and password only over TLS
+    and only if it is in the registry's domain. Any other is asked for an anonymous token, which public images accept.
     """
 
     def __init__(self, host: str, base: str) -> None:
@@ -341,7 +340,7 @@ class _Login(httpx.Auth):
         self._header: str | None = None
 
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        """Send what is known, and once more where the registry wants to know more."""
+        """Send the request with the known authorization, and again after a challenge."""
         if self._header:
             request.headers["Authorization"] = self._header
         answer = yield request
@@ -361,28 +360,30 @@ class _Login(httpx.Auth):
             token = yield next(basic.auth_flow(asked)) if basic and trusted else asked
             token.read()
             self._header = _bearer(token)
-            if self._header is None:  # what this flow ends with would pass for the registry's own answer
+            if self._header is None:  # otherwise httpx would return the service's answer as the registry's
                 where = f"{asked.url.host} answers {token.status_code}"
                 if basic and not trusted:
-                    where += ", asked without user and password, which go to the registry's own domain alone"
-                raise DistributionError(f"the token service of the registry {self._host} gives no token: {where}")
+                    where += ", requested without user and password, which are sent to the registry's own domain only"
+                raise DistributionError(f"the token service of the registry {self._host} gave no token: {where}")
         else:
             return
         request.headers["Authorization"] = self._header
         yield request
 
     def _known(self) -> Mapping[str, str]:
-        """What ``docker login`` knows of the registry."""
+        """Read the registry's credentials of ``docker login``."""
         try:
             return docker.auth.load_config().resolve_authconfig(None if self._host == _HUB[0] else self._host) or {}
-        except docker.errors.DockerException as error:  # a program that keeps them is not there, or fails
+        except docker.errors.DockerException as error:  # the credential helper is missing or failed
             words = " ".join(str(error).split())[:_LONGEST_SHOWN]
-            raise DistributionError(f"what `docker login` keeps for {self._host} can't be read: {words}") from error
+            raise DistributionError(
+                f"can't read the credentials of `docker login` for {self._host}: {words}"
+            ) from error
 
     def _token_request(self, challenge: Mapping[str, str], timeout: object) -> httpx.Request | None:
         try:
             realm = httpx.URL(challenge["realm"])
-            host = realm.host  # decoded, which fails for what is no name
+            host = realm.host  # decoding fails if it is not a valid name
         except (KeyError, httpx.InvalidURL, ValueError):
             return None
         if realm.scheme != "https" and not (realm.scheme == "http" and network.is_loopback(host)):
@@ -392,7 +393,7 @@ class _Login(httpx.Auth):
         return httpx.Request("GET", realm, params=parameters, headers=headers, extensions=extensions)
 
     def _belongs(self, realm: httpx.URL) -> bool:
-        """Whether a token service is the registry's own, as auth.example.com is registry.example.com's."""
+        """Whether a token service is in the registry's domain, such as auth.example.com for registry.example.com."""
         own = httpx.URL(self._base).host
         if realm.host == own:
             return True
@@ -411,7 +412,7 @@ def _bearer(answer: httpx.Response) -> str | None:
 
 
 def _is_descriptor(entry: object) -> bool:
-    """Whether an entry of an index says by a digest what it is of."""
+    """Whether an entry of an index has a valid digest."""
     return isinstance(entry, dict) and _DIGEST.fullmatch(str(entry.get("digest"))) is not None
 
 

@@ -1,7 +1,7 @@
-"""The gateway's image: the CPU runtime's base, the wheels of the gateway's own environment, and its modules.
+"""The gateway's image: the CPU runtime's base, the wheels of the gateway's environment, and its modules.
 
-Put together as a release's image is: wheels by hash, no network, the same bytes anywhere. It runs as a numeric user on
-a read-only root, with its settings in ``/etc/slipway/gateway.json``.
+It is assembled like a release's image: wheels by hash, no network, the same bytes on any machine. It runs as a numeric
+user with a read-only root file system. Its settings are in ``/etc/slipway/gateway.json``.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from containers.image.runtime import build_runtime, health_check
 from registry.digests import canonical_json, digest_of
 from registry.progress import Progress
 
-# A release line's name is MODEL-SCHEME: none is called this.
+# Can't be the name of a release line, which is MODEL-SCHEME.
 NAME = "gateway"
 _PACKAGE = Path(__file__).parent.parent
-# Where the modules lie, and what is run from: the folder that holds them is the first place Python looks in.
+# The working directory that contains the modules: Python imports from it first.
 _FOLDER = "gateway"
 _PORT, _ADMIN_PORT = (Settings.model_fields[name].default for name in ("port", "admin_port"))
 
 
 class GatewayImage(BaseModel):
-    """What was built. ``reference`` is ``REPOSITORY@sha256:…`` once it is in a registry, else the engine's image id.
+    """The gateway's image. ``reference`` is ``REPOSITORY@sha256:…`` if it is in a registry, else the engine's image id.
 
-    ``digest`` is that of its OCI manifest, ``contents`` that of all that decides it but for its base: a gateway that
-    was changed since has another. ``size_bytes`` is uncompressed.
+    ``digest`` is that of its OCI manifest. ``contents`` covers everything that determines it except the base, so it
+    changes with the gateway's code. ``size_bytes`` is uncompressed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,12 +48,12 @@ class GatewayImage(BaseModel):
 def build_gateway_image(
     client: docker.DockerClient, requirements: Path, home: Path, progress: Progress, *, registry: str | None = None
 ) -> GatewayImage:
-    """Put the gateway's image together; push it where ``registry`` (a repository's prefix) is given.
+    """Assemble the gateway's image; push it if ``registry`` (a repository's prefix) is given.
 
-    ``requirements`` is the folder that holds the pins of the gateway's environment, ``gateway.txt``.
+    ``requirements`` is the folder with ``gateway.txt``, the pins of the gateway's environment.
 
     Raises:
-        ImageError, WheelError, EngineError: in one line each; nothing half-made bears a tag.
+        ImageError, WheelError, EngineError: each with one line. No incomplete image gets a tag.
     """
     profile = _profile(requirements)
     runtime = build_runtime(client, profile, home, progress)
@@ -80,13 +80,13 @@ def build_gateway_image(
 
 
 def contents(requirements: Path) -> str:
-    """Return ``sha256:…`` over the pins, the modules and the image's settings of the gateway as they are now."""
+    """Return ``sha256:…`` over the gateway's current pins, modules and image settings."""
     profile = _profile(requirements)
     return digest_of(canonical_json([profile.pins_digest(), _modules().key, _settings(profile)]))
 
 
 def _profile(requirements: Path) -> RuntimeProfile:
-    """The CPU runtime's base and Python, with the pins of the environment in which `slipway serve` runs the gateway."""
+    """The CPU runtime's base and Python, with the pins of the environment that `slipway serve` uses for the gateway."""
     like = load("vllm-cpu")
     return RuntimeProfile(
         name=NAME,
@@ -95,7 +95,7 @@ def _profile(requirements: Path) -> RuntimeProfile:
         platform=like.platform,
         lock="gateway.txt",
         folder=requirements,
-        # A bundle runs `python` in it by that name.
+        # The commands of a bundle start `python`.
         environment={"PATH": "/opt/venv/bin:/usr/local/bin:/usr/bin:/bin"},
         entrypoint=("/opt/venv/bin/python", "-m", "containers.gateway"),
         arguments=("--config", "/etc/slipway/gateway.json"),
@@ -113,7 +113,7 @@ def _settings(profile: RuntimeProfile) -> dict[str, Any]:
 
 
 def _modules() -> FileLayer:
-    """The package, and what it takes of the one around it."""
+    """The gateway's modules, and the others that they import."""
     paths = [_PACKAGE / "__init__.py", _PACKAGE / "errors.py", *(_PACKAGE / "gateway").glob("*.py")]
     root = _PACKAGE.parent
     return archive([Member(f"{_FOLDER}/{path.relative_to(root).as_posix()}", path.read_bytes()) for path in paths])

@@ -1,8 +1,8 @@
-"""May these GPUs run this image? Asked before a container starts, from what the image says of itself.
+"""Checks before a container starts whether GPUs can run an image.
 
-An image carries its needs as labels, so that whoever has it can ask: the oldest driver and CUDA, the architectures its
-kernels are for, its weights, and the cache of one request of the longest context that it serves. A driver that is too
-old would otherwise crash deep in CUDA, and a GPU that is too small would run out of memory minutes later.
+An image has its requirements as labels: the oldest driver and CUDA, the architectures of its kernels, the size of its
+weights, and of the cache for one request of the longest served context. Without the check, an old driver would crash
+deep in CUDA, and a small GPU would run out of memory minutes later.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ CUDA = "slipway.minimum.cuda"
 CAPABILITIES = "slipway.gpu.capabilities"
 MODEL_BYTES = "slipway.model.bytes"
 CACHE_BYTES = "slipway.cache.bytes"
-# What of a GPU's memory stays free: activations, CUDA's own, and what is not foreseen.
+# Share of a GPU's memory that stays free for activations, CUDA and unforeseen needs.
 HEADROOM = 0.2
 
 
 class GpuError(ContainerError):
-    """This machine's GPU can't run the image; the message names what is asked for and what there is."""
+    """This machine's GPU can't run the image. The message says what is required and what was found."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What an image asks of a GPU. What it doesn't ask for is None, empty or zero."""
+    """An image's requirements of a GPU; None, empty or zero if there is none."""
 
     runtime: str
     driver: str | None = None
@@ -44,16 +44,16 @@ class Needs:
 
     @property
     def memory_bytes(self) -> int:
-        """Weights and cache, in a GPU of which the headroom stays free."""
+        """Memory required for weights, cache and headroom."""
         return round((self.model_bytes + self.cache_bytes) / (1 - HEADROOM))
 
     def of_one_among(self, gpus: int) -> Needs:
-        """What is asked of each of so many GPUs that the model is divided among."""
+        """Return the requirements of each GPU if the model is divided among ``gpus``."""
         return replace(self, model_bytes=self.model_bytes // gpus, cache_bytes=self.cache_bytes // gpus)
 
 
 def needs_of(labels: Mapping[str, str]) -> Needs:
-    """Read an image's labels."""
+    """Read the requirements from an image's labels."""
     return Needs(
         runtime=labels.get(RUNTIME, "the image"),
         driver=labels.get(DRIVER),
@@ -65,7 +65,7 @@ def needs_of(labels: Mapping[str, str]) -> Needs:
 
 
 def labels_of(profile: RuntimeProfile) -> dict[str, str]:
-    """Return the labels by which images of a runtime say what they need; none where it needs no GPU."""
+    """Return the labels with a runtime's requirements; none if it needs no GPU."""
     driver = profile.minimum_driver
     if driver is None:
         return {}
@@ -73,17 +73,17 @@ def labels_of(profile: RuntimeProfile) -> dict[str, str]:
 
 
 def problems(needs: Needs, gpu: Gpu) -> list[str]:
-    """Say all that keeps a GPU from running the image, each with both numbers; empty where nothing does."""
+    """Return every reason why a GPU can't run the image, with required and found values; empty if it can."""
     found = []
     if needs.driver and gpu.driver and _version(gpu.driver) < _version(needs.driver):
-        found.append(f"{needs.runtime} needs NVIDIA driver {needs.driver} or later, and this host has {gpu.driver}")
+        found.append(f"{needs.runtime} needs NVIDIA driver {needs.driver} or later, but this host has {gpu.driver}")
     if needs.cuda and gpu.cuda and gpu.cuda < _version(needs.cuda):
         has = ".".join(map(str, gpu.cuda))
-        found.append(f"{needs.runtime} needs a driver for CUDA {needs.cuda}, and this host's is for {has}")
+        found.append(f"{needs.runtime} needs a driver for CUDA {needs.cuda}, but this host's driver is for {has}")
     if needs.capabilities and not any(_runs(each, gpu.capability) for each in needs.capabilities):
         has = ".".join(map(str, gpu.capability))
         known = ", ".join(needs.capabilities)
-        found.append(f"{needs.runtime} has kernels for compute capability {known}, and {gpu.name} has {has}")
+        found.append(f"{needs.runtime} has kernels for compute capability {known}, but {gpu.name} has {has}")
     if needs.memory_bytes > gpu.memory_bytes:
         found.append(
             f"{_gib(needs.model_bytes)} of weights and {_gib(needs.cache_bytes)} of cache take a GPU of "
@@ -93,18 +93,18 @@ def problems(needs: Needs, gpu: Gpu) -> list[str]:
 
 
 def check(client: docker.DockerClient, image: str, devices: Sequence[str]) -> None:
-    """Refuse an image that the GPUs ``devices`` (index or UUID) can't run; an image that asks for none is let through.
+    """Refuse an image that the GPUs ``devices`` (index or UUID) can't run; accept an image without requirements.
 
-    An image that needs a driver on a host without one is refused only where GPUs were asked for: without one it may
-    run where the driver is not seen from here (a remote engine).
+    On a host without a driver, an image that needs one is refused only if GPUs were requested. Else it may run on a
+    remote engine, whose driver can't be seen from here.
 
     Raises:
-        GpuError: naming each thing that is asked for, and what there is.
+        GpuError: the message names each requirement that is not met, and what was found.
     """
     try:
         labels = client.images.get(image).labels or {}
     except docker.errors.DockerException:
-        return  # that it isn't there says whoever starts it
+        return  # starting the container reports the missing GPU
     needs = needs_of(labels)
     if needs.driver is None:
         return
@@ -114,14 +114,14 @@ def check(client: docker.DockerClient, image: str, devices: Sequence[str]) -> No
         found = next((each for each in here if device in {each.uuid, str(each.index)}), None)
         if found is None:
             asked = f"{needs.runtime} needs NVIDIA driver {needs.driver} or later"
-            raise GpuError(f"{asked}, and NVML knows no GPU `{device}`")
+            raise GpuError(f"{asked}, but NVML knows no GPU `{device}`")
         wrong += problems(needs.of_one_among(len(devices)), found)
     if wrong:
         raise GpuError("; ".join(dict.fromkeys(wrong)))
 
 
 def _runs(kernels: str, capability: tuple[int, int]) -> bool:
-    """Whether code for one architecture runs on a GPU: of the same major version, no newer (CUDA's binary promise)."""
+    """Whether code for an architecture runs on a GPU: same major version, not newer (CUDA's binary compatibility)."""
     major, minor = _version(kernels)[:2]
     return capability[0] == major and capability[1] >= minor
 

@@ -1,9 +1,9 @@
-"""Layers of our own: tars that are the same whoever makes them, wherever and whenever.
+"""Reproducible image layers: the same files give the same tar on any machine at any time.
 
-The law: a layer's bytes follow from its members' names, modes and contents alone. Members stand in the order of their
-paths; owner is 0, the time is `EPOCH`, no user, group or machine is named; numbers and names that a plain header can't
-hold go into a PAX header, which holds nothing else; the archive ends with two zero blocks and no further padding.
-Layers are never compressed: weights don't shrink, and a compressor's version would be in every digest.
+Invariant: a layer's bytes depend only on its members' names, modes and contents. Members are sorted by path; the owner
+is 0, the time is `EPOCH`, and user and group names are empty. Numbers and names that do not fit into a plain header go
+into a PAX header, which contains nothing else. The archive ends with two zero blocks and no further padding.
+Layers are never compressed: weights do not get smaller, and every digest would depend on the compressor's version.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from typing import IO
 
 from containers.errors import ImageError
 
-# The time of everything in an image: 2025-01-01. mmdebstrap sets every younger time in a base to it.
+# The modification time of all files in an image: 2025-01-01. mmdebstrap sets later times in a base to it.
 EPOCH = 1735689600
 EPOCH_TEXT = "2025-01-01T00:00:00Z"
 CHUNK = 1 << 20
-# Raised when the same members become other bytes.
+# Increase it when the same members give other bytes.
 FORMAT = 1
 _BLOCK = 512
-# What of an extended header is content: what a file may do, not when it was read.
+# The parts of extended headers that are content: a file's capabilities, but no times.
 _KEPT_PAX = "SCHILY.xattr.security.capability"
 
 
 @dataclass(frozen=True)
 class Member:
-    """A file as it is to be in the image: its path without the leading slash, and where its bytes are."""
+    """A file of an image: its path without the leading slash, and the source of its content."""
 
     name: str
     content: Path | bytes
@@ -41,16 +41,16 @@ class Member:
 
     @property
     def size(self) -> int:
-        """Bytes of its content."""
+        """Size of the content in bytes."""
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
 
 
 @dataclass(frozen=True)
 class FileLayer:
-    """A layer of plain files, streamed from where they are; nothing is written beside them.
+    """A layer of plain files, streamed from their sources, without a temporary file.
 
-    ``sha256`` (path of a member's content → hex digest) is what is known already of the files, and what `chunks` holds
-    them to; with all of them known, ``key`` names the layer's bytes before any is read.
+    ``sha256`` (path of a source → hex digest) has the known digests, which `chunks` checks. If all are known, ``key``
+    identifies the layer's bytes before they are read.
     """
 
     members: tuple[Member, ...]
@@ -58,13 +58,13 @@ class FileLayer:
 
     @property
     def size(self) -> int:
-        """Bytes of the tar."""
+        """Size of the tar in bytes."""
         files = sum(len(_header(member)) + _padded(member.size) for member in self.members)
         return sum(len(_folder(name)) for name in _parents(self.members)) + files + 2 * _BLOCK
 
     @property
     def key(self) -> str | None:
-        """What decides the layer's bytes, as 64 hex digits; None where a file's digest is not known."""
+        """Digest over everything that determines the layer's bytes, in hex; None if a file's digest is not known."""
         known = []
         for member in self.members:
             if isinstance(member.content, bytes):
@@ -77,15 +77,15 @@ class FileLayer:
         return hashlib.sha256(json.dumps([FORMAT, EPOCH, known]).encode()).hexdigest()
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield the tar in pieces of at most `CHUNK` bytes, each file hashed on its way.
+        """Yield the tar in chunks of at most `CHUNK` bytes, and check each file's digest.
 
         Raises:
-            ImageError: a file changed its length while it was read, or is not the one that is known.
+            ImageError: a file's length changed while it was read, or its digest is not the known one.
         """
         return self._chunks(self.sha256)
 
     def unchecked(self) -> Iterator[bytes]:
-        """Yield the same for whoever holds the whole tar to its digest."""
+        """Yield the same without checking the files, for callers that check the digest of the tar."""
         return self._chunks({})
 
     def _chunks(self, sha256: Mapping[Path, str]) -> Iterator[bytes]:
@@ -102,7 +102,7 @@ class FileLayer:
 
 
 def plain_files(folder: Path, inside: str) -> list[Member]:
-    """Return the files under ``folder`` as members under ``inside``: modes 0755 where the owner may run it, else 0644.
+    """Return the files under ``folder`` as members under ``inside``, with mode 0755 if executable, else 0644.
 
     Symbolic links are followed: an artifact's files may be links into a store.
     """
@@ -116,7 +116,7 @@ def plain_files(folder: Path, inside: str) -> list[Member]:
 
 
 def archive(members: Sequence[Member]) -> FileLayer:
-    """Return a layer of ``members``, in order of their paths."""
+    """Return a layer of ``members``, sorted by path."""
     return FileLayer(tuple(sorted(members, key=lambda member: PurePosixPath(member.name).parts)), {})
 
 
@@ -129,18 +129,18 @@ def normalized(
     removed: Iterable[str] = (),
     keep_owners: bool = False,
 ) -> Iterator[bytes]:
-    """Turn a tar that an engine gave of a folder into a layer, piece by piece.
+    """Convert an engine's tar of a folder to a reproducible layer, streaming.
 
     Args:
         stream: the tar; its first member is the folder itself.
         inside: the folder's parent in the image, without the leading slash (``opt``; empty for the root).
-        skip: paths in the image that are left out, with all that is under them.
-        only: the paths in the image that are taken; None for all.
-        removed: paths that the layer takes away from those below it.
-        keep_owners: whether numeric owners are content, as in a distribution's files; else all is root's.
+        skip: paths in the image to leave out, with everything below them.
+        only: paths in the image to include; None for all.
+        removed: paths that the layer removes from the layers below it.
+        keep_owners: whether to keep numeric owners, as for a distribution's files; else root owns all files.
 
     Raises:
-        ImageError: members do not come in the order of their paths, as engines give them.
+        ImageError: the members are not sorted by path, as those from engines are.
     """
     left_out = [PurePosixPath(path).parts for path in skip]
     before: tuple[str, ...] = ()
@@ -159,7 +159,7 @@ def normalized(
             if only is not None and path not in only:
                 continue
             if parts <= before:
-                raise ImageError(f"the engine gave `{path}` after `{'/'.join(before)}`: no layer can be made of that")
+                raise ImageError(f"the engine sent `{path}` after `{'/'.join(before)}`, expected paths in order")
             before = parts
             yield _clean(member, path, inside, keep_owners=keep_owners)
             file = source.extractfile(member) if member.isreg() else None
@@ -170,17 +170,17 @@ def normalized(
 
 
 def normalized_file(path: Path) -> Iterator[bytes]:
-    """Turn a tar on disk, in whatever order, into a layer; numeric owners are kept, hard links name the first path.
+    """Convert a tar file, in any order, to a reproducible layer. Owners are kept; hard links refer to the first path.
 
     Raises:
-        ImageError: a path other than a folder's stands in it twice.
+        ImageError: a path that is not a folder occurs twice.
     """
     with tarfile.open(path) as source:
         found: dict[tuple[str, ...], tarfile.TarInfo] = {}
         for member in source:
             parts = tuple(part for part in PurePosixPath(member.name).parts if part not in {".", "/"})
             if parts and parts in found and not (member.isdir() and found[parts].isdir()):
-                raise ImageError(f"`{'/'.join(parts)}` stands twice in {path.name}")
+                raise ImageError(f"`{'/'.join(parts)}` occurs twice in {path.name}")
             if parts:
                 found[parts] = member
         first: dict[str, str] = {}
@@ -201,18 +201,18 @@ def normalized_file(path: Path) -> Iterator[bytes]:
 
 
 class Stream(io.RawIOBase):
-    """A file-like view of pieces of bytes."""
+    """A file-like object over chunks of bytes."""
 
     def __init__(self, pieces: Iterable[bytes]) -> None:
         self._pieces = iter(pieces)
         self._rest = memoryview(b"")
 
     def readable(self) -> bool:
-        """It is for reading."""
+        """Return True."""
         return True
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        """Fill the buffer with what comes next; 0 at the end."""
+        """Read into the buffer; return the number of bytes, 0 at the end."""
         while not self._rest:
             piece = next(self._pieces, None)
             if piece is None:
@@ -225,13 +225,13 @@ class Stream(io.RawIOBase):
 
 
 def read_file(path: Path) -> Iterator[bytes]:
-    """Yield a file's bytes in pieces of at most `CHUNK`."""
+    """Yield a file's bytes in chunks of at most `CHUNK`."""
     with path.open("rb") as file:
         yield from pieces(file)
 
 
 def pieces(file: IO[bytes]) -> Iterator[bytes]:
-    """Yield what is left of an open file in pieces of at most `CHUNK`."""
+    """Yield the rest of an open file in chunks of at most `CHUNK`."""
     while chunk := file.read(CHUNK):
         yield chunk
 
@@ -250,7 +250,7 @@ def _content(path: Path, sha256: str | None) -> Iterator[bytes]:
     if read != expected:
         raise ImageError(f"{path} changed while it was read: {read} bytes of {expected}")
     if sha256 is not None and digest.hexdigest() != sha256:
-        raise ImageError(f"{path} is damaged: its sha256 is {digest.hexdigest()}, and {sha256} was recorded")
+        raise ImageError(f"{path} is damaged: its sha256 is {digest.hexdigest()}, expected {sha256}")
 
 
 def _header(member: Member) -> bytes:
@@ -266,7 +266,7 @@ def _folder(name: str) -> bytes:
 
 
 def _clean(member: tarfile.TarInfo, name: str, inside: str, *, keep_owners: bool) -> bytes:
-    """The header of a member without times and names. A hard link names its target as the image has it."""
+    """A member's header without times and names. A hard link refers to its target's path in the image."""
     info = tarfile.TarInfo(name)
     info.type, info.mode, info.size = member.type, member.mode & 0o7777, member.size
     if info.type in {tarfile.AREGTYPE, tarfile.CONTTYPE}:
@@ -284,7 +284,7 @@ def _bytes(info: tarfile.TarInfo, owner: tuple[int, int] = (0, 0)) -> bytes:
 
 
 def _parents(members: Iterable[Member]) -> list[str]:
-    """Every folder on the way to a member, so that each layer stands alone and no engine invents one with its umask."""
+    """All parent folders of the members, so that no engine creates one with the mode of its umask."""
     found = {name for member in members for name in _ancestors(PurePosixPath(member.name).parent)}
     return sorted(found, key=lambda name: PurePosixPath(name).parts)
 
@@ -302,19 +302,19 @@ def _padded(size: int) -> int:
 
 
 def member_bytes(name: str, size: int) -> bytes:
-    """Return the header of a plain file in an archive that holds blobs; ``padding_after`` follows its content."""
+    """Return the header of a plain file in an archive of blobs. `padding_after` must follow its content."""
     info = tarfile.TarInfo(name)
     info.size, info.mode = size, 0o644
     return _bytes(info)
 
 
 def padding_after(size: int) -> bytes:
-    """Return the zeros that fill a member's last block."""
+    """Return the zeros that complete a member's last block."""
     return _padding(size)
 
 
 def write_chunks(chunks: Iterable[bytes], sink: IO[bytes]) -> tuple[str, int]:
-    """Write pieces and return ``sha256:…`` and the number of bytes."""
+    """Write chunks; return their digest as ``sha256:…`` and the number of bytes."""
     digest, size = hashlib.sha256(), 0
     for chunk in chunks:
         digest.update(chunk)

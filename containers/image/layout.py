@@ -1,4 +1,4 @@
-"""A release's image as a folder: the OCI image layout, which a scanner reads without asking an engine for gigabytes."""
+"""Writes a release's image as an OCI image layout, so that a scanner need not get gigabytes from the engine."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from containers.image.oci import documents, place
 
 
 def has_layers(record: ImageRecord, home: Path) -> bool:
-    """Whether the home keeps every layer of the image that is not the checkpoint's."""
+    """Whether the home has all layers of the image, except those made from the checkpoint."""
     store = store_of(home)
     shared = (layer for layer in record.layers if not layer.holds.startswith("model "))
     return all(store.has(layer.digest, layer.size) for layer in shared)
 
 
 def write_layout(record: ImageRecord, checkpoint: Path, sha256: Mapping[str, str], home: Path, folder: Path) -> None:
-    """Lay the recorded image out in ``folder``: layers that the home keeps are linked, the checkpoint's are written.
+    """Write the recorded image to ``folder``: layers in the home are linked, those of the checkpoint are written.
 
     Args:
         record: the image.
-        checkpoint: the files that it was made of.
-        sha256: what is known of them, by their path in ``checkpoint``.
+        checkpoint: the files that it was made from.
+        sha256: their known digests, by path in ``checkpoint``.
         home: the state folder with the base's and the runtime's layers.
-        folder: made here; nobody else writes into it.
+        folder: made by this function; nothing else may write into it.
 
     Raises:
-        ImageError: a layer is neither kept nor made of the checkpoint.
+        ImageError: a layer is missing, or the checkpoint gives another one.
     """
     store = store_of(home)
     made = {blob.digest: blob for blob in map(store.hashed, model_layers(checkpoint, sha256))}
@@ -44,17 +44,20 @@ def write_layout(record: ImageRecord, checkpoint: Path, sha256: Mapping[str, str
             _linked(store.path(layer.digest), path)
             continue
         if layer.digest not in made:
-            raise ImageError(f"the layer `{layer.holds}` of {record.tag} is gone: release again, and it is made anew")
+            raise ImageError(f"the layer `{layer.holds}` of {record.tag} is missing: release again to rebuild it")
         with path.open("wb") as file:
             written, _ = write_chunks(made[layer.digest].chunks(), file)
         if written != layer.digest:
-            raise ImageError(f"the layer `{layer.holds}` of {record.tag} has changed: it was {layer.digest}")
+            raise ImageError(
+                f"the layer `{layer.holds}` of {record.tag} has changed: the files now give {written}, "
+                f"expected {layer.digest}"
+            )
     for name, data in documents(record.manifest.encode(), record.configuration.encode()).items():
         (folder / name).write_bytes(data)
 
 
 def _linked(blob: Path, path: Path) -> None:
-    """Give a blob a second name, or a copy on another file system; Trivy follows no symbolic link."""
+    """Hard-link a blob, or copy it from another file system. Trivy does not follow symbolic links."""
     try:
         os.link(blob, path)
     except OSError:

@@ -1,4 +1,4 @@
-"""Images in the engine: put there with what it lacks alone, found again, and taken out."""
+"""Images in the engine: loading (only missing layers are sent), lookup, and export."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from containers.image.oci import OciImage, common_start, saved
 
 
 def existing(client: docker.DockerClient, name: str, labels: Mapping[str, str]) -> Image | None:
-    """Return the image called ``name`` if the engine has it and it bears ``labels``."""
+    """Return the image ``name`` if the engine has it and it has these ``labels``."""
     try:
         image = client.images.get(name)
     except docker.errors.ImageNotFound:
@@ -29,11 +29,11 @@ def existing(client: docker.DockerClient, name: str, labels: Mapping[str, str]) 
 
 
 def load(client: docker.DockerClient, image: OciImage, tag: str) -> Image:
-    """Put an image into the engine under ``tag``; layers that it has are not sent again.
+    """Load an image into the engine as ``tag``; layers that the engine has are not sent.
 
     Raises:
-        ImageError: the engine refuses it, or made something else of it.
-        EngineError: the engine went away.
+        ImageError: the engine refuses it, or stored another image.
+        EngineError: the engine stopped answering.
     """
     found = _same(client, tag, image)
     if found is not None:
@@ -43,17 +43,17 @@ def load(client: docker.DockerClient, image: OciImage, tag: str) -> Image:
         try:
             _send(client, image, tag, present)
         except ImageError:
-            present = 0  # an engine that wants every layer's bytes (containerd's store), or lost one meanwhile
+            present = 0  # this engine needs all layers (containerd's store), or has lost one
     if not present:
         _send(client, image, tag, 0)
     found = _same(client, tag, image)
     if found is None:
-        raise ImageError(f"the engine did not take {tag} as it is: `slipway doctor` says which engine this is")
+        raise ImageError(f"the engine stored {tag} with another id (`slipway doctor` names the engine)")
     return found
 
 
 def _same(client: docker.DockerClient, tag: str, image: OciImage) -> Image | None:
-    """The image under ``tag`` if it is this one: an engine's id is the configuration's digest, or the manifest's."""
+    """The image ``tag`` if it is this one. An engine's id is the digest of the configuration or of the manifest."""
     try:
         found = client.images.get(tag)
     except docker.errors.ImageNotFound:
@@ -62,7 +62,7 @@ def _same(client: docker.DockerClient, tag: str, image: OciImage) -> Image | Non
 
 
 def _layers(client: docker.DockerClient) -> list[list[str]]:
-    """The layers of every image that the engine has."""
+    """The layers of each image in the engine."""
     found = []
     for summary in client.api.images(all=True):
         try:
@@ -84,7 +84,7 @@ def _send(client: docker.DockerClient, image: OciImage, tag: str, skipped: int) 
 
 
 def taken_out(client: docker.DockerClient, reference: str, store: BlobStore) -> tuple[dict[str, Any], list[Blob]]:
-    """Return an engine's image as its settings and its layers, which are kept in ``store``.
+    """Return the settings and layers of an engine's image; the layers are copied to ``store``.
 
     Raises:
         ImageError: the engine has no such image.
@@ -99,13 +99,13 @@ def taken_out(client: docker.DockerClient, reference: str, store: BlobStore) -> 
         raise ImageError(f"the engine has no image `{reference}` to start from") from error
     absent = [digest for digest in wanted if not store.path(digest).is_file()]
     if absent:
-        raise ImageError(f"the engine gave `{reference}` without its layers {', '.join(absent)}")
+        raise ImageError(f"the engine exported `{reference}` without its layers {', '.join(absent)}")
     layers = [store.layer(digest, store.path(digest).stat().st_size) for digest in wanted]
     return dict(image.attrs["Config"]), layers
 
 
 def _export(image: Image, store: BlobStore) -> None:
-    """Keep the layers of ``docker save``: Docker gives each as the very tar that it was made from."""
+    """Store the layers from ``docker save``, which returns each one as its original tar."""
     with tarfile.open(fileobj=BufferedReader(Stream(image.save(chunk_size=CHUNK)), CHUNK), mode="r|") as archive:
         for member in archive:
             file = archive.extractfile(member) if member.isreg() and not member.name.endswith(".json") else None

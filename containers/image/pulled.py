@@ -1,7 +1,7 @@
-"""What a registry says an image is: manifest, index of platforms, configuration; each is in its form, or refused.
+"""Documents of an image from a registry: manifest, index of platforms, configuration. They are validated.
 
-The forms are those of the OCI Image Specification 1.1 and of Docker's schema 2, which differ in media types alone. What
-is read is a part of them; the rest is ignored.
+The formats are the OCI Image Specification 1.1 and Docker's schema 2, which differ only in media types. Only the parts
+used here are read.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from registry.bounded_json import DocumentError, read_json
 from registry.errors import first_problem
 
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
-# No image has more layers: Docker takes 127.
+# No image has more layers: Docker's limit is 127.
 _MOST_LAYERS = 500
-# Media types of layers, and what they are called here.
+# Media types of layers, and OCI's names for them.
 _LAYERS = {
     PLAIN: PLAIN,
     GZIP: GZIP,
@@ -36,7 +36,7 @@ _T = TypeVar("_T", bound=_Form)
 
 
 class Platform(_Form):
-    """What an image of an index runs on."""
+    """The platform of an image in an index."""
 
     os: str
     architecture: str
@@ -52,22 +52,22 @@ class Descriptor(_Form):
 
     @property
     def layer_type(self) -> str:
-        """OCI's media type of a layer; ``ImageError`` for one that is compressed in another way, or encrypted."""
+        """The layer's media type in OCI's terms; ``ImageError`` for other compressions and for encrypted layers."""
         found = _LAYERS.get(self.media_type)
         if found is None:
-            raise ImageError(f"the layer {self.digest} is of the type `{self.media_type[:100]}`, which is not read")
+            raise ImageError(f"the layer {self.digest} has the type `{self.media_type[:100]}`, which is not supported")
         return found
 
 
 class ImageManifest(_Form):
-    """An image: its configuration, and its layers from the bottom up."""
+    """An image's manifest: its configuration, and its layers from the bottom up."""
 
     config: Descriptor
     layers: Annotated[list[Descriptor], Field(max_length=_MOST_LAYERS)]
 
 
 class Index(_Form):
-    """Images of several platforms under one name."""
+    """An index: images for several platforms under one name."""
 
     manifests: Annotated[list[Descriptor], Field(max_length=_MOST_LAYERS)]
 
@@ -84,22 +84,22 @@ class _Settings(_Form):
 
 
 class Configuration(_Form):
-    """An image's configuration: ``config`` is what it runs with, ``rootfs`` has the digests of the layers' tars."""
+    """An image's configuration: ``config`` has its settings, ``rootfs`` the digests of the layers' tars."""
 
     config: _Settings | None = None
     rootfs: _Root
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What it runs with, as it stands in the document."""
+        """The image's settings, as in the document."""
         return {} if self.config is None else self.config.model_dump(by_alias=True, exclude_unset=True)
 
 
 def read_manifest(data: bytes, what: str) -> ImageManifest | Index:
-    """Read the manifest of ``what``; an index where it lists manifests.
+    """Parse a manifest or an index; ``what`` names it in messages.
 
     Raises:
-        ImageError: it is neither, or larger or deeper than any is.
+        ImageError: it is neither, or too large or too deeply nested.
     """
     document = _document(data, what)
     if isinstance(document, dict) and "manifests" in document:
@@ -108,7 +108,7 @@ def read_manifest(data: bytes, what: str) -> ImageManifest | Index:
 
 
 def read_configuration(data: bytes, what: str) -> Configuration:
-    """Read the configuration of ``what``; ``ImageError`` where it is none."""
+    """Parse an image's configuration; ``ImageError`` if it is not valid. ``what`` names it in messages."""
     return _read(Configuration, _document(data, what), what)
 
 
@@ -123,4 +123,4 @@ def _read(form: type[_T], document: object, what: str) -> _T:
     try:
         return form.model_validate(document)
     except ValidationError as error:
-        raise ImageError(f"{what} is not of OCI's form: {first_problem(error)}") from error
+        raise ImageError(f"{what} is not a valid OCI document: {first_problem(error)}") from error

@@ -1,7 +1,7 @@
-"""A runtime: a base, and the wheels of a profile's lock in ``/opt/venv``, as layers that every model's image shares.
+"""A runtime: a base, and the wheels of a profile's lock in ``/opt/venv``, as layers shared by the images of all models.
 
-Fetching (wheels by hash, the base by digest) is one step with network; assembly has none. What the assembly made is
-taken out of its container as a layer of ours, so the same wheels on the same base are the same runtime anywhere.
+Downloading (wheels by hash, the base by digest) is a separate step: the assembly has no network. Its result is exported
+as a normalized layer, so the same wheels on the same base give the same runtime on any machine.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _HEALTHY = "import urllib.request as r; r.urlopen('http://127.0.0.1:{port}/healt
 
 @dataclass(frozen=True)
 class Runtime:
-    """A runtime that is in the engine as ``image_id``, with all that an image on top of it needs to know."""
+    """A runtime, in the engine as ``image_id``, with everything needed to add layers to it."""
 
     image_id: str
     image: OciImage
@@ -47,13 +47,13 @@ class Runtime:
 
     @property
     def labels(self) -> Mapping[str, str]:
-        """The labels that images on top of it inherit."""
+        """The labels of images that use this runtime."""
         labels: Mapping[str, str] = self.image.settings["Labels"]
         return labels
 
     @property
     def layers(self) -> tuple[Blob, ...]:
-        """The base's layers, and the wheels'."""
+        """The layers of the base and of the wheels."""
         return self.image.layers
 
 
@@ -61,17 +61,17 @@ def build_runtime(
     client: docker.DockerClient, profile: RuntimeProfile, home: Path, progress: Progress, *,
     base: str | None = None, wheels: Path | None = None,
 ) -> Runtime:  # fmt: skip
-    """Return the runtime, assembled where this home has none of these pins on this base.
+    """Return the runtime. It is assembled if this home does not have it with these pins and this base.
 
-    ``base`` stands in for the profile's (an image of the engine), ``wheels`` for the fetched ones (a folder as
-    ``fetch_wheels`` makes it).
+    ``base`` (an image of the engine) replaces the profile's; ``wheels`` (a folder made by ``fetch_wheels``) replaces
+    the downloaded ones.
 
     Raises:
-        ImageError, WheelError, EngineError: in one line each; nothing half-made is kept.
+        ImageError, WheelError, EngineError: each with one line. No incomplete runtime is stored.
     """
     store = store_of(home)
     (store.root / "runtimes").mkdir(parents=True, exist_ok=True)
-    # Two builds at once would do the same minutes of work twice.
+    # Two concurrent builds would do the same minutes of work twice.
     with locked(store.root / "runtimes" / f"{profile.name}.lock"):
         start = given_base(client, base, home) if base else ensure_base(client, profile, home, progress)
         found = _kept(profile, start, store)
@@ -87,14 +87,14 @@ def build_runtime(
 
 
 def render(profile: RuntimeProfile) -> dict[str, str]:
-    """Return the scripts that the assembly runs: ``assemble.sh``, and those that it calls or puts into the runtime."""
+    """Return the assembly's scripts: ``assemble.sh``, and the files that it runs or copies into the runtime."""
     describe = ""
     if profile.describe_models:
         environment = shlex.join(f"{name}={value}" for name, value in sorted(profile.full_environment.items()))
         describe = f"env {environment} PYTHONHASHSEED=0 /opt/venv/bin/python -W ignore /describe_models.py"
     values = {"python": profile.python, "omit": " ".join(profile.omit), "describe": describe}
     values["cpu_kernels"] = str(profile.cpu_kernels).lower()
-    # One that is not given is a KeyError; the shell's own `$name` stays.
+    # A missing value is a KeyError. `$name` without braces is the shell's and stays.
     template = (RUNTIMES / "assemble.sh").read_text(encoding="utf-8")
     script = re.sub(r"\$\{([a-z_]+)\}", lambda match: values[match[1]], template)
     others = {name: (RUNTIMES / name).read_text(encoding="utf-8") for name in SCRIPTS}
@@ -102,7 +102,7 @@ def render(profile: RuntimeProfile) -> dict[str, str]:
 
 
 def health_check(port: int, start_seconds: int) -> dict[str, Any]:
-    """Return an image's health check: ``/health`` on its own port, which may fail until it has had time to start."""
+    """Return an image's health check: ``/health`` on its port. It may fail during the start period."""
     return {
         "Test": ["CMD", "/opt/venv/bin/python", "-I", "-S", "-c", _HEALTHY.format(port=port)],
         "Interval": 10 * _NANOSECONDS, "Timeout": 5 * _NANOSECONDS, "StartPeriod": start_seconds * _NANOSECONDS,
@@ -113,10 +113,10 @@ def _assembled(
     client: docker.DockerClient, profile: RuntimeProfile, start: BaseImage, folder: Path, home: Path,
     progress: Progress,
 ) -> tuple[Blob, str]:  # fmt: skip
-    """Install the wheels in a container without network; keep the result as a layer, and remember it."""
+    """Install the wheels in a container without network, and store the result as a layer."""
     began = time.monotonic()
     what = f"the runtime {profile.name}"
-    progress(f"assembling {what} (once; every model shares it)")
+    progress(f"assembling {what} (once for all models)")
     scripts = [Member(name, text.encode()) for name, text in render(profile).items()]
     files = archive([*plain_files(folder, "wheels"), *scripts])
     store, command = store_of(home), ["/bin/sh", "/assemble.sh"]

@@ -1,4 +1,4 @@
-"""The wheels of a runtime: fetched once, each checked against the lock, kept under ``$SLIPWAY_HOME/wheels``."""
+"""The wheels of a runtime: downloaded once to ``$SLIPWAY_HOME/wheels``, each checked against the lock."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ INSTALLER_LOCK = RUNTIMES / "installer.txt"
 
 
 def fetch_wheels(profile: RuntimeProfile, cache: Path, progress: Progress) -> Path:
-    """Return the folder that holds exactly the profile's wheels, and in ``installer/`` what installs them.
+    """Return a folder with exactly the profile's wheels, and with their installer in ``installer/``.
 
-    The folder lies in ``cache`` under the digest of what was asked for; it appears whole or not at all, and its
-    ``wheels.json`` holds the sha256 of every file. One that is there is checked again, not fetched again.
+    Its name in ``cache`` is the digest of the request. It is made atomically, and its ``wheels.json`` has the sha256 of
+    each file. An existing folder is checked, not downloaded again.
 
     Raises:
-        WheelError: a wheel can't be had, or isn't the one that the lock names; the message says which.
+        WheelError: a wheel can't be downloaded, or does not match the lock; the message names it.
     """
     folder = cache / _key(profile)
     if folder.is_dir():
@@ -43,15 +43,15 @@ def fetch_wheels(profile: RuntimeProfile, cache: Path, progress: Progress) -> Pa
         beside = Path(name) / "wheels"
         (beside / "installer").mkdir(parents=True)
         count = len(read_lock(profile.lock_path))
-        progress(f"fetching {count} wheels of {profile.name} by hash")
+        progress(f"downloading {count} wheels of {profile.name} by hash")
         hashed = ["--require-hashes", "--no-deps"]
         with Counter(progress, f"wheels of {profile.name}", count, "wheels") as counter:
             arguments = [*hashed, "-r", str(profile.lock_path), "-d", str(beside)]
             _pip_download(profile, arguments, Fetched(counter.add).hear)
         _pip_download(profile, [*hashed, "-r", str(INSTALLER_LOCK), "-d", str(beside / "installer")], lambda _: None)
         if profile.torch is not None:
-            progress(f"fetching torch {profile.torch}")
-            # How many wheels its requirements are, pip alone knows.
+            progress(f"downloading torch {profile.torch}")
+            # The number of its dependencies is not known in advance.
             with Counter(progress, f"torch {profile.torch}", 1, "downloads") as counter:
                 _pip_download(profile, _torch_arguments(profile, beside, Path(name)), lambda _: None)
                 counter.add()
@@ -60,25 +60,25 @@ def fetch_wheels(profile: RuntimeProfile, cache: Path, progress: Progress) -> Pa
         check_wheels(profile, beside)
         try:
             beside.rename(folder)
-        except OSError:  # another process fetched the same at the same time
+        except OSError:  # another process made the same folder meanwhile
             if not folder.is_dir():
                 raise
     return folder
 
 
 def check_wheels(profile: RuntimeProfile, folder: Path) -> None:
-    """Compare every wheel in ``folder`` with the lock, and with the digests taken when they were fetched.
+    """Compare the wheels in ``folder`` with the lock, and with the digests recorded when they were downloaded.
 
     Raises:
-        WheelError: naming every wheel that is extra, missing or different.
+        WheelError: the message names each extra, missing or different wheel.
     """
     try:
         recorded: dict[str, str] = json.loads((folder / "wheels.json").read_text())
     except (OSError, ValueError) as error:
-        raise WheelError(f"{folder} is not a folder of fetched wheels: remove it to fetch them again") from error
+        raise WheelError(f"{folder} is not a folder of downloaded wheels: remove it to download them again") from error
     found = _digests(folder)
     wrong = [
-        f"`{name}` changed since it was fetched"
+        f"`{name}` changed since it was downloaded"
         for name in sorted(found.keys() & recorded)
         if found[name] != recorded[name]
     ]
@@ -86,16 +86,16 @@ def check_wheels(profile: RuntimeProfile, folder: Path) -> None:
     wrong += [f"`{name}` is not in the lock" for name in sorted(found.keys() - recorded.keys())]
     wrong += _against_lock(profile, {Path(name).name: digest for name, digest in found.items() if "/" not in name})
     if wrong:
-        raise WheelError(f"the wheels of {profile.name} are not those of its lock: {'; '.join(wrong)}; remove {folder}")
+        raise WheelError(f"the wheels of {profile.name} do not match its lock: {'; '.join(wrong)}; remove {folder}")
 
 
 def wheels_digest(folder: Path) -> str:
-    """Return ``sha256:…`` over names and digests of all wheels in ``folder``, torch among them."""
+    """Return ``sha256:…`` over names and digests of all wheels in ``folder``, including torch."""
     return "sha256:" + hashlib.sha256((folder / "wheels.json").read_bytes()).hexdigest()
 
 
 def _against_lock(profile: RuntimeProfile, found: dict[str, str]) -> list[str]:
-    """Say what the lock and the files disagree about. torch by version brings requirements of its own."""
+    """Yield the differences between lock and files. A torch pinned by version adds dependencies that are not locked."""
     locked = read_lock(profile.lock_path)
     wrong = []
     seen = set()

@@ -1,7 +1,7 @@
-"""The bill of materials of a model, as CycloneDX 1.6 has it for machine learning, made from the release's own figures.
+"""The bill of materials of a model: a CycloneDX 1.6 document for machine learning, made from the release's results.
 
-A pure function of what it is given, so that the same release has the same bill: the serial number follows from the
-content, and the time is the caller's. https://cyclonedx.org/capabilities/mlbom/
+It is a pure function, so that the same release has the same document: the serial number is derived from the content,
+and the caller gives the time. https://cyclonedx.org/capabilities/mlbom/
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ SPECIFICATION = "1.6"
 
 @dataclass(frozen=True)
 class Model:
-    """What the bill tells of a model: where it is from, how it was made small, on what, and what it was measured at.
+    """The content of the bill of materials: a model's source, quantization, data sets and measured results.
 
-    ``files`` gives the sha256 of each file; ``datasets`` name → what it was for and its sha256.
+    ``files`` has the sha256 of each file; ``datasets`` is name → (purpose, sha256).
     """
 
     name: str
@@ -40,7 +40,7 @@ class Model:
 
 
 def document(model: Model, verdicts: Sequence[Verdict], image_digest: str) -> dict[str, Any]:
-    """Return the bill: the model with its card, the model it was made from, and the data sets that had a part in it."""
+    """Return the document: the model with its model card, the original model, and the data sets used."""
     metrics = [
         {"type": f"{verdict.gate}.{name}", "value": repr(value)}
         for verdict in verdicts
@@ -92,7 +92,7 @@ def document(model: Model, verdicts: Sequence[Verdict], image_digest: str) -> di
 def attach(reference: str, documents: Mapping[str, tuple[str, Path]]) -> dict[str, str]:
     """Attach documents (title → media type and file) to a pushed image as OCI referrers; return their digests.
 
-    What is attached already is attached again under the same digest, which changes nothing.
+    Attaching the same document again has no effect.
 
     Raises:
         DistributionError: the registry has no such image, or refuses.

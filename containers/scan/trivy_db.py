@@ -1,8 +1,8 @@
-"""What is in Trivy's vulnerability database: Trivy itself finds nothing in an empty one, says so nowhere, and exits 0.
+"""Reads what Trivy's vulnerability database contains. With an empty one, Trivy finds nothing and exits 0 silently.
 
-The database is a BoltDB file whose top-level buckets are named after what they hold advisories for: ``debian 12``,
-``pip::GitHub Security Advisory pip``, ... The format of pages is the one of go.etcd.io/bbolt; its layout stands in
-tests/stages/trivy_db/make_trivy_db.py, which writes it.
+The database is a BoltDB file. Its top-level buckets are named after the systems and ecosystems of their advisories:
+``debian 12``, ``pip::GitHub Security Advisory pip``, ... The page format is that of go.etcd.io/bbolt; its layout is
+described in tests/stages/trivy_db/make_trivy_db.py, which writes it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _MAGIC = 0xED0CDAED
 _HEADER = 16
 _BRANCH, _LEAF = 0x01, 0x02
 _IS_BUCKET = 1
-# Buckets that hold no advisories.
+# Buckets without advisories.
 _OTHER_BUCKETS = ("vulnerability", "data-source", "trivy", "Red Hat CPE")
-# Trivy's result type → the start of the buckets that it looks advisories up in.
+# Trivy's result type → prefix of the buckets with its advisories.
 _ECOSYSTEMS = {
     "python-pkg": "pip::",
     "conda-pkg": "pip::",
@@ -39,7 +39,7 @@ _ECOSYSTEMS = {
     "gemspec": "rubygems::",
     "rustbinary": "cargo::",
 }
-# How many parts of its version name a distribution's bucket.
+# Number of version components in the name of a distribution's bucket.
 _DISTRIBUTIONS = {
     "debian": 1,
     "ubuntu": 2,
@@ -53,15 +53,15 @@ _DISTRIBUTIONS = {
 
 
 class DatabaseDamagedError(ContainerError):
-    """The database file is no BoltDB file, or a part of it is missing."""
+    """The database file is not a valid BoltDB file, or is incomplete."""
 
 
 @dataclass(frozen=True)
 class Database:
-    """A vulnerability database as it lies in a cache folder.
+    """The state of the vulnerability database in a cache folder.
 
-    ``buckets`` are the names of the top-level buckets that hold anything; ``damage`` says what is wrong with a file
-    that is there; without a file all but ``path`` is None or empty.
+    ``buckets`` are the names of the top-level buckets that are not empty; ``damage`` says what is wrong with an
+    existing file. Without a file, all fields except ``path`` are None or empty.
     """
 
     path: Path
@@ -73,11 +73,11 @@ class Database:
 
     @property
     def is_usable(self) -> bool:
-        """Whether Trivy can be let loose on it."""
+        """Whether Trivy can use it."""
         return self.digest is not None and self.damage is None
 
     def state_for(self, family: str | None, release: str | None, kinds: Iterable[str]) -> tuple[State, list[str]]:
-        """Say whether the database can know anything of an image, and for what it holds no advisories.
+        """Return whether the database can have findings for an image, and what it has no advisories for.
 
         Args:
             family: the image's distribution as Trivy names it (``debian``), or None where there is none.
@@ -97,14 +97,14 @@ class Database:
                 lacking.append(distribution)
         wanted = sorted({_ECOSYSTEMS[kind] for kind in kinds if kind in _ECOSYSTEMS})
         if family is None and not wanted:
-            lacking.append("an image of which neither distribution nor packages were recognized")
+            lacking.append("an image without recognized distribution or packages")
         have = {bucket.partition("::")[0] + "::" for bucket in self.buckets}
         lacking += [start.removesuffix("::") for start in wanted if start not in have]
         return ("incomplete", lacking) if lacking else ("ok", [])
 
 
 def read_database(cache: Path) -> Database:
-    """Look at the database in a Trivy cache folder; nothing raises, damage is told in the result."""
+    """Read the state of the database in a Trivy cache folder. It does not raise: ``damage`` says what is wrong."""
     path, metadata = cache / "db" / "trivy.db", cache / "db" / "metadata.json"
     if not path.is_file():
         return Database(path)
@@ -122,10 +122,10 @@ def read_database(cache: Path) -> Database:
 
 
 def filled_buckets(path: Path) -> Iterator[str]:
-    """Yield the names of a BoltDB file's top-level buckets that hold at least one key.
+    """Yield the names of a BoltDB file's top-level buckets that have at least one key.
 
     Raises:
-        DatabaseDamagedError: it is no BoltDB file, or shorter than it says.
+        DatabaseDamagedError: it is not a valid BoltDB file, or is truncated.
     """
     with path.open("rb") as file:
         try:
@@ -137,14 +137,14 @@ def filled_buckets(path: Path) -> Iterator[str]:
 
 @functools.lru_cache(maxsize=8)
 def _digest(path: Path, _size: int, _modified_ns: int) -> str:
-    """The file's sha256, computed once a process for a file of this size and time: it is large."""
+    """The file's sha256. The file is large, so it is cached per process by size and time."""
     with path.open("rb") as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
 def _dates(metadata: Mapping[str, Any]) -> tuple[str, str]:
     if metadata["Version"] != SCHEMA:
-        raise ValueError(f"schema {metadata['Version']}, not {SCHEMA}")
+        raise ValueError(f"schema {metadata['Version']}, expected {SCHEMA}")
     for name in ("UpdatedAt", "NextUpdate"):
         if datetime.fromisoformat(metadata[name]).tzinfo is None:
             raise ValueError(f"{name} has no time zone")
@@ -152,13 +152,13 @@ def _dates(metadata: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _distribution(family: str, release: str) -> str:
-    """The bucket of a distribution; one whose naming is not known here is looked for under family and version."""
+    """The name of a distribution's bucket; by default family and version."""
     parts = release.split(".")[: _DISTRIBUTIONS.get(family, 2)]
     return " ".join([family, *([".".join(parts)] if parts and parts[0] else [])]).lower()
 
 
 def _meta(data: mmap.mmap) -> tuple[int, int]:
-    """The page size and the root page of the newer of the two meta pages whose checksum holds."""
+    """The page size and the root page, from the newer of the two meta pages with a valid checksum."""
     best: tuple[int, int, int] | None = None
     (size,) = struct.unpack_from("<I", data, _HEADER + 8)
     for at in (0, size):
@@ -171,7 +171,7 @@ def _meta(data: mmap.mmap) -> tuple[int, int]:
         if (magic, version) != (_MAGIC, 2) or checksum != _fnv1a(data[at + _HEADER : at + _HEADER + 56]):
             continue
         if pages * page_size > len(data):
-            raise ValueError(f"{len(data)} bytes of {pages * page_size}")
+            raise ValueError(f"truncated: {len(data)} bytes of {pages * page_size}")
         if best is None or transaction > best[0]:
             best = (transaction, page_size, root)
     if best is None:
@@ -183,7 +183,7 @@ def _filled(data: mmap.mmap, size: int, root: int) -> Iterator[str]:
     for flags, key, value in _entries(data, root * size, size):
         if flags & _IS_BUCKET:
             (child,) = struct.unpack_from("<Q", value)
-            # A bucket's only page may follow inside the value, as page 0.
+            # A small bucket is stored inside the value, as page 0.
             page, at = (data, child * size) if child else (value, 16)
             if next(_entries(page, at, size), None) is not None:
                 yield key.decode()
@@ -193,7 +193,7 @@ def _entries(data: mmap.mmap | bytes, at: int, size: int) -> Iterator[tuple[int,
     """Walk the entries of a bucket in key order: flags, key, value."""
     _, kind, count, _ = struct.unpack_from("<QHHI", data, at)
     if kind not in {_BRANCH, _LEAF}:
-        raise ValueError(f"a page of kind {kind:#x} where a branch or a leaf belongs")
+        raise ValueError(f"a page of kind {kind:#x}, expected a branch or a leaf")
     for place in range(at + _HEADER, at + _HEADER * (count + 1), _HEADER):
         if kind == _LEAF:
             flags, start, keys, values = struct.unpack_from("<IIII", data, place)

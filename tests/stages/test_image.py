@@ -121,7 +121,7 @@ def test_a_changed_checkpoint_is_not_laid_out(machine: Settings, record: build.I
     changed = tmp_path / "model"
     shutil.copytree(DEMO, changed)
     (changed / "config.json").write_text("{}")
-    with pytest.raises(ImageError, match=r"model config\.json and 4 more.* is gone"):
+    with pytest.raises(ImageError, match=r"model config\.json and 4 more.* is missing"):
         write_layout(record, changed, {}, machine.home, tmp_path / "image")
 
 

@@ -56,7 +56,7 @@ def test_a_lock_resolves_tag_and_requirements_and_shows_what_changed(
     assert lock(stated, print, variables=variables).changes == ()
     moved = tagged(address, "two")
     stated = write(tmp_path, {"image": f"{address}/base:1"}, "idna==3.7\n")
-    with pytest.raises(ProfileError, match="`requirements` changed since: run `slipway lock small`"):
+    with pytest.raises(ProfileError, match="since `requirements` changed: run `slipway lock small`"):
         profile.load("small", tmp_path)
     second = lock(stated, print, variables=variables)
     assert second.changes == (

@@ -51,7 +51,7 @@ def test_driver_580_on_a_host_with_550_is_refused_by_name_and_number_before_a_co
     labels = {**labels_of(profile.load("vllm-cuda13")), gpu_compatibility.RUNTIME: "vllm-cuda13"}
     started: list[str] = []
     with (
-        pytest.raises(GpuError, match=r"vllm-cuda13 needs NVIDIA driver 580\.65\.06 or later, and this host has 550"),
+        pytest.raises(GpuError, match=r"vllm-cuda13 needs NVIDIA driver 580\.65\.06 or later, but this host has 550"),
         sandbox.serve(client(labels, started), "sha256:image", name="x", home=tmp_path, memory_bytes=GIB,
                       gpus=["GPU-1"], progress=print),
     ):  # fmt: skip
@@ -110,7 +110,7 @@ def test_kernels_run_on_the_same_generation_or_a_later_one_of_it(
 
 def test_an_older_cuda_is_refused() -> None:
     (wrong,) = problems(Needs("x", cuda="13.0"), gpu(cuda=(12, 4)))
-    assert "needs a driver for CUDA 13.0, and this host's is for 12.4" in wrong
+    assert "needs a driver for CUDA 13.0, but this host's driver is for 12.4" in wrong
 
 
 def test_all_that_is_wrong_is_listed() -> None:

@@ -90,7 +90,7 @@ def test_a_token_service_is_bounded_like_the_registry(hostile: Recording) -> Non
 
     assert "sent more than" in refusal(hostile, ASKED["manifest"], answer)
     deep = b'{"token":' + b"[" * 100_000
-    assert "gives no token" in refusal(
+    assert "gave no token" in refusal(
         hostile,
         ASKED["manifest"],
         lambda asked: Answer(body=deep) if "/token" in asked.target else Answer(401, challenge),

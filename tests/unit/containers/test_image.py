@@ -139,7 +139,7 @@ def test_every_wrong_wheel_is_named(fetched: tuple[profile.RuntimeProfile, Path]
     with pytest.raises(WheelError) as caught:
         wheels.check_wheels(loaded, folder)
     message = str(caught.value)
-    assert "`one-1.0-py3-none-any.whl` changed since it was fetched" in message
+    assert "`one-1.0-py3-none-any.whl` changed since it was downloaded" in message
     assert "`one-1.0-py3-none-any.whl` has sha256" in message
     assert "`two-parts` is missing" in message
     assert "`extra-1.0-py3-none-any.whl` is not in the lock" in message

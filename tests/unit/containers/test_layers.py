@@ -119,7 +119,7 @@ def test_what_an_engine_gives_is_freed_of_times_owners_and_names() -> None:
 
 
 def test_an_engine_that_gives_paths_in_another_order_is_refused() -> None:
-    with pytest.raises(ImageError, match="gave `opt/venv/a` after `opt/venv/b`"):
+    with pytest.raises(ImageError, match="sent `opt/venv/a` after `opt/venv/b`"):
         content(normalized(given([info("venv/b"), info("venv/a")]), inside="opt"))
 
 
@@ -148,7 +148,7 @@ def test_a_tar_on_disk_is_put_in_order_and_hard_links_follow_their_file(tmp_path
 
 def test_a_blob_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     store = BlobStore(tmp_path)
-    with pytest.raises(ImageError, match="what came as"):
+    with pytest.raises(ImageError, match="expected the blob"):
         store.add([b"one"], expected="sha256:" + "0" * 64)
     assert list((tmp_path / "blobs" / "sha256").iterdir()) == []
     blob = store.plain([b"one", b"two"])
@@ -194,7 +194,7 @@ def test_a_path_that_stands_twice_in_a_tar_is_an_error(tmp_path: Path) -> None:
     )
     content(normalized_file(path))
     path.write_bytes(b"".join(given([info("./a", size=1), info("a", size=2)])))
-    with pytest.raises(ImageError, match=r"`a` stands twice in base\.tar"):
+    with pytest.raises(ImageError, match=r"`a` occurs twice in base\.tar"):
         content(normalized_file(path))
 
 

@@ -56,7 +56,7 @@ def test_a_database_without_advisories_is_empty(tmp_path: Path) -> None:
         ("wolfi", "2023", [], ["wolfi"]),
         ("debian", "12", ["python-pkg", "jar"], ["maven", "pip"]),
         (None, None, ["gobinary"], ["go"]),
-        (None, None, [], ["an image of which neither distribution nor packages were recognized"]),
+        (None, None, [], ["an image without recognized distribution or packages"]),
     ],
 )
 def test_what_it_lacks_for_an_image_is_named(

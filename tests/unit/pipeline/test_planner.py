@@ -534,6 +534,6 @@ def test_a_release_is_held_to_the_driver_that_is_named_as_its_image_says(tmp_pat
     needs = planning._needs("demo-awq@champion", release, Settings.read({"SLIPWAY_HOME": str(tmp_path)}))
     told = planning._gate(needs, [find_gpu("H100"), find_gpu("L4")], "550.54.15")
     assert told[0].startswith("vllm-cuda13 needs NVIDIA driver 580.65.06, CUDA 13.0")
-    assert "refused: vllm-cuda13 needs NVIDIA driver 580.65.06 or later, and this host has 550.54.15" in told
+    assert "refused: vllm-cuda13 needs NVIDIA driver 580.65.06 or later, but this host has 550.54.15" in told
     assert any("of weights and 0.0 GiB of cache take a GPU of 37.5 GiB" in line and "L4 has" in line for line in told)
     assert len(planning._gate(needs, [find_gpu("H100")], "580.65.06")) == 1
