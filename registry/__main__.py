@@ -90,6 +90,9 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     fetching.add_argument("name", metavar="NAME[@ALIAS]", help="release line; without an alias its champion")
     fetching.add_argument("destination", type=Path, help="folder for the release, absent or empty")
     fetching.add_argument("--cache", type=Path, help="folder on the same file system that keeps files for later pulls")
+    fetching.add_argument(
+        "--variant", metavar="VARIANT", help="a serving variant that the release must list; refused if it does not"
+    )
     one = commands.add_parser(
         "pull", parents=[common, fetching], help="fetch a release and verify it before the folder appears"
     )
@@ -131,7 +134,7 @@ def _pull(options: argparse.Namespace, trust: Trust, tracking_uri: str) -> int:
     pulled = pull(
         options.name, options.destination,
         tracking_uri=_given(tracking_uri), trusted_keys=trust, cache=options.cache,
-        replace=options.replace or options.if_changed, progress=_say,
+        replace=options.replace or options.if_changed, variant=options.variant, progress=_say,
     )  # fmt: skip
     _report(pulled, as_json=options.json)
     return UNCHANGED if options.if_changed and pulled.already_there else DONE
@@ -152,7 +155,7 @@ def _watch(options: argparse.Namespace, trust: Trust, tracking_uri: str) -> int:
     watch(
         options.name, options.destination, deliver,
         every=options.every, stopped=stopped, tracking_uri=_given(tracking_uri), trusted_keys=trust,
-        cache=options.cache, progress=_say,
+        cache=options.cache, variant=options.variant, progress=_say,
     )  # fmt: skip
     return DONE
 

@@ -50,6 +50,10 @@ class ArgumentError(PullError):
     """A reference or destination that can't be used; trying again does not help."""
 
 
+class VariantError(PullError):
+    """The release does not list the serving variant that is asked for, so it did not pass its gates."""
+
+
 class DiskError(PullError):
     """The destination or the cache can't be written now: no space, or no permission."""
 

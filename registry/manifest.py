@@ -38,7 +38,7 @@ from pydantic import (
 
 from registry.bounded_json import Bounds, DocumentError, read_json
 from registry.digests import canonical_json, digest_of
-from registry.errors import ManifestError
+from registry.errors import ManifestError, VariantError
 from registry.verdict import Verdict
 
 SCHEMA = "slipway.release/v1"
@@ -297,6 +297,22 @@ class Manifest(_ManifestPart):
     def name(self) -> str:
         """The release line, and the name of the registered model: ``MODEL-SCHEME``."""
         return f"{self.model}-{self.scheme}"
+
+    def configuration(self, variant: str | None) -> ServedConfiguration | None:
+        """Return the configuration of a variant, or the main one; None of a release from before they were listed.
+
+        Raises:
+            VariantError: the release does not list the variant, so it did not pass its gates.
+        """
+        if variant is None:
+            return next((each for each in self.serving if each.variant is None), None)
+        found = next((each for each in self.serving if each.variant == variant), None)
+        if found is None:
+            listed = ", ".join(f"`{each.variant}`" for each in self.serving if each.variant is not None) or "none"
+            raise VariantError(
+                f"{self.name} does not list the variant `{variant}`, so it did not pass its gates (it lists {listed})"
+            )
+        return found
 
     @property
     def digest(self) -> str:

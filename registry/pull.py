@@ -60,6 +60,7 @@ def pull(
     required_gates: Sequence[str] | None = None,
     cache: Path | None = None,
     replace: bool = False,
+    variant: str | None = None,
     progress: Progress = silent,
 ) -> Pulled:
     """Fetch the release that ``NAME@ALIAS`` names (``NAME`` alone: its champion) into the new folder ``destination``.
@@ -77,9 +78,12 @@ def pull(
         cache: A folder, on the destination's file system, that keeps files for other pulls; they are linked.
         replace: Whether a destination that holds another release gives way to this one, in one step, once it is whole.
             Whether it already is this one is then checked without hashing files (`registry.verify.verify_documents`).
+        variant: A serving variant that the release must list: one that does not is refused before its weights are
+            fetched.
         progress: Told what is being done.
 
     Raises:
+        VariantError: The release does not list the variant.
         NotFoundError: No such release line, alias or version.
         PullError: The destination is taken, or the registry's entry is of another release than its files.
         DiskError: Nothing can be written there now.
@@ -93,22 +97,23 @@ def pull(
     former = None
     if os.path.lexists(destination) and not is_empty(destination):
         if not replace:
-            return Pulled(
-                name, version.version, alias, destination, True, _verified_destination(destination, version, policy)
-            )
+            report = _verified_destination(destination, version, policy)
+            report.manifest.configuration(variant)
+            return Pulled(name, version.version, alias, destination, True, report)
         former = _previous_release(destination)
         with suppress(VerificationError):  # another release, or one that is no more what was signed: fetched below
             report = verify_documents(destination, policy, version.manifest_digest)
+            report.manifest.configuration(variant)
             return Pulled(name, version.version, alias, destination, True, report)
     digest = version.manifest_digest or ""
     progress(f"{name}@{alias} is version {version.version}, {digest}")
     with open_version(version, tracking_uri) as stored, folder_beside(destination, digest, progress) as part:
         if os.path.lexists(destination) and not replace and not is_empty(destination):  # another pull was first
-            return Pulled(
-                name, version.version, alias, destination, True, _verified_destination(destination, version, policy)
-            )
+            report = _verified_destination(destination, version, policy)
+            report.manifest.configuration(variant)
+            return Pulled(name, version.version, alias, destination, True, report)
         have = Cache.beside(cache, destination, former)
-        report, moved = _fetched(stored, part, version, policy, have, progress)
+        report, moved = _fetched(stored, part, version, policy, have, variant, progress)
         take_place(part, destination, replace=replace)
     return Pulled(name, version.version, alias, destination, False, report, moved.bytes)
 
@@ -196,7 +201,13 @@ def _previous_release(destination: Path) -> Manifest:
 
 
 def _fetched(
-    stored: Artifacts, part: Path, version: Version, policy: Policy, have: Cache, progress: Progress
+    stored: Artifacts,
+    part: Path,
+    version: Version,
+    policy: Policy,
+    have: Cache,
+    variant: str | None,
+    progress: Progress,
 ) -> tuple[VerificationReport, ByteCount]:
     """Put the release together in ``part``, every byte held against the manifest; throw it away where one differs.
 
@@ -206,6 +217,7 @@ def _fetched(
     with naming_version(version):
         try:
             report = fetch_documents(stored, part, version, policy)
+            report.manifest.configuration(variant)
         except (VerificationError, PullError):
             for name in DOCUMENTS:
                 (part / name).unlink(missing_ok=True)

@@ -24,6 +24,7 @@ def watch(
     trusted_keys: Trust,
     required_gates: Sequence[str] | None = None,
     cache: Path | None = None,
+    variant: str | None = None,
     progress: Progress = silent,
 ) -> None:
     """Call ``deliver`` with each release that the destination comes to hold, including the first.
@@ -43,7 +44,7 @@ def watch(
             pulled = pull(
                 reference, destination,
                 tracking_uri=tracking_uri, trusted_keys=trusted_keys, required_gates=required_gates,
-                cache=cache, replace=True, progress=progress,
+                cache=cache, replace=True, variant=variant, progress=progress,
             )  # fmt: skip
         except (ArgumentError, TrustPolicyError):
             raise

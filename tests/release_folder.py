@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from registry.manifest import Calibration, FileRecord, Image, Manifest, Quantizer, Source
+from registry.manifest import Calibration, FileRecord, Image, Manifest, Quantizer, ServedConfiguration, Source
 from registry.seal import _sign, describe
 from registry.signing import SigningKey
 from registry.sigstore_bundle import files_statement, sign_statement
@@ -41,6 +41,7 @@ def make_release(
     verdicts: Sequence[Verdict] = tuple(map(passing, ("drift", "scan", "load"))),
     created: str = "2026-11-24T01:02:03Z",
     image_id: str | None = None,
+    variants: Mapping[str, Sequence[str]] | None = None,
 ) -> Manifest:
     """Write and seal a release in ``folder``, as it may be or, where its gates forbid that, as a forger would."""
     for name, data in files.items():
@@ -72,9 +73,18 @@ def make_release(
         ),
         sbom="release/evidence/sbom.cdx.json",
         created=created,
+        serving=tuple(serving(variant, command) for variant, command in (variants or {}).items()),
     )
     _sign(folder, key, manifest)
     return manifest
+
+
+def serving(variant: str | None, command: Sequence[str]) -> ServedConfiguration:
+    """A configuration that is listed, with what its image is started with."""
+    return ServedConfiguration(
+        variant=variant, context=512, dtype="bfloat16", kv_cache="auto", tensor_parallel=1, pipeline_parallel=1,
+        chat_template=None, adapters=(), command=tuple(command),
+    )  # fmt: skip
 
 
 def forged(folder: Path, key: SigningKey, changes: Mapping[str, object]) -> None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, model_validator
 
+from containers.hardware.cpu import InstructionSet
 from containers.hardware.gpu import gpus
 from containers.image.profile import RuntimeProfile
 from registry.manifest import ServedConfiguration
@@ -153,6 +154,15 @@ class ServingConfiguration(Override):
     def answering(self) -> ServingConfiguration:
         """The same without the keys that change speed and memory, and no answer."""
         return self.model_copy(update={"variant": None, **dict.fromkeys(_SPEED_AND_MEMORY)})
+
+    def unsupported(self, instruction_set: InstructionSet) -> str | None:
+        """Say what a CPU lacks for it; None where it can serve it. vLLM's CPU attention raises NotImplementedError."""
+        if self.kv_cache == "auto" or instruction_set != "avx2":
+            return None
+        return (
+            f"`kv_cache: {self.kv_cache}` needs a CPU with AVX-512 or AMX, and this one has {instruction_set}: "
+            "test it on another machine"
+        )
 
     def engine_arguments(self) -> tuple[str, ...]:
         """The engine's arguments for all keys that differ from its defaults."""

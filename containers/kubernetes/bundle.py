@@ -132,6 +132,8 @@ def _values(
         "name": name, "line": line, "version": evidence.version, "digest": manifest.digest, "n": found,
         "image": f"{repository}@{digest}", "pushed": pushed or images.engine is not None,
         "user": image.user, "port": image.port, "model_folder": _MODEL_FOLDER,
+        "variant": None if evidence.variant is None else evidence.variant.variant,
+        "arguments": None if evidence.variant is None else list(evidence.variant.command),
         "on_gpu": evidence.on_gpu, "cpu_terms": NODE_TERMS,
         "driver": driver, "driver_major": major, "driver_minor": minor,
         "gateway_name": gateway, "gateway_digest": gateway_digest, "gateway_known": bool(gateway_digest),

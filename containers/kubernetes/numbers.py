@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from containers.kubernetes.names import mebibytes, thousandths
-from registry.manifest import Manifest
+from registry.manifest import Manifest, ServedConfiguration
 
 # The service level of a release whose model's file states none: an answer within half a second.
 USUAL_P95_MS = 500.0
@@ -76,7 +76,8 @@ class BundleEvidence:
     """What a bundle is made from: a release's manifest, and what its load test measured.
 
     ``context`` is the model's longest context in tokens; ``hourly`` the requests a second in each hour of the day that
-    the release's ``cost.json`` plans for, if any; ``version`` the registry's.
+    the release's ``cost.json`` plans for, if any; ``version`` the registry's. ``variant`` is the serving variant that
+    was measured; None is the main configuration.
     """
 
     manifest: Manifest
@@ -84,6 +85,7 @@ class BundleEvidence:
     measured: ReplicaMeasurements
     context: int
     hourly: Sequence[float] | None = None
+    variant: ServedConfiguration | None = None
 
     @property
     def metrics(self) -> Mapping[str, float]:

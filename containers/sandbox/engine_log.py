@@ -12,14 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from containers.sandbox.log_lines import PREFIX
 from containers.sandbox.logs import redacted
 
 # The length of a one-line message; longer errors contain configurations and tensors.
 MOST_CHARACTERS = 400
-_PREFIX = re.compile(
-    r"(?:\((?P<process>[A-Za-z][\w.-]*) pid=\d+\) ?)?"
-    r"(?:(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)? \[[^\]]*\] ?)?"
-)
 # Prefixes of the names of processes that compute.
 _COMPUTING = ("EngineCore", "VllmWorker", "Worker")
 _TRACEBACK = "Traceback (most recent call last):"
@@ -150,7 +147,7 @@ def _ended_by_signal(lines: list[str]) -> str | None:
 def _last_said(lines: list[str]) -> str | None:
     """Return the last line that mentions an error, without access logs and lines below the level ERROR."""
     for line in reversed(lines):
-        found = _PREFIX.match(line)
+        found = PREFIX.match(line)
         message = line if found is None else line[found.end() :]
         quiet = found is not None and found["level"] in {"DEBUG", "INFO", "WARNING"}
         if _SAID.search(message) and not quiet and not _SAID_QUIETLY.match(message):
@@ -162,7 +159,7 @@ def _errors(lines: list[str]) -> Iterator[tuple[str, str]]:
     """Yield each traceback's process and error, in the order of their first lines; their lines may be interleaved."""
     by_process: dict[str, list[tuple[int, str]]] = {}
     for number, line in enumerate(lines):
-        found = _PREFIX.match(line)
+        found = PREFIX.match(line)
         process, start = ("", 0) if found is None else (found["process"] or "", found.end())
         by_process.setdefault(process, []).append((number, line[start:]))
     begun = sorted((at, process, error) for process, own in by_process.items() for at, error in _of_one(own))

@@ -82,14 +82,19 @@ def with_gpus(given: Any) -> Any:  # noqa: ANN401 - what a file holds, not yet c
     return {"gpus": [given["gpu"]] if given["gpu"] else [], **rest}
 
 
-def find(log: Iterable[bytes]) -> Kernels | None:
-    """Return the kernels from the first valid line of an engine's log; None without such a line."""
+def head(log: Iterable[bytes]) -> bytes:
+    """Return the beginning of an engine's log: what it says before it answers is there."""
     held = b""
     for chunk in log:
         held += chunk[: _LOG_BYTES - len(held)]
         if len(held) >= _LOG_BYTES:
             break
-    for line in held.splitlines():
+    return held
+
+
+def find(log: bytes) -> Kernels | None:
+    """Return the kernels from the first valid line of an engine's log; None without such a line."""
+    for line in log.splitlines():
         _, mark, told = line.partition(MARK)
         if mark and len(told) <= _LINE_BYTES:
             try:

@@ -34,9 +34,10 @@ from containers.hardware.core_pool import CoreRequest, Cores
 from containers.hardware.cpu import Cpu, InstructionSet, this_cpu
 from containers.hardware.gpu import disappeared
 from containers.image import gpu_compatibility
-from containers.sandbox import failure, isolation, kernels, logs
+from containers.sandbox import engine_report, failure, isolation, kernels, logs
 from containers.sandbox.container import create, engine_errors, hardening, remove, terminated_by_exception
 from containers.sandbox.engine_log import Failure
+from containers.sandbox.engine_report import EngineReport
 from containers.sandbox.kernels import ComputedOn, Kernels
 from containers.sandbox.memory import MemorySampler, container_reader
 from registry.progress import Progress
@@ -59,7 +60,8 @@ class Server:
     stopped and why, or None while it runs; ``failing`` returns what is wrong with a running one. ``network`` is its
     network access. ``url`` may change at a restart. ``gpus`` are its devices, by UUID or index, and ``ranks`` is the
     number of processes that its model is divided among; ``cores`` are the cores of this machine reserved for it, if
-    any, and ``cpu`` is their CPU; ``kernels`` are reported by its engine. Its log is saved in the folder ``logs``.
+    any, and ``cpu`` is their CPU; ``kernels`` are reported by its engine, and ``report`` is what its log says that it
+    applied. Its log is saved in the folder ``logs``.
     """
 
     url: str
@@ -78,6 +80,7 @@ class Server:
     kernels: Kernels | None = None
     failing: Callable[[], Failure | None] = lambda: None
     logs: Path | None = None
+    report: EngineReport | None = None
 
     def failed(self) -> Failure | None:
         """Return how it stopped, or what is wrong with it while it runs; None if it works.
@@ -210,12 +213,13 @@ def serve(
                 seconds = time.monotonic() - started
                 progress(f"the server is healthy after {seconds:.1f} s")
                 sampler.phase = "idle"
+                found, report = _reported(container)
                 with _ended_after(container, lifetime_s):
                     yield Server(
                         url, seconds, memory_bytes, cpus, sampler, lambda: failure.stopped(container, kept), container,
                         tuple(gpus), ranks, reach, start_timeout_s, given,
-                        None if given is None else this_cpu(cpu_limit), _kernels(container),
-                        lambda: failure.failing(container, kept), kept,
+                        None if given is None else this_cpu(cpu_limit), found,
+                        lambda: failure.failing(container, kept), kept, report,
                     )  # fmt: skip
             finally:
                 sampler.stop()
@@ -235,11 +239,14 @@ def _reserved(
     return core_pool.reserved(cores, progress)
 
 
-def _kernels(container: Container) -> Kernels | None:
+def _reported(container: Container) -> tuple[Kernels | None, EngineReport | None]:
+    """Read the engine's log once: the CPU runtime's line about kernels, and what vLLM says."""
     try:
-        return kernels.find(container.logs(stream=True, follow=False))
+        log = kernels.head(container.logs(stream=True, follow=False))
     except (docker.errors.APIError, requests.RequestException):
-        return None
+        return None, None
+    found = kernels.find(log)
+    return found, engine_report.read(log.decode(errors="replace"), found)
 
 
 def _bound_to(cores: Cores | None) -> dict[str, str]:

@@ -30,6 +30,7 @@ import checkpoints  # type: ignore[import-not-found]  # beside this script
 import items as graded  # type: ignore[import-not-found]
 import json_lines  # type: ignore[import-not-found]
 import served  # type: ignore[import-not-found]
+import tool_calls  # type: ignore[import-not-found]
 from overlap import runs  # type: ignore[import-not-found]
 from slipway_worker import WorkerError, main
 
@@ -66,7 +67,10 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
         raise WorkerError(str(error)) from error
     suite = {"name": request["suite"]["name"], "digest": request["suite"]["digest"], "lm_eval": engine["lm-eval"]}
     image = request["server"]["image"] if request.get("server") else None
-    answers = {"schema": SCHEMA, "engine": engine, "image": image, "suite": suite, "tasks": tasks}
+    longest = model.longest if request.get("server") else None
+    answers = {
+        "schema": SCHEMA, "engine": engine, "image": image, "longest": longest, "suite": suite, "tasks": tasks,
+    }  # fmt: skip
     (Path(request["output"]) / "answers.json").write_text(json.dumps(answers, allow_nan=False) + "\n", encoding="utf-8")
     _write_runs(shown, Path(request["output"]))
     return {
@@ -112,8 +116,7 @@ def _rows(name: str, task: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
     path = Path(task["data"])
     try:
         content = path.read_bytes()
-        output_type = graded.configuration(TASKS / f"{task['task']}.yaml").get("output_type")
-        rows = json_lines.parse_rows(content, path, json_lines.SHAPES.get(output_type, json_lines.NAMED))
+        rows = json_lines.parse_rows(content, path, json_lines.SHAPES.get(_output_type(task), json_lines.NAMED))
     except (OSError, json_lines.JsonLinesError) as error:
         raise WorkerError(f"the data of `{name}`: {error}") from error
     wanted = task.get("items") or len(rows)
@@ -137,7 +140,7 @@ def _ask(
     request: dict[str, Any],
     ours: tuple[list[dict[str, Any]], str] | None,
     report: Report,
-) -> tuple[dict[str, Any], list[str], list[str]]:
+) -> tuple[dict[str, Any], list[list[str]], list[str]]:
     """Return a task's answers, what of each item counts for overlap, and the texts of a likelihood task.
 
     Those are all that the task has, whichever part of it is asked: what is kept of them is then of the same documents.
@@ -146,6 +149,10 @@ def _ask(
     rows = _cut(ours[0], request.get("part")) if ours else None
     report(f"{name}: {len(rows) if rows else task.get('items') or 'all'} items")
     model.asking = name
+    if rows and ours and _output_type(task) == tool_calls.TYPE:
+        called = _ask_tool_calls(model, name, rows, request, report)
+        report(f"{name}: answered in {time.monotonic() - began:.1f} s")
+        return {**called, "data_sha256": ours[1]}, [[row["prompt"]] for row in rows], []
     samples, kind = _evaluate(model, name, task, request, rows)
     answered = graded.items(kind, samples, task, rows, model)
     digest = ours[1] if ours else hashlib.sha256("".join(s["doc_hash"] for _, s in samples).encode()).hexdigest()
@@ -162,6 +169,37 @@ def _ask(
     if kind == "text":
         texts = [row["text"] for row in ours[0]] if ours else [graded.text(sample) for sample in samples]
     return found, [graded.shown(kind, sample) for sample in samples], texts
+
+
+def _ask_tool_calls(
+    model: LM, name: str, rows: list[dict[str, Any]], request: dict[str, Any], report: Report
+) -> dict[str, Any]:
+    """Return the answers to a task of tool calls, which only a server is asked.
+
+    Raises:
+        WorkerError: no server answers.
+    """
+    from slipway_counting import Counter
+
+    if not request.get("server"):
+        raise WorkerError(f"`{name}` asks for tool calls, which a server answers: `evals: {{engine: served}}`")
+
+    def asked(part: list[dict[str, Any]], words: str) -> list[dict[str, Any]]:
+        with Counter(report, words, len(part), "items") as counter:
+            answered: list[dict[str, Any]] = tool_calls.answers(part, model.chat, counter.add)
+            return answered
+
+    found: dict[str, Any] = {"kind": "generated", "items": asked(rows, name)}
+    again = request.get("again") or 0
+    if again:
+        found["again"] = graded.again(found["items"], asked(rows[:again], f"{name}, once more"))
+    return found
+
+
+def _output_type(task: Mapping[str, Any]) -> str | None:
+    """How a task of ours is asked."""
+    kind = graded.configuration(TASKS / f"{task['task']}.yaml").get("output_type")
+    return None if kind is None else str(kind)
 
 
 def _evaluate(

@@ -161,12 +161,14 @@ class Answers(_Frozen):
     """All that one checkpoint answered, and the engine (versions, device, precision) that computed it.
 
     ``image`` is the id of the image that served it, where one did. It is no part of ``engine``: FP16 is mounted into
-    the runtime that the release's image is made of, and the runtime is.
+    the runtime that the release's image is made of, and the runtime is. ``longest`` is the most tokens that a prompt
+    and its answer could take, where a server was asked: one that serves more gets the same prompts, whole.
     """
 
     schema_: Annotated[Literal["slipway.answers/2"], Field(alias="schema")]
     engine: Mapping[str, str | int]
     image: str | None = None
+    longest: Count | None = None
     suite: AskedSuite
     tasks: Mapping[str, Annotated[AnyAnswers, Field(discriminator="kind")]]
 

@@ -219,7 +219,8 @@ def _joined(parts: Sequence[Answers]) -> Answers:
         name: task.model_copy(update={"items": tuple(item for part in parts for item in part.tasks[name].items)})
         for name, task in parts[0].tasks.items()
     }
-    return parts[0].model_copy(update={"tasks": tasks})
+    longest = [part.longest for part in parts if part.longest is not None]
+    return parts[0].model_copy(update={"tasks": tasks, "longest": max(longest, default=None)})
 
 
 def _join_runs(folders: Sequence[Path], parts: Sequence[Answers], output: Path) -> None:

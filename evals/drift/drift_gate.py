@@ -53,8 +53,12 @@ def judge(drift: Drift, limits: DriftLimits) -> Verdict:
     ``not-answered`` (a task without answers), ``baseline-incomplete``, ``baseline-at-chance``, ``too-few-items``,
     ``stopped-early``, ``suspicious`` (much better than FP16), ``calibration-overlap``; several are joined by ``+``,
     sorted, so that accepting one accepts no other. A candidate without a finite answer to an item that the baseline
-    answered fails.
+    answered fails. One that this machine can't serve is inconclusive (``unsupported``), which can't be accepted.
     """
+    if drift.lacking is not None:
+        return Verdict(
+            gate=GATE, status="inconclusive", cause="unsupported", reason=drift.lacking, limits=_limits(limits)
+        )
     findings = {**_tasks(drift, limits), **dict(_beside(drift, limits))}
     found = [finding for finding in findings.values() if finding.decides]
     status: Status = "inconclusive" if found else "pass"

@@ -89,6 +89,22 @@ def _choices(value: object, _row: Row) -> str | None:
     return None if whole else "must be a list of at least two texts"
 
 
+def _tools(value: object, _row: Row) -> str | None:
+    whole = isinstance(value, list) and all(
+        isinstance(tool, dict) and isinstance(tool.get("name"), str) and isinstance(tool.get("parameters"), dict)
+        for tool in value
+    )
+    return None if whole and value else "must be a list of tools with `name` and `parameters`"
+
+
+def _tool(value: object, row: Row) -> str | None:
+    return None if value in [tool["name"] for tool in row["tools"]] else "must be the name of one of the tools"
+
+
+def _object(value: object, _row: Row) -> str | None:
+    return None if isinstance(value, dict) else "must be an object"
+
+
 def _answer(value: object, row: Row) -> str | None:
     whole = type(value) is int and 0 <= value < len(row["choices"])
     return None if whole else "must be the place of a choice, from 0 on"
@@ -98,5 +114,11 @@ TEXTS: Shape = {"text": _string}
 DOCUMENTS: Shape = {"id": _text, "text": _text}
 CHOICES: Shape = {"id": _text, "context": _string, "choices": _choices, "answer": _answer}
 NAMED: Shape = {"id": _text}
-# By the `output_type` of a task of ours (lm-eval's word).
-SHAPES: Mapping[str, Shape] = {"multiple_choice": CHOICES, "loglikelihood_rolling": DOCUMENTS, "generate_until": NAMED}
+CALLS: Shape = {"id": _text, "prompt": _text, "tools": _tools, "name": _tool, "arguments": _object}
+# By the `output_type` of a task of ours (lm-eval's word, but for tool calls, which it does not ask).
+SHAPES: Mapping[str, Shape] = {
+    "multiple_choice": CHOICES,
+    "loglikelihood_rolling": DOCUMENTS,
+    "generate_until": NAMED,
+    "tool_calls": CALLS,
+}

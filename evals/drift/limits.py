@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from evals.drift.suite import AskedTasks
+from evals.drift.suite import TASKS, TOOL_CALLS, AskedTasks, TaskLimits
 
 # Why a drift verdict can be inconclusive; `evals.drift.drift_gate.judge` says when.
 CAUSES = frozenset(
@@ -83,7 +83,32 @@ class DriftLimits(AskedTasks):
             )
         return self
 
+    @model_validator(mode="after")
+    def _tool_calls_are_served(self) -> DriftLimits:
+        asking = [name for name, task in self.tasks.items() if (task.task or name) == TOOL_CALLS]
+        if asking and self.engine != "served":
+            raise ValueError(f"`{asking[0]}` asks for tool calls, which need `engine: served`")
+        return self
+
+    def with_tool_calls(self) -> DriftLimits:
+        """Return the same with our own requests for tool calls, unless the model file asks for calls itself."""
+        if any((task.task or name) == TOOL_CALLS for name, task in self.tasks.items()) or self.engine != "served":
+            return self
+        return self.model_copy(update={"tasks": {**self.tasks, TOOL_CALLS: _TOOL_CALLS}})
+
     @property
     def fractions(self) -> tuple[float, ...]:
         """The parts of the suite after which one looks; the last is all of it."""
         return tuple(look / self.looks for look in range(1, self.looks + 1))
+
+
+# Of 48 requests an interval is wide: what they show to be lost fails, and what they cannot decide does not block.
+_TOOL_CALLS = TaskLimits(
+    task=TOOL_CALLS,
+    data=TASKS / f"{TOOL_CALLS}.jsonl",
+    kind="generated",
+    size=48,
+    tokens=400,
+    tier="supporting",
+    max_drop=0.05,
+)

@@ -150,7 +150,8 @@ class Drift(_Frozen):
     """What ``drift.json`` holds: every task's pairs, and the differences between the two engines, if any.
 
     ``fraction`` is the part of the suite that was asked before the verdict was clear; 1 without interim analyses.
-    ``computed_on`` is the hardware that served each of the two, if it was one of our servers.
+    ``computed_on`` is the hardware that served each of the two, if it was one of our servers. ``lacking`` says why the
+    candidate was not asked at all: its configuration needs what this machine does not have.
     """
 
     schema_: Annotated[Literal["slipway.drift/2"], Field(alias="schema")] = "slipway.drift/2"
@@ -163,6 +164,12 @@ class Drift(_Frozen):
     divergence: Divergence | None = None
     layers: tuple[Layer, ...] = ()
     computed_on: Mapping[Literal["FP16", "candidate"], ComputedOn] = {}
+    lacking: str | None = None
+
+
+def not_asked(lacking: str) -> Drift:
+    """Return the evidence of a candidate that this machine can't serve."""
+    return Drift(engine={}, engine_differences=(), tasks={}, lacking=lacking)
 
 
 def compare(

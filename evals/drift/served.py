@@ -75,6 +75,7 @@ def model(address: Callable[[], str], name: str, tokenizer_folder: Path, report:
             self._encoded: dict[str, list[int]] = {}
             self._items: list[Any] = []
             self.asking = "asking"
+            self.longest = 0
             self._rank, self._world_size = 0, 1
 
         @cached_property
@@ -118,6 +119,7 @@ def model(address: Callable[[], str], name: str, tokenizer_folder: Path, report:
         def _loglikelihood_tokens(self, requests: Sequence[Any], **_: object) -> list[Scored]:
             prompts = []
             for _, context, continuation in requests:
+                self._needs(len(context) + len(continuation) + 1)
                 whole = (context + continuation)[-self.max_length :]
                 prompts.append((whole, max(1, len(whole) - len(continuation))))
             self._tell_cut(
@@ -125,6 +127,10 @@ def model(address: Callable[[], str], name: str, tokenizer_folder: Path, report:
             )
             items, self._items = self._items or list(range(len(prompts))), []
             return self._counted(prompts, self._score, items)
+
+        def _needs(self, tokens: int) -> None:
+            """Note how many tokens a prompt and its answer take."""
+            self.longest = max(self.longest, tokens)
 
         def _counted(
             self, prompts: Sequence[tuple[list[int], int]], ask: Callable[..., list[Any]], items: Sequence[Any]
@@ -143,8 +149,10 @@ def model(address: Callable[[], str], name: str, tokenizer_folder: Path, report:
             del disable_tqdm
             windows, owners = [], []
             for number, request in enumerate(requests):
+                tokens = self.tok_encode(request.args[0])
+                self._needs(len(tokens) + 2)
                 rolling = utils.get_rolling_token_windows(
-                    token_list=self.tok_encode(request.args[0]), prefix_token=self.prefix_token_id,
+                    token_list=tokens, prefix_token=self.prefix_token_id,
                     max_seq_len=self.max_length - 1, context_len=1,
                 )  # fmt: skip
                 for window in map(utils.make_disjoint_window, rolling):
@@ -166,6 +174,7 @@ def model(address: Callable[[], str], name: str, tokenizer_folder: Path, report:
                 until = options.pop("until", None) or []
                 stop = [until] if isinstance(until, str) else list(until)
                 whole, room = self.tok_encode(text), self.max_length - most
+                self._needs(len(whole) + most + 1)
                 if room < 1:
                     raise ServerError(f"{most} tokens are to be written, and {self.max_length} are served in all")
                 options.setdefault("temperature", 0)
@@ -180,8 +189,15 @@ def model(address: Callable[[], str], name: str, tokenizer_folder: Path, report:
             self._tell_cut(sum(cut for _, cut in written))
             return [text for text, _ in written]
 
+        def chat(self, body: dict[str, Any]) -> dict[str, Any]:
+            """Ask the chat API and return its reply."""
+            reply = self._ask("/v1/chat/completions", body)
+            self._needs(int((reply.get("usage") or {}).get("prompt_tokens") or 0) + int(body["max_tokens"]))
+            return reply
+
         def top(self, prompts: Sequence[list[int]], count: int) -> list[list[tuple[list[int], list[float]]]]:
             """Return for each prompt, at each place but the first, the likeliest tokens and their log-probabilities."""
+            self._needs(max(map(len, prompts), default=0) + 1)
 
             def ask(part: Sequence[tuple[list[int], int]]) -> list[list[tuple[list[int], list[float]]]]:
                 choices = self._echo([tokens for tokens, _ in part], count)

@@ -20,6 +20,8 @@ from registry.suggestions import suggestion
 
 TASKS = Path(__file__).with_name("tasks")
 SUITES = Path(__file__).with_name("suites")
+TOOL_CALLS = "tool_calls"
+"""Our task that a server with a parser of tool calls is asked; `tool_calls.jsonl` beside it has our own requests."""
 
 # How a failed or inconclusive task affects the release; see `evals.drift.drift_gate`.
 Tier = Literal["critical", "supporting", "advisory"]

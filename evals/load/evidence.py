@@ -12,12 +12,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from containers.sandbox.engine_report import EngineReport, Requested, not_applied
 from containers.sandbox.kernels import ComputedOn, with_gpus
 from evals.errors import LoadEvidenceError
 from evals.load.capacity import Capacity
 from evals.load.expected_memory import MemoryPrediction
 from evals.load.queueing import Queue
 from evals.load.slo import current_name
+from evals.load.speculation import Speculation
 from evals.load.traffic.profile import Arrivals, Lengths, Prefix, TrafficProfile
 
 FILE = "load.json"
@@ -168,8 +170,9 @@ class ServerResult(_Document):
     """The server: how it ended if it did, its start, its limits, its engine's version, and what computed its answers.
 
     ``start_seconds`` is None if it never became healthy. ``gpus`` are the UUIDs of its devices, and ``ranks`` is how
-    many processes the model was divided among, each on a GPU or on cores of its own. ``computed_on`` is None in
-    evidence from before it was recorded.
+    many processes the model was divided among, each on a GPU or on cores of its own. ``requested`` is what it
+    was asked to apply, ``report`` what its engine's log says that it applied. What evidence from before it was recorded
+    lacks is None.
     """
 
     died: str | None
@@ -181,6 +184,15 @@ class ServerResult(_Document):
     memory_limit_bytes: int
     version: str | None = None
     computed_on: ComputedOn | None = None
+    requested: Requested | None = None
+    report: EngineReport | None = None
+
+    @property
+    def not_applied(self) -> list[str]:
+        """What was requested and not applied, as far as the engine's log says it."""
+        if self.requested is None or self.report is None:
+            return []
+        return not_applied(self.requested, self.report, on_gpu=bool(self.gpus))
 
     @model_validator(mode="before")
     @classmethod
@@ -197,7 +209,8 @@ class ServerResult(_Document):
 class LoadEvidence(_Document):
     """Everything a load test saw. ``findings`` are sentences for a person that no limit is about.
 
-    ``faults`` and ``capacity`` are None where they were not asked for. ``lacking`` says why nothing was measured.
+    ``faults`` and ``capacity`` are None where they were not asked for, ``speculation`` where the server has none.
+    ``lacking`` says why nothing was measured; with ``unsupported`` it is the configuration, which needs another device.
     """
 
     schema_: Annotated[Literal["slipway/load/2"], Field(alias="schema")] = "slipway/load/2"
@@ -211,6 +224,8 @@ class LoadEvidence(_Document):
     client: ClientCost
     findings: tuple[str, ...] = ()
     lacking: str | None = None
+    unsupported: bool = False
+    speculation: Speculation | None = None
     server: ServerResult
 
     def format(self) -> str:

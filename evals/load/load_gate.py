@@ -18,16 +18,17 @@ MOST_UNWATCHED_SECONDS = 10.0
 def judge(evidence: LoadEvidence, plan: LoadPlan) -> Verdict:
     """Compare the evidence of a load test with the plan's limits, unrounded; a metric that is missing fails.
 
-    A server that never became healthy, a failed canary, a dead server, a fault that it did not survive, a leak or a
-    missed limit fails. Traffic other than requested (a late client, requests that were not sent), a search for the
-    capacity that the client ended, memory that was not sampled, and a missing GPU are inconclusive, unless something
-    failed that they can't explain.
+    A server that never became healthy, a setting that its engine did not apply, a failed canary, a dead server, answers
+    that speculation changed, a fault that it did not survive, a leak or a missed limit fails. Traffic other than
+    requested (a late client, requests that were not sent), a search for the capacity that the client ended, memory that
+    was not sampled, and a missing GPU are inconclusive, unless something failed that they can't explain. So is a
+    configuration that this device does not support (``unsupported``), which can't be accepted.
     """
     limits = {**plan.limits(), **_gpu_limits(evidence, plan)}
     metrics = dict(evidence.metrics)
     lacking = evidence.lacking
     if lacking is not None:
-        return _inconclusive("no-gpu", lacking, plan, metrics, limits)
+        return _inconclusive("unsupported" if evidence.unsupported else "no-gpu", lacking, plan, metrics, limits)
     failures = _outright(evidence)
     doubt = None if failures else _doubt(evidence, plan)
     if not failures:
@@ -97,8 +98,11 @@ def _outright(evidence: LoadEvidence) -> list[str]:
         return [f"the server never became healthy: {server.died}"]
     if server.died is not None:
         return [f"during the load test the server {server.died}"]
+    if server.not_applied:
+        return [f"the engine did not apply what was requested: {each}" for each in server.not_applied]
     if canary.ok:
-        return []
+        changed = evidence.speculation.wrong if evidence.speculation is not None else None
+        return [f"speculation changes greedy answers: {changed}"] if changed else []
     got = f"answered {canary.answer!r}" if canary.error is None else f"failed ({canary.error})"
     return [f"canary: the answer to {canary.prompt!r} must begin with {canary.expect!r}, but the server {got}"]
 

@@ -18,6 +18,7 @@ from typing import Literal
 import httpx
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, ValidationError
 
+from containers.sandbox.engine_report import Requested
 from containers.sandbox.sandbox import Server
 from evals.errors import EvaluationError
 from evals.load import capacity as capacities
@@ -42,6 +43,7 @@ from evals.load.queueing import queue
 from evals.load.requests import FILE as REQUESTS
 from evals.load.requests import RequestRecord, parse_requests
 from evals.load.slo import PERCENTILES, Slo, percentile
+from evals.load.speculation import Speculation
 from evals.load.traffic.profile import TrafficProfile
 from evals.load.traffic.schedule import Schedule
 from evals.load.traffic.schedule import plan as schedule_of
@@ -51,8 +53,22 @@ from registry.errors import UntrustedFileError, first_problem
 from registry.progress import Progress
 
 __all__ = [
-    "GATE", "Canary", "LoadError", "LoadPlan", "Memory", "Slo", "TrafficProgress", "is_conclusive", "judge", "load_key",
-    "measure", "percentile", "write_unhealthy", "write_without_gpu",
+    "GATE",
+    "Canary",
+    "LoadError",
+    "LoadPlan",
+    "Memory",
+    "Slo",
+    "TrafficProgress",
+    "add_speculation",
+    "is_conclusive",
+    "judge",
+    "load_key",
+    "measure",
+    "percentile",
+    "write_unhealthy",
+    "write_unsupported",
+    "write_without_gpu",
 ]  # fmt: skip
 
 CLIENT = Path(__file__).parent / "traffic" / "client.py"
@@ -219,6 +235,7 @@ def measure(
     progress: Progress,
     live: Live = lambda _: None,
     expected: ExpectedMemory | None = None,
+    requested: Requested | None = None,
 ) -> LoadEvidence:
     """Put a healthy server under the plan's traffic and write the evidence into ``folder``.
 
@@ -235,6 +252,7 @@ def measure(
         progress: called with a line for each thing that happens.
         live: called several times a second with the progress of the traffic.
         expected: the prediction of the server's memory.
+        requested: what the server's engine was asked to apply.
 
     Raises:
         LoadError: the server doesn't say what it serves, or the load generator's result is not valid.
@@ -271,6 +289,8 @@ def measure(
         memory_limit_bytes=server.memory_bytes,
         version=version,
         computed_on=server.computed_on,
+        requested=requested,
+        report=server.report,
     )
     evidence = LoadEvidence(
         model=model,
@@ -299,8 +319,25 @@ def write_without_gpu(plan: LoadPlan, folder: Path) -> LoadEvidence:
     return _write_untested(plan, folder, lacking=lacking)
 
 
+def write_unsupported(reason: str, plan: LoadPlan, folder: Path) -> LoadEvidence:
+    """Write the evidence of a configuration that this device does not support: no server was started."""
+    return _write_untested(plan, folder, lacking=reason, unsupported=True)
+
+
+def add_speculation(folder: Path, evidence: LoadEvidence, speculation: Speculation) -> LoadEvidence:
+    """Add to a load test's evidence in ``folder`` what speculation changed."""
+    added = evidence.model_copy(update={"speculation": speculation})
+    measurements.write_evidence(folder, added)
+    return added
+
+
 def _write_untested(
-    plan: LoadPlan, folder: Path, *, died: str | None = None, lacking: str | None = None
+    plan: LoadPlan,
+    folder: Path,
+    *,
+    died: str | None = None,
+    lacking: str | None = None,
+    unsupported: bool = False,
 ) -> LoadEvidence:
     limit = int(plan.memory.limit_bytes)
     evidence = LoadEvidence(
@@ -313,6 +350,7 @@ def _write_untested(
         memory=MemoryResult(limit_bytes=limit),
         client=ClientCost(),
         lacking=lacking,
+        unsupported=unsupported,
         server=ServerResult(died=died, start_seconds=None, cpus=plan.cpus, memory_limit_bytes=limit),
     )
     measurements.write(folder, evidence, [], [])

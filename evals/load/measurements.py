@@ -176,6 +176,11 @@ def write(
     """Write ``load.json``, ``requests.jsonl`` and ``memory.json``."""
     (folder / records.FILE).write_text(records.format_requests(requests), encoding="utf-8")
     (folder / MEMORY).write_bytes(_SAMPLES.dump_json(_thinned(samples), exclude_none=True))
+    write_evidence(folder, evidence)
+
+
+def write_evidence(folder: Path, evidence: LoadEvidence) -> None:
+    """Write ``load.json`` alone."""
     (folder / documents.FILE).write_text(evidence.format(), encoding="utf-8")
 
 

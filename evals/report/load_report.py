@@ -114,6 +114,10 @@ def _facts(load: LoadEvidence) -> dict[str, str]:
         facts["load generator"] = (
             f"{client.cores:.2f} cores while requests were under way, {client.cpu_seconds:.1f} s of processor time"
         )
+    if load.server.report is not None:
+        facts["engine"] = str(load.server.report)
+    if load.speculation is not None:
+        facts["speculation"] = str(load.speculation)
     if load.server.network:
         facts["network"] = load.server.network
     return facts

@@ -22,7 +22,8 @@ from evals.load.cost import sentences as cost_sentences
 from evals.load.evidence import LoadEvidence, read_load_evidence
 from evals.load.measurements import read_samples
 from evals.load.requests import RequestRecord, read_requests
-from evals.report import cost_pictures, drift_pictures, html, load_pictures, load_report, pictures
+from evals.load.variants import Variant, read_variants
+from evals.report import cost_pictures, drift_pictures, html, load_pictures, load_report, pictures, variants
 from evals.report.pictures import StageTime, shown_bytes
 from registry.verdict import Verdict
 
@@ -43,6 +44,7 @@ class ReportEvidence:
     requests: Sequence[RequestRecord] = ()
     memory: Sequence[MemorySample] = ()
     cost: CostEvidence | None = None
+    variants: Sequence[Variant] = ()
 
     @classmethod
     def read(cls, *folders: Path) -> ReportEvidence:
@@ -62,6 +64,7 @@ class ReportEvidence:
                 requests=read_requests(found["requests.jsonl"].parent) if "requests.jsonl" in found else (),
                 memory=read_samples(found["memory.json"].parent) if "memory.json" in found else (),
                 cost=read_cost(found["cost.json"]) if "cost.json" in found else None,
+                variants=read_variants(found["variants.json"].parent) if "variants.json" in found else (),
             )
         except (AnswersError, LoadEvidenceError, ScanError) as error:
             raise ReportError(f"the report can't be written: {error}") from error
@@ -98,6 +101,7 @@ def render(subject: ReportedRelease, verdicts: Sequence[Verdict], evidence: Repo
         headline=_headline(verdicts),
         tone=_tone(verdicts),
         tiles=_tiles(subject, verdicts),
+        variants=variants.table(verdicts, evidence.load, evidence.variants),
         load=load_report.section(evidence.load, by_gate["load"]) if evidence.load and "load" in by_gate else None,
         figures=_figures(subject, verdicts, evidence),
         costs=evidence.cost.rows if evidence.cost else [],

@@ -27,6 +27,7 @@ from pipeline.settings import Settings
     "--cluster", "described", metavar="FILE", type=click.Path(path_type=Path),
     help="What is the cluster's own, in YAML; docs/reference/cluster-file.md has every key.",
 )  # fmt: skip
+@click.option("--variant", metavar="VARIANT", help="A serving variant that the release lists. Default: the main one.")
 @as_json
 def bundle(
     name: str,
@@ -36,6 +37,7 @@ def bundle(
     image: str | None,
     gateway_image: str | None,
     described: Path | None,
+    variant: str | None,
     *,
     as_json: bool,
 ) -> None:
@@ -51,7 +53,7 @@ def bundle(
 
     settings = Settings.read()
     placed = cluster(described) if described is not None else None
-    evidence, record = gather(name, settings)
+    evidence, record = gather(name, settings, variant)
     written = write_bundle(
         evidence,
         record,

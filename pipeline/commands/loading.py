@@ -118,9 +118,9 @@ def compare(
 ) -> None:
     """Compare MODEL in FP16 and in each scheme under the same load.
 
-    Writes one page with size, memory, tokens per second, latency at equal rate, capacity, and the cost of a million
-    tokens. Earlier measurements under the same traffic are reused. Exit status 3 if one misses the limits in the
-    model's file.
+    A scheme's serving variants are columns beside it. Writes one page with size, memory, tokens per second, latency at
+    equal rate, capacity, and the cost of a million tokens. Earlier measurements under the same traffic are reused. Exit
+    status 3 if one misses the limits in the model's file.
     """
     from pipeline.operations import load_tests  # noqa: PLC0415
     from pipeline.orchestration.release import sweep  # noqa: PLC0415

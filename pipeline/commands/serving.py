@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 )
 @click.option("--every", type=float, default=2.0, show_default=True, help="Seconds between checks of the alias.")
 @click.option("--redis", metavar="URL", help="A Redis server through which gateways share the limits of keys.")
+@click.option("--variant", metavar="VARIANT", help="A serving variant that the release lists. Default: the main one.")
 @as_json
 def serve(
     name: str,
@@ -35,6 +36,7 @@ def serve(
     parallel: int,
     every: float,
     redis: str | None,
+    variant: str | None,
     as_json: bool,
 ) -> None:
     """Serve release NAME[@ALIAS] (default @champion) until Ctrl-C.
@@ -42,7 +44,8 @@ def serve(
     The API is on 127.0.0.1, with keys and limits. The release is pulled and verified. Its image runs in hardened
     containers behind a gateway with OpenAI's API. When the alias moves to another release, that release is started and
     warmed, the traffic switches to it, and the old one is drained: no request is lost. A canary gets its share of the
-    traffic. Make a key with `slipway keys add`.
+    traffic. Make a key with `slipway keys add`. A variant is started only where the release's manifest lists it, which
+    means that it passed drift and load.
     """
     from containers.gateway import keys as api_keys  # noqa: PLC0415
     from pipeline.serving import serve  # noqa: PLC0415
@@ -51,7 +54,8 @@ def serve(
 
     settings = Settings.read()
     model, _, alias = name.partition("@")
-    options = serve.Options(replicas, port, port + 1 if admin_port is None else admin_port, parallel, every, redis)
+    metrics_port = port + 1 if admin_port is None else admin_port
+    options = serve.Options(replicas, port, metrics_port, parallel, every, redis, variant)
 
     def announce(running: Serving) -> None:
         gate = running.gateway

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -115,7 +115,7 @@ def compare(
     progress: Callable[[str], Progress],
     price_per_hour: float | None,
 ) -> tuple[list[ComparisonRow], dict[str, Verdict], Path]:
-    """Measure FP16 and each scheme under the same plan, one after the other; return the table, verdicts and the page.
+    """Measure FP16, each scheme and each of its variants under the same plan; return the table, verdicts and the page.
 
     What was measured under that very plan before is reused. ``progress`` gives each scheme its own listener.
     """
@@ -127,6 +127,11 @@ def compare(
         measured = run(LOAD, context, {"quantized": checkpoint, "image": image})
         compared.append(ComparedScheme(scheme, checkpoint.size_bytes, read_load_evidence(measured.folder)))
         verdicts[scheme] = loads.judge(compared[-1].load, plan)
+        for variant in context.variants if scheme != BASELINE else ():
+            own, name = replace(context, variant=variant), f"{scheme}, {variant}"
+            measured = run(LOAD, own, {"quantized": checkpoint, "image": image})
+            compared.append(ComparedScheme(name, checkpoint.size_bytes, read_load_evidence(measured.folder)))
+            verdicts[name] = loads.judge(compared[-1].load, plan)
     page = settings.home / "reports" / f"{spec.model}-comparison.html"
     rows = load_report.write_comparison(page, spec.model, compared, verdicts, price_per_hour)
     return rows, verdicts, page

@@ -69,7 +69,7 @@ def answers(_context: StageContext, made: Artifact) -> dict[str, Any]:
 
 def drift(context: StageContext, made: Artifact) -> dict[str, Any]:
     """What was lost, against its limits and item by item, and every figure of the drift gate."""
-    judged = drift_stage.judge(made, context.spec)
+    judged = drift_stage.judge(made, context)
     pairs = read_drift(made.folder)
     drawn = (
         pictures.losses(judged),
@@ -103,7 +103,7 @@ def scan(context: StageContext, made: Artifact) -> dict[str, Any]:
         for item in evidence.vulnerabilities[:100]
     ]
     return {
-        "judged": _judged(scan_stage.judge(made, context.spec)),
+        "judged": _judged(scan_stage.judge(made, context)),
         **_pictures(pictures.vulnerabilities(evidence)),
         **{f"vulnerabilities {severity}": count for severity, count in counts.items()},
         "database": evidence.database.state,
@@ -115,7 +115,7 @@ def scan(context: StageContext, made: Artifact) -> dict[str, Any]:
 def load(context: StageContext, made: Artifact) -> dict[str, Any]:
     """How fast it answered, how much memory it took, and every figure of the load test."""
     evidence = read_load_evidence(made.folder)
-    judged = load_stage.judge(made, context.spec)
+    judged = load_stage.judge(made, context)
     samples = read_samples(made.folder)
     drawn = (
         pictures.latency(read_requests(made.folder), judged.limits),

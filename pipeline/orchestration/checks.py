@@ -17,6 +17,7 @@ from dagster import (
 from pipeline.orchestration.partitions import RELEASES, spec_of
 from pipeline.orchestration.previews import known_previews
 from pipeline.settings import Settings
+from pipeline.stages.context import StageContext
 from pipeline.stages.metadata import VERDICT, judged
 from pipeline.stages.stage import Gate
 from pipeline.stages.table import STAGES
@@ -29,8 +30,8 @@ def _check(stage: str, gate: Gate) -> AssetChecksDefinition:
     def decide(
         context: AssetCheckExecutionContext, settings: ResourceParam[Settings], evidence: Artifact
     ) -> AssetCheckResult:
-        spec, _ = spec_of(context, settings)
-        verdict = gate.judge(evidence, spec)
+        spec, scheme = spec_of(context, settings)
+        verdict = gate.judge(evidence, StageContext(spec, scheme, settings, context.log.info))
         if verdict.blocks:
             # Dagster's own error names the check and not the reason, and the run's log is where a person looks first.
             context.log.error("the %s gate refuses: %s, %s", stage, verdict.status, verdict.reason)

@@ -91,6 +91,7 @@ class _Run:
                 for gate in _in_stage_order(self.gates)
             ],
             "measured": released.get("measured") or self._measured(),
+            "variants": released.get("variants", {}),
             "error": ending["error"],
         }
 

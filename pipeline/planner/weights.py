@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from containers.hardware.cpu import InstructionSet
 from pipeline.compatibility.description import FLOATS, ModelDescription, in_layer
@@ -103,6 +104,13 @@ def stored(model: ModelDescription) -> Weights:
         rest, scheme="", bytes=rest.bytes + size, packed=size, numbers=rest.numbers + numbers, quantized=numbers,
         bits=bits, linear=numbers,
     )  # fmt: skip
+
+
+def is_weight_only(config: Mapping[str, Any]) -> bool:
+    """Say whether a checkpoint with this config.json keeps activations in 16 bits, as AWQ, GPTQ and FP16 do."""
+    quantization = config.get("quantization_config") or {}
+    groups = (quantization.get("config_groups") or {}).values()
+    return quantization.get("quant_method") != "fp8" and not any(group.get("input_activations") for group in groups)
 
 
 def bytes_per_step(weights: Weights, facts: ModelFacts, requests: int) -> float:

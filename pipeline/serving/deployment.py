@@ -16,6 +16,7 @@ from containers.kubernetes.numbers import AnsweredRequest, BundleEvidence, Numbe
 from evals.load.cost import parse_cost
 from evals.load.evidence import LoadEvidence, parse_load_evidence
 from evals.load.requests import RequestRecord, parse_requests
+from evals.load.variants import folder as variant_folder
 from evals.report import autoscaling
 from evals.report.svg import standalone
 from pipeline.errors import PlanError, SpecError
@@ -23,22 +24,25 @@ from pipeline.planner.facts import read_facts
 from pipeline.settings import Settings
 from pipeline.trust import trust_of
 from pipeline.yaml_file import explain, keys, listed, read
-from registry.manifest import EVIDENCE, Manifest
+from registry.manifest import EVIDENCE
 from registry.pull import ReleaseMetadata, read_metadata
 
-_FILES = ("load.json", "requests.jsonl", "image.json", "cost.json")
+_TESTED = ("load.json", "requests.jsonl")
+_FILES = ("image.json", "cost.json")
 
 
-def gather(reference: str, settings: Settings) -> tuple[BundleEvidence, ImageRecord]:
-    """Read the evidence of the release ``NAME[@ALIAS]``, verified, and what its image is.
+def gather(reference: str, settings: Settings, variant: str | None = None) -> tuple[BundleEvidence, ImageRecord]:
+    """Read the evidence of the release ``NAME[@ALIAS]``, or of a variant of it, verified, and what its image is.
 
     Raises:
-        RegistryError: there is no such release, or it is not what was signed.
+        RegistryError: there is no such release, it is not what was signed, or it does not list the variant.
         PlanError: the release has no load test, or its evidence can't be read.
         LoadEvidenceError, ImageError: its evidence does not have the expected form.
     """
-    names = ["config.json", *(f"{EVIDENCE}/{name}" for name in _FILES)]
+    tested = EVIDENCE if variant is None else f"{EVIDENCE}/{variant_folder(variant)}"
+    names = ["config.json", *(f"{tested}/{name}" for name in _TESTED), *(f"{EVIDENCE}/{name}" for name in _FILES)]
     found = read_metadata(reference, names, tracking_uri=settings.tracking_uri, trusted_keys=trust_of(settings))
+    configuration = found.manifest.configuration(variant)
     config_file, load_file, requests_file, image_file, _ = names
     image = parse_image(_file(found, image_file), f"{image_file} of {found.manifest.name}")
     config = _document(found, config_file)
@@ -48,15 +52,11 @@ def gather(reference: str, settings: Settings) -> tuple[BundleEvidence, ImageRec
         manifest=found.manifest,
         version=found.version,
         measured=measurements(load, requests),
-        context=_context(found.manifest) or default_context(config) or read_facts(config).context,
+        context=(configuration and configuration.context) or default_context(config) or read_facts(config).context,
+        variant=None if variant is None else configuration,
         hourly=_hourly(found),
     )
     return evidence, image
-
-
-def _context(manifest: Manifest) -> int | None:
-    """The context of the main configuration; the first releases do not state it."""
-    return manifest.serving[0].context if manifest.serving else None
 
 
 def cluster(path: Path) -> Cluster:

@@ -21,6 +21,7 @@ from containers.hardware import gpu_pool
 from containers.hardware.core_pool import CoreRequest
 from containers.sandbox import sandbox
 from evals.load.evidence import read_load_evidence
+from evals.load.variants import folder as variant_folder
 from pipeline.errors import SlipwayError
 from pipeline.settings import Settings
 from registry.manifest import EVIDENCE, Manifest
@@ -49,13 +50,14 @@ class Resources:
     ranks: int = 1
 
     @classmethod
-    def tested(cls, folder: Path) -> Resources:
-        """Read the resources from a pulled release's load test.
+    def tested(cls, folder: Path, variant: str | None = None) -> Resources:
+        """Read the resources from a pulled release's load test, or that of a variant.
 
         Raises:
             LoadEvidenceError: its evidence can't be read.
         """
-        evidence = read_load_evidence(folder / EVIDENCE)
+        place = folder / EVIDENCE
+        evidence = read_load_evidence(place if variant is None else place / variant_folder(variant))
         timeout = max(_LEAST_START_TIMEOUT_S, _STARTS * (evidence.server.start_seconds or 0.0))
         return cls(evidence.memory.limit_bytes, evidence.server.cpus, timeout, evidence.server.ranks)
 
@@ -64,7 +66,7 @@ class Fleet:
     """``count`` replicas of one release. Call `start`, then `wait_ready`; call `stop` at the end, even after an error.
 
     ``of_all`` is the number of replicas of all releases, which share the machine's cores. ``changed`` is called, from
-    any thread, whenever a replica starts or ends.
+    any thread, whenever a replica starts or ends. A ``variant`` is served with the arguments that the manifest lists.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Fleet:
         of_all: int,
         changed: Callable[[], None],
         progress: Progress,
+        variant: str | None = None,
     ) -> None:
         self.release = release
         self.digest = manifest.digest
@@ -85,7 +88,9 @@ class Fleet:
         self._settings = settings
         self._changed = changed
         self._progress = progress
-        self._resources = Resources.tested(folder)
+        configuration = manifest.configuration(variant)
+        self._command = None if variant is None or configuration is None else configuration.command
+        self._resources = Resources.tested(folder, variant)
         self._of_all = of_all
         self._needs_gpu = manifest.image.minimum_driver is not None
         self._image = manifest.image
@@ -167,6 +172,7 @@ class Fleet:
                 home=self._settings.home,
                 memory_bytes=self._resources.memory_bytes,
                 cpus=self._resources.cpus,
+                command=self._command,
                 labels={sandbox.STAGE_LABEL: "serve", REPLICA_LABEL: name},
                 gpus=[gpu.uuid for gpu in devices],
                 cores=None if self._needs_gpu else self._share_of_cores(),

@@ -49,7 +49,10 @@ class DesiredRelease:
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `serve`: at most ``parallel`` requests at a replica; the alias is read every ``every`` seconds."""
+    """The options of `serve`: at most ``parallel`` requests at a replica; the alias is read every ``every`` seconds.
+
+    ``variant`` is a serving variant in place of the main configuration.
+    """
 
     replicas: int = 1
     port: int = 8080
@@ -57,6 +60,7 @@ class Options:
     parallel: int = 64
     every: float = 2.0
     redis: str | None = None
+    variant: str | None = None
 
 
 def desired_releases(name: str, alias: str, settings: Settings, replicas: int) -> list[DesiredRelease]:
@@ -240,6 +244,7 @@ class Serving:
             folder,
             tracking_uri=self._settings.tracking_uri,
             trusted_keys=trust_of(self._settings),
+            variant=self.options.variant,
             progress=self._progress,
         )
         if pulled.manifest.digest != release.digest:
@@ -248,7 +253,10 @@ class Serving:
             )
         name = f"{self.name}@{release.version}"
         replicas = (release.replicas, of_all)
-        return Fleet(self._settings, name, pulled.manifest, folder, *replicas, self._changed, self._progress)
+        return Fleet(
+            self._settings, name, pulled.manifest, folder, *replicas, self._changed, self._progress,
+            self.options.variant,
+        )  # fmt: skip
 
     def _changed(self) -> None:
         """Update the routes after a replica started or ended; `look` repeats this if the gateway refuses."""

@@ -41,7 +41,7 @@ def recipe_of(
     code: str,
 ) -> Recipe:
     """The questions and the engine that is asked; no limit, since limits judge answers and do not change them."""
-    limits = context.spec.evals
+    limits = context.evals
     kept = None if limits.divergence is None else limits.divergence.model_dump(mode="json", exclude={"max_mean"})
     parameters = {**questions(limits), "engine": engine_of(context, checkpoint), "divergence": kept, **more}
     if limits.engine == "served":
@@ -51,8 +51,9 @@ def recipe_of(
 
 
 def reference(context: StageContext) -> ServingConfiguration:
-    """How FP16 is served, whatever the scheme and the variant that are compared with it."""
-    return context.spec.serving().reference()
+    """How FP16 is served, whatever the scheme that is compared with it; to call tools it needs the same parser."""
+    serving = context.spec.serving(variant=context.variant).reference()
+    return serving.model_copy(update={"tool_calls": context.serving.tool_calls})
 
 
 def engine_of(context: StageContext, checkpoint: Artifact) -> dict[str, str]:
@@ -91,7 +92,7 @@ def answer(
     ``image`` is its image's id, or `FP16`, of which some items are asked twice. ``ask`` asks in parts; all is asked in
     one where it is not given.
     """
-    limits = context.spec.evals
+    limits = context.evals
     if context.instruction_set is not None:
         draft.note(AnswersNotes(instruction_set=context.instruction_set))
     address = draft.scratch / "address"
@@ -152,15 +153,16 @@ def serve_source(context: StageContext, source: Artifact) -> Iterator[sandbox.Se
 
 
 @contextmanager
-def serve_image(context: StageContext, image_id: str) -> Iterator[sandbox.Server]:
-    """Serve a release's own image.
+def serve_image(context: StageContext, image_id: str, checkpoint: Artifact) -> Iterator[sandbox.Server]:
+    """Serve a release's own image, with the arguments of the variant that is tested, if one is.
 
     Raises:
         SandboxError: it does not start; says what to do where vLLM can't load such a scheme.
     """
     started = False
     try:
-        with context.engine() as client, _served(context, client, image_id, context.serving.gpus) as server:
+        command, ranks = context.variant_command(checkpoint), context.serving.gpus
+        with context.engine() as client, _served(context, client, image_id, ranks, command=command) as server:
             started = True
             yield server
     except SandboxError as error:

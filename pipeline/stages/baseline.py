@@ -15,7 +15,7 @@ from pipeline.store.artifacts import ArtifactDraft, Recipe
 def recipe(context: StageContext, inputs: Inputs) -> Recipe:
     """The source and the questions, some of which are asked twice."""
     source = inputs["source"]
-    again = {"again": context.spec.evals.again}
+    again = {"again": context.evals.again}
     taken = {"source": source.digest}
     return answers.recipe_of(context, source, answers.reference(context), taken, again, code_version(__name__))
 

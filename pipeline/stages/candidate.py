@@ -19,7 +19,7 @@ from pipeline.store.notes import AnswersNotes
 
 def recipe(context: StageContext, inputs: Inputs) -> Recipe:
     """The checkpoint, its image where that is asked, and the questions."""
-    limits, quantized = context.spec.evals, inputs["quantized"]
+    limits, quantized = context.evals, inputs["quantized"]
     taken = {"quantized": quantized.digest}
     if limits.engine == "served":
         taken["image"] = inputs["image"].digest
@@ -32,20 +32,24 @@ def recipe(context: StageContext, inputs: Inputs) -> Recipe:
 
 
 def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
-    """Ask the candidate, in looks where the model's file says so."""
+    """Ask the candidate, in looks where the model's file says so; not at all where this machine can't serve it."""
+    if context.unsupported and context.evals.engine == "served":
+        draft.note(AnswersNotes(unsupported=context.unsupported))
+        return
     quantized, image_id = inputs["quantized"], answers.image_id_of(inputs["image"])
 
     def ask_in_looks(ask_part: answers.AskPart) -> None:
         draft.note(AnswersNotes(fraction=_ask_in_looks(context, ask_part, inputs["baseline"], draft)))
 
     with context.device():
-        ask = ask_in_looks if context.spec.evals.looks > 1 else None
-        answers.answer(context, draft, quantized, lambda: answers.serve_image(context, image_id), image_id, ask)
+        ask = ask_in_looks if context.evals.looks > 1 else None
+        serve = lambda: answers.serve_image(context, image_id, quantized)  # noqa: E731
+        answers.answer(context, draft, quantized, serve, image_id, ask)
 
 
 def _ask_in_looks(context: StageContext, ask_part: answers.AskPart, baseline: Artifact, draft: ArtifactDraft) -> float:
     """Ask until the verdict is clear; return the fraction of the suite that was asked."""
-    limits = context.spec.evals
+    limits = context.evals
 
     def is_decided(answered: Answers, folder: Path, fraction: float) -> bool:
         tops = (read_top(baseline.folder), read_top(folder))

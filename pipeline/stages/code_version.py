@@ -62,6 +62,7 @@ _COVERED = {
         "pipeline.trust",
         "containers.scan.scan_gate",
     ),
+    "pipeline.stages.tested_variants": ("containers.image", "evals.drift.drift_gate", "evals.load.load_gate"),
     # Reading measurements takes no server; the load test, which starts one, follows this itself.
     "evals.load.measurements": ("containers.sandbox.sandbox",),
     # The profile's pins are in the recipe.

@@ -17,15 +17,16 @@ from containers.hardware.core_pool import CoreRequest
 from containers.hardware.cpu import InstructionSet
 from containers.hardware.gpu import gpus
 from containers.image import profile as profiles
-from containers.image.build import ImageRecord, find
+from containers.image.build import ImageRecord, find, serving_arguments
 from containers.image.layout import has_layers
 from containers.image.serving import ServingConfiguration
 from containers.scan.trivy_db import Database
+from evals.drift.limits import DriftLimits
 from pipeline.compatibility.scheme import Scheme
 from pipeline.settings import Settings
 from pipeline.sources.source import ResolvedSource
 from pipeline.spec import ModelSpec
-from pipeline.store.artifacts import ArtifactDraft, Store
+from pipeline.store.artifacts import Artifact, ArtifactDraft, Store
 from pipeline.store.shared import SharedStore
 from pipeline.workers.launchers import configured as launchers
 from pipeline.workers.runner import Bootstrap, Workers
@@ -68,7 +69,31 @@ class StageContext:
     @property
     def serving(self) -> ServingConfiguration:
         """How the release is served, as the model file says it."""
-        return self.spec.serving(self.scheme_name, self.variant)
+        scheme = self.scheme_name if self.scheme_name in self.spec.schemes else None  # FP16 is load-tested too
+        return self.spec.serving(scheme, self.variant)
+
+    @property
+    def evals(self) -> DriftLimits:
+        """The questions and their limits; where tool calls are served, our own requests for them among them."""
+        return self.spec.evals.with_tool_calls() if self.serving.tool_calls else self.spec.evals
+
+    @property
+    def unsupported(self) -> str | None:
+        """Say what the configuration needs and this machine's CPU lacks; None where it lacks nothing."""
+        if profiles.load(self.spec.runtime).minimum_driver is not None or not self.settings.engine_is_here:
+            return None
+        return self.serving.unsupported(self.settings.cpu.instruction_set)
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The names of the serving variants, in the order of the model file."""
+        return tuple(self.spec.serve.variants)
+
+    def variant_command(self, checkpoint: Artifact) -> tuple[str, ...] | None:
+        """Return a variant's arguments in place of the image's own; None for the main configuration."""
+        if self.variant is None:
+            return None
+        return serving_arguments(profiles.load(self.spec.runtime), checkpoint.folder, self.spec.model, self.serving)
 
     @property
     def release_name(self) -> str:

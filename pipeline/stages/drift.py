@@ -8,9 +8,8 @@ from containers.sandbox.kernels import ComputedOn
 from evals.drift import asking, drift_gate
 from evals.drift.answers import read_answers
 from evals.drift.divergence import read_top
-from evals.drift.pairs import compare, read_drift, read_layers, write_drift
+from evals.drift.pairs import compare, not_asked, read_drift, read_layers, write_drift
 from evals.errors import AnswersError
-from pipeline.spec import ModelSpec
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext
 from pipeline.stages.layers import calibration_texts
@@ -35,6 +34,10 @@ def recipe(context: StageContext, inputs: Inputs) -> Recipe:
 def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
     """Pair the answers."""
     baseline, candidate = inputs["baseline"], inputs["candidate"]
+    lacking = candidate.noted(AnswersNotes).unsupported
+    if lacking is not None:
+        write_drift(not_asked(lacking), draft.folder)
+        return
     try:
         answered = read_answers(candidate.folder)
         compared = compare(
@@ -53,9 +56,9 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
     write_drift(compared, draft.folder)
 
 
-def judge(drift: Artifact, spec: ModelSpec) -> Verdict:
+def judge(drift: Artifact, context: StageContext) -> Verdict:
     """Compare what was lost with the model's limits."""
-    return drift_gate.judge(read_drift(drift.folder), spec.evals)
+    return drift_gate.judge(read_drift(drift.folder), context.evals)
 
 
 def _computed_on(baseline: Artifact, candidate: Artifact) -> dict[Literal["FP16", "candidate"], ComputedOn]:

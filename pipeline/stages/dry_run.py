@@ -84,4 +84,4 @@ class DryRun:
 
     def judge(self, _stage: str, gate: Gate, evidence: Artifact) -> Verdict:
         """Judge as a run would."""
-        return gate.judge(evidence, self.context.spec)
+        return gate.judge(evidence, self.context)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from containers.errors import UnhealthyError
 from containers.image import profile as profiles
-from containers.image.build import ImageRecord
+from containers.image.build import ImageRecord, serving_arguments
+from containers.image.serving import ServingConfiguration
 from containers.sandbox import sandbox
-from evals.load import load_test
+from containers.sandbox.engine_report import Requested
+from evals.load import greedy, load_test
 from evals.load.evidence import LoadEvidence, read_load_evidence
 from evals.load.expected_memory import ExpectedMemory, expect
+from evals.load.speculation import Asked, compare
+from pipeline.errors import PlanError
+from pipeline.planner.facts import read_facts
 from pipeline.planner.sources import describe_folder
-from pipeline.planner.weights import stored
-from pipeline.spec import ModelSpec
+from pipeline.planner.weights import is_weight_only, stored
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext
 from pipeline.stages.image import record_of
@@ -31,7 +37,7 @@ def recipe(context: StageContext, inputs: Inputs) -> Recipe:
     return Recipe(
         "load",
         inputs=digests(inputs),
-        parameters={**load_test.load_key(plan), "prompts": digest_file(plan.prompts)},
+        parameters={**load_test.load_key(plan), "prompts": digest_file(plan.prompts), **_variant(context)},
         code=code_version(__name__),
         pins=pins_digest("aiperf"),
     )
@@ -52,9 +58,9 @@ def stale(context: StageContext, load: Artifact) -> str | None:
     return "the last load test was inconclusive: measuring again"
 
 
-def judge(load: Artifact, spec: ModelSpec) -> Verdict:
+def judge(load: Artifact, context: StageContext) -> Verdict:
     """Compare the measurements with the model's service level."""
-    return load_test.judge(read_load_evidence(load.folder), spec.load)
+    return load_test.judge(read_load_evidence(load.folder), context.spec.load)
 
 
 def measure(
@@ -69,12 +75,22 @@ def measure(
     """Serve an image in the sandbox, on a GPU of its own where it needs one, and measure it under a plan's traffic.
 
     A server that never gets healthy is evidence: the gate fails it, the stage does not. An image that needs a GPU is
-    not started where there is none: that is inconclusive.
+    not started where there is none, and no configuration where the CPU does not support it: that is inconclusive. With
+    speculation the same greedy requests go to a second server without it.
     """
+    if context.unsupported:
+        return load_test.write_unsupported(context.unsupported, plan, folder)
+    profile, serving = profiles.load(record.runtime), context.serving
+
+    def arguments(chosen: ServingConfiguration) -> tuple[str, ...]:
+        return serving_arguments(profile, checkpoint.folder, context.spec.model, chosen)
+
     with context.device(), context.cores(alone=True), context.gpus(context.serving.gpus) as gpus:
         if record.minimum_driver and not gpus:
             return load_test.write_without_gpu(plan, folder)
-        try:
+
+        @contextlib.contextmanager
+        def serve(command: Sequence[str] | None) -> Iterator[sandbox.Server]:
             with (
                 context.engine() as client,
                 sandbox.serve(
@@ -84,6 +100,7 @@ def measure(
                     home=context.settings.home,
                     memory_bytes=plan.memory.limit_bytes,
                     cpus=plan.cpus,
+                    command=command,
                     gpus=gpus,
                     cores=context.server_cores(plan.cpus, with_client=True, ranks=context.serving.gpus),
                     start_timeout_s=plan.start_timeout_s,
@@ -92,7 +109,11 @@ def measure(
                     progress=context.progress,
                 ) as server,
             ):
-                return load_test.measure(
+                yield server
+
+        try:
+            with serve(context.variant_command(checkpoint)) as server:
+                evidence = load_test.measure(
                     server,
                     plan,
                     tokenizer=checkpoint.folder,
@@ -102,10 +123,41 @@ def measure(
                     progress=context.progress,
                     live=live,
                     expected=_expected_memory(context, record, checkpoint),
+                    requested=_requested(checkpoint, arguments(serving)),
                 )
+                if serving.speculative is None or not evidence.canary.ok or server.failed():
+                    return evidence
+                asked = _ask(context, plan, server)
         except UnhealthyError as error:
             context.progress(str(error))
             return load_test.write_unhealthy(str(error), plan, folder)
+        context.progress("asking the same of a server without speculation")
+        without = serving.model_copy(update={"speculative": None})
+        with serve(arguments(without)) as server:
+            found = compare(serving.speculative.method, serving.speculative.tokens, asked, _ask(context, plan, server))
+        context.progress(str(found))
+        return load_test.add_speculation(folder, evidence, found)
+
+
+def _ask(context: StageContext, plan: load_test.LoadPlan, server: sandbox.Server) -> Asked:
+    prompts = greedy.read_prompts(plan.prompts)
+    return greedy.ask(server.url, context.spec.model, prompts, plan.request_timeout_s)
+
+
+def _variant(context: StageContext) -> dict[str, str]:
+    """A variant's configuration; the main one is in the image."""
+    return {} if context.variant is None else {"serving": context.serving.document()}
+
+
+def _requested(checkpoint: Artifact, arguments: tuple[str, ...]) -> Requested:
+    """What the engine is asked to apply to a checkpoint."""
+    config = checkpoint.document("config.json")
+    per_token = None
+    with contextlib.suppress(PlanError):  # the planner does not know this architecture, so the size is unknown
+        facts = read_facts(config)
+        if all(layer.window is None for layer in facts.layers):
+            per_token = facts.kv_bytes_per_token()
+    return Requested(arguments=arguments, weight_only=is_weight_only(config), cache_bytes_per_token=per_token)
 
 
 def _expected_memory(context: StageContext, record: ImageRecord, checkpoint: Artifact) -> ExpectedMemory | None:

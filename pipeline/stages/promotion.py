@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from containers.image.build import read_image
 from containers.scan import mlbom
+from evals.load.variants import read_variants
 from pipeline.stages.context import StageContext
 from pipeline.stages.metadata import figures
 from pipeline.stages.release import MLBOM, SBOM
@@ -25,7 +26,8 @@ from registry.resolve import CANDIDATE, CHAMPION
 class PromotedRelease:
     """A release as the registry has it. ``outcome`` is ``up-to-date`` where no alias had to move.
 
-    ``report`` is the page's path on MLflow's server; None where it has none.
+    ``report`` is the page's path on MLflow's server; None where it has none. ``variants`` says of each serving variant
+    whether it passed, or why it is not listed.
     """
 
     name: str
@@ -36,6 +38,7 @@ class PromotedRelease:
     image: str
     measured: Mapping[str, float]
     report: str | None
+    variants: Mapping[str, str] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
         """Return what `slipway release --json` and Dagster's metadata have of it."""
@@ -46,6 +49,7 @@ class PromotedRelease:
             "manifest_digest": self.manifest_digest,
             "image": self.image,
             "measured": dict(self.measured),
+            "variants": dict(self.variants),
         }
 
 
@@ -164,6 +168,7 @@ def _described(
         image=manifest.image.reference,
         measured=measured(manifest),
         report=promotion.report,
+        variants={each.name: str(each) for each in read_variants(release.folder / EVIDENCE)},
     )
 
 

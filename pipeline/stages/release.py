@@ -18,11 +18,14 @@ from evals.drift.pairs import read_drift
 from evals.load import cost as costs
 from evals.load.evidence import read_load_evidence
 from evals.load.requests import read_requests
+from evals.load.variants import FILE as VARIANTS
+from evals.load.variants import Variant, write_variants
 from pipeline.quantization.quantize import QuantizedNotes
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext, prepared
 from pipeline.stages.image import record_of
 from pipeline.stages.stage import Gate, Inputs, digests
+from pipeline.stages.tested_variants import evidence, judged
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe
 from pipeline.store.notes import SourceNotes
 from pipeline.trust import signing_key, signing_key_if_any
@@ -55,7 +58,7 @@ def prepare(context: StageContext, inputs: Inputs, *, gates: Gates) -> StageCont
     A dry run has judged the evidence already.
     """
     key = signing_key_if_any(context.settings) if context.dry else signing_key(context.settings)
-    verdicts = context.verdicts or {name: gate.judge(inputs[name], context.spec) for name, gate in gates.items()}
+    verdicts = context.verdicts or {name: gate.judge(inputs[name], context) for name, gate in gates.items()}
     return replace(context, key=key, verdicts=verdicts)
 
 
@@ -70,6 +73,7 @@ def recipe(context: StageContext, inputs: Inputs) -> Recipe:
             "model": spec.model,
             "scheme": context.scheme_name,
             "verdicts": {name: verdict.model_dump(mode="json") for name, verdict in context.verdicts.items()},
+            "variants": [variant.model_dump(mode="json") for variant in judged(inputs["variants"], context)],
             "key": signer,
             "cost": None if spec.cost is None else spec.cost.model_dump(mode="json"),
         },
@@ -87,11 +91,16 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft, *, gates: 
     files = {name: (quantized, name) for name in quantized.files}
     for name, gate in gates.items():
         files |= {f"{EVIDENCE}/{file}": (inputs[name], file) for file in gate.evidence}
+    measured = inputs["variants"]
+    files |= {f"{EVIDENCE}/{path}": (measured, path) for path in evidence(measured, context)}
     files[SBOM] = (inputs["scan"], "sbom.cdx.json")
     files[f"{EVIDENCE}/image.json"] = (inputs["image"], "image.json")
     waived = scan_gate.waived(read_scan(inputs["scan"].folder), context.spec.scan)
     placed = {name: artifact.folder / file for name, (artifact, file) in files.items()}
     seal.place({**placed, f"{EVIDENCE}/waived.json": _listed(draft, waived)}, draft.folder)
+    tested = judged(measured, context)
+    if tested:
+        write_variants(draft.folder / EVIDENCE / VARIANTS, tested)
     _write_cost(context, draft)
     _write_mlbom(context, draft, inputs)
     _write_report(context, draft, inputs, waived)
@@ -111,7 +120,7 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft, *, gates: 
             runtime=record.runtime,
             minimum_driver=record.minimum_driver,
         ),
-        serving=(_serving(context, quantized),),
+        serving=_serving(context, quantized, tested),
         sbom=SBOM,
         mlbom=MLBOM,
         hardware=_hardware(inputs["load"]),
@@ -136,10 +145,12 @@ def _source(context: StageContext, source: Artifact) -> Source:
     return Source(uri=public_uri(context.spec.source.uri), revision=revision, files=source.files)
 
 
-def _serving(context: StageContext, quantized: Artifact) -> ServedConfiguration:
+def _serving(context: StageContext, quantized: Artifact, tested: Sequence[Variant]) -> tuple[ServedConfiguration, ...]:
+    """The configurations that passed: the main one, and the variants that no gate blocks."""
     profile = profiles.load(context.spec.runtime)
-    serving = context.serving.resolved(quantized.document("config.json"), profile)
-    return serving.record(images.command(profile, context.spec.model, serving))
+    main = context.serving.resolved(quantized.document("config.json"), profile)
+    passed = (main, *(variant.serving for variant in tested if variant.passed))
+    return tuple(serving.record(images.command(profile, context.spec.model, serving)) for serving in passed)
 
 
 def _quantizer(context: StageContext, quantized: Artifact) -> Quantizer:

@@ -8,7 +8,6 @@ from containers.image.layout import write_layout
 from containers.scan import scan as scans
 from containers.scan import scan_gate, trivy
 from containers.scan.evidence import read_scan
-from pipeline.spec import ModelSpec
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext, prepared
 from pipeline.stages.image import record_of
@@ -46,6 +45,6 @@ def accept(context: StageContext, scan: Artifact) -> None:
         context.progress(f"warning: {line}")
 
 
-def judge(scan: Artifact, spec: ModelSpec) -> Verdict:
+def judge(scan: Artifact, context: StageContext) -> Verdict:
     """Compare the findings with the model's policy."""
-    return scan_gate.judge(read_scan(scan.folder), spec.scan)
+    return scan_gate.judge(read_scan(scan.folder), context.spec.scan)

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from pipeline.spec import ModelSpec
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe
@@ -21,7 +20,7 @@ class Gate:
     """Judges a stage's artifact. ``evidence`` are the files of the artifact that the verdict rests on."""
 
     question: str
-    judge: Callable[[Artifact, ModelSpec], Verdict]
+    judge: Callable[[Artifact, StageContext], Verdict]
     evidence: tuple[str, ...]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from pipeline.stages import baseline, candidate, drift, image, layers, load, quantized, release, scan, source
+from pipeline.stages import baseline, candidate, drift, image, layers, load, quantized, release, scan, source, variants
 from pipeline.stages.pairing import choose_instruction_set
 from pipeline.stages.stage import Gate, Stage
 
@@ -96,13 +96,27 @@ LOAD = Stage(
     tool="vllm",
 )
 
-_BEFORE_RELEASE = (SOURCE, QUANTIZED, IMAGE, BASELINE, DRIFT, SCAN, LOAD)
+VARIANTS = Stage(
+    "variants",
+    "The model file's further ways to serve the image: each through drift and load. Those that pass are listed.",
+    inputs=("source", "quantized", "image", "baseline"),
+    waits_for=("load",),
+    recipe=variants.recipe,
+    make=variants.make,
+    prepare=choose_instruction_set,
+    stale=variants.stale,
+    accept=variants.accept,
+    device=True,
+    tool="vllm",
+)
+
+_BEFORE_RELEASE = (SOURCE, QUANTIZED, IMAGE, BASELINE, DRIFT, SCAN, LOAD, VARIANTS)
 _GATES: Mapping[str, Gate] = {stage.name: stage.gate for stage in _BEFORE_RELEASE if stage.gate}
 
 RELEASE = Stage(
     "release",
     "The signed manifest over all of it, registered and promoted.",
-    inputs=("source", "quantized", "image", *_GATES),
+    inputs=("source", "quantized", "image", "variants", *_GATES),
     recipe=release.recipe,
     make=partial(release.make, gates=_GATES),
     prepare=partial(release.prepare, gates=_GATES),

@@ -17,10 +17,14 @@ class SourceNotes(BaseModel):
 
 
 class AnswersNotes(BaseModel):
-    """Of `answers`: what computed them, and the fraction of the suite that was asked."""
+    """Of `answers`: what computed them, and the fraction of the suite that was asked.
+
+    ``unsupported`` says why nothing was asked: this machine can't serve the configuration.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     instruction_set: InstructionSet | None = None
     computed_on: ComputedOn | None = None
     fraction: float = 1.0
+    unsupported: str | None = None

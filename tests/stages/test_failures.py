@@ -110,7 +110,7 @@ def artifact(folder: Path, **documents: Any) -> Artifact:  # noqa: ANN401 - JSON
 def test_at_its_start_of_an_evaluation(failing: Fail, slipway: Slipway) -> None:
     context = StageContext(spec(), "gptq", Settings.read(dict(slipway.variables)), print)
     with failing(0, "noweights") as image, pytest.raises(SandboxError) as raised:
-        serve_image(context, image).__enter__()
+        serve_image(context, image, artifact(slipway.home / "quantized")).__enter__()
     one_line(str(raised.value), NO_WEIGHTS, slipway.home, "ended with status 1 before it was healthy")
 
 
@@ -120,7 +120,7 @@ def test_at_its_first_answer(failing: Fail, slipway: Slipway) -> None:
     source = dataclasses.replace(artifact(slipway.home / "source"), folder=DEMO / "model")
 
     def make(draft: ArtifactDraft) -> None:
-        answer(context, draft, source, lambda: serve_image(context, image), image)
+        answer(context, draft, source, lambda: serve_image(context, image, source), image)
 
     with failing(1, "cpu_gemm_wna16") as image, pytest.raises(AnswersError) as raised:
         context.store.obtain(Recipe("answers", {}, {}, code="test"), make)

@@ -60,10 +60,12 @@ def slipway(tmp_path_factory: pytest.TempPathFactory, machine: Settings, image: 
         **FILES,
         "tokenizer.json": (TOKENIZER / "tokenizer.json").read_bytes(),
         "release/evidence/load.json": LOAD.format().encode(),
+        "release/evidence/variants/short/load.json": LOAD.format().encode(),
     }
+    more: dict[str, Any] = {"image_id": image, "variants": {"short": ["--context", "512"]}}
     for number in (1, 2):
         folder = tmp_path_factory.mktemp("release")
-        make_release(folder, key, files=files, created=f"2026-11-24T01:02:0{number}Z", image_id=image)
+        make_release(folder, key, files=files, created=f"2026-11-24T01:02:0{number}Z", **more)
         promote(folder, settings.tracking_uri, [key.public], key=key)
     return command
 
@@ -193,6 +195,17 @@ def test_what_a_killed_serve_left_is_swept_by_the_next(engine: docker.DockerClie
     with serving(slipway):
         assert left not in [each.name for each in containers(engine, slipway)]
     assert containers(engine, slipway) == []
+
+
+def test_a_variant_is_served_with_its_own_arguments_and_no_other_is(slipway: Slipway) -> None:
+    with serving(slipway, "--variant", "short") as served:
+        (model,) = httpx.get(
+            f"{served.told['url']}/v1/models", headers={"Authorization": f"Bearer {served.key}"}, timeout=30
+        ).json()["data"]
+        assert model["max_model_len"] == 512
+    done = slipway("serve", NAME, "--variant", "long", "--port", "0", "--admin-port", "0")
+    assert done.returncode == 1
+    assert "demo-awq does not list the variant `long`, so it did not pass its gates (it lists `short`)" in done.stderr
 
 
 def test_what_is_not_released_is_not_served(slipway: Slipway) -> None:

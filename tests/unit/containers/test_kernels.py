@@ -8,7 +8,7 @@ import pytest
 
 from containers.hardware.core_pool import Cores
 from containers.hardware.cpu import Cpu
-from containers.sandbox.kernels import ComputedOn, find
+from containers.sandbox.kernels import ComputedOn, find, head
 from containers.sandbox.memory import MemorySampler
 from containers.sandbox.sandbox import Server
 
@@ -25,10 +25,10 @@ def line(told: object) -> bytes:
 
 def test_the_line_is_found_wherever_the_log_is_cut() -> None:
     log = b"INFO starting\n" + line(TOLD) + b"INFO Application startup complete.\n"
-    found = find(log[at : at + 7] for at in range(0, len(log), 7))
+    found = find(head(log[at : at + 7] for at in range(0, len(log), 7)))
     assert found is not None
     assert found.model_dump() == TOLD
-    assert find([line({**TOLD, "added later": 1})]) == found
+    assert find(line({**TOLD, "added later": 1})) == found
 
 
 @pytest.mark.parametrize(
@@ -46,15 +46,15 @@ def test_the_line_is_found_wherever_the_log_is_cut() -> None:
     ],
 )
 def test_what_is_not_of_the_form_is_absent(told: object) -> None:
-    assert find([line(told)]) is None
-    assert find([line(told), line(TOLD)]) == find([line(TOLD)])
+    assert find(line(told)) is None
+    assert find(line(told) + line(TOLD)) == find(line(TOLD))
 
 
 def test_a_log_without_end_is_read_to_its_limit_alone() -> None:
     chunks = iter([b"x" * 65_536] * 65)
-    assert find(chunks) is None
+    assert find(head(chunks)) is None
     assert next(chunks, None) is not None
-    assert find([b"slipway kernels: " + b"[" * 100_000]) is None
+    assert find(b"slipway kernels: " + b"[" * 100_000) is None
 
 
 def test_a_server_says_what_computes_its_answers() -> None:
@@ -69,7 +69,7 @@ def test_a_server_says_what_computes_its_answers() -> None:
     cpu = Cpu("A CPU", "x86_64", "avx2", 2)
     alone = server(cores=Cores((0, 1)), cpu=cpu).computed_on
     assert alone == ComputedOn(cpu_model="A CPU", instruction_set="avx2", cores=(0, 1))
-    told = server(cores=Cores((1,), shared=True), cpu=cpu, kernels=find([line(TOLD)])).computed_on
+    told = server(cores=Cores((1,), shared=True), cpu=cpu, kernels=find(line(TOLD))).computed_on
     assert str(told) == (
         "AMD EPYC 7R13 Processor, avx2, 1 cores (1) shared with other servers, 2 threads, bfloat16 between layers, "
         "16-bit layers by float32, Float32WNA16LinearKernel for 28 layers, attention CPU_ATTN, KV cache bfloat16"

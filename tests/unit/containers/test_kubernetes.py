@@ -29,6 +29,7 @@ from bundle_evidence import (
     written,
 )
 from image_record import image_record
+from release_folder import serving
 
 from containers.gateway.config import Routes
 from containers.gateway.config import Settings as GatewaySettings
@@ -245,6 +246,20 @@ def test_weights_that_are_not_in_the_image_are_pulled_and_verified_first(folder:
     policy = one(folder, "NetworkPolicy", "demo-awq-pull")
     kubernetes_validate.validate(policy, "1.37", strict=True)
     assert {port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"]} - {5353} == {53, 443}
+
+
+def test_a_variant_runs_with_its_arguments_and_a_release_without_it_is_not_pulled(tmp_path: Path) -> None:
+    short = serving("short", ["--model", "/model", "--max-model-len", "512"])
+    written(evidence(variant=short), tmp_path / "bundle")
+    engine = one(tmp_path / "bundle", "Deployment", "demo-awq-engine")
+    (container,) = engine["spec"]["template"]["spec"]["containers"]
+    assert container["args"] == ["--model", "/model", "--max-model-len", "512"]
+    assert engine["metadata"]["annotations"]["slipway/variant"] == "short"
+    kubernetes_validate.validate(engine, "1.37", strict=True)
+    for name in ("pull", "tokenizer"):
+        patch = yaml.safe_load((tmp_path / f"bundle/weights/{name}.yaml").read_text())
+        first, *_ = patch["spec"]["template"]["spec"]["initContainers"]
+        assert first["args"][-2:] == ["--variant", "short"]
 
 
 def test_kustomize_puts_the_pull_before_all_else(folder: Path) -> None:

@@ -32,6 +32,7 @@ from evals.load.load_test import (
     measure,
     percentile,
     write_unhealthy,
+    write_unsupported,
     write_without_gpu,
 )
 from evals.load.requests import RequestRecord, format_requests, read_requests
@@ -556,3 +557,36 @@ def test_a_load_generators_progress_in_another_form_is_left_out_and_the_next_is_
         assert sampler.phase == "load"
     assert seen
     assert all(each.model_dump() == {**going, "purpose": "quick", "rate": 2.0} for each in seen)
+
+
+def test_a_setting_that_the_engine_did_not_apply_fails_and_is_named() -> None:
+    report = {"configuration": {"dtype": "bfloat16", "max_seq_len": "1024"}, "kv_cache": "bfloat16"}
+    asked = {"arguments": ["--max-model-len", "1024", "--kv-cache-dtype", "fp8"]}
+    verdict = judge(evidence(server={"died": None, "requested": asked, "report": report}), plan())
+    assert verdict.status == "fail"
+    assert verdict.reason == (
+        "the engine did not apply what was requested: a KV cache of fp8 was requested, and the engine's is bfloat16"
+    )
+    asked = {"arguments": ["--max-model-len", "1024"]}
+    assert judge(evidence(server={"died": None, "requested": asked, "report": report}), plan()).status == "pass"
+
+
+def test_speculation_that_changes_single_answers_fails() -> None:
+    equal = {"answers": 24, "equal": 24}
+    rates = dict.fromkeys(("single_tokens_per_second", "batched_tokens_per_second"), 50.0)
+    found = {
+        "method": "ngram", "tokens": 4, "single": equal, "batched": equal, "noise": equal, "drafted": 9, "accepted": 3,
+        **rates, **{f"{name}_without": value for name, value in rates.items()},
+    }  # fmt: skip
+    assert judge(evidence(speculation=found), plan()).status == "pass"
+    other = {**equal, "equal": 23, "first_difference": {"prompt": 3, "token": 7, "first": 1, "second": 2}}
+    verdict = judge(evidence(speculation={**found, "single": other}), plan())
+    assert verdict.status == "fail"
+    assert "speculation changes greedy answers: one request at a time, 1 of 24 answers differ" in verdict.reason
+
+
+def test_an_unsupported_configuration_is_inconclusive_and_can_not_be_accepted(tmp_path: Path) -> None:
+    found = write_unsupported("`kv_cache: fp8` needs AVX-512", plan(), tmp_path)
+    verdict = judge(found, plan(accept_inconclusive={"no-gpu": "tested elsewhere"}))
+    assert (verdict.status, verdict.cause, verdict.blocks) == ("inconclusive", "unsupported", True)
+    assert read_load_evidence(tmp_path) == found

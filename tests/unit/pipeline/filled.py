@@ -14,6 +14,7 @@ import yaml
 from image_record import image_record
 
 from containers.hardware.cpu import InstructionSet
+from evals.drift.answers import Answers, AskedSuite
 from homes import DEMO
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec, load
@@ -24,11 +25,18 @@ from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, Store
 from pipeline.store.notes import AnswersNotes
 from unit.pipeline.release_evidence import LOAD, QUANTIZED_NOTES, SAMPLE, SCAN, drift_of
 
-# What the stages leave behind, by stage; a release is sealed for real.
+# Stages that do their work for real: variants are measured by the others, and a release is sealed.
+_MADE = {"source", "variants", "release"}
+_SUITE = AskedSuite(name="demo", digest="sha256:" + "ab" * 32, lm_eval="0.4.13")
+# The longest prompt fits a context of 1,024 tokens, and no smaller one.
+_ANSWERS = Answers.model_validate(
+    {"schema": "slipway.answers/2", "engine": {}, "longest": 1024, "suite": _SUITE, "tasks": {}}
+)
+# What the other stages leave behind.
 _FILES: Mapping[str, Mapping[str, Any]] = {
     "quantized": {"model.safetensors": "packed", "config.json": {}},
     "image": {"image.json": image_record().model_dump_json()},
-    "answers": {"answers.json": {}},
+    "answers": {"answers.json": _ANSWERS.model_dump(mode="json", by_alias=True)},
     "layers": {"layers.json": []},
     "drift": {"drift.json": drift_of(1).model_dump(mode="json", by_alias=True)},
     "scan": {"scan.json": SCAN.model_dump(mode="json", by_alias=True), "trivy.json": {}, "sbom.cdx.json": {}},
@@ -44,7 +52,7 @@ class FillingStore(Store):
         self.lost = lost
 
     def obtain(self, recipe: Recipe, make: Callable[[ArtifactDraft], None]) -> Artifact:
-        return super().obtain(recipe, make if recipe.stage in {"source", "release"} else self._filling(recipe))
+        return super().obtain(recipe, make if recipe.stage in _MADE else self._filling(recipe))
 
     def _filling(self, recipe: Recipe) -> Callable[[ArtifactDraft], None]:
         stage = recipe.stage
@@ -118,6 +126,6 @@ def release(context: StageContext) -> dict[str, Artifact]:
     made: dict[str, Artifact] = {}
     for stage in STAGES:
         made[stage.name] = run(stage, context, {name: made[name] for name in stage.inputs})
-        if stage.gate and stage.gate.judge(made[stage.name], context.spec).blocks:
+        if stage.gate and stage.gate.judge(made[stage.name], context).blocks:
             break
     return made

@@ -51,7 +51,8 @@ GRAPH = {
     "image": (["quantized"], None),
     "scan": (["drift", "image", "quantized"], None),
     "load": (["image", "quantized", "scan"], "gpu"),
-    "release": (["drift", "image", "load", "quantized", "scan", "source"], None),
+    "variants": (["baseline", "image", "load", "quantized", "source"], "gpu"),
+    "release": (["drift", "image", "load", "quantized", "scan", "source", "variants"], None),
 }
 
 

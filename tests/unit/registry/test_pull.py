@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from mlflow_tables import write_tables
@@ -15,7 +15,15 @@ from registry.backend import Line, Version
 from registry.catalog import version
 from registry.cold_files import MARKER
 from registry.download import local, pause
-from registry.errors import ArgumentError, PromotionError, PullError, RegistryError, TrackingError, VerificationError
+from registry.errors import (
+    ArgumentError,
+    PromotionError,
+    PullError,
+    RegistryError,
+    TrackingError,
+    VariantError,
+    VerificationError,
+)
 from registry.manifest import MANIFEST, SIGNATURE, Manifest
 from registry.objects import ObjectStore
 from registry.policy import Policy
@@ -46,6 +54,30 @@ def stored(uri: str, name: str = "demo-awq") -> Version:
     found = version(uri, name, "1")
     assert found is not None
     return found
+
+
+def test_a_variant_that_the_release_does_not_list_is_refused_before_anything_is_fetched(
+    signing_key: SigningKey, tmp_path: Path
+) -> None:
+    make_release(tmp_path / "release", signing_key, variants={"short": ["--max-model-len", "512"]})
+    uri, place = register(tmp_path / "release", tmp_path), tmp_path / "pulled" / "demo"
+    given: dict[str, Any] = {"tracking_uri": uri, "trusted_keys": [signing_key.public]}
+    with pytest.raises(VariantError, match=r"does not list the variant `long`.*it lists `short`"):
+        pull("demo-awq", place, variant="long", **given)
+    assert not place.exists()
+    assert not pull("demo-awq", place, variant="short", **given).already_there
+    assert pull("demo-awq", place, variant="short", **given).already_there
+    for replace in (False, True):  # what is there already is no reason to start another variant
+        with pytest.raises(VariantError, match="`long`"):
+            pull("demo-awq", place, variant="long", replace=replace, **given)
+
+
+def test_the_first_releases_list_no_variant(release: Path, registered: str, signing_key: SigningKey) -> None:
+    with pytest.raises(VariantError, match="it lists none"):
+        pull(
+            "demo-awq", release.parent / "new", variant="long", tracking_uri=registered,
+            trusted_keys=[signing_key.public],
+        )  # fmt: skip
 
 
 def change(release: Path) -> None:
