@@ -77,7 +77,7 @@ def on_gpu() -> BundleEvidence:
     """A larger model on a GPU: 12 requests a second at the service level, two seconds each."""
     served = measured(
         metrics={**measured().metrics, "kv_cache_used_peak": 0.61}, memory_limit_bytes=32 * 2**30,
-        gpu_memory_peak_bytes=73_000_000_000, capacity=12.0, capacity_latency_ms=2000.0,
+        gpus=1, gpu_memory_share=73_000_000_000 / 85_520_809_984, capacity=12.0, capacity_latency_ms=2000.0,
     )  # fmt: skip
     gpu = {"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 85520809984, "driver": "580.65.06"}
     hardware = {"machine": "x86_64", "cpu": "AMD EPYC", "cores": 16, "memory_bytes": 2**38, "accelerators": [gpu]}

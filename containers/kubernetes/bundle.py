@@ -135,6 +135,7 @@ def _values(
         "variant": None if evidence.variant is None else evidence.variant.variant,
         "arguments": None if evidence.variant is None else list(evidence.variant.command),
         "on_gpu": evidence.on_gpu, "cpu_terms": NODE_TERMS,
+        "unbound_ranks": evidence.measured.ranks > 1 and not evidence.on_gpu,
         "driver": driver, "driver_major": major, "driver_minor": minor,
         "gateway_name": gateway, "gateway_digest": gateway_digest, "gateway_known": bool(gateway_digest),
         "gpu_target": thousandths(math.ceil(1000 * (share + (1 - share) / 2))),

@@ -58,13 +58,18 @@ class ReplicaMeasurements:
 
     ``start_seconds`` is None if the server never became healthy. ``cores`` is how many it was tested with, if that is
     known. ``capacity`` is in requests a second, and None if it was not searched for; ``capacity_latency_ms`` is the
-    mean latency at that rate.
+    mean latency at that rate. ``ranks`` is how many processes the model was divided among, each on one of ``gpus`` or
+    on cores of its own, with ``shared_memory_bytes`` for all; ``gpu_memory_share`` is the peak of the fullest GPU as a
+    share of its memory.
     """
 
     metrics: Mapping[str, float]
     start_seconds: float | None
     memory_limit_bytes: int
-    gpu_memory_peak_bytes: int | None = None
+    ranks: int = 1
+    shared_memory_bytes: int = 2**30
+    gpus: int = 0
+    gpu_memory_share: float | None = None
     cores: float | None = None
     capacity: float | None = None
     capacity_latency_ms: float | None = None
@@ -157,15 +162,14 @@ def _capacity(evidence: BundleEvidence) -> tuple[Number, Number]:
 def _resources(evidence: BundleEvidence) -> dict[str, Number]:
     limit = evidence.measured.memory_limit_bytes
     peak = int(evidence.metrics.get("peak_memory_bytes") or limit)
-    gpu_peak = evidence.measured.gpu_memory_peak_bytes
-    accelerators = evidence.manifest.hardware.accelerators
-    whole = accelerators[0].memory_bytes if accelerators else None
-    share = gpu_peak / whole if gpu_peak and whole else 0.92
+    measured = evidence.measured
+    ranks, share = measured.ranks, measured.gpu_memory_share
     gpu_why = (
-        "load.json: memory.peak.gpu_memory_bytes over the GPU's memory (manifest: hardware)"
-        if gpu_peak
+        "load.json: memory.gpus, the peak of the fullest over its memory"
+        if share
         else "vLLM's default: 0.92 of a GPU, taken at the start"
     )
+    of_ranks = f", for {ranks} ranks (load.json: server.ranks)" if ranks > 1 else ""
     tested = f"load.json: memory.limit_bytes, the limit in the load test; the peak was {peak / 2**20:.0f}Mi"
     cores, cores_why = tested_cores(evidence)
     return {
@@ -178,12 +182,16 @@ def _resources(evidence: BundleEvidence) -> dict[str, Number]:
             "free, and the replica may use idle ones beyond its request",
         ),
         "gpus": Number(
-            int(evidence.on_gpu),
-            "load.json: the load test ran on one GPU"
+            max(1, measured.gpus) if evidence.on_gpu else 0,
+            "load.json: server.gpus, those of the server in the load test"
             if evidence.on_gpu
             else "manifest: image.minimum_driver: the image needs no GPU",
         ),
-        "gpu_memory_share": Number(round(share, 3), gpu_why),
+        "gpu_memory_share": Number(round(share or 0.92, 3), gpu_why),
+        "shared_memory": Number(
+            mebibytes(measured.shared_memory_bytes / 2**20), f"the sandbox's --shm-size in the load test{of_ranks}"
+        ),
+        "rank_threads": Number(max(1, math.floor(cores / ranks)), f"{cores:g} cores{of_ranks}, rounded down"),
     }
 
 
@@ -195,7 +203,8 @@ def tested_cores(evidence: BundleEvidence) -> tuple[float, str]:
 
 
 def _timings(evidence: BundleEvidence) -> dict[str, Number]:
-    start = _start_seconds(evidence)
+    start, ranks = _start_seconds(evidence), evidence.measured.ranks
+    of_ranks = f" of {ranks} ranks" if ranks > 1 else ""
     longest = max((request.latency_ms for request in evidence.measured.requests), default=0.0) / 1000
     metric, token = _token_seconds(evidence)
     whole = evidence.context * token
@@ -204,7 +213,7 @@ def _timings(evidence: BundleEvidence) -> dict[str, Number]:
         "start_seconds": Number(math.ceil(start), f"load.json: server.start_seconds {start:.1f}, rounded up"),
         "start_failures": Number(
             math.ceil(3 * start / 5),
-            f"three times the {start:.1f} s of a start (load.json), in periods of 5 s",
+            f"three times the {start:.1f} s of a start{of_ranks} (load.json), in periods of 5 s",
         ),
         "grace_seconds": Number(
             grace,

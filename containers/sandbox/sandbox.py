@@ -186,7 +186,8 @@ def serve(
         container = create(client, image, {
             "name": full_name,
             "labels": {**(labels or {}), **ownership(home)},
-            "environment": {**_ENVIRONMENT, **_limited_to(cpu_limit), **_bound_to(given), **(environment or {})},
+            "environment": {**_ENVIRONMENT, **_limited_to(cpu_limit), **_bound_to(given, 1 if gpus else ranks),
+                            **(environment or {})},
             "command": None if command is None else list(command),
             "volumes": {str(path): {"bind": place, "mode": "ro"} for path, place in (mounts or {}).items()},
             "device_requests": [DeviceRequest(device_ids=list(gpus), capabilities=[["gpu"]])] if gpus else None,
@@ -249,8 +250,11 @@ def _reported(container: Container) -> tuple[Kernels | None, EngineReport | None
     return found, engine_report.read(log.decode(errors="replace"), found)
 
 
-def _bound_to(cores: Cores | None) -> dict[str, str]:
-    return {} if cores is None else {"VLLM_CPU_OMP_THREADS_BIND": cores.binding}
+def _bound_to(cores: Cores | None, ranks: int) -> dict[str, str]:
+    """Bind a CPU engine to its cores; the ranks of one on another machine are left to the kernel."""
+    if cores is None:
+        return {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if ranks > 1 else {}
+    return {"VLLM_CPU_OMP_THREADS_BIND": cores.binding}
 
 
 def _limited_to(instruction_set: InstructionSet | None) -> dict[str, str]:

@@ -13,6 +13,7 @@ from containers.image.build import ImageRecord, parse_image
 from containers.image.serving import default_context
 from containers.kubernetes.cluster import Cluster
 from containers.kubernetes.numbers import AnsweredRequest, BundleEvidence, Number, ReplicaMeasurements
+from containers.sandbox.container import SHARED_MEMORY_BYTES
 from evals.load.cost import parse_cost
 from evals.load.evidence import LoadEvidence, parse_load_evidence
 from evals.load.requests import RequestRecord, parse_requests
@@ -81,7 +82,12 @@ def measurements(load: LoadEvidence, requests: Sequence[RequestRecord]) -> Repli
         metrics=load.metrics,
         start_seconds=load.server.start_seconds,
         memory_limit_bytes=load.memory.limit_bytes,
-        gpu_memory_peak_bytes=load.memory.peak.get("gpu_memory_bytes"),
+        ranks=load.server.ranks,
+        shared_memory_bytes=load.server.ranks * SHARED_MEMORY_BYTES,
+        gpus=len(load.server.gpus),
+        gpu_memory_share=max(
+            (gpu.peak_bytes / gpu.total_bytes for gpu in load.memory.gpus if gpu.peak_bytes is not None), default=None
+        ),
         cores=load.server.cores,
         capacity=rate,
         capacity_latency_ms=at_capacity[0].metrics.get("mean_latency_ms") if at_capacity else None,

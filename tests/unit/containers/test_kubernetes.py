@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,24 @@ def test_applying_it_twice_changes_nothing(folder: Path) -> None:
 def test_a_release_on_cpu_has_no_gpu(tmp_path: Path) -> None:
     assert numbers(evidence())["gpus"].value == 0
     assert numbers(on_gpu())["gpus"].value == 1
+
+
+def test_a_replica_of_several_gpus_asks_for_all_of_them_and_more_shared_memory(tmp_path: Path) -> None:
+    four = replace(on_gpu(), measured=replace(on_gpu().measured, ranks=4, gpus=4, shared_memory_bytes=4 * 2**30))
+    written(four, tmp_path / "four")
+    pod = one(tmp_path / "four", "Deployment", "demo-awq-engine")["spec"]["template"]["spec"]
+    (engine,) = pod["containers"]
+    assert engine["resources"]["requests"]["nvidia.com/gpu"] == engine["resources"]["limits"]["nvidia.com/gpu"] == "4"
+    assert next(volume for volume in pod["volumes"] if volume["name"] == "shm")["emptyDir"]["sizeLimit"] == "4Gi"
+    assert [variable["name"] for variable in engine["env"]] == ["HOME"]
+    assert "s of a start of 4 ranks" in numbers(four)["start_failures"].why
+
+
+def test_the_ranks_of_a_cpu_server_divide_its_threads(tmp_path: Path) -> None:
+    written(evidence(measured=measured(ranks=2, cores=5.0, shared_memory_bytes=2 * 2**30)), tmp_path / "two")
+    pod = one(tmp_path / "two", "Deployment", "demo-awq-engine")["spec"]["template"]["spec"]
+    variables = {variable["name"]: variable["value"] for variable in pod["containers"][0]["env"]}
+    assert variables == {"HOME": "/tmp", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2"}  # noqa: S108
 
 
 def test_the_grace_period_is_that_of_a_real_load_test() -> None:
