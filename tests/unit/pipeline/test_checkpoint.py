@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from pipeline.compatibility.scheme import Scheme
 from pipeline.errors import CheckpointError
@@ -252,3 +253,80 @@ def test_a_tied_output_layer_may_be_left_out(tied: dict[str, object], tmp_path: 
     del tensors["lm_head.weight"]
     stated = config | {"quantization_config": checkpoints.quantization_config("awq", 4, 32)}
     assert check(checkpoints.write(tmp_path / "made", tensors, stated), source, scheme()).layers
+
+
+# A mixture of experts beside a vision tower
+
+
+ROUTED = {f"model.layers.0.mlp.experts.{number}.up_proj": (64, 64) for number in range(3)}
+TOWER = "vision_tower.encoder.layers.0.q_proj"
+
+
+def write_mixture(folder: Path, change: Callable[[checkpoints.Tensors], None] = lambda _: None) -> Path:
+    """Write source and checkpoint (GPTQ) of a model with experts and a tower, the checkpoint changed."""
+    generator = np.random.default_rng(1)
+    kept = {
+        "model.layers.0.mlp.gate.weight": generator.standard_normal((8, 64)).astype(np.float16),
+        f"{TOWER}.weight": generator.standard_normal((64, 64)).astype(np.float16),
+    }
+    experts = {name: generator.standard_normal(shape).astype(np.float16) for name, shape in ROUTED.items()}
+    source = checkpoints.unquantized() | kept | {f"{name}.weight": value for name, value in experts.items()}
+    checkpoints.write(folder / "source", source, checkpoints.config())
+    tensors = checkpoints.quantized("gptq", 4, 32) | kept
+    for name, weight in experts.items():
+        tensors |= checkpoints.packed(name, weight.astype(np.float32), "gptq", 4, 32)
+    change(tensors)
+    stated = checkpoints.config() | {"quantization_config": checkpoints.quantization_config("gptq", 4, 32)}
+    return checkpoints.write(folder / "made", tensors, stated)
+
+
+def zero_an_expert(tensors: checkpoints.Tensors) -> None:
+    name = next(iter(ROUTED))
+    tensors[f"{name}.qweight"] = np.full_like(tensors[f"{name}.qweight"], np.int32(-2004318072))  # 8 eight times
+
+
+def quantize_the_tower(tensors: checkpoints.Tensors) -> None:
+    weight = tensors.pop(f"{TOWER}.weight").astype(np.float32)
+    tensors |= checkpoints.packed(TOWER, weight, "gptq", 4, 32)
+
+
+def quantize_the_router(tensors: checkpoints.Tensors) -> None:
+    tensors |= checkpoints.packed("model.layers.0.mlp.gate", np.ones((8, 64), np.float32), "gptq", 4, 32)
+
+
+def change_one_bit_of_the_tower(tensors: checkpoints.Tensors) -> None:
+    tensors[f"{TOWER}.weight"].view(np.uint16)[5, 5] ^= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (zero_an_expert, "experts.0.up_proj does not decode to the source's weights: a cosine of 0.00 over a sample"),
+        (quantize_the_tower, f"{TOWER} is quantized and should not be"),
+        (quantize_the_router, "model.layers.0.mlp.gate is quantized and should not be"),
+        (change_one_bit_of_the_tower, f"`{TOWER}.weight` differs from the source's"),
+    ],
+)
+def test_damage_to_experts_and_towers_is_refused(
+    tmp_path: Path, change: Callable[[checkpoints.Tensors], None], problem: str
+) -> None:
+    assert check(write_mixture(tmp_path / "sound"), tmp_path / "sound" / "source", scheme("gptq")).layers == 11
+    with pytest.raises(CheckpointError) as caught:
+        check(write_mixture(tmp_path / "damaged", change), tmp_path / "damaged" / "source", scheme("gptq"))
+    assert problem in str(caught.value)
+
+
+def test_a_shard_of_another_scheme_is_refused(tmp_path: Path, source: Path) -> None:
+    """Layer 1 of a checkpoint in groups of 64, in a file of its own, among others in groups of 32."""
+    here = {name: t for name, t in checkpoints.quantized("gptq", 4, 32).items() if ".1." not in name}
+    other = {name: t for name, t in checkpoints.quantized("gptq", 4, 64).items() if ".1." in name}
+    stated = checkpoints.config() | {"quantization_config": checkpoints.quantization_config("gptq", 4, 32)}
+    folder = checkpoints.write(tmp_path / "made", here, stated)
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    save_file(other, folder / "model-2.safetensors")
+    (folder / "model-2.safetensors").chmod(0o644)
+    placed = dict.fromkeys(here, "model-1.safetensors") | dict.fromkeys(other, "model-2.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    (folder / "model.safetensors.index.json").chmod(0o644)
+    with pytest.raises(CheckpointError, match=rf"{LAYER}.scales is F16 \[2, 64\], expected F16 \[4, 64\]"):
+        check(folder, source, scheme("gptq"))
