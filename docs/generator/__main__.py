@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import commands
+import families
 import files
 import folders
 import settings
@@ -17,7 +18,7 @@ import settings
 import stages
 
 DOCS = Path(__file__).resolve().parent.parent
-PAGES = {**files.PAGES, **commands.PAGES, **settings.PAGES, **stages.PAGES, **folders.PAGES}
+PAGES = {**files.PAGES, **commands.PAGES, **settings.PAGES, **stages.PAGES, **folders.PAGES, **families.PAGES}
 
 
 def main(arguments: list[str]) -> int:

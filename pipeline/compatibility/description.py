@@ -206,6 +206,12 @@ def outside(name: str) -> bool:
     return _LAYER.search(name) is None
 
 
+def layer_of(name: str) -> str:
+    """The layer that a tensor stands in: of ``model.layers.3.mlp.experts.7.up_proj`` it is ``model.layers.3``."""
+    found = _LAYER.search(name)
+    return "" if found is None else name[: found.end() - 1]
+
+
 def in_layer(name: str) -> str:
     """A module's name within its layer: ``model.layers.3.mlp.experts.7.up_proj`` is ``mlp.experts.7.up_proj``."""
     return re.sub(r"^(?:.*?\.)??\d+\.", "", name)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.compatibility.description import FLOATS, ModelDescription
+from pipeline.compatibility.description import FLOATS, ModelDescription, layer_of
 from pipeline.compatibility.safetensors_headers import HeaderError, Tensor, read_model
 from pipeline.compatibility.safetensors_values import equal, read_columns, read_rows
 from pipeline.compatibility.scheme import Scheme
@@ -32,6 +32,8 @@ from registry.bounded_json import Bounds, DocumentError, read_json
 _SAMPLED, _SPAN = 1 << 19, 128
 # Measured on the demo: a cosine of 0.79 to 0.85 at 2 bits, 0.97 and more at 4; a factor of 0.94 to 0.97 and 0.99 to 1.
 _LEAST_COSINE, _FACTORS = 0.5, (2 / 3, 3 / 2)
+# The spread, in natural logarithms, up to which the factors of inputs or outputs are those that a norm explains.
+_EXPLAINED = 0.1
 # Computed when a model is loaded; some sources store it nevertheless.
 _DERIVED = re.compile(r"\.inv_freq$")
 _DOCUMENT = Bounds(bytes=16 << 20, values=500_000)
@@ -65,8 +67,10 @@ def check(folder: Path, source: Path, scheme: Scheme) -> Found:
     linears = model.linears
     if not linears:
         problems.append("the source has no linear layer in any numbered layer: nothing to quantize")
+    norms = _changed_norms(model, after, scheme)
     for name, weight in linears.items():
-        problems += _layer_problems(name, weight, after, scheme)
+        near = [norm for norm in norms.get(layer_of(name), []) if len(norm) == weight.shape[1]]
+        problems += _layer_problems(name, weight, after, scheme, near)
     problems += _other_problems(model, after, scheme)
     read = {tensor.file for tensor in after.values()}
     problems += [f"{path.name} is not named by the index" for path in folder.glob("*.safetensors") if path not in read]
@@ -143,7 +147,9 @@ def _config_problems(folder: Path, source: Path, scheme: Scheme) -> Iterator[str
             yield f"config.json: `{key}` is {config[key]!r}, and the weights are float16"
 
 
-def _layer_problems(name: str, weight: Tensor, after: Mapping[str, Tensor], scheme: Scheme) -> Iterator[str]:
+def _layer_problems(
+    name: str, weight: Tensor, after: Mapping[str, Tensor], scheme: Scheme, norms: Sequence[NDArray[np.float32]]
+) -> Iterator[str]:
     form = format_of(scheme)
     layout = form.layout(weight, scheme)
     unquantized = after.get(f"{name}.weight")
@@ -166,43 +172,99 @@ def _layer_problems(name: str, weight: Tensor, after: Mapping[str, Tensor], sche
     if sound:
         layer = PackedLayer(name, weight, {part: after[f"{name}.{part}"] for part in layout})
         problems = list(form.layer_problems(layer, scheme))
-        yield from problems or _value_problems(layer, form, scheme)
+        yield from problems or _value_problems(layer, form, scheme, norms)
 
 
-def _value_problems(layer: PackedLayer, form: CheckpointFormat, scheme: Scheme) -> Iterator[str]:
+def _value_problems(
+    layer: PackedLayer, form: CheckpointFormat, scheme: Scheme, norms: Sequence[NDArray[np.float32]]
+) -> Iterator[str]:
     """Whether a sample of a layer decodes to about the source's weights.
 
     Two figures over the sampled weights w and what they decode to, q: the cosine <q, w> / |q||w|, which is near 0 for
     weights of another layer, and the factor <q, w> / <w, w>, which is near 1 unless scales are wrong. Where the format
-    moves scales between layers, the cosine is the median of those of each input's weights, and there is no factor.
+    moves scales between layers, the cosine is the median of those of each input's weights, and the factor is known
+    only where one of ``norms`` (each input's factor, as the norms of this layer of the decoder have changed) explains
+    what has happened to the inputs, and the outputs are as they were.
     """
-    decoded, weights = _sample(layer, form, scheme)
+    sample = _sample(layer, form, scheme)
+    decoded, weights = sample.decoded, sample.weights
     if not weights.any():
         return
-    axis = 0 if form.rescales(scheme) else None
-    product = (decoded * weights).sum(axis)
-    sizes = np.sqrt((decoded**2).sum(axis) * (weights**2).sum(axis))
-    cosine = float(np.median(np.divide(product, sizes, out=np.zeros_like(sizes), where=sizes > 0)))
+    moved = form.rescales(scheme)
+    product, sizes = (decoded * weights).sum(0), (decoded**2).sum(0) * (weights**2).sum(0)
+    cosines = np.sqrt(sizes) if moved else np.sqrt((decoded**2).sum() * (weights**2).sum())
+    over = product if moved else product.sum()
+    cosine = float(np.median(np.divide(over, cosines, out=np.zeros_like(cosines), where=cosines > 0)))
     if cosine < _LEAST_COSINE:
         yield f"{layer.name} does not decode to the source's weights: a cosine of {cosine:.2f} over a sample of them"
-    elif axis is None and not _FACTORS[0] < (factor := float(product / (weights**2).sum())) < _FACTORS[1]:
+        return
+    factor = _explained_factor(sample, norms) if moved else float(product.sum() / (weights**2).sum())
+    if factor is not None and not _FACTORS[0] < factor < _FACTORS[1]:
         yield f"{layer.name} decodes to {factor:.2f} times the source's weights: its scales are wrong"
 
 
-def _sample(
-    layer: PackedLayer, form: CheckpointFormat, scheme: Scheme
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Some of a layer's weights, decoded and as the source has them: whole spans, evenly spaced."""
+def _explained_factor(sample: _Sample, norms: Sequence[NDArray[np.float32]]) -> float | None:
+    """The factor of all weights beside those of each input, where a norm explains these and no output has one."""
+    inputs = [np.ones(len(sample.inputs), np.float32), *(norm[sample.inputs] for norm in norms)]
+    for factors in inputs:
+        expected = sample.weights * factors
+        product, size = sample.decoded * expected, expected**2
+        along_inputs, along_outputs = _log_ratio(product.sum(0), size.sum(0)), _log_ratio(product.sum(1), size.sum(1))
+        if max(along_inputs.std(), along_outputs.std()) < _EXPLAINED:
+            return float(np.exp(np.median(along_inputs)))
+    return None
+
+
+def _log_ratio(product: NDArray[np.float32], size: NDArray[np.float32]) -> NDArray[np.float32]:
+    """log(product / size), of those that are above zero."""
+    kept = (product > 0) & (size > 0)
+    ratio: NDArray[np.float32] = np.log(product[kept] / size[kept]) if kept.any() else np.full(1, np.inf, np.float32)
+    return ratio
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Some weights [out, in] of a layer, decoded and as the source has them, and which ``inputs`` they belong to."""
+
+    decoded: NDArray[np.float32]
+    weights: NDArray[np.float32]
+    inputs: NDArray[np.int64]
+
+
+def _sample(layer: PackedLayer, form: CheckpointFormat, scheme: Scheme) -> _Sample:
+    """Decode whole spans of a layer, evenly spaced."""
     length, across = layer.weight.shape[form.AXIS], layer.weight.shape[1 - form.AXIS]
     spans = math.ceil(length / _SPAN)
     taken = max(1, min(spans, _SAMPLED // (_SPAN * across)))
-    decoded, weights = [], []
-    for number in range(taken):
-        start = number * spans // taken * _SPAN
-        span = slice(start, min(length, start + _SPAN))
-        decoded.append(form.decode(layer, span, scheme))
-        weights.append(read_rows(layer.weight, span) if form.AXIS == 0 else read_columns(layer.weight, span))
-    return np.concatenate(decoded, form.AXIS), np.concatenate(weights, form.AXIS)
+    starts = [number * spans // taken * _SPAN for number in range(taken)]
+    chosen = [slice(start, min(length, start + _SPAN)) for start in starts]
+    read = read_rows if form.AXIS == 0 else read_columns
+    along = np.concatenate([np.arange(span.start, span.stop) for span in chosen])
+    return _Sample(
+        np.concatenate([form.decode(layer, span, scheme) for span in chosen], form.AXIS),
+        np.concatenate([read(layer.weight, span) for span in chosen], form.AXIS),
+        np.arange(across) if form.AXIS == 0 else along,
+    )
+
+
+def _changed_norms(
+    model: ModelDescription, after: Mapping[str, Tensor], scheme: Scheme
+) -> Mapping[str, list[NDArray[np.float32]]]:
+    """By layer of the decoder: each input's factor where a norm's weights have changed, as they were over as they are.
+
+    It is empty for formats that move no scales.
+    """
+    found: dict[str, list[NDArray[np.float32]]] = {}
+    if not format_of(scheme).rescales(scheme):
+        return found
+    for name, tensor in model.tensors.items():
+        changed = after.get(name)
+        if changed is None or len(tensor.shape) != 1 or tensor.shape != changed.shape or not model.is_in_decoder(name):
+            continue
+        before, now = read_rows(tensor), read_rows(changed)
+        if tensor.dtype in FLOATS and changed.dtype in FLOATS and now.all():
+            found.setdefault(layer_of(name), []).append(before / now)
+    return found
 
 
 def _other_problems(model: ModelDescription, after: Mapping[str, Tensor], scheme: Scheme) -> Iterator[str]:

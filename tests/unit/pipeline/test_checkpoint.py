@@ -109,6 +109,27 @@ def test_scales_of_one_layer_that_are_wrong_by_a_factor_are_refused(
     assert float(found[1]) == pytest.approx(factor, rel=0.02)
 
 
+@pytest.mark.parametrize(("factor", "refused"), [(1, False), (0.5, True), (2, True)])
+def test_awqs_own_factors_are_told_from_wrong_scales(
+    tmp_path: Path, source: Path, factor: float, refused: bool
+) -> None:
+    """AWQ multiplies each input of a layer, and divides the norm in front of it."""
+    of_input = np.exp(np.random.default_rng(2).standard_normal(checkpoints.HIDDEN)).astype(np.float16)
+    changed = checkpoints.unquantized()
+    for name in [name for name, weight in changed.items() if ".1." in name and weight.shape[1:] == of_input.shape]:
+        changed[name] = changed[name] * of_input
+    changed["model.layers.1.input_layernorm.weight"] /= of_input
+    tensors = checkpoints.quantized("awq", 4, 32, changed)
+    tensors["model.layers.1.self_attn.k_proj.scales"] *= np.float16(factor)
+    stated = checkpoints.config() | {"quantization_config": checkpoints.quantization_config("awq", 4, 32)}
+    folder = checkpoints.write(tmp_path / "made", tensors, stated)
+    if not refused:
+        assert check(folder, source, scheme()).layers
+        return
+    with pytest.raises(CheckpointError, match=r"layers.1.self_attn.k_proj decodes to \S+ times .* scales are wrong$"):
+        check(folder, source, scheme())
+
+
 @pytest.mark.parametrize("method", ["awq", "gptq"])
 def test_weights_that_are_not_the_sources_are_refused(tmp_path: Path, source: Path, method: str) -> None:
     """Those of another layer, and zeros: neither has wrong shapes or dtypes."""
