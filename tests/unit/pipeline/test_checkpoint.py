@@ -114,19 +114,19 @@ def test_awqs_own_factors_are_told_from_wrong_scales(
     tmp_path: Path, source: Path, factor: float, refused: bool
 ) -> None:
     """AWQ multiplies each input of a layer, and divides the norm in front of it."""
-    of_input = np.exp(np.random.default_rng(2).standard_normal(checkpoints.HIDDEN)).astype(np.float16)
+    of_input = np.exp(np.random.default_rng(2).normal(0, 0.4, checkpoints.HIDDEN)).astype(np.float16)
     changed = checkpoints.unquantized()
     for name in [name for name, weight in changed.items() if ".1." in name and weight.shape[1:] == of_input.shape]:
         changed[name] = changed[name] * of_input
     changed["model.layers.1.input_layernorm.weight"] /= of_input
     tensors = checkpoints.quantized("awq", 4, 32, changed)
-    tensors["model.layers.1.self_attn.k_proj.scales"] *= np.float16(factor)
+    tensors["model.layers.1.self_attn.q_proj.scales"] *= np.float16(factor)
     stated = checkpoints.config() | {"quantization_config": checkpoints.quantization_config("awq", 4, 32)}
     folder = checkpoints.write(tmp_path / "made", tensors, stated)
     if not refused:
         assert check(folder, source, scheme()).layers
         return
-    with pytest.raises(CheckpointError, match=r"layers.1.self_attn.k_proj decodes to \S+ times .* scales are wrong$"):
+    with pytest.raises(CheckpointError, match=r"layers.1.self_attn.q_proj decodes to \S+ times .* scales are wrong$"):
         check(folder, source, scheme())
 
 
