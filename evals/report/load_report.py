@@ -110,6 +110,19 @@ def _facts(load: LoadEvidence) -> dict[str, str]:
     if memory.hertz:
         phases = ", ".join(f"{phase} {shown_bytes(peak)}" for phase, peak in memory.phases.items())
         facts["memory, peaks"] = f"{phases}; {memory.hertz:.0f} samples a second from {memory.source}"
+    ranks = [
+        f"{name.removeprefix('worker_').removesuffix('_bytes')} {shown_bytes(peak)}"
+        for name, peak in memory.peak.items()
+        if name.startswith("worker_") and peak is not None
+    ]
+    if ranks:
+        facts["memory, ranks"] = ", ".join(ranks)
+    if memory.gpus:
+        facts["memory, GPUs"] = ", ".join(
+            f"{gpu.uuid} {'not sampled' if gpu.peak_bytes is None else shown_bytes(gpu.peak_bytes)} of "
+            f"{shown_bytes(gpu.total_bytes)}"
+            for gpu in memory.gpus
+        )
     if client.cores is not None:
         facts["load generator"] = (
             f"{client.cores:.2f} cores while requests were under way, {client.cpu_seconds:.1f} s of processor time"

@@ -57,6 +57,15 @@ def test_the_clients_own_cost_is_stated() -> None:
     assert section(load, VERDICT).facts["load generator"].startswith("0.20 cores")
 
 
+def test_the_memory_of_each_rank_and_gpu_is_stated() -> None:
+    gpus = [{"uuid": "GPU-1", "total_bytes": 80e9, "peak_bytes": 73e9},
+            {"uuid": "GPU-2", "total_bytes": 80e9, "peak_bytes": None}]  # fmt: skip
+    ranks = {"worker_tp0_bytes": 1_670_000_000, "worker_tp1_bytes": 1_680_000_000}
+    facts = section(load_evidence.changed(evidence(), {"memory": {"gpus": gpus, "peak": ranks}}), VERDICT).facts
+    assert facts["memory, ranks"] == "tp0 1.67 GB, tp1 1.68 GB"
+    assert facts["memory, GPUs"] == "GPU-1 73.0 GB of 80.0 GB, GPU-2 not sampled of 80.0 GB"
+
+
 def test_a_page_shows_faults_findings_and_the_curve_and_runs_nothing(tmp_path: Path) -> None:
     load = evidence(faults=FAULTS, findings=("memory was `far` off",))
     write_page(tmp_path / "load.html", "demo-awq", VERDICT, load, (), [release_evidence.SAMPLE])
