@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from rich.markup import escape
@@ -16,6 +16,7 @@ from pipeline.commands.show import FAILED, REFUSED, Ticker, as_json, print_json,
 from pipeline.settings import Settings
 
 if TYPE_CHECKING:
+    from pipeline.orchestration.release_events import SchemeResult
     from pipeline.spec import ModelSpec
 
 
@@ -30,8 +31,9 @@ def release(model: str, schemes: Sequence[str], *, as_json: bool) -> None:
     changed run; the others reuse their artifacts. A scheme is promoted if it passes every gate. If nothing changed, the
     command reports `up-to-date` within seconds.
     """
-    from pipeline.orchestration.release import Event, sweep  # noqa: PLC0415
     from pipeline.orchestration.release import release as run  # noqa: PLC0415
+    from pipeline.orchestration.release import sweep  # noqa: PLC0415
+    from pipeline.orchestration.release_events import ReleaseResult, RunEvent  # noqa: PLC0415
     from pipeline.spec import find, load  # noqa: PLC0415
 
     settings = Settings.read()
@@ -46,7 +48,7 @@ def release(model: str, schemes: Sequence[str], *, as_json: bool) -> None:
     ticker = Ticker()
     wanted = list(dict.fromkeys(schemes)) or list(spec.schemes)
 
-    def look_ahead() -> dict[str, list[Event]]:
+    def look_ahead() -> dict[str, list[RunEvent]]:
         from pipeline.orchestration.unchanged import unchanged  # noqa: PLC0415 - imports while the runs do
 
         sweep(settings)
@@ -61,12 +63,12 @@ def release(model: str, schemes: Sequence[str], *, as_json: bool) -> None:
         return unchanged_releases
 
     releases = run(spec.path, wanted, settings, ticker, meanwhile=look_ahead)
-    document = {"model": spec.model, "seconds": round(ticker.seconds, 2), "releases": releases}
     if as_json:
-        print_json(document)
+        result = ReleaseResult(model=spec.model, seconds=round(ticker.seconds, 2), releases=tuple(releases))
+        print_json(result.model_dump(mode="json"))
     else:
         show_releases(spec, releases, ticker.seconds)
-    sys.exit(exit_status([entry["outcome"] for entry in releases]))
+    sys.exit(exit_status([entry.outcome for entry in releases]))
 
 
 def check_cpu(spec: ModelSpec, settings: Settings) -> str | None:
@@ -91,42 +93,42 @@ def exit_status(outcomes: Collection[str]) -> int:
     return FAILED if "failed" in outcomes else REFUSED if "refused" in outcomes else 0
 
 
-def show_releases(spec: ModelSpec, releases: Sequence[dict[str, Any]], seconds: float) -> None:
+def show_releases(spec: ModelSpec, releases: Sequence[SchemeResult], seconds: float) -> None:
     """Print the outcome of each scheme: loss, size, speed; and what to try next."""
     rows = [
         (
-            f"{spec.model}-{entry['scheme']}",
+            f"{spec.model}-{entry.scheme}",
             _outcome(entry),
-            entry["version"] or "-",
-            " ".join(entry["aliases"]) or "-",
-            *(shape(entry["measured"]) for _, shape in _FIGURES),
+            entry.version or "-",
+            " ".join(entry.aliases) or "-",
+            *(shape(entry.measured) for _, shape in _FIGURES),
         )
         for entry in releases
     ]
     results.print()
     print_table(("release", "outcome", "version", "aliases", *(title for title, _ in _FIGURES)), rows)
-    endings = Counter(entry["outcome"] for entry in releases)
+    endings = Counter(entry.outcome for entry in releases)
     outcomes = ", ".join(f"{count} {styled(outcome)}" for outcome, count in endings.items())
     results.print(f"\n{outcomes} in {seconds:.0f} s; accuracy and bits per byte are changes from FP16.")
     for entry in releases:
-        if entry["error"]:
-            line = entry["error"].splitlines()[0]
-            results.print(f"\n{spec.model}-{entry['scheme']} {styled(entry['outcome'])}: {escape(line)}")
+        if entry.error:
+            line = entry.error.splitlines()[0]
+            results.print(f"\n{spec.model}-{entry.scheme} {styled(entry.outcome)}: {escape(line)}")
     results.print("\nTry next:")
     for command, why in _next_steps(spec, releases):
         results.print(f"  {escape(command):46} [dim]{escape(why)}[/]")
 
 
-def _outcome(entry: Mapping[str, Any]) -> str:
+def _outcome(entry: SchemeResult) -> str:
     """The outcome of a release, and the gates that refused it."""
-    refusing = [gate["name"] for gate in entry["gates"] if gate["blocks"]] if entry["outcome"] == "refused" else []
-    return styled(entry["outcome"]) + (f" by {', '.join(refusing)}" if refusing else "")
+    refusing = [gate.name for gate in entry.gates if gate.blocks] if entry.outcome == "refused" else []
+    return styled(entry.outcome) + (f" by {', '.join(refusing)}" if refusing else "")
 
 
-def _next_steps(spec: ModelSpec, releases: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+def _next_steps(spec: ModelSpec, releases: Sequence[SchemeResult]) -> Iterator[tuple[str, str]]:
     """Commands to try after these outcomes, each with its purpose."""
-    outcomes = {entry["outcome"] for entry in releases}
-    good = [f"{spec.model}-{entry['scheme']}" for entry in releases if entry["version"]]
+    outcomes = {entry.outcome for entry in releases}
+    good = [f"{spec.model}-{entry.scheme}" for entry in releases if entry.version]
     if "failed" in outcomes:
         yield "slipway doctor", "find what this machine lacks; then release again: finished stages are reused"
     if "refused" in outcomes:

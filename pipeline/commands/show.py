@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.cells import cell_len
@@ -16,6 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.commands.live import LiveDisplay
+
+if TYPE_CHECKING:
+    from pipeline.orchestration.release_events import RunEvent
 
 # A pipe or a file has no width: tables are then as wide as their cells, so that a row stays one line.
 _ENDLESS = 10_000
@@ -95,8 +98,8 @@ class Ticker:
         """Seconds since the start."""
         return time.monotonic() - self._started
 
-    def __call__(self, scheme: str, event: Mapping[str, Any]) -> None:
-        """Show one event (see ``pipeline.orchestration.events``)."""
+    def __call__(self, scheme: str, event: RunEvent) -> None:
+        """Show one event (``pipeline.orchestration.release_events``)."""
         if live.shows and _follow(scheme, event):
             return
         text = _describe(event)
@@ -105,19 +108,19 @@ class Ticker:
                 progress.print(f"[dim]{self.seconds:7.1f} s[/]  [bold]{escape(scheme):10}[/] {text}")
 
 
-def _follow(scheme: str, event: Mapping[str, Any]) -> bool:
+def _follow(scheme: str, event: RunEvent) -> bool:
     """Update the live display; return whether the event needs no printed line."""
-    match event["event"]:
+    match event.event:
         case "start":
-            live.set((scheme, event["stage"]), f"{scheme} {event['stage']}", "")
+            live.set((scheme, event.stage), f"{scheme} {event.stage}", "")
             return True
         case "progress":
-            counted = _counted(event["text"])
+            counted = _counted(event.text)
             if counted is not None:
-                live.set((scheme, event["stage"]), f"{scheme} {event['stage']}", event["text"], counted[1])
+                live.set((scheme, event.stage), f"{scheme} {event.stage}", event.text, counted[1])
             return counted is not None
         case "stage":
-            live.drop((scheme, event["name"]))
+            live.drop((scheme, event.name))
         case "end":
             live.drop_group(scheme)
     return False
@@ -129,20 +132,20 @@ def _counted(line: str) -> tuple[str, float] | None:
     return is_count(line)
 
 
-def _describe(event: Mapping[str, Any]) -> str | None:
-    match event["event"]:
+def _describe(event: RunEvent) -> str | None:
+    match event.event:
         case "start":
-            return f"[cyan]{event['stage']:10}[/]"
+            return f"[cyan]{event.stage:10}[/]"
         case "progress":
-            return f"[cyan]{event['stage']:10}[/] [dim]{escape(event['text'])}[/]"
+            return f"[cyan]{event.stage:10}[/] [dim]{escape(event.text)}[/]"
         case "stage":
-            how = "cached" if event["cached"] else f"{event['seconds']:.1f} s"
-            return f"[cyan]{event['name']:10}[/] done, {how}"
+            how = "cached" if event.cached else f"{event.seconds:.1f} s"
+            return f"[cyan]{event.name:10}[/] done, {how}"
         case "gate":
-            return f"[cyan]{event['name']:10}[/] gate {styled(event['status'])}: {escape(event['reason'])}"
+            return f"[cyan]{event.name:10}[/] gate {styled(event.status)}: {escape(event.reason)}"
         case "end":
-            error = f": {escape(event['error'])}" if event.get("error") else ""
-            return f"{styled(event['outcome'])}{error}"
+            error = f": {escape(event.error)}" if event.error else ""
+            return f"{styled(event.outcome)}{error}"
     return None
 
 

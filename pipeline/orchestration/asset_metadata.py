@@ -145,18 +145,18 @@ def describe(stage: Stage, context: StageContext, made: Artifact) -> dict[str, A
 
 def describe_promotion(context: StageContext, made: Artifact, promoted: PromotedRelease) -> dict[str, Any]:
     """Return where a promoted release's report, version and image are, and its figures as numbers to plot."""
-    address = context.settings.mlflow_address
+    address, version = context.settings.mlflow_address, promoted.version
     return {
         "name": promoted.name,
-        "version": promoted.version,
-        "aliases": ", ".join(promoted.aliases),
-        RELEASE: promoted.document(),
+        "version": version.version,
+        "aliases": ", ".join(version.aliases),
+        RELEASE: version.model_dump(mode="json"),
         "report": MetadataValue.url(f"{address}/{promoted.report}")
         if promoted.report
         else MetadataValue.path(made.folder / REPORT),
-        "MLflow": MetadataValue.url(f"{address}/#/models/{promoted.name}/versions/{promoted.version}"),
-        "image": promoted.image,
-        **_figures(promoted.measured),
+        "MLflow": MetadataValue.url(f"{address}/#/models/{promoted.name}/versions/{version.version}"),
+        "image": version.image,
+        **_figures(version.measured),
     }
 
 

@@ -169,7 +169,7 @@ def failure_alert_sensor(context: RunFailureSensorContext, settings: ResourcePar
     if run.tags.get("dagster/will_retry") == "true":
         return
     ended = ending(_events(context.instance, run), succeeded=False)
-    enqueue(_notice(run, ended["outcome"], ended["error"], settings), settings)
+    enqueue(_notice(run, ended.outcome, ended.error or "", settings), settings)
 
 
 @run_status_sensor(

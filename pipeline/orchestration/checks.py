@@ -42,7 +42,7 @@ def _check(stage: str, gate: Gate) -> AssetChecksDefinition:
                 "status": verdict.status,
                 **{f"limit {name}": value for name, value in verdict.limits.items()},
                 **verdict.metrics,
-                VERDICT: MetadataValue.json(judged(verdict)),
+                VERDICT: MetadataValue.json(judged(verdict).model_dump(mode="json")),
             },
         )
 

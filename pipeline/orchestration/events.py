@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
-from typing import Any
 
 from dagster import DagsterEvent, InitLoggerContext, logger
 
+from pipeline.orchestration.release_events import GateJudged, RunEvent, StageDone, StageProgress, StageStarted
 from pipeline.stages.metadata import CACHED, RELEASE, SECONDS, SIZE, VERDICT, WORKER_SECONDS
 from pipeline.stages.table import BY_NAME
 
@@ -26,10 +25,11 @@ def stream(_context: InitLoggerContext) -> logging.Logger:
 
 class _Line(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return json.dumps(_event(record))
+        event = _event(record)
+        return "" if event is None else event.model_dump_json()
 
 
-def _event(record: logging.LogRecord) -> dict[str, Any] | None:
+def _event(record: logging.LogRecord) -> RunEvent | None:
     """Translate one log record; None where the command line does not show it."""
     meta = getattr(record, "dagster_meta", {})
     step = meta.get("step_key")
@@ -37,23 +37,20 @@ def _event(record: logging.LogRecord) -> dict[str, Any] | None:
     if event is None:
         text = meta.get("orig_message", record.getMessage())
         shown = step in BY_NAME and record.levelno == logging.INFO and not text.startswith("[pipes]")
-        return {"event": "progress", "stage": step, "text": text} if shown else None
+        return StageProgress(stage=step, text=text) if shown else None
     return translate(event)
 
 
-def translate(event: DagsterEvent) -> dict[str, Any] | None:
+def translate(event: DagsterEvent) -> RunEvent | None:
     """Translate a Dagster event: a stage that starts or is done, a gate that decided."""
     if event.is_step_start and event.step_key in BY_NAME:
-        return {"event": "start", "stage": event.step_key}
-    if event.is_step_materialization:
+        return StageStarted(stage=event.step_key)
+    if event.is_step_materialization and event.asset_key:
         metadata = event.materialization.metadata
-        return {
-            "event": "stage",
-            "name": event.asset_key.path[-1] if event.asset_key else None,
-            **{name: metadata[name].value for name in (SECONDS, CACHED, WORKER_SECONDS, SIZE) if name in metadata},
-            **({RELEASE: metadata[RELEASE].value} if RELEASE in metadata else {}),
-        }
+        names = (SECONDS, CACHED, WORKER_SECONDS, SIZE, RELEASE)
+        told = {name: metadata[name].value for name in names if name in metadata}
+        return StageDone.model_validate({"name": event.asset_key.path[-1], **told})
     if event.event_type_value == "ASSET_CHECK_EVALUATION":
         judged = event.asset_check_evaluation_data.metadata.get(VERDICT)
-        return {"event": "gate", **judged.value} if judged else None  # type: ignore[dict-item]
+        return GateJudged.model_validate(judged.value) if judged else None
     return None

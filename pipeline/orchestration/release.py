@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -13,18 +12,30 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
+
+from pydantic import ValidationError
 
 from containers.engine.engine import connect
 from containers.errors import EngineError
 from containers.sandbox import sandbox
+from pipeline.orchestration.release_events import (
+    RUN_EVENT,
+    GateJudged,
+    GateSummary,
+    RunEnded,
+    RunEvent,
+    SchemeResult,
+    StageDone,
+    StageTiming,
+)
 from pipeline.settings import Settings
-from pipeline.stages.metadata import SIZE, figures
+from pipeline.stages.metadata import figures
 from pipeline.store.artifacts import Store
 from pipeline.workers.launchers.local import how_it_ended
 
-Event = dict[str, Any]
-Show = Callable[[str, Event], None]
+Show = Callable[[str, RunEvent], None]
+Named = TypeVar("Named", StageDone, GateJudged)
 # -P: the current folder may hold folders named as our packages are.
 PROGRAM = (sys.executable, "-P", "-m", "pipeline.orchestration.run")
 GO = "go"
@@ -38,10 +49,9 @@ class _Run:
     scheme: str
     process: subprocess.Popen[str]
     log: Path
-    stages: list[dict[str, Any]] = field(default_factory=list)
-    gates: list[dict[str, Any]] = field(default_factory=list)
-    sizes: dict[str, int] = field(default_factory=dict)
-    ending: Event | None = None
+    stages: list[StageDone] = field(default_factory=list)
+    gates: list[GateJudged] = field(default_factory=list)
+    ending: RunEnded | None = None
 
     def follow(self, show: Show) -> None:
         """Read events until the process ends."""
@@ -53,19 +63,19 @@ class _Run:
                     self.hear(event, show)
         self.process.wait()
         if self.ending is None:
-            self.hear({"event": "end", "outcome": "failed", "release": None, "error": self._last_words()}, show)
+            self.hear(RunEnded(outcome="failed", error=self._last_words()), show)
         elif not self.log.read_bytes():
             self.log.unlink()
 
-    def hear(self, event: Event, show: Show) -> None:
+    def hear(self, event: RunEvent, show: Show) -> None:
         """Record an event, and show it."""
-        if event["event"] == "stage":
-            self.sizes[event["name"]] = event.get(SIZE, 0)
-            self.stages.append({name: event[name] for name in ("name", "seconds", "cached", "worker_seconds")})
-        elif event["event"] == "gate":
-            self.gates.append(event)
-        elif event["event"] == "end":
-            self.ending = event
+        match event:
+            case StageDone():
+                self.stages.append(event)
+            case GateJudged():
+                self.gates.append(event)
+            case RunEnded():
+                self.ending = event
         show(self.scheme, event)
 
     def call_off(self) -> None:
@@ -74,31 +84,37 @@ class _Run:
             self.process.kill()
         self.log.unlink()
 
-    def document(self) -> dict[str, Any]:
+    def result(self) -> SchemeResult:
         """The scheme's part of `slipway release --json`."""
-        ending = self.ending or {"outcome": "failed", "release": None, "error": "it was not followed to its end"}
-        released = ending["release"] or {}
-        return {
-            "scheme": self.scheme,
-            "outcome": ending["outcome"],
-            "version": released.get("version"),
-            "aliases": released.get("aliases", []),
-            "manifest_digest": released.get("manifest_digest"),
-            "image": released.get("image"),
-            "stages": _in_stage_order(self.stages),
-            "gates": [
-                {name: gate.get(name) for name in ("name", "status", "reason", "blocks")}
+        ending = self.ending or RunEnded(outcome="failed", error="it was not followed to its end")
+        released = ending.release
+        return SchemeResult(
+            scheme=self.scheme,
+            outcome=ending.outcome,
+            version=released.version if released else None,
+            aliases=released.aliases if released else (),
+            manifest_digest=released.manifest_digest if released else None,
+            image=released.image if released else None,
+            stages=tuple(
+                StageTiming(
+                    name=each.name, seconds=each.seconds, cached=each.cached, worker_seconds=each.worker_seconds
+                )
+                for each in _in_stage_order(self.stages)
+            ),
+            gates=tuple(
+                GateSummary(name=gate.name, status=gate.status, reason=gate.reason, blocks=gate.blocks)
                 for gate in _in_stage_order(self.gates)
-            ],
-            "measured": released.get("measured") or self._measured(),
-            "variants": released.get("variants", {}),
-            "error": ending["error"],
-        }
+            ),
+            measured=(released.measured if released else None) or self._measured(),
+            variants=released.variants if released else {},
+            error=ending.error,
+        )
 
     def _measured(self) -> dict[str, float]:
         """The figures of a release that did not finish, from the events of its stages and gates."""
-        metrics = {name: value for gate in self.gates for name, value in gate.get("metrics", {}).items()}
-        return figures(metrics, self.sizes.get("source", 0), self.sizes.get("quantized", 0))
+        metrics = {name: value for gate in self.gates for name, value in gate.metrics.items()}
+        sizes = {stage.name: stage.size_bytes for stage in self.stages}
+        return figures(metrics, sizes.get("source", 0), sizes.get("quantized", 0))
 
     def _last_words(self) -> str:
         tail = self.log.read_text(errors="replace").strip().splitlines()[-5:]
@@ -111,9 +127,9 @@ def release(
     settings: Settings,
     show: Show,
     program: Sequence[str] = PROGRAM,
-    meanwhile: Callable[[], Mapping[str, Sequence[Event]]] = dict,
-) -> list[dict[str, Any]]:
-    """Run the schemes side by side and return their part of the document, in the order given.
+    meanwhile: Callable[[], Mapping[str, Sequence[RunEvent]]] = dict,
+) -> list[SchemeResult]:
+    """Run the schemes side by side and return their results, in the order given.
 
     ``show(scheme, event)`` is called from several threads as events arrive. On Ctrl-C every run is asked to stop, which
     ends its worker and removes its container; one that does not stop within 30 s is killed. ``program`` runs a scheme:
@@ -142,7 +158,7 @@ def release(
     except BaseException:  # Ctrl-C among them: no run goes on without this process
         _stop(runs)
         raise
-    return [run.document() for run in runs]
+    return [run.result() for run in runs]
 
 
 def sweep(settings: Settings) -> None:
@@ -158,21 +174,20 @@ def sweep(settings: Settings) -> None:
         client.close()
 
 
-def _in_stage_order(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _in_stage_order(events: Sequence[Named]) -> list[Named]:
     """Sort events of stages, or of their gates: independent stages end in any order, the document has one."""
     from pipeline.stages.table import BY_NAME  # noqa: PLC0415 - takes a second to import, while the runs start
 
     order = list(BY_NAME)
-    return sorted(events, key=lambda event: order.index(event["name"]) if event["name"] in order else len(order))
+    return sorted(events, key=lambda event: order.index(event.name) if event.name in order else len(order))
 
 
-def _event(line: str) -> dict[str, Any] | None:
+def _event(line: str) -> RunEvent | None:
     """Parse one line of a run's stdout; None where it is no event, for a library may print there too."""
     try:
-        event = json.loads(line)
-    except json.JSONDecodeError:
+        return RUN_EVENT.validate_json(line)
+    except ValidationError:
         return None
-    return event if isinstance(event, dict) and "event" in event else None
 
 
 def _start(command: Sequence[str], scheme: str, log: Path) -> _Run:
@@ -191,8 +206,8 @@ def _start(command: Sequence[str], scheme: str, log: Path) -> _Run:
 
 
 def _until_ready(
-    runs: Sequence[_Run], meanwhile: Callable[[], Mapping[str, Sequence[Event]]]
-) -> Mapping[str, Sequence[Event]]:
+    runs: Sequence[_Run], meanwhile: Callable[[], Mapping[str, Sequence[RunEvent]]]
+) -> Mapping[str, Sequence[RunEvent]]:
     """Call ``meanwhile``, let the runs begin that are needed, and return the events of the others."""
     try:
         unchanged = meanwhile()

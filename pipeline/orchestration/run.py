@@ -13,11 +13,9 @@ import gc
 if __name__ == "__main__":
     gc.disable()  # what is imported is no garbage, and looking for some takes a seventh of the imports' time
 
-import json
 import sys
 import uuid
 from pathlib import Path
-from typing import Any
 
 from dagster import MultiPartitionKey
 
@@ -28,13 +26,14 @@ from pipeline.orchestration.instance import alive, fail_orphaned_runs, open_inst
 from pipeline.orchestration.jobs import RELEASE_JOB
 from pipeline.orchestration.partitions import MODEL_FILE_TAG, add_partitions
 from pipeline.orchestration.release import GO
+from pipeline.orchestration.release_events import RunEnded
 from pipeline.orchestration.run_outcome import ending
 from pipeline.settings import Settings
 from pipeline.spec import load
 
 
-def release(model_file: Path, scheme: str, settings: Settings) -> dict[str, Any]:
-    """Run every stage of one release and return its ``outcome``, ``error`` and, where there is one, ``release``."""
+def release(model_file: Path, scheme: str, settings: Settings) -> RunEnded:
+    """Run every stage of one release and return how that ended."""
     spec = load(model_file)
     spec.scheme(scheme)
     run_id = str(uuid.uuid4())
@@ -62,8 +61,8 @@ def main() -> None:
     try:
         ended = release(Path(model_file), scheme, Settings.read())
     except SlipwayError as error:
-        ended = {"outcome": "failed", "release": None, "error": str(error)}
-    print(json.dumps({"event": "end", **ended}), flush=True)
+        ended = RunEnded(outcome="failed", error=str(error))
+    print(ended.model_dump_json(), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from dagster import DagsterEvent, DagsterExecutionInterruptedError
 
 from pipeline.orchestration.events import translate
+from pipeline.orchestration.release_events import GateJudged, RunEnded, StageDone
 
 
-def ending(events: Iterable[DagsterEvent], *, succeeded: bool) -> dict[str, Any]:
-    """Return ``outcome`` (promoted, up-to-date, refused or failed), ``error`` and, where there is one, ``release``."""
+def ending(events: Iterable[DagsterEvent], *, succeeded: bool) -> RunEnded:
+    """Return how a run ended, from its events."""
     happened = list(events)
     translated = [event for event in map(translate, happened) if event]
-    released = next((event["release"] for event in translated if "release" in event), None)
+    released = next((event.release for event in translated if isinstance(event, StageDone) and event.release), None)
     if succeeded and released:
-        return {"outcome": released["outcome"], "release": released, "error": None}
-    refused = [event for event in translated if event["event"] == "gate" and event["blocks"]]
+        return RunEnded(outcome=released.outcome, release=released)
+    refused = [event for event in translated if isinstance(event, GateJudged) and event.blocks]
     if refused:
-        error = "; ".join(f"{gate['gate']}: {gate['reason']}" for gate in refused)
-        return {"outcome": "refused", "release": None, "error": error}
-    return {"outcome": "failed", "release": None, "error": _first_failure(happened)}
+        return RunEnded(outcome="refused", error="; ".join(f"{gate.name}: {gate.reason}" for gate in refused))
+    return RunEnded(outcome="failed", error=_first_failure(happened))
 
 
 def findings(events: Iterable[DagsterEvent]) -> list[str]:

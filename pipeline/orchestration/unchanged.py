@@ -8,20 +8,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from pipeline.orchestration.release import Event
+from pipeline.orchestration.release_events import GateJudged, RunEnded, RunEvent, StageDone, StageProgress
 from pipeline.settings import Settings
 from pipeline.sources.lock import read_lock
 from pipeline.spec import ModelSpec
 from pipeline.stages.context import StageContext
 from pipeline.stages.dry_run import DryRun, Missing
-from pipeline.stages.metadata import CACHED, SECONDS, WORKER_SECONDS, judged
+from pipeline.stages.metadata import judged
 from pipeline.stages.promotion import already_promoted
 from pipeline.store.artifacts import Artifact
 from pipeline.store.materializations import MaterializationIndex
 from registry.verdict import Verdict
 
 
-def unchanged(spec: ModelSpec, scheme: str, settings: Settings) -> list[Event] | None:
+def unchanged(spec: ModelSpec, scheme: str, settings: Settings) -> list[RunEvent] | None:
     """Return the events of a run (as `pipeline.orchestration.events`) that changes nothing; None where it would.
 
     It changes nothing where every artifact is there, of today's vulnerability database; where the engine still has the
@@ -31,7 +31,7 @@ def unchanged(spec: ModelSpec, scheme: str, settings: Settings) -> list[Event] |
     """
     lines: list[str] = []
     context = StageContext(spec, scheme, settings, lines.append)
-    events: list[Event] = []
+    events: list[RunEvent] = []
     made: dict[str, Artifact] = {}
     since = time.monotonic()
     try:
@@ -41,7 +41,7 @@ def unchanged(spec: ModelSpec, scheme: str, settings: Settings) -> list[Event] |
             if isinstance(found, Missing):
                 return None
             if isinstance(found, Verdict):
-                events.append({"event": "gate", **judged(found)})
+                events.append(GateJudged(**judged(found).model_dump()))
             else:
                 made[name] = found
                 events += [*_progress(name, lines), _done(name, time.monotonic() - since)]
@@ -55,14 +55,14 @@ def unchanged(spec: ModelSpec, scheme: str, settings: Settings) -> list[Event] |
         return None
     if promoted is None:
         return None
-    end = {"event": "end", "outcome": promoted.outcome, "release": promoted.document(), "error": None}
+    end = RunEnded(outcome=promoted.version.outcome, release=promoted.version)
     return [*events, *_progress("release", lines), end]
 
 
-def _progress(stage: str, lines: list[str]) -> Iterator[Event]:
+def _progress(stage: str, lines: list[str]) -> Iterator[RunEvent]:
     while lines:
-        yield {"event": "progress", "stage": stage, "text": lines.pop(0)}
+        yield StageProgress(stage=stage, text=lines.pop(0))
 
 
-def _done(stage: str, seconds: float) -> Event:
-    return {"event": "stage", "name": stage, SECONDS: round(seconds, 3), CACHED: True, WORKER_SECONDS: 0.0}
+def _done(stage: str, seconds: float) -> StageDone:
+    return StageDone(name=stage, seconds=round(seconds, 3), cached=True, worker_seconds=0.0)

@@ -3,14 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Literal
 
-if TYPE_CHECKING:
-    from registry.verdict import Verdict
+from pydantic import BaseModel, ConfigDict
+
+from registry.verdict import Status, Verdict
 
 # Metadata that every stage's materialization carries; the release's adds RELEASE, a gate's evaluation VERDICT.
 SECONDS, WORKER_SECONDS, CACHED, SIZE = "seconds", "worker_seconds", "cached", "size_bytes"
 RELEASE, VERDICT = "release", "verdict"
+
+
+class ReleasedVersion(BaseModel):
+    """A promoted release as events and metadata have it: its version in the registry, and its figures."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    outcome: Literal["promoted", "up-to-date"]
+    """`up-to-date` if no alias had to move."""
+    version: str
+    aliases: tuple[str, ...]
+    manifest_digest: str
+    image: str
+    measured: Mapping[str, float]
+    variants: Mapping[str, str] = {}
+    """Of each serving variant, whether it passed, or why it is not listed."""
+
+
+class GateResult(BaseModel):
+    """A verdict as events and metadata have it; ``name`` is the gate's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    status: Status
+    reason: str
+    cause: str | None = None
+    metrics: Mapping[str, float] = {}
+    limits: Mapping[str, float] = {}
+    accepted_because: str | None = None
+    blocks: bool
 
 
 def figures(metrics: Mapping[str, float], source_bytes: float, checkpoint_bytes: float) -> dict[str, float]:
@@ -30,6 +62,6 @@ def figures(metrics: Mapping[str, float], source_bytes: float, checkpoint_bytes:
     return found | {name: metrics[name] for name in ("p95_latency_ms", "output_tokens_per_second") if name in metrics}
 
 
-def judged(verdict: Verdict) -> dict[str, Any]:
+def judged(verdict: Verdict) -> GateResult:
     """Return a verdict as metadata and events have it, with whether it blocks."""
-    return {"name": verdict.gate, **verdict.model_dump(mode="json"), "blocks": verdict.blocks}
+    return GateResult(name=verdict.gate, blocks=verdict.blocks, **verdict.model_dump(exclude={"gate"}))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from containers.image.build import read_image
 from containers.scan import mlbom
 from evals.load.variants import read_variants
 from pipeline.stages.context import StageContext
-from pipeline.stages.metadata import figures
+from pipeline.stages.metadata import ReleasedVersion, figures
 from pipeline.stages.release import MLBOM, SBOM
 from pipeline.store.artifacts import Artifact
 from pipeline.trust import signing_key, signing_key_if_any, trust_of
@@ -24,33 +24,11 @@ from registry.resolve import CANDIDATE, CHAMPION
 
 @dataclass(frozen=True)
 class PromotedRelease:
-    """A release as the registry has it. ``outcome`` is ``up-to-date`` where no alias had to move.
-
-    ``report`` is the page's path on MLflow's server; None where it has none. ``variants`` says of each serving variant
-    whether it passed, or why it is not listed.
-    """
+    """A release as the registry has it; ``report`` is the page's path on MLflow's server, None where it has none."""
 
     name: str
-    outcome: Literal["promoted", "up-to-date"]
-    version: str
-    aliases: tuple[str, ...]
-    manifest_digest: str
-    image: str
-    measured: Mapping[str, float]
+    version: ReleasedVersion
     report: str | None
-    variants: Mapping[str, str] = field(default_factory=dict)
-
-    def document(self) -> dict[str, Any]:
-        """Return what `slipway release --json` and Dagster's metadata have of it."""
-        return {
-            "outcome": self.outcome,
-            "version": self.version,
-            "aliases": list(self.aliases),
-            "manifest_digest": self.manifest_digest,
-            "image": self.image,
-            "measured": dict(self.measured),
-            "variants": dict(self.variants),
-        }
 
 
 def promote(context: StageContext, release: Artifact, *, candidate_only: bool = False) -> PromotedRelease:
@@ -161,14 +139,16 @@ def _described(
     manifest = Manifest.parse((release.folder / MANIFEST).read_bytes())
     return PromotedRelease(
         name=promotion.name,
-        outcome=outcome,
-        version=promotion.version,
-        aliases=promotion.aliases,
-        manifest_digest=promotion.manifest_digest,
-        image=manifest.image.reference,
-        measured=measured(manifest),
+        version=ReleasedVersion(
+            outcome=outcome,
+            version=promotion.version,
+            aliases=promotion.aliases,
+            manifest_digest=promotion.manifest_digest,
+            image=manifest.image.reference,
+            measured=measured(manifest),
+            variants={each.name: str(each) for each in read_variants(release.folder / EVIDENCE)},
+        ),
         report=promotion.report,
-        variants={each.name: str(each) for each in read_variants(release.folder / EVIDENCE)},
     )
 
 

@@ -33,7 +33,7 @@ def test_a_cached_run_follows_its_file_back_and_leaves_a_rollback_as_it_is(tmp_p
     rollback("demo-gptq", made.settings.tracking_uri, trust_of(made.settings), key=signing_key(made.settings))
     before = by_alias(made)
     assert before == {"candidate": "2", "champion": "1", "previous": "2"}
-    assert promote(made.context, second).outcome == "up-to-date"
+    assert promote(made.context, second).version.outcome == "up-to-date"
     assert by_alias(made) == before
     assert "a person has replaced it" in made.told[-1]
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import docker
 import pytest
 
-from pipeline.orchestration.release import Event
+from pipeline.orchestration.release_events import GateJudged, RunEnded, RunEvent, StageDone, StageProgress
 from pipeline.orchestration.unchanged import unchanged
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec
 from pipeline.stages import scan
 from pipeline.stages.context import StageContext
+from pipeline.stages.metadata import ReleasedVersion
 from pipeline.stages.promotion import promote
 from pipeline.stages.table import BY_NAME
 from pipeline.store.materializations import MaterializationIndex
@@ -77,16 +78,15 @@ def released(at_first: Released, tmp_path: Path, has_every_image: None) -> Relea
 def test_what_is_as_it_was_is_told_as_its_run_would_tell_it(released: Released) -> None:
     events = unchanged(released.spec, "gptq", released.settings)
     assert events is not None
-    done = [event for event in events if event["event"] == "stage"]
-    assert [event["name"] for event in done] == list(BY_NAME)
-    assert all(event["cached"] and event["worker_seconds"] == 0 for event in done)
-    gates = [(event["name"], event["blocks"]) for event in events if event["event"] == "gate"]
+    done = [event for event in events if isinstance(event, StageDone)]
+    assert [event.name for event in done] == list(BY_NAME)
+    assert all(event.cached and event.worker_seconds == 0 for event in done)
+    gates = [(event.name, event.blocks) for event in events if isinstance(event, GateJudged)]
     assert gates == [("drift", False), ("scan", False), ("load", False)]
     (version,) = current(released.settings.tracking_uri, "demo-gptq")
-    assert events[-1]["outcome"] == "up-to-date"
-    told = events[-1]["release"]
-    assert (told["version"], told["manifest_digest"]) == (version.version, version.manifest_digest)
-    assert (told["aliases"], told["outcome"]) == (["candidate", "champion"], "up-to-date")
+    told = released_in(events)
+    assert (told.version, told.manifest_digest) == (version.version, version.manifest_digest)
+    assert (told.aliases, told.outcome) == (("candidate", "champion"), "up-to-date")
 
 
 def test_a_run_is_needed_where_the_engine_has_lost_the_image(
@@ -169,10 +169,18 @@ def test_a_run_is_needed_where_the_aliases_are_others_than_the_file_wants_and_no
     rollback("demo-gptq", *registry, key=signing_key(settings))
     events = unchanged(champion, "gptq", settings)
     assert aliases(events) == ["candidate", "previous"]
-    assert [event["text"] for event in events or () if "a person has replaced it" in event.get("text", "")]
+    told = [event.text for event in events or () if isinstance(event, StageProgress)]
+    assert any("a person has replaced it" in text for text in told)
 
 
-def aliases(events: list[Event] | None) -> list[str]:
+def aliases(events: list[RunEvent] | None) -> list[str]:
+    return list(released_in(events).aliases)
+
+
+def released_in(events: list[RunEvent] | None) -> ReleasedVersion:
     assert events is not None
-    found: list[str] = events[-1]["release"]["aliases"]
-    return found
+    last = events[-1]
+    assert isinstance(last, RunEnded)
+    assert last.release is not None
+    assert last.outcome == last.release.outcome
+    return last.release

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -19,6 +18,7 @@ from homes import DEMO
 from pipeline import cli
 from pipeline.commands.releasing import exit_status, show_releases
 from pipeline.commands.show import FAILED, REFUSED, USAGE
+from pipeline.orchestration.release_events import SchemeResult
 from registry.signing import load_or_create_key
 
 Slipway = Callable[..., subprocess.CompletedProcess[str]]
@@ -195,21 +195,21 @@ def test_colours_are_for_terminals_and_not_where_they_are_unwanted(slipway: Slip
     assert "\x1b[31m" not in plain
 
 
-def entry(scheme: str, outcome: str, **changes: object) -> dict[str, Any]:
+def entry(scheme: str, outcome: str, **changes: object) -> SchemeResult:
     measured = {
         "accuracy_change": -0.0013, "bits_per_byte_change": 0.0026, "size_ratio": 0.46, "size_bytes": 3.9e6,
         "p95_latency_ms": 97.4, "output_tokens_per_second": 131.2,
     }  # fmt: skip
     good = outcome in {"promoted", "up-to-date"}
-    return {
+    return SchemeResult.model_validate({
         "scheme": scheme, "outcome": outcome, "version": "3" if good else None,
         "aliases": ["candidate", "champion"] if good else [], "measured": measured if good else {}, "error": None,
-        "gates": [],
+        "stages": [], "gates": [], "manifest_digest": None, "image": None,
         **changes,
-    }  # fmt: skip
+    })  # fmt: skip
 
 
-def last_lines(capsys: pytest.CaptureFixture[str], *entries: dict[str, Any]) -> str:
+def last_lines(capsys: pytest.CaptureFixture[str], *entries: SchemeResult) -> str:
     from pipeline.spec import load  # noqa: PLC0415 - after the fixture
 
     show_releases(load(DEMO.with_suffix(".yaml")), entries, 212.4)

@@ -33,6 +33,7 @@ from pipeline.orchestration.events import stream
 from pipeline.orchestration.io_manager import ArtifactHandles, partitions_stand
 from pipeline.orchestration.jobs import RELEASE_JOB
 from pipeline.orchestration.partitions import MODEL_FILE_TAG, RELEASES, add_partitions
+from pipeline.orchestration.release_events import RunEnded, StageDone
 from pipeline.orchestration.run_outcome import ending
 from pipeline.spec import load
 from pipeline.stages.metadata import CACHED, SECONDS, WORKER_SECONDS
@@ -220,7 +221,7 @@ def run_small(
     )
 
 
-def ended(result: ExecuteInProcessResult) -> dict[str, Any]:
+def ended(result: ExecuteInProcessResult) -> RunEnded:
     return ending(result.all_events, succeeded=result.success)
 
 
@@ -232,17 +233,17 @@ def test_a_run_tells_its_stages_progress_and_gates_and_nothing_else(
     made: Made, handles: ArtifactHandles, instance: DagsterInstance, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = run_small(made, handles, instance)
-    assert result.success, ended(result)["error"]
+    assert result.success, ended(result).error
     events = lines(capsys)
     assert [(event["event"], event.get("stage") or event.get("name")) for event in events] == [
         ("start", "drift"), ("progress", "drift"), ("stage", "drift"), ("gate", "drift"),
         ("start", "release"), ("stage", "release"),
     ]  # fmt: skip
     assert events[1]["text"] == "asking the candidate"
-    assert events[2] == {"event": "stage", "name": "drift", "seconds": 2.0, "cached": False, "worker_seconds": 1.5}
+    assert events[2] == StageDone(name="drift", seconds=2.0, cached=False, worker_seconds=1.5).model_dump()
     assert (events[3]["status"], events[3]["blocks"]) == ("pass", False)
     assert events[3]["metrics"]["cloze.lost"] == 1
-    assert ended(result)["outcome"] == "promoted"
+    assert ended(result).outcome == "promoted"
 
 
 def test_a_gate_that_refuses_stops_what_is_after_it(
@@ -254,27 +255,27 @@ def test_a_gate_that_refuses_stops_what_is_after_it(
     assert [event["event"] for event in events] == ["start", "progress", "stage", "gate"]
     assert (events[-1]["status"], events[-1]["blocks"]) == ("fail", True)
     end = ended(result)
-    assert (end["outcome"], end["release"]) == ("refused", None)
-    assert end["error"].startswith("drift: accuracy on `cloze`")
+    assert (end.outcome, end.release) == ("refused", None)
+    assert str(end.error).startswith("drift: accuracy on `cloze`")
 
 
 def test_a_stage_that_fails_is_told_by_name_in_its_own_words(
     made: Made, handles: ArtifactHandles, instance: DagsterInstance
 ) -> None:
     end = ended(run_small(made, handles, instance, error=Failure("the worker was killed")))
-    assert end == {"outcome": "failed", "release": None, "error": "drift: the worker was killed"}
+    assert end == RunEnded(outcome="failed", error="drift: the worker was killed")
 
 
 def test_a_stage_that_is_interrupted_is_told_without_a_traceback(
     made: Made, handles: ArtifactHandles, instance: DagsterInstance
 ) -> None:
     end = ended(run_small(made, handles, instance, error=DagsterExecutionInterruptedError()))
-    assert (end["outcome"], end["error"]) == ("failed", "drift: interrupted")
+    assert (end.outcome, end.error) == ("failed", "drift: interrupted")
 
 
 def test_what_nobody_expected_is_told_with_where_it_happened(
     made: Made, handles: ArtifactHandles, instance: DagsterInstance
 ) -> None:
     end = ended(run_small(made, handles, instance, error=ZeroDivisionError("by nothing")))
-    assert end["error"].startswith("drift: ZeroDivisionError: by nothing")
-    assert "test_definitions.py" in end["error"]
+    assert str(end.error).startswith("drift: ZeroDivisionError: by nothing")
+    assert "test_definitions.py" in str(end.error)

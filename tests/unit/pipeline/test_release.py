@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -10,21 +9,24 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pipeline.errors import PlanError
-from pipeline.orchestration.release import Event, release, sweep
+from pipeline.orchestration.release import release, sweep
+from pipeline.orchestration.release_events import GateJudged, GateSummary, RunEnded, RunEvent, StageDone
 from pipeline.settings import Settings
+from pipeline.stages.metadata import ReleasedVersion
 
-STAGE = {"event": "stage", "name": "source", "seconds": 1.5, "cached": False, "worker_seconds": 1.0, "release": None}
-GATE = {"event": "gate", "name": "drift", "status": "fail", "reason": "too much lost", "metrics": {}, "blocks": True}
-RELEASED = {
-    "outcome": "promoted", "version": "3", "aliases": ["candidate", "champion"], "manifest_digest": "sha256:ab",
-    "image": "x@sha256:cd", "measured": {"size_ratio": 0.4},
-}  # fmt: skip
-GOOD = {"event": "end", "outcome": "promoted", "release": RELEASED, "error": None}
+STAGE = StageDone(name="source", seconds=1.5, cached=False, worker_seconds=1.0)
+GATE = GateJudged(name="drift", status="fail", reason="too much lost", blocks=True)
+RELEASED = ReleasedVersion(
+    outcome="promoted", version="3", aliases=("candidate", "champion"), manifest_digest="sha256:ab",
+    image="x@sha256:cd", measured={"size_ratio": 0.4},
+)  # fmt: skip
+GOOD = RunEnded(outcome="promoted", release=RELEASED)
+SIZES = [("source", 1000), ("quantized", 400)]
+REFUSED = RunEnded(outcome="refused", error="drift: too much lost")
 
 
 @pytest.fixture
@@ -36,9 +38,9 @@ class Heard:
     """Keeps what is shown."""
 
     def __init__(self) -> None:
-        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.events: list[tuple[str, RunEvent]] = []
 
-    def __call__(self, scheme: str, event: dict[str, Any]) -> None:
+    def __call__(self, scheme: str, event: RunEvent) -> None:
         self.events.append((scheme, event))
 
 
@@ -49,16 +51,16 @@ def stand_in(tmp_path: Path, code: str) -> list[str]:
     return [sys.executable, str(path)]
 
 
-def say(*events: object) -> str:
-    return "".join(f"print({json.dumps(event)!r}, flush=True)\n" for event in events)
+def say(*events: RunEvent) -> str:
+    return "".join(f"print({event.model_dump_json()!r}, flush=True)\n" for event in events)
 
 
 def test_endings_are_gathered_in_the_order_asked_for(tmp_path: Path, settings: Settings) -> None:
     program = stand_in(tmp_path, "time.sleep(0.3 if scheme == 'awq' else 0)\n" + say(STAGE, GOOD))
     heard = Heard()
     first, second = release(tmp_path / "m.yaml", ["awq", "gptq"], settings, heard, program)
-    assert (first["scheme"], second["scheme"]) == ("awq", "gptq")
-    assert first == {
+    assert (first.scheme, second.scheme) == ("awq", "gptq")
+    assert first.model_dump(mode="json") == {
         "scheme": "awq", "outcome": "promoted", "version": "3", "aliases": ["candidate", "champion"],
         "manifest_digest": "sha256:ab", "image": "x@sha256:cd",
         "stages": [{"name": "source", "seconds": 1.5, "cached": False, "worker_seconds": 1.0}],
@@ -70,19 +72,18 @@ def test_endings_are_gathered_in_the_order_asked_for(tmp_path: Path, settings: S
 
 
 def test_a_refusal_is_told_with_its_gates(tmp_path: Path, settings: Settings) -> None:
-    end = {"event": "end", "outcome": "refused", "release": None, "error": "drift: too much lost"}
-    (entry,) = release(tmp_path / "m.yaml", ["awq"], settings, Heard(), stand_in(tmp_path, say(GATE, end)))
-    assert entry["outcome"] == "refused"
-    assert entry["gates"] == [{"name": "drift", "status": "fail", "reason": "too much lost", "blocks": True}]
-    assert (entry["version"], entry["aliases"], entry["measured"]) == (None, [], {})
+    (entry,) = release(tmp_path / "m.yaml", ["awq"], settings, Heard(), stand_in(tmp_path, say(GATE, REFUSED)))
+    assert entry.outcome == "refused"
+    assert entry.gates == (GateSummary(name="drift", status="fail", reason="too much lost", blocks=True),)
+    assert (entry.version, entry.aliases, entry.measured) == (None, (), {})
 
 
 def test_a_refusal_keeps_all_that_was_measured(tmp_path: Path, settings: Settings) -> None:
-    end = {"event": "end", "outcome": "refused", "release": None, "error": "drift: too much lost"}
-    gate = {**GATE, "metrics": {"cloze.drop": 0.031, "code.drop": 0.01, "text.increase": 0.056, "items": 400.0}}
-    sizes = [{**STAGE, "size_bytes": 1000}, {**STAGE, "name": "quantized", "size_bytes": 400}]
-    (entry,) = release(tmp_path / "m.yaml", ["awq"], settings, Heard(), stand_in(tmp_path, say(*sizes, gate, end)))
-    assert entry["measured"] == {
+    metrics = {"cloze.drop": 0.031, "code.drop": 0.01, "text.increase": 0.056, "items": 400.0}
+    gate = GATE.model_copy(update={"metrics": metrics})
+    sizes = [STAGE.model_copy(update={"name": name, "size_bytes": size}) for name, size in SIZES]
+    (entry,) = release(tmp_path / "m.yaml", ["awq"], settings, Heard(), stand_in(tmp_path, say(*sizes, gate, REFUSED)))
+    assert entry.measured == {
         "accuracy_change": -0.031, "bits_per_byte_change": 0.056, "size_bytes": 400.0, "size_ratio": 0.4,
     }  # fmt: skip
 
@@ -102,26 +103,25 @@ def test_a_run_that_ends_without_a_word_has_failed_and_its_last_words_are_shown(
 ) -> None:
     heard = Heard()
     (entry,) = release(tmp_path / "m.yaml", ["awq"], settings, heard, stand_in(tmp_path, say(STAGE) + code))
-    assert entry["outcome"] == "failed"
-    assert [stage["name"] for stage in entry["stages"]] == ["source"]
+    assert entry.outcome == "failed"
+    assert [stage.name for stage in entry.stages] == ["source"]
     (log,) = (settings.home / "logs").iterdir()
-    for word in [*words, str(log)]:
-        assert word in entry["error"]
-    assert heard.events[-1][1]["error"] == entry["error"]
+    assert all(word in str(entry.error) for word in [*words, str(log)])
+    assert heard.events[-1][1] == RunEnded(outcome="failed", error=entry.error)
 
 
 def test_what_a_library_prints_is_no_event(tmp_path: Path, settings: Settings) -> None:
     code = "print('hello'); print(5); print('[1]'); print('{\"x\": 1}')\n" + say(GOOD)
     heard = Heard()
     (entry,) = release(tmp_path / "m.yaml", ["awq"], settings, heard, stand_in(tmp_path, code))
-    assert entry["outcome"] == "promoted"
+    assert entry.outcome == "promoted"
     assert len(heard.events) == 1
 
 
 def test_one_scheme_that_fails_leaves_the_other_alone(tmp_path: Path, settings: Settings) -> None:
     program = stand_in(tmp_path, "if scheme == 'awq': sys.exit(1)\n" + say(GOOD))
     entries = release(tmp_path / "m.yaml", ["awq", "gptq"], settings, Heard(), program)
-    assert [entry["outcome"] for entry in entries] == ["failed", "promoted"]
+    assert [entry.outcome for entry in entries] == ["failed", "promoted"]
 
 
 ONCE_TOLD = (
@@ -130,31 +130,32 @@ ONCE_TOLD = (
 
 
 def test_no_run_begins_before_what_comes_first_is_done(tmp_path: Path, settings: Settings) -> None:
-    def first() -> dict[str, list[Event]]:
+    def first() -> dict[str, list[RunEvent]]:
         assert not [name for name in ("awq", "gptq") if (tmp_path / name).exists()]
         return {}
 
     program = stand_in(tmp_path, ONCE_TOLD + say(GOOD))
     entries = release(tmp_path / "m.yaml", ["awq", "gptq"], settings, Heard(), program, first)
-    assert [entry["outcome"] for entry in entries] == ["promoted", "promoted"]
+    assert [entry.outcome for entry in entries] == ["promoted", "promoted"]
 
 
 def test_what_there_is_to_tell_without_a_run_is_told_and_no_run_begins(tmp_path: Path, settings: Settings) -> None:
-    up_to_date = {**GOOD, "outcome": "up-to-date", "release": {**RELEASED, "outcome": "up-to-date"}}
-    events: list[dict[str, Any]] = [{**STAGE, "cached": True}, {**GATE, "status": "pass", "blocks": False}, up_to_date]
+    up_to_date = RunEnded(outcome="up-to-date", release=RELEASED.model_copy(update={"outcome": "up-to-date"}))
+    passed = GATE.model_copy(update={"status": "pass", "blocks": False})
+    events: list[RunEvent] = [STAGE.model_copy(update={"cached": True}), passed, up_to_date]
     heard = Heard()
     program = stand_in(tmp_path, ONCE_TOLD + say(GOOD))
     entries = release(tmp_path / "m.yaml", ["awq", "gptq"], settings, heard, program, lambda: {"awq": events})
-    assert [entry["outcome"] for entry in entries] == ["up-to-date", "promoted"]
-    assert [stage["cached"] for stage in entries[0]["stages"]] == [True]
-    assert [gate["status"] for gate in entries[0]["gates"]] == ["pass"]
+    assert [entry.outcome for entry in entries] == ["up-to-date", "promoted"]
+    assert [stage.cached for stage in entries[0].stages] == [True]
+    assert [gate.status for gate in entries[0].gates] == ["pass"]
     assert [event for scheme, event in heard.events if scheme == "awq"] == events
     assert not (tmp_path / "awq").exists()
     assert list((settings.home / "logs").iterdir()) == []
 
 
 def test_no_run_begins_where_what_comes_first_refuses(tmp_path: Path, settings: Settings) -> None:
-    def refuse() -> dict[str, list[Event]]:
+    def refuse() -> dict[str, list[RunEvent]]:
         raise PlanError("does not fit")
 
     program = stand_in(tmp_path, ONCE_TOLD + say(GOOD))

@@ -21,15 +21,16 @@ SCRIPT = """
 import sys, time
 import click
 from pipeline import cli; from pipeline.commands import show
+from pipeline.orchestration.release_events import RunEnded, StageDone, StageProgress, StageStarted
 from pipeline.errors import SlipwayError
 
 @click.command()
 @click.argument("ending")
 def work(ending):
     ticker = show.Ticker()
-    ticker("awq", {"event": "start", "stage": "baseline"})
+    ticker("awq", StageStarted(stage="baseline"))
     for line in %r:
-        ticker("awq", {"event": "progress", "stage": "baseline", "text": line})
+        ticker("awq", StageProgress(stage="baseline", text=line))
         show.say(line.replace("cloze", "wheels"))
         time.sleep(0.1)
     show.say("all wheels are here")
@@ -37,8 +38,8 @@ def work(ending):
         raise KeyboardInterrupt
     if ending == "fail":
         raise SlipwayError("it failed")
-    ticker("awq", {"event": "stage", "name": "baseline", "cached": False, "seconds": 9.0})
-    ticker("awq", {"event": "end", "outcome": "promoted"})
+    ticker("awq", StageDone(name="baseline", cached=False, seconds=9.0, worker_seconds=8.0))
+    ticker("awq", RunEnded(outcome="promoted"))
     show.print_json({"done": True})
 
 cli.main.add_command(work)
