@@ -11,7 +11,6 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from registry.errors import (
     DiskError,
@@ -177,7 +176,7 @@ def _verify(options: argparse.Namespace, trust: Trust, _: str) -> int:
     return DONE
 
 
-def pull_document(pulled: Pulled) -> dict[str, Any]:
+def pull_document(pulled: Pulled) -> dict[str, str | int | bool | None]:
     """Return what ``--json`` prints of a pull."""
     return {
         "name": pulled.name, "version": pulled.version, "alias": pulled.alias, "folder": str(pulled.folder),
@@ -199,7 +198,7 @@ def _given(tracking_uri: str) -> str:
     return tracking_uri
 
 
-def _print(document: Mapping[str, Any]) -> None:
+def _print(document: Mapping[str, object]) -> None:
     _show(json.dumps(document))
 
 

@@ -15,6 +15,7 @@ import jinja2
 import yaml
 
 from containers.errors import ContainerError
+from containers.gateway.config import Backend, ModelRoute, Routes, Settings
 from containers.hardware.cpu import NODE_TERMS
 from containers.image.build import ImageRecord
 from containers.kubernetes.alerts import Alert, alerts, healthy, recordings
@@ -211,8 +212,8 @@ def _documents(
     """Return the files that no template makes: gateway settings and routes, rules and their tests, the dashboard."""
     name = str(values["name"])
     return {
-        "base/gateway.json": json.dumps(_gateway(name, found), indent=1) + "\n",
-        "base/routes.json": json.dumps(_routes(evidence, str(values["line"]), found), indent=1) + "\n",
+        "base/gateway.json": _gateway(name, found) + "\n",
+        "base/routes.json": _routes(evidence, str(values["line"]), found) + "\n",
         "base/discover.py": Path(__file__).with_name("discover.py").read_text(encoding="utf-8"),
         "monitoring/prometheusrule.yaml": _prometheus_rule(name, rules, values["cluster"].monitor_labels),
         "monitoring/rules_test.yaml": _rule_tests(name, found),
@@ -220,24 +221,27 @@ def _documents(
     }
 
 
-def _gateway(name: str, found: Mapping[str, Number]) -> dict[str, Any]:
-    return {
+def _gateway(name: str, found: Mapping[str, Number]) -> str:
+    settings = Settings.model_validate({
         "keys": "/etc/slipway-keys/keys.json", "routes": "/run/slipway/routes.json", "host": "0.0.0.0",  # noqa: S104
         "port": 8080, "admin_host": "0.0.0.0", "admin_port": 9090, "redis": f"redis://{name}-redis:6379/0",  # noqa: S104
         "queue_size": found["queue_size"].value, "queue_timeout_s": found["queue_timeout"].value,
         "request_timeout_s": found["request_timeout"].value, "drain_delay_s": found["drain_seconds"].value,
         "drain_timeout_s": found["grace_seconds"].value,
-    }  # fmt: skip
+    })  # fmt: skip
+    return settings.model_dump_json(exclude_unset=True, indent=1)
 
 
-def _routes(evidence: BundleEvidence, line: str, found: Mapping[str, Number]) -> dict[str, Any]:
-    model = evidence.manifest.model
-    backend = {"release": f"{line}@v{evidence.version}", "weight": 100, "replicas": []}
-    route = {
-        "served_as": model, "tokenizer": _TOKENIZER, "context": evidence.context,
-        "parallel": found["parallel"].value, "backends": [backend],
-    }  # fmt: skip
-    return {"models": {model: route}}
+def _routes(evidence: BundleEvidence, line: str, found: Mapping[str, Number]) -> str:
+    """Return the gateway's routes without replicas, which ``discover.py`` fills in."""
+    route = ModelRoute(
+        served_as=evidence.manifest.model,
+        tokenizer=Path(_TOKENIZER),
+        context=evidence.context,
+        parallel=int(found["parallel"].value),
+        backends=(Backend(release=f"{line}@v{evidence.version}", weight=100, replicas=()),),
+    )
+    return Routes(models={evidence.manifest.model: route}).model_dump_json(exclude_unset=True, indent=1)
 
 
 def _prometheus_rule(name: str, rules: str, labels: Mapping[str, str]) -> str:

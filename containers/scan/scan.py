@@ -46,7 +46,7 @@ _OFFLINE = (
 _ALL = ("--list-all-pkgs", "--detection-priority", "comprehensive")
 
 
-def scan_key(image_id: str, database: Database) -> dict[str, Any]:
+def scan_key(image_id: str, database: Database) -> dict[str, object]:
     """Return what a scan's result depends on: the image, Trivy and the database.
 
     The database's date is part of the key: the gate judges the age of the database that the evidence names.

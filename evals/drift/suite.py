@@ -198,7 +198,7 @@ class AskedTasks(_Frozen):
         return self.suite or "the model's own tasks"
 
 
-def questions(asked: AskedTasks) -> dict[str, Any]:
+def questions(asked: AskedTasks) -> dict[str, object]:
     """Return what determines the answers, for their cache key: the suite's digest, and that of each file of data.
 
     A changed limit does not change it.

@@ -164,7 +164,7 @@ _OF_THE_SERVER = frozenset({"start_seconds", "capacity_requests_per_second"})
 _LIMITS_ONLY = {"slo"}
 
 
-def load_key(plan: LoadPlan) -> dict[str, Any]:
+def load_key(plan: LoadPlan) -> dict[str, object]:
     """Return the part of a plan that determines the measurements, for their cache key; limits are only judged.
 
     With a search for the capacity the limits belong to it, because they determine which rates are tried. The caller

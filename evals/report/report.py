@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
@@ -180,7 +179,19 @@ def _blind(scan: ScanEvidence | None) -> str:
     return f"the vulnerability database was {scan.database.state}, so vulnerabilities were not searched for"
 
 
-def _row(verdict: Verdict) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _VerdictRow:
+    """A gate as the table shows it; ``details`` are names with measurement and limit."""
+
+    gate: str
+    status: str
+    tone: str
+    reason: str
+    accepted_because: str | None
+    details: Sequence[tuple[str, str, str]]
+
+
+def _row(verdict: Verdict) -> _VerdictRow:
     """A gate as the table shows it: the metrics, each with its limit, then the limits that were not measured."""
     bounded = {name: _bounded_by(name, verdict.limits) for name in verdict.metrics}
     details = [
@@ -194,14 +205,14 @@ def _row(verdict: Verdict) -> dict[str, Any]:
         if name not in bounded.values() and not name.endswith("confidence")
     ]
     accepted = verdict.status == "inconclusive" and not verdict.blocks
-    return {
-        "gate": verdict.gate,
-        "status": "accepted" if accepted else verdict.status,
-        "tone": "bad" if verdict.blocks else "warn" if accepted else "good",
-        "reason": verdict.reason,
-        "accepted_because": verdict.accepted_because if accepted else None,
-        "details": sorted(details),
-    }
+    return _VerdictRow(
+        gate=verdict.gate,
+        status="accepted" if accepted else verdict.status,
+        tone="bad" if verdict.blocks else "warn" if accepted else "good",
+        reason=verdict.reason,
+        accepted_because=verdict.accepted_because if accepted else None,
+        details=sorted(details),
+    )
 
 
 def _bounded_by(metric: str, limits: Mapping[str, float]) -> str | None:

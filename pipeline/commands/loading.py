@@ -82,7 +82,15 @@ def load(
     with Figures() as figures:
         done = load_tests.load_now(StageContext(spec, scheme, settings, say), plan, figures)
     if as_json:
-        print_json({**_document(done), "evidence": done.evidence.model_dump(mode="json", by_alias=True)})
+        print_json(
+            {
+                "name": done.name,
+                "verdict": done.verdict.model_dump(mode="json"),
+                "folder": str(done.folder),
+                "page": str(done.page),
+                "evidence": done.evidence.model_dump(mode="json", by_alias=True),
+            }
+        )
     else:
         _show(done)
     sys.exit(REFUSED if done.verdict.blocks else 0)
@@ -201,11 +209,6 @@ def _figures(going: TrafficProgress) -> str:
     parts += [f"{words} {value:,.0f} ms" for words, value in latencies if value is not None]
     parts.append(f"{going.tokens_per_second:,.0f} tokens/s")
     return f"[cyan]{going.purpose}[/] at {going.rate:.3g}/s, {going.elapsed_s:.0f} s: {', '.join(parts)}"
-
-
-def _document(done: LoadTestResult) -> dict[str, Any]:
-    verdict = done.verdict.model_dump(mode="json")
-    return {"name": done.name, "verdict": verdict, "folder": str(done.folder), "page": str(done.page)}
 
 
 def _show(done: LoadTestResult) -> None:

@@ -120,7 +120,7 @@ def nightly_rescan(context: ScheduleEvaluationContext, settings: ResourceParam[S
     wanted = {
         f"{spec.model}-{scheme}" for spec in specs if spec.automation.rescan == "nightly" for scheme in spec.schemes
     }
-    names = sorted(wanted & {str(champion["release"]) for champion in champions(settings)})
+    names = sorted(wanted & {champion.release for champion in champions(settings)})
     if not names:
         return SkipReason("no champion's file says `automation: {rescan: nightly}`")
     config = {"ops": {"release_rescan": {"config": {"lines": names}}}}
@@ -138,7 +138,7 @@ def weekly_load(
 ) -> Iterator[RunRequest | SkipReason]:
     """Load-test champions again, to find those that have become slower since their release."""
     specs, _ = _read_all(settings)
-    held = {str(champion["release"]) for champion in champions(settings)}
+    held = {champion.release for champion in champions(settings)}
     wanted = [
         _partition(spec.model, scheme)
         for spec in specs
@@ -243,7 +243,7 @@ def _request(
     same = RunsFilter(job_name=RELEASE_JOB, statuses=_UNDER_WAY, tags={"dagster/partition": str(key)})
     if instance.get_runs_count(same):
         return None
-    marked = {champion["release"] for champion in champions(settings) if champion["marked"]}
+    marked = {champion.release for champion in champions(settings) if champion.marked}
     first = _SECURITY if f"{found.model}-{found.scheme}" in marked else priority
     return RunRequest(
         run_key=f"{key}@{found.key}{again}",

@@ -30,24 +30,52 @@ _NEWEST = 500
 
 
 @dataclass(frozen=True)
-class Metrics:
+class ChampionState:
+    """The champion of a release line; ``marked`` if a rescan found what its policy forbids."""
+
+    release: str
+    version: str
+    manifest_digest: str | None
+    marked: bool
+
+
+@dataclass(frozen=True)
+class LastVerdict:
+    """The last verdict of a gate on a release."""
+
+    release: str
+    gate: str
+    status: str
+
+
+@dataclass(frozen=True)
+class StageDuration:
+    """How long it took, in seconds, when a release's artifact was last made."""
+
+    release: str
+    stage: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ReleaseMetrics:
     """The current state. ``runs`` counts runs of releases by status; ``queue`` counts waiting runs of any kind."""
 
-    champions: Sequence[Mapping[str, Any]]
+    champions: Sequence[ChampionState]
     runs: Mapping[str, int]
     queue: int
-    verdicts: Sequence[Mapping[str, str]]
-    stages: Sequence[Mapping[str, Any]]
+    verdicts: Sequence[LastVerdict]
+    stages: Sequence[StageDuration]
     store_bytes: Mapping[str, int]
 
 
-def look(settings: Settings, instance: DagsterInstance) -> Metrics:
+def look(settings: Settings, instance: DagsterInstance) -> ReleaseMetrics:
     """Read the current state.
 
     Raises:
         TrackingError: the registry can't be read.
     """
-    return Metrics(
+    return ReleaseMetrics(
         champions=champions(settings),
         runs={
             status.value.lower(): instance.get_runs_count(RunsFilter(job_name=RELEASE_JOB, statuses=[status]))
@@ -61,21 +89,21 @@ def look(settings: Settings, instance: DagsterInstance) -> Metrics:
     )
 
 
-def champions(settings: Settings) -> Sequence[Mapping[str, Any]]:
-    """The champion of each release line: name, version, manifest digest, and whether a rescan marked it."""
+def champions(settings: Settings) -> Sequence[ChampionState]:
+    """The champion of each release line."""
     return [
-        {
-            "release": version.name,
-            "version": version.version,
-            "manifest_digest": version.manifest_digest,
-            "marked": TAG in version.tags and Mark.read(version.tags[TAG]).blocks,
-        }
+        ChampionState(
+            release=version.name,
+            version=version.version,
+            manifest_digest=version.manifest_digest,
+            marked=TAG in version.tags and Mark.read(version.tags[TAG]).blocks,
+        )
         for version in catalog.lines(settings.tracking_uri)
         if "champion" in version.aliases
     ]
 
 
-def exposition(found: Metrics) -> str:
+def exposition(found: ReleaseMetrics) -> str:
     """The metrics in Prometheus' text format."""
     registry = CollectorRegistry()
 
@@ -87,25 +115,25 @@ def exposition(found: Metrics) -> str:
     )
     info = gauge("release_info", "The champion of each release line.", "release", "version", "manifest")
     for each in found.champions:
-        marked.labels(each["release"]).set(int(each["marked"]))
-        info.labels(each["release"], each["version"], each["manifest_digest"]).set(1)
+        marked.labels(each.release).set(int(each.marked))
+        info.labels(each.release, each.version, each.manifest_digest).set(1)
     runs = gauge("release_runs", "Runs of releases, by status.", "status")
     for status, count in found.runs.items():
         runs.labels(status).set(count)
     gauge("queued_runs", "Waiting runs of any kind.").set(found.queue)
     verdict = gauge("verdict_info", "The last verdict of each gate.", "release", "gate", "status")
     for judged in found.verdicts:
-        verdict.labels(judged["release"], judged["gate"], judged["status"]).set(1)
+        verdict.labels(judged.release, judged.gate, judged.status).set(1)
     seconds = gauge("stage_seconds", "Duration of a stage when its artifact was last made.", "release", "stage")
     for stage in found.stages:
-        seconds.labels(stage["release"], stage["stage"]).set(stage["seconds"])
+        seconds.labels(stage.release, stage.stage).set(stage.seconds)
     size = gauge("artifact_store_bytes", "Bytes of a stage's artifacts; a release shares its checkpoint's.", "stage")
     for name, taken in found.store_bytes.items():
         size.labels(name).set(taken)
     return generate_latest(registry).decode()
 
 
-def _verdicts(instance: DagsterInstance) -> Iterator[Mapping[str, str]]:
+def _verdicts(instance: DagsterInstance) -> Iterator[LastVerdict]:
     """The last verdict of each gate on each release."""
     for key in (key for gate in checks.ALL for key in gate.check_keys):
         seen = set()
@@ -117,10 +145,10 @@ def _verdicts(instance: DagsterInstance) -> Iterator[Mapping[str, str]]:
             if release not in seen:
                 seen.add(release)
                 found: Any = event.asset_check_evaluation_data.metadata[VERDICT].value
-                yield {"release": release, "gate": found["name"], "status": found["status"]}
+                yield LastVerdict(release, found["name"], found["status"])
 
 
-def _stages(instance: DagsterInstance) -> Iterator[Mapping[str, Any]]:
+def _stages(instance: DagsterInstance) -> Iterator[StageDuration]:
     """The duration of each stage of each release when its artifact was last made, not taken from the store."""
     for stage in STAGES:
         seen = set()
@@ -130,7 +158,7 @@ def _stages(instance: DagsterInstance) -> Iterator[Mapping[str, Any]]:
             if made is None or release in seen or made.metadata[CACHED].value:
                 continue
             seen.add(release)
-            yield {"release": release, "stage": stage.name, "seconds": made.metadata[SECONDS].value}
+            yield StageDuration(release, stage.name, float(str(made.metadata[SECONDS].value)))
 
 
 def _store_bytes(store: Store) -> Mapping[str, int]:

@@ -202,17 +202,17 @@ def test_prometheus_reads_vllm_and_the_gateway_and_judges_by_the_rules(
 
 
 def test_what_prometheus_reads_of_the_pipeline_is_its_format(tmp_path: Path) -> None:
-    from pipeline.orchestration.metrics import Metrics, exposition  # noqa: PLC0415
+    from pipeline.orchestration import metrics  # noqa: PLC0415
 
-    found = Metrics(
-        champions=[{"release": NAME, "version": "3", "manifest_digest": "sha256:ab", "marked": True}],
+    found = metrics.ReleaseMetrics(
+        champions=[metrics.ChampionState(release=NAME, version="3", manifest_digest="sha256:ab", marked=True)],
         runs={"success": 3, "failure": 1},
         queue=2,
-        verdicts=[{"release": NAME, "gate": "drift", "status": "fail"}],
-        stages=[{"release": NAME, "stage": "load", "seconds": 31.5}],
+        verdicts=[metrics.LastVerdict(NAME, "drift", "fail")],
+        stages=[metrics.StageDuration(NAME, "load", 31.5)],
         store_bytes={"source": 10**9},
     )
-    text = exposition(found)
+    text = metrics.exposition(found)
     done = subprocess.run(
         ["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False, cwd=tmp_path
     )

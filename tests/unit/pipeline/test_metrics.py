@@ -15,7 +15,7 @@ from dagster import (
 )
 
 from pipeline.operations.rescan import Mark
-from pipeline.orchestration.metrics import exposition, look
+from pipeline.orchestration.metrics import LastVerdict, StageDuration, exposition, look
 from pipeline.stages.metadata import CACHED, SECONDS, VERDICT
 from unit.pipeline.filled import Models
 
@@ -47,8 +47,8 @@ def test_it_tells_each_gates_last_verdict_and_how_long_a_stage_took_when_it_was_
         made(instance, "quantized", 31.5, cached=False)
         made(instance, "quantized", 0.1, cached=True)
         found = look(models.settings, instance)
-    assert found.verdicts == [{"release": "demo-gptq", "gate": "drift", "status": "fail"}]
-    assert found.stages == [{"release": "demo-gptq", "stage": "quantized", "seconds": 31.5}]
+    assert found.verdicts == [LastVerdict("demo-gptq", "drift", "fail")]
+    assert found.stages == [StageDuration("demo-gptq", "quantized", 31.5)]
     assert (found.queue, set(found.runs.values()), found.champions) == (0, {0}, [])
 
 
