@@ -26,7 +26,7 @@ TOKENIZER = Path(__file__).parent.parent / "models" / "demo" / "model"
 class Running:
     """A running gateway, its folder, and a key without limits."""
 
-    process: gateway_process.Gateway
+    process: gateway_process.GatewayProcess
     folder: Path
     key: str
 

@@ -26,7 +26,7 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Settings(_Section):
+class GatewaySettings(_Section):
     """Settings of a gateway, fixed while it runs. Times are in seconds, sizes in bytes."""
 
     keys: Path
@@ -140,13 +140,13 @@ class Routes(_Section):
     """The models, by their names in the API."""
 
 
-def read_settings(path: Path) -> Settings:
+def read_settings(path: Path) -> GatewaySettings:
     """Read the settings file.
 
     Raises:
         ConfigurationError: The file can't be read, or a key is unknown, missing or not valid.
     """
-    return _parse(path, _read(path), TypeAdapter(Settings).validate_json)[0]
+    return _parse(path, _read(path), TypeAdapter(GatewaySettings).validate_json)[0]
 
 
 class Watched(Generic[Parsed]):

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 
 from containers.gateway.account import Account
-from containers.gateway.config import Routes, Settings, Watched
+from containers.gateway.config import GatewaySettings, Routes, Watched
 from containers.gateway.connections import Connections
 from containers.gateway.errors import ConfigurationError, Refusal
 from containers.gateway.intake import Intake
@@ -34,7 +34,7 @@ SOCKET_BUFFER = 256 * 1024
 class Gateway:
     """State shared by all requests. Call `start` before use and `stop` after it, on one event loop."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: GatewaySettings) -> None:
         self.settings = settings
         self.keys = Watched(settings.keys, Keyring.parse)
         self.routes = Watched(settings.routes, Routes.model_validate_json)
@@ -181,7 +181,7 @@ def _client(connections: Connections) -> httpx.AsyncClient:
     )
 
 
-def _limiter(settings: Settings) -> Limiter:
+def _limiter(settings: GatewaySettings) -> Limiter:
     url = settings.redis
     if settings.redis_file is not None:
         url = _secret(settings.redis_file)
@@ -199,7 +199,7 @@ def _limiter(settings: Settings) -> Limiter:
     )
 
 
-def _engine_headers(settings: Settings) -> dict[str, str]:
+def _engine_headers(settings: GatewaySettings) -> dict[str, str]:
     if settings.engine_key_file is None:
         return {}
     return {"authorization": f"Bearer {_secret(settings.engine_key_file)}"}

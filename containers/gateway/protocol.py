@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from containers.gateway.config import Settings
+from containers.gateway.config import GatewaySettings
 from containers.gateway.errors import Refusal
 
 if TYPE_CHECKING:
@@ -31,13 +31,13 @@ def abort(scope: Scope) -> None:
         transport.abort()
 
 
-def bounded(settings: Settings) -> type[HttpToolsProtocol]:
+def bounded(settings: GatewaySettings) -> type[HttpToolsProtocol]:
     """Return the protocol class with these settings bound, since uvicorn makes the objects."""
     return type("BoundedProtocol", (_Bounded,), {"settings": settings})
 
 
 class _Bounded(HttpToolsProtocol):
-    settings: Settings
+    settings: GatewaySettings
     _head_timer: asyncio.TimerHandle | None = None
     _read_timer: asyncio.TimerHandle | None = None
     _stage: Stage = "idle"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 
-from containers.gateway.config import Backend, ModelRoute, Routes, Settings
+from containers.gateway.config import Backend, GatewaySettings, ModelRoute, Routes
 from containers.gateway.errors import Refusal
 from containers.gateway.replicas import Replica, Running, watch
 from containers.gateway.tokens import PromptCounter
@@ -131,7 +131,7 @@ class Pool:
 class Router:
     """The pools of all models in the routes. Replicas removed from the routes finish their running requests."""
 
-    def __init__(self, settings: Settings, client: httpx.AsyncClient) -> None:
+    def __init__(self, settings: GatewaySettings, client: httpx.AsyncClient) -> None:
         self._settings = settings
         self._client = client
         self.pools: dict[str, Pool] = {}

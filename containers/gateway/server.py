@@ -13,7 +13,7 @@ from pathlib import Path
 import uvicorn
 
 from containers.gateway import app
-from containers.gateway.config import Settings
+from containers.gateway.config import GatewaySettings
 from containers.gateway.errors import ConfigurationError
 from containers.gateway.gateway import SOCKET_BUFFER, Gateway
 from containers.gateway.protocol import bounded
@@ -30,7 +30,7 @@ class _Quiet(uvicorn.Server):
         """None."""
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: GatewaySettings) -> None:
     """Serve until SIGTERM or SIGINT, then drain: report not ready, close the ports later, finish running answers.
 
     Raises:
@@ -72,7 +72,7 @@ async def serve(settings: Settings) -> None:
         await gateway.stop()
 
 
-def _server(application: object, settings: Settings, protocol: type[asyncio.Protocol]) -> uvicorn.Server:
+def _server(application: object, settings: GatewaySettings, protocol: type[asyncio.Protocol]) -> uvicorn.Server:
     config = uvicorn.Config(
         application,  # type: ignore[arg-type]
         loop="uvloop",
@@ -107,7 +107,7 @@ def _listening(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _announce(settings: Settings, public: socket.socket, private: socket.socket) -> None:
+def _announce(settings: GatewaySettings, public: socket.socket, private: socket.socket) -> None:
     """Log the ports and write them to the announcement file, atomically."""
     ports = GatewayPorts(port=public.getsockname()[1], admin_port=private.getsockname()[1], pid=os.getpid())
     log.info("serving on %s:%s, metrics on %s:%s", settings.host, ports.port, settings.admin_host, ports.admin_port)

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from containers.gateway.config import Settings
+from containers.gateway.config import GatewaySettings
 from containers.gateway.errors import Refusal
 from containers.gateway.metrics import Metrics
 from containers.gateway.replicas import Replica
@@ -62,7 +62,7 @@ class Opened:
 class Upstream:
     """Sends requests to the replicas, as if they were one server."""
 
-    def __init__(self, settings: Settings, connections: httpx.AsyncBaseTransport, metrics: Metrics) -> None:
+    def __init__(self, settings: GatewaySettings, connections: httpx.AsyncBaseTransport, metrics: Metrics) -> None:
         """Use ``connections`` directly: httpx's client adds a sixth to the work, for cookies, redirects and logins."""
         self._settings = settings
         self._connections = connections

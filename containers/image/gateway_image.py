@@ -12,7 +12,7 @@ from typing import Any
 import docker
 from pydantic import BaseModel, ConfigDict
 
-from containers.gateway.config import Settings
+from containers.gateway.config import GatewaySettings
 from containers.image.build import place_image
 from containers.image.layers import FileLayer, Member, archive
 from containers.image.profile import RuntimeProfile, load
@@ -25,7 +25,7 @@ NAME = "gateway"
 _PACKAGE = Path(__file__).parent.parent
 # The working directory that contains the modules: Python imports from it first.
 _FOLDER = "gateway"
-_PORT, _ADMIN_PORT = (Settings.model_fields[name].default for name in ("port", "admin_port"))
+_PORT, _ADMIN_PORT = (GatewaySettings.model_fields[name].default for name in ("port", "admin_port"))
 
 
 class GatewayImage(BaseModel):

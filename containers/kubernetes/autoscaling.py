@@ -25,7 +25,7 @@ HOURS = 24
 
 
 @dataclass(frozen=True)
-class Replica:
+class SimulatedReplica:
     """One replica as measured in the load test; ``slack_seconds`` is how long a request may wait within its limit."""
 
     capacity: float
@@ -66,7 +66,7 @@ Signal = Callable[[Sight], float]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SimulationResult:
     """The result of a day: replicas at each tick, all and late requests, and replica hours."""
 
     replicas: Sequence[int]
@@ -102,7 +102,7 @@ def make_day(hourly: Sequence[float], weights: Sequence[float], *, bursts: Seque
     return Day(rates, heavy)
 
 
-def simulate(day: Day, replica: Replica, behaviour: Behaviour, signals: Sequence[Signal]) -> Outcome:
+def simulate(day: Day, replica: SimulatedReplica, behaviour: Behaviour, signals: Sequence[Signal]) -> SimulationResult:
     """Simulate a day under an autoscaler that uses ``signals``."""
     running = behaviour.least
     starting: deque[float] = deque()
@@ -138,7 +138,7 @@ def simulate(day: Day, replica: Replica, behaviour: Behaviour, signals: Sequence
                 starting.extend([now + replica.start_seconds] * count)
         elif max(wanted_before) < there and now - shrunk >= _DOWN_EVERY_S and running > behaviour.least:
             running, shrunk = running - 1, now
-    return Outcome(history, total, late, hours)
+    return SimulationResult(history, total, late, hours)
 
 
 def outstanding(target: float) -> Signal:

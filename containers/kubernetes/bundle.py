@@ -15,7 +15,7 @@ import jinja2
 import yaml
 
 from containers.errors import ContainerError
-from containers.gateway.config import Backend, ModelRoute, Routes, Settings
+from containers.gateway.config import Backend, GatewaySettings, ModelRoute, Routes
 from containers.hardware.cpu import NODE_TERMS
 from containers.image.build import ImageRecord
 from containers.kubernetes.alerts import Alert, alerts, healthy, recordings
@@ -222,7 +222,7 @@ def _documents(
 
 
 def _gateway(name: str, found: Mapping[str, Number]) -> str:
-    settings = Settings.model_validate({
+    settings = GatewaySettings.model_validate({
         "keys": "/etc/slipway-keys/keys.json", "routes": "/run/slipway/routes.json", "host": "0.0.0.0",  # noqa: S104
         "port": 8080, "admin_host": "0.0.0.0", "admin_port": 9090, "redis": f"redis://{name}-redis:6379/0",  # noqa: S104
         "queue_size": found["queue_size"].value, "queue_timeout_s": found["queue_timeout"].value,

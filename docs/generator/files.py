@@ -121,7 +121,7 @@ def cluster_file() -> str:
 def gateway_files() -> str:
     """Every key of the gateway's settings and routes."""
     intro = "Two JSON files: settings, read once, and routes, which may change while the gateway runs."
-    parts = [*_tables(schema_of(gateway.Settings), "Settings"), *_tables(schema_of(gateway.Routes), "Routes")]
+    parts = [*_tables(schema_of(gateway.GatewaySettings), "Settings"), *_tables(schema_of(gateway.Routes), "Routes")]
     return page("The gateway's files", intro, parts)
 
 

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from containers.kubernetes.autoscaling import (
     Behaviour,
-    Outcome,
-    Replica,
+    SimulatedReplica,
+    SimulationResult,
     make_day,
     outstanding,
     request_count,
@@ -75,7 +75,7 @@ def compare(
         p95_ms: the measured p95 latency; the slack is the rest of the service level.
         hourly: requests a second in each hour; by default a working day whose busiest hour needs six replicas.
     """
-    replica = Replica(
+    replica = SimulatedReplica(
         capacity=float(numbers["capacity"].value),
         in_flight=float(numbers["in_flight"].value),
         start_seconds=float(numbers["start_seconds"].value),
@@ -136,7 +136,7 @@ def _working_day(capacity: float) -> list[float]:
     return [_PEAK_REPLICAS * HEADROOM_TARGET * capacity * rate / heaviest for rate in USUAL_DAY]
 
 
-def _simulated(run: Outcome) -> SimulatedDay:
+def _simulated(run: SimulationResult) -> SimulatedDay:
     return SimulatedDay(
         replicas=tuple(round(each) for each in _thinned(run.replicas)),
         requests=run.requests,

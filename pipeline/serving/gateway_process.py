@@ -16,8 +16,7 @@ from pydantic import ValidationError
 
 from containers.engine.engine import connect
 from containers.gateway import keys
-from containers.gateway.config import Routes
-from containers.gateway.config import Settings as GatewaySettings
+from containers.gateway.config import GatewaySettings, Routes
 from containers.gateway.state import GatewayPorts, GatewayState
 from containers.image.gateway_image import GatewayImage, build_gateway_image, contents
 from containers.sandbox import engine_log
@@ -71,7 +70,7 @@ def _image_file(home: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Gateway:
+class GatewayProcess:
     """A running gateway; ``url`` is for clients, ``admin_url`` for operators.
 
     Earlier gateways wrote to the same ``log``; this one's lines begin ``log_begins`` bytes into it.
@@ -135,7 +134,7 @@ class Gateway:
 
 
 @contextlib.contextmanager
-def gateway(settings: Settings, folder: Path, progress: Progress, **options: Any) -> Iterator[Gateway]:  # noqa: ANN401 - as GatewaySettings
+def gateway(settings: Settings, folder: Path, progress: Progress, **options: Any) -> Iterator[GatewayProcess]:  # noqa: ANN401 - as GatewaySettings
     """Run a gateway with its files in ``folder``; ``options`` are its settings. It is drained after the block.
 
     It ends when this process ends, even if that is killed.
@@ -169,7 +168,7 @@ def gateway(settings: Settings, folder: Path, progress: Progress, **options: Any
         )
     try:
         ports = _announced(process, announced, log, begins)
-        yield Gateway(
+        yield GatewayProcess(
             f"http://{configured.host}:{ports.port}",
             f"http://{configured.admin_host}:{ports.admin_port}",
             process,

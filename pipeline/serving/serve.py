@@ -16,7 +16,7 @@ from containers.gateway.config import Backend, ModelRoute, ReplicaRoute, Routes
 from containers.sandbox import sandbox
 from pipeline.errors import SlipwayError
 from pipeline.serving.fleet import Fleet
-from pipeline.serving.gateway_process import Gateway, GatewayError, gateway
+from pipeline.serving.gateway_process import GatewayError, GatewayProcess, gateway
 from pipeline.serving.servers import interrupted_by_signals
 from pipeline.settings import Settings
 from pipeline.trust import trust_of
@@ -112,7 +112,7 @@ class Serving:
         self._folder = folder
         self._progress = progress
         self._fleets: dict[str, Fleet] = {}
-        self._gateway: Gateway | None = None
+        self._gateway: GatewayProcess | None = None
         self._publishing = threading.Lock()
         self._looked = time.monotonic()
         self._settled = True
@@ -123,7 +123,7 @@ class Serving:
         self._last_line = ""
 
     @property
-    def gateway(self) -> Gateway:
+    def gateway(self) -> GatewayProcess:
         """The running gateway; `ServeError` before it runs."""
         if self._gateway is None:
             raise ServeError("the gateway does not run yet")

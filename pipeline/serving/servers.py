@@ -28,15 +28,15 @@ _RUN_SECONDS, _SERVER_SECONDS = 30.0, 15.0
 _TAIL_LINES = 5
 
 
-class ServerError(SlipwayError):
+class ServerProcessError(SlipwayError):
     """A server can't start, or ended unexpectedly."""
 
 
 @dataclass(frozen=True)
-class Server:
+class ServerProcess:
     """A program to run, its log, and the check whether it answers.
 
-    ``ready`` returns whether the server answers, and raises `ServerError` if it answers with an error.
+    ``ready`` returns whether the server answers, and raises `ServerProcessError` if it answers with an error.
     """
 
     name: str
@@ -47,19 +47,19 @@ class Server:
     ready: Callable[[], bool]
 
 
-def run(servers: Sequence[Server], progress: Progress, announce: Callable[[], None]) -> None:
+def run(servers: Sequence[ServerProcess], progress: Progress, announce: Callable[[], None]) -> None:
     """Start the servers, announce them once all of them answer, and serve until SIGINT or SIGTERM.
 
     Then end them with all that they started, runs first.
 
     Raises:
-        ServerError: a port is taken, or a server ends unexpectedly or does not answer.
+        ServerProcessError: a port is taken, or a server ends unexpectedly or does not answer.
     """
     for server in servers:
         _refuse_taken(server)
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     not_ours = set(descendants())
-    started: list[tuple[Server, subprocess.Popen[bytes]]] = []
+    started: list[tuple[ServerProcess, subprocess.Popen[bytes]]] = []
     with interrupted_by_signals():
         try:
             for server in servers:
@@ -71,7 +71,7 @@ def run(servers: Sequence[Server], progress: Progress, announce: Callable[[], No
                 time.sleep(0.5)
         except KeyboardInterrupt:
             progress("ending")
-        except ServerError:
+        except ServerProcessError:
             # Killed runs are continued at the next start; runs that are asked to end are not.
             for pid in _runs(not_ours):
                 _signal(pid, signal.SIGKILL)
@@ -98,7 +98,7 @@ def descendants() -> list[int]:
     return found
 
 
-def _start(server: Server) -> subprocess.Popen[bytes]:
+def _start(server: ServerProcess) -> subprocess.Popen[bytes]:
     server.log.parent.mkdir(parents=True, exist_ok=True)
     with server.log.open("wb") as log:
         return subprocess.Popen(
@@ -112,18 +112,18 @@ def _start(server: Server) -> subprocess.Popen[bytes]:
         )
 
 
-def _refuse_taken(server: Server) -> None:
+def _refuse_taken(server: ServerProcess) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", server.port))
         except OSError as error:
-            raise ServerError(
+            raise ServerProcessError(
                 f"{server.name} can't use port {server.port} ({error.strerror}): choose another with `--port`"
             ) from error
 
 
-def _wait_until_ready(started: Sequence[tuple[Server, subprocess.Popen[bytes]]], progress: Progress) -> None:
+def _wait_until_ready(started: Sequence[tuple[ServerProcess, subprocess.Popen[bytes]]], progress: Progress) -> None:
     begun = time.monotonic()
     waiting = [server for server, _ in started]
     progress(f"starting {' and '.join(server.name for server in waiting)}")
@@ -133,19 +133,19 @@ def _wait_until_ready(started: Sequence[tuple[Server, subprocess.Popen[bytes]]],
             waiting.remove(server)
             progress(f"{server.name} answers after {time.monotonic() - begun:.0f} s")
         if waiting and time.monotonic() - begun > _START_SECONDS:
-            raise ServerError(
+            raise ServerProcessError(
                 f"{waiting[0].name} did not answer within {_START_SECONDS:.0f} s{_last_words(waiting[0])}"
             )
         time.sleep(0.2)
 
 
-def _refuse_ended(started: Iterable[tuple[Server, subprocess.Popen[bytes]]]) -> None:
+def _refuse_ended(started: Iterable[tuple[ServerProcess, subprocess.Popen[bytes]]]) -> None:
     for server, process in started:
         if process.poll() is not None:
-            raise ServerError(f"{server.name} ended with status {process.returncode}{_last_words(server)}")
+            raise ServerProcessError(f"{server.name} ended with status {process.returncode}{_last_words(server)}")
 
 
-def _last_words(server: Server) -> str:
+def _last_words(server: ServerProcess) -> str:
     tail = server.log.read_text(errors="replace").strip().splitlines()[-_TAIL_LINES:]
     return "\n".join([f" (log: {server.log})", *tail])
 

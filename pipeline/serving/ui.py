@@ -15,7 +15,7 @@ from pipeline.orchestration.partitions import add_partitions
 from pipeline.orchestration.release import sweep
 from pipeline.resources import PACKAGES, RESOURCES
 from pipeline.serving.guard import ORIGINS, REFUSED
-from pipeline.serving.servers import Server, ServerError, run
+from pipeline.serving.servers import ServerProcess, ServerProcessError, run
 from pipeline.settings import Settings
 from pipeline.spec import load
 from registry.file_locks import locked
@@ -40,12 +40,14 @@ def serve(settings: Settings, port: int, progress: Progress) -> None:
     `MLFLOW_TRACKING_URI` names a server, its address is shown and no MLflow server is started.
 
     Raises:
-        ServerError: another `slipway ui` serves the home, a port is taken, or a server does not start or ends
+        ServerProcessError: another `slipway ui` serves the home, a port is taken, or a server does not start or ends
         unexpectedly.
     """
 
     def refuse() -> None:
-        raise ServerError(f"another `slipway ui` serves {settings.home}: end it, or set SLIPWAY_HOME to another folder")
+        raise ServerProcessError(
+            f"another `slipway ui` serves {settings.home}: end it, or set SLIPWAY_HOME to another folder"
+        )
 
     settings.home.mkdir(parents=True, exist_ok=True)
     # Two daemons on one home would start each queued run twice.
@@ -70,9 +72,9 @@ def _serve(settings: Settings, port: int, progress: Progress) -> None:
     run(servers, progress, lambda: progress(addresses))
 
 
-def _dagster(settings: Settings, port: int) -> Server:
+def _dagster(settings: Settings, port: int) -> ServerProcess:
     address = f"http://127.0.0.1:{port}"
-    return Server(
+    return ServerProcess(
         "Dagster",
         [
             *_guarded("dagster"),
@@ -109,7 +111,7 @@ def _has_loaded(address: str) -> bool:
     """Whether Dagster answers and has loaded the pipeline.
 
     Raises:
-        ServerError: it answers, but can't load the pipeline.
+        ServerProcessError: it answers, but can't load the pipeline.
     """
     try:
         reply = httpx.post(f"{address}/graphql", json={"query": _LOCATIONS}, timeout=30, trust_env=False)
@@ -119,17 +121,17 @@ def _has_loaded(address: str) -> bool:
     places = [entry["locationOrLoadError"] for entry in workspace.get("locationEntries", [])]
     for place in (workspace, *(place for place in places if place)):
         if place["__typename"] == "PythonError":
-            raise ServerError(f"Dagster can't load the pipeline: {place['message'].strip()}")
+            raise ServerProcessError(f"Dagster can't load the pipeline: {place['message'].strip()}")
     return bool(places) and all(places)
 
 
-def _mlflow(settings: Settings, port: int) -> Server:
+def _mlflow(settings: Settings, port: int) -> ServerProcess:
     address = f"http://127.0.0.1:{port}"
     folder = settings.home / "mlflow"
     folder.mkdir(parents=True, exist_ok=True)
     # It needs the store's credentials, but not the hub's or Slipway's.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "SLIPWAY_"))}
-    return Server(
+    return ServerProcess(
         "MLflow",
         [
             *_guarded("mlflow"),
@@ -162,14 +164,14 @@ def _is_guarded(name: str, address: str) -> bool:
     """Whether a server is guarded (`pipeline.serving.guard`): asks it under a foreign host name, as DNS rebinding does.
 
     Raises:
-        ServerError: it does not refuse the request.
+        ServerProcessError: it does not refuse the request.
     """
     try:
         reply = httpx.get(f"{address}/", headers={"Host": "slipway.invalid"}, timeout=30, trust_env=False)
     except httpx.HTTPError:
         return False
     if reply.status_code != httpx.codes.FORBIDDEN or not reply.text.startswith(REFUSED):
-        raise ServerError(
+        raise ServerProcessError(
             f"{name} answers requests of any web page: this version can't be guarded; install the pinned one"
         )
     return True

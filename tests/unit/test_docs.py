@@ -211,7 +211,7 @@ def yaml_as_json(text: str) -> Any:  # noqa: ANN401 - any document
 @pytest.mark.parametrize("block", blocks("json", "toml", "python"))
 def test_every_other_example_is_read_by_what_reads_it(block: Block) -> None:
     if block.title == "gateway.json":
-        gateway.Settings.model_validate_json(block.text)
+        gateway.GatewaySettings.model_validate_json(block.text)
     elif block.title == "routes.json":
         gateway.Routes.model_validate_json(block.text)
     elif block.title == "policy.toml":

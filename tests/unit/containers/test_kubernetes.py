@@ -32,13 +32,12 @@ from bundle_evidence import (
 from image_record import image_record
 from release_folder import serving
 
-from containers.gateway.config import Routes
-from containers.gateway.config import Settings as GatewaySettings
+from containers.gateway.config import GatewaySettings, Routes
 from containers.kubernetes import discover
 from containers.kubernetes.autoscaling import (
     Behaviour,
     Day,
-    Replica,
+    SimulatedReplica,
     make_day,
     memory_gauge,
     outstanding,
@@ -696,7 +695,7 @@ def test_every_number_has_a_reason() -> None:
 
 # The autoscaler's arithmetic
 
-REPLICA = Replica(capacity=10, in_flight=20, start_seconds=30, slack_seconds=1)
+REPLICA = SimulatedReplica(capacity=10, in_flight=20, start_seconds=30, slack_seconds=1)
 BEHAVIOUR = Behaviour(least=2, most=20, up_seconds=30, down_window_seconds=300)
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from pipeline.serving import ui
-from pipeline.serving.servers import ServerError
+from pipeline.serving.servers import ServerProcessError
 from pipeline.settings import Settings
 from registry.file_locks import locked
 
 
 def test_a_home_that_is_served_is_not_served_twice(tmp_path: Path) -> None:
     settings = Settings.read({"SLIPWAY_HOME": str(tmp_path)})
-    with locked(tmp_path / "ui.lock"), pytest.raises(ServerError) as refused:
+    with locked(tmp_path / "ui.lock"), pytest.raises(ServerProcessError) as refused:
         ui.serve(settings, 3000, lambda _: None)
     assert str(refused.value).startswith(f"another `slipway ui` serves {tmp_path}: end it")
     assert list(tmp_path.iterdir()) == [tmp_path / "ui.lock"]
