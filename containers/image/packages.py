@@ -18,6 +18,7 @@ import docker
 
 from containers.errors import ImageError
 from containers.image.assembly import changed, ran, taken
+from containers.image.downloaded import differences, digests, write_record
 from containers.image.layers import CHUNK, Stream, archive, plain_files
 from containers.image.profile import RuntimeProfile
 from registry.progress import Progress
@@ -76,11 +77,11 @@ def fetch(client: docker.DockerClient, profile: RuntimeProfile, base: str, home:
 
 def record(folder: Path) -> dict[str, str]:
     """Write the digests of the packages in ``folder`` to ``packages.json``; return them by name."""
-    digests = _digests(folder)
-    if not digests:
+    found = digests(folder, folder.glob("*.deb"))
+    if not found:
         raise ImageError(f"{folder} contains no packages")
-    (folder / "packages.json").write_text(json.dumps(digests, indent=1, sort_keys=True))
-    return digests
+    write_record(folder / "packages.json", found)
+    return found
 
 
 def check(folder: Path) -> None:
@@ -89,17 +90,11 @@ def check(folder: Path) -> None:
     Raises:
         ImageError: the message names each extra, missing or different one.
     """
-    try:
-        recorded: dict[str, str] = json.loads((folder / "packages.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ImageError(
-            f"{folder} is not a folder of downloaded packages: remove it to download them again"
-        ) from error
-    found = _digests(folder)
-    wrong = sorted(name for name in found.keys() | recorded.keys() if found.get(name) != recorded.get(name))
+    wrong = differences(folder / "packages.json", digests(folder, folder.glob("*.deb")))
     if wrong:
-        raise ImageError(f"packages differ from those downloaded: {', '.join(f'`{name}`' for name in wrong)}; "
-                         f"remove {folder} to download them again")  # fmt: skip
+        raise ImageError(
+            f"packages differ from those downloaded: {'; '.join(wrong)}; remove {folder} to download them again"
+        )
 
 
 def installed(
@@ -125,7 +120,3 @@ def _files(layer: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
             file = source.extractfile(member) if member.isreg() else None
             if file is not None:
                 yield PurePosixPath(member.name).name, file.read()
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.deb"))}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from containers.errors import WheelError
+from containers.image.downloaded import differences, digests, write_record
 from containers.image.profile import RUNTIMES, RuntimeProfile, normalized, read_lock
 from registry.counting import Counter
 from registry.progress import Progress
@@ -22,6 +22,7 @@ _FETCHING = re.compile(
     r"(?: \((?P<size>[\d.]+) (?P<unit>[kMG]?B)\))?$"
 )
 _MEGABYTES = {"B": 1e-6, "kB": 1e-3, "MB": 1.0, "GB": 1e3}
+_RECORD = "wheels.json"
 INSTALLER_LOCK = RUNTIMES / "installer.txt"
 
 
@@ -55,8 +56,7 @@ def fetch_wheels(profile: RuntimeProfile, cache: Path, progress: Progress) -> Pa
             with Counter(progress, f"torch {profile.torch}", 1, "downloads") as counter:
                 _pip_download(profile, _torch_arguments(profile, beside, Path(name)), lambda _: None)
                 counter.add()
-        found = _digests(beside)
-        (beside / "wheels.json").write_text(json.dumps(found, indent=1, sort_keys=True))
+        write_record(beside / _RECORD, _digests(beside))
         check_wheels(profile, beside)
         try:
             beside.rename(folder)
@@ -71,19 +71,10 @@ def check_wheels(profile: RuntimeProfile, folder: Path) -> None:
 
     Raises:
         WheelError: the message names each extra, missing or different wheel.
+        ImageError: the record of what was downloaded can't be read.
     """
-    try:
-        recorded: dict[str, str] = json.loads((folder / "wheels.json").read_text())
-    except (OSError, ValueError) as error:
-        raise WheelError(f"{folder} is not a folder of downloaded wheels: remove it to download them again") from error
     found = _digests(folder)
-    wrong = [
-        f"`{name}` changed since it was downloaded"
-        for name in sorted(found.keys() & recorded)
-        if found[name] != recorded[name]
-    ]
-    wrong += [f"`{name}` is missing" for name in sorted(recorded.keys() - found.keys())]
-    wrong += [f"`{name}` is not in the lock" for name in sorted(found.keys() - recorded.keys())]
+    wrong = differences(folder / _RECORD, found)
     wrong += _against_lock(profile, {Path(name).name: digest for name, digest in found.items() if "/" not in name})
     if wrong:
         raise WheelError(f"the wheels of {profile.name} do not match its lock: {'; '.join(wrong)}; remove {folder}")
@@ -91,7 +82,7 @@ def check_wheels(profile: RuntimeProfile, folder: Path) -> None:
 
 def wheels_digest(folder: Path) -> str:
     """Return ``sha256:…`` over names and digests of all wheels in ``folder``, including torch."""
-    return "sha256:" + hashlib.sha256((folder / "wheels.json").read_bytes()).hexdigest()
+    return "sha256:" + hashlib.sha256((folder / _RECORD).read_bytes()).hexdigest()
 
 
 def _against_lock(profile: RuntimeProfile, found: dict[str, str]) -> list[str]:
@@ -213,12 +204,7 @@ def _reason(output: list[str]) -> str:
 
 def _digests(folder: Path) -> dict[str, str]:
     """Name (``installer/…`` for what installs them) → sha256 of every wheel, streamed."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != "wheels.json":
-            with path.open("rb") as file:
-                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    return digests(folder, (path for path in folder.rglob("*") if path.is_file() and path.name != _RECORD))
 
 
 def forget_wheels(profile: RuntimeProfile, cache: Path) -> None:

@@ -142,7 +142,7 @@ def test_every_wrong_wheel_is_named(fetched: tuple[profile.RuntimeProfile, Path]
     assert "`one-1.0-py3-none-any.whl` changed since it was downloaded" in message
     assert "`one-1.0-py3-none-any.whl` has sha256" in message
     assert "`two-parts` is missing" in message
-    assert "`extra-1.0-py3-none-any.whl` is not in the lock" in message
+    assert "`extra-1.0-py3-none-any.whl` was not downloaded" in message
     assert "\n" not in message
 
 
