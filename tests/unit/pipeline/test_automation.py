@@ -28,6 +28,7 @@ from homes import DEMO
 from pipeline.definitions import defs
 from pipeline.orchestration import automation
 from pipeline.orchestration.instance import open_instance
+from pipeline.orchestration.metrics import ChampionState
 from pipeline.orchestration.partitions import add_partitions
 from pipeline.sources.lock import Lock, LockedFile, write_lock
 from pipeline.spec import Automation, ModelSpec
@@ -231,10 +232,14 @@ def test_a_night_releases_what_changed_after_everything_else_and_again_the_night
     assert all(str(request.run_key).endswith("2026-11-27") for request in requests)
 
 
+def champion(name: str, *, marked: bool = False) -> ChampionState:
+    return ChampionState(release=name, version="1", manifest_digest="sha256:ab", marked=marked)
+
+
 def test_a_champion_that_a_rescan_refuses_is_rebuilt_first(ticks: Ticks, monkeypatch: pytest.MonkeyPatch) -> None:
     write(ticks.models, NIGHTLY)
     ticks.watch()
-    monkeypatch.setattr(automation, "champions", lambda _: [{"release": "demo-awq", "marked": True}])
+    monkeypatch.setattr(automation, "champions", lambda _: [champion("demo-awq", marked=True)])
     requests = ticks.night().run_requests or []
     assert {request.partition_key: request.tags["dagster/priority"] for request in requests} == {
         "demo|awq": "10", "demo|gptq": "-5",
@@ -276,7 +281,7 @@ def test_the_rescan_and_the_load_test_are_of_champions_whose_files_ask(
     write(ticks.models, {"rescan": "nightly", "load": "weekly"})
     ticks.models.write("other")
     ticks.watch()
-    held = [{"release": name, "marked": False} for name in ("demo-awq", "other-awq", "gone-awq")]
+    held = [champion(name) for name in ("demo-awq", "other-awq", "gone-awq")]
     monkeypatch.setattr(automation, "champions", lambda _: held)
     (rescan,) = ticks.night("nightly_rescan").run_requests or ()
     assert rescan.run_config == {"ops": {"release_rescan": {"config": {"lines": ["demo-awq"]}}}}

@@ -36,7 +36,7 @@ from pipeline.orchestration.partitions import MODEL_FILE_TAG, RELEASES, add_part
 from pipeline.orchestration.release_events import RunEnded, StageDone
 from pipeline.orchestration.run_outcome import ending
 from pipeline.spec import load
-from pipeline.stages.metadata import CACHED, SECONDS, WORKER_SECONDS
+from pipeline.stages.metadata import CACHED, SECONDS, WORKER_SECONDS, ReleasedVersion
 from pipeline.stages.table import BY_NAME
 from pipeline.store.artifacts import Artifact
 from unit.pipeline.release_evidence import Made, settings_of
@@ -202,7 +202,15 @@ def run_small(
 
     @asset(partitions_def=RELEASES)
     def release(drift: Artifact) -> Output[Artifact]:
-        ending = {"outcome": "promoted", "version": "1", "of": drift.digest}
+        promoted = ReleasedVersion(
+            outcome="promoted",
+            version="1",
+            aliases=("candidate",),
+            manifest_digest=drift.digest,
+            image="x",
+            measured={},
+        )
+        ending = promoted.model_dump(mode="json")
         return told(drift, release=ending)
 
     small = Definitions(
