@@ -104,8 +104,8 @@ class ModelSpec(_Section):
     """Where the weights come from."""
     license: str | None = None
     """The license of the weights, for the image's labels and the bill of materials."""
-    calibration: Calibration
-    """The text that the quantizer is calibrated with."""
+    calibration: Calibration | None = None
+    """The text that the quantizer is calibrated with; not needed for `fp8`, `fp8-block` and `mxfp4` alone."""
     schemes: Mapping[str, ReleasedScheme] = Field(min_length=1)
     """How the model is quantized; each scheme is a release line, `MODEL-SCHEME`."""
     evals: DriftLimits
@@ -222,7 +222,7 @@ def load(path: Path) -> ModelSpec:
     except UnicodeError:
         problems.append("it holds an invalid character (a lone surrogate, `\\uD800` to `\\uDFFF`)")
     else:
-        problems += [*_not_served(spec), *_refused_by_engine(spec)]
+        problems += [*_not_served(spec), *_not_calibrated(spec), *_refused_by_engine(spec)]
         if not problems:
             return spec
     raise SpecError(listed(f"{path} is not a valid model file:", itertools.chain(problems, wrong)))
@@ -258,6 +258,13 @@ def _refused_by_engine(spec: ModelSpec) -> Iterator[str]:
             name = getattr(section, key)
             if name is not None and (problem := parser_problem(name, parsers, options)):
                 yield f"`{path}.{key}`: {problem}"
+
+
+def _not_calibrated(spec: ModelSpec) -> Iterator[str]:
+    """Schemes that need text where there is none."""
+    needed = [name for name, scheme in spec.schemes.items() if scheme.needs_calibration]
+    if spec.calibration is None and needed:
+        yield f"missing key `calibration`: `schemes.{needed[0]}` needs text, as `calibration: {{uri: file:PATH}}`"
 
 
 def _resolved(document: Mapping[str, Any], folder: Path, problems: list[str]) -> dict[str, Any]:

@@ -18,16 +18,33 @@ from pipeline.errors import QuantizeError
 
 _TABLE = Path(__file__).with_name("backends.json")
 # Backends by method, the one to recommend first.
-METHODS: Mapping[str, tuple[str, ...]] = {"awq": ("gptqmodel", "autoawq"), "gptq": ("gptqmodel", "autogptq")}
+METHODS: Mapping[str, tuple[str, ...]] = {
+    "awq": ("gptqmodel", "autoawq"),
+    "gptq": ("gptqmodel", "autogptq"),
+    **dict.fromkeys(("fp8", "fp8-block", "w8a8", "w4a16", "nvfp4", "mxfp4"), ("llmcompressor",)),
+}
 # The bits that a backend writes of a method.
 BITS: Mapping[tuple[str, str], tuple[int, ...]] = {
     ("awq", "autoawq"): (4,),
     ("awq", "gptqmodel"): (4,),
     ("gptq", "gptqmodel"): (2, 3, 4, 8),
     ("gptq", "autogptq"): (2, 3, 4, 8),
+    **{(method, "llmcompressor"): (8,) for method in ("fp8", "fp8-block", "w8a8")},
+    **{(method, "llmcompressor"): (4,) for method in ("w4a16", "nvfp4", "mxfp4")},
 }
 # What each method's format and kernels know; -1 is one group over a whole input.
-GROUP_SIZES: Mapping[str, tuple[int, ...]] = {"awq": (32, 64, 128), "gptq": (-1, 16, 32, 64, 128, 256)}
+GROUP_SIZES: Mapping[str, tuple[int, ...]] = {
+    "awq": (32, 64, 128),
+    "gptq": (-1, 16, 32, 64, 128, 256),
+    "fp8": (-1,),
+    "fp8-block": (128,),
+    "w8a8": (-1,),
+    "w4a16": (32, 64, 128),
+    "nvfp4": (16,),
+    "mxfp4": (32,),
+}
+# Methods whose backend reads the weights alone: it knows no architecture, and needs none.
+WITHOUT_MODEL = frozenset({"fp8", "fp8-block", "mxfp4"})
 # Backends that stopped at transformers 4.51.
 ARCHIVED = frozenset({"autoawq", "autogptq"})
 

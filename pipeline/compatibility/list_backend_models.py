@@ -1,6 +1,6 @@
 """Worker: list the architectures that this environment's quantizer knows, and the linears of a layer that it quantizes.
 
-Each backend's environment runs it; `backends.json` beside it keeps the three results::
+Each backend's environment runs it; `backends.json` beside it keeps the results::
 
     PYTHON pipeline/compatibility/list_backend_models.py autoawq
 
@@ -20,6 +20,9 @@ from typing import Any
 _EXPERT_KEYS = ("num_experts", "n_routed_experts", "num_local_experts")
 # Small enough to be built by name alone, with each kind of layer in it.
 _SMALL = {"num_hidden_layers": 8, "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4}
+# A linear of a numbered layer, and one that chooses experts, as `pipeline.compatibility.description` knows them.
+_IN_LAYER = re.compile(r"(?:^|\.)\d+\.(.+)")
+_ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate|[^.]*_router)$")
 
 
 def main(backend: str) -> None:
@@ -89,6 +92,31 @@ def _gptqmodel() -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield model_type, {"linears": sorted(names), "tied": bool(getattr(config, "tie_word_embeddings", False))}
 
 
+def _llmcompressor() -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """llm-compressor quantizes every linear that transformers has in a layer, but those that it is told to leave."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            config = _configuration(AutoConfig, model_type)
+            if config is None or config.model_type != model_type:
+                continue
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
+        except Exception as error:  # noqa: BLE001 - a class that can't be made small is left out
+            sys.stderr.write(f"{model_type}: {error}\n")
+            continue
+        found = (
+            _IN_LAYER.search(name) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+        )
+        names = {re.sub(r"(?<=\.)\d+(?=\.)", "#", each[1]) for each in found if each is not None}
+        linears = sorted(name for name in names if not _ROUTER.search(name))
+        if linears:
+            yield model_type, {"linears": linears, "tied": bool(getattr(config, "tie_word_embeddings", False))}
+
+
 def _configuration(auto_config: Any, model_type: str) -> Any:  # noqa: ANN401 - transformers' classes
     """Return a small configuration of an architecture, or None where transformers has none."""
     try:
@@ -112,6 +140,7 @@ _BACKENDS: Mapping[str, Callable[[], Iterator[tuple[str, Mapping[str, Any]]]]] =
     "autoawq": _autoawq,
     "autogptq": _autogptq,
     "gptqmodel": _gptqmodel,
+    "llmcompressor": _llmcompressor,
 }
 
 if __name__ == "__main__":

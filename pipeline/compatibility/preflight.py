@@ -14,7 +14,7 @@ from pipeline.compatibility.description import ModelDescription, in_layer
 from pipeline.compatibility.scheme import Scheme, either
 from pipeline.errors import QuantizeError, UnsupportedModelError
 
-_NAMES = {"autoawq": "AutoAWQ", "gptqmodel": "GPTQModel", "autogptq": "AutoGPTQ"}
+_NAMES = {"autoawq": "AutoAWQ", "gptqmodel": "GPTQModel", "autogptq": "AutoGPTQ", "llmcompressor": "llm-compressor"}
 # Its classes keep a linear's weight as [in, out] (transformers' Conv1D); the packed layouts here are of [out, in].
 _TRANSPOSED = frozenset({"gpt2"})
 # Of multi-head latent attention (DeepSeek V2 and V3, Kimi K2). Both this and the next were found with GPTQModel 7.5.0.
@@ -42,7 +42,7 @@ def find_problems(model: ModelDescription, scheme: Scheme) -> list[str]:
     stored = list(_stored(model))
     if stored:
         return stored
-    refused = list(_by_backend(model, scheme.method, scheme.backend))
+    refused = list(_by_backend(model, scheme.method, scheme.backend, without_model=not scheme.needs_calibration))
     if refused:
         reasons = "; ".join(refused)
         said = f"{_NAMES[scheme.backend]} can't quantize `{model.architecture}`: {reasons}"
@@ -61,8 +61,12 @@ def _stored(model: ModelDescription) -> Iterator[str]:
         yield "the source has no linear layer in any numbered layer: nothing to quantize"
 
 
-def _by_backend(model: ModelDescription, method: str, backend: str) -> Iterator[str]:
-    """Why one backend can't do the model with a method."""
+def _by_backend(model: ModelDescription, method: str, backend: str, *, without_model: bool) -> Iterator[str]:
+    """Why one backend can't do the model with a method, by loading it or from the weights alone."""
+    if without_model:
+        if model.fused_experts:
+            yield f"experts are stored as one tensor ({_some(model.fused_experts)}), which it does not split"
+        return
     known = backends.known_architecture(backend, model.architecture)
     if known is None:
         version = backends.transformers_version(backend)
@@ -110,7 +114,7 @@ def _alternative(model: ModelDescription, method: str) -> str:
     """Name a backend that can do the model: for this method, or else for the other one."""
     for other in (method, *(name for name in backends.METHODS if name != method)):
         for backend in backends.METHODS[other]:
-            if not any(_by_backend(model, other, backend)):
+            if not any(_by_backend(model, other, backend, without_model=other in backends.WITHOUT_MODEL)):
                 chosen = "" if other == method else f"`method: {other}` with "
                 return f"use {chosen}`backend: {backend}`"
     return "no backend can; choose another model"
@@ -124,11 +128,18 @@ def _widths(model: ModelDescription, scheme: Scheme) -> Iterator[str]:
     if ragged:
         widths = {weight.shape[1] for weight in model.linears.values()}
         fitting = [each for each in sizes if each == -1 or all(width % each == 0 for width in widths)]
-        remedy = f"use {either(fitting)}" if fitting else f"no `group_size` of {scheme.method} does; change `method`"
+        remedy = f"use {either(fitting)}" if fitting else "use `method: fp8`, which has no groups"
         yield (
             f"`group_size` {size} does not divide the {model.linears[ragged[0]].shape[1]} inputs of "
             f"{_some(ragged)}: {remedy}"
         )
+    if scheme.method == "fp8-block":
+        cut = [name for name, weight in model.linears.items() if weight.shape[0] % size]
+        if cut:
+            yield (
+                f"`fp8-block` has squares of {size}, and vLLM cuts none: they do not divide the "
+                f"{model.linears[cut[0]].shape[0]} outputs of {_some(cut)}; use `method: fp8`"
+            )
     axis, what = (0, "outputs") if scheme.method == "awq" else (1, "inputs")
     whole = _AUTOAWQ_OUTPUTS if scheme.backend == "autoawq" else 32 // math.gcd(32, scheme.bits)
     uneven = [name for name, weight in model.linears.items() if weight.shape[axis] % whole]

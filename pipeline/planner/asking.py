@@ -122,13 +122,19 @@ def sentences(refused: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def usual_schemes(model: ModelDescription) -> dict[str, Scheme]:
-    """What most checkpoints on the hubs are, each by the first backend that can make it of this model."""
-    schemes = {}
-    for method, backends in METHODS.items():
-        choices = [Scheme.model_validate({"method": method, "backend": backend}) for backend in backends]
-        able = (scheme for scheme in choices if not preflight.find_problems(model, scheme))
-        schemes[method] = next(able, choices[0])
-    return schemes
+    """What most checkpoints on the hubs are, each by the first backend that can make it of this model.
+
+    If nothing can be made of it, the first backend of each method, so that its reasons can be said.
+    """
+    schemes = {
+        method: [Scheme.model_validate({"method": method, "backend": backend}) for backend in backends]
+        for method, backends in METHODS.items()
+    }
+    able = {
+        method: [scheme for scheme in choices if not preflight.find_problems(model, scheme)]
+        for method, choices in schemes.items()
+    }
+    return {method: found[0] for method, found in (able if any(able.values()) else schemes).items() if found}
 
 
 def plan_release(found: ReleaseMetadata, gpus: Sequence[GpuModel], workload: Choose = lambda usual: usual) -> Plan:

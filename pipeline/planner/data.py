@@ -17,10 +17,10 @@ def check_data(spec: ModelSpec) -> None:
     Raises:
         SpecError: a file can't be read, a row is not valid, or there are too few; says file and line.
     """
-    for key, path, wanted in (
-        ("calibration.uri", spec.calibration.uri, spec.calibration.samples),
-        ("load.prompts", spec.load.prompts, 1),
-    ):
+    texts = [("load.prompts", spec.load.prompts, 1)]
+    if spec.calibration is not None:
+        texts.insert(0, ("calibration.uri", spec.calibration.uri, spec.calibration.samples))
+    for key, path, wanted in texts:
         try:
             found = len(json_lines.read_rows(path, json_lines.TEXTS, max(wanted, _ROWS)))
         except json_lines.JsonLinesError as error:

@@ -24,7 +24,7 @@ from pipeline.compatibility.safetensors_headers import HeaderError, Tensor, read
 from pipeline.compatibility.safetensors_values import equal, read_columns, read_rows
 from pipeline.compatibility.scheme import Scheme
 from pipeline.errors import CheckpointError
-from pipeline.quantization.formats.checkpoint_format import CheckpointFormat, PackedLayer
+from pipeline.quantization.formats.checkpoint_format import CheckpointFormat, PackedLayer, scale_problems
 from pipeline.quantization.formats.table import format_of
 from registry.bounded_json import Bounds, DocumentError, read_json
 
@@ -276,28 +276,40 @@ def _other_problems(model: ModelDescription, after: Mapping[str, Tensor], scheme
     before, form = model.tensors, format_of(scheme)
     weights = {f"{name}.weight" for name in model.linears}
     for name in sorted(before.keys() - weights):
-        tensor, expected = after.get(name), form.REST_DTYPE
+        tensor, floating = after.get(name), before[name].dtype in FLOATS
+        expected = (form.REST_DTYPE if floating else None) or before[name].dtype
+        moved = floating and form.rescales(scheme) and model.is_in_decoder(name)
         if tensor is None:
             if not (_DERIVED.search(name) or (model.tied and name.endswith("lm_head.weight"))):
                 yield f"`{name}` of the source is missing"
         elif tensor.shape != before[name].shape:
             yield f"`{name}` has shape {list(tensor.shape)}, and {list(before[name].shape)} in the source"
-        elif before[name].dtype not in FLOATS or expected is None:
-            if tensor.dtype != before[name].dtype:
-                yield f"`{name}` is {tensor.dtype}, expected {before[name].dtype}"
-            elif not equal(before[name], tensor):
-                yield f"`{name}` differs from the source's"
         elif tensor.dtype != expected:
             yield f"`{name}` is {tensor.dtype}, expected {expected}"
-        elif not (form.rescales(scheme) and model.is_in_decoder(name)) and not equal(before[name], tensor):
+        elif not moved and not equal(before[name], tensor):
             yield f"`{name}` differs from the source's"
-    for name in sorted(after.keys() - before.keys()):
+    cache_scales = _cache_scales(model) if scheme.kv_cache else frozenset()
+    for name in sorted(cache_scales):
+        if name not in after:
+            yield f"`{name}` is missing, which the cache in FP8 needs"
+        elif (scale := after[name]).dtype not in FLOATS or math.prod(scale.shape) != 1:
+            yield f"`{name}` is {scale.dtype} {list(scale.shape)}, expected one floating-point number"
+        else:
+            yield from scale_problems(name, read_rows(scale))
+    for name in sorted(after.keys() - before.keys() - cache_scales):
         module, _, part = name.rpartition(".")
         weight = before.get(f"{module}.weight")
         packed = weight is not None and len(weight.shape) == 2 and part in form.layout(weight, scheme)
         if module in model.linears and (packed or part == "bias"):
             continue
         yield f"`{name}`: {module} is quantized and should not be" if packed else f"`{name}` is not of the source"
+
+
+def _cache_scales(model: ModelDescription) -> frozenset[str]:
+    """The scales of keys and of values, of each attention that has such layers."""
+    parts = [name.rpartition(".") for name in model.linears]
+    attentions = {module for module, _, last in parts if last in {"k_proj", "v_proj", "qkv_proj"}}
+    return frozenset(f"{module}.{letter}_scale" for module in attentions for letter in "kv")
 
 
 def _size_problems(size: int, model: ModelDescription, after: Mapping[str, Tensor], scheme: Scheme) -> Iterator[str]:

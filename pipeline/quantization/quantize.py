@@ -1,7 +1,8 @@
 """Quantize a model: run the backend's worker in its own environment, then check the checkpoint that it wrote.
 
-Three backends write two formats: AWQ by AutoAWQ or GPTQModel, GPTQ by GPTQModel or AutoGPTQ. Only the weights come from
-the worker: the tokenizer is the source's, and so is config.json, to which the quantization is added.
+AutoAWQ and GPTQModel write AWQ, GPTQModel and AutoGPTQ write GPTQ, llm-compressor writes the formats of
+compressed-tensors. Only the weights come from the worker: the tokenizer is the source's, and so is config.json, to
+which the quantization is added.
 The law: the same source, calibration and scheme give the same bytes on the same machine.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from pipeline.compatibility.safetensors_headers import HeaderError, read_model
 from pipeline.compatibility.scheme import GPTQ_ONLY, BackendName, Method, Scheme
 from pipeline.errors import QuantizeError, WorkerFailed
 from pipeline.quantization import checkpoint, expert_coverage
+from pipeline.quantization.formats.table import format_of
 from registry import untrusted
 from registry.digests import digest_file
 from registry.errors import first_problem
@@ -52,12 +54,17 @@ class QuantizationRequest(BaseModel):
     symmetric: bool
     desc_act: bool
     clone_saved_weights: bool
+    kv_cache: Literal["fp8"] | None
+    linears: tuple[str, ...]
+    """The layers to quantize, for backends that don't choose them themselves."""
+    ignored: tuple[str, ...]
+    """The other layers, which compressed-tensors' configuration names."""
     source: Path
     """The model's folder, absolute."""
     output: Path
     """An empty folder, absolute, that receives the safetensors files."""
-    calibration: str
-    """The calibration file's path, for messages: `texts` holds its text."""
+    calibration: str | None
+    """The calibration file's path, for messages: `texts` holds its text. None where the method needs none."""
     texts: tuple[str, ...]
     max_tokens: int
     """The longest piece of a text that is used; also the length of a calibration block."""
@@ -70,8 +77,8 @@ class QuantizationResult(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     device: Literal["cpu", "cuda"]
-    blocks: PositiveInt
-    """Calibration blocks of `max_tokens` tokens that were used."""
+    blocks: PositiveInt | None
+    """Calibration blocks of `max_tokens` tokens that were used; None without calibration."""
     quantization_config: Mapping[str, JsonValue]
     """The `quantization_config` of the checkpoint's config.json."""
     experts: Mapping[str, tuple[NonNegativeInt, ...]] = {}
@@ -98,7 +105,7 @@ class QuantizationRecord(BaseModel):
     backend: BackendName
     parameters: Mapping[str, str | bool | int | float | None]
     device: Literal["cpu", "cuda"]
-    calibration: CalibrationRecord
+    calibration: CalibrationRecord | None
     layers: int
     """How many linear layers were quantized."""
     bytes: int
@@ -117,14 +124,18 @@ class QuantizedNotes(QuantizationRecord):
 
 @dataclass(frozen=True)
 class QuantizationBackend:
-    """A program that quantizes. ``environment`` is the name of the requirements file of its environment."""
+    """A program that quantizes. ``environment`` is the name of the requirements file of its environment.
+
+    Its script is named after the environment, unless ``script_name`` is given.
+    """
 
     environment: str
+    script_name: str | None = None
 
     @property
     def script(self) -> Path:
         """Its worker script."""
-        return _SCRIPTS / f"{self.environment}.py"
+        return _SCRIPTS / f"{self.script_name or self.environment}.py"
 
     def view(self, source: Path, scratch: Path) -> Path:
         """Return the folder to load the source from: ``source``, or one in ``scratch`` that this backend can read."""
@@ -156,17 +167,19 @@ _BACKENDS: Mapping[BackendName, QuantizationBackend] = {
     "autoawq": _Archived("autoawq"),
     "gptqmodel": QuantizationBackend("gptqmodel"),
     "autogptq": _Archived("autogptq"),
+    "llmcompressor": QuantizationBackend("llmcompressor"),
 }
 
 
 def backend_of(scheme: Scheme) -> QuantizationBackend:
     """Return the backend of a scheme; its environment's pins and its script are part of a checkpoint's key."""
-    return _BACKENDS[scheme.backend]
+    backend = _BACKENDS[scheme.backend]
+    return backend if scheme.needs_calibration else replace(backend, script_name="data_free")
 
 
 def quantize(
     source: Path,
-    calibration: Path,
+    calibration: Path | None,
     samples: int,
     max_tokens: int,
     scheme: Scheme,
@@ -178,9 +191,9 @@ def quantize(
 ) -> QuantizationRecord:
     """Quantize the model in the folder ``source`` into the empty folder ``output``, and check the result.
 
-    ``calibration`` holds JSON lines of ``{"text": …}``: the first ``samples`` are used, each cut to ``max_tokens``.
-    ``scratch`` is an empty folder for the worker. Where the model has experts, each must be reached by
-    ``min_expert_tokens`` calibration tokens.
+    ``calibration`` holds JSON lines of ``{"text": …}``: the first ``samples`` are used, each cut to ``max_tokens``. It
+    is None for a scheme that needs none. ``scratch`` is an empty folder for the worker. Where the model has experts,
+    each must be reached by ``min_expert_tokens`` calibration tokens.
 
     Raises:
         QuantizeError: the calibration is too small, or the scheme doesn't fit the model.
@@ -189,8 +202,8 @@ def quantize(
         WorkerFailed: the worker failed, with its own message, or its result is not valid.
     """
     config = _read_config(source)
-    texts = _calibration_texts(calibration, samples)
-    _check_fits(source, config, scheme, max_tokens)
+    texts = [] if calibration is None else _calibration_texts(calibration, samples)
+    model = _fitting(source, config, scheme, max_tokens)
     backend = backend_of(scheme)
     written = scratch / "checkpoint"
     written.mkdir()
@@ -201,35 +214,44 @@ def quantize(
         symmetric=scheme.symmetric,
         desc_act=scheme.desc_act,
         clone_saved_weights=scheme.clone_saved_weights,
+        kv_cache=scheme.kv_cache,
+        linears=tuple(model.linears),
+        ignored=_ignored(model),
         source=backend.view(source, scratch).absolute(),
         output=written.absolute(),
-        calibration=str(calibration.absolute()),
+        calibration=None if calibration is None else str(calibration.absolute()),
         texts=tuple(texts),
         max_tokens=max_tokens,
         seed=_SEED,
     )
-    progress(f"quantizing: {scheme.method} by {scheme.backend}, {scheme.bits} bits, groups of {scheme.group_size}")
+    groups = "whole rows" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
+    progress(f"quantizing: {scheme.method} by {scheme.backend}, {scheme.bits} bits, {groups}")
     result = _result(run_worker(backend.environment, backend.script, request.model_dump(), scratch), scheme.backend)
     expert_coverage.check(result.experts, samples, min_expert_tokens, progress)
-    _assemble(written, source, config, result.quantization_config, output)
+    _assemble(written, source, config, result.quantization_config, output, format_of(scheme).REST_DTYPE)
     found = checkpoint.check(output, source, scheme)
     progress(f"checked: {found.layers} layers, {found.bytes / 1e6:.1f} MB, {found.bits_per_weight:.2f} bits per weight")
     return QuantizationRecord(
         method=scheme.method,
         backend=scheme.backend,
-        parameters=scheme.model_dump(exclude={"method", "backend", *(GPTQ_ONLY if scheme.method == "awq" else ())}),
+        parameters=scheme.model_dump(exclude={"method", "backend", *(GPTQ_ONLY if scheme.method != "gptq" else ())}),
         device=result.device,
-        calibration=CalibrationRecord(
-            sha256=digest_file(calibration),
-            samples=samples,
-            max_tokens=max_tokens,
-            tokens=result.blocks * max_tokens,
-        ),
+        calibration=_calibration_record(calibration, samples, max_tokens, result),
         layers=found.layers,
         bytes=found.bytes,
         source_bytes=found.source_bytes,
         bits_per_weight=found.bits_per_weight,
         experts=result.experts,
+    )
+
+
+def _calibration_record(
+    calibration: Path | None, samples: int, max_tokens: int, result: QuantizationResult
+) -> CalibrationRecord | None:
+    if calibration is None or result.blocks is None:
+        return None
+    return CalibrationRecord(
+        sha256=digest_file(calibration), samples=samples, max_tokens=max_tokens, tokens=result.blocks * max_tokens
     )
 
 
@@ -266,17 +288,25 @@ def _calibration_texts(calibration: Path, samples: int) -> list[str]:
     return [row["text"] for row in rows]
 
 
-def _check_fits(source: Path, config: Mapping[str, Any], scheme: Scheme, max_tokens: int) -> None:
+def _fitting(source: Path, config: Mapping[str, Any], scheme: Scheme, max_tokens: int) -> ModelDescription:
+    """Describe the model, and refuse a scheme that does not fit it."""
     try:
         model = ModelDescription(config, read_model(source))
     except HeaderError as error:
         raise QuantizeError(f"can't read the source's headers: {error}") from error
     preflight.check(model, scheme)
     positions = model.text_config.get("max_position_embeddings")
-    if isinstance(positions, int) and max_tokens > positions:
+    if scheme.needs_calibration and isinstance(positions, int) and max_tokens > positions:
         raise QuantizeError(
             f"`calibration.max_tokens` is {max_tokens}, but the model's longest context is {positions} tokens"
         )
+    return model
+
+
+def _ignored(model: ModelDescription) -> tuple[str, ...]:
+    """The matrices that stay as they are: heads, routers, embeddings, towers. A tied head has no tensor of its own."""
+    names = {name.removesuffix(".weight") for name, each in model.tensors.items() if len(each.shape) == 2}
+    return tuple(sorted({"lm_head", *names} - model.linears.keys()))
 
 
 def _assemble(
@@ -285,8 +315,12 @@ def _assemble(
     config: Mapping[str, Any],
     quantization: Mapping[str, Any],
     output: Path,
+    rest_dtype: str | None,
 ) -> None:
-    """Put the worker's weights and the source's configuration and tokenizer into ``output``, readable by all users."""
+    """Put the worker's weights and the source's configuration and tokenizer into ``output``, readable by all users.
+
+    ``rest_dtype`` is what tensors that are not quantized were converted to, if they were.
+    """
     for name in untrusted.plain_files(written):
         if "/" not in name and name.endswith((".safetensors", ".safetensors.index.json")):
             shutil.move(written / name, output / name)
@@ -294,9 +328,9 @@ def _assemble(
         if path.is_file() and path.name != "config.json" and ".safetensors" not in path.name:
             shutil.copyfile(path, output / path.name)
     kept = {key: value for key, value in config.items() if key not in _LEFT_OUT}
-    merged = {**kept, "quantization_config": dict(quantization), "torch_dtype": "float16"}
-    if "dtype" in config:
-        merged["dtype"] = "float16"
+    merged = {**kept, "quantization_config": dict(quantization)}
+    if rest_dtype == "F16":
+        merged |= {"torch_dtype": "float16"} | ({"dtype": "float16"} if "dtype" in config else {})
     (output / "config.json").write_text(json.dumps(merged, indent=2, sort_keys=True) + "\n")
     for name in untrusted.plain_files(output):
         with untrusted.open_file(output, name) as stream:

@@ -125,7 +125,8 @@ def touched(specs: Iterable[ModelSpec], settings: Settings) -> str:
     """
     places = {settings.models, REQUIREMENTS, profiles.RUNTIMES, suite.SUITES}
     for spec in specs:
-        data = (spec.calibration.uri, spec.load.prompts, *(task.data for task in spec.evals.tasks.values()))
+        calibration = None if spec.calibration is None else spec.calibration.uri
+        data = (calibration, spec.load.prompts, *(task.data for task in spec.evals.tasks.values()))
         places |= {path for path in data if path is not None}
         if spec.source.uri.startswith("file:"):
             places.add(Path(spec.source.uri.removeprefix("file:")))

@@ -40,7 +40,7 @@ _CARRIERS = (
 # Not followed from one module, because another part of the recipe covers it, or because it judges what is made.
 _COVERED = {
     # The scheme's own script is a parameter.
-    "pipeline.quantization.quantize": ("pipeline.quantization.quantizers",),
+    "pipeline.quantization.quantize": ("pipeline.quantization.quantizers", "pipeline.quantization.formats.table"),
     # So is the module of its format.
     "pipeline.quantization.checkpoint": ("pipeline.quantization.formats.table",),
     "pipeline.stages.quantized": ("pipeline.quantization.formats.table",),

@@ -25,7 +25,7 @@ from evals.drift.limits import DriftLimits
 from pipeline.compatibility.scheme import Scheme
 from pipeline.settings import Settings
 from pipeline.sources.source import ResolvedSource
-from pipeline.spec import ModelSpec
+from pipeline.spec import Calibration, ModelSpec
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Store
 from pipeline.store.shared import SharedStore
 from pipeline.workers.launchers import configured as launchers
@@ -65,6 +65,11 @@ class StageContext:
     def scheme(self) -> Scheme:
         """The scheme that is being released."""
         return self.spec.scheme(self.scheme_name)
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The text that the scheme is calibrated with; None if it needs none."""
+        return self.spec.calibration if self.scheme.needs_calibration else None
 
     @property
     def serving(self) -> ServingConfiguration:

@@ -22,11 +22,13 @@ from registry.verdict import Verdict
 
 def recipe(context: StageContext, inputs: Inputs) -> Recipe:
     """Both sides' answers, the layers' errors, and the calibration text, which items of the suite may overlap."""
-    calibration = context.spec.calibration
+    calibration = context.calibration
     return Recipe(
         "drift",
         inputs=digests(inputs),
-        parameters={"calibration": digest_file(calibration.uri), "samples": calibration.samples},
+        parameters={}
+        if calibration is None
+        else {"calibration": digest_file(calibration.uri), "samples": calibration.samples},
         code=code_version(__name__),
     )
 

@@ -1,9 +1,10 @@
-"""The error of each layer on the calibration text, a part of the stage `drift`."""
+"""The error of each layer on text, a part of the stage `drift`: that of the calibration, or else the load test's."""
 
 from __future__ import annotations
 
 from evals.drift import json_lines, layer_errors
 from evals.drift.pairs import write_layers
+from pipeline.spec import Calibration
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext
 from pipeline.stages.stage import Inputs
@@ -11,17 +12,20 @@ from pipeline.store.artifacts import ArtifactDraft, Recipe
 from pipeline.workers.environments import pins_digest
 from registry.digests import digest_file
 
+# How many prompts stand in for calibration text, at most.
+_SAMPLES = 32
+
 
 def recipe(context: StageContext, inputs: Inputs) -> Recipe:
     """Both checkpoints and the text."""
-    calibration = context.spec.calibration
+    text = _text(context)
     return Recipe(
         "layers",
         inputs={name: inputs[name].digest for name in ("source", "quantized")},
         parameters={
-            "calibration": digest_file(calibration.uri),
-            "samples": calibration.samples,
-            "max_tokens": calibration.max_tokens,
+            "calibration": digest_file(text.uri),
+            "samples": text.samples,
+            "max_tokens": text.max_tokens,
             "measured": context.spec.evals.layers,
         },
         code=code_version(__name__),
@@ -33,11 +37,12 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
     """Measure, unless the model's file switches it off."""
     found = []
     if context.spec.evals.layers:
+        text = _text(context)
         found = layer_errors.measure_layers(
             inputs["source"].folder,
             inputs["quantized"].folder,
-            calibration_texts(context),
-            max_tokens=context.spec.calibration.max_tokens,
+            _read(text),
+            max_tokens=text.max_tokens,
             run_worker=context.workers(draft),
             scratch=draft.scratch,
         )
@@ -45,6 +50,14 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
 
 
 def calibration_texts(context: StageContext) -> list[str]:
-    """The texts that the quantizer saw."""
-    calibration = context.spec.calibration
-    return [row["text"] for row in json_lines.read_rows(calibration.uri, json_lines.TEXTS, calibration.samples)]
+    """The texts that the quantizer saw; none where it needs none."""
+    return [] if context.calibration is None else _read(context.calibration)
+
+
+def _text(context: StageContext) -> Calibration:
+    """What layers are measured on."""
+    return context.calibration or Calibration(uri=context.spec.load.prompts, samples=_SAMPLES)
+
+
+def _read(text: Calibration) -> list[str]:
+    return [row["text"] for row in json_lines.read_rows(text.uri, json_lines.TEXTS, text.samples)]

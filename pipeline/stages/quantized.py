@@ -14,17 +14,18 @@ from registry.digests import digest_file
 
 
 def recipe(context: StageContext, inputs: Inputs) -> Recipe:
-    """The source, the calibration text, the scheme, and the quantizer with its pins."""
-    calibration = context.spec.calibration
+    """The source, the calibration text if the scheme needs one, the scheme, and the quantizer with its pins."""
+    calibration = context.calibration
     backend = quantize.backend_of(context.scheme)
     return Recipe(
         "quantized",
-        inputs={**digests(inputs), "calibration": f"sha256:{digest_file(calibration.uri)}"},
+        inputs={
+            **digests(inputs),
+            **({} if calibration is None else {"calibration": f"sha256:{digest_file(calibration.uri)}"}),
+        },
         parameters={
             **context.scheme.model_dump(mode="json"),
-            "samples": calibration.samples,
-            "max_tokens": calibration.max_tokens,
-            **({} if calibration.min_expert_tokens is None else {"min_expert_tokens": calibration.min_expert_tokens}),
+            **({} if calibration is None else calibration.model_dump(exclude={"uri"}, exclude_none=True)),
             "cuda": have_gpus(context.settings),
             "worker": code_version(backend.script),
             "format": code_version(format_of(context.scheme).__name__),
@@ -36,19 +37,19 @@ def recipe(context: StageContext, inputs: Inputs) -> Recipe:
 
 def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
     """Quantize in the backend's worker."""
-    calibration = context.spec.calibration
+    text = context.calibration
     with context.worker_device():
         record = quantize.quantize(
             inputs["source"].folder,
-            calibration.uri,
-            calibration.samples,
-            calibration.max_tokens,
+            None if text is None else text.uri,
+            0 if text is None else text.samples,
+            0 if text is None else text.max_tokens,
             context.scheme,
             draft.folder,
             context.workers(draft),
             draft.scratch,
             context.progress,
-            calibration.min_expert_tokens,
+            None if text is None else text.min_expert_tokens,
         )
     pins = pins_digest(quantize.backend_of(context.scheme).environment)
     draft.note(quantize.QuantizedNotes(**record.model_dump(), pins_digest=pins))

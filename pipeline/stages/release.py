@@ -155,19 +155,24 @@ def _serving(context: StageContext, quantized: Artifact, tested: Sequence[Varian
 
 def _quantizer(context: StageContext, quantized: Artifact) -> Quantizer:
     record = quantized.noted(QuantizedNotes)
-    calibration = record.calibration
     return Quantizer(
         backend=record.backend,
         version=pinned_version(record.backend),
         method=record.method,
         parameters=record.parameters,
-        calibration=Calibration(
-            uri=context.spec.calibration.uri.name,
-            digest=f"sha256:{calibration.sha256}",
-            samples=calibration.samples,
-            max_tokens=calibration.max_tokens,
-        ),
+        calibration=_calibration(context, record),
         pins_digest=record.pins_digest,
+    )
+
+
+def _calibration(context: StageContext, record: QuantizedNotes) -> Calibration | None:
+    if record.calibration is None or context.calibration is None:
+        return None
+    return Calibration(
+        uri=context.calibration.uri.name,
+        digest=f"sha256:{record.calibration.sha256}",
+        samples=record.calibration.samples,
+        max_tokens=record.calibration.max_tokens,
     )
 
 
@@ -249,7 +254,9 @@ def _write_mlbom(context: StageContext, draft: ArtifactDraft, inputs: Inputs) ->
     """The model's bill of materials: its source, quantizer and data, and what was measured."""
     source, quantized, spec = inputs["source"], inputs["quantized"], context.spec
     record = quantized.noted(QuantizedNotes)
-    data = {spec.calibration.uri.name: ("calibration", record.calibration.sha256)}
+    data = {}
+    if record.calibration is not None and context.calibration is not None:
+        data[context.calibration.uri.name] = ("calibration", record.calibration.sha256)
     for name, task in spec.evals.tasks.items():
         if task.data is not None:
             data[task.data.name] = (f"evaluation: {name}", digest_file(task.data))

@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from pipeline.quantization.formats import awq, gptq
+from pipeline.quantization.formats import awq, fp8, fp8_block, gptq, int8, mxfp4, nvfp4, pack_quantized
 from pipeline.quantization.formats.checkpoint_format import CheckpointFormat
 
 if TYPE_CHECKING:
     from pipeline.compatibility.scheme import Scheme
 
-_FORMATS: Mapping[str, CheckpointFormat] = {"awq": awq, "gptq": gptq}
+_FORMATS: Mapping[str, CheckpointFormat] = {
+    "awq": awq,
+    "gptq": gptq,
+    "fp8": fp8,
+    "fp8-block": fp8_block,
+    "w8a8": int8,
+    "w4a16": pack_quantized,
+    "nvfp4": nvfp4,
+    "mxfp4": mxfp4,
+}
 
 
 def format_of(scheme: Scheme) -> CheckpointFormat:

@@ -44,7 +44,8 @@ def write_family(folder: Path, family: str, **changes: object) -> Path:
 
 
 def scheme_of(method: str, backend: str, **more: object) -> Scheme:
-    return Scheme.model_validate({"method": method, "backend": backend, "group_size": 32, **more})
+    sized = {"group_size": 32} if 32 in backends.GROUP_SIZES[method] else {}
+    return Scheme.model_validate({"method": method, "backend": backend, **sized, **more})
 
 
 def model_of(family: str, tmp_path: Path, **changes: object) -> ModelDescription:
@@ -54,12 +55,19 @@ def model_of(family: str, tmp_path: Path, **changes: object) -> ModelDescription
 PAIRS = [(method, backend) for method, named in backends.METHODS.items() for backend in named]
 # What each backend can do, by family; what it can't has a word of the reason, and what to do.
 DENSE = {"llama", "qwen2", "mistral"}
+FUSED = {"llama4_text", "gpt_oss", "granitemoe"}
+LOADED = DENSE | {"qwen3", "qwen3_5_text", "ministral3", "smollm3", "glm4", "phi3", "phi4"}
+LOADED |= {"gemma2", "gemma3_text", "gemma3n_text"}
 ABLE = {
     ("awq", "autoawq"): DENSE | {"qwen3", "phi3", "phi4", "mixtral", "gemma2", "deepseek_v3"},
     ("awq", "gptqmodel"): DENSE | {"qwen3", "ministral3", "smollm3", "gemma2", "qwen3_moe", "glm4_moe"},
     ("gptq", "gptqmodel"): DENSE
     | {"qwen3", "ministral3", "smollm3", "gemma2", "gemma3_text", "qwen3_moe", "glm4_moe", "deepseek_v3"},
     ("gptq", "autogptq"): DENSE | {"mixtral"},
+    # From the weights alone: all but fused experts; blocks of 128 fit few of these tiny models.
+    **{(method, "llmcompressor"): FAMILIES.keys() - FUSED for method in ("fp8", "mxfp4")},
+    ("fp8-block", "llmcompressor"): {"phi3", "phi4"},
+    **{(method, "llmcompressor"): LOADED for method in ("w8a8", "w4a16", "nvfp4")},
 }
 
 

@@ -78,6 +78,7 @@ def test_the_checkpoint_is_the_sources_own_but_for_its_weights(tmp_path: Path, s
     config = json.loads((output / "config.json").read_text())
     assert config.pop("quantization_config")["quant_method"] == "awq"
     assert config == checkpoints.config()
+    assert record.calibration is not None
     assert record.calibration.tokens == 4 * 256
     assert len(record.calibration.sha256) == 64
     assert record.bytes < record.source_bytes

@@ -81,6 +81,7 @@ def test_the_demo_is_what_its_file_says() -> None:
     spec = load(DEMO.with_suffix(".yaml"))
     assert list(spec.schemes) == ["awq", "gptq"]
     assert spec.source.uri == f"file:{DEMO}/model"
+    assert spec.calibration is not None
     assert spec.calibration.uri == DEMO / "calibration.jsonl"
     assert spec.evals.tasks["cloze"].data == DEMO / "cloze.jsonl"
     assert spec.load.prompts == DEMO / "heldout.jsonl"
@@ -171,6 +172,7 @@ def test_relative_uris_count_from_the_folder_of_the_file(tmp_path: Path, monkeyp
     path.write_text(DEMO.with_suffix(".yaml").read_text())
     monkeypatch.chdir("/")
     spec = load(path)
+    assert spec.calibration is not None
     assert spec.calibration.uri == tmp_path / "demo" / "calibration.jsonl"
     assert spec.source.uri == f"file:{tmp_path}/demo/model"
 
@@ -189,6 +191,7 @@ def test_data_without_a_scheme_or_from_elsewhere_is_refused(write: Write) -> Non
 
 def test_data_may_be_what_comes_with_slipway(write: Write) -> None:
     spec = load(write(put("calibration.uri", "builtin:calibration")))
+    assert spec.calibration is not None
     assert json.loads(spec.calibration.uri.read_text().partition("\n")[0])["text"]
     message = refusal(write(put("load.prompts", "builtin:held-out")))
     assert "`load.prompts`: expected one of builtin:calibration, builtin:cloze, builtin:heldout" in message
