@@ -33,18 +33,7 @@ def statement(manifest: Manifest) -> bytes:
             "predicate": {
                 "buildDefinition": {
                     "buildType": BUILD,
-                    "externalParameters": {
-                        "model": manifest.model,
-                        "scheme": manifest.scheme,
-                        "source": {"uri": manifest.source.uri, "revision": manifest.source.revision},
-                        "quantizer": {
-                            "backend": manifest.quantizer.backend,
-                            "version": manifest.quantizer.version,
-                            "method": manifest.quantizer.method,
-                            "parameters": dict(manifest.quantizer.parameters),
-                        },
-                        "runtime": manifest.image.runtime,
-                    },
+                    "externalParameters": _parameters(manifest),
                     "internalParameters": {"hardware": manifest.hardware.model_dump(mode="json")},
                     "resolvedDependencies": list(_dependencies(manifest)),
                 },
@@ -56,6 +45,25 @@ def statement(manifest: Manifest) -> bytes:
             },
         }
     )
+
+
+def _parameters(manifest: Manifest) -> dict[str, Any]:
+    """What the release was asked to be; the first releases do not list the configurations that may be served."""
+    parameters: dict[str, Any] = {
+        "model": manifest.model,
+        "scheme": manifest.scheme,
+        "source": {"uri": manifest.source.uri, "revision": manifest.source.revision},
+        "quantizer": {
+            "backend": manifest.quantizer.backend,
+            "version": manifest.quantizer.version,
+            "method": manifest.quantizer.method,
+            "parameters": dict(manifest.quantizer.parameters),
+        },
+        "runtime": manifest.image.runtime,
+    }
+    if manifest.serving:
+        parameters["serving"] = [each.model_dump(mode="json") for each in manifest.serving]
+    return parameters
 
 
 def _subjects(manifest: Manifest) -> Iterator[Mapping[str, Any]]:

@@ -134,7 +134,7 @@ def _values(
         "image": f"{repository}@{digest}", "pushed": pushed or images.engine is not None,
         "user": image.user, "port": image.port, "model_folder": _MODEL_FOLDER,
         "variant": None if evidence.variant is None else evidence.variant.variant,
-        "arguments": None if evidence.variant is None else list(evidence.variant.command),
+        "arguments": list(evidence.serving.command) if evidence.serving else None,
         "on_gpu": evidence.on_gpu, "cpu_terms": NODE_TERMS,
         "unbound_ranks": evidence.measured.ranks > 1 and not evidence.on_gpu,
         "driver": driver, "driver_major": major, "driver_minor": minor,

@@ -93,6 +93,11 @@ class BundleEvidence:
     variant: ServedConfiguration | None = None
 
     @property
+    def serving(self) -> ServedConfiguration | None:
+        """What is served: the variant, or the main configuration; the first releases do not list theirs."""
+        return self.variant or next(iter(self.manifest.serving), None)
+
+    @property
     def metrics(self) -> Mapping[str, float]:
         """The metrics of the load test."""
         return self.measured.metrics

@@ -29,7 +29,7 @@ def recipe(context: StageContext, inputs: Inputs) -> Recipe:
             "name": context.release_name,
             "runtime": profile.name,
             "registry": context.settings.image_registry,
-            "serving": _serving(context, inputs["quantized"]).document(),
+            "serving": _serving(context, inputs["quantized"]).model_dump(mode="json"),
             "labels": _labels(context, inputs["quantized"]),
         },
         code=code_version(__name__),

@@ -11,6 +11,7 @@ from pathlib import Path
 from containers.hardware.gpu import gpus
 from containers.image import build as images
 from containers.image import profile as profiles
+from containers.image.serving import ServingConfiguration
 from containers.sandbox.kernels import ComputedOn
 from containers.scan import mlbom, scan_gate
 from containers.scan.evidence import read_scan
@@ -148,9 +149,12 @@ def _source(context: StageContext, source: Artifact) -> Source:
 def _serving(context: StageContext, quantized: Artifact, tested: Sequence[Variant]) -> tuple[ServedConfiguration, ...]:
     """The configurations that passed: the main one, and the variants that no gate blocks."""
     profile = profiles.load(context.spec.runtime)
-    main = context.serving.resolved(quantized.document("config.json"), profile)
-    passed = (main, *(variant.serving for variant in tested if variant.passed))
+    passed = (_main(context, quantized), *(variant.serving for variant in tested if variant.passed))
     return tuple(serving.record(images.command(profile, context.spec.model, serving)) for serving in passed)
+
+
+def _main(context: StageContext, quantized: Artifact) -> ServingConfiguration:
+    return context.serving.resolved(quantized.document("config.json"), profiles.load(context.spec.runtime))
 
 
 def _quantizer(context: StageContext, quantized: Artifact) -> Quantizer:
@@ -226,6 +230,7 @@ def _write_report(
         facts={
             "source": public_uri(context.spec.source.uri),
             "revision": source.noted(SourceNotes).revision,
+            "served with": " ".join(_main(context, quantized).engine_arguments()),
             **_computed_on(inputs),
         },
         digests=digests(inputs),

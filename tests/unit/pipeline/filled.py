@@ -14,7 +14,10 @@ import yaml
 from image_record import image_record
 
 from containers.hardware.cpu import InstructionSet
+from containers.image.build import SERVING
 from evals.drift.answers import Answers, AskedSuite
+from evals.drift.pairs import ChoicePairs, Drift
+from evals.drift.suite import TOOL_CALLS
 from homes import DEMO
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec, load
@@ -45,11 +48,11 @@ _FILES: Mapping[str, Mapping[str, Any]] = {
 
 
 class FillingStore(Store):
-    """Fills an artifact in place of the stage that would make it; in drift, ``lost`` items of the suite are."""
+    """Fills an artifact in place of the stage that would make it; ``drift`` is what was lost."""
 
-    def __init__(self, root: Path, lost: int) -> None:
+    def __init__(self, root: Path, drift: Drift) -> None:
         super().__init__(root)
-        self.lost = lost
+        self.drift = drift
 
     def obtain(self, recipe: Recipe, make: Callable[[ArtifactDraft], None]) -> Artifact:
         return super().obtain(recipe, make if recipe.stage in _MADE else self._filling(recipe))
@@ -58,7 +61,13 @@ class FillingStore(Store):
         stage = recipe.stage
         files = dict(_FILES[stage])
         if stage == "drift":
-            files["drift.json"] = drift_of(self.lost).model_dump(mode="json", by_alias=True)
+            files["drift.json"] = self.drift.model_dump(mode="json", by_alias=True)
+        if stage == "image":
+            labels = {
+                **cast("dict[str, str]", recipe.parameters["labels"]),
+                SERVING: json.dumps(recipe.parameters["serving"]),
+            }
+            files["image.json"] = image_record(labels=labels).model_dump_json()
 
         def fill(draft: ArtifactDraft) -> None:
             for name, content in files.items():
@@ -86,7 +95,16 @@ class FillingContext(StageContext):
 
     @property
     def store(self) -> Store:
-        return FillingStore(self.settings.home / "artifacts", self.lost)
+        drift = drift_of(self.lost)
+        if self.serving.tool_calls is not None:
+            called = ChoicePairs(
+                items=48, baseline_missing=0, candidate_missing=0, baseline_right=40, candidate_right=40, changed=0,
+                chance=0.0, lost_ids=(), gained_ids=(),
+            )  # fmt: skip
+            assert drift.suite is not None
+            suite = drift.suite.model_copy(update={"digest": self.evals.digest})
+            drift = drift.model_copy(update={"suite": suite, "tasks": {**drift.tasks, TOOL_CALLS: called}})
+        return FillingStore(self.settings.home / "artifacts", drift)
 
     def has_image(self, _record: object) -> bool:
         return True

@@ -17,6 +17,7 @@ from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe
 from pipeline.workers.launchers.task import Ended, Task
 from pipeline.workers.runner import Workers
 from unit.pipeline.filled import FillingContext, FillingStore, Models, instruction_set_of
+from unit.pipeline.release_evidence import drift_of
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Interrupted(FillingStore):
     """Measures layers for real, and is interrupted once that has begun."""
 
     def __init__(self, root: Path, endless: Endless) -> None:
-        super().__init__(root, lost=1)
+        super().__init__(root, drift_of(1))
         self.endless = endless
 
     def obtain(self, recipe: Recipe, make: Callable[[ArtifactDraft], None]) -> Artifact:

@@ -25,7 +25,7 @@ from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe
 from registry.errors import VariantError
 from registry.manifest import Manifest
 from unit.pipeline.filled import FillingContext, FillingStore, Models, release
-from unit.pipeline.release_evidence import LOAD
+from unit.pipeline.release_evidence import LOAD, drift_of
 
 SLOW = load_evidence.changed(LOAD, {"metrics": {"p95_latency_ms": 9e6}})
 SERVE = {"variants": {"short": {"context": 512}, "wide": {"context": 1024, "max_sequences": 8}}}
@@ -35,7 +35,7 @@ class Measuring(FillingStore):
     """Notes what is made; the load tests of ``slow`` variants miss their limits, those of ``broken`` ones fail."""
 
     def __init__(self, root: Path, made: list[Recipe], slow: set[str], broken: set[str]) -> None:
-        super().__init__(root, lost=1)
+        super().__init__(root, drift_of(1))
         self.made, self.slow, self.broken = made, slow, broken
 
     def obtain(self, recipe: Recipe, make: Callable[[ArtifactDraft], None]) -> Artifact:
