@@ -23,6 +23,9 @@ _LATENT = ".kv_a_proj_with_mqa"
 _ROTARY_BY_LAYER = ("gemma3", "gemma4")
 # AutoAWQ reserves ``out // 32 * 4`` words for a row of outputs (awq/modules/linear/gemm.py), and writes beyond them.
 _AUTOAWQ_OUTPUTS = 32
+# Where a backend's own code fails, found by quantizing two-layer models (tests/stages/test_model_families.py).
+# GPTQModel's defuser 0.0.28 takes the router's answer for logits; transformers 5.23 returns a tuple.
+_FAULTS = {("gptqmodel", "glm4_moe"): "its own code for the router does not fit its transformers"}
 # How many names a message gives.
 _NAMED = 3
 
@@ -72,6 +75,8 @@ def _by_backend(model: ModelDescription, method: str, backend: str, *, without_m
         version = backends.transformers_version(backend)
         yield f"it does not support this architecture (its transformers is {version})"
         return
+    if fault := _FAULTS.get((backend, model.architecture)):
+        yield fault
     if model.fused_experts:
         yield f"experts are stored as one tensor ({_some(model.fused_experts)}), which no packed format supports"
     if model.towers:

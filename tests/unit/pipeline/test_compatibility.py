@@ -60,9 +60,9 @@ LOADED = DENSE | {"qwen3", "qwen3_5_text", "ministral3", "smollm3", "glm4", "phi
 LOADED |= {"gemma2", "gemma3_text", "gemma3n_text"}
 ABLE = {
     ("awq", "autoawq"): DENSE | {"qwen3", "phi3", "phi4", "mixtral", "gemma2", "deepseek_v3"},
-    ("awq", "gptqmodel"): DENSE | {"qwen3", "ministral3", "smollm3", "gemma2", "qwen3_moe", "glm4_moe"},
+    ("awq", "gptqmodel"): DENSE | {"qwen3", "ministral3", "smollm3", "gemma2", "qwen3_moe"},
     ("gptq", "gptqmodel"): DENSE
-    | {"qwen3", "ministral3", "smollm3", "gemma2", "gemma3_text", "qwen3_moe", "glm4_moe", "deepseek_v3"},
+    | {"qwen3", "ministral3", "smollm3", "gemma2", "gemma3_text", "qwen3_moe", "deepseek_v3"},
     ("gptq", "autogptq"): DENSE | {"mixtral"},
     # From the weights alone: all but fused experts; blocks of 128 fit few of these tiny models.
     **{(method, "llmcompressor"): FAMILIES.keys() - FUSED for method in ("fp8", "mxfp4")},
@@ -96,6 +96,7 @@ def test_a_family_is_accepted_or_refused_from_its_headers(
         ("qwen3_moe", ("awq", "autoawq"), "the routers too.*no `num_experts`.*use `backend: gptqmodel`"),
         ("gemma3_text", ("awq", "gptqmodel"), "its own rotary positions: use `method: gptq` with `backend: gptqmodel`"),
         ("deepseek_v3", ("awq", "gptqmodel"), "latent attention the wrong inputs: use `backend: autoawq`"),
+        ("glm4_moe", ("gptq", "gptqmodel"), "its own code for the router does not fit its transformers"),
         ("ministral3", ("awq", "autoawq"), "does not support this architecture.*use `backend: gptqmodel`"),
     ],
 )
