@@ -113,7 +113,10 @@ class Made:
             "memory.json": f"[{SAMPLE.model_dump_json()}]",
         }
         load_test = self.put("load", {**of_image, **of_checkpoint}, measured)
-        made = (source, quantized, image, drift, scan, load_test)
+        variants = self.put(
+            "variants", {"source": source.digest, **of_checkpoint, **of_image, "load": load_test.digest}, {}
+        )
+        made = (source, quantized, image, drift, scan, load_test, variants)
         return {artifact.stage: artifact for artifact in made}
 
     def put(self, stage: str, inputs: Mapping[str, str], files: Mapping[str, str], **notes: Any) -> Artifact:  # noqa: ANN401
