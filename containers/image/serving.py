@@ -26,6 +26,8 @@ CHAT_TEMPLATE = "/serve/chat_template.jinja"
 _FOR_THE_MODEL = frozenset({"adapters", "chat_template", "dtype", "variants"})
 # Keys that change no answer, but for the rounding that other batches bring.
 _SPEED_AND_MEMORY = ("gpu_memory", "max_sequences", "batched_tokens", "prefix_caching")
+# What FP16 is served with, whatever the file says.
+_AS_FP16: Mapping[str, Any] = {"kv_cache": "auto", "speculative": None}
 _BFLOAT16_SINCE = (8, 0)  # of a GPU's compute capability
 
 ServedName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+([.-][a-z0-9]+)*$", max_length=63)]
@@ -149,7 +151,7 @@ class ServingConfiguration(Override):
 
     def reference(self) -> ServingConfiguration:
         """How FP16 is served to be compared with: a cache of full precision, and every token computed by the model."""
-        return self.model_copy(update={"kv_cache": "auto", "speculative": None})
+        return self.model_copy(update=_AS_FP16)
 
     def answering(self) -> ServingConfiguration:
         """The same without the keys that change speed and memory, and no answer."""
@@ -215,6 +217,11 @@ class ServingConfiguration(Override):
 
 DEFAULT = ServingConfiguration()
 """How a model is served whose file says nothing about it."""
+
+
+def changes_fp16(key: str) -> bool:
+    """Whether FP16's answers depend on a key of ``serve``."""
+    return key not in {*_SPEED_AND_MEMORY, *_AS_FP16, "variants"}
 
 
 def default_context(config: Mapping[str, Any]) -> int | None:

@@ -13,12 +13,21 @@ import commands
 import families
 import files
 import folders
+import serving
 import settings
 
 import stages
 
 DOCS = Path(__file__).resolve().parent.parent
-PAGES = {**files.PAGES, **commands.PAGES, **settings.PAGES, **stages.PAGES, **folders.PAGES, **families.PAGES}
+PAGES = {
+    **files.PAGES,
+    **commands.PAGES,
+    **settings.PAGES,
+    **stages.PAGES,
+    **serving.PAGES,
+    **folders.PAGES,
+    **families.PAGES,
+}
 
 
 def main(arguments: list[str]) -> int:

@@ -16,7 +16,7 @@ import yaml
 from checkout import CHECKOUT
 from containers.image.build import SERVING
 from containers.image.engine_options import KEYS
-from containers.image.serving import Override, Serve
+from containers.image.serving import Override, Serve, changes_fp16
 from pipeline.stages.image import record_of
 from pipeline.store.artifacts import Artifact
 from registry.manifest import MANIFEST, REPORT, Manifest
@@ -105,6 +105,7 @@ def test_a_key_reaches_command_label_manifest_provenance_report_and_bundle(
 
 def test_a_key_makes_again_what_depends_on_it(case: Case, released: Released) -> None:
     assert released.changed(case.made) == OF_THE_IMAGE | ({"baseline"} if case.asks_fp16_again else set())
+    assert changes_fp16(case.key) == case.asks_fp16_again  # as the reference says
 
 
 def test_another_chat_template_under_the_same_name_is_another_image(released: Released) -> None:
