@@ -139,7 +139,7 @@ def _report(
     judged: Callable[[Mapping[str, Any]], tuple[Verdict, str]],
 ) -> None:
     print(
-        "| checkpoint | cloze | flips | drop, at most | bits a byte | increase, at most | KL | agree | worst | gate |"
+        "| checkpoint | cloze | flips | drop, at most | bits per byte | increase, at most | KL | agree | worst | gate |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     spoiled = refused = averages = 0
@@ -153,7 +153,7 @@ def _report(
             averages += round(m["cloze.drop"], 3) > 0.01
     fp16 = m["cloze.baseline_accuracy"], m["perplexity.baseline_bits_per_byte"]
     floor = m["cloze.floor_flip_rate"], m["cloze.floor_nats"]
-    print(f"FP16: cloze {fp16[0]:.4f}, {fp16[1]:.4f} bits a byte; twice: {floor[0]:.2%} flip, {floor[1]:.4f} nats")
+    print(f"FP16: cloze {fp16[0]:.4f}, {fp16[1]:.4f} bits per byte; twice: {floor[0]:.2%} flip, {floor[1]:.4f} nats")
     print(f"of {spoiled} spoiled checkpoints the gate refuses {refused}, two rounded averages {averages}")
     print(f"ratio: {refused / max(averages, 1):.1f}")
 

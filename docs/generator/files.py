@@ -162,7 +162,7 @@ def suites() -> str:
             limit = (
                 f"accuracy: {limits['max_drop']:g}"
                 if "max_drop" in limits
-                else f"bits a byte: {limits['max_increase']:.1%}"
+                else f"bits per byte: {limits['max_increase']:.1%}"
             )
             items = limits.get("items", limits.get("size", "all"))
             rows.append(f"| `{task}` | {limits.get('tier', 'critical')} | {limit} | {items} |")

@@ -17,7 +17,7 @@ from evals.statistics import paired
 # The share of items that flip between FP16 and four bits, as published and as measured (docs/explanation/drift.md).
 FLIPS = (0.02, 0.05, 0.10)
 TYPICAL = FLIPS[1]
-# How far documents differ in their increase of bits a byte under four bits: one standard deviation, measured on the
+# How far documents differ in their increase of bits per byte under four bits: one standard deviation, measured on the
 # demo.
 SPREAD = 0.005
 POWER = 0.8

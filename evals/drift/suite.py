@@ -79,12 +79,12 @@ class TaskLimits(_Frozen):
     max_drop: Annotated[float, Field(ge=0, lt=1)] | None = None
     """The greatest drop in accuracy, absolute: 0.02 is two points."""
     max_increase: Annotated[float, Field(ge=0)] | None = None
-    """The greatest increase in bits a byte, relative: 0.01 is one percent."""
+    """The greatest increase in bits per byte, relative: 0.01 is one percent."""
 
     @model_validator(mode="after")
     def _one_limit(self) -> TaskLimits:
         if (self.max_drop is None) == (self.max_increase is None):
-            raise ValueError("give either `max_drop` (accuracy, absolute) or `max_increase` (bits a byte, relative)")
+            raise ValueError("give either `max_drop` (accuracy, absolute) or `max_increase` (bits per byte, relative)")
         return self
 
     def is_ours(self, name: str) -> bool:

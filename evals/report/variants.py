@@ -13,7 +13,7 @@ MAIN = "main"
 # What is compared: a label, the end of a metric's name, and how it is written. Of several tasks the worst is shown.
 _SHOWN: Sequence[tuple[str, str, Callable[[float], str]]] = (
     ("largest drop in accuracy", ".drop", lambda value: f"{100 * value:.2f} points"),
-    ("largest increase in bits a byte", ".increase", lambda value: f"{100 * value:.2f} %"),
+    ("largest increase in bits per byte", ".increase", lambda value: f"{100 * value:.2f} %"),
     ("p95 latency", "p95_latency_ms", lambda value: f"{value:,.0f} ms"),
     ("p95 time to first token", "p95_ttft_ms", lambda value: f"{value:,.0f} ms"),
     ("output tokens a second", "output_tokens_per_second", lambda value: f"{value:,.1f}"),

@@ -178,7 +178,7 @@ def mean_loss(totals: Sequence[float], sizes: Sequence[int], limit: float, confi
 def ratio_interval(baseline: Sequence[float], candidate: Sequence[float], confidence: float) -> Interval:
     """Return the paired interval of sum(candidate) / sum(baseline) over documents.
 
-    With both in nats a document, the ratio is that of bits a byte (the bytes are the same and cancel): 1.01 is one
+    With both in nats per document, the ratio is that of bits per byte (the bytes are the same and cancel): 1.01 is one
     percent worse. The ratio estimator's linearised standard error over documents, with Student's t (Cochran, Sampling
     Techniques, 3rd ed., 6.19-6.20): se = sqrt(n / (n - 1) * sum((c - r b)^2)) / sum(b).
 

@@ -19,7 +19,7 @@ def figures(
     documents: Sequence[Mapping[str, object]],
     items: Sequence[Mapping[str, object]],
 ) -> dict[str, float]:
-    """Return nats a token, bits a byte (UTF-8) and perplexity over `documents`, and accuracy over `items`.
+    """Return nats per token, bits per byte (UTF-8) and perplexity over `documents`, and accuracy over `items`.
 
     A document is scored from a BOS token on. A cloze choice is scored by the sum of its tokens' log-likelihood after
     its context; the highest sum answers.

@@ -28,14 +28,12 @@ from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, Store
 from pipeline.store.notes import AnswersNotes
 from unit.pipeline.release_evidence import LOAD, QUANTIZED_NOTES, SAMPLE, SCAN, drift_of
 
-# Stages that do their work for real: variants are measured by the others, and a release is sealed.
-_MADE = {"source", "variants", "release"}
 _SUITE = AskedSuite(name="demo", digest="sha256:" + "ab" * 32, lm_eval="0.4.13")
 # The longest prompt fits a context of 1,024 tokens, and no smaller one.
 _ANSWERS = Answers.model_validate(
     {"schema": "slipway.answers/2", "engine": {}, "longest": 1024, "suite": _SUITE, "tasks": {}}
 )
-# What the other stages leave behind.
+# What stages that need a worker or a server leave behind. The others do their work for real.
 _FILES: Mapping[str, Mapping[str, Any]] = {
     "quantized": {"model.safetensors": "packed", "config.json": {}},
     "image": {"image.json": image_record().model_dump_json()},
@@ -55,7 +53,7 @@ class FillingStore(Store):
         self.drift = drift
 
     def obtain(self, recipe: Recipe, make: Callable[[ArtifactDraft], None]) -> Artifact:
-        return super().obtain(recipe, make if recipe.stage in _MADE else self._filling(recipe))
+        return super().obtain(recipe, self._filling(recipe) if recipe.stage in _FILES else make)
 
     def _filling(self, recipe: Recipe) -> Callable[[ArtifactDraft], None]:
         stage = recipe.stage
