@@ -34,6 +34,10 @@ _WINDOWED = ("sliding_attention", "chunked_attention")
 _FULL = "full_attention"
 # Every how many layers the experts stand.
 _EXPERT_STEPS = ("decoder_sparse_step", "moe_layer_freq", "interleave_moe_layer_step")
+# Kinds of rotary scaling that extend the context which config.json states; with others it is stated extended.
+_SCALING = ("linear", "dynamic", "ntk")
+_STATED_SCALED_FAMILY = "gemma3"
+_LARGEST_FACTOR = 1024
 # Keys of architectures whose layers keep a state of fixed size, or caches of more than one kind (MiMo V2).
 _STATES = ("ssm_cfg", "mamba_d_state", "linear_num_key_heads", "hybrid_layer_pattern")
 # What a config.json may leave to its class in transformers, where that has other defaults than 0 or null.
@@ -156,7 +160,7 @@ def read_facts(config: Mapping[str, Any]) -> ModelFacts:
         latent=latent,
         intermediate=intermediate or _largest(config, "n_inner", layers) or 4 * hidden,
         vocabulary=_largest(config, "vocab_size", layers),
-        context=_required(config, "context", layers, default=2048),
+        context=_context(config, layers),
         tied=tied,
         experts=experts,
         experts_per_token=_largest(config, "num_experts_per_tok", layers) if experts else 0,
@@ -169,6 +173,18 @@ def read_facts(config: Mapping[str, Any]) -> ModelFacts:
 def _architecture(config: Mapping[str, Any]) -> str:
     named = config.get("architectures")
     return str(named[0] if isinstance(named, list) and named else config.get("model_type", "unknown"))
+
+
+def _context(config: Mapping[str, Any], layers: int) -> int:
+    """The longest context in tokens, as vLLM 0.32 has it: what is stated, times the factor of rotary scaling."""
+    stated = _required(config, "context", layers, default=2048)
+    rotary = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(rotary, Mapping) or str(config.get("model_type")).startswith(_STATED_SCALED_FAMILY):
+        return stated
+    kinds = [rotary, *(each for each in rotary.values() if isinstance(each, Mapping))]
+    factors = [each.get("factor") for each in kinds if each.get("rope_type", each.get("type")) in _SCALING]
+    given = [factor for factor in factors if isinstance(factor, int | float) and 1 <= factor <= _LARGEST_FACTOR]
+    return int(stated * max(given, default=1))
 
 
 def _required(config: Mapping[str, Any], name: str, layers: int = 1, default: int | None = None) -> int:

@@ -467,6 +467,23 @@ def test_a_release_that_the_disk_cannot_hold_is_refused_before_any_work(
 
 
 @pytest.mark.parametrize(
+    ("changes", "context"),
+    [
+        ({}, 1024),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 4096),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, 2048),
+        ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0}}}, 8192),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}}, 1024),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 1024),
+        ({"model_type": "gemma3_text", "rope_scaling": {"rope_type": "linear", "factor": 8.0}}, 1024),
+    ],
+)  # fmt: skip
+def test_the_longest_context_counts_rotary_scaling_as_the_engine_does(changes: dict[str, Any], context: int) -> None:
+    config = json.loads((DEMO / "model" / "config.json").read_text())
+    assert read_facts({**config, **changes}).context == context
+
+
+@pytest.mark.parametrize(
     ("serve", "awq", "problem"),
     [
         ({"tensor_parallel": 3}, {}, "`serve.tensor_parallel`: 3 does not divide the model's 4 attention heads"),
