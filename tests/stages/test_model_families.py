@@ -21,7 +21,7 @@ from pipeline.compatibility import backends, preflight
 from pipeline.compatibility.description import ModelDescription
 from pipeline.compatibility.safetensors_headers import read_model
 from pipeline.compatibility.scheme import Scheme
-from pipeline.errors import QuantizeError, UnsupportedModelError
+from pipeline.errors import CheckpointError, QuantizeError, UnsupportedModelError
 from pipeline.quantization.quantize import QuantizationRecord, quantize
 from pipeline.settings import Settings
 from pipeline.workers.environments import ensure_environment
@@ -32,6 +32,8 @@ TESTS = Path(__file__).parents[1]
 FAMILIES: dict[str, Any] = json.loads((TESTS / "data" / "model_families.json").read_text())["families"]
 # AutoGPTQ quantizes on a GPU alone.
 PAIRS = [(method, each) for method, named in backends.METHODS.items() for each in named if each != "autogptq"]
+# With random weights nothing reaches two linears of Gemma 3n's layers, and GPTQ makes zeros of them: the check says so.
+UNREACHED = ("gemma3n_text", {"w4a16", "w8a8"})
 SAMPLES, TOKENS = 8, 128
 Family = Callable[[str], Path]
 
@@ -62,8 +64,9 @@ def made(folder: Path, scheme: Scheme, machine: Settings, scratch: Path, **more:
     """Quantize a model for real and check what was written."""
     for name in ("output", "scratch"):
         (scratch / name).mkdir()
+    calibration = DEMO / "calibration.jsonl" if scheme.needs_calibration else None
     return quantize(
-        folder, DEMO / "calibration.jsonl", SAMPLES, TOKENS, scheme, scratch / "output", Workers(machine, print),
+        folder, calibration, SAMPLES, TOKENS, scheme, scratch / "output", Workers(machine, print),
         scratch / "scratch", print, **more,
     )  # fmt: skip
 
@@ -97,5 +100,9 @@ def test_a_family_is_quantized_or_refused_in_the_first_second(
         with pytest.raises(UnsupportedModelError):
             made(folder, scheme, machine, tmp_path)
         print(f"refused: {'; '.join(problems)}")
+        return
+    if name == UNREACHED[0] and method in UNREACHED[1]:
+        with pytest.raises(CheckpointError, match="per_layer_input_gate does not decode to the source's weights"):
+            made(folder, scheme, machine, tmp_path)
         return
     assert made(folder, scheme, machine, tmp_path).layers == len(model.linears)
