@@ -204,15 +204,19 @@ def _value_problems(
 
 
 def _explained_factor(sample: _Sample, norms: Sequence[NDArray[np.float32]]) -> float | None:
-    """The factor of all weights beside those of each input, where a norm explains these and no output has one."""
+    """The factor of all weights beside those of each input, where a norm explains these and no output has one.
+
+    Where several norms do, or none of them and inputs as they were, the one that leaves the least is meant.
+    """
     inputs = [np.ones(len(sample.inputs), np.float32), *(norm[sample.inputs] for norm in norms)]
+    explained = []
     for factors in inputs:
         expected = sample.weights * factors
         product, size = sample.decoded * expected, expected**2
         along_inputs, along_outputs = _log_ratio(product.sum(0), size.sum(0)), _log_ratio(product.sum(1), size.sum(1))
         if max(along_inputs.std(), along_outputs.std()) < _EXPLAINED:
-            return float(np.exp(np.median(along_inputs)))
-    return None
+            explained.append(float(np.median(along_inputs)))
+    return float(np.exp(min(explained, key=abs))) if explained else None
 
 
 def _log_ratio(product: NDArray[np.float32], size: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -110,11 +110,13 @@ def test_scales_of_one_layer_that_are_wrong_by_a_factor_are_refused(
 
 
 @pytest.mark.parametrize(("factor", "refused"), [(1, False), (0.5, True), (2, True)])
+@pytest.mark.parametrize(("mean", "spread"), [(1, 0.4), (4, 0.01)], ids=["by input", "nearly all alike"])
 def test_awqs_own_factors_are_told_from_wrong_scales(
-    tmp_path: Path, source: Path, factor: float, refused: bool
+    tmp_path: Path, source: Path, factor: float, refused: bool, mean: float, spread: float
 ) -> None:
     """AWQ multiplies each input of a layer, and divides the norm in front of it."""
-    of_input = np.exp(np.random.default_rng(2).normal(0, 0.4, checkpoints.HIDDEN)).astype(np.float16)
+    generator = np.random.default_rng(2)
+    of_input = (mean * np.exp(generator.normal(0, spread, checkpoints.HIDDEN))).astype(np.float16)
     changed = checkpoints.unquantized()
     for name in [name for name, weight in changed.items() if ".1." in name and weight.shape[1:] == of_input.shape]:
         changed[name] = changed[name] * of_input
