@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedModel
 
+# What each quantized layer has, and no other: of AWQ and GPTQ, and of compressed-tensors.
+_MARKS = ("qweight", "weight_scale")
+_PARTS = (
+    *("qweight", "qzeros", "scales", "g_idx"),
+    *("weight", "weight_packed", "weight_scale", "weight_shape", "weight_global_scale", "input_global_scale"),
+)
+_CACHE_SCALES = (".k_scale", ".v_scale")
 BATCH_SIZE = 64
 # On a CPU float32 is both exact and the fastest; a GPU holds large models in half precision only.
 DTYPES = {"cpu": "float32", "cuda": "float16"}
@@ -75,7 +82,7 @@ def packed_layers(folder: Path) -> set[str]:
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as tensors:
             names += tensors.keys()
-    return {name.removesuffix(".qweight") for name in names if name.endswith(".qweight")}
+    return {module for module, _, last in (name.rpartition(".") for name in names) if last in _MARKS}
 
 
 def _unpacked_weights(folder: Path, quantization: dict[str, Any]) -> dict[str, Any]:
@@ -96,14 +103,14 @@ def _unpacked_weights(folder: Path, quantization: dict[str, Any]) -> dict[str, A
     if not packed:
         raise WorkerError(f"{folder} says that it is quantized, but no packed layer is in it")
     for layer in sorted(packed):
-        parts = {part: tensors.pop(f"{layer}.{part}", None) for part in ("qweight", "qzeros", "scales", "g_idx")}
+        parts = {part: tensors.pop(f"{layer}.{part}", None) for part in _PARTS}
         arrays = {
             part: (tensor.float() if tensor.is_floating_point() else tensor).numpy()
             for part, tensor in parts.items()
             if tensor is not None
         }
         tensors[f"{layer}.weight"] = torch.from_numpy(unpack_linear(arrays, quantization))
-    return tensors
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(_CACHE_SCALES)}
 
 
 def _unpacked(folder: Path, quantization: dict[str, Any]) -> PreTrainedModel:

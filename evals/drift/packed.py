@@ -1,4 +1,4 @@
-"""Weights out of packed checkpoints: GPTQ (2, 3, 4, 8 bits) and AWQ's GEMM layout (4 bits), from their formats alone.
+"""Weights out of quantized checkpoints: GPTQ (2, 3, 4, 8 bits), AWQ's GEMM layout, and what compressed-tensors stores.
 
 Written against the formats that vLLM and transformers read and not against the quantizers' own code, so that a
 checkpoint which only its maker can read does not pass. NumPy only; the worker turns results into its tensors.
@@ -15,6 +15,10 @@ from numpy.typing import NDArray
 # AWQ's GEMM kernel keeps the eight values of a word in the order 0 2 4 6 1 3 5 7; these places undo it.
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 _GPTQ_BITS = (2, 3, 4, 8)
+# The values of E2M1 by their four bits, the sign first.
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+_FP4 = np.concatenate([_E2M1, -_E2M1])
+_E8M0_BIAS = 127
 
 
 class FormatError(ValueError):
@@ -25,7 +29,8 @@ def unpack_linear(parts: Mapping[str, NDArray[Any]], quantization: Mapping[str, 
     """Return one linear layer's weight, out by in, in float32.
 
     ``parts`` holds the layer's tensors by their last name (``qweight``, ``qzeros``, ``scales``, and GPTQ's ``g_idx`` if
-    there); ``quantization`` is the checkpoint's ``quantization_config``.
+    there; ``weight`` or ``weight_packed``, ``weight_scale`` and so on of compressed-tensors), FP8 as float32;
+    ``quantization`` is the checkpoint's ``quantization_config``.
 
     Raises:
         FormatError: for a method, layout or width that is not read here.
@@ -42,7 +47,12 @@ def unpack_linear(parts: Mapping[str, NDArray[Any]], quantization: Mapping[str, 
             raise FormatError(f"GPTQ in layout `{layout}` with {bits} bits is not read here: `gptq`, `gptq_v2` are")
         # The first layout stores each zero point less one.
         return _gptq(parts, bits, offset=1 if layout == "gptq" else 0)
-    raise FormatError(f"quantization by `{method}` is not read here: `awq` and `gptq` are")
+    if method == "compressed-tensors":
+        groups = list((quantization.get("config_groups") or {}).values())
+        if len(groups) != 1:
+            raise FormatError(f"compressed-tensors with {len(groups)} groups of layers is not read here: one is")
+        return _compressed(parts, str(quantization.get("format")), groups[0]["weights"])
+    raise FormatError(f"quantization by `{method}` is not read here: `awq`, `gptq` and `compressed-tensors` are")
 
 
 def unpack_words(words: NDArray[np.int32], bits: int) -> NDArray[np.int32]:
@@ -69,6 +79,37 @@ def _gptq(parts: Mapping[str, NDArray[Any]], bits: int, offset: int) -> NDArray[
     groups = parts["g_idx"] if "g_idx" in parts else np.arange(len(values)) // (len(values) // len(scales))
     weight = (values - zeros[groups]).astype(np.float32) * scales[groups]
     return np.ascontiguousarray(weight.T)
+
+
+def _compressed(parts: Mapping[str, NDArray[Any]], stored_as: str, settings: Mapping[str, Any]) -> NDArray[np.float32]:
+    """W[out, in] = q * s, a scale for each row, square or group; q packed along the inputs where it has four bits."""
+    values: NDArray[np.float32]
+    scales: NDArray[Any]
+    match stored_as:
+        case "float-quantized" | "int-quantized":
+            values, scales = parts["weight"].astype(np.float32), parts["weight_scale"].astype(np.float32)
+        case "pack-quantized":
+            bits = int(settings["num_bits"])
+            values = unpack_words(parts["weight_packed"].T, bits).T.astype(np.float32) - 2 ** (bits - 1)
+            scales = parts["weight_scale"].astype(np.float32)
+        case "nvfp4-pack-quantized":
+            values = _fp4(parts["weight_packed"])
+            scales = parts["weight_scale"] / parts["weight_global_scale"].astype(np.float32)
+        case "mxfp4-pack-quantized":
+            values = _fp4(parts["weight_packed"])
+            scales = np.ldexp(np.float32(1), parts["weight_scale"].astype(np.int32) - _E8M0_BIAS, dtype=np.float32)
+        case _:
+            raise FormatError(f"compressed-tensors' format `{stored_as}` is not read here")
+    rows, columns = (-(-mine // theirs) for mine, theirs in zip(values.shape, scales.shape, strict=True))
+    if settings["strategy"] == "block":
+        rows, columns = settings["block_structure"]
+    spread = scales.repeat(rows, axis=0).repeat(columns, axis=1)
+    return np.ascontiguousarray(values * spread[: values.shape[0], : values.shape[1]], np.float32)
+
+
+def _fp4(packed: NDArray[Any]) -> NDArray[np.float32]:
+    """[rows, n/2] bytes as [rows, n] numbers, the lower four bits first."""
+    return np.asarray(_FP4[np.stack([packed & 15, packed >> 4], axis=-1)], np.float32).reshape(len(packed), -1)
 
 
 def _awq(qweight: NDArray[Any], qzeros: NDArray[Any], scales: NDArray[Any]) -> NDArray[np.float32]:

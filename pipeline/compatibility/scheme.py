@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipeline.compatibility.backends import BITS, GROUP_SIZES, WITHOUT_MODEL
+
+if TYPE_CHECKING:
+    from containers.hardware.cpu import InstructionSet
 
 Method = Literal["awq", "gptq", "fp8", "fp8-block", "w8a8", "w4a16", "nvfp4", "mxfp4"]
 BackendName = Literal["autoawq", "gptqmodel", "autogptq", "llmcompressor"]
@@ -99,6 +102,16 @@ class Scheme(BaseModel):
             return "symmetric"
         # With one group for a whole row, the order of columns makes no difference.
         return "desc_act" if self.desc_act and self.group_size > 0 else None
+
+    def unsupported(self, instruction_set: InstructionSet) -> str | None:
+        """Say why vLLM can't serve the scheme on such a CPU; None if it can. Read in its `kernels/linear`, 0.32."""
+        if self.method in {"nvfp4", "mxfp4"}:
+            return f"vLLM has no kernel for `method: {self.method}` on CPUs"
+        if self.method == "fp8-block" and instruction_set != "amx":
+            return f"vLLM's kernel for `method: fp8-block` on CPUs needs AMX, and this one has {instruction_set}"
+        if self.kv_cache is not None and instruction_set == "avx2":
+            return "vLLM's cache in FP8 needs a CPU with AVX-512, and `kv_cache: fp8` of the scheme asks for it"
+        return None
 
 
 def either(choices: Sequence[object]) -> str:

@@ -30,7 +30,12 @@ from pipeline.quantization.formats.table import format_of
 FP16 = "fp16"
 _FLOAT32_BYTES = 4
 _PACKED_BITS = 4  # of vLLM's kernel on CPUs
-_PACKED_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+_PACKED_PARTS = (
+    *("qweight", "qzeros", "scales", "g_idx"),
+    *("weight_packed", "weight_scale", "weight_shape", "weight_global_scale", "input_global_scale"),
+)
+# Weights of 8 bits that any CPU multiplies as they are stored (`torch._scaled_mm`, oneDNN), and schemes that have them.
+_MULTIPLIED_AS_STORED, _EIGHT_BITS = ("F8_E4M3", "I8"), ("fp8", "fp8-block", "w8a8")
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
@@ -51,11 +56,14 @@ class Weights:
     group_size: int | None
     linear: int
     head: int
+    as_stored: bool = False
+    """Whether a CPU multiplies the quantized layers as they are stored, whatever it can do."""
 
     def on_cpu(self, instruction_set: InstructionSet) -> int:
         """Bytes that they take in a CPU runtime's server on such a CPU, with float32 copies in place of weights."""
         multiplies = instruction_set in {"avx512_bf16", "amx"}
         in_place = self.bits == _PACKED_BITS and instruction_set != "avx2" if self.quantized else multiplies
+        in_place = in_place or self.as_stored
         stored = self.packed or 2 * self.linear
         kept = stored if in_place else _FLOAT32_BYTES * self.linear
         return self.bytes - stored + kept + (0 if multiplies else _FLOAT32_BYTES * self.head)
@@ -87,23 +95,34 @@ def quantized(name: str, scheme: Scheme, model: ModelDescription) -> Weights:
     weights = sum(math.prod(tensor.shape) for tensor in linears.values())
     return Weights(
         name, packed + rest, packed, _numbers(model.tensors), weights, scheme.bits, scheme.group_size, weights,
-        _head(model.tensors),
+        _head(model.tensors), scheme.method in _EIGHT_BITS,
     )  # fmt: skip
 
 
 def stored(model: ModelDescription) -> Weights:
     """The weights of a checkpoint as they lie there, packed or not."""
-    packed = {name: tensor for name, tensor in model.tensors.items() if name.rpartition(".")[2] in _PACKED_PARTS}
+    packed = {name: tensor for name, tensor in model.tensors.items() if _is_packed(name, tensor)}
     rest = unquantized(replace(model, tensors={name: model.tensors[name] for name in model.tensors.keys() - packed}))
     if not packed:
         return rest
-    bits = int(model.config["quantization_config"]["bits"])
-    words = sum(math.prod(tensor.shape) for name, tensor in packed.items() if name.endswith(".qweight"))
-    numbers, size = words * 32 // bits, sum(tensor.bytes for tensor in packed.values())
+    bits, size = _stored_bits(model.config["quantization_config"]), sum(tensor.bytes for tensor in packed.values())
+    values = [tensor for name, tensor in packed.items() if name.endswith((".qweight", ".weight_packed", ".weight"))]
+    numbers = sum(tensor.bytes for tensor in values) * 8 // bits
     return replace(
         rest, scheme="", bytes=rest.bytes + size, packed=size, numbers=rest.numbers + numbers, quantized=numbers,
-        bits=bits, linear=numbers,
+        bits=bits, linear=numbers, as_stored=any(tensor.dtype in _MULTIPLIED_AS_STORED for tensor in values),
     )  # fmt: skip
+
+
+def _is_packed(name: str, tensor: Tensor) -> bool:
+    last = name.rpartition(".")[2]
+    return last in _PACKED_PARTS or (last == "weight" and tensor.dtype in _MULTIPLIED_AS_STORED)
+
+
+def _stored_bits(quantization: Mapping[str, Any]) -> int:
+    """The bits of a quantized weight: of AWQ and GPTQ, or of compressed-tensors' one group."""
+    groups = list((quantization.get("config_groups") or {}).values())
+    return int(groups[0]["weights"]["num_bits"] if groups else quantization["bits"])
 
 
 def is_weight_only(config: Mapping[str, Any]) -> bool:

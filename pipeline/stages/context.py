@@ -87,7 +87,8 @@ class StageContext:
         """Say what the configuration needs and this machine's CPU lacks; None where it lacks nothing."""
         if profiles.load(self.spec.runtime).minimum_driver is not None or not self.settings.engine_is_here:
             return None
-        return self.serving.unsupported(self.settings.cpu.instruction_set)
+        isa = self.settings.cpu.instruction_set
+        return self.scheme.unsupported(isa) or self.serving.unsupported(isa)
 
     @property
     def variants(self) -> tuple[str, ...]:

@@ -39,7 +39,8 @@ def make_checkpoint(folder: Path, scheme: Mapping[str, Any], machine: Settings, 
     # As the stage does: a release that is being timed meanwhile has the cores alone.
     with machine_locks.locked(machine.locks, machine_locks.CORES, shared=True):
         record = quantize(
-            DEMO / "model", DEMO / "calibration.jsonl", samples, TOKENS, checked, output, Workers(machine, print),
+            DEMO / "model", DEMO / "calibration.jsonl" if checked.needs_calibration else None, samples, TOKENS, checked,
+            output, Workers(machine, print),
             scratch, lines.append,
         )  # fmt: skip
     # What the planner says of the scheme, from the source's headers alone: all but the file's own header.

@@ -119,3 +119,24 @@ def test_calibration_of_too_few_tokens_is_refused(tmp_path: Path, run_worker: Wo
             print,
         )
     assert not list((tmp_path / "output").iterdir())
+
+
+@pytest.mark.parametrize("method", ["fp8", "fp8-block", "mxfp4"])
+def test_formats_without_calibration(checkpoint: Quantized, machine: Settings, tmp_path: Path, method: str) -> None:
+    scheme = {"method": method, "backend": "llmcompressor"}
+    first, again = checkpoint(scheme), make_checkpoint(tmp_path, scheme, machine)
+    assert first.record.calibration is None
+    for name in ("model.safetensors", "config.json"):
+        assert digest_file(first.folder / name) == digest_file(again.folder / name)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("scheme", [{"method": "w8a8"}, {"method": "w4a16", "group_size": 64}, {"method": "nvfp4"}])
+def test_formats_with_calibration(
+    checkpoint: Quantized, machine: Settings, tmp_path: Path, scheme: dict[str, Any]
+) -> None:
+    scheme = {"backend": "llmcompressor", **scheme}
+    first, again = checkpoint(scheme), make_checkpoint(tmp_path, scheme, machine)
+    assert [line for line in first.lines if line.endswith("layer 3 of 4")]
+    for name in ("model.safetensors", "config.json"):
+        assert digest_file(first.folder / name) == digest_file(again.folder / name)

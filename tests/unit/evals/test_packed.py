@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from evals.drift.packed import FormatError, unpack_linear, unpack_words
+from pipeline.quantization.quantizers.compressed_tensors_config import quantization_config
+from unit.pipeline import compressed
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -68,7 +70,7 @@ def test_awq_gives_back_the_weights() -> None:
 @pytest.mark.parametrize(
     "quantization",
     [
-        {"quant_method": "compressed-tensors"},
+        {"quant_method": "bitsandbytes"},
         {"quant_method": "awq", "bits": 4, "version": "gemv"},
         {"quant_method": "awq", "bits": 8},
         {"quant_method": "gptq", "bits": 5},
@@ -79,3 +81,24 @@ def test_awq_gives_back_the_weights() -> None:
 def test_an_unknown_format_is_refused_by_name(quantization: dict[str, object]) -> None:
     with pytest.raises(FormatError, match=r"not read here: .*`(gemm|gptq)`"):
         unpack_linear({}, quantization)
+
+
+@pytest.mark.parametrize("method", ["fp8", "fp8-block", "w8a8", "w4a16", "nvfp4", "mxfp4"])
+def test_compressed_tensors_give_back_about_the_weights(method: str) -> None:
+    weight = np.random.default_rng(1).standard_normal((64, 128)).astype(np.float32)
+    scheme = compressed.scheme(method, **({"group_size": 32} if method == "w4a16" else {}))
+    stated = quantization_config({**scheme.model_dump(), "kv_cache": None, "ignored": []})
+    parts = {part: compressed.decoded(stored) for part, stored in compressed.encode(method, weight).items()}
+    found = unpack_linear(parts, stated)
+    error = float(np.linalg.norm(found - weight) / np.linalg.norm(weight))
+    assert error < (0.03 if scheme.bits == 8 else 0.2)
+
+
+def test_another_format_of_compressed_tensors_is_refused() -> None:
+    stated = {
+        "quant_method": "compressed-tensors",
+        "format": "marlin-24",
+        "config_groups": {"group_0": {"weights": {}}},
+    }
+    with pytest.raises(FormatError, match="`marlin-24` is not read here"):
+        unpack_linear({}, stated)

@@ -106,6 +106,15 @@ def encode(method: str, weight: NDArray[np.float32]) -> Stored:
     raise AssertionError(method)
 
 
+def decoded(stored: tuple[str, NDArray[Any]]) -> NDArray[Any]:
+    """A tensor's numbers, as torch reads them: of FP8 what its bytes stand for."""
+    dtype, values = stored
+    if dtype != "float8_e4m3fn":
+        return values
+    magnitude = np.array([*_E4M3, np.nan], np.float32)[values & 127]
+    return np.where(values & 128, -magnitude, magnitude)
+
+
 def _e4m3(values: NDArray[Any]) -> NDArray[np.uint8]:
     return _nearest(values, _E4M3) | np.where(values < 0, 128, 0).astype(np.uint8)
 

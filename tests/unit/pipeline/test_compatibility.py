@@ -14,6 +14,7 @@ import yaml
 from click.testing import CliRunner
 from safetensors.numpy import save_file
 
+from containers.hardware.cpu import InstructionSet
 from homes import DEMO, SLIPWAY
 from pipeline.cli import main
 from pipeline.commands.show import USAGE
@@ -325,3 +326,15 @@ def test_data_is_read_before_a_release_begins(
     planned = CliRunner().invoke(main, ["plan", str(path), "--gpu", "L4"])
     assert planned.exit_code == USAGE
     assert re.search(reason, planned.stderr.replace("\n", " "))
+
+
+@pytest.mark.parametrize(("scheme", "isa", "lacks"), [
+    ({"method": "fp8"}, "avx2", None), ({"method": "w8a8"}, "avx2", None), ({"method": "fp8-block"}, "amx", None),
+    ({"method": "fp8-block"}, "avx512_bf16", "needs AMX"), ({"method": "nvfp4"}, "amx", "no kernel"),
+    ({"method": "mxfp4"}, "amx", "no kernel"), ({"method": "fp8", "kv_cache": "fp8"}, "avx2", "with AVX-512"),
+])  # fmt: skip
+def test_what_a_cpu_serves_is_known_before_a_server_starts(
+    scheme: dict[str, str], isa: InstructionSet, lacks: str | None
+) -> None:
+    found = Scheme.model_validate({"backend": "llmcompressor", **scheme}).unsupported(isa)
+    assert found is None if lacks is None else lacks in str(found)
