@@ -127,7 +127,7 @@ def test_a_run_is_needed_where_the_engine_is_damaged(released: Released, monkeyp
 
 def test_a_run_is_needed_where_the_images_registry_has_lost_it(released: Released) -> None:
     (record,) = (released.settings.home / "artifacts" / "release").glob("*/files/release/evidence/image.json")
-    pushed = record.read_text().replace('"pushed": false', '"pushed": true ')
+    pushed = record.read_text().replace('"pushed":false', '"pushed":true ')
     record.chmod(0o644)
     record.write_text(pushed.replace("slipway/demo-gptq@", "127.0.0.1:9/image@"))
     assert unchanged(released.spec, "gptq", released.settings) is None
