@@ -22,11 +22,13 @@ from containers.errors import ImageError, WheelError
 from containers.image import assembly, build, profile, runtime, wheels
 from containers.image.base import ensure_base
 from containers.image.layout import write_layout
+from containers.image.serving import ServingConfiguration
 from containers.sandbox import sandbox
 from containers.scan.evidence import ScanEvidence
 from containers.scan.scan import in_engine, in_layout, scan
 from homes import FIRST_CALLS, FREE_PORT
 from pipeline.settings import Settings
+from registry.digests import digest_file
 from stages.loopback_registry import serving
 
 DEMO = Path(__file__).parents[2] / "models" / "demo" / "model"
@@ -69,6 +71,32 @@ def release(
         client, profile.load("vllm-cpu"), DEMO, name=name, served_name="demo", model_digest="sha256:" + "d" * 64,
         home=machine.home, progress=print, registry=registry,
     )  # fmt: skip
+
+
+def test_how_a_model_is_served_is_in_the_command_a_label_and_a_file(
+    engine: docker.DockerClient, machine: Settings, tmp_path: Path
+) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{{ messages[0].content }}")
+    serving = ServingConfiguration(context=256, chat_template=f"sha256:{digest_file(template)}", reasoning="qwen3")
+    record = build.build_image(
+        engine, profile.load("vllm-cpu"), DEMO, name="test-serving", served_name="demo",
+        model_digest="sha256:" + "d" * 64, home=machine.home, progress=print, serving=serving, chat_template=template,
+    )  # fmt: skip
+    try:
+        image = engine.images.get(record.image_id)
+        command = image.attrs["Config"]["Cmd"]
+        assert command[command.index("--max-model-len") + 1] == "256"
+        assert command[command.index("--reasoning-parser") + 1] == "qwen3"
+        place = command[command.index("--chat-template") + 1]
+        resolved = serving.resolved(build.checkpoint_config(DEMO), profile.load("vllm-cpu"))
+        assert image.labels[build.SERVING] == resolved.document()
+        kept = engine.containers.run(
+            record.image_id, entrypoint=["/bin/cat"], command=[place], remove=True, network_disabled=True
+        )
+        assert kept == template.read_bytes()
+    finally:
+        engine.images.remove(record.image_id, force=True)
 
 
 def test_the_image_says_what_is_in_it(engine: docker.DockerClient, record: build.ImageRecord) -> None:
