@@ -50,8 +50,11 @@ class LayerRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     digest: str
+    """The layer's digest."""
     size: int
+    """The layer's size in bytes."""
     holds: str
+    """The layer's content: `base …`, `runtime …` or `model …`."""
 
 
 class ImageRecord(BaseModel):
@@ -65,27 +68,49 @@ class ImageRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     reference: str
+    """`REPOSITORY@sha256:…` if it is in a registry, else the engine's image id."""
     digest: str
+    """The digest of the OCI manifest."""
     pushed: bool
+    """Whether it is in a registry."""
     tag: str
+    """The image's tag in the engine."""
     image_id: str
+    """The engine's image id."""
     base: str
+    """The base image."""
     base_digest: str
+    """The digest of the base."""
     pins_digest: str
+    """The digest of the runtime's profile, lock and scripts."""
     wheels_digest: str
+    """The digest of the runtime's wheels."""
     model_digest: str
+    """The digest of the checkpoint."""
     runtime: str
+    """The runtime's name."""
     runtime_image_id: str
+    """The engine's id of the runtime's image."""
     minimum_cuda: str | None
+    """The oldest CUDA that the runtime supports."""
     minimum_driver: str | None
+    """The oldest GPU driver that the runtime supports."""
     size_bytes: int
+    """Size of all layers."""
     model_bytes: int
+    """Size of the checkpoint's layers."""
     port: int
+    """The port that the server listens on."""
     user: int
+    """The numeric user that the server runs as."""
     labels: Mapping[str, str]
+    """The image's labels."""
     layers: tuple[LayerRecord, ...] = ()
+    """The layers, from the bottom up."""
     manifest: str
+    """The OCI manifest, as text."""
     configuration: str
+    """The image configuration, as text."""
 
 
 def read_image(folder: Path) -> ImageRecord:

@@ -29,13 +29,21 @@ class Kernels(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
     instruction_set: Word
+    """The best instruction set that kernels could use."""
     cpu_model: Name
+    """The CPU's model."""
     linear_16bit: Word
+    """The implementation of 16-bit linear layers."""
     linear_quantized: Annotated[Mapping[Word, Annotated[int, Field(ge=0)]], Field(max_length=32)]
+    """Number of quantized layers by kernel."""
     compute_dtype: Word
+    """The type of activations between layers."""
     threads: Annotated[int, Field(ge=0)]
+    """Number of compute threads."""
     kv_cache_dtype: Word
+    """The type of the KV cache."""
     attention: Word
+    """The implementation of attention."""
 
 
 class ComputedOn(BaseModel):
@@ -47,11 +55,17 @@ class ComputedOn(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     gpus: tuple[str, ...] = ()
+    """UUIDs of the GPUs."""
     cpu_model: str | None = None
+    """The CPU's model."""
     instruction_set: str | None = None
+    """The CPU's best instruction set that could be used."""
     cores: tuple[int, ...] | None = None
+    """Numbers of the logical CPUs."""
     cores_shared: bool = False
+    """Whether another server used some of these cores at the same time."""
     kernels: Kernels | None = None
+    """The engine's kernels, as it logged them."""
 
     @model_validator(mode="before")
     @classmethod

@@ -40,14 +40,23 @@ class Vulnerability(_Part):
     """A vulnerability of an installed package; ``fixed`` is the first version without it."""
 
     id: str
+    """The vulnerability's id, such as CVE-2026-0001."""
     package: str
+    """The package's name."""
     installed: str
+    """The installed version."""
     fixed: str | None = None
+    """The first version without the vulnerability."""
     severity: TrivySeverity
+    """Trivy's severity."""
     status: str | None = None
+    """The distribution's status of the vulnerability."""
     title: str | None = None
+    """A short description."""
     url: str | None = None
+    """A page about it."""
     purl: str | None = None
+    """The package's purl."""
 
     @property
     def place(self) -> str:
@@ -59,10 +68,15 @@ class Secret(_Part):
     """Where a secret is and of what kind; never the secret itself."""
 
     id: str
+    """The id of Trivy's rule."""
     severity: TrivySeverity
+    """Trivy's severity."""
     title: str | None = None
+    """The kind of secret."""
     target: str | None = None
+    """The file in the image."""
     line: int | None = None
+    """The line in the file."""
 
     @property
     def place(self) -> str:
@@ -74,11 +88,17 @@ class Misconfiguration(_Part):
     """A setting of the image that Trivy's checks advise against."""
 
     id: str
+    """The id of Trivy's check."""
     severity: TrivySeverity
+    """Trivy's severity."""
     title: str | None = None
+    """A short description."""
     target: str | None = None
+    """What was checked."""
     resolution: str | None = None
+    """How to correct it."""
     status: str | None = None
+    """The result of the check."""
 
     @property
     def place(self) -> str:
@@ -90,26 +110,37 @@ class OperatingSystem(_Part):
     """The image's distribution as Trivy names it; None where Trivy recognized none."""
 
     family: str | None = None
+    """The distribution, such as `debian`."""
     name: str | None = None
+    """The distribution's version."""
     end_of_life: bool = False
+    """Whether the distribution's support has ended."""
 
 
 class TrivyBuild(_Part):
     """The Trivy that scanned: its version, and the sha256 of its binary."""
 
     version: str
+    """Trivy's version."""
     sha256: str
+    """The sha256 of Trivy's binary."""
 
 
 class DatabaseUsed(_Part):
     """The vulnerability database at the time of the scan; ``lacking`` names what it holds no advisories for."""
 
     state: DatabaseState
+    """Whether the database could be used."""
     lacking: tuple[str, ...] = ()
+    """Systems and ecosystems that the database has no advisories for."""
     damage: str | None = None
+    """What is wrong with the database's file."""
     digest: str | None = None
+    """The digest of the database."""
     updated_at: str | None = None
+    """When the database was made."""
     next_update: str | None = None
+    """When the next database is expected."""
 
     @property
     def is_blind(self) -> bool:
@@ -127,21 +158,37 @@ class ScanEvidence(_Part):
     """What ``scan.json`` holds. ``purl`` is the image's name in VEX documents; ``seconds`` is how long Trivy took."""
 
     schema_: Annotated[Literal["slipway/scan/1"], Field(alias="schema")] = "slipway/scan/1"
+    """The format of this document."""
     image_id: str
+    """The engine's id of the image."""
     repo_digests: tuple[str, ...] = ()
+    """The image's digests in registries."""
     os: OperatingSystem
+    """The image's distribution."""
     scanned_at: Timestamp
+    """When the image was scanned, UTC."""
     trivy: TrivyBuild
+    """The Trivy that scanned."""
     database: DatabaseUsed
+    """The vulnerability database that was used."""
     packages: Count
+    """Number of packages found."""
     sbom_components: Count
+    """Number of components in the bill of materials."""
     counts: Mapping[Severity, Count]
+    """Number of vulnerabilities by severity."""
     fixable: Mapping[Severity, Count]
+    """Number of vulnerabilities with a fixed version, by severity."""
     vulnerabilities: tuple[Vulnerability, ...] = ()
+    """All vulnerabilities found."""
     secrets: tuple[Secret, ...] = ()
+    """All secrets found, without their values."""
     misconfigurations: tuple[Misconfiguration, ...] = ()
+    """All misconfigurations found."""
     purl: str | None = None
+    """The image's name in VEX documents."""
     seconds: float = 0.0
+    """How long the scan took."""
 
 
 def write_scan(evidence: ScanEvidence, folder: Path) -> Path:

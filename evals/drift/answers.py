@@ -115,9 +115,13 @@ class Again(_Frozen):
     """
 
     items: Count
+    """Items that were evaluated twice."""
     flips: Count
+    """Items that were correct only once."""
     changed: Count
+    """Items with two different answers."""
     largest: float
+    """The largest difference of a log-likelihood, in nats."""
 
 
 class ChoiceAnswers(_Frozen):
@@ -150,8 +154,11 @@ class AskedSuite(_Frozen):
     """Which questions: the suite's name, the digest of its definition, and the lm-eval that asked them."""
 
     name: str
+    """The suite's name."""
     digest: str
+    """The digest of the suite's definition."""
     lm_eval: str
+    """The version of lm-eval."""
 
 
 AnyAnswers = ChoiceAnswers | GeneratedAnswers | TextAnswers

@@ -46,26 +46,37 @@ class Group(_Frozen):
     """One group of a task's items (mmlu's subject), counted."""
 
     items: Count
+    """Items of the group that both models answered."""
     lost: Count
+    """Items that only FP16 answered correctly."""
     gained: Count
+    """Items that only the candidate answered correctly."""
 
 
 class Example(_Frozen):
     """One flip for a person to read: the question, the correct answer, and both models' answers."""
 
     id: str
+    """The item's id."""
     lost: bool
+    """Whether only FP16 was right; else only the candidate was."""
     question: str
+    """The item's question, shortened."""
     wanted: str
+    """The correct answer."""
     baseline: str
+    """FP16's answer."""
     candidate: str
+    """The candidate's answer."""
 
 
 class AnswerLengths(_Frozen):
     """The tokens of the two models' answers to the same items."""
 
     baseline: Count
+    """Tokens of FP16's answers."""
     candidate: Count
+    """Tokens of the candidate's answers."""
 
 
 class ChoicePairs(_Frozen):
@@ -78,21 +89,37 @@ class ChoicePairs(_Frozen):
 
     kind: Literal["choice"] = "choice"
     items: Count
+    """Items that both models answered."""
     baseline_missing: Count
+    """Items that only the candidate answered."""
     candidate_missing: Count
+    """Items that only FP16 answered."""
     baseline_right: Count
+    """Items that FP16 answered correctly."""
     candidate_right: Count
+    """Items that the candidate answered correctly."""
     changed: Count
+    """Items with different answers, correct or not."""
     chance: float
+    """The expected accuracy of guessing."""
     lost_ids: tuple[str, ...]
+    """Ids of the items that only FP16 answered correctly."""
     gained_ids: tuple[str, ...]
+    """Ids of the items that only the candidate answered correctly."""
     lost_at: tuple[Count, ...] = ()
+    """Positions of `lost_ids` in the order of evaluation, for interim analyses."""
     gained_at: tuple[Count, ...] = ()
+    """Positions of `gained_ids` in the order of evaluation, for interim analyses."""
     groups: Mapping[str, Group] = {}
+    """The counts by group, such as MMLU's subjects."""
     lengths: AnswerLengths | None = None
+    """Tokens of the answers, for tasks with generated answers."""
     again: Again | None = None
+    """How much FP16 differed from itself when it was evaluated twice."""
     examples: tuple[Example, ...] = ()
+    """Some of the items that only one model answered correctly."""
     overlapping: tuple[str, ...] = ()
+    """Ids of items whose text is also in the calibration text."""
 
     @property
     def length_ratio(self) -> float | None:
@@ -104,9 +131,13 @@ class DocumentPair(_Frozen):
     """One document's negative log-likelihood in nats under both models, and its length in UTF-8 bytes."""
 
     id: str
+    """The document's id."""
     bytes: Annotated[int, Field(gt=0)]
+    """The document's length in UTF-8 bytes."""
     baseline_nats: float
+    """FP16's negative log-likelihood, in nats."""
     candidate_nats: float
+    """The candidate's negative log-likelihood, in nats."""
 
 
 class TextPairs(_Frozen):
@@ -114,9 +145,13 @@ class TextPairs(_Frozen):
 
     kind: Literal["text"] = "text"
     documents: tuple[DocumentPair, ...]
+    """The documents that both models scored."""
     baseline_missing: Count
+    """Documents that only the candidate scored."""
     candidate_missing: Count
+    """Documents that only FP16 scored."""
     overlapping: tuple[str, ...] = ()
+    """Ids of documents whose text is also in the calibration text."""
 
 
 class Divergence(_Frozen):
@@ -127,20 +162,30 @@ class Divergence(_Frozen):
     """
 
     top: Annotated[int, Field(gt=0)]
+    """Number of likeliest tokens that are compared at each position."""
     documents: tuple[tuple[float, int], ...]
+    """For each document the sum of the divergence, in nats, and the number of positions."""
     mean: float
+    """Mean divergence of a position, in nats."""
     p99: float
+    """99th percentile of the divergence of a position, in nats."""
     agreement: float
+    """Share of positions at which both models have the same likeliest token."""
     covered: float
+    """Probability that the compared tokens cover, on average."""
     buckets: tuple[Mapping[str, float], ...]
+    """The divergence by position in the document."""
     curve: tuple[tuple[float, float], ...]
+    """Quantiles of the divergence of a position: pairs of probability and nats."""
 
 
 class Layer(_Frozen):
     """One quantized linear layer: the norm of its output's error over that of its output, on calibration text."""
 
     name: str
+    """The layer's name in the checkpoint."""
     error: float
+    """Norm of the output's error, relative to the norm of the output."""
 
 
 _LAYERS = TypeAdapter(list[Layer])
@@ -155,16 +200,27 @@ class Drift(_Frozen):
     """
 
     schema_: Annotated[Literal["slipway.drift/2"], Field(alias="schema")] = "slipway.drift/2"
+    """The format of this document."""
     engine: Mapping[str, str | int]
+    """Versions, device and precision of the engine that answered."""
     engine_differences: tuple[str, ...]
+    """Differences between the engines of FP16 and of the candidate."""
     image: str | None = None
+    """The id of the image that served the candidate."""
     suite: AskedSuite | None = None
+    """The suite of tasks."""
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The part of the suite that was evaluated before the verdict was clear."""
     tasks: Mapping[str, Annotated[ChoicePairs | TextPairs, Field(discriminator="kind")]]
+    """The paired answers, by task."""
     divergence: Divergence | None = None
+    """KL divergence of the candidate from FP16 on held-out text."""
     layers: tuple[Layer, ...] = ()
+    """The error of each quantized layer on the calibration text."""
     computed_on: Mapping[Literal["FP16", "candidate"], ComputedOn] = {}
+    """The hardware that served each of the two."""
     lacking: str | None = None
+    """Why the candidate was not evaluated, if this machine lacks what its configuration needs."""
 
 
 def not_asked(lacking: str) -> Drift:

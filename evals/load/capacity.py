@@ -65,14 +65,23 @@ class CapacityStep(BaseModel):
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     rate: float
+    """Requests per second."""
     seconds: float
+    """How long requests arrived."""
     requests: int
+    """Number of requests."""
     status: Status
+    """Whether the server held the limits."""
     clear: bool
+    """Whether chance is unlikely to have decided the status."""
     reason: str
+    """Why, with the values."""
     metrics: Mapping[str, float]
+    """The measured values, by name."""
     queue: Queue
+    """The requests in the server over time."""
     client_late_ms: float
+    """How late the load generator sent requests, in milliseconds."""
 
     @property
     def failed(self) -> bool:
@@ -99,18 +108,31 @@ class Capacity(BaseModel):
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     settings: CapacitySearch
+    """How the capacity was searched for."""
     limits: Mapping[str, float]
+    """The limits to hold."""
     requests_per_second: float | None
+    """The capacity in requests per second."""
     output_tokens_per_second: float | None
+    """The capacity in output tokens per second."""
     interval: tuple[float | None, float | None]
+    """The highest rate that clearly held and the lowest that clearly failed."""
     first_failing: float | None
+    """The lowest rate that failed."""
     saturated_from: float | None
+    """The lowest rate at which the server was saturated."""
     served_when_saturated: float | None
+    """Requests per second that it answered when saturated."""
     knee: float | None
+    """The rate above which requests mostly wait."""
     collapse: float | None
+    """The lowest rate at which much less is answered than at the peak."""
     conclusive: bool
+    """Whether the search found the server's limit, or the highest allowed rate held."""
     reason: str
+    """Why the search ended."""
     steps: tuple[CapacityStep, ...]
+    """The result at each rate."""
 
 
 def search(

@@ -46,10 +46,15 @@ class CanaryAnswer(_Document):
     """What the canary's prompt got: an answer, or an error. ``ok``: the answer begins as expected."""
 
     prompt: str
+    """The canary's prompt."""
     expect: str
+    """How the answer must begin."""
     answer: str | None
+    """The answer."""
     error: str | None
+    """The error, if there was no answer."""
     ok: bool
+    """Whether the answer begins as expected."""
 
 
 class ClientCost(_Document):
@@ -59,26 +64,42 @@ class ClientCost(_Document):
     """
 
     cpu_seconds: float = 0.0
+    """CPU time of the load generator."""
     seconds: float = 0.0
+    """Time from its start to its end."""
     cores: float | None = None
+    """Most cores used while requests were running."""
     schedule_began: float | None = None
+    """When the schedule began, in seconds since the epoch."""
 
 
 class RequestedTraffic(_Document):
     """The traffic of a profile as it was asked for, shortened to the model's context where that was necessary."""
 
     name: str
+    """The profile's name."""
     description: str = ""
+    """What the profile is for."""
     rate: float
+    """Requests per second."""
     seconds: float
+    """How long requests arrive."""
     arrivals: Arrivals = Arrivals()
+    """How requests arrive."""
     input_tokens: Lengths
+    """Length of the prompts."""
     output_tokens: Lengths
+    """Length of the answers."""
     prefix: Prefix | None = None
+    """Text that prompts share."""
     seed: int = 0
+    """The seed of all random choices."""
     warmup_requests: int = 0
+    """Requests sent first, which are not measured."""
     leak_test: bool = False
+    """Whether memory leaks are judged."""
     requests: int
+    """Number of requests."""
 
     @classmethod
     def of(cls, profile: TrafficProfile) -> RequestedTraffic:
@@ -94,35 +115,55 @@ class SentTraffic(_Document):
     """
 
     aiperf_version: str | None = None
+    """The version of aiperf."""
     exit_status: int | None = None
+    """The exit status of aiperf, which proves nothing."""
     is_complete: bool
+    """Whether the whole profile ran."""
     warmup_errors: tuple[str, ...] = ()
+    """Errors of the warm-up."""
     client: ClientCost = ClientCost()
+    """The cost of the load generator."""
     requests: int
+    """Requests that were due."""
     sent: int
+    """Requests that were sent."""
     answered: int
+    """Requests that were answered."""
     errors: Mapping[str, int] = {}
+    """Requests that failed, by error."""
     client_late_ms: Mapping[str, float] = {}
+    """How late the load generator sent requests, in milliseconds, by percentile."""
 
 
 class Leak(_Document):
     """The slope of the server's memory under load, in bytes a second and a request."""
 
     bytes_per_second: Estimate
+    """Growth per second, as estimate, lower and upper bound."""
     bytes_per_request: Estimate
+    """Growth per request, as estimate, lower and upper bound."""
     samples: int
+    """Number of memory samples."""
 
 
 class ProfileResult(_Document):
     """One traffic profile: what was asked for, what was sent, and what was measured."""
 
     name: str
+    """The profile's name."""
     requested: RequestedTraffic
+    """The requested traffic."""
     shortened: bool
+    """Whether prompts or answers were shortened to the model's context."""
     traffic: SentTraffic
+    """What the load generator sent."""
     queue: Queue | None
+    """The requests in the server over time."""
     leak: Leak | None = None
+    """The growth of the server's memory."""
     metrics: Metrics
+    """The measured values, by name."""
 
 
 class FaultResult(_Document):
@@ -132,19 +173,28 @@ class FaultResult(_Document):
     """
 
     name: str
+    """The fault."""
     must: str
+    """What was required."""
     seen: str
+    """What happened."""
     ok: bool | None
+    """Whether the requirement was met; none if the fault could not be caused."""
     seconds: float | None = None
+    """How long recovery took."""
     limit_seconds: float | None = None
+    """How long recovery may take."""
 
 
 class GpuMemory(_Document):
     """The memory of one of the server's GPUs in bytes; ``peak_bytes`` is None if it was not sampled."""
 
     uuid: str
+    """The GPU's UUID."""
     total_bytes: int
+    """The GPU's memory."""
     peak_bytes: int | None
+    """The most memory used; none if it was not sampled."""
 
 
 class MemoryResult(_Document):
@@ -155,15 +205,25 @@ class MemoryResult(_Document):
     """
 
     limit_bytes: int
+    """The server's memory limit."""
     source: str | None = None
+    """Where the peak was read."""
     samples: int = 0
+    """Number of samples."""
     hertz: float | None = None
+    """Samples per second."""
     unwatched_seconds: float = 0.0
+    """The longest time without a sample."""
     peak: Mapping[str, int | None] = {}
+    """The most memory used, by source."""
     phases: Mapping[str, int] = {}
+    """The most memory used, by phase of the test."""
     leaks: Mapping[str, Leak] = {}
+    """The growth of memory, by profile."""
     expected: MemoryPrediction | None = None
+    """The predicted memory."""
     gpus: tuple[GpuMemory, ...] = ()
+    """The memory of each GPU, in the order of the engine's ranks."""
 
 
 class ServerResult(_Document):
@@ -176,16 +236,27 @@ class ServerResult(_Document):
     """
 
     died: str | None
+    """How the server stopped, if it did."""
     start_seconds: float | None
+    """Time until it was healthy; none if it never was."""
     cpus: float | None = None
+    """Its CPU limit."""
     gpus: tuple[str, ...] = ()
+    """The UUIDs of its GPUs."""
     ranks: int = 1
+    """Number of processes that the model is divided among."""
     network: str | None = None
+    """Its network."""
     memory_limit_bytes: int
+    """Its memory limit."""
     version: str | None = None
+    """The engine's version."""
     computed_on: ComputedOn | None = None
+    """The hardware and kernels that computed the answers."""
     requested: Requested | None = None
+    """The requested configuration."""
     report: EngineReport | None = None
+    """What the engine's log says was applied."""
 
     @property
     def not_applied(self) -> list[str]:
@@ -214,19 +285,33 @@ class LoadEvidence(_Document):
     """
 
     schema_: Annotated[Literal["slipway/load/2"], Field(alias="schema")] = "slipway/load/2"
+    """The format of this document."""
     model: str | None
+    """The model's name in the API."""
     canary: CanaryAnswer
+    """The answer to the canary's prompt."""
     profiles: tuple[ProfileResult, ...]
+    """The result of each traffic profile."""
     capacity: Capacity | None
+    """The result of the capacity search; none if it was not requested."""
     faults: tuple[FaultResult, ...] | None
+    """The result of each fault; none if faults were not requested."""
     metrics: Metrics
+    """The values that the limits judge, by name."""
     memory: MemoryResult
+    """The server's memory."""
     client: ClientCost
+    """The cost of the load generator."""
     findings: tuple[str, ...] = ()
+    """Observations that no limit is about."""
     lacking: str | None = None
+    """Why nothing was measured, if so."""
     unsupported: bool = False
+    """Whether the reason is a configuration that needs another device."""
     speculation: Speculation | None = None
+    """Results of speculative decoding."""
     server: ServerResult
+    """The server that was tested."""
 
     def format(self) -> str:
         """The text of ``load.json``."""

@@ -30,10 +30,15 @@ class Queue(BaseModel):
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     growth_per_second: tuple[float, float, float] | None = None
+    """Growth of the number of requests in the server, per second: estimate, lower and upper bound."""
     in_server_first: float
+    """Mean number of requests in the server in the first third of the time."""
     in_server_last: float
+    """Mean number of requests in the server in the last tenth of the time."""
     served_per_second: float
+    """Requests per second answered without an error."""
     growing: bool
+    """Whether the queue grew."""
 
 
 def queue(requests: Sequence[RequestRecord], seconds: float) -> Queue:

@@ -88,14 +88,18 @@ class Prefix(_Section):
     """A text that prompts share, such as a retrieved document that several ask about; ``count`` different ones."""
 
     tokens: Lengths
+    """Length of the shared text."""
     count: Count = 8
+    """Number of different shared texts."""
 
 
 class Segment(_Section):
     """A part of the time, as a share of it, with ``times`` the profile's rate."""
 
     share: Positive
+    """Share of the time."""
     times: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    """The rate in this part, as a multiple of the profile's."""
 
 
 class Arrivals(_Section):
@@ -106,8 +110,11 @@ class Arrivals(_Section):
     """
 
     process: Literal["poisson", "gamma", "even"] = "poisson"
+    """`poisson`: independent users; `gamma`: in clusters; `even`: at equal intervals."""
     burstiness: Positive = 1.0
+    """For `gamma`: the coefficient of variation of the intervals. 1 is Poisson, more is more clustered."""
     shape: tuple[Segment, ...] = (Segment(share=1.0, times=1.0),)
+    """How the rate changes over the time."""
 
     @model_validator(mode="after")
     def _whole(self) -> Arrivals:
@@ -130,17 +137,29 @@ class TrafficProfile(_Section):
     """
 
     name: str
+    """The profile's name."""
     description: str
+    """What the profile is for."""
     rate: Positive
+    """Requests per second."""
     seconds: Positive
+    """How long requests arrive."""
     arrivals: Arrivals = Arrivals()
+    """How requests arrive."""
     input_tokens: Lengths
+    """Length of the prompts."""
     output_tokens: Lengths
+    """Length of the answers."""
     prefix: Prefix | None = None
+    """Text that prompts share."""
     seed: int = 0
+    """The seed of all random choices."""
     warmup_requests: int = Field(default=8, ge=0)
+    """Requests sent first, which are not measured."""
     leak_test: bool = False
+    """Whether the profile is long enough to judge memory leaks."""
     slo: Slo = Slo()
+    """Limits that a model file may override."""
 
     @model_validator(mode="after")
     def _enough(self) -> TrafficProfile:
