@@ -19,6 +19,7 @@ from pipeline.quantization.quantize import QuantizationRecord
 from pipeline.stages import drift as drift_stage
 from pipeline.stages import load as load_stage
 from pipeline.stages import scan as scan_stage
+from pipeline.stages import tested_variants
 from pipeline.stages.context import StageContext
 from pipeline.stages.image import record_of
 from pipeline.stages.metadata import RELEASE
@@ -126,6 +127,15 @@ def load(context: StageContext, made: Artifact) -> dict[str, Any]:
     return {"judged": _judged(judged), **findings, **_pictures(*drawn), **_figures(evidence.metrics)}
 
 
+def variants(context: StageContext, made: Artifact) -> dict[str, Any]:
+    """Which serving variants are listed, why others are not, and every figure of their gates."""
+    described: dict[str, Any] = {}
+    for variant in tested_variants.judged(made, context):
+        described[variant.name] = str(variant)
+        described |= {f"{variant.name}: {name}": value for name, value in _figures(variant.metrics).items()}
+    return described
+
+
 _DESCRIBED: Mapping[str, Callable[[StageContext, Artifact], dict[str, Any]]] = {
     "source": files,
     "quantized": quantized,
@@ -134,6 +144,7 @@ _DESCRIBED: Mapping[str, Callable[[StageContext, Artifact], dict[str, Any]]] = {
     "drift": drift,
     "scan": scan,
     "load": load,
+    "variants": variants,
 }
 
 

@@ -16,11 +16,13 @@ from containers.hardware.cpu import this_cpu
 from evals.drift.pairs import read_drift
 from evals.load.load_test import judge
 from evals.load.variants import read_variants
+from pipeline.orchestration.asset_metadata import describe
 from pipeline.planner.weights import is_weight_only
 from pipeline.settings import Settings
 from pipeline.stages import candidate, drift, load
 from pipeline.stages.dry_run import DryRun
 from pipeline.stages.image import record_of
+from pipeline.stages.table import VARIANTS
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe
 from registry.errors import VariantError
 from registry.manifest import Manifest
@@ -129,6 +131,10 @@ def test_a_variant_whose_gate_failed_is_not_listed_and_does_not_hold_the_release
     kept = {each.name: each for each in read_variants(made["release"].folder / "release/evidence")}
     assert (kept["wide"].passed, kept["short"].passed) == (True, False)
     assert "no: load fail" in (made["release"].folder / "release/report.html").read_text()
+    described = describe(VARIANTS, context(models, slow=frozenset({"short"})), made["variants"])
+    assert described["wide"] == "variant `wide` passed"
+    assert described["short"] == line
+    assert described["short: p95_latency_ms"] == 9e6
 
 
 def test_a_variant_that_could_not_be_measured_is_tried_again(models: Models) -> None:
