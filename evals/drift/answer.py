@@ -101,7 +101,10 @@ def _model(request: dict[str, Any], report: Report) -> tuple[LM, dict[str, Any]]
     report("reading the questions while the server starts")
     try:
         address = Path(server["address"])
-        model = served.model(lambda: served.wait_for_address(address), server["name"], folder, report)
+        template = server["chat_template"]
+        model = served.model(
+            lambda: served.wait_for_address(address), server["name"], folder, report, template and Path(template)
+        )
     except (OSError, ValueError) as error:
         raise WorkerError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
     return model, {**server["engine"], **lm_eval}

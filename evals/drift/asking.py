@@ -39,12 +39,16 @@ class _Request(BaseModel):
 
 
 class StartingServer(_Request):
-    """A server that is being started: the file in which its URL appears, the model's name, its image and its engine."""
+    """A server that is being started: the file in which its URL appears, the model's name, its image and its engine.
+
+    ``chat_template`` is the file of a template in place of the tokenizer's own.
+    """
 
     address: str
     name: str
     image: str
     engine: Mapping[str, str | int]
+    chat_template: str | None = None
 
 
 class HubAccess(_Request):

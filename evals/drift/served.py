@@ -52,14 +52,20 @@ def wait_for_address(path: Path, patience: float = 3600.0) -> str:
     return address
 
 
-def model(address: Callable[[], str], name: str, tokenizer_folder: Path, report: Callable[[str], None]) -> TemplateLM:
+def model(
+    address: Callable[[], str],
+    name: str,
+    tokenizer_folder: Path,
+    report: Callable[[str], None],
+    chat_template: Path | None = None,
+) -> TemplateLM:
     """Return the language model; ``address`` gives the server's URL, waiting for it if need be.
 
     ``report`` is told how many items are answered, and of prompts that are longer than what is served, and so lose
-    their beginning.
+    their beginning. ``chat_template`` is a file in place of the tokenizer's own template.
 
     Raises:
-        OSError, ValueError: the folder holds no tokenizer.
+        OSError, ValueError: the folder holds no tokenizer, or the template can't be read.
     """
     import transformers
     from lm_eval import utils
@@ -72,6 +78,8 @@ def model(address: Callable[[], str], name: str, tokenizer_folder: Path, report:
         def __init__(self) -> None:
             super().__init__()
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+            if chat_template is not None:
+                self.tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
             self._encoded: dict[str, list[int]] = {}
             self._items: list[Any] = []
             self.asking = "asking"

@@ -95,10 +95,14 @@ def answer(
     limits = context.evals
     if context.instruction_set is not None:
         draft.note(AnswersNotes(instruction_set=context.instruction_set))
-    address = draft.scratch / "address"
+    address, template = draft.scratch / "address", context.spec.serve.chat_template
     serving = (
         asking.StartingServer(
-            address=str(address), name=context.spec.model, image=image, engine=engine_of(context, checkpoint)
+            address=str(address),
+            name=context.spec.model,
+            image=image,
+            engine=engine_of(context, checkpoint),
+            chat_template=None if template is None else str(template),
         )
         if limits.engine == "served"
         else None

@@ -186,3 +186,19 @@ def test_items_of_a_groups_tasks_are_counted_apart(tmp_path: Path, monkeypatch: 
     model.max_length = 100
     model.loglikelihood([SimpleNamespace(task_name=task, doc_id=item) for task in "ab" for item in (0, 0, 1, 1)])
     assert told[-1].startswith("asking: 4 of 4 items")
+
+
+def test_chat_is_put_into_the_template_that_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def from_pretrained(*_: object, **__: object) -> SimpleNamespace:
+        return SimpleNamespace(chat_template="the tokenizer's own")
+
+    template = tmp_path / "chat.jinja"
+    template.write_text("the model file's")
+    tokenizers = SimpleNamespace(from_pretrained=from_pretrained)
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(AutoTokenizer=tokenizers))
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(utils=None))
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", SimpleNamespace(TemplateLM=object))
+    monkeypatch.setitem(sys.modules, "slipway_counting", counting)
+    own, replaced = (served.model(str, "served", tmp_path, print, given) for given in (None, template))
+    assert own.tokenizer.chat_template == "the tokenizer's own"
+    assert replaced.tokenizer.chat_template == "the model file's"
