@@ -71,13 +71,21 @@ class EngineReport(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     configuration: Mapping[Word, Word] = {}
+    """Values of the engine's configuration, such as `dtype` and `max_seq_len`."""
     speculative: Word | None = None
+    """The method that drafts tokens."""
     kernels: Mapping[LayerType, tuple[Word, ...]] = {}
+    """The kernels, by type of layer."""
     attention: tuple[LayerType, ...] = ()
+    """The implementations of attention."""
     kv_cache: Word | None = None
+    """The type of the KV cache."""
     cache_tokens: Annotated[int, Field(gt=0)] | None = None
+    """Tokens in the KV cache of one rank."""
     cache_bytes: Annotated[int, Field(gt=0)] | None = None
+    """Bytes of the KV cache of one rank."""
     fallbacks: tuple[str, ...] = ()
+    """Messages about layers that are computed with more bits than they are stored in."""
 
     @property
     def cache_bytes_per_token(self) -> float | None:
@@ -107,8 +115,11 @@ class Requested(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     arguments: tuple[str, ...]
+    """The engine's arguments."""
     weight_only: bool = True
+    """Whether activations keep 16 bits, so that kernels that multiply in 16 bits are right."""
     cache_bytes_per_token: Annotated[int, Field(gt=0)] | None = None
+    """Bytes of a 16-bit KV cache per token, in all ranks."""
 
     def value(self, flag: str) -> str | None:
         """The value of an argument, ``--flag value`` or ``--flag=value``; None where it is not given."""

@@ -52,12 +52,19 @@ class MemoryPrediction(BaseModel):
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     weights_bytes: int
+    """Predicted memory of the weights."""
     kv_cache_bytes: int
+    """Predicted memory of the KV cache."""
     runtime_bytes: int
+    """Predicted memory of the runtime."""
     total_bytes: int
+    """Predicted memory in all."""
     error: float | None
+    """The prediction's error relative to the measured peak; none if the peak was not measured."""
     off: bool
+    """Whether the error is too large."""
     sentence: str
+    """Prediction and measurement as text."""
 
 
 def compared(expected: ExpectedMemory, peaks: Mapping[str, int | None]) -> MemoryPrediction:

@@ -39,8 +39,11 @@ class Equality(_Frozen):
     """How many of the answers to the same prompts are equal, and the first difference, if any."""
 
     answers: Count
+    """Number of answers."""
     equal: Count
+    """Number of equal answers."""
     first_difference: Difference | None = None
+    """The first difference."""
 
     @property
     def share(self) -> float:
@@ -56,16 +59,27 @@ class Speculation(_Frozen):
     """
 
     method: str
+    """How tokens are drafted."""
     tokens: Count
+    """Number of tokens drafted at a time."""
     single: Equality
+    """Answers with and without speculation, one request at a time."""
     batched: Equality
+    """Answers with and without speculation, in a batch."""
     noise: Equality
+    """Answers of two equal batches, both without speculation."""
     drafted: Count
+    """Drafted tokens."""
     accepted: Count
+    """Drafted tokens that the model accepted."""
     single_tokens_per_second: Seconds
+    """Output tokens per second, one request at a time."""
     single_tokens_per_second_without: Seconds
+    """The same without speculation."""
     batched_tokens_per_second: Seconds
+    """Output tokens per second, in a batch."""
     batched_tokens_per_second_without: Seconds
+    """The same without speculation."""
 
     @property
     def acceptance_rate(self) -> float | None:
