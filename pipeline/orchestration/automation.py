@@ -4,17 +4,18 @@ All of them are on, so a file that asks for something gets it within a minute. W
 files and says so. `pipeline.stages.affected` decides which releases a tick requests; nothing here makes an artifact.
 """
 
-import json
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from dagster import (
+    AddDynamicPartitionsRequest,
     DagsterInstance,
     DagsterRun,
     DagsterRunStatus,
     DefaultScheduleStatus,
     DefaultSensorStatus,
+    DeleteDynamicPartitionsRequest,
     DynamicPartitionsDefinition,
     MultiPartitionKey,
     ResourceParam,
@@ -31,6 +32,7 @@ from dagster import (
     schedule,
     sensor,
 )
+from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import SpecError
 from pipeline.expected_errors import EXPECTED
@@ -55,20 +57,28 @@ _SETTINGS = Settings.read()
 _ALERTS = DefaultSensorStatus.RUNNING if _SETTINGS.notifies else DefaultSensorStatus.STOPPED
 
 
+class SensorCursor(BaseModel):
+    """What a tick remembers for the next: the partitions of the models' files, and their inputs' digest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    models: tuple[str, ...] = ()
+    schemes: tuple[str, ...] = ()
+    touched: str = ""
+
+
 @sensor(job=release_job, minimum_interval_seconds=15, default_status=_ON)
 def model_file_sensor(context: SensorEvaluationContext, settings: ResourceParam[Settings]) -> SensorResult:
     """Keep partitions as the models' files say, and release models with `release: on-change` when an input changes."""
     specs, unread = _read_all(settings)
-    before = json.loads(context.cursor) if context.cursor else {"models": [], "schemes": [], "touched": ""}
+    before = SensorCursor.model_validate_json(context.cursor) if context.cursor else SensorCursor()
     # The partitions of a file that can't be read now stay.
-    kept = before if unread else {"models": [], "schemes": []}
-    known = {
-        "models": sorted({*kept["models"], *(spec.model for spec in specs)}),
-        "schemes": sorted({*kept["schemes"], *(scheme for spec in specs for scheme in spec.schemes)}),
-    }
+    kept = before if unread else SensorCursor()
+    models = tuple(sorted({*kept.models, *(spec.model for spec in specs)}))
+    schemes = tuple(sorted({*kept.schemes, *(scheme for spec in specs for scheme in spec.schemes)}))
     watched = [spec for spec in specs if spec.automation.release == "on-change"]
     now = touched(watched, settings) if watched else ""
-    found, unsure = _look(watched, settings) if now != before["touched"] else ([], {})
+    found, unsure = _look(watched, settings) if now != before.touched else ([], {})
     requests = [_request(context.instance, settings, each, _CHANGE) for each in found]
     started = [request for request in requests if request]
     # The next tick looks again at releases whose dry run failed, and at those whose last run is still under way.
@@ -76,8 +86,13 @@ def model_file_sensor(context: SensorEvaluationContext, settings: ResourceParam[
     return SensorResult(
         run_requests=started,
         skip_reason=None if started else SkipReason(_quiet(watched, requests, unread | unsure, "on-change")),
-        dynamic_partitions_requests=_partitions(context.instance, before, known),
-        cursor=json.dumps({**known, "touched": now if settled else before["touched"]}),
+        dynamic_partitions_requests=[
+            *_partitions(context.instance, "model", before.models, models),
+            *_partitions(context.instance, "scheme", before.schemes, schemes),
+        ],
+        cursor=SensorCursor(
+            models=models, schemes=schemes, touched=now if settled else before.touched
+        ).model_dump_json(),
     )
 
 
@@ -252,17 +267,16 @@ def _request(
     )
 
 
-def _partitions(instance: DagsterInstance, before: dict[str, Any], known: dict[str, list[str]]) -> list[Any]:
-    """Return what to add and delete so that partitions match the files; partitions that no file named stay."""
-    requests: list[Any] = []
-    for dimension, name in (("model", "models"), ("scheme", "schemes")):
-        there = set(instance.get_dynamic_partitions(dimension))
-        partitions = DynamicPartitionsDefinition(name=dimension)
-        added = sorted(set(known[name]) - there)
-        gone = sorted(set(before[name]) - set(known[name]) & there)
-        requests += [partitions.build_add_request(added)] if added else []
-        requests += [partitions.build_delete_request(gone)] if gone else []
-    return requests
+def _partitions(
+    instance: DagsterInstance, dimension: str, before: Collection[str], known: Collection[str]
+) -> Iterator[AddDynamicPartitionsRequest | DeleteDynamicPartitionsRequest]:
+    """Yield what to add and delete so that partitions match the files; partitions that no file named stay."""
+    there = set(instance.get_dynamic_partitions(dimension))
+    partitions = DynamicPartitionsDefinition(name=dimension)
+    if added := sorted(set(known) - there):
+        yield partitions.build_add_request(added)
+    if gone := sorted(set(before) - set(known) & there):
+        yield partitions.build_delete_request(gone)
 
 
 def _quiet(watched: list[ModelSpec], requests: list[RunRequest | None], troubles: dict[str, str], word: str) -> str:
