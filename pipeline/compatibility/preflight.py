@@ -26,6 +26,8 @@ _AUTOAWQ_OUTPUTS = 32
 # Where a backend's own code fails, found by quantizing two-layer models (tests/stages/test_model_families.py).
 # GPTQModel's defuser 0.0.28 takes the router's answer for logits; transformers 5.23 returns a tuple.
 _FAULTS = {("gptqmodel", "glm4_moe"): "its own code for the router does not fit its transformers"}
+# llm-compressor 0.14's SmoothQuant, which w8a8 begins with, resolves no mapping for these.
+_NOT_SMOOTHED = frozenset({"glm4", "gemma3n_text"})
 # How many names a message gives.
 _NAMED = 3
 
@@ -77,6 +79,8 @@ def _by_backend(model: ModelDescription, method: str, backend: str, *, without_m
         return
     if fault := _FAULTS.get((backend, model.architecture)):
         yield fault
+    if method == "w8a8" and model.architecture in _NOT_SMOOTHED:
+        yield "its SmoothQuant does not know which norms stand in front of which layers"
     if model.fused_experts:
         yield f"experts are stored as one tensor ({_some(model.fused_experts)}), which no packed format supports"
     if model.towers:

@@ -213,16 +213,16 @@ def _explained_factor(sample: _Sample, norms: Sequence[NDArray[np.float32]]) -> 
     for factors in inputs:
         expected = sample.weights * factors
         product, size = sample.decoded * expected, expected**2
-        along_inputs, along_outputs = _log_ratio(product.sum(0), size.sum(0)), _log_ratio(product.sum(1), size.sum(1))
-        if max(along_inputs.std(), along_outputs.std()) < _EXPLAINED:
-            explained.append(float(np.median(along_inputs)))
+        along = [_log_ratio(product.sum(axis), size.sum(axis)) for axis in (0, 1)]
+        if all(len(each) and each.std() < _EXPLAINED for each in along):
+            explained.append(float(np.median(along[0])))
     return float(np.exp(min(explained, key=abs))) if explained else None
 
 
 def _log_ratio(product: NDArray[np.float32], size: NDArray[np.float32]) -> NDArray[np.float32]:
     """log(product / size), of those that are above zero."""
     kept = (product > 0) & (size > 0)
-    ratio: NDArray[np.float32] = np.log(product[kept] / size[kept]) if kept.any() else np.full(1, np.inf, np.float32)
+    ratio: NDArray[np.float32] = np.log(product[kept] / size[kept])
     return ratio
 
 
@@ -265,9 +265,11 @@ def _changed_norms(
         changed = after.get(name)
         if changed is None or len(tensor.shape) != 1 or tensor.shape != changed.shape or not model.is_in_decoder(name):
             continue
-        before, now = read_rows(tensor), read_rows(changed)
-        if tensor.dtype in FLOATS and changed.dtype in FLOATS and now.all():
-            found.setdefault(layer_of(name), []).append(before / now)
+        if tensor.dtype in FLOATS and changed.dtype in FLOATS:
+            before, now = read_rows(tensor), read_rows(changed)
+            # Gemma's norms, and those of Qwen 3.5, multiply by one more than their weights.
+            ratios = [(before + more) / np.where(now + more, now + more, np.float32(np.nan)) for more in (0, 1)]
+            found.setdefault(layer_of(name), []).extend(each.astype(np.float32) for each in ratios if (each > 0).all())
     return found
 
 

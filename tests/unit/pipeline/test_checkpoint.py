@@ -111,8 +111,9 @@ def test_scales_of_one_layer_that_are_wrong_by_a_factor_are_refused(
 
 @pytest.mark.parametrize(("factor", "refused"), [(1, False), (0.5, True), (2, True)])
 @pytest.mark.parametrize(("mean", "spread"), [(1, 0.4), (4, 0.01)], ids=["by input", "nearly all alike"])
+@pytest.mark.parametrize("offset", [0, 1], ids=["a norm's weights", "one more than they are"])
 def test_awqs_own_factors_are_told_from_wrong_scales(
-    tmp_path: Path, source: Path, factor: float, refused: bool, mean: float, spread: float
+    tmp_path: Path, source: Path, factor: float, refused: bool, mean: float, spread: float, offset: int
 ) -> None:
     """AWQ multiplies each input of a layer, and divides the norm in front of it."""
     generator = np.random.default_rng(2)
@@ -120,7 +121,8 @@ def test_awqs_own_factors_are_told_from_wrong_scales(
     changed = checkpoints.unquantized()
     for name in [name for name, weight in changed.items() if ".1." in name and weight.shape[1:] == of_input.shape]:
         changed[name] = changed[name] * of_input
-    changed["model.layers.1.input_layernorm.weight"] /= of_input
+    norm = changed["model.layers.1.input_layernorm.weight"]
+    changed["model.layers.1.input_layernorm.weight"] = (norm + offset) / of_input - offset
     tensors = checkpoints.quantized("awq", 4, 32, changed)
     tensors["model.layers.1.self_attn.q_proj.scales"] *= np.float16(factor)
     stated = checkpoints.config() | {"quantization_config": checkpoints.quantization_config("awq", 4, 32)}

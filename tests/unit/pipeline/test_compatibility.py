@@ -68,7 +68,8 @@ ABLE = {
     # From the weights alone: all but fused experts; blocks of 128 fit few of these tiny models.
     **{(method, "llmcompressor"): FAMILIES.keys() - FUSED for method in ("fp8", "mxfp4")},
     ("fp8-block", "llmcompressor"): {"phi3", "phi4"},
-    **{(method, "llmcompressor"): LOADED for method in ("w8a8", "w4a16", "nvfp4")},
+    **{(method, "llmcompressor"): LOADED for method in ("w4a16", "nvfp4")},
+    ("w8a8", "llmcompressor"): LOADED - {"glm4", "gemma3n_text"},
 }
 
 
