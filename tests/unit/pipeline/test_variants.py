@@ -16,6 +16,7 @@ from containers.hardware.cpu import this_cpu
 from evals.drift.pairs import read_drift
 from evals.load.load_test import judge
 from evals.load.variants import read_variants
+from pipeline.operations import load_tests
 from pipeline.orchestration.asset_metadata import describe
 from pipeline.planner.weights import is_weight_only
 from pipeline.settings import Settings
@@ -210,3 +211,11 @@ def test_an_fp8_cache_is_supported_from_avx_512_on(models: Models) -> None:
 def test_weights_alone_are_quantized_where_no_activations_are(quantization: Any, *, expected: bool) -> None:  # noqa: ANN401
     config = {} if quantization is None else {"quantization_config": quantization}
     assert is_weight_only(config) == expected
+
+
+def test_a_comparison_has_a_column_for_each_variant(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load_tests, "StageContext", FillingContext)
+    spec = models.write(serve=SERVE)
+    rows, verdicts, page = load_tests.compare(spec, ["gptq"], spec.load, models.settings, lambda _: print, None)
+    assert [row.name for row in rows] == list(verdicts) == ["fp16", "gptq", "gptq, short", "gptq, wide"]
+    assert "gptq, short" in page.read_text()
