@@ -29,7 +29,9 @@ from registry.suggestions import suggestion
 _NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 # Paths of the keys that name data files, some of which may be built-in ones; ``*`` matches any key.
 _BUILTIN = (("calibration", "uri"), ("evals", "tasks", "*", "data"), ("load", "prompts"))
-_DATA = (*_BUILTIN, ("serve", "chat_template"))
+_DATA = (*_BUILTIN, ("evals", "adapters", "*", "tasks", "*", "data"), ("serve", "chat_template"))
+# Paths of the sections that name further weights.
+_PINNED: tuple[tuple[str, ...], ...] = (("source",), ("serve", "adapters", "*"))
 # Keys of `serve` whose values the engine defines.
 _ASKED_OF_ENGINE = {"arguments", "tool_calls", "reasoning"}
 
@@ -177,7 +179,7 @@ class ModelSpec(_Section):
             sections.append(self.serve.variants[variant])
         keys: dict[str, Any] = {"variant": variant}
         for section in sections:
-            keys |= {name: getattr(section, name) for name in section.model_fields_set - {"variants"}}
+            keys |= {name: getattr(section, name) for name in section.model_fields_set - {"variants", "adapters"}}
         if self.serve.chat_template is not None:
             keys["chat_template"] = f"sha256:{digest_file(self.serve.chat_template)}"
         return ServingConfiguration(**keys)
@@ -222,7 +224,7 @@ def load(path: Path) -> ModelSpec:
     except UnicodeError:
         problems.append("it holds an invalid character (a lone surrogate, `\\uD800` to `\\uDFFF`)")
     else:
-        problems += [*_not_served(spec), *_not_calibrated(spec), *_refused_by_engine(spec)]
+        problems += [*_not_served(spec), *_not_calibrated(spec), *_refused_by_engine(spec), *_odd_adapters(spec)]
         if not problems:
             return spec
     raise SpecError(listed(f"{path} is not a valid model file:", itertools.chain(problems, wrong)))
@@ -267,6 +269,18 @@ def _not_calibrated(spec: ModelSpec) -> Iterator[str]:
         yield f"missing key `calibration`: `schemes.{needed[0]}` needs text, as `calibration: {{uri: file:PATH}}`"
 
 
+def _odd_adapters(spec: ModelSpec) -> Iterator[str]:
+    """Adapters that can't be told from the model or can't be evaluated, and questions for unknown adapters."""
+    adapters = spec.serve.adapters
+    if spec.model in adapters:
+        yield f"`serve.adapters.{spec.model}`: the model itself is served under this name: choose another"
+    if adapters and spec.evals.engine == "hf":
+        yield "`serve.adapters`: adapters are evaluated as they are served: set `evals: {engine: served}`"
+    for name in spec.evals.adapters:
+        if name not in adapters:
+            yield f"`evals.adapters.{name}`: `serve.adapters` has no such adapter{suggestion(name, adapters)}"
+
+
 def _resolved(document: Mapping[str, Any], folder: Path, problems: list[str]) -> dict[str, Any]:
     """Replace data URIs by absolute paths, and make the source's path absolute; append errors to ``problems``."""
     made: dict[str, Any] = copy.deepcopy(dict(document))
@@ -291,9 +305,11 @@ def _resolved(document: Mapping[str, Any], folder: Path, problems: list[str]) ->
     scan = made.get("scan")
     if isinstance(scan, dict) and isinstance(scan.get("vex"), list):
         scan["vex"] = [folder / str(uri).removeprefix("file:") for uri in scan["vex"]]
-    source = made.get("source")
-    if isinstance(source, dict) and str(source.get("uri", "")).startswith("file:"):
-        source["uri"] = f"file:{folder / source['uri'].removeprefix('file:')}"
+    for section in _PINNED:
+        for place, holder in _matching(made, section):
+            pinned = holder[place[-1]]
+            if isinstance(pinned, dict) and str(pinned.get("uri", "")).startswith("file:"):
+                pinned["uri"] = f"file:{folder / pinned['uri'].removeprefix('file:')}"
     return made
 
 

@@ -48,6 +48,8 @@ PROVENANCE = "release/provenance.json"
 DOCUMENTS = (MANIFEST, SIGNATURE, PROVENANCE)
 """The files that a manifest does not list; releases signed by an Ed25519 key have no provenance."""
 EVIDENCE = "release/evidence"
+ADAPTERS = "adapters"
+"""The folder with a folder for each LoRA adapter."""
 REPORT = "release/report.html"
 BOUNDS = Bounds(bytes=16 << 20, values=30_000, depth=16)
 """Bounds of a manifest, signature or provenance (7,000 files), which are read before any signature is checked."""
@@ -221,6 +223,21 @@ class Kernels(_ManifestPart):
     """The implementation of attention."""
 
 
+class ReleasedAdapter(_ManifestPart):
+    """A LoRA adapter that is served next to the model; its files are in the release's folder ``adapters/NAME``."""
+
+    uri: Text
+    """As in the model file."""
+    revision: Text
+    """A commit, or the digest of the files; never a branch."""
+    rank: Count
+    """The largest rank of a layer."""
+    modules: tuple[Name, ...]
+    """The last names of the layers that it changes."""
+    files: Mapping[RelativePath, FileRecord] = Field(min_length=1)
+    """By their path in the adapter's folder."""
+
+
 class ServedConfiguration(_ManifestPart):
     """How a release may be served: a configuration in which it passed its gates."""
 
@@ -282,6 +299,8 @@ class Manifest(_ManifestPart):
     """The container that was scanned and load-tested."""
     serving: Annotated[tuple[ServedConfiguration, ...], Later()] = ()
     """The configurations in which it passed its gates, the main one first; the first releases do not list them."""
+    adapters: Annotated[Mapping[Name, ReleasedAdapter], Later()] = {}
+    """LoRA adapters by the names under which they are served."""
     sbom: Sbom
     """The image's bill of materials."""
     mlbom: Annotated[Sbom | None, Later()] = None
@@ -362,6 +381,14 @@ class Manifest(_ManifestPart):
                 raise ValueError(f"`{path}` is cited as evidence and is not among `files`")
             if digest != f"sha256:{self.files[path].sha256}":
                 raise ValueError(f"`{path}` has another digest as evidence than among `files`")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_are_in_the_release(self) -> Self:
+        for name, adapter in self.adapters.items():
+            for path, record in adapter.files.items():
+                if self.files.get(f"{ADAPTERS}/{name}/{path}") != record:
+                    raise ValueError(f"`{path}` of the adapter `{name}` is not the same among `files`")
         return self
 
 

@@ -122,6 +122,8 @@ class ModelRoute(_Section):
     """Requests that one replica works on at the same time."""
     default_tokens: Count = 512
     """Longest answer, in tokens, if the client sets no limit."""
+    adapters: tuple[Label, ...] = ()
+    """LoRA adapters that all of these releases serve next to the model, by the names that requests use."""
     backends: tuple[Backend, ...]
     """The releases that share the model's traffic."""
 
@@ -138,6 +140,13 @@ class Routes(_Section):
 
     models: Mapping[Label, ModelRoute] = Field(default_factory=dict)
     """The models, by their names in the API."""
+
+    @model_validator(mode="after")
+    def _named_apart(self) -> Routes:
+        names = [*self.models, *(name for route in self.models.values() for name in route.adapters)]
+        if len(set(names)) != len(names):
+            raise ValueError("two models or adapters have one name")
+        return self
 
 
 def read_settings(path: Path) -> GatewaySettings:

@@ -103,7 +103,7 @@ class Exchange(Response):
     def _call(self, pool: Pool, request: ChatRequest | CompletionRequest, longest: int, tokens: int) -> Call:
         """Make the engine's request: the client's keys, the release's name, and no longer answer than reserved."""
         changes: dict[str, Any] = {
-            "model": pool.route.served_as,
+            "model": pool.served_as(request.model),
             "max_tokens": longest,
             "max_completion_tokens": None,
             "stream_options": {"include_usage": True} if request.stream else None,

@@ -83,16 +83,16 @@ class Gateway:
 
     def pool(self, model: str, key: Key) -> Pool:
         """Return a model's replicas; ``Refusal`` 404 if it is unknown or the key may not use it."""
-        pool = self.router.pools.get(model)
+        pool = self.router.pool(model)
         if pool is None or not key.may_use(model):
             raise Refusal(404, "model_not_found", "unknown model, or your key may not use it", parameter="model")
         return pool
 
     def models(self, key: Key) -> ModelList:
-        """Return the models that a key may use."""
+        """Return the models and adapters that a key may use."""
         cards = [
             ModelCard(id=name, max_model_len=pool.route.context)
-            for name, pool in sorted(self.router.pools.items())
+            for name, pool in self.router.names()
             if key.may_use(name)
         ]
         return ModelList(data=cards)

@@ -60,6 +60,10 @@ class Pool:
         self.waiting: deque[_Waiting] = deque()
         self._turns = itertools.count(1)
 
+    def served_as(self, name: str) -> str:
+        """The name inside the engine of the model, or of an adapter that is served next to it."""
+        return name if name in self.route.adapters else self.route.served_as
+
     def replicas(self) -> Iterator[Replica]:
         """All replicas in the routes."""
         for share in self.shares:
@@ -172,6 +176,17 @@ class Router:
         for replica in set(self._watches) - wanted - set(self.leaving):
             replica.draining = True
             self.leaving.append(replica)
+
+    def pool(self, name: str) -> Pool | None:
+        """The replicas of a model or of an adapter; None where there is none of that name."""
+        return self.pools.get(name) or next((each for each in self.pools.values() if name in each.route.adapters), None)
+
+    def names(self) -> Iterator[tuple[str, Pool]]:
+        """Every model, and after it its adapters, each with its replicas."""
+        for name, pool in sorted(self.pools.items()):
+            yield name, pool
+            for adapter in pool.route.adapters:
+                yield adapter, pool
 
     def forget_idle(self) -> None:
         """Stop watching removed replicas that have no running requests."""

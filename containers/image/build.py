@@ -28,7 +28,7 @@ from containers.image.layers import FileLayer, Member, plain_files
 from containers.image.oci import OciImage
 from containers.image.profile import RuntimeProfile
 from containers.image.runtime import PORT, Runtime, build_runtime
-from containers.image.serving import CHAT_TEMPLATE, DEFAULT, ServingConfiguration
+from containers.image.serving import ADAPTERS, CHAT_TEMPLATE, DEFAULT, ServingConfiguration
 from registry.errors import first_problem
 from registry.progress import Progress
 
@@ -141,7 +141,7 @@ def build_image(
     home: Path,
     progress: Progress,
     serving: ServingConfiguration = DEFAULT,
-    chat_template: Path | None = None,
+    beside: Sequence[FileLayer] = (),
     registry: str | None = None,
     labels: Mapping[str, str] | None = None,
     base: str | None = None,
@@ -161,9 +161,7 @@ def build_image(
     serving = serving.resolved(checkpoint_config(checkpoint), profile)
     _refuse_unwanted(checkpoint)
     runtime = build_runtime(client, profile, home, progress, base=base)
-    layers = model_layers(checkpoint, sha256 or {})
-    if chat_template is not None:
-        layers.append(FileLayer((Member(CHAT_TEMPLATE.removeprefix("/"), chat_template.read_bytes()),), {}))
+    layers = [*model_layers(checkpoint, sha256 or {}), *beside]
     version = model_digest.removeprefix("sha256:")[:12]
     described = {
         "org.opencontainers.image.title": name,
@@ -281,6 +279,17 @@ def model_layers(checkpoint: Path, sha256: Mapping[str, str]) -> list[FileLayer]
     groups = [shards[start : start + together] for start in range(0, len(shards), together)]
     rest = [member for member in members if not member.name.endswith(".safetensors")]
     return [FileLayer(tuple(group), known) for group in [*groups, rest] if group]
+
+
+def adapter_layers(folders: Mapping[str, Path], sha256: Mapping[Path, str]) -> list[FileLayer]:
+    """Return a layer for each LoRA adapter, by its name and its folder; ``sha256`` is what is known of their files."""
+    return [FileLayer(tuple(plain_files(path, f"{ADAPTERS.removeprefix('/')}/{name}")), sha256)
+            for name, path in folders.items()]  # fmt: skip
+
+
+def template_layer(chat_template: Path) -> FileLayer:
+    """Return the layer of a chat template in place of the model's own."""
+    return FileLayer((Member(CHAT_TEMPLATE.removeprefix("/"), chat_template.read_bytes()),), {})
 
 
 def push_layers(

@@ -4,38 +4,40 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 from containers.errors import ImageError
 from containers.image.base import store_of
-from containers.image.build import ImageRecord, model_layers
-from containers.image.layers import write_chunks
+from containers.image.build import ImageRecord
+from containers.image.layers import FileLayer, write_chunks
 from containers.image.oci import documents, place
+
+# How the layers that are made of a release's own files are described: a checkpoint, adapters, a chat template.
+_OWN = ("model ", "adapters ", "serve ")
 
 
 def has_layers(record: ImageRecord, home: Path) -> bool:
-    """Whether the home has all layers of the image, except those made from the checkpoint."""
+    """Whether the home has all layers of the image, except those made from the release's own files."""
     store = store_of(home)
-    shared = (layer for layer in record.layers if not layer.holds.startswith("model "))
+    shared = (layer for layer in record.layers if not layer.holds.startswith(_OWN))
     return all(store.has(layer.digest, layer.size) for layer in shared)
 
 
-def write_layout(record: ImageRecord, checkpoint: Path, sha256: Mapping[str, str], home: Path, folder: Path) -> None:
-    """Write the recorded image to ``folder``: layers in the home are linked, those of the checkpoint are written.
+def write_layout(record: ImageRecord, layers: Sequence[FileLayer], home: Path, folder: Path) -> None:
+    """Write the recorded image to ``folder``: layers in the home are linked, those of the release's files are written.
 
     Args:
         record: the image.
-        checkpoint: the files that it was made from.
-        sha256: their known digests, by path in ``checkpoint``.
+        layers: those that are made from the release's own files.
         home: the state folder with the base's and the runtime's layers.
         folder: made by this function; nothing else may write into it.
 
     Raises:
-        ImageError: a layer is missing, or the checkpoint gives another one.
+        ImageError: a layer is missing, or these files give another one.
     """
     store = store_of(home)
-    made = {blob.digest: blob for blob in map(store.hashed, model_layers(checkpoint, sha256))}
+    made = {blob.digest: blob for blob in map(store.hashed, layers)}
     blobs = folder / "blobs" / "sha256"
     blobs.mkdir(parents=True)
     for layer in record.layers:

@@ -24,6 +24,10 @@ CHAT_TEMPLATE = "/serve/chat_template.jinja"
 """Where the image has the chat template of the model file."""
 # Keys that neither a scheme nor a variant can override.
 _FOR_THE_MODEL = frozenset({"adapters", "chat_template", "dtype", "variants"})
+ADAPTERS = "/adapters"
+"""Where the image has a folder for each LoRA adapter."""
+# The ranks that vLLM 0.32 has room for (`vllm/config/lora.py`): an adapter of another rank takes the next.
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # Keys that change no answer, but for the rounding that other batches bring.
 _SPEED_AND_MEMORY = ("gpu_memory", "max_sequences", "batched_tokens", "prefix_caching")
 # What FP16 is served with, whatever the file says.
@@ -51,6 +55,15 @@ class Pinned(_Section):
 
 class Adapter(Pinned):
     """A LoRA adapter that is served next to the model, under its own name."""
+
+
+class ServedAdapter(_Section):
+    """What the engine must know of an adapter in the image, and the digest of the adapter's files."""
+
+    digest: str
+    rank: int
+    modules: tuple[str, ...]
+    """The last names of the layers that it changes, such as ``q_proj``."""
 
 
 class Speculative(_Section):
@@ -127,7 +140,8 @@ class ServingConfiguration(Override):
     dtype: Literal["auto"] | Dtype = "auto"
     chat_template: str | None = None
     """``sha256:…`` of the template in the image."""
-    adapters: Mapping[str, Adapter] = Field(default_factory=dict)
+    adapters: Mapping[str, ServedAdapter] = Field(default_factory=dict)
+    """The adapters in the image, by name; empty until they have been pulled."""
 
     @property
     def gpus(self) -> int:
@@ -194,7 +208,22 @@ class ServingConfiguration(Override):
         if self.speculative is not None:
             drafting = {"method": self.speculative.method, "num_speculative_tokens": self.speculative.tokens}
             yield from ("--speculative-config", json.dumps(drafting, separators=(",", ":")))
+        if self.adapters:
+            yield from self._adapter_words()
         yield from self.arguments
+
+    def _adapter_words(self) -> Iterator[str]:
+        """All adapters may be in one batch; none is loaded at run time.
+
+        The layers are named because vLLM 0.32 would otherwise prepare every linear layer, the output head among them:
+        on a CPU that ends the engine when it is asked for the log-probabilities of several prompts.
+        """
+        rank = max(adapter.rank for adapter in self.adapters.values())
+        yield from ("--enable-lora", "--max-loras", str(len(self.adapters)))
+        yield from ("--max-lora-rank", str(next(room for room in _RANKS if rank <= room)))
+        modules = sorted({module for adapter in self.adapters.values() for module in adapter.modules})
+        yield from ("--lora-target-modules", *modules)
+        yield from ("--lora-modules", *(f"{name}={ADAPTERS}/{name}" for name in self.adapters))
 
     def record(self, command: tuple[str, ...]) -> ServedConfiguration:
         """The same for a manifest, of a resolved configuration, with the ``command`` that an image is started with."""

@@ -26,7 +26,7 @@ from containers.kubernetes.numbers import BundleEvidence, Number, numbers, progr
 
 TEMPLATES = Path(__file__).with_name("templates")
 NAMESPACE = "slipway"
-_MODEL_FOLDER = "/model"
+_MODEL_FOLDER, _ADAPTERS_FOLDER = "/model", "/adapters"
 _TOKENIZER = "/srv/tokenizer"
 # The image of the gateway's Redis; Valkey 8 is the newest line with a free licence.
 _REDIS = ("docker.io/valkey/valkey", "8-alpine")
@@ -135,6 +135,7 @@ def _values(
         "user": image.user, "port": image.port, "model_folder": _MODEL_FOLDER,
         "variant": None if evidence.variant is None else evidence.variant.variant,
         "arguments": list(evidence.serving.command) if evidence.serving else None,
+        "adapters_folder": _ADAPTERS_FOLDER if manifest.adapters else None,
         "on_gpu": evidence.on_gpu, "cpu_terms": NODE_TERMS,
         "unbound_ranks": evidence.measured.ranks > 1 and not evidence.on_gpu,
         "driver": driver, "driver_major": major, "driver_minor": minor,
@@ -239,6 +240,7 @@ def _routes(evidence: BundleEvidence, line: str, found: Mapping[str, Number]) ->
         tokenizer=Path(_TOKENIZER),
         context=evidence.context,
         parallel=int(found["parallel"].value),
+        adapters=tuple(evidence.manifest.adapters),
         backends=(Backend(release=f"{line}@v{evidence.version}", weight=100, replicas=()),),
     )
     return Routes(models={evidence.manifest.model: route}).model_dump_json(exclude_unset=True, indent=1)

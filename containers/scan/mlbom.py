@@ -22,6 +22,15 @@ SPECIFICATION = "1.6"
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter that is served next to a model: where it is from, and the sha256 of each file."""
+
+    uri: str
+    revision: str
+    files: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Model:
     """The content of the bill of materials: a model's source, quantization, data sets and measured results.
 
@@ -37,6 +46,7 @@ class Model:
     quantization: Mapping[str, object]
     files: Mapping[str, str]
     datasets: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
 
 
 def document(model: Model, verdicts: Sequence[Verdict], image_digest: str) -> dict[str, Any]:
@@ -72,18 +82,21 @@ def document(model: Model, verdicts: Sequence[Verdict], image_digest: str) -> di
             *({"name": f"slipway:gate:{verdict.gate}", "value": verdict.status} for verdict in verdicts),
             {"name": "slipway:image", "value": image_digest},
         ],
-        "components": [
-            {"type": "file", "name": name, "hashes": [{"alg": "SHA-256", "content": digest}]}
-            for name, digest in sorted(model.files.items())
-        ],
+        "components": _files(model.files),
     }  # fmt: skip
+    adapters = [
+        {"type": "machine-learning-model", "bom-ref": f"adapter-{name}", "name": adapter.uri,
+         "version": adapter.revision, "description": f"LoRA adapter, served as {name}",
+         "components": _files(adapter.files)}
+        for name, adapter in sorted(model.adapters.items())
+    ]  # fmt: skip
     told: dict[str, Any] = {
         "bomFormat": "CycloneDX", "specVersion": SPECIFICATION, "version": 1,
         "metadata": {
             "component": quantized, "tools": {"components": [{"type": "application", "name": "slipway"}]},
         },
-        "components": [base, *data],
-        "dependencies": [{"ref": "model", "dependsOn": ["base", *(part["bom-ref"] for part in data)]}],
+        "components": [base, *adapters, *data],
+        "dependencies": [{"ref": "model", "dependsOn": ["base", *(part["bom-ref"] for part in [*adapters, *data])]}],
     }  # fmt: skip
     content = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     return {**told, "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_OID, content)}"}
@@ -111,6 +124,13 @@ def attach(reference: str, documents: Mapping[str, tuple[str, Path]]) -> dict[st
             title: registry.attach(repository, subject, kind, path.read_bytes(), title)
             for title, (kind, path) in sorted(documents.items())
         }
+
+
+def _files(sha256: Mapping[str, str]) -> list[dict[str, Any]]:
+    return [
+        {"type": "file", "name": name, "hashes": [{"alg": "SHA-256", "content": digest}]}
+        for name, digest in sorted(sha256.items())
+    ]
 
 
 def _licensed(licence: str | None) -> dict[str, Any]:

@@ -11,11 +11,11 @@ Advisory tasks are reported and decide nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from evals.drift.limits import DriftLimits
-from evals.drift.pairs import ChoicePairs, Divergence, Drift, TextPairs, counted
+from evals.drift.pairs import ChoicePairs, Comparison, Divergence, Drift, TextPairs, counted
 from evals.drift.wording import accuracy_metrics, accuracy_words, likelihood_metrics, likelihood_words, remedy
 from evals.statistics import paired, sequential
 from evals.statistics.paired import Loss
@@ -23,6 +23,7 @@ from registry.verdict import Status, Verdict
 
 GATE = "drift"
 DIVERGENCE = "divergence"
+_ADAPTER = "adapter"
 MINIMUM_DOCUMENTS = 30  # with fewer, the normal approximation of the interval over documents does not hold
 SUSPICIOUS = 0.05  # quantization does not raise accuracy by so many points: something else changed
 LENGTHS = (0.9, 1.1)  # of the length of FP16's answers; the band of the MLPerf inference rules
@@ -46,8 +47,10 @@ class _Finding:
         return self.tier == "critical" or self.status == "fail" or self.cause != "too-few-items"
 
 
-def judge(drift: Drift, limits: DriftLimits) -> Verdict:
+def judge(drift: Drift, limits: DriftLimits, adapters: Iterable[str] = ()) -> Verdict:
     """Decide whether the candidate's loss is within ``limits``; pure, and nothing is rounded before it is compared.
+
+    ``adapters`` are those that are served: each is judged like the model, by its own limits.
 
     Causes of an inconclusive verdict: ``suite-changed`` (the evidence answers other questions), ``engine-differs``,
     ``not-answered`` (a task without answers), ``baseline-incomplete``, ``baseline-at-chance``, ``too-few-items``,
@@ -60,6 +63,10 @@ def judge(drift: Drift, limits: DriftLimits) -> Verdict:
             gate=GATE, status="inconclusive", cause="unsupported", reason=drift.lacking, limits=_limits(limits)
         )
     findings = {**_tasks(drift, limits), **dict(_beside(drift, limits))}
+    named = _limits(limits)
+    for name in adapters:
+        findings |= dict(_of_adapter(name, drift, limits))
+        named |= {f"{_ADAPTER}.{name}.{key}": value for key, value in _limits(limits.of_adapter(name)).items()}
     found = [finding for finding in findings.values() if finding.decides]
     status: Status = "inconclusive" if found else "pass"
     if any(finding.status == "fail" for finding in found):
@@ -74,7 +81,7 @@ def judge(drift: Drift, limits: DriftLimits) -> Verdict:
         reason="; ".join(finding.reason for finding in deciding),
         cause="+".join(causes) if status == "inconclusive" else None,
         metrics={f"{name}.{key}": value for name, each in findings.items() for key, value in each.metrics.items()},
-        limits=_limits(limits),
+        limits=named,
     )
     return verdict.accepting(limits.accept_inconclusive)
 
@@ -86,6 +93,17 @@ def is_clear(drift: Drift, limits: DriftLimits) -> bool:
         "too-few-items",
         "stopped-early",
     }
+
+
+def _of_adapter(name: str, drift: Drift, limits: DriftLimits) -> Iterator[tuple[str, _Finding]]:
+    """Yield what was found out about an adapter, under names that begin with its own."""
+    own, found = limits.of_adapter(name), drift.adapters.get(name)
+    if found is None:
+        told = f"the adapter `{name}` was not evaluated"
+        yield f"{_ADAPTER}.{name}", _Finding("inconclusive", told, "not-answered")
+        return
+    for key, finding in {**_tasks(found, own), **dict(_beside(found, own))}.items():
+        yield f"{_ADAPTER}.{name}.{key}", replace(finding, reason=f"adapter `{name}`: {finding.reason}")
 
 
 def _limits(limits: DriftLimits) -> dict[str, float]:
@@ -100,7 +118,7 @@ def _limits(limits: DriftLimits) -> dict[str, float]:
     return named
 
 
-def _tasks(drift: Drift, limits: DriftLimits) -> dict[str, _Finding]:
+def _tasks(drift: Comparison, limits: DriftLimits) -> dict[str, _Finding]:
     """Judge every task, each at the first interim analysis that decides it."""
     measured = {name: _measured(name, drift, limits) for name in limits.tasks}
     tests = [name for name, task in limits.tasks.items() if task.tier != "advisory"]
@@ -179,7 +197,7 @@ class _Measured:
         return items if fraction >= 1 else min(items, max(2, round(items * fraction)))
 
 
-def _measured(name: str, drift: Drift, limits: DriftLimits) -> _Measured | _Finding:
+def _measured(name: str, drift: Comparison, limits: DriftLimits) -> _Measured | _Finding:
     """Return a task's pairs if they can be judged, otherwise the reason why not."""
     pairs, task = drift.tasks.get(name), limits.tasks[name]
     if pairs is None:
@@ -233,7 +251,7 @@ def _blind(name: str, pairs: ChoicePairs | TextPairs, confidence: float) -> _Fin
     return _Finding("inconclusive", told, "baseline-at-chance", metrics)
 
 
-def _decided_finding(task: _Measured, status: Status, loss: Loss, drift: Drift, limits: DriftLimits) -> _Finding:
+def _decided_finding(task: _Measured, status: Status, loss: Loss, drift: Comparison, limits: DriftLimits) -> _Finding:
     """Return a decision with its reason and metrics."""
     pairs = task.pairs
     if isinstance(pairs, ChoicePairs):
@@ -283,7 +301,7 @@ def _divergence(found: Divergence | None, decision: tuple[Status, Loss] | None, 
     return _Finding(status, f"{words}: {status}", cause, metrics)
 
 
-def _beside(drift: Drift, limits: DriftLimits) -> Iterator[tuple[str, _Finding]]:
+def _beside(drift: Comparison, limits: DriftLimits) -> Iterator[tuple[str, _Finding]]:
     """Yield problems of the comparison itself, independent of the tasks."""
     if drift.suite is None or drift.suite.digest != limits.digest:
         told = f"the evidence answers other questions than suite `{limits.name}` asks now: evaluate again"

@@ -50,6 +50,8 @@ class DriftLimits(AskedTasks):
     """The ceiling for gross damage; `null` leaves it out."""
     layers: bool = True
     """Whether the error of each quantized layer is measured; both networks must fit into memory."""
+    adapters: Mapping[str, AskedTasks] = {}
+    """Questions and limits of adapters of `serve.adapters`, by name, in place of the model's own."""
     accept_inconclusive: Mapping[str, Annotated[str, Field(min_length=1)]] = {}
     """Causes of an inconclusive verdict that may pass, each with the reason; several causes are sorted and joined by
     `+`.
@@ -95,6 +97,23 @@ class DriftLimits(AskedTasks):
         if any((task.task or name) == TOOL_CALLS for name, task in self.tasks.items()) or self.engine != "served":
             return self
         return self.model_copy(update={"tasks": {**self.tasks, TOOL_CALLS: _TOOL_CALLS}})
+
+    @property
+    def all_tasks(self) -> tuple[TaskLimits, ...]:
+        """The model's tasks, and those of adapters that have their own."""
+        own = (task for asked in self.adapters.values() for task in asked.tasks.values())
+        return (*self.tasks.values(), *own)
+
+    def of_adapter(self, name: str) -> DriftLimits:
+        """The questions and limits of an adapter: its own or the model's, asked at once.
+
+        Distributions are compared over a likelihood task, so not where the adapter's own tasks have none.
+        """
+        own = self.adapters.get(name)
+        asked = {} if own is None else {"suite": own.suite, "seed": own.seed, "tasks": own.tasks}
+        tasks = self.tasks if own is None else own.tasks
+        compared = self.divergence if any(task.max_increase is not None for task in tasks.values()) else None
+        return self.model_copy(update={**asked, "looks": 1, "layers": False, "adapters": {}, "divergence": compared})
 
     @property
     def fractions(self) -> tuple[float, ...]:

@@ -191,16 +191,9 @@ class Layer(_Frozen):
 _LAYERS = TypeAdapter(list[Layer])
 
 
-class Drift(_Frozen):
-    """What ``drift.json`` holds: every task's pairs, and the differences between the two engines, if any.
+class Comparison(_Frozen):
+    """Two models' answers: every task's pairs, and the differences between the two engines, if any."""
 
-    ``fraction`` is the part of the suite that was asked before the verdict was clear; 1 without interim analyses.
-    ``computed_on`` is the hardware that served each of the two, if it was one of our servers. ``lacking`` says why the
-    candidate was not asked at all: its configuration needs what this machine does not have.
-    """
-
-    schema_: Annotated[Literal["slipway.drift/2"], Field(alias="schema")] = "slipway.drift/2"
-    """The format of this document."""
     engine: Mapping[str, str | int]
     """Versions, device and precision of the engine that answered."""
     engine_differences: tuple[str, ...]
@@ -215,10 +208,19 @@ class Drift(_Frozen):
     """The paired answers, by task."""
     divergence: Divergence | None = None
     """KL divergence of the candidate from FP16 on held-out text."""
+
+
+class Drift(Comparison):
+    """What ``drift.json`` holds: FP16's answers compared with the candidate's, alone and with each adapter."""
+
+    schema_: Annotated[Literal["slipway.drift/2"], Field(alias="schema")] = "slipway.drift/2"
+    """The format of this document."""
     layers: tuple[Layer, ...] = ()
     """The error of each quantized layer on the calibration text."""
     computed_on: Mapping[Literal["FP16", "candidate"], ComputedOn] = {}
     """The hardware that served each of the two."""
+    adapters: Mapping[str, Comparison] = {}
+    """The answers of each LoRA adapter on FP16 compared with those on the candidate."""
     lacking: str | None = None
     """Why the candidate was not evaluated, if this machine lacks what its configuration needs."""
 
@@ -237,12 +239,13 @@ def compare(
     tops: tuple[Top | None, Top | None] = (None, None),
     layers: Sequence[Layer] = (),
     computed_on: Mapping[Literal["FP16", "candidate"], ComputedOn] | None = None,
+    adapters: Mapping[str, Comparison] | None = None,
 ) -> Drift:
     """Pair the two models' answers.
 
     ``fraction`` is the part of each task that the candidate was asked; ``overlapping`` names the items of each task
     that the calibration text touches; ``tops`` are the two models' likeliest tokens; ``computed_on`` is what served
-    them.
+    them; ``adapters`` are the pairs of each adapter.
 
     Raises:
         AnswersError: if a task was asked over different data or by another suite, or the same item has two different
@@ -280,6 +283,7 @@ def compare(
         divergence=_diverged(*tops),
         layers=tuple(layers),
         computed_on=computed_on or {},
+        adapters=adapters or {},
     )
 
 

@@ -89,7 +89,8 @@ def model(
         @cached_property
         def max_length(self) -> int:
             """Tokens of a prompt, as the server has it; one of its own is to be written even where none is wanted."""
-            (served,) = self._ask("/v1/models")["data"]
+            # Adapters are listed too, without a length of their own.
+            served = next(card for card in self._ask("/v1/models")["data"] if card["max_model_len"])
             return int(served["max_model_len"]) - 1
 
         @property

@@ -298,6 +298,8 @@ class LoadEvidence(_Document):
     """The result of each fault; none if faults were not requested."""
     metrics: Metrics
     """The values that the limits judge, by name."""
+    models: Mapping[str, Metrics] = {}
+    """The metrics of the requests to the model and to each adapter, where adapters are served next to it."""
     memory: MemoryResult
     """The server's memory."""
     client: ClientCost

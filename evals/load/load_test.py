@@ -115,7 +115,7 @@ class ClientRequest(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     url: str
-    model: str
+    models: tuple[str, ...]
     tokenizer: Path
     prompts: Path
     schedule: Schedule
@@ -148,7 +148,7 @@ class Tester:
 
     server: Server
     plan: LoadPlan
-    model: str
+    models: tuple[str, ...]
     tokenizer: Path
     scratch: Path
     run_worker: RunWorker
@@ -171,7 +171,7 @@ class Tester:
         output = folder / "output"
         output.mkdir(parents=True)
         request = ClientRequest(
-            url=self.server.url, model=self.model, tokenizer=self.tokenizer.resolve(),
+            url=self.server.url, models=self.models, tokenizer=self.tokenizer.resolve(),
             prompts=self.plan.prompts.resolve(), schedule=schedule_of(profile), skip=self.prompts_used,
             request_timeout_s=self.plan.request_timeout_s, seed=self.plan.seed or 0, output=output.resolve(),
         )  # fmt: skip
@@ -258,8 +258,9 @@ def measure(
         LoadError: the server doesn't say what it serves, or the load generator's result is not valid.
         LoadEvidenceError: the load generator's records are not valid.
     """
-    model, context = _served_model(server)
-    tester = Tester(server, plan, model, tokenizer, scratch, run_worker, progress, live)
+    models, context = _served_models(server)
+    model = models[0]
+    tester = Tester(server, plan, models, tokenizer, scratch, run_worker, progress, live)
     canary = _ask_canary(server, model, plan)
     measured: list[ProfileResult] = []
     found: Capacity | None = None
@@ -299,6 +300,7 @@ def measure(
         capacity=found,
         faults=None if survived is None else tuple(survived),
         metrics=measurements.all_metrics(server, measured, found, survived),
+        models=measurements.by_model(tester.requests),
         memory=measurements.memory(server, measured, expected, unwatched),
         client=measurements.client_cost(tester.client),
         server=seen,
@@ -418,12 +420,12 @@ def _capacity(tester: Tester, context: int | None) -> Capacity | None:
         return None
 
 
-def _served_model(server: Server) -> tuple[str, int | None]:
-    """The served model's name, and its context in tokens if the server states it."""
+def _served_models(server: Server) -> tuple[tuple[str, ...], int | None]:
+    """The names of the served model and of its adapters, and its context in tokens if the server states it."""
     try:
         answer = httpx.get(f"{server.url}/v1/models", timeout=30, trust_env=False)
-        served = answer.raise_for_status().json()["data"][0]
-        return str(served["id"]), served.get("max_model_len")
+        served = answer.raise_for_status().json()["data"]
+        return tuple(str(each["id"]) for each in served), served[0].get("max_model_len")
     except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
         failure = server.failed()
         raise LoadError(

@@ -49,6 +49,12 @@ def request_metrics(requests: Sequence[RequestRecord]) -> dict[str, float]:
     return metrics
 
 
+def by_model(requests: Sequence[RequestRecord]) -> dict[str, dict[str, float]]:
+    """The metrics of the model and of each adapter, by the name that requests asked for; empty without adapters."""
+    names = sorted({request.model for request in requests if request.model is not None})
+    return {name: request_metrics([request for request in requests if request.model == name]) for name in names}
+
+
 def all_metrics(
     server: Server,
     measured: Sequence[ProfileResult],

@@ -17,12 +17,14 @@ class RequestRecord(BaseModel):
 
     A request that was never sent has no ``start_ms``; one that failed has an ``error`` and no latency. ``latency_ms``
     and ``ttft_ms`` (time to first token) count from when the request was due, ``tpot_ms`` is the time per output token
-    after the first. ``late_ms`` is how much later than due the client sent it.
+    after the first. ``late_ms`` is how much later than due the client sent it. ``model`` is the name that it asked
+    for, where adapters are served next to the model.
     """
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     profile: str | None = None
+    model: str | None = None
     number: int
     due_ms: float
     start_ms: float | None = None

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.compatibility.description import ModelDescription
-from pipeline.compatibility.safetensors_headers import HeaderError, Tensor, header_length, parse_header, read_model
-from pipeline.errors import PlanError, SourceError
-from pipeline.sources.source import ResolvedSource, SourceFile
+from pipeline.compatibility.safetensors_headers import HeaderError, Tensor, read_model
+from pipeline.errors import PlanError
+from pipeline.sources.source import ResolvedSource, read_header, read_range
 from registry.bounded_json import Bounds, DocumentError, read_json
 
-# One request reads most headers completely: a file of 5 GB has some hundred tensors, described in ten kilobytes.
-_FIRST_READ = 128 * 1024
 _AT_ONCE = 8
 _CONFIG = Bounds(bytes=1 << 20, values=100_000)
 
@@ -37,11 +35,11 @@ def describe(resolved: ResolvedSource) -> Described:
     if resolved.hub is None:
         return describe_folder(Path(resolved.uri.removeprefix("file:")))
     weights = [file for file in resolved.files if file.path.endswith(".safetensors")]
-    config = _range(resolved, "config.json", 0, _CONFIG.bytes)
+    config = read_range(resolved, "config.json", 0, _CONFIG.bytes)
     tensors: dict[str, Tensor] = {}
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         try:
-            for found in pool.map(lambda file: _header(resolved, file), weights):
+            for found in pool.map(lambda file: read_header(resolved, file), weights):
                 tensors |= found
         except HeaderError as error:
             raise PlanError(f"{resolved.uri}: {error}") from error
@@ -61,26 +59,6 @@ def describe_folder(folder: Path) -> Described:
         raise PlanError(f"can't plan from {folder}: {error}") from error
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     return Described(ModelDescription(_document(config, str(folder)), tensors), size)
-
-
-def _header(resolved: ResolvedSource, file: SourceFile) -> dict[str, Tensor]:
-    path = Path(file.path)
-    first = _range(resolved, file.path, 0, min(_FIRST_READ, file.size))
-    if len(first) < 8:
-        raise HeaderError(f"{path.name}: a file of {len(first)} bytes is not a safetensors file")
-    length = header_length(first, path, file.size)
-    if len(first) < 8 + length:
-        first += _range(resolved, file.path, len(first), 8 + length - len(first))
-    if len(first) < 8 + length:
-        raise HeaderError(f"{path.name}: the hub sent only a part of the header: try again")
-    return parse_header(first[8 : 8 + length], path, file.size)
-
-
-def _range(resolved: ResolvedSource, name: str, start: int, length: int) -> bytes:
-    hub, commit = resolved.hub, resolved.revision
-    if hub is None or commit is None:
-        raise SourceError(f"{resolved.uri} is not a model on a hub")
-    return hub.read(resolved.uri.removeprefix("hf://"), commit, name, start=start, length=length)
 
 
 def _document(raw: bytes, what: str) -> dict[str, Any]:

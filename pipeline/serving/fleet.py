@@ -84,6 +84,7 @@ class Fleet:
         self.release = release
         self.digest = manifest.digest
         self.folder = folder
+        self.adapters = tuple(manifest.adapters)
         self.served_as, self.context = "", 0
         self._settings = settings
         self._changed = changed

@@ -283,6 +283,7 @@ class Serving:
                 tokenizer=first.folder,
                 context=min(fleet.context for _, fleet in fleets),
                 parallel=self.options.parallel,
+                adapters=tuple(name for name in first.adapters if all(name in fleet.adapters for _, fleet in fleets)),
                 backends=backends,
             )
             self._routed = False

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -26,6 +26,9 @@ from pipeline.compatibility.safetensors_headers import (
     INDEX_BOUNDS,
     SINGLE,
     HeaderError,
+    Tensor,
+    header_length,
+    parse_header,
     read_index,
     read_model,
     weight_files,
@@ -51,6 +54,8 @@ DIGESTS = "digests.json"
 _CHUNK = 4 * 1024 * 1024
 # A tokenizer of 262,144 words takes 35 MB and two million values.
 _DOCUMENT = Bounds(bytes=128 << 20, values=8_000_000, depth=64)
+# One request reads most headers completely: a file of 5 GB has some hundred tensors, described in ten kilobytes.
+_FIRST_READ = 128 * 1024
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Names of blobs in the Hugging Face cache: git's digest, or the sha256 of a large file.
 _BLOB = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
@@ -76,6 +81,21 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
+class Contents:
+    """What a source holds: which of its files are pulled, and what must be true of them.
+
+    ``weights`` names the files with the weights, from all names and the start of an index; ``is_taken`` says whether a
+    file is pulled, given those. ``require`` checks the names that are taken, ``check`` the pulled files. All three that
+    check raise ``SourceError``.
+    """
+
+    weights: Callable[[str, list[str], Callable[[], bytes]], list[str]]
+    is_taken: Callable[[str, Collection[str]], bool]
+    require: Callable[[str, list[str]], None]
+    check: Callable[[Path, Progress], None]
+
+
+@dataclass(frozen=True)
 class ResolvedSource:
     """The exact files to pull. ``revision`` is a commit; None for a folder, which is identified by its files.
 
@@ -89,6 +109,7 @@ class ResolvedSource:
     hub: Hub | None = None
     lock: Lock | None = None
     memory: Path | None = None
+    contents: Contents = field(default_factory=lambda: MODEL)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -117,28 +138,30 @@ def resolve(
     token: str | None = None,
     lock: Lock | None = None,
     memory: Path | None = None,
+    contents: Contents | None = None,
 ) -> ResolvedSource:
     """List the files of ``uri`` at ``revision`` (a commit, tag or branch; default ``main``) without pulling them.
 
     Under a ``lock`` a hub is not asked, because the lock lists the files. ``memory`` is where the digests of a folder's
-    files are remembered (`pipeline.sources.file_digests`).
+    files are remembered (`pipeline.sources.file_digests`). ``contents`` is what it holds, by default a `MODEL`.
 
     Raises:
         SourceError: the source does not exist, can't be reached, holds refused files, or differs from the lock.
     """
+    contents = contents or MODEL
     if uri.startswith("file:"):
         if revision is not None:
-            raise SourceError(f"`source.revision` does not apply to {uri}: a folder has no revisions; remove it")
-        return _resolve_folder(uri, lock, memory)
+            raise SourceError(f"`revision` does not apply to {uri}: a folder has no revisions; remove it")
+        return _resolve_folder(uri, lock, memory, contents)
     match = _HUB.fullmatch(uri)
     if match is None:
         raise SourceError(f"can't pull from `{uri}`: expected file:FOLDER or hf://ORG/NAME[@REVISION]")
     named = match["revision"]
     if named and revision and named != revision:
-        raise SourceError(f"`source.uri` names @{named}, but `source.revision` is {revision}: remove one of them")
+        raise SourceError(f"`uri` names @{named}, but `revision` is {revision}: remove one of them")
     from pipeline.sources.hub import Hub  # noqa: PLC0415 - the hub's client takes a third of a second to import
 
-    return _resolve_hub(match["repository"], named or revision or "main", Hub(endpoint, token), lock)
+    return _resolve_hub(match["repository"], named or revision or "main", Hub(endpoint, token), lock, contents)
 
 
 def pull(resolved: ResolvedSource, folder: Path, downloads: Path, progress: Progress) -> dict[str, str]:
@@ -153,7 +176,7 @@ def pull(resolved: ResolvedSource, folder: Path, downloads: Path, progress: Prog
         progress(f"not pulled: {name}")
     place = _copy_folder if resolved.hub is None else _download
     digests = place(resolved, folder, downloads, progress)
-    _check_content(folder, progress)
+    resolved.contents.check(folder, progress)
     progress(f"pulled {len(digests)} files, {resolved.bytes / 1e6:.1f} MB")
     return digests
 
@@ -178,6 +201,52 @@ def revision_of(resolved: ResolvedSource, sha256: Mapping[str, str]) -> str:
     return resolved.revision or digest_json(dict(sha256))
 
 
+def public_uri(uri: str) -> str:
+    """Return the URI as it is published: of a local folder its name alone, since its path is private."""
+    return f"file:{Path(uri.removeprefix('file:')).name}" if uri.startswith("file:") else uri
+
+
+def read_header(resolved: ResolvedSource, file: SourceFile) -> dict[str, Tensor]:
+    """Read the header of a safetensors file on a hub.
+
+    Raises:
+        SourceError: the hub does not answer.
+        HeaderError: the header is not valid.
+    """
+    path = Path(file.path)
+    first = read_range(resolved, file.path, 0, min(_FIRST_READ, file.size))
+    if len(first) < 8:
+        raise HeaderError(f"{path.name}: a file of {len(first)} bytes is not a safetensors file")
+    length = header_length(first, path, file.size)
+    if len(first) < 8 + length:
+        first += read_range(resolved, file.path, len(first), 8 + length - len(first))
+    if len(first) < 8 + length:
+        raise HeaderError(f"{path.name}: the hub sent only a part of the header: try again")
+    return parse_header(first[8 : 8 + length], path, file.size)
+
+
+def read_range(resolved: ResolvedSource, name: str, start: int, length: int) -> bytes:
+    """Read a part of a file on a hub.
+
+    Raises:
+        SourceError: the hub does not answer.
+    """
+    hub, commit = resolved.hub, resolved.revision
+    if hub is None or commit is None:
+        raise SourceError(f"{resolved.uri} is not a model on a hub")
+    return hub.read(resolved.uri.removeprefix("hf://"), commit, name, start=start, length=length)
+
+
+def missing_weights(uri: str, names: list[str], wanted: str) -> SourceError:
+    """Return the error of a source that has no safetensors, perhaps only pickles."""
+    if pickles := [name for name in names if _PICKLE.fullmatch(name)]:
+        return SourceError(
+            f"{uri} has no safetensors, only {_listed(pickles)}: a pickle can run code when it is loaded; "
+            "choose a revision with safetensors, or convert it"
+        )
+    return SourceError(f"{uri} has no {wanted}: it holds {_listed(names) if names else 'nothing'}")
+
+
 def _visible(uri: str, folder: Path) -> list[str]:
     """Return the paths of a folder's files, sorted and without hidden ones."""
 
@@ -189,7 +258,7 @@ def _visible(uri: str, folder: Path) -> list[str]:
     return sorted(found, key=lambda name: Path(name).parts)
 
 
-def _resolve_folder(uri: str, lock: Lock | None, memory: Path | None) -> ResolvedSource:
+def _resolve_folder(uri: str, lock: Lock | None, memory: Path | None, contents: Contents) -> ResolvedSource:
     folder = Path(uri.removeprefix("file:"))
     if not folder.is_dir():
         raise SourceError(f"there is no folder {folder}")
@@ -202,12 +271,12 @@ def _resolve_folder(uri: str, lock: Lock | None, memory: Path | None) -> Resolve
         )
     if code := [name for name in names if name.endswith(".py")]:
         raise SourceError(f"{uri} holds {_listed(code)}: code that comes with a model is never run; remove it")
-    weights = _weights(uri, names, lambda: _read_start(folder, INDEX))
-    taken = [name for name in names if _is_taken(name, weights)]
+    weights = contents.weights(uri, names, lambda: _read_start(folder, INDEX))
+    taken = [name for name in names if contents.is_taken(name, weights)]
     if lock is not None:
         lock.refuse_other(uri, None)
         lock.refuse_difference(dict.fromkeys(taken))
-    _require(uri, taken)
+    contents.require(uri, taken)
     return ResolvedSource(
         uri=uri,
         revision=None,
@@ -215,32 +284,37 @@ def _resolve_folder(uri: str, lock: Lock | None, memory: Path | None) -> Resolve
         left_out=tuple(name for name in names if name not in taken),
         lock=lock,
         memory=memory,
+        contents=contents,
     )
 
 
-def _resolve_hub(repository: str, revision: str, hub: Hub, lock: Lock | None) -> ResolvedSource:
+def _resolve_hub(repository: str, revision: str, hub: Hub, lock: Lock | None, contents: Contents) -> ResolvedSource:
     uri = f"hf://{repository}"
     if lock is not None:
         lock.refuse_other(uri, revision if _COMMIT.fullmatch(revision) else None)
         if lock.revision is None:
             raise SourceError(f"{lock.path} has no commit: delete it to lock {uri} again")
         files = tuple(SourceFile(name, file.size, file.sha256) for name, file in sorted(lock.files.items()))
-        if outside := [file.path for file in files if not _is_taken(file.path, _locked_weights(lock))]:
+        if outside := [file.path for file in files if not contents.is_taken(file.path, _locked_weights(lock))]:
             raise SourceError(
                 f"{lock.path} lists {_listed(outside)}, which is never pulled: delete it to lock the source again"
             )
-        return ResolvedSource(uri, lock.revision, files, (), hub, lock)
+        return ResolvedSource(uri, lock.revision, files, (), hub, lock, contents=contents)
     commit, found = hub.revision(repository, revision)
     names = [file.path for file in found]
-    weights = _weights(uri, names, lambda: hub.read(repository, commit, INDEX, start=0, length=INDEX_BOUNDS.bytes + 1))
-    taken = [file for file in found if _is_taken(file.path, weights)]
-    _require(uri, [file.path for file in taken])
+    index = lambda: hub.read(repository, commit, INDEX, start=0, length=INDEX_BOUNDS.bytes + 1)  # noqa: E731
+    weights = contents.weights(uri, names, index)
+    taken = [file for file in found if contents.is_taken(file.path, weights)]
+    contents.require(uri, [file.path for file in taken])
     return ResolvedSource(
         uri=uri,
         revision=commit,
         files=tuple(SourceFile(file.path, file.size, file.sha256, file.blob) for file in taken),
-        left_out=tuple(sorted(name for name in names if not _is_taken(name, weights) and not _hidden(Path(name)))),
+        left_out=tuple(
+            sorted(name for name in names if not contents.is_taken(name, weights) and not _hidden(Path(name)))
+        ),
         hub=hub,
+        contents=contents,
     )
 
 
@@ -305,12 +379,7 @@ def _read_start(folder: Path, name: str) -> bytes:
 def _weights(uri: str, names: list[str], index: Callable[[], bytes]) -> list[str]:
     """The files that hold the weights; ``SourceError`` if there are none, or only pickles."""
     if not any(name.endswith(".safetensors") for name in names):
-        if pickles := [name for name in names if _PICKLE.fullmatch(name)]:
-            raise SourceError(
-                f"{uri} has no safetensors, only {_listed(pickles)}: a pickle can run code when it is loaded; "
-                "choose a revision with safetensors, or convert it"
-            )
-        raise SourceError(f"{uri} has no {SINGLE}: it holds {_listed(names) if names else 'nothing'}")
+        raise missing_weights(uri, names, SINGLE)
     try:
         return weight_files(names, read_index(index()) if INDEX in names else None)
     except HeaderError as error:
@@ -456,3 +525,7 @@ def _is_tokenizer(document: object) -> bool:
     """Whether a tokenizer.json has the form that the library `tokenizers` can read."""
     model = document.get("model") if isinstance(document, dict) else None
     return isinstance(model, dict) and isinstance(model.get("vocab"), dict | list)
+
+
+MODEL: Contents = Contents(_weights, _is_taken, _require, _check_content)
+"""A model: weights, configuration and tokenizer."""

@@ -126,10 +126,10 @@ def touched(specs: Iterable[ModelSpec], settings: Settings) -> str:
     places = {settings.models, REQUIREMENTS, profiles.RUNTIMES, suite.SUITES}
     for spec in specs:
         calibration = None if spec.calibration is None else spec.calibration.uri
-        data = (calibration, spec.load.prompts, *(task.data for task in spec.evals.tasks.values()))
+        data = (calibration, spec.load.prompts, *(task.data for task in spec.evals.all_tasks))
         places |= {path for path in data if path is not None}
-        if spec.source.uri.startswith("file:"):
-            places.add(Path(spec.source.uri.removeprefix("file:")))
+        uris = (spec.source.uri, *(adapter.uri for adapter in spec.serve.adapters.values()))
+        places |= {Path(uri.removeprefix("file:")) for uri in uris if uri.startswith("file:")}
     seen = {}
     for place in places:
         for path in [place, *place.rglob("*")]:

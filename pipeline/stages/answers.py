@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from containers.hardware.gpu import gpus
 from containers.image import build as images
 from containers.image import profile as profiles
 from containers.image.runtime import build_runtime
-from containers.image.serving import CHAT_TEMPLATE, ServingConfiguration
+from containers.image.serving import ADAPTERS, CHAT_TEMPLATE, ServingConfiguration
 from containers.sandbox import sandbox
 from evals.drift import asking
 from evals.drift.answers import Answers
+from evals.drift.limits import DriftLimits
 from evals.drift.suite import questions
 from pipeline.stages.context import StageContext
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe
@@ -47,12 +49,14 @@ def recipe_of(
     if limits.engine == "served":
         profile, config = profiles.load(context.spec.runtime), images.checkpoint_config(checkpoint.folder)
         parameters["serving"] = serving.answering().resolved(config, profile).model_dump(mode="json")
+    if serving.adapters:
+        parameters["adapters"] = {name: questions(limits.of_adapter(name)) for name in serving.adapters}
     return Recipe("answers", inputs, parameters, code=code, pins=pins_digest(asking.ENVIRONMENT))
 
 
 def reference(context: StageContext) -> ServingConfiguration:
     """How FP16 is served, whatever the scheme that is compared with it; to call tools it needs the same parser."""
-    serving = context.spec.serving(variant=context.variant).reference()
+    serving = context.serving_of(None).reference()
     return serving.model_copy(update={"tool_calls": context.serving.tool_calls})
 
 
@@ -89,6 +93,8 @@ def answer(
 ) -> None:
     """Fill an artifact with a checkpoint's answers, of lm-eval or of the server that ``serve`` starts.
 
+    A server is also asked for each adapter; those answers are in a folder of their own (`adapter_folder`).
+
     ``image`` is its image's id, or `FP16`, of which some items are asked twice. ``ask`` asks in parts; all is asked in
     one where it is not given.
     """
@@ -108,26 +114,34 @@ def answer(
         else None
     )
 
-    def ask_part(part: Part, output: Path) -> Answers:
+    def ask_for(asked: DriftLimits, serving: asking.StartingServer | None, part: Part, output: Path) -> Answers:
         return asking.ask(
             checkpoint.folder,
-            limits,
+            asked,
             output,
             run_worker=context.workers(draft) if serving is None else context.local_workers(draft),
             scratch=draft.scratch,
             progress=context.progress,
             serving=serving,
             part=part,
-            divergence=limits.divergence if part[0] == 0 else None,
-            again=limits.again if image == FP16 else 0,
+            divergence=asked.divergence if part[0] == 0 else None,
+            again=asked.again if image == FP16 else 0,
             hub=asking.HubAccess(endpoint=context.settings.hub_endpoint, cache=str(context.settings.home / "hub")),
         )
+
+    ask_part = partial(ask_for, limits, serving)
 
     def ask_all() -> None:
         if ask is None:
             ask_part((0.0, 1.0), draft.folder)
         else:
             ask(ask_part)
+        for name in context.spec.serve.adapters:
+            output = adapter_folder(draft.folder, name)
+            output.mkdir(parents=True)
+            context.progress(f"asking the adapter `{name}`")
+            asked = None if serving is None else serving.model_copy(update={"name": name})
+            ask_for(limits.of_adapter(name), asked, (0.0, 1.0), output)
 
     @contextmanager
     def noted() -> Iterator[sandbox.Server]:
@@ -141,8 +155,13 @@ def answer(
         asking.while_serving(noted, address, ask_all)
 
 
+def adapter_folder(answers: Path, name: str) -> Path:
+    """Where a folder of answers has those of an adapter."""
+    return answers / "adapters" / name
+
+
 @contextmanager
-def serve_source(context: StageContext, source: Artifact) -> Iterator[sandbox.Server]:
+def serve_source(context: StageContext, source: Artifact, adapters: Artifact) -> Iterator[sandbox.Server]:
     """Serve FP16 as its release would be served: mounted read-only into the runtime, with an image's arguments."""
     profile = profiles.load(context.spec.runtime)
     with context.engine() as client:
@@ -150,6 +169,8 @@ def serve_source(context: StageContext, source: Artifact) -> Iterator[sandbox.Se
         serving = reference(context)
         command = images.serving_arguments(profile, source.folder, context.spec.model, serving)
         mounts = {source.folder: "/model"}
+        if serving.adapters:
+            mounts[adapters.folder] = ADAPTERS
         if context.spec.serve.chat_template is not None:
             mounts[context.spec.serve.chat_template] = CHAT_TEMPLATE
         with _served(context, client, runtime.image_id, serving.gpus, command=command, mounts=mounts) as server:

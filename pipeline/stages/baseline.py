@@ -14,14 +14,14 @@ from pipeline.store.artifacts import ArtifactDraft, Recipe
 
 def recipe(context: StageContext, inputs: Inputs) -> Recipe:
     """The source and the questions, some of which are asked twice."""
-    source = inputs["source"]
+    source, adapters = inputs["source"], inputs["adapters"]
     again = {"again": context.evals.again}
-    taken = {"source": source.digest}
+    taken = {"source": source.digest, "adapters": adapters.digest}
     return answers.recipe_of(context, source, answers.reference(context), taken, again, code_version(__name__))
 
 
 def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
     """Ask FP16."""
-    source = inputs["source"]
+    source, adapters = inputs["source"], inputs["adapters"]
     with context.device():
-        answers.answer(context, draft, source, lambda: answers.serve_source(context, source), answers.FP16)
+        answers.answer(context, draft, source, lambda: answers.serve_source(context, source, adapters), answers.FP16)

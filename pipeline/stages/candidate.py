@@ -20,7 +20,7 @@ from pipeline.store.notes import AnswersNotes
 def recipe(context: StageContext, inputs: Inputs) -> Recipe:
     """The checkpoint, its image where that is asked, and the questions."""
     limits, quantized = context.evals, inputs["quantized"]
-    taken = {"quantized": quantized.digest}
+    taken = {"quantized": quantized.digest, "adapters": inputs["adapters"].digest}
     if limits.engine == "served":
         taken["image"] = inputs["image"].digest
     judged = {}

@@ -46,6 +46,8 @@ _COVERED = {
     "pipeline.stages.quantized": ("pipeline.quantization.formats.table",),
     # The server that answers is the image, and the arguments of FP16's server are a parameter.
     "pipeline.stages.answers": ("containers",),
+    # How the engine is told of adapters is in its arguments, which are a parameter.
+    "pipeline.stages.pulled_adapters": ("containers",),
     "evals.drift.asking": ("containers", "evals.drift.divergence"),
     # The suite's digest is a parameter.
     "evals.drift.suite": ("evals.drift.suites",),

@@ -19,7 +19,7 @@ from containers.hardware.gpu import gpus
 from containers.image import profile as profiles
 from containers.image.build import ImageRecord, find, serving_arguments
 from containers.image.layout import has_layers
-from containers.image.serving import ServingConfiguration
+from containers.image.serving import ServedAdapter, ServingConfiguration
 from containers.scan.trivy_db import Database
 from evals.drift.limits import DriftLimits
 from pipeline.compatibility.scheme import Scheme
@@ -55,6 +55,9 @@ class StageContext:
     instruction_set: InstructionSet | None = None
     """The CPU's on which FP16 and the candidate answer; None where no CPU of ours computes the answers."""
     source: ResolvedSource | None = None
+    adapters: Mapping[str, ResolvedSource] = field(default_factory=dict)
+    served_adapters: Mapping[str, ServedAdapter] = field(default_factory=dict)
+    """The adapters that were pulled, where the stage takes them."""
     database: Database | None = None
     """The vulnerability database that a scan uses."""
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
@@ -75,7 +78,11 @@ class StageContext:
     def serving(self) -> ServingConfiguration:
         """How the release is served, as the model file says it."""
         scheme = self.scheme_name if self.scheme_name in self.spec.schemes else None  # FP16 is load-tested too
-        return self.spec.serving(scheme, self.variant)
+        return self.serving_of(scheme)
+
+    def serving_of(self, scheme: str | None) -> ServingConfiguration:
+        """How a scheme is served, with the adapters that were pulled; without one, what holds for all schemes."""
+        return self.spec.serving(scheme, self.variant).model_copy(update={"adapters": self.served_adapters})
 
     @property
     def evals(self) -> DriftLimits:

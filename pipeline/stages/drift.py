@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 from containers.sandbox.kernels import ComputedOn
 from evals.drift import asking, drift_gate
 from evals.drift.answers import read_answers
 from evals.drift.divergence import read_top
-from evals.drift.pairs import compare, not_asked, read_drift, read_layers, write_drift
+from evals.drift.pairs import Drift, compare, not_asked, read_drift, read_layers, write_drift
 from evals.errors import AnswersError
+from pipeline.stages.answers import adapter_folder
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext
 from pipeline.stages.layers import calibration_texts
@@ -40,16 +43,19 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
     if lacking is not None:
         write_drift(not_asked(lacking), draft.folder)
         return
+    texts = calibration_texts(context)
     try:
-        answered = read_answers(candidate.folder)
-        compared = compare(
-            read_answers(baseline.folder),
-            answered,
+        compared = _compare(
+            baseline.folder,
+            candidate.folder,
+            texts,
             fraction=candidate.noted(AnswersNotes).fraction,
-            overlapping=asking.overlapping(answered, candidate.folder, calibration_texts(context)),
-            tops=(read_top(baseline.folder), read_top(candidate.folder)),
             layers=read_layers(inputs["layers"].folder),
             computed_on=_computed_on(baseline, candidate),
+            adapters={
+                name: _compare(adapter_folder(baseline.folder, name), adapter_folder(candidate.folder, name), texts)
+                for name in context.spec.serve.adapters
+            },
         )
     except AnswersError as error:
         # A data set that changed upstream does not change the answers' key, so a second run would find them again.
@@ -60,7 +66,15 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
 
 def judge(drift: Artifact, context: StageContext) -> Verdict:
     """Compare what was lost with the model's limits."""
-    return drift_gate.judge(read_drift(drift.folder), context.evals)
+    return drift_gate.judge(read_drift(drift.folder), context.evals, context.spec.serve.adapters)
+
+
+def _compare(baseline: Path, candidate: Path, calibration: Sequence[str], **more: Any) -> Drift:  # noqa: ANN401 - as `compare`
+    """Pair the answers in two folders."""
+    answered = read_answers(candidate)
+    overlapping = asking.overlapping(answered, candidate, calibration)
+    tops = (read_top(baseline), read_top(candidate))
+    return compare(read_answers(baseline), answered, overlapping=overlapping, tops=tops, **more)
 
 
 def _computed_on(baseline: Artifact, candidate: Artifact) -> dict[Literal["FP16", "candidate"], ComputedOn]:

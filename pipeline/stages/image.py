@@ -8,12 +8,14 @@ from pathlib import Path
 from containers.image import build as images
 from containers.image import gpu_compatibility
 from containers.image import profile as profiles
+from containers.image.layers import FileLayer
 from containers.image.serving import ServingConfiguration
 from pipeline.errors import PlanError
 from pipeline.planner.facts import read_facts
 from pipeline.sources.lock import read_lock
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext
+from pipeline.stages.pulled_adapters import read_adapters
 from pipeline.stages.stage import Inputs, digests
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, timed
 from registry.file_locks import locked
@@ -29,8 +31,8 @@ def recipe(context: StageContext, inputs: Inputs) -> Recipe:
             "name": context.release_name,
             "runtime": profile.name,
             "registry": context.settings.image_registry,
-            "serving": _serving(context, inputs["quantized"]).model_dump(mode="json"),
-            "labels": _labels(context, inputs["quantized"]),
+            "serving": serving_of(context, inputs).model_dump(mode="json"),
+            "labels": _labels(context, inputs),
         },
         code=code_version(__name__),
         pins=profile.pins_digest(),
@@ -49,13 +51,13 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
             name=context.release_name,
             served_name=context.spec.model,
             serving=context.serving,
-            chat_template=context.spec.serve.chat_template,
+            beside=beside(context, inputs),
             model_digest=quantized.digest,
             home=context.settings.home,
             progress=context.progress,
             registry=context.settings.image_registry,
             sha256=quantized.sha256,
-            labels=_labels(context, quantized),
+            labels=_labels(context, inputs),
         )
     (draft.folder / images.IMAGE_FILE).write_text(record.model_dump_json(indent=1))
 
@@ -72,7 +74,20 @@ def record_of(image: Artifact) -> images.ImageRecord:
     return images.read_image(image.folder)
 
 
-def _labels(context: StageContext, quantized: Artifact) -> dict[str, str]:
+def beside(context: StageContext, inputs: Inputs) -> list[FileLayer]:
+    """The layers of an image that are neither of the runtime nor of the checkpoint: adapters, and a chat template."""
+    pulled, template = inputs["adapters"], context.spec.serve.chat_template
+    known = {pulled.folder / path: digest for path, digest in pulled.sha256.items()}
+    adapters = images.adapter_layers({name: pulled.folder / name for name in read_adapters(pulled)}, known)
+    return [*adapters, *([] if template is None else [images.template_layer(template)])]
+
+
+def serving_of(context: StageContext, inputs: Inputs) -> ServingConfiguration:
+    """How the image serves the model, every value known."""
+    return context.serving.resolved(inputs["quantized"].document("config.json"), profiles.load(context.spec.runtime))
+
+
+def _labels(context: StageContext, inputs: Inputs) -> dict[str, str]:
     """The model's origin, and the bytes of one request's cache, which `slipway serve` checks against a GPU's memory."""
     source, lock = context.spec.source, read_lock(context.spec.lock)
     uri = f"file:{Path(source.uri).name}" if source.uri.startswith("file:") else source.uri
@@ -82,14 +97,9 @@ def _labels(context: StageContext, quantized: Artifact) -> dict[str, str]:
         labels["org.opencontainers.image.revision"] = revision
     if context.spec.license:
         labels["org.opencontainers.image.licenses"] = context.spec.license
-    config = quantized.document("config.json")
-    serving = _serving(context, quantized)
+    config, serving = inputs["quantized"].document("config.json"), serving_of(context, inputs)
     if serving.context is not None:
         with contextlib.suppress(PlanError):  # the planner does not know this architecture, so the size is unknown
             size = read_facts(config).kv_bytes(serving.context, serving.cache_bytes)
             labels[gpu_compatibility.CACHE_BYTES] = str(size)
     return labels
-
-
-def _serving(context: StageContext, quantized: Artifact) -> ServingConfiguration:
-    return context.serving.resolved(quantized.document("config.json"), profiles.load(context.spec.runtime))

@@ -28,7 +28,7 @@ def choose_instruction_set(context: StageContext, inputs: Inputs) -> StageContex
     chosen = context.instruction_set
     if chosen is None:
         # FP16 was asked on this CPU before the image was made, which may be one that was paired on another CPU.
-        chosen = own if answered_on == own else _paired_on(context, inputs["source"], own) or own
+        chosen = own if answered_on == own else _paired_on(context, inputs, own) or own
     if answered_on not in {None, chosen}:
         # `baseline` was chosen for a pair of another CPU, and the image of that pair has been built anew since.
         context.progress(f"FP16 was asked on a CPU with {answered_on}: asking it on this one, with {chosen}")
@@ -44,20 +44,21 @@ def own_instruction_set(context: StageContext) -> InstructionSet | None:
     return context.settings.cpu.instruction_set if here else None
 
 
-def _paired_on(context: StageContext, source: Artifact, own: InstructionSet | None) -> InstructionSet | None:
+def _paired_on(context: StageContext, inputs: Inputs, own: InstructionSet | None) -> InstructionSet | None:
     """The instruction set on which this very checkpoint and image were asked before; this CPU's first."""
 
     def find(recipe: Recipe) -> Artifact | None:
         return context.store.find(recipe.stage, recipe.key)
 
-    checkpoint = find(quantized.recipe(context, {"source": source}))
-    shipped = checkpoint and find(image.recipe(context, {"quantized": checkpoint}))
+    checkpoint = find(quantized.recipe(context, {"source": inputs["source"]}))
+    adapters = {"adapters": inputs["adapters"]}
+    shipped = checkpoint and find(image.recipe(context, {"quantized": checkpoint, **adapters}))
     if checkpoint is None or shipped is None:
         return None
     for each in (own, *(other for other in INSTRUCTION_SETS if other != own)):
         asked = replace(context, instruction_set=each)
-        fp16 = find(baseline.recipe(asked, {"source": source}))
-        inputs = {"quantized": checkpoint, "image": shipped}
-        if fp16 and find(candidate.recipe(asked, {**inputs, "baseline": fp16})):
+        fp16 = find(baseline.recipe(asked, {"source": inputs["source"], **adapters}))
+        made = {"quantized": checkpoint, "image": shipped, **adapters}
+        if fp16 and find(candidate.recipe(asked, {**made, "baseline": fp16})):
             return each
     return None

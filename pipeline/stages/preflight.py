@@ -18,6 +18,7 @@ from pipeline.planner.sources import Described
 from pipeline.planner.weights import FP16, quantized, unquantized
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec
+from pipeline.stages import adapters
 from pipeline.stages.source import recipe_of, resolve
 from pipeline.store.artifacts import Store, require_room
 from registry.progress import Progress
@@ -32,10 +33,12 @@ def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Pr
     Raises:
         PlanError: the disk is too small for what will be made, or what serves it can't hold a scheme.
         UnsupportedModelError: a scheme can't be made of this model, or the model can't be served as its file says.
+        SourceError: an adapter can't be read, is refused, or does not fit the model.
         SpecError: calibration text, prompts or a task's data are not what they should be.
     """
     check_data(spec)
     here = gpus()
+    resolved = adapters.resolve(spec, settings)
     try:
         pulled = _pulled(spec, settings)
         described = describe_source(spec, settings, pulled)
@@ -44,6 +47,7 @@ def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Pr
     except PlanError as error:
         say(f"no plan: {error}")
         return None
+    adapters.check(resolved, described.model)
     if refused := refusals(described.model, {name: spec.scheme(name) for name in schemes}):
         raise UnsupportedModelError("; ".join(sentences(refused)))
     try:

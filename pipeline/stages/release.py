@@ -11,7 +11,6 @@ from pathlib import Path
 from containers.hardware.gpu import gpus
 from containers.image import build as images
 from containers.image import profile as profiles
-from containers.image.serving import ServingConfiguration
 from containers.sandbox.kernels import ComputedOn
 from containers.scan import mlbom, scan_gate
 from containers.scan.evidence import read_scan
@@ -22,9 +21,11 @@ from evals.load.requests import read_requests
 from evals.load.variants import FILE as VARIANTS
 from evals.load.variants import Variant, write_variants
 from pipeline.quantization.quantize import QuantizedNotes
+from pipeline.sources import source as sources
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext, prepared
-from pipeline.stages.image import record_of
+from pipeline.stages.image import record_of, serving_of
+from pipeline.stages.pulled_adapters import files_of, read_adapters
 from pipeline.stages.stage import Gate, Inputs, digests
 from pipeline.stages.tested_variants import evidence, judged
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe
@@ -34,6 +35,7 @@ from pipeline.workers.environments import pinned_version
 from registry import seal
 from registry.digests import digest_file
 from registry.manifest import (
+    ADAPTERS,
     EVIDENCE,
     REPORT,
     Accelerator,
@@ -42,6 +44,7 @@ from registry.manifest import (
     Image,
     Kernels,
     Quantizer,
+    ReleasedAdapter,
     ServedConfiguration,
     Source,
     utc_now,
@@ -94,6 +97,9 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft, *, gates: 
         files |= {f"{EVIDENCE}/{file}": (inputs[name], file) for file in gate.evidence}
     measured = inputs["variants"]
     files |= {f"{EVIDENCE}/{path}": (measured, path) for path in evidence(measured, context)}
+    adapters = _adapters(inputs["adapters"])
+    for name, adapter in adapters.items():
+        files |= {f"{ADAPTERS}/{name}/{file}": (inputs["adapters"], f"{name}/{file}") for file in adapter.files}
     files[SBOM] = (inputs["scan"], "sbom.cdx.json")
     files[f"{EVIDENCE}/image.json"] = (inputs["image"], "image.json")
     waived = scan_gate.waived(read_scan(inputs["scan"].folder), context.spec.scan)
@@ -121,7 +127,8 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft, *, gates: 
             runtime=record.runtime,
             minimum_driver=record.minimum_driver,
         ),
-        serving=_serving(context, quantized, tested),
+        serving=_serving(context, inputs, tested),
+        adapters=adapters,
         sbom=SBOM,
         mlbom=MLBOM,
         hardware=_hardware(inputs["load"]),
@@ -131,11 +138,6 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft, *, gates: 
     seal.seal(draft.folder, prepared(context.key), manifest)
 
 
-def public_uri(uri: str) -> str:
-    """Return the URI as it is published: of a local folder its name alone, since its path is private."""
-    return f"file:{Path(uri).name}" if uri.startswith("file:") else uri
-
-
 def _cited(name: str, gate: Gate) -> list[str]:
     """The evidence that a gate's verdict rests on, as paths in the release."""
     return [f"{EVIDENCE}/{file}" for file in (*gate.evidence, *(["waived.json"] if name == "scan" else []))]
@@ -143,18 +145,28 @@ def _cited(name: str, gate: Gate) -> list[str]:
 
 def _source(context: StageContext, source: Artifact) -> Source:
     revision = source.noted(SourceNotes).revision
-    return Source(uri=public_uri(context.spec.source.uri), revision=revision, files=source.files)
+    return Source(uri=sources.public_uri(context.spec.source.uri), revision=revision, files=source.files)
 
 
-def _serving(context: StageContext, quantized: Artifact, tested: Sequence[Variant]) -> tuple[ServedConfiguration, ...]:
+def _serving(context: StageContext, inputs: Inputs, tested: Sequence[Variant]) -> tuple[ServedConfiguration, ...]:
     """The configurations that passed: the main one, and the variants that no gate blocks."""
     profile = profiles.load(context.spec.runtime)
-    passed = (_main(context, quantized), *(variant.serving for variant in tested if variant.passed))
+    passed = (serving_of(context, inputs), *(variant.serving for variant in tested if variant.passed))
     return tuple(serving.record(images.command(profile, context.spec.model, serving)) for serving in passed)
 
 
-def _main(context: StageContext, quantized: Artifact) -> ServingConfiguration:
-    return context.serving.resolved(quantized.document("config.json"), profiles.load(context.spec.runtime))
+def _adapters(artifact: Artifact) -> dict[str, ReleasedAdapter]:
+    """The adapters that are part of the release, with the digest of each file."""
+    return {
+        name: ReleasedAdapter(
+            uri=each.uri,
+            revision=each.revision,
+            rank=each.rank,
+            modules=each.modules,
+            files={file: artifact.files[f"{name}/{file}"] for file in files_of(artifact, name)},
+        )
+        for name, each in read_adapters(artifact).items()
+    }
 
 
 def _quantizer(context: StageContext, quantized: Artifact) -> Quantizer:
@@ -228,9 +240,9 @@ def _write_report(
             StageTime(name, each.seconds, each.worker_seconds, cached=each.cached) for name, each in inputs.items()
         ],
         facts={
-            "source": public_uri(context.spec.source.uri),
+            "source": sources.public_uri(context.spec.source.uri),
             "revision": source.noted(SourceNotes).revision,
-            "served with": " ".join(_main(context, quantized).engine_arguments()),
+            "served with": " ".join(serving_of(context, inputs).engine_arguments()),
             **_computed_on(inputs),
         },
         digests=digests(inputs),
@@ -268,13 +280,17 @@ def _write_mlbom(context: StageContext, draft: ArtifactDraft, inputs: Inputs) ->
     model = mlbom.Model(
         name=context.release_name,
         version=quantized.digest,
-        base=public_uri(spec.source.uri),
+        base=sources.public_uri(spec.source.uri),
         base_revision=source.noted(SourceNotes).revision,
         licence=spec.license,
         architecture=(quantized.document("config.json").get("architectures") or ["unknown"])[0],
         quantization={"method": record.method, "backend": record.backend, **record.parameters},
         files=quantized.sha256,
         datasets=data,
+        adapters={
+            name: mlbom.Adapter(each.uri, each.revision, {path: file.sha256 for path, file in each.files.items()})
+            for name, each in _adapters(inputs["adapters"]).items()
+        },
     )
     document = mlbom.document(model, list(context.verdicts.values()), record_of(inputs["image"]).digest)
     (draft.folder / MLBOM).write_text(json.dumps(document, indent=1, sort_keys=True, allow_nan=False))

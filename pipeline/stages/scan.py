@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from containers.image.build import model_layers
 from containers.image.layout import write_layout
 from containers.scan import scan as scans
 from containers.scan import scan_gate, trivy
 from containers.scan.evidence import read_scan
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext, prepared
-from pipeline.stages.image import record_of
+from pipeline.stages.image import beside, record_of
 from pipeline.stages.stage import Inputs, digests
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, timed
 from registry.digests import digest_of
@@ -31,9 +32,10 @@ def recipe(context: StageContext, inputs: Inputs) -> Recipe:
 def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
     """Lay the image out in a folder, and scan that."""
     quantized, record, home = inputs["quantized"], record_of(inputs["image"]), context.settings.home
+    layers = [*model_layers(quantized.folder, quantized.sha256), *beside(context, inputs)]
     folder = draft.scratch / record.tag.partition(":")[2]
     with context.cores(), timed(draft.worker_seconds):
-        write_layout(record, quantized.folder, quantized.sha256, home, folder)
+        write_layout(record, layers, home, folder)
         purl = f"pkg:oci/{context.release_name}@{record.digest}"
         subject = scans.in_layout(folder, digest_of(record.configuration.encode()), purl)
         scans.scan(subject, home=home, folder=draft.folder, progress=context.progress)

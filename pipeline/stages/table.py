@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from pipeline.stages import baseline, candidate, drift, image, layers, load, quantized, release, scan, source, variants
+from pipeline.stages import (
+    adapters,
+    baseline,
+    candidate,
+    drift,
+    image,
+    layers,
+    load,
+    quantized,
+    release,
+    scan,
+    source,
+    variants,
+)  # fmt: skip
 from pipeline.stages.pairing import choose_instruction_set
 from pipeline.stages.stage import Gate, Stage
 
@@ -19,6 +32,16 @@ SOURCE = Stage(
     accept=source.accept,
     tool="huggingface",
 )
+ADAPTERS = Stage(
+    "adapters",
+    "The LoRA adapters that are served next to the model: pinned, locked, and checked against the weights.",
+    inputs=("source",),
+    recipe=adapters.recipe,
+    make=adapters.make,
+    prepare=adapters.prepare,
+    accept=adapters.accept,
+    tool="huggingface",
+)
 QUANTIZED = Stage(
     "quantized",
     "The weights in few bits, made by AutoAWQ, GPTQModel or AutoGPTQ, and checked without their help.",
@@ -30,8 +53,8 @@ QUANTIZED = Stage(
 )
 IMAGE = Stage(
     "image",
-    "The container that ships: pinned base, pinned wheels, the checkpoint inside.",
-    inputs=("quantized",),
+    "The container that ships: pinned base, pinned wheels, the checkpoint and the adapters inside.",
+    inputs=("quantized", "adapters"),
     recipe=image.recipe,
     make=image.make,
     stale=image.stale,
@@ -40,7 +63,7 @@ IMAGE = Stage(
 BASELINE = Stage(
     "baseline",
     "What FP16 answers, item by item: once for a model, a suite and an engine, whatever the scheme.",
-    inputs=("source",),
+    inputs=("source", "adapters"),
     # So that one scheme is quantized while the runtime is built for another.
     waits_for=("image",),
     recipe=baseline.recipe,
@@ -49,16 +72,17 @@ BASELINE = Stage(
     device=True,
     tool="vllm",
 )
+CANDIDATE = Stage("candidate", "", ("quantized", "adapters", "image", "baseline"), candidate.recipe, candidate.make)
 DRIFT = Stage(
     "drift",
     "What quantization lost: the answers of the image that ships, paired with FP16's, with intervals.",
-    inputs=("source", "quantized", "image", "baseline"),
+    inputs=("source", "quantized", "adapters", "image", "baseline"),
     recipe=drift.recipe,
     make=drift.make,
     prepare=choose_instruction_set,
     parts=(
         # The baseline is found, unless the candidate has to be asked on another CPU than FP16 was.
-        (BASELINE, Stage("candidate", "", ("quantized", "image", "baseline"), candidate.recipe, candidate.make)),
+        (BASELINE, CANDIDATE),
         (Stage("layers", "", ("source", "quantized"), layers.recipe, layers.make),),
     ),
     gate=Gate(
@@ -70,7 +94,7 @@ DRIFT = Stage(
 SCAN = Stage(
     "scan",
     "Known vulnerabilities, secrets, misconfiguration and the SBOM of the image that ships.",
-    inputs=("quantized", "image"),
+    inputs=("quantized", "adapters", "image"),
     waits_for=("drift",),
     recipe=scan.recipe,
     make=scan.make,
@@ -82,7 +106,7 @@ SCAN = Stage(
 LOAD = Stage(
     "load",
     "Latency, throughput, errors and memory of the image that ships, under open-loop load.",
-    inputs=("quantized", "image"),
+    inputs=("quantized", "adapters", "image"),
     waits_for=("scan",),
     recipe=load.recipe,
     make=load.make,
@@ -99,7 +123,7 @@ LOAD = Stage(
 VARIANTS = Stage(
     "variants",
     "The model file's further ways to serve the image: each through drift and load. Those that pass are listed.",
-    inputs=("source", "quantized", "image", "baseline"),
+    inputs=("source", "quantized", "adapters", "image", "baseline"),
     waits_for=("load",),
     recipe=variants.recipe,
     make=variants.make,
@@ -110,13 +134,13 @@ VARIANTS = Stage(
     tool="vllm",
 )
 
-_BEFORE_RELEASE = (SOURCE, QUANTIZED, IMAGE, BASELINE, DRIFT, SCAN, LOAD, VARIANTS)
+_BEFORE_RELEASE = (SOURCE, ADAPTERS, QUANTIZED, IMAGE, BASELINE, DRIFT, SCAN, LOAD, VARIANTS)
 _GATES: Mapping[str, Gate] = {stage.name: stage.gate for stage in _BEFORE_RELEASE if stage.gate}
 
 RELEASE = Stage(
     "release",
     "The signed manifest over all of it, registered and promoted.",
-    inputs=("source", "quantized", "image", "variants", *_GATES),
+    inputs=("source", "adapters", "quantized", "image", "variants", *_GATES),
     recipe=release.recipe,
     make=partial(release.make, gates=_GATES),
     prepare=partial(release.prepare, gates=_GATES),

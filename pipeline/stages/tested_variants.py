@@ -42,7 +42,7 @@ def _judged(folder: Path, context: StageContext) -> Variant:
         verdicts = [Verdict(gate=drift_gate.GATE, status="inconclusive", cause="not-measured", reason=reason)]
     else:
         verdicts = [
-            drift_gate.judge(read_drift(folder), context.evals),
+            drift_gate.judge(read_drift(folder), context.evals, context.spec.serve.adapters),
             load_gate.judge(read_load_evidence(folder), context.spec.load),
         ]
     return Variant(name=context.variant or "", serving=serving, verdicts=tuple(verdicts))

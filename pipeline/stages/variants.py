@@ -33,7 +33,7 @@ def recipe(context: StageContext, inputs: Inputs) -> Recipe:
             "serving": own.serving.document(),
             "fp16": baseline.recipe(own, inputs).key,
             "candidate": candidate.recipe(own, inputs).key,
-            "load": load.recipe(own, _only(inputs, "quantized", "image")).key,
+            "load": load.recipe(own, _only(inputs, "quantized", "adapters", "image")).key,
         }
         for name in context.variants
         for own in [replace(context, variant=name)]
@@ -88,7 +88,7 @@ def _measured(context: StageContext, inputs: Inputs) -> dict[str, Artifact]:
     answered = _obtain(candidate, context, asked)
     errors = _obtain(layers, context, inputs)
     compared = _obtain(drift, context, {**asked, "candidate": answered, "layers": errors})
-    return {"drift": compared, "load": _obtain(load, context, _only(inputs, "quantized", "image"))}
+    return {"drift": compared, "load": _obtain(load, context, _only(inputs, "quantized", "adapters", "image"))}
 
 
 def _fp16(context: StageContext, inputs: Inputs) -> Artifact:

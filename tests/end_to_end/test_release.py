@@ -62,7 +62,7 @@ def test_the_demo_is_released_in_both_schemes(released: dict[str, Any]) -> None:
         assert entry["manifest_digest"].startswith("sha256:")
         assert "sha256:" in entry["image"]
         assert [stage["name"] for stage in entry["stages"]] == [
-            "source", "quantized", "image", "baseline", "drift", "scan", "load", "release",
+            "source", "adapters", "quantized", "image", "baseline", "drift", "scan", "load", "release",
         ]  # fmt: skip
         assert {gate["name"]: gate["status"] for gate in entry["gates"]} == {
             "drift": "pass", "scan": "inconclusive", "load": "pass",
@@ -71,7 +71,7 @@ def test_the_demo_is_released_in_both_schemes(released: dict[str, Any]) -> None:
 
 
 def test_fp16_is_asked_once_for_both_schemes(slipway: Slipway, released: dict[str, Any]) -> None:
-    baselines = [entry["stages"][3] for entry in released["releases"]]
+    baselines = [entry["stages"][4] for entry in released["releases"]]
     assert sorted(stage["cached"] for stage in baselines) == [False, True]
 
 

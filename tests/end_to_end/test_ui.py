@@ -88,7 +88,7 @@ def test_a_person_launches_watches_reads_and_backfills_in_a_browser(
     assert httpx.get(f"http://127.0.0.1:{ui.port + 1}/health", timeout=10, trust_env=False).status_code == 200
     with chromium(f"http://127.0.0.1:{ui.port}", machine.home / "test-artifacts" / "ui") as browser:
         browser.open("/asset-groups")
-        browser.sees("source", "quantized", "image", "baseline", "drift", "scan", "load", "release")
+        browser.sees("source", "adapters", "quantized", "image", "baseline", "drift", "scan", "load", "release")
         browser.picture("1-graph", documented="graph")
 
         # One partition, with something to do for as long as a page takes to open, and something new in the end, but

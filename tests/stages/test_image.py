@@ -81,7 +81,8 @@ def test_how_a_model_is_served_is_in_the_command_a_label_and_a_file(
     serving = ServingConfiguration(context=256, chat_template=f"sha256:{digest_file(template)}", reasoning="qwen3")
     record = build.build_image(
         engine, profile.load("vllm-cpu"), DEMO, name="test-serving", served_name="demo",
-        model_digest="sha256:" + "d" * 64, home=machine.home, progress=print, serving=serving, chat_template=template,
+        model_digest="sha256:" + "d" * 64, home=machine.home, progress=print, serving=serving,
+        beside=[build.template_layer(template)],
     )  # fmt: skip
     try:
         image = engine.images.get(record.image_id)
@@ -127,7 +128,7 @@ def test_the_same_checkpoint_gives_the_same_image(
 def test_a_scan_of_its_layers_finds_what_a_scan_in_the_engine_finds(
     engine: docker.DockerClient, machine: Settings, record: build.ImageRecord, tmp_path: Path
 ) -> None:
-    write_layout(record, DEMO, {}, machine.home, tmp_path / "image")
+    write_layout(record, build.model_layers(DEMO, {}), machine.home, tmp_path / "image")
     found = []
     for number, subject in enumerate((in_layout(tmp_path / "image", record.image_id), in_engine(engine, record.tag))):
         folder = tmp_path / str(number)
@@ -150,7 +151,7 @@ def test_a_changed_checkpoint_is_not_laid_out(machine: Settings, record: build.I
     shutil.copytree(DEMO, changed)
     (changed / "config.json").write_text("{}")
     with pytest.raises(ImageError, match=r"model config\.json and 4 more.* is missing"):
-        write_layout(record, changed, {}, machine.home, tmp_path / "image")
+        write_layout(record, build.model_layers(changed, {}), machine.home, tmp_path / "image")
 
 
 def test_what_torch_computes_first_in_it_is_as_exact_as_the_rest(

@@ -52,8 +52,9 @@ class Float32PackedLinearKernel(MPLinearKernel):  # type: ignore[misc]
         else:
             zero = torch.tensor(self.config.weight_type.bias, dtype=torch.int32)
         self.linear = float32.linear(dequantized(values, scale, zero).t())
+        # vLLM's layers for LoRA adapters ask the packed weight for its device: it stays, without its values.
         for name in filter(None, (self.w_q_name, self.w_s_name, self.w_zp_name)):
-            setattr(layer, name, None)
+            setattr(layer, name, torch.nn.Parameter(packed.new_empty(0), requires_grad=False))
 
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:  # noqa: ARG002 - vLLM's interface
         """Multiply, in the type of ``x``."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 import slipway_kernels
@@ -48,7 +49,9 @@ class Worker(CPUWorker):  # type: ignore[misc]
         cache = config.cache_config.cache_dtype
         layers = config.compilation_config.static_forward_context.values()
         backends = {layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")}
-        plain = {unquantized.used_by(module) for module in model.modules()} - {None}
+        # vLLM's layers for LoRA adapters answer for the layer that they wrap, which is a module of its own.
+        modules = [module for module in model.modules() if not isinstance(module, BaseLayerWithLoRA)]
+        plain = {unquantized.used_by(module) for module in modules} - {None}
         named = sorted(f"{each}" if each == unquantized.OURS else f"{each}-{compute}" for each in plain)
         return {
             "attention": "+".join(sorted(backends)) or "none",
@@ -57,7 +60,7 @@ class Worker(CPUWorker):  # type: ignore[misc]
             "instruction_set": unquantized.instruction_set(),
             "kv_cache_dtype": compute if cache == "auto" else str(cache),
             "linear_16bit": "+".join(named) or "none",
-            "linear_quantized": dict(Counter(filter(None, map(_quantized_by, model.modules())))),
+            "linear_quantized": dict(Counter(filter(None, map(_quantized_by, modules)))),
             "threads": torch.get_num_threads(),
         }
 

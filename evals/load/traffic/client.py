@@ -3,8 +3,9 @@
 Open loop: every request has its due time and goes out then, whatever became of those before it. Latency counts from
 the due time, so that a stall of the server, or of the client, is not left out (no coordinated omission).
 
-Request: ``url``, ``model``, ``tokenizer`` (folder), ``prompts`` (JSON lines with ``text``), ``schedule`` (`Schedule` as
-JSON: ``requests``, ``warmup``, ``prefix_tokens``), ``skip`` (how many prompts of the text went out before),
+Request: ``url``, ``models`` (the names that requests go to in turn), ``tokenizer`` (folder), ``prompts`` (JSON lines
+with ``text``), ``schedule`` (`Schedule` as JSON: ``requests``, ``warmup``, ``prefix_tokens``), ``skip`` (how many
+prompts of the text went out before),
 ``request_timeout_s``, ``seed``, ``output`` (an empty folder, receives ``requests.jsonl``). While it works,
 ``progress.json`` in the working folder says how it goes. Result: ``aiperf_version``, ``exit_status``,
 ``is_complete``, ``warmup_errors``, ``prompts_used`` and ``client``: what driving the load cost.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import http.client
+import itertools
 import json
 import math
 import os
@@ -53,14 +55,17 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
     shared = deck.cut(request["schedule"]["prefix_tokens"])
     measured, warming = (_with_prefixes(each, deck, shared) for each in (planned, warmup))
     watch.tell("warm-up")
+    models = request["models"]
     errors = _warm_up(request, warming, [each["output_tokens"] for each in warmup])
     last = planned[-1]["due_ms"]
     report(f"warmed up with {len(warming)} requests; {len(measured)} follow, the last after {last / 1000:.0f} s")
     folder = Path.cwd() / "aiperf"
     started = time.monotonic()
-    status = _run_aiperf(request, _dataset(folder, measured, planned), folder, last, watch, report)
+    status = _run_aiperf(request, _dataset(folder, measured, planned, models), folder, last, watch, report)
     seconds = time.monotonic() - started
     rows, summary, start = _rows(folder, [each["due_ms"] for each in planned])
+    if len(models) > 1:
+        rows = [{**row, "model": models[row["number"] % len(models)]} for row in rows]
     (output / "requests.jsonl").write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
     watch.tell("done")
     return {
@@ -248,8 +253,8 @@ def _warm_up(request: Mapping[str, Any], prompts: Sequence[str], tokens: Iterabl
     A server that refuses them will refuse the traffic too, and is judged on that.
     """
 
-    def send(prompt: str, output_tokens: int) -> str | None:
-        body = {"model": request["model"], "prompt": prompt, "max_tokens": output_tokens, "temperature": 0}
+    def send(model: str, prompt: str, output_tokens: int) -> str | None:
+        body = {"model": model, "prompt": prompt, "max_tokens": output_tokens, "temperature": 0}
         call = urllib.request.Request(  # noqa: S310 - the sandbox's own http URL
             f"{request['url']}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
@@ -260,17 +265,18 @@ def _warm_up(request: Mapping[str, Any], prompts: Sequence[str], tokens: Iterabl
         return None
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        return [error for error in pool.map(send, prompts, tokens) if error is not None]
+        sent = pool.map(send, itertools.cycle(request["models"]), prompts, tokens)
+        return [error for error in sent if error is not None]
 
 
-def _dataset(folder: Path, prompts: Sequence[str], planned: Sequence[Mapping[str, Any]]) -> Path:
-    """Write aiperf's input: one row a request, named by its number, with its due time."""
+def _dataset(folder: Path, prompts: Sequence[str], planned: Sequence[Mapping[str, Any]], models: Sequence[str]) -> Path:
+    """Write aiperf's input: one row a request, named by its number, with its due time and its model."""
     folder.mkdir()
     path = folder / "dataset.jsonl"
     rows = (
         {
             "session_id": _name(number), "text": prompt, "timestamp": each["due_ms"],
-            "output_length": each["output_tokens"],
+            "output_length": each["output_tokens"], "extra": {"model": models[number % len(models)]},
         }
         for number, (prompt, each) in enumerate(zip(prompts, planned, strict=True))
     )  # fmt: skip
@@ -288,7 +294,7 @@ def _run_aiperf(
     """Run aiperf to its end, reporting how it goes; return its exit status, which proves nothing."""
     command = [
         *("setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "aiperf", "profile"),
-        *("--model", request["model"], "--url", request["url"], "--endpoint-type", "completions", "--streaming"),
+        *("--model", request["models"][0], "--url", request["url"], "--endpoint-type", "completions", "--streaming"),
         *("--tokenizer", request["tokenizer"], "--use-server-token-count", "--use-legacy-max-tokens"),
         *("--input-file", str(dataset), "--custom-dataset-type", "single-turn", "--fixed-schedule"),
         *("--fixed-schedule-start-offset", "0"),

@@ -11,7 +11,8 @@ import pytest
 from containers.errors import ImageError, WheelError
 from containers.image import base, build, profile, runtime, wheels
 from containers.image.blobs import Blob, BlobStore
-from containers.image.serving import LONGEST_CONTEXT
+from containers.image.serving import LONGEST_CONTEXT, ServedAdapter, ServingConfiguration
+from registry.digests import digest_file
 
 BASE = base.BaseImage("sha256:" + "1" * 64, "sha256:" + "2" * 64, "a base")
 
@@ -161,3 +162,33 @@ def test_pips_hash_mismatch_names_the_wheel() -> None:
         "Got        bbb",
     ]
     assert "`one==1.0` does not have the hash that the lock names (Got        bbb)" in wheels._reason(output)
+
+
+def test_all_adapters_may_be_in_one_batch_and_only_the_layers_that_they_change_are_prepared(tmp_path: Path) -> None:
+    adapters = {
+        "manual": ServedAdapter(digest="sha256:1", rank=4, modules=("q_proj", "v_proj")),
+        "tests": ServedAdapter(digest="sha256:2", rank=20, modules=("down_proj", "q_proj")),
+    }
+    serving = ServingConfiguration(adapters=adapters)
+    words = build.serving_arguments(profile.load("vllm-cpu"), checkpoint(tmp_path), "demo", serving)
+    added = words[words.index("--enable-lora") : words.index("--enforce-eager")]
+    assert added == (
+        "--enable-lora", "--max-loras", "2", "--max-lora-rank", "32",
+        "--lora-target-modules", "down_proj", "q_proj", "v_proj",
+        "--lora-modules", "manual=/adapters/manual", "tests=/adapters/tests",
+    )  # fmt: skip
+
+
+def test_a_changed_adapter_changes_its_own_layer_alone(tmp_path: Path) -> None:
+    def keys() -> list[str | None]:
+        folders = {name: tmp_path / name for name in ("manual", "tests")}
+        sha256 = {path: digest_file(path) for folder in folders.values() for path in folder.iterdir()}
+        return [layer.key for layer in build.adapter_layers(folders, sha256)]
+
+    for name in ("manual", "tests"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(name.encode())
+    before = keys()
+    (tmp_path / "tests" / "adapter_model.safetensors").write_bytes(b"changed")
+    after = keys()
+    assert (after[0] == before[0], after[1] == before[1]) == (True, False)

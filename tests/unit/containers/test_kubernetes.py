@@ -280,6 +280,20 @@ def test_a_variant_runs_with_its_arguments_and_a_release_without_it_is_not_pulle
         assert first["args"][-2:] == ["--variant", "short"]
 
 
+def test_adapters_are_routed_and_mounted_where_the_image_has_them(tmp_path: Path) -> None:
+    record = {"sha256": "ab" * 32, "size": 600}
+    adapter = {"uri": "file:tests", "revision": "0" * 40, "rank": 4, "modules": ["q_proj"]}
+    adapter |= {"files": {"a.safetensors": record}}
+    released = manifest(adapters={"tests": adapter}, files={**files(3_800_000), "adapters/tests/a.safetensors": record})
+    written(evidence(manifest=released), tmp_path / "b")
+    assert json.loads((tmp_path / "b/base/routes.json").read_text())["models"]["demo"]["adapters"] == ["tests"]
+    patch = yaml.safe_load((tmp_path / "b/weights/pull.yaml").read_text())["spec"]["template"]["spec"]
+    (engine,) = patch["containers"]
+    assert engine["volumeMounts"][1] == {
+        "name": "weights", "mountPath": "/adapters", "subPath": "model/adapters", "readOnly": True,
+    }  # fmt: skip
+
+
 def test_kustomize_puts_the_pull_before_all_else(folder: Path) -> None:
     overlay = folder / "overlays" / "pulled"
     overlay.mkdir()

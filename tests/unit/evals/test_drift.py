@@ -340,3 +340,37 @@ def test_an_unknown_task_and_absent_data_are_named(tmp_path: Path) -> None:
         limits(tasks={"clozze": {"data": tmp_path, "max_drop": 0.1}, "perplexity": text})
     with pytest.raises(SuiteError, match="cannot be read"):
         questions(limits(tasks={"cloze": {"data": tmp_path / "none.jsonl", "max_drop": 0.1}, "perplexity": text}))
+
+
+def with_adapter(factor: float) -> Drift:
+    """FP16 and the candidate, which answer alike; with an adapter the candidate's likelihood is ``factor`` as good."""
+    baseline = answers(choices(BASELINE_HITS), documents(1.0))
+    adapter = compare(baseline, answers(choices(BASELINE_HITS), documents(factor)))
+    return compare(baseline, baseline, adapters={"support": adapter})
+
+
+def test_an_adapter_is_judged_like_the_model_by_its_own_limits_or_the_models(tmp_path: Path) -> None:
+    write_drift(with_adapter(1.05), tmp_path)
+    drift = read_drift(tmp_path)
+    refused = judge(drift, limits(), ["support"])
+    assert refused.status == "fail"
+    assert "adapter `support`: " in refused.reason
+    assert refused.limits["adapter.support.perplexity.max_increase"] == 0.01
+    own = {"tasks": {"perplexity": {"data": "t", "max_increase": 0.1}}}
+    asked = limits(adapters={"support": own}).of_adapter("support")
+    suite = drift.adapters["support"].suite
+    assert suite is not None
+    pairs = {"perplexity": drift.adapters["support"].tasks["perplexity"]}
+    changed = drift.adapters["support"].model_copy(
+        update={"tasks": pairs, "suite": suite.model_copy(update={"digest": asked.digest})}
+    )
+    drift = drift.model_copy(update={"adapters": {"support": changed}})
+    assert judge(drift, limits(adapters={"support": own}), ["support"]).status == "pass"
+
+
+def test_an_adapter_that_was_not_asked_never_passes() -> None:
+    drift = with_adapter(1.0)
+    assert judge(drift, limits(), ["support"]).status == "pass"
+    missing = judge(drift, limits(), ["support", "legal"])
+    assert (missing.status, missing.cause) == ("inconclusive", "not-answered")
+    assert "the adapter `legal` was not evaluated" in missing.reason

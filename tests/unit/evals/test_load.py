@@ -545,7 +545,7 @@ def test_a_load_generators_progress_in_another_form_is_left_out_and_the_next_is_
     }  # fmt: skip
     seen: list[loads.TrafficProgress] = []
     server = Server("http://127.0.0.1:9", 1.0, GIB, None, sampler, lambda: None)
-    tester = loads.Tester(server, plan(), "m", tmp_path, tmp_path, lambda *_: {}, print, seen.append)
+    tester = loads.Tester(server, plan(), ("m",), tmp_path, tmp_path, lambda *_: {}, print, seen.append)
     with tester._watched(tmp_path / "progress.json", "quick", 2.0):
         for wrong in ({**going, "purpose": "[red]"}, {**going, "answered": "[red]3"}, {**going, "phase": 1}, ["load"]):
             (tmp_path / "progress.json").write_text(json.dumps(wrong))

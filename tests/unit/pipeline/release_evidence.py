@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,6 +24,7 @@ from pipeline.spec import load
 from pipeline.stages.context import StageContext
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, Store
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 SCAN = ScanEvidence(
     image_id=DIGEST,
     os=OperatingSystem(family="debian", name="12.1"),
@@ -80,6 +82,7 @@ class Made:
     lost: int = 1
     load: LoadEvidence = LOAD
     image: Mapping[str, object] = field(default_factory=dict)
+    adapters: tuple[str, ...] = ()
     told: list[str] = field(default_factory=list)
 
     @property
@@ -92,19 +95,18 @@ class Made:
         source = self.put("source", {}, {"model.safetensors": "weights" * 10, "config.json": "{}"}, revision="0" * 40)
         checkpoint = {"model.safetensors": weights.decode(), "config.json": "{}"}
         quantized = self.put("quantized", {"source": source.digest}, checkpoint, **QUANTIZED_NOTES)
+        adapters = self._put_adapters(source)
         of_checkpoint = {"quantized": quantized.digest}
+        beside = {"adapters": adapters.digest}
         # An image is of its checkpoint, and so differs with it.
-        image = self.put(
-            "image",
-            of_checkpoint,
-            {"image.json": image_record(model_digest=quantized.digest, **self.image).model_dump_json()},
-        )
+        record = image_record(model_digest=quantized.digest, **self.image)
+        image = self.put("image", {**of_checkpoint, **beside}, {"image.json": record.model_dump_json()})
         of_image = {"image": image.digest}
         paired = {"drift.json": drift_of(self.lost).model_dump_json(by_alias=True)}
-        drift = self.put("drift", {"source": source.digest, **of_checkpoint, **of_image}, paired)
+        drift = self.put("drift", {"source": source.digest, **of_checkpoint, **beside, **of_image}, paired)
         scan = self.put(
             "scan",
-            {**of_checkpoint, **of_image},
+            {**of_checkpoint, **beside, **of_image},
             {"scan.json": SCAN.model_dump_json(by_alias=True), "trivy.json": "{}", "sbom.cdx.json": "{}"},
         )
         measured = {
@@ -112,18 +114,26 @@ class Made:
             "requests.jsonl": "",
             "memory.json": f"[{SAMPLE.model_dump_json()}]",
         }
-        load_test = self.put("load", {**of_image, **of_checkpoint}, measured)
+        load_test = self.put("load", {**of_image, **beside, **of_checkpoint}, measured)
         variants = self.put(
-            "variants", {"source": source.digest, **of_checkpoint, **of_image, "load": load_test.digest}, {}
+            "variants", {"source": source.digest, **of_checkpoint, **beside, **of_image, "load": load_test.digest}, {}
         )
-        made = (source, quantized, image, drift, scan, load_test, variants)
+        made = (source, adapters, quantized, image, drift, scan, load_test, variants)
         return {artifact.stage: artifact for artifact in made}
+
+    def _put_adapters(self, source: Artifact) -> Artifact:
+        told = {"revision": DIGEST, "rank": 4, "modules": ["q_proj"]}
+        found = {name: {"uri": f"file:{name}", **told} for name in self.adapters}
+        files = {"adapters.json": json.dumps({"adapters": found})}
+        files |= {f"{name}/{file}": f"{name}'s {file}" for name in self.adapters for file in ADAPTER_FILES}
+        return self.put("adapters", {"source": source.digest}, files)
 
     def put(self, stage: str, inputs: Mapping[str, str], files: Mapping[str, str], **notes: Any) -> Artifact:  # noqa: ANN401
         """Make one artifact that holds these files."""
 
         def make(draft: ArtifactDraft) -> None:
             for name, text in files.items():
+                (draft.folder / name).parent.mkdir(exist_ok=True)
                 (draft.folder / name).write_text(text)
             draft.notes.update(notes)
 

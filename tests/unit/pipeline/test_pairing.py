@@ -77,7 +77,7 @@ def test_fp16_is_asked_anew_where_the_candidate_is_asked_on_another_instruction_
     models = Models(tmp_path)
     context = models.context(models.write(), "gptq")
     made = run_until("image", context)
-    source = {"source": made["source"]}
+    source = {name: made[name] for name in ("source", "adapters")}
     told: list[str] = []
     avx2 = replace(context, instruction_set="avx2", progress=told.append)
     elsewhere = run(BASELINE, replace(context, instruction_set="avx512"), source)
@@ -97,7 +97,7 @@ def test_a_candidate_is_asked_on_the_cpu_of_fp16_though_another_one_has_asked_it
     models = Models(tmp_path)
     context = models.context(models.write(), "gptq")
     made = run_until("image", context)
-    source = {"source": made["source"]}
+    source = {name: made[name] for name in ("source", "adapters")}
     own = context.settings.cpu.instruction_set
     other = next(each for each in INSTRUCTION_SETS if each != own)
     elsewhere = replace(context, instruction_set=other)

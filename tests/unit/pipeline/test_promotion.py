@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +21,12 @@ from pipeline.store import artifacts as store
 from pipeline.store.artifacts import Artifact
 from pipeline.trust import trust_of
 from registry import seal as seals
-from registry.errors import PromotionError, SigningError
+from registry.errors import PromotionError, SigningError, VerificationError
 from registry.manifest import MANIFEST, Manifest
+from registry.provenance import statement
 from registry.signing import load_trusted_keys
 from registry.verify import verify
-from unit.pipeline.release_evidence import DIGEST, LOAD, Made, settings_of
+from unit.pipeline.release_evidence import ADAPTER_FILES, DIGEST, LOAD, Made, settings_of
 
 
 @pytest.fixture
@@ -97,6 +99,30 @@ def test_load_evidence_from_before_kernels_were_told_is_sealed_without_them(
     made.load = changed(LOAD, {"server": {"computed_on": None}})
     hardware = seal(made, made.artifacts()).document("release/manifest.json")["hardware"]
     assert not {"instruction_set", "kernels"} & hardware.keys()
+
+
+def test_adapters_are_in_the_manifest_the_provenance_and_the_bill_and_verified_like_weights(made: Made) -> None:
+    made.adapters = ("support",)
+    release = seal(made, made.artifacts())
+    inside = [f"adapters/support/{name}" for name in ADAPTER_FILES]
+    manifest = release.document("release/manifest.json")
+    assert set(inside) <= manifest["files"].keys()
+    assert manifest["adapters"]["support"]["files"] == {
+        name: manifest["files"][f"adapters/support/{name}"] for name in ADAPTER_FILES
+    }
+    assert manifest["serving"][0]["adapters"] == ["support"]
+    assert "support=/adapters/support" in manifest["serving"][0]["command"]
+    predicate = json.loads(statement(Manifest.parse((release.folder / MANIFEST).read_bytes())))["predicate"]
+    assert set(inside) <= {each["name"] for each in predicate["buildDefinition"]["resolvedDependencies"]}
+    bill = release.document("release/evidence/mlbom.cdx.json")
+    (adapter,) = (each for each in bill["components"] if each["bom-ref"] == "adapter-support")
+    assert [file["name"] for file in adapter["components"]] == list(ADAPTER_FILES)
+    verify(release.folder, load_trusted_keys(made.settings.trusted_keys))
+    weights = release.folder / inside[1]
+    weights.chmod(0o644)
+    weights.write_bytes(weights.read_bytes()[::-1])
+    with pytest.raises(VerificationError, match=r"adapters/support/adapter_model\.safetensors"):
+        verify(release.folder, load_trusted_keys(made.settings.trusted_keys))
 
 
 def test_a_local_folder_is_named_without_its_place(made: Made) -> None:

@@ -287,7 +287,7 @@ def test_damaged_weights_and_json_are_refused_together(model: Path, into: Fetch)
         ("s3://bucket/model", None, "expected file:FOLDER or hf://"),
         ("hf://only-a-name", None, "expected file:FOLDER or hf://ORG/NAME"),
         ("hf://org/name@one", "two", "remove one of them"),
-        ("file:/tmp", "main", "`source.revision` does not apply"),
+        ("file:/tmp", "main", "`revision` does not apply"),
     ],
 )
 def test_a_source_that_cannot_be_is_refused(uri: str, revision: str | None, reason: str) -> None:

@@ -1,0 +1,103 @@
+"""Sources of LoRA adapters: two files, ``adapter_config.json`` and ``adapter_model.safetensors``, checked like weights.
+
+Each adapter has a lock of its own beside the model's (`lock_of`). Tokenizers and whatever else lies beside an adapter
+is not pulled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.compatibility.description import ModelDescription
+from pipeline.compatibility.lora import (
+    BOUNDS,
+    CONFIGURATION,
+    WEIGHTS,
+    AdapterConfiguration,
+    AdapterError,
+    find_problems,
+    read_configuration,
+)
+from pipeline.compatibility.safetensors_headers import HeaderError, Tensor, read_header
+from pipeline.errors import SourceError
+from pipeline.sources.source import Contents, ResolvedSource, missing_weights, read_range
+from pipeline.sources.source import read_header as read_hub_header
+from registry.progress import Progress
+
+
+@dataclass(frozen=True)
+class AdapterDescription:
+    """An adapter as its two files describe it; the matrices are not read."""
+
+    configuration: AdapterConfiguration
+    tensors: dict[str, Tensor]
+
+
+def lock_of(model_lock: Path, name: str) -> Path:
+    """The lock of a model's adapter. No model's name has an underscore, so it is not the lock of another model."""
+    return model_lock.with_name(model_lock.name.replace(".lock.json", f".adapter_{name}.lock.json"))
+
+
+def describe(resolved: ResolvedSource) -> AdapterDescription:
+    """Read an adapter's configuration and header, of a folder or, by range requests, of a hub.
+
+    Raises:
+        SourceError: they can't be read, or are not those of an adapter that can be served.
+    """
+    if resolved.hub is None:
+        return describe_folder(Path(resolved.uri.removeprefix("file:")))
+    (weights,) = (file for file in resolved.files if file.path == WEIGHTS)
+    try:
+        configuration = read_configuration(read_range(resolved, CONFIGURATION, 0, BOUNDS.bytes + 1))
+        return AdapterDescription(configuration, read_hub_header(resolved, weights))
+    except (AdapterError, HeaderError) as error:
+        raise SourceError(f"{resolved.uri}: {error}") from error
+
+
+def describe_folder(folder: Path) -> AdapterDescription:
+    """Read the configuration and the header of an adapter in a folder.
+
+    Raises:
+        SourceError: they can't be read, or are not those of an adapter that can be served.
+    """
+    try:
+        with (folder / CONFIGURATION).open("rb") as stream:
+            configuration = read_configuration(stream.read(BOUNDS.bytes + 1))
+        return AdapterDescription(configuration, read_header(folder / WEIGHTS))
+    except (AdapterError, HeaderError, OSError) as error:
+        raise SourceError(f"{folder.name}: {error}") from error
+
+
+def refuse_misfit(adapter: AdapterDescription, model: ModelDescription | None, uri: str) -> None:
+    """Check that an adapter's matrices are whole and, with a ``model``, that they fit its layers.
+
+    Raises:
+        SourceError: listing what does not fit.
+    """
+    if problems := find_problems(adapter.configuration, adapter.tensors, model):
+        raise SourceError(f"{uri} can't be served: {'; '.join(problems)}")
+
+
+def _weights(uri: str, names: list[str], _index: Callable[[], bytes]) -> list[str]:
+    if WEIGHTS not in names:
+        raise missing_weights(uri, names, WEIGHTS)
+    return [WEIGHTS]
+
+
+def _is_taken(name: str, _weights: Collection[str]) -> bool:
+    return name in {CONFIGURATION, WEIGHTS}
+
+
+def _require(uri: str, taken: list[str]) -> None:
+    if CONFIGURATION not in taken:
+        raise SourceError(f"{uri} has no {CONFIGURATION}: it is not an adapter that PEFT wrote")
+
+
+def _check(folder: Path, _progress: Progress) -> None:
+    refuse_misfit(describe_folder(folder), None, "the adapter")
+
+
+ADAPTER = Contents(_weights, _is_taken, _require, _check)
+"""A LoRA adapter, as PEFT writes it."""
