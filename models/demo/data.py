@@ -88,7 +88,7 @@ def calibration(split: Split, tokenizer: Tokenizer) -> list[dict[str, object]]:
     random.Random(SEED).shuffle(order)
     samples: list[dict[str, object]] = []
     for source in order:
-        blocks = [block for block in _documents(source.text, tokenizer, CALIBRATION_TOKENS) if _plain(block)]
+        blocks = [block for block in documents(source.text, tokenizer, CALIBRATION_TOKENS) if is_plain(block)]
         full = [block for block in blocks if len(tokenizer.encode(block)) >= CALIBRATION_TOKENS * 4 // 5]
         if full:
             samples.append({"text": random.Random(f"{SEED}:{source.path}").choice(full)})
@@ -104,7 +104,7 @@ def held_out_documents(split: Split, tokenizer: Tokenizer) -> list[dict[str, obj
     """
     documents: list[dict[str, object]] = []
     for source in split.held_out:
-        blocks = [block for block in _documents(source.text, tokenizer, DOCUMENT_TOKENS) if _plain(block)]
+        blocks = [block for block in documents(source.text, tokenizer, DOCUMENT_TOKENS) if is_plain(block)]
         full = [block for block in blocks if len(tokenizer.encode(block)) >= DOCUMENT_TOKENS // 2]
         documents += [{"id": f"{source.path}#{index}", "text": block} for index, block in enumerate(full)]
     return documents
@@ -118,6 +118,29 @@ def cloze(split: Split, tokenizer: Tokenizer) -> list[dict[str, object]]:
     candidates = [item for source in split.held_out for item in _cloze_of(source, tokenizer)]
     chosen = sorted(random.Random(SEED).sample(range(len(candidates)), CLOZE_ITEMS))
     return [candidates[index] for index in chosen]
+
+
+def documents(text: str, tokenizer: Tokenizer, limit: int) -> Iterator[str]:
+    """Group whole lines greedily into blocks that encode to at most `limit` tokens."""
+    block: list[str] = []
+    size = 0
+    for line in text.splitlines(keepends=True):
+        tokens = len(tokenizer.encode(line))
+        if tokens > limit:
+            continue
+        # A merge across the line break can only shorten; one token is kept in hand for the odd split that does not.
+        if size + tokens > limit - 1:
+            yield "".join(block)
+            block, size = [], 0
+        block.append(line)
+        size += tokens
+    if block:
+        yield "".join(block)
+
+
+def is_plain(text: str) -> bool:
+    """Whether `text` names no place on a disk and no package host."""
+    return _UNWANTED.search(text) is None
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, object]]) -> None:
@@ -138,33 +161,11 @@ def _sources(root: Path) -> Iterator[Source]:
             yield Source(name, text)
 
 
-def _plain(text: str) -> bool:
-    return _UNWANTED.search(text) is None
-
-
-def _documents(text: str, tokenizer: Tokenizer, limit: int) -> Iterator[str]:
-    """Group whole lines greedily into blocks that encode to at most `limit` tokens."""
-    block: list[str] = []
-    size = 0
-    for line in text.splitlines(keepends=True):
-        tokens = len(tokenizer.encode(line))
-        if tokens > limit:
-            continue
-        # A merge across the line break can only shorten; one token is kept in hand for the odd split that does not.
-        if size + tokens > limit - 1:
-            yield "".join(block)
-            block, size = [], 0
-        block.append(line)
-        size += tokens
-    if block:
-        yield "".join(block)
-
-
 def _cloze_of(source: Source, tokenizer: Tokenizer) -> Iterator[dict[str, object]]:
     lines = source.text.splitlines()
     for number, line in enumerate(lines):
         context = _context(lines[:number], tokenizer)
-        if not context.strip() or not _plain(context + line) or len(tokenizer.encode(line)) > CLOZE_LINE_TOKENS:
+        if not context.strip() or not is_plain(context + line) or len(tokenizer.encode(line)) > CLOZE_LINE_TOKENS:
             continue
         rng = random.Random(f"{SEED}:{source.path}:{number}")
         wrong = _swapped(line, rng)

@@ -27,7 +27,7 @@ def figures(
     model.eval()
     texts = [str(document["text"]) for document in documents]
     sequences = [encoder.encode(text) for text in texts]
-    nats = -sum(_log_likelihoods(model, [([bos], ids) for ids in sequences]))
+    nats = -sum(log_likelihoods(model, [([bos], ids) for ids in sequences]))
     tokens, size = sum(map(len, sequences)), sum(len(text.encode()) for text in texts)
     right = sum(_chosen(model, encoder, bos, items))
     return {
@@ -40,24 +40,8 @@ def figures(
     }
 
 
-def _chosen(
-    model: LlamaForCausalLM, encoder: data.Tokenizer, bos: int, items: Sequence[Mapping[str, object]]
-) -> list[bool]:
-    requests = []
-    for item in items:
-        context = str(item["context"])
-        choices = item["choices"]
-        if not isinstance(choices, list):
-            raise TypeError(f"`choices` of {item['id']!r} is no list")
-        before = encoder.encode(context)
-        requests += [([bos, *before], encoder.encode(context + choice)[len(before) :]) for choice in choices]
-    scores = torch.tensor(_log_likelihoods(model, requests)).view(len(items), -1)
-    answers = torch.tensor([item["answer"] for item in items])
-    return [bool(hit) for hit in scores.argmax(dim=1) == answers]
-
-
 @torch.no_grad()
-def _log_likelihoods(model: LlamaForCausalLM, requests: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+def log_likelihoods(model: LlamaForCausalLM, requests: Sequence[tuple[list[int], list[int]]]) -> list[float]:
     """Return the log-likelihood, in nats, of each continuation after its context, in the order given."""
     order = sorted(range(len(requests)), key=lambda i: sum(map(len, requests[i])))
     results = [0.0] * len(requests)
@@ -73,3 +57,19 @@ def _log_likelihoods(model: LlamaForCausalLM, requests: Sequence[tuple[list[int]
             first = len(context) - 1
             results[i] = float(scores[row, first : first + len(continuation)].double().sum())
     return results
+
+
+def _chosen(
+    model: LlamaForCausalLM, encoder: data.Tokenizer, bos: int, items: Sequence[Mapping[str, object]]
+) -> list[bool]:
+    requests = []
+    for item in items:
+        context = str(item["context"])
+        choices = item["choices"]
+        if not isinstance(choices, list):
+            raise TypeError(f"`choices` of {item['id']!r} is no list")
+        before = encoder.encode(context)
+        requests += [([bos, *before], encoder.encode(context + choice)[len(before) :]) for choice in choices]
+    scores = torch.tensor(log_likelihoods(model, requests)).view(len(items), -1)
+    answers = torch.tensor([item["answer"] for item in items])
+    return [bool(hit) for hit in scores.argmax(dim=1) == answers]
