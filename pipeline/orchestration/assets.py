@@ -77,7 +77,7 @@ def _asset(stage: Stage) -> AssetsDefinition:
         # They order what shares no data: a gate that blocks stops every stage that waits for its own.
         deps=stage.waits_for,
         config_schema=None if config is None else config.to_fields_dict(),
-        kinds={stage.tool} if stage.tool else None,
+        kinds={stage.tool},
         pool=GPU if stage.device else None,
         code_version=stage.code_version,
         partitions_def=RELEASES,

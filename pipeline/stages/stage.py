@@ -41,7 +41,7 @@ class Stage:
     gate: Gate | None = None
     device: bool = False
     """Whether it runs a model, and so takes turns with others that do."""
-    tool: str = ""
+    tool: str = "python"
     """The program that does the work; Dagster's UI shows its icon."""
     waits_for: tuple[str, ...] = ()
     """Stages that must have passed, though their artifacts are not taken."""
