@@ -21,7 +21,8 @@ def lock(profiles: Sequence[str], *, upgrade: bool, as_json: bool) -> None:
 
     The base image is pinned by digest, requirements by version and hash. Writes the lock beside the profile in
     containers/runtimes/ and shows the changes. Only this command resolves versions: if the profile changed after its
-    lock was written, building the image fails.
+    lock was written, building the image fails. The options of a version of vLLM that is new here are read from its CPU
+    build, which is installed in a temporary folder.
     """
     from containers.image.locking import lock as resolve  # noqa: PLC0415
     from containers.image.profile import names, stated  # noqa: PLC0415
