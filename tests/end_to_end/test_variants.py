@@ -20,8 +20,10 @@ from evals.load.evidence import read_load_evidence
 from homes import DEMO, SLIPWAY, Slipway, make_home
 from pipeline.settings import Settings
 
+pytestmark = pytest.mark.long
+
 # The longest prompt of the demo's suite takes fewer tokens, so FP16's answers are those of the first release.
-CONTEXT = 1000
+CONTEXT = 512
 SERVE = {"variants": {"short": {"context": CONTEXT, "speculative": {"method": "ngram", "tokens": 4}}}}
 
 
@@ -54,19 +56,25 @@ def released(slipway: Slipway, model: Path) -> dict[str, Any]:
     return found
 
 
-def test_the_variant_alone_is_measured_and_listed(released: dict[str, Any], slipway: Slipway) -> None:
+@pytest.fixture(scope="module")
+def pulled(released: dict[str, Any], slipway: Slipway) -> Path:
+    """The release, as a deployment gets it."""
+    assert released["outcome"] == "promoted"
+    done = slipway("pull", "demo-gptq", slipway.home / "pulled")
+    assert done.returncode == 0, done.stderr
+    return slipway.home / "pulled"
+
+
+def test_the_variant_alone_is_measured_and_listed(released: dict[str, Any], pulled: Path) -> None:
     made = {stage["name"] for stage in released["stages"] if not stage["cached"]}
     assert made <= {"variants", "release", "scan"}, released["stages"]
     assert released["variants"] == {"short": "variant `short` passed"}
-    pulled = slipway.home / "pulled"
-    assert slipway("pull", "demo-gptq", pulled).returncode == 0
     manifest = json.loads((pulled / "release/manifest.json").read_bytes())
     assert [(each["variant"], each["context"]) for each in manifest["serving"]] == [(None, 1024), ("short", CONTEXT)]
 
 
-def test_speculation_changed_no_answer_and_its_speed_is_reported(released: dict[str, Any], slipway: Slipway) -> None:
-    assert released["outcome"] == "promoted"
-    load = read_load_evidence(slipway.home / "pulled" / "release/evidence/variants/short")
+def test_speculation_changed_no_answer_and_its_speed_is_reported(pulled: Path) -> None:
+    load = read_load_evidence(pulled / "release/evidence/variants/short")
     found = load.speculation
     assert found is not None
     print(found)
