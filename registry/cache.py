@@ -1,4 +1,4 @@
-"""Files that were fetched before, by the SHA-256 of what is in them, so that a release takes by link what it shares.
+"""A cache of downloaded files by SHA-256. Releases link files from it that they have in common.
 
 A cached file is hashed again each time it is linked: a link is the same file under another name, and whoever wrote to
 one of them changed them all. What is not as its name says is thrown out and fetched anew.

@@ -1,4 +1,4 @@
-"""What is registered: release lines, their versions, and which of these the aliases name.
+"""Reads the registry: release lines, their versions, and their aliases.
 
 An SQLite store is read directly, in milliseconds; MLflow's client takes over five seconds for the same answer. If the
 tables are not as expected, and for every other store, MLflow is asked. A test compares both answers.

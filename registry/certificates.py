@@ -1,4 +1,4 @@
-"""Who signed, where it was a certificate: the chain from the signer's to an authority that is trusted.
+"""Signatures with certificates: follows the chain from the signer's certificate to a trusted authority.
 
 The chain is judged by the verifier of `cryptography` (RFC 5280: signatures, validity, basic constraints, path lengths,
 name constraints, unknown critical extensions), with a policy for signing rather than for TLS:
@@ -47,7 +47,7 @@ _MALFORMED = (
 
 @dataclass(frozen=True)
 class Authority:
-    """A certificate that signs others; ``identities`` are the names it may sign for, empty for any."""
+    """A certificate that signs others. ``identities`` are the names that it may sign for; empty: any."""
 
     certificate: bytes
     identities: tuple[str, ...] = ()
@@ -111,7 +111,7 @@ def _judged(chain: Sequence[bytes], authorities: Sequence[Authority], now: datet
 def _path(
     own: x509.Certificate, others: list[x509.Certificate], trusted: list[x509.Certificate], called: str
 ) -> list[x509.Certificate]:
-    """Return the certificates from the signer's to the one that is trusted."""
+    """Return the certificates from the signer's to the trusted one."""
     if not trusted:
         raise SigningError(f"signed by {called}, whose certificate was not issued by a trusted authority")
     every = verification.ExtensionPolicy.permit_all()
@@ -149,7 +149,7 @@ def _for_code(_: verification.Policy, __: x509.Certificate, usage: x509.Extended
 
 
 def _may_sign(certificate: x509.Certificate) -> bool:
-    """Whether at least one of the two extensions says that the key signs, and neither says otherwise."""
+    """Whether at least one of the two extensions permits signing, and neither forbids it."""
     key = _extension(certificate, x509.KeyUsage)
     purposes = _extension(certificate, x509.ExtendedKeyUsage)
     allowed = [] if key is None else [key.digital_signature]

@@ -1,4 +1,4 @@
-"""How far something is: counted, timed, and told in one line now and then.
+"""Progress of long operations: counts, times, and reports one line from time to time.
 
 Imports the standard library alone: a copy of this file is in every worker's environment, as ``slipway_counting``.
 """

@@ -1,4 +1,4 @@
-"""The folder beside a destination in which a release is put together, until it is whole and takes its place.
+"""The temporary folder beside a destination: a release is assembled in it, and then renamed to the destination.
 
 It is named after the destination and the release, and locked by who fills it; the kernel drops the lock with its
 process. What a killed pull left in it the next pull of the same release goes on with, and that of another sweeps away.
@@ -55,12 +55,12 @@ def folder_beside(destination: Path, digest: str, progress: Progress) -> Iterato
 
 
 def discard(part: Path) -> None:
-    """Throw away what was put together."""
+    """Remove the folder."""
     shutil.rmtree(part, ignore_errors=True)
 
 
 def take_place(part: Path, destination: Path, *, replace: bool) -> None:
-    """Let the finished folder appear under the destination's name, at once and whole.
+    """Rename the finished folder to the destination, atomically.
 
     With ``replace`` it changes places with what is there, in one step where the file system can (Linux,
     ``RENAME_EXCHANGE``), and that is then removed; a process that has it open keeps what it has. Of a symlink the link
@@ -95,7 +95,7 @@ def remove_empty(folders: Sequence[Path]) -> None:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether this is a folder, and nothing is in it."""
+    """Whether this is an empty folder."""
     return folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
 
 
@@ -156,13 +156,13 @@ def _made(part: Path) -> bool:
 
 
 def _is_ours(part: Path) -> bool:
-    """Whether a folder belongs to this user and no other user may write to it."""
+    """Whether this user owns the folder and no other user may write to it."""
     about = part.lstat()
     return stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid() and not about.st_mode & _OTHERS_WRITE
 
 
 def _holds_ours_alone(part: Path) -> bool:
-    """Whether all that is below a folder are this user's folders and regular files."""
+    """Whether a folder contains only folders and regular files that this user owns."""
     try:
         untrusted.plain_files(part)
         return all(path.lstat().st_uid == os.geteuid() for path in part.rglob("*"))
@@ -199,7 +199,7 @@ def _remove_if_dead(part: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step; False where the system or the file system can't."""
+    """Swap two names atomically; False if the system or the file system can't."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:

@@ -1,4 +1,4 @@
-"""Digests, and the canonical JSON that they are taken of.
+"""Digests, and the canonical JSON that they are computed from.
 
 Canonical JSON is UTF-8 with keys sorted by Unicode code point, no white space, no NaN or infinity, and non-ASCII
 characters as themselves. One document therefore has one digest.

@@ -1,4 +1,4 @@
-"""One file from where it is kept to where it is wanted: resumed, hashed while it streams, tried again.
+"""Downloads one file: resumes, hashes while streaming, and retries.
 
 What a killed or broken download left is the beginning of the file, for it is written in order. The next one hashes that
 beginning (at the disk's pace) and asks for the rest alone, by byte range, so that no more than the chunk in flight

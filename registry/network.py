@@ -1,4 +1,4 @@
-"""The one policy for everything that is asked over a network: hub, registry, container registries, engines, notices.
+"""The rules for all requests over a network: hub, model registry, container registries, engines, notifications.
 
 - *Schemes.* ``https``; ``http`` only where the configured address says so. A redirect never leads from ``https`` to
   ``http``, nor to another scheme.
@@ -38,9 +38,9 @@ _AUTHORITIES = ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
 MLFLOW_AUTHORITIES = "MLFLOW_TRACKING_SERVER_CERT_PATH"
 _PORTS = {"http": 80, "https": 443}
 _READING = ("GET", "HEAD")
-# How long a document may take until it is whole, and how long nothing of a file need come.
+# Time in which a whole document, or the next part of a file, must arrive.
 ANSWER_SECONDS = 120.0
-# Nobody pulls gigabytes more slowly; a link of 1 Mbit/s brings 125,000.
+# The minimum speed of a download, in bytes per second; a link of 1 Mbit/s has 125,000.
 _SLOWEST_BYTES_PER_SECOND = 50_000
 
 
@@ -119,7 +119,7 @@ def mlflow_token(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def redirect_problem(method: str, here: str, there: str) -> str | None:
-    """Say why a redirect is not followed; None where it may be."""
+    """Return why a redirect is not followed; None if it is."""
     try:
         before, after = _split(here), _split(there)
     except NetworkSettingError as error:
@@ -150,7 +150,7 @@ def answer_problem(method: str, here: str, there: str | None, content_encoding: 
 
 
 def same_origin(one: str, other: str) -> bool:
-    """Whether two addresses have scheme, host and port in common; a malformed one has none with any."""
+    """Whether two addresses have the same scheme, host and port; False if one is malformed."""
     try:
         return _origin(one) == _origin(other)
     except NetworkSettingError:
@@ -167,7 +167,7 @@ def refuse_encoding(content_encoding: str) -> None:
 
 
 def within(chunks: Iterable[bytes], most_bytes: int, seconds: float) -> Iterator[bytes]:
-    """Pass the pieces of a document on, as long as it is within its bounds.
+    """Yield the chunks of a document, as long as it is within its limits.
 
     Args:
         chunks: The body as it comes, a piece for each read.
@@ -188,7 +188,7 @@ def within(chunks: Iterable[bytes], most_bytes: int, seconds: float) -> Iterator
 
 
 class Pace:
-    """Whether a file comes fast enough: `ANSWER_SECONDS` to begin with, and 50,000 bytes for each second after that."""
+    """Checks a download's speed: `ANSWER_SECONDS` to begin, then at least 50,000 bytes per second."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
@@ -235,7 +235,7 @@ def watched(connection: socket.socket, pieces: Callable[[], int] = int) -> Itera
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host's name is that of this machine."""
+    """Whether a host name refers to this machine."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
@@ -243,7 +243,7 @@ def is_loopback(host: str) -> bool:
 
 
 def token(name: str, value: str) -> str:
-    """Return a token without the white space around it.
+    """Return a token without surrounding white space.
 
     Raises:
         NetworkSettingError: A header can't carry it; the message names the variable, and not the value.

@@ -1,4 +1,4 @@
-"""What one demands of a release before it is believed: whose signature, which gates, how old it may be.
+"""The trust policy for releases: accepted signatures, required gates, and maximum age.
 
 A policy can be kept beside a deployment as a TOML file; paths in it count from its folder:
 

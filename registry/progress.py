@@ -1,4 +1,4 @@
-"""How long operations report what they are doing: one line of text at a time."""
+"""The type of progress callbacks: they get one line of text at a time."""
 
 from __future__ import annotations
 

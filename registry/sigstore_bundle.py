@@ -53,7 +53,7 @@ def files_statement(name: str, digests: Mapping[str, str]) -> bytes:
 
 
 def sign_statement(statement: bytes, key: SigningKey) -> bytes:
-    """Return a bundle: the statement, the signature, and who made it."""
+    """Return a bundle of the statement, the signature, and the signer."""
     if key.certificates:
         chain = [{"rawBytes": base64.b64encode(certificate).decode()} for certificate in key.certificates]
         material: dict[str, Any] = {"x509CertificateChain": {"certificates": chain}}
@@ -75,7 +75,7 @@ def sign_statement(statement: bytes, key: SigningKey) -> bytes:
 
 
 def is_bundle(data: bytes) -> bool:
-    """Whether a signature file is a bundle, and not the bare envelope of the first releases."""
+    """Whether a signature file is a bundle. The first releases have a bare envelope."""
     try:
         return "mediaType" in read_json(data, BOUNDS)
     except (DocumentError, TypeError):
@@ -113,7 +113,7 @@ def payload_of(data: bytes) -> bytes:
 
 
 def files_of(statement: bytes) -> dict[str, str]:
-    """Return what a statement says of a model's files, path → SHA-256 in hexadecimal.
+    """Return a statement's files, path → SHA-256 in hexadecimal.
 
     Raises:
         SigningError: It is another kind of statement, or contradicts itself.

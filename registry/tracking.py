@@ -1,4 +1,4 @@
-"""MLflow, quietly: opened when it is needed (its import takes three seconds), reached or said to be out of reach."""
+"""Access to MLflow. It is imported when needed, which takes three seconds, and its warnings are silenced."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _QUIET = {
 
 @contextmanager
 def connected(tracking_uri: str) -> Iterator[MlflowClient]:
-    """Give a client of the tracking server or store at ``tracking_uri``, tables made on first use.
+    """Yield a client of the tracking server or store at ``tracking_uri``. Tables are made on first use.
 
     MLflow's registry looks logged models up under its global tracking URI, so that is set meanwhile, and restored.
 
@@ -124,7 +124,7 @@ def _quiet_mlflow() -> Any:  # noqa: ANN401 - a module that ships no types to us
 
 @contextmanager
 def _deprecations_ignored() -> Iterator[None]:
-    """MLflow's use of its own dependencies is for MLflow to mend."""
+    """Ignore warnings about MLflow's use of its dependencies."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", PendingDeprecationWarning)
@@ -218,7 +218,7 @@ def _parts(tracking_uri: str) -> SplitResult:
 
 
 def shown(tracking_uri: str) -> str:
-    """Return the URI without user and password, as it may be shown."""
+    """Return the URI without user and password, for messages."""
     parts = urlsplit(tracking_uri)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if parts.netloc else tracking_uri
 
