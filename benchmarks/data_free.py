@@ -51,15 +51,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gigabytes", type=float, default=4)
-    parser.add_argument("--run", choices=["ours", "theirs", "cast"], help=argparse.SUPPRESS)
+    parser.add_argument("--run", choices=["generate", "ours", "theirs", "cast"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     source, output = arguments.folder / "source", arguments.folder / "output"
+    if arguments.run == "generate":
+        generate(source, arguments.gigabytes)
+        return
     if arguments.run:
         {"ours": ours, "theirs": theirs, "cast": cast}[arguments.run](source, output)
         synchronize(output)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
         return
-    generate(source, arguments.gigabytes)
+    # In a process of its own: one that is started inherits the peak memory of the one that starts it.
+    generating = [sys.executable, __file__, str(arguments.folder), "--gigabytes", str(arguments.gigabytes)]
+    subprocess.run([*generating, "--run", "generate"], check=True)
     found = {name: measure(name, arguments.folder, output) for name in ("cast", "ours", "theirs")}
     print(
         json.dumps(
