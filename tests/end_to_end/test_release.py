@@ -62,7 +62,7 @@ def test_the_demo_is_released_in_both_schemes(released: dict[str, Any]) -> None:
         assert entry["manifest_digest"].startswith("sha256:")
         assert "sha256:" in entry["image"]
         assert [stage["name"] for stage in entry["stages"]] == [
-            "source", "adapters", "quantized", "image", "baseline", "drift", "scan", "load", "release",
+            "source", "adapters", "quantized", "image", "baseline", "drift", "scan", "load", "variants", "release",
         ]  # fmt: skip
         assert {gate["name"]: gate["status"] for gate in entry["gates"]} == {
             "drift": "pass", "scan": "inconclusive", "load": "pass",

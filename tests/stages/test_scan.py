@@ -184,7 +184,7 @@ def test_an_image_in_which_nothing_is_recognized_proves_nothing(tmp_path: Path, 
     evidence = scan(laid_out(tmp_path, {"hello": "world"}), home=tmp_path, folder=folder, progress=print)
     verdict = judge(evidence, ScanPolicy())
     assert (verdict.status, verdict.cause) == ("inconclusive", "database-incomplete")
-    assert "neither distribution nor packages were recognized" in verdict.reason
+    assert "no advisories for an image without recognized distribution or packages" in verdict.reason
 
 
 def test_an_image_that_is_gone_is_an_error(engine: docker.DockerClient, tmp_path: Path, folder: Path) -> None:

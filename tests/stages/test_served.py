@@ -92,7 +92,7 @@ def test_the_server_tells_the_distributions_too(served: Path, local: Path) -> No
 def test_the_evidence_says_what_was_asked_and_how(served: Path, spec: ModelSpec) -> None:
     answers = read_answers(served)
     assert answers.engine["name"] == "vllm-served"
-    assert "--dtype bfloat16" in str(answers.engine["arguments"])
+    assert answers.engine["dtype"] == "bfloat16"
     assert answers.suite.digest == spec.evals.digest
     again = answers.tasks["cloze"].again  # type: ignore[union-attr]
     assert again is not None
