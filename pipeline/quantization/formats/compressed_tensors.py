@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.quantization.formats.checkpoint_format import PackedLayer
+
 # What four bits stand for, as E2M1: a sign, two bits of exponent with bias 1, one of fraction.
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 _FP4 = np.concatenate([_E2M1, -_E2M1])
@@ -39,6 +41,23 @@ def config_problems(
                 yield from _stated_otherwise("config_groups.*.", group, {key: values})
             continue
         yield from _stated_otherwise(f"config_groups.*.{key}.", found, values)
+
+
+def rows_config_problems(stated: Mapping[str, Any], stored_as: str, kind: str) -> Iterator[str]:
+    """The same for eight bits with a scale for each output, and inputs with one for each token; ``kind`` is theirs."""
+    number = {"num_bits": 8, "type": kind, "symmetric": True}
+    yield from config_problems(
+        stated,
+        stored_as,
+        {**number, "strategy": "channel", "dynamic": False},
+        {**number, "strategy": "token", "dynamic": True},
+    )
+
+
+def decode_rows(layer: PackedLayer, span: slice) -> NDArray[np.float32]:
+    """The weights of numbers that are stored one by one, each times its row's scale."""
+    decoded: NDArray[np.float32] = layer.read("weight", span) * layer.read("weight_scale", span)
+    return decoded
 
 
 def fp4(packed: NDArray[np.uint8]) -> NDArray[np.float32]:

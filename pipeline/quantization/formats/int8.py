@@ -34,13 +34,7 @@ def layout(weight: Tensor, scheme: Scheme) -> dict[str, Stored]:  # noqa: ARG001
 
 def config_problems(stated: Mapping[str, Any], scheme: Scheme) -> Iterator[str]:  # noqa: ARG001 - the Protocol's
     """See `CheckpointFormat`."""
-    number = {"num_bits": 8, "type": "int", "symmetric": True}
-    yield from compressed_tensors.config_problems(
-        stated,
-        "int-quantized",
-        {**number, "strategy": "channel", "dynamic": False},
-        {**number, "strategy": "token", "dynamic": True},
-    )
+    yield from compressed_tensors.rows_config_problems(stated, "int-quantized", "int")
 
 
 def layer_problems(layer: PackedLayer, scheme: Scheme) -> Iterator[str]:  # noqa: ARG001 - the Protocol's
@@ -50,8 +44,7 @@ def layer_problems(layer: PackedLayer, scheme: Scheme) -> Iterator[str]:  # noqa
 
 def decode(layer: PackedLayer, span: slice, scheme: Scheme) -> NDArray[np.float32]:  # noqa: ARG001 - the Protocol's
     """See `CheckpointFormat`."""
-    decoded: NDArray[np.float32] = layer.read("weight", span) * layer.read("weight_scale", span)
-    return decoded
+    return compressed_tensors.decode_rows(layer, span)
 
 
 def rescales(scheme: Scheme) -> bool:  # noqa: ARG001 - the Protocol's
