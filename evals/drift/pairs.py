@@ -36,6 +36,7 @@ EXAMPLES = 10
 
 Graded = ChoiceAnswer | GeneratedAnswer
 Answer = TypeVar("Answer", Graded, TextAnswer)
+Document = TypeVar("Document")
 
 
 class _Frozen(BaseModel):
@@ -308,13 +309,7 @@ def read_layers(folder: Path) -> list[Layer]:
     Raises:
         AnswersError: if it is missing or not what ``write_layers`` writes.
     """
-    path = folder / "layers.json"
-    try:
-        return _LAYERS.validate_json(path.read_bytes())
-    except OSError as error:
-        raise AnswersError(f"{path} cannot be read ({error.strerror}): measure the layers again") from error
-    except ValidationError as error:
-        raise AnswersError(f"{path}: {first_problem(error)}: measure the layers again") from error
+    return _read(folder / "layers.json", _LAYERS, "measure the layers again")
 
 
 def write_drift(drift: Drift, folder: Path) -> Path:
@@ -330,13 +325,16 @@ def read_drift(folder: Path) -> Drift:
     Raises:
         AnswersError: if it is missing or not what ``write_drift`` writes.
     """
-    path = folder / "drift.json"
+    return _read(folder / "drift.json", TypeAdapter(Drift), "compare the answers again")
+
+
+def _read(path: Path, form: TypeAdapter[Document], remedy: str) -> Document:
     try:
-        return Drift.model_validate_json(path.read_bytes())
+        return form.validate_json(path.read_bytes())
     except OSError as error:
-        raise AnswersError(f"{path} cannot be read ({error.strerror}): compare the answers again") from error
+        raise AnswersError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
     except ValidationError as error:
-        raise AnswersError(f"{path}: {first_problem(error)}: compare the answers again") from error
+        raise AnswersError(f"{path}: {first_problem(error)}: {remedy}") from error
 
 
 def _graded_of(answers: AnyAnswers | None) -> Sequence[Graded]:
