@@ -24,7 +24,8 @@ test-unit: $(STAMP)  ## The unit tests alone, in two minutes.
 
 test-long: $(STAMP)  ## What takes too long for every change: large transfers, a second runtime, a real model.
 	$(VENV)/slipway doctor --fix
-	$(VENV)/python -m pytest -m long
+	$(PARALLEL) -m 'long and not timed'
+	$(VENV)/python -m pytest -m 'long and timed'
 	SLIPWAY_FUZZ_EXAMPLES=5000 $(VENV)/python -m pytest -n 2 tests/unit/test_fuzz.py
 	$(VENV)/python tests/mutation.py
 

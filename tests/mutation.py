@@ -1,7 +1,7 @@
 """Break checks one at a time, and see whether a test notices: ``python tests/mutation.py``.
 
 Of all ``raise`` statements in ``registry/``, ``containers/gateway/`` and ``pipeline/sources/source*.py`` a number is
-chosen with a fixed seed. All is done in a scratch copy of the checkout:
+chosen with a fixed seed. All is done in scratch copies of the checkout, two at a time:
 
 1. The tests run once, whole, with a note at every chosen statement: which tests reach it. They must pass.
 2. Each statement becomes a ``pass`` in its turn, and the tests that reach it run until one fails. To all others the
@@ -26,8 +26,10 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 SEED, COUNT = 14, 40
@@ -40,6 +42,7 @@ TESTS = (
     "tests/stages/test_moves.py",  # it needs no engine, and what moves aliases needs a real MLflow
 )
 _LONGEST_SECONDS, _ALL_SECONDS = 120, 1800
+_WORKERS = 2
 _PROBE = "mutation_probe"
 _PROBE_SOURCE = """
 import os
@@ -172,15 +175,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.only:
         numbered = {number: numbered[number] for number in options.only if number in numbered}
     survivors: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="slipway-mutation-") as folder:
-        copy = Path(folder) / "checkout"
-        shutil.copytree(CHECKOUT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+    with tempfile.TemporaryDirectory(prefix="slipway-mutation-") as folder, ThreadPoolExecutor(_WORKERS) as workers:
+        free = SimpleQueue[Path]()
+        for name in range(_WORKERS):
+            copy = Path(folder) / str(name) / "checkout"
+            shutil.copytree(CHECKOUT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+            free.put(copy)
         reached = reaching(list(numbered.values()), copy)
-        for number, check in numbered.items():
-            tests = reached[check]
-            by = noticing(check, copy, tests) if tests else None
+
+        def broken(check: Check) -> str | None:
+            copy = free.get()
+            try:
+                return noticing(check, copy, reached[check]) if reached[check] else None
+            finally:
+                free.put(copy)
+
+        for (number, check), by in zip(numbered.items(), workers.map(broken, numbered.values()), strict=True):
             if by is None:
-                survivors.append(f"{check}: {len(tests)} tests reach it, and none fails")
+                survivors.append(f"{check}: {len(reached[check])} tests reach it, and none fails")
             sys.stdout.write(f"{number:3}  {check}  {f'noticed by {by}' if by else 'SURVIVED'}\n")
             sys.stdout.flush()
     sys.stdout.write(f"{len(survivors)} of {len(numbered)} survived (of {len(known)} checks, seed {options.seed})\n")

@@ -14,7 +14,7 @@ from pipeline.workers.runner import Workers
 LONG = Path(__file__).parents[1] / "long"
 PARAMETERS = 134_515_008
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(7200)]
+pytestmark = [pytest.mark.long, pytest.mark.timed, pytest.mark.timeout(7200)]
 
 
 @pytest.fixture

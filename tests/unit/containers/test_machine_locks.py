@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import stat
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -137,6 +139,15 @@ def test_a_planted_file_is_refused_and_not_followed(
     assert not victim.exists()
 
 
+def wait_until_waited_for(path: Path) -> None:
+    """Wait until the kernel lists somebody who waits for the lock on the file: `1: -> FLOCK ... 08:01:INODE 0 EOF`."""
+    waiter = re.compile(rf"-> FLOCK .*:{path.stat().st_ino} 0 EOF")
+    deadline = time.monotonic() + 60
+    while not waiter.search(Path("/proc/locks").read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_lock_whose_file_was_removed_meanwhile_is_taken_on_the_new_one(tmp_path: Path) -> None:
     """A cleaner of temporary folders must not let two processes hold "the" lock, each on a file of its own."""
     got = threading.Event()
@@ -151,6 +162,7 @@ def test_a_lock_whose_file_was_removed_meanwhile_is_taken_on_the_new_one(tmp_pat
     thread = threading.Thread(target=wait)
     thread.start()
     assert waits.wait(10)
+    wait_until_waited_for(tmp_path / "a.lock")
     (tmp_path / "a.lock").unlink()
     with locked(tmp_path, "a.lock"):
         os.close(first)
