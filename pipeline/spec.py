@@ -171,13 +171,14 @@ class ModelSpec(_Section):
             SpecError: the model has no such scheme or variant.
         """
         sections: list[Override] = [self.serve]
+        keys: dict[str, Any] = {"variant": variant}
         if scheme is not None:
             sections.append(self.scheme(scheme).serve)
+            keys |= {"kv_cache": cache} if (cache := self.scheme(scheme).kv_cache) else {}
         if variant is not None:
             if variant not in self.serve.variants:
                 raise SpecError(f"{self.path} has no variant `{variant}`{suggestion(variant, self.serve.variants)}")
             sections.append(self.serve.variants[variant])
-        keys: dict[str, Any] = {"variant": variant}
         for section in sections:
             keys |= {name: getattr(section, name) for name in section.model_fields_set - {"variants", "adapters"}}
         if self.serve.chat_template is not None:

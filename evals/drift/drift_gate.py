@@ -74,11 +74,14 @@ def judge(drift: Drift, limits: DriftLimits, adapters: Iterable[str] = ()) -> Ve
     deciding = [finding for finding in found if finding.status == status] or [
         finding for finding in findings.values() if finding.status == "pass" and finding.tier != "advisory"
     ]
+    reasons = [finding.reason for finding in deciding]
+    if drift.not_computed:
+        reasons.append(f"the loss of the weights alone, without {' and '.join(drift.not_computed)}")
     causes = sorted({finding.cause for finding in deciding if finding.cause})
     verdict = Verdict(
         gate=GATE,
         status=status,
-        reason="; ".join(finding.reason for finding in deciding),
+        reason="; ".join(reasons),
         cause="+".join(causes) if status == "inconclusive" else None,
         metrics={f"{name}.{key}": value for name, each in findings.items() for key, value in each.metrics.items()},
         limits=named,

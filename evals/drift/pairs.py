@@ -222,6 +222,8 @@ class Drift(Comparison):
     """The hardware that served each of the two."""
     adapters: Mapping[str, Comparison] = {}
     """The answers of each LoRA adapter on FP16 compared with those on the candidate."""
+    not_computed: tuple[str, ...] = ()
+    """What vLLM quantizes while it runs, and the engine that answered here did not: the loss is that of the weights."""
     lacking: str | None = None
     """Why the candidate was not evaluated, if this machine lacks what its configuration needs."""
 
@@ -241,12 +243,13 @@ def compare(
     layers: Sequence[Layer] = (),
     computed_on: Mapping[Literal["FP16", "candidate"], ComputedOn] | None = None,
     adapters: Mapping[str, Comparison] | None = None,
+    not_computed: Sequence[str] = (),
 ) -> Drift:
     """Pair the two models' answers.
 
     ``fraction`` is the part of each task that the candidate was asked; ``overlapping`` names the items of each task
     that the calibration text touches; ``tops`` are the two models' likeliest tokens; ``computed_on`` is what served
-    them; ``adapters`` are the pairs of each adapter.
+    them; ``adapters`` are the pairs of each adapter; ``not_computed`` is what vLLM quantizes and the engine did not.
 
     Raises:
         AnswersError: if a task was asked over different data or by another suite, or the same item has two different
@@ -285,6 +288,7 @@ def compare(
         layers=tuple(layers),
         computed_on=computed_on or {},
         adapters=adapters or {},
+        not_computed=tuple(not_computed),
     )
 
 

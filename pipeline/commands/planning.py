@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pipeline.planner.document import MeasuredRelease, PlannedEvaluation
     from pipeline.planner.memory import Workload
     from pipeline.planner.plan import Placement, Plan
+    from pipeline.spec import ModelSpec
     from registry.pull import ReleaseMetadata
 
 
@@ -60,6 +61,7 @@ def plan(
 
     from containers.hardware.gpu_models import find_gpu, known_gpus  # noqa: PLC0415
     from pipeline.planner.asking import measured  # noqa: PLC0415
+    from pipeline.planner.evaluation import evaluation  # noqa: PLC0415
 
     settings = Settings.read()
     wanted = [find_gpu(name) for name in gpus] or list(known_gpus())
@@ -74,9 +76,11 @@ def plan(
         )
 
     found, release = _asked(model, settings, wanted, workload)
-    found = replace(found, notes=[*found.notes, *_gate(_needs(model, release, settings), wanted, driver)])
+    spec = _model_file(model, settings)
+    gates = [*_gate(_needs(spec, release), wanted, driver), *_not_served(spec, settings)]
+    found = replace(found, notes=[*found.notes, *gates])
     measurements = None if release is None else measured(release)
-    asked = _evaluation(model, settings)
+    asked = None if spec is None else evaluation(spec)
     if as_json:
         print_json(found.document(measurements, asked).model_dump(mode="json", by_alias=True))
     else:
@@ -112,10 +116,9 @@ def _asked(model: str, settings: Settings, gpus: Sequence[Any], workload: Any) -
     return asking.plan_release(found, gpus, workload), found
 
 
-def _evaluation(model: str, settings: Settings) -> PlannedEvaluation | None:
-    """The items, tokens and detectable losses of a model's evaluation; None if ``model`` names no model file."""
+def _model_file(model: str, settings: Settings) -> ModelSpec | None:
+    """The model's file that ``model`` names; None if it is a source's URI or a release."""
     from pipeline.errors import SpecError  # noqa: PLC0415
-    from pipeline.planner.evaluation import evaluation  # noqa: PLC0415
     from pipeline.spec import find, load  # noqa: PLC0415
 
     if _is_uri(model) or "@" in model:
@@ -124,7 +127,7 @@ def _evaluation(model: str, settings: Settings) -> PlannedEvaluation | None:
         path = find(model, settings.models)
     except SpecError:
         return None  # a release: `_asked` has found it
-    return evaluation(load(path))
+    return load(path)
 
 
 def _show_evaluation(evaluation: PlannedEvaluation) -> None:
@@ -152,24 +155,28 @@ def _show_evaluation(evaluation: PlannedEvaluation) -> None:
     print_table(("task", "tier", "items", "tokens", "allowed", "detects", "decides if 5% change"), rows)
 
 
-def _needs(model: str, release: ReleaseMetadata | None, settings: Settings) -> Needs | None:
+def _needs(spec: ModelSpec | None, release: ReleaseMetadata | None) -> Needs | None:
     """The requirements on a host: of a release's image or of a model file's runtime; None for a source's URI."""
     import json  # noqa: PLC0415
 
     from containers.image import gpu_compatibility, profile  # noqa: PLC0415
-    from pipeline.errors import SpecError  # noqa: PLC0415
     from pipeline.planner.asking import IMAGE  # noqa: PLC0415
-    from pipeline.spec import find, load  # noqa: PLC0415
 
     if release is not None:
         return (
             gpu_compatibility.needs_of(json.loads(release.files[IMAGE])["labels"]) if IMAGE in release.files else None
         )
-    try:
-        runtime = profile.load(load(find(model, settings.models)).runtime)
-    except SpecError:
+    if spec is None:
         return None
+    runtime = profile.load(spec.runtime)
     return gpu_compatibility.needs_of({**gpu_compatibility.labels_of(runtime), gpu_compatibility.RUNTIME: runtime.name})
+
+
+def _not_served(spec: ModelSpec | None, settings: Settings) -> list[str]:
+    """The schemes that this machine's CPU can't serve, where the model's runtime is one for CPUs."""
+    from pipeline.stages.preflight import not_served_here  # noqa: PLC0415
+
+    return [] if spec is None else not_served_here(spec, spec.schemes, settings)
 
 
 def _gate(needs: Needs | None, gpus: Sequence[GpuModel], driver: str | None) -> list[str]:

@@ -27,6 +27,14 @@ _SIZES: Mapping[str, tuple[int, int]] = {
     "nvfp4": (4, 16),
     "mxfp4": (4, 32),
 }
+# What vLLM quantizes of a layer's inputs while it runs.
+_INPUTS: Mapping[str, str] = {
+    "fp8": "inputs in FP8, a scale for each token",
+    "fp8-block": "inputs in FP8, a scale for each 128",
+    "w8a8": "inputs in INT8, a scale for each token",
+    "nvfp4": "inputs in FP4, a scale for each 16",
+    "mxfp4": "inputs in FP4, a scale for each 32",
+}
 # The bits of GPTQ that vLLM 0.32 loads on any device (`auto_gptq.py`, `gptq_utils.py`).
 _SERVED_BITS = (4, 8)
 
@@ -57,7 +65,7 @@ class Scheme(BaseModel):
     gates.
     """
     kv_cache: Literal["fp8"] | None = Field(default=None, exclude_if=lambda value: value is None)
-    """`llmcompressor` only: `fp8` calibrates scales for keys and values, and vLLM then keeps its cache in FP8."""
+    """`llmcompressor` only: `fp8` calibrates scales for keys and values, and `serve.kv_cache` is then `fp8` too."""
 
     @model_validator(mode="before")
     @classmethod
@@ -109,9 +117,13 @@ class Scheme(BaseModel):
             return f"vLLM has no kernel for `method: {self.method}` on CPUs"
         if self.method == "fp8-block" and instruction_set != "amx":
             return f"vLLM's kernel for `method: fp8-block` on CPUs needs AMX, and this one has {instruction_set}"
-        if self.kv_cache is not None and instruction_set == "avx2":
-            return "vLLM's cache in FP8 needs a CPU with AVX-512, and `kv_cache: fp8` of the scheme asks for it"
         return None
+
+    @property
+    def quantized_at_run_time(self) -> tuple[str, ...]:
+        """What vLLM quantizes beside the stored weights, in words; an engine that only unpacks weights does not."""
+        inputs = [_INPUTS[self.method]] if self.method in _INPUTS else []
+        return (*inputs, *(["keys and values in FP8"] if self.kv_cache else []))
 
 
 def either(choices: Sequence[object]) -> str:

@@ -25,10 +25,12 @@ from pipeline.compatibility.description import FLOATS, ModelDescription, in_laye
 from pipeline.compatibility.safetensors_headers import Tensor
 from pipeline.compatibility.scheme import Scheme
 from pipeline.planner.facts import ModelFacts
+from pipeline.quantization.formats import compressed_tensors
 from pipeline.quantization.formats.table import format_of
 
 FP16 = "fp16"
 _FLOAT32_BYTES = 4
+_SCALE_BYTES = 2  # of a scale of an FP8 cache
 _PACKED_BITS = 4  # of vLLM's kernel on CPUs
 _PACKED_PARTS = (
     *("qweight", "qzeros", "scales", "g_idx"),
@@ -92,6 +94,7 @@ def quantized(name: str, scheme: Scheme, model: ModelDescription) -> Weights:
     layout = format_of(scheme).layout
     packed = sum(stored.bytes for tensor in linears.values() for stored in layout(tensor, scheme).values())
     rest = sum(_at_16_bits(tensor) for key, tensor in model.tensors.items() if key not in linears)
+    rest += _SCALE_BYTES * len(compressed_tensors.cache_scales(model)) if scheme.kv_cache else 0
     weights = sum(math.prod(tensor.shape) for tensor in linears.values())
     return Weights(
         name, packed + rest, packed, _numbers(model.tensors), weights, scheme.bits, scheme.group_size, weights,

@@ -24,6 +24,7 @@ from pipeline.compatibility.safetensors_headers import HeaderError, Tensor, read
 from pipeline.compatibility.safetensors_values import equal, read_columns, read_rows
 from pipeline.compatibility.scheme import Scheme
 from pipeline.errors import CheckpointError
+from pipeline.quantization.formats import compressed_tensors
 from pipeline.quantization.formats.checkpoint_format import CheckpointFormat, PackedLayer, scale_problems
 from pipeline.quantization.formats.table import format_of
 from registry.bounded_json import Bounds, DocumentError, read_json
@@ -294,7 +295,7 @@ def _other_problems(model: ModelDescription, after: Mapping[str, Tensor], scheme
             yield f"`{name}` is {tensor.dtype}, expected {expected}"
         elif not moved and not equal(before[name], tensor):
             yield f"`{name}` differs from the source's"
-    cache_scales = _cache_scales(model) if scheme.kv_cache else frozenset()
+    cache_scales = compressed_tensors.cache_scales(model) if scheme.kv_cache else frozenset()
     for name in sorted(cache_scales):
         if name not in after:
             yield f"`{name}` is missing, which the cache in FP8 needs"
@@ -309,13 +310,6 @@ def _other_problems(model: ModelDescription, after: Mapping[str, Tensor], scheme
         if module in model.linears and (packed or part == "bias"):
             continue
         yield f"`{name}`: {module} is quantized and should not be" if packed else f"`{name}` is not of the source"
-
-
-def _cache_scales(model: ModelDescription) -> frozenset[str]:
-    """The scales of keys and of values, of each attention that has such layers."""
-    parts = [name.rpartition(".") for name in model.linears]
-    attentions = {module for module, _, last in parts if last in {"k_proj", "v_proj", "qkv_proj"}}
-    return frozenset(f"{module}.{letter}_scale" for module in attentions for letter in "kv")
 
 
 def _size_problems(size: int, model: ModelDescription, after: Mapping[str, Tensor], scheme: Scheme) -> Iterator[str]:

@@ -52,6 +52,7 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
             fraction=candidate.noted(AnswersNotes).fraction,
             layers=read_layers(inputs["layers"].folder),
             computed_on=_computed_on(baseline, candidate),
+            not_computed=context.scheme.quantized_at_run_time if context.evals.engine == "hf" else (),
             adapters={
                 name: _compare(adapter_folder(baseline.folder, name), adapter_folder(candidate.folder, name), texts)
                 for name in context.spec.serve.adapters

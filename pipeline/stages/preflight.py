@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from containers.hardware.gpu import Gpu, gpus
@@ -19,6 +19,7 @@ from pipeline.planner.weights import FP16, quantized, unquantized
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec
 from pipeline.stages import adapters
+from pipeline.stages.context import StageContext
 from pipeline.stages.source import recipe_of, resolve
 from pipeline.store.artifacts import Store, require_room
 from registry.progress import Progress
@@ -37,6 +38,8 @@ def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Pr
         SpecError: calibration text, prompts or a task's data are not what they should be.
     """
     check_data(spec)
+    for problem in not_served_here(spec, schemes, settings):
+        say(problem)
     here = gpus()
     resolved = adapters.resolve(spec, settings)
     try:
@@ -73,6 +76,20 @@ def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Pr
     if problems:
         raise PlanError("; ".join(problems))
     return planned
+
+
+def not_served_here(spec: ModelSpec, schemes: Iterable[str], settings: Settings) -> list[str]:
+    """Say which schemes this machine's CPU can't serve, why, and what that means for their gates."""
+    found = []
+    for name in schemes:
+        lacking = StageContext(spec, name, settings, progress=lambda _: None).unsupported
+        if lacking is None:
+            continue
+        gates = "`load` will be inconclusive"
+        if spec.evals.engine == "served":
+            gates = "`drift` and `load` will be inconclusive; with `evals: {engine: hf}` drift is measured without vLLM"
+        found.append(f"{name} can't be served on this machine ({lacking}): {gates}")
+    return found
 
 
 def _planned(spec: ModelSpec, described: Described, machine: Sequence[GpuModel]) -> Plan:

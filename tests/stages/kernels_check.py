@@ -1,6 +1,7 @@
 """Runs inside the CPU runtime: its linear layers against NumPy, and small models that its engine answers with.
 
-Beside it lies `evals/drift/packed.py`, as the reference for packed weights. Prints one JSON document behind ``checked:
+Beside it lie `evals/drift/packed.py`, as the reference for packed weights, and tiny checkpoints of compressed-tensors
+in ``compressed``. Prints one JSON document behind ``checked:
 ``.
 """
 
@@ -19,16 +20,21 @@ import packed  # type: ignore[import-not-found]
 import torch
 from safetensors.torch import load_file, save_file
 from slipway_kernels import unquantized
-from slipway_kernels.worker import Worker
+from slipway_kernels.worker import Worker, _quantized_by
 from vllm import LLM, SamplingParams, plugins
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.model_executor.layers import utils
+from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig, AutoAWQMarlinLinearMethod
 from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig, AutoGPTQLinearMethod
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.plugins import load_general_plugins
 
 MODEL = Path("/check/model")
+COMPRESSED = Path("/check/compressed")
+# A layer of those tiny checkpoints.
+LAYER = "model.layers.1.mlp.down_proj"
 # (inputs, outputs): such as vLLM's own kernel takes, and such as it does not.
 SHAPES = ((256, 96), (384, 40), (128, 8))
 GROUPS = (32, 64, 128, -1)
@@ -92,6 +98,34 @@ def packed_layer(method: str, bits: int, group: int, shape: tuple[int, int]) -> 
         **off(lambda x, bias: linear.apply(layer, x, bias), weight),
         "left": sorted(name for name, value in layer.named_parameters() if value.numel()),
     }  # fmt: skip
+
+
+def compressed_layer(folder: Path) -> dict[str, Any]:
+    """Which of vLLM's schemes and kernels take a layer of compressed-tensors, and the relative error of its outputs; or
+    why none does."""
+    stated = json.loads((folder / "config.json").read_text())["quantization_config"]
+    config = CompressedTensorsConfig.from_config(json.loads(json.dumps(stated)))
+    stored = load_file(folder / "model.safetensors")
+    parts = {name.removeprefix(f"{LAYER}."): tensor for name, tensor in stored.items() if name.startswith(f"{LAYER}.")}
+    weight = packed.unpack_linear(
+        {name: (part.float() if part.is_floating_point() else part).numpy() for name, part in parts.items()}, stated
+    )
+    outputs, inputs = weight.shape
+    try:
+        layer = ReplicatedLinear(
+            inputs, outputs, bias=False, params_dtype=torch.bfloat16, quant_config=config, prefix=LAYER
+        )
+    except ValueError as refusal:
+        return {"refused": str(refusal)}
+    for name, part in parts.items():
+        parameter = getattr(layer, name)
+        parameter.weight_loader(parameter, part)
+    layer.quant_method.process_weights_after_loading(layer)
+    torch.manual_seed(2)
+    x = torch.randn(33, inputs).to(torch.bfloat16)
+    exact = x.double().numpy() @ weight.T.astype(np.float64)
+    error = np.linalg.norm(layer(x)[0].double().numpy() - exact) / np.linalg.norm(exact)
+    return {"scheme": type(layer.scheme).__name__, "kernel": _quantized_by(layer), "error": float(error)}
 
 
 def plain_layer(kind: torch.dtype, shape: tuple[int, int]) -> dict[str, Any]:
@@ -199,6 +233,9 @@ def main() -> None:
         for method, bits in (("awq", 4), ("gptq", 4), ("gptq", 8)):
             for group in GROUPS:
                 layers += [packed_layer(method, bits, group, shape) for shape in SHAPES]
+    model_config = ModelConfig(str(MODEL), dtype="bfloat16")
+    with set_current_vllm_config(VllmConfig(model_config=model_config)):
+        compressed = {folder.name: compressed_layer(folder) for folder in sorted(COMPRESSED.iterdir())}
         plain = [plain_layer(kind, shape) for kind in (torch.bfloat16, torch.float16) for shape in SHAPES]
     models = {"plain": MODEL}
     for method, bits, group in (("awq", 4, 64), ("gptq", 4, 64), ("gptq", 8, -1)):
@@ -208,7 +245,16 @@ def main() -> None:
         builds = sorted({Path(line.split()[-1]).name for line in maps if "/vllm/_C" in line})
     print(
         "checked:",
-        json.dumps({"layers": layers, "plain": plain, "answers": answers, "builds": builds, "refused": refused}),
+        json.dumps(
+            {
+                "layers": layers,
+                "plain": plain,
+                "compressed": compressed,
+                "answers": answers,
+                "builds": builds,
+                "refused": refused,
+            }
+        ),
     )
 
 

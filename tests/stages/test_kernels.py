@@ -16,9 +16,20 @@ from containers.image.layers import Member, archive, plain_files
 from containers.image.runtime import build_runtime
 from evals.drift import packed
 from homes import DEMO
+from pipeline.compatibility.scheme import Scheme
 from pipeline.settings import Settings
+from unit.pipeline import compressed
 
 CHECK = Path(__file__).with_name("kernels_check.py")
+# Schemes and kernels of vLLM 0.32 for what our workers write, where a CPU has one; None is one of the next line.
+COMPRESSED = {
+    "fp8": ("CompressedTensorsW8A8Fp8", "ChannelWiseTorchFP8ScaledMMLinearKernel"),
+    "fp8-block": ("CompressedTensorsW8A8Fp8", "CPUFp8BlockScaledMMKernel"),
+    "w8a8": ("CompressedTensorsW8A8Int8", "CPUInt8ScaledMMLinearKernel"),
+    "w4a16": ("CompressedTensorsWNA16", None),
+    "nvfp4": ("CompressedTensorsW4A4Fp4", None),
+    "mxfp4": ("CompressedTensorsW4A4Mxfp4", None),
+}
 OURS, VLLM = "Float32PackedLinearKernel", "CPUWNA16LinearKernel"
 # One process, so that vLLM is imported once for all models.
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HOME": "/tmp", "VLLM_HOST_IP": "127.0.0.1"}  # noqa: S108 - inside the container
@@ -30,9 +41,20 @@ def runtime(engine: docker.DockerClient, machine: Settings) -> str:
     return build_runtime(engine, profile.load("vllm-cpu"), machine.home, print).image_id
 
 
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny checkpoint in each format of compressed-tensors, with the configuration that our workers write."""
+    root = tmp_path_factory.mktemp("compressed")
+    return {method: compressed.write(root / method, method) for method in COMPRESSED}
+
+
 @pytest.fixture(scope="module", params=[None, "avx2"], ids=["as it is", "held to AVX2"])
 def found(
-    request: pytest.FixtureRequest, engine: docker.DockerClient, machine: Settings, runtime: str
+    request: pytest.FixtureRequest,
+    engine: docker.DockerClient,
+    machine: Settings,
+    runtime: str,
+    checkpoints: dict[str, Path],
 ) -> dict[str, Any]:
     """What `kernels_check.py` prints, what the engine said of its kernels (``said``), and what the CPU may use."""
     if request.param == machine.cpu.instruction_set:
@@ -43,6 +65,7 @@ def found(
             Member("check/kernels_check.py", CHECK),
             Member("check/packed.py", Path(packed.__file__)),
             *plain_files(DEMO / "model", "check/model"),
+            *(member for name, path in checkpoints.items() for member in plain_files(path, f"check/compressed/{name}")),
         ]
     )
     lines: list[str] = []
@@ -73,6 +96,20 @@ def test_a_packed_layer_is_as_exact_as_its_arithmetic(found: dict[str, Any]) -> 
         assert layer["rounded" if own else "float32"] < 1, layer
         # Nothing is left of the packed weights beside the float32 copy.
         assert own or not layer["left"], layer
+
+
+@pytest.mark.parametrize("method", COMPRESSED)
+def test_vllm_reads_each_configuration_and_has_a_kernel_where_we_say_so(found: dict[str, Any], method: str) -> None:
+    layer = found["compressed"][method]
+    lacking = Scheme.model_validate({"method": method, "backend": "llmcompressor"}).unsupported(found["isa"])
+    if lacking is not None:
+        assert "Failed to find a kernel" in layer["refused"], layer
+        return
+    scheme, kernel = COMPRESSED[method]
+    packed_by = VLLM if found["isa"] != "avx2" else OURS
+    assert (layer["scheme"], layer["kernel"]) == (scheme, kernel or packed_by)
+    # Inputs of eight bits cost up to 0.03; other scales or another order of the weights cost 0.5 and more.
+    assert layer["error"] < (0.005 if method == "w4a16" else 0.05)
 
 
 def test_a_16_bit_layer_is_as_exact_as_its_arithmetic_and_kept_once(found: dict[str, Any]) -> None:

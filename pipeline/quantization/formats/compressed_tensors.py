@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.compatibility.description import ModelDescription
 from pipeline.quantization.formats.checkpoint_format import PackedLayer
 
 # What four bits stand for, as E2M1: a sign, two bits of exponent with bias 1, one of fraction.
@@ -64,6 +65,13 @@ def fp4(packed: NDArray[np.uint8]) -> NDArray[np.float32]:
     """The numbers of [rows, n/2] bytes as [rows, n], the lower four bits first."""
     halves: NDArray[np.float32] = _FP4[np.stack([packed & 15, packed >> 4], axis=-1)]
     return halves.reshape(len(packed), -1)
+
+
+def cache_scales(model: ModelDescription) -> frozenset[str]:
+    """The scales of keys and of values, of each attention that has such layers."""
+    parts = [name.rpartition(".") for name in model.linears]
+    attentions = {module for module, _, last in parts if last in {"k_proj", "v_proj", "qkv_proj"}}
+    return frozenset(f"{module}.{letter}_scale" for module in attentions for letter in "kv")
 
 
 def _stated_otherwise(prefix: str, stated: Mapping[str, Any], expected: Mapping[str, object]) -> Iterator[str]:

@@ -89,6 +89,13 @@ def test_the_same_answers_pass() -> None:
     assert verdict(choices(BASELINE_HITS), documents(1.0)).status == "pass"
 
 
+def test_a_verdict_says_which_quantization_its_engine_left_out() -> None:
+    both = answers(choices(BASELINE_HITS), documents(1.0))
+    found = judge(compare(both, both, not_computed=("inputs in FP8", "keys and values in FP8")), limits())
+    assert found.status == "pass"
+    assert found.reason.endswith("; the loss of the weights alone, without inputs in FP8 and keys and values in FP8")
+
+
 def test_likelihood_alone_refuses_what_accuracy_lets_through() -> None:
     outcome = verdict(choices(flipped(8, 7)), documents(1.036, 2.0))
     assert outcome.status == "fail"

@@ -42,9 +42,9 @@ from pipeline.planner.speed import roofline
 from pipeline.planner.weights import Weights, active_numbers, bytes_per_step, quantized, stored, unquantized
 from pipeline.settings import Settings
 from pipeline.sources.source import resolve
-from pipeline.spec import ModelSpec, Source, load
+from pipeline.spec import ModelSpec, ReleasedScheme, Source, load
 from pipeline.stages import preflight
-from pipeline.stages.preflight import foresee
+from pipeline.stages.preflight import foresee, not_served_here
 from registry.manifest import Manifest
 from registry.pull import ReleaseMetadata
 from unit.pipeline import checkpoints, hub_server
@@ -442,6 +442,47 @@ def test_a_release_says_first_what_it_will_take(tmp_path: Path) -> None:
     assert lines == ["plan: awq takes 3.8 MB, 4.31 bits a weight"]
 
 
+def test_a_release_says_first_which_schemes_this_cpu_cannot_serve(tmp_path: Path) -> None:
+    lines: list[str] = []
+    asked: dict[str, dict[str, Any]] = {
+        "fp8": {},
+        "cached": {"method": "fp8", "kv_cache": "fp8"},
+        "w4a16": {"group_size": 64},
+        "nvfp4": {},
+    }
+    schemes = {
+        name: ReleasedScheme.model_validate({"method": name, "backend": "llmcompressor", **more})
+        for name, more in asked.items()
+    }
+    spec = spec_of(schemes=schemes)
+    here = Settings.read({"SLIPWAY_HOME": str(tmp_path), "SLIPWAY_CPU_ISA": "avx2"})
+    assert foresee(spec, list(schemes), here, lines.append) is not None
+    found = [line for line in lines if "can't be served on this machine" in line]
+    whole = "`drift` and `load` will be inconclusive; with `evals: {engine: hf}` drift is measured without vLLM"
+    reasons = {
+        "cached": "`kv_cache: fp8` needs a CPU with AVX-512 or AMX, and this one has avx2: test it on another machine",
+        "nvfp4": "vLLM has no kernel for `method: nvfp4` on CPUs",
+    }
+    assert found == [f"{name} can't be served on this machine ({reason}): {whole}" for name, reason in reasons.items()]
+    without = spec.model_copy(update={"evals": spec.evals.model_copy(update={"engine": "hf"})})
+    assert [line.rpartition(": ")[2] for line in not_served_here(without, schemes, here)] == [
+        "`load` will be inconclusive"
+    ] * 2
+    assert not not_served_here(spec, schemes, replace(here, docker_host="tcp://engine:2376"))
+
+
+def test_calibrated_scales_of_the_cache_are_planned_and_the_cache_is_served_in_fp8() -> None:
+    plain, cached = (
+        ReleasedScheme.model_validate({"method": "fp8", "backend": "llmcompressor", **more})
+        for more in ({}, {"kv_cache": "fp8"})
+    )
+    model = describe_folder(DEMO / "model").model
+    # Keys and values of four layers, two bytes each.
+    assert quantized("x", cached, model).bytes - quantized("x", plain, model).bytes == 16
+    spec = spec_of(schemes={"plain": plain, "cached": cached})
+    assert (spec.serving("plain").kv_cache, spec.serving("cached").kv_cache) == ("auto", "fp8")
+
+
 def test_a_release_that_its_server_cannot_hold_is_refused_before_any_work(tmp_path: Path) -> None:
     settings = Settings.read({"SLIPWAY_HOME": str(tmp_path)})
     small = spec_of().load.model_copy(update={"memory": Memory(limit_bytes=ByteSize(1_000_000))})
@@ -539,7 +580,7 @@ def test_a_source_that_cannot_be_looked_at_is_left_to_its_stage(tmp_path: Path) 
     assert foresee(spec_of(source=Source(uri=f"file:{tmp_path}/none")), ["awq"], settings, print) is None
 
 
-def test_a_release_is_held_to_the_driver_that_is_named_as_its_image_says(tmp_path: Path) -> None:
+def test_a_release_is_held_to_the_driver_that_is_named_as_its_image_says() -> None:
     runtime = profile.load("vllm-cuda13")
     labels = {
         **gpu_compatibility.labels_of(runtime),
@@ -548,7 +589,7 @@ def test_a_release_is_held_to_the_driver_that_is_named_as_its_image_says(tmp_pat
     }
     nothing = Manifest.model_construct()  # type: ignore[call-arg]
     release = ReleaseMetadata("1", nothing, {asking.IMAGE: json.dumps({"labels": labels}).encode()})
-    needs = planning._needs("demo-awq@champion", release, Settings.read({"SLIPWAY_HOME": str(tmp_path)}))
+    needs = planning._needs(None, release)
     told = planning._gate(needs, [find_gpu("H100"), find_gpu("L4")], "550.54.15")
     assert told[0].startswith("vllm-cuda13 needs NVIDIA driver 580.65.06, CUDA 13.0")
     assert "refused: vllm-cuda13 needs NVIDIA driver 580.65.06 or later, but this host has 550.54.15" in told
