@@ -59,8 +59,8 @@ class ReleasedScheme(Scheme):
 class Calibration(_Section):
     """The text that the quantizer is calibrated with."""
 
-    uri: Path
-    """JSON lines of `{"text": …}`, as `file:PATH`, or `builtin:calibration`: prose, code and questions with answers."""
+    uri: Path = Field(default_factory=lambda: builtin.FILES["calibration"])
+    """JSON lines of `{"text": …}`, as `file:PATH`; `builtin:calibration` is prose, code and questions with answers."""
     samples: int = Field(default=128, ge=1)
     """How many rows are used, from the first."""
     max_tokens: int = Field(default=512, ge=16)
@@ -106,8 +106,8 @@ class ModelSpec(_Section):
     """Where the weights come from."""
     license: str | None = None
     """The license of the weights, for the image's labels and the bill of materials."""
-    calibration: Calibration | None = None
-    """The text that the quantizer is calibrated with; not needed for `fp8`, `fp8-block` and `mxfp4` alone."""
+    calibration: Calibration = Calibration()
+    """The text that the quantizer is calibrated with; `fp8`, `fp8-block` and `mxfp4` use none."""
     schemes: Mapping[str, ReleasedScheme] = Field(min_length=1)
     """How the model is quantized; each scheme is a release line, `MODEL-SCHEME`."""
     evals: DriftLimits
@@ -153,6 +153,11 @@ class ModelSpec(_Section):
     def lock(self) -> Path:
         """The file beside this one that pins what the source resolved to."""
         return self.path.with_suffix(".lock.json")
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether any scheme is calibrated."""
+        return any(scheme.needs_calibration for scheme in self.schemes.values())
 
     def scheme(self, name: str) -> ReleasedScheme:
         """Return one scheme.
@@ -225,7 +230,7 @@ def load(path: Path) -> ModelSpec:
     except UnicodeError:
         problems.append("it holds an invalid character (a lone surrogate, `\\uD800` to `\\uDFFF`)")
     else:
-        problems += [*_not_served(spec), *_not_calibrated(spec), *_refused_by_engine(spec), *_odd_adapters(spec)]
+        problems += [*_not_served(spec), *_refused_by_engine(spec), *_odd_adapters(spec)]
         if not problems:
             return spec
     raise SpecError(listed(f"{path} is not a valid model file:", itertools.chain(problems, wrong)))
@@ -261,13 +266,6 @@ def _refused_by_engine(spec: ModelSpec) -> Iterator[str]:
             name = getattr(section, key)
             if name is not None and (problem := parser_problem(name, parsers, options)):
                 yield f"`{path}.{key}`: {problem}"
-
-
-def _not_calibrated(spec: ModelSpec) -> Iterator[str]:
-    """Schemes that need text where there is none."""
-    needed = [name for name, scheme in spec.schemes.items() if scheme.needs_calibration]
-    if spec.calibration is None and needed:
-        yield f"missing key `calibration`: `schemes.{needed[0]}` needs text, as `calibration: {{uri: file:PATH}}`"
 
 
 def _odd_adapters(spec: ModelSpec) -> Iterator[str]:

@@ -18,7 +18,7 @@ def check_data(spec: ModelSpec) -> None:
         SpecError: a file can't be read, a row is not valid, or there are too few; says file and line.
     """
     texts = [("load.prompts", spec.load.prompts, 1)]
-    if spec.calibration is not None:
+    if spec.calibrates:
         texts.insert(0, ("calibration.uri", spec.calibration.uri, spec.calibration.samples))
     for key, path, wanted in texts:
         try:

@@ -125,8 +125,7 @@ def touched(specs: Iterable[ModelSpec], settings: Settings) -> str:
     """
     places = {settings.models, REQUIREMENTS, profiles.RUNTIMES, suite.SUITES}
     for spec in specs:
-        calibration = None if spec.calibration is None else spec.calibration.uri
-        data = (calibration, spec.load.prompts, *(task.data for task in spec.evals.all_tasks))
+        data = (spec.calibration.uri, spec.load.prompts, *(task.data for task in spec.evals.all_tasks))
         places |= {path for path in data if path is not None}
         uris = (spec.source.uri, *(adapter.uri for adapter in spec.serve.adapters.values()))
         places |= {Path(uri.removeprefix("file:")) for uri in uris if uri.startswith("file:")}

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from checkout import CHECKOUT
+from evals import builtin
 from homes import DEMO
 from pipeline.errors import SpecError
 from pipeline.spec import find, load
@@ -81,7 +82,6 @@ def test_the_demo_is_what_its_file_says() -> None:
     spec = load(DEMO.with_suffix(".yaml"))
     assert list(spec.schemes) == ["awq", "gptq"]
     assert spec.source.uri == f"file:{DEMO}/model"
-    assert spec.calibration is not None
     assert spec.calibration.uri == DEMO / "calibration.jsonl"
     assert spec.evals.tasks["cloze"].data == DEMO / "cloze.jsonl"
     assert spec.load.prompts == DEMO / "heldout.jsonl"
@@ -130,7 +130,7 @@ def test_of_thousands_of_problems_the_first_are_listed(write: Write) -> None:
     assert told[-1].strip() == "and more"
 
 
-@pytest.mark.parametrize("key", ["model", "source", "calibration.uri", "schemes", "evals.tasks", "runtime", "load.slo"])
+@pytest.mark.parametrize("key", ["model", "source", "schemes", "evals.tasks", "runtime", "load.slo"])
 def test_a_missing_key_is_named(write: Write, key: str) -> None:
     if key == "load.slo":  # the one that has a default
         assert load(write(drop(key))).load.slo.error_rate == 0
@@ -172,7 +172,6 @@ def test_relative_uris_count_from_the_folder_of_the_file(tmp_path: Path, monkeyp
     path.write_text(DEMO.with_suffix(".yaml").read_text())
     monkeypatch.chdir("/")
     spec = load(path)
-    assert spec.calibration is not None
     assert spec.calibration.uri == tmp_path / "demo" / "calibration.jsonl"
     assert spec.source.uri == f"file:{tmp_path}/demo/model"
 
@@ -191,13 +190,16 @@ def test_data_without_a_scheme_or_from_elsewhere_is_refused(write: Write) -> Non
 
 def test_data_may_be_what_comes_with_slipway(write: Write) -> None:
     spec = load(write(put("calibration.uri", "builtin:calibration")))
-    assert spec.calibration is not None
     assert json.loads(spec.calibration.uri.read_text().partition("\n")[0])["text"]
     message = refusal(write(put("load.prompts", "builtin:held-out")))
     assert "`load.prompts`: expected one of builtin:calibration, builtin:cloze, builtin:heldout" in message
     assert "`serve.chat_template`: expected file:PATH" in refusal(
         write(put("serve", {"chat_template": "builtin:cloze"}))
     )
+
+
+def test_a_model_without_calibration_text_is_calibrated_with_what_comes_with_slipway(write: Write) -> None:
+    assert load(write(drop("calibration"))).calibration.uri == builtin.FILES["calibration"]
 
 
 def test_text_that_begins_like_a_uri_is_left_alone(write: Write) -> None:
