@@ -4,10 +4,10 @@ Request: `model` (a checkpoint's folder; its tokenizer alone where a server answ
 `suite` (`name`, `digest`, `seed`), `tasks` (name → `evals.drift.suite.TaskLimits.question`, with `data` for tasks of
 ours);
 optional: `server` (`address`, a file in which its URL appears; `name`; `image`; `engine`), `part` (from and to which
-share of each task), `divergence` (`documents`, `max_tokens`, `top`), `again` (items a task to ask twice), `hub`
-(`endpoint`, `cache`), `device` (`cpu`, `cuda`), `batch_size`, `threads`. Writes `answers.json`
+share of each task), `divergence` (`documents`, `max_tokens`, `top`), `again` (items a task to ask twice), `canary`
+(prompts), `hub` (`endpoint`, `cache`), `device` (`cpu`, `cuda`), `batch_size`, `threads`. Writes `answers.json`
 (`evals.drift.answers.Answers`), `runs.npz` (the hashed runs of words of every item, `evals.drift.overlap`) and, if
-asked, `top.npz` (`evals.drift.divergence.Top`).
+asked, `top.npz` (`evals.drift.divergence.Top`) and `canary.json` (`evals.load.canary.TakenCanary`).
 
 Baseline and candidate go the same way. Without a server a quantized checkpoint's linear layers are unpacked once and
 then computed in the baseline's precision: what differs between two answers is the weights alone.
@@ -63,6 +63,8 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
             wanted = request.get("divergence")
             if wanted and texts and not (Path(request["output"]) / "top.npz").exists():
                 _write_top(model, texts[: wanted["documents"]], wanted, Path(request["output"]))
+        if prompts := request.get("canary"):
+            _write_canary(model, prompts, Path(request["output"]))
     except served.ServerError as error:
         raise WorkerError(str(error)) from error
     suite = {"name": request["suite"]["name"], "digest": request["suite"]["digest"], "lm_eval": engine["lm-eval"]}
@@ -263,6 +265,32 @@ def _write_top(model: LM, texts: Sequence[str], wanted: Mapping[str, int], outpu
         document=np.array([number for number, _ in places], dtype=np.int32),
         position=np.array([place for _, place in places], dtype=np.int32),
     )
+
+
+def _write_canary(model: LM, prompts: Sequence[str], output: Path) -> None:
+    """Write the prompt after which the model is surest of its next token, and that token.
+
+    Raises:
+        WorkerError: after no prompt is its likeliest token printable text.
+    """
+    model.asking = "canary"
+    # As the server encodes a prompt of text. The last place is the one after the prompt, whatever token stands there.
+    encoded = [model.tokenizer.encode(prompt) for prompt in prompts]
+    found = model.top([[*tokens, model.prefix_token_id] for tokens in encoded], 2)
+    answered = []
+    for prompt, tokens, places in zip(prompts, encoded, found, strict=True):
+        (first, _), (likeliest, second) = places[-1]
+        before, after = (
+            model.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for ids in (tokens, [*tokens, first])
+        )
+        expect = after.removeprefix(before)
+        if after.startswith(before) and expect.strip() and expect.strip().isprintable() and "\ufffd" not in expect:
+            answered.append({"prompt": prompt, "expect": expect, "margin": likeliest - second})
+    if not answered:
+        raise WorkerError("no prompt for a canary is answered with text: write `load.canary` into the model's file")
+    chosen = max(answered, key=lambda each: each["margin"])
+    (output / "canary.json").write_text(json.dumps(chosen, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _write_runs(shown: Mapping[str, Sequence[Sequence[str]]], output: Path) -> None:

@@ -82,6 +82,7 @@ class AnswersRequest(_Request):
     part: tuple[float, float]
     divergence: DivergenceLimits | None
     again: int
+    canary: Sequence[str]
     device: str | None
     hub: HubAccess | None
     server: StartingServer | None
@@ -100,6 +101,7 @@ def ask(
     part: tuple[float, float] = (0.0, 1.0),
     divergence: DivergenceLimits | None = None,
     again: int = 0,
+    canary: Sequence[str] = (),
     hub: HubAccess | None = None,
 ) -> Answers:
     """Let ``checkpoint`` answer a suite and write ``answers.json`` and what goes with it into ``output``.
@@ -116,6 +118,7 @@ def ask(
         part: from which share of each task to which; see `evals.statistics.sequential`.
         divergence: which next-token distributions to keep.
         again: how many items of each graded task to ask twice.
+        canary: prompts; the answer that the checkpoint is surest of goes into ``canary.json`` (`evals.load.canary`).
         hub: where lm-eval's own tasks find their data.
 
     Raises:
@@ -134,6 +137,7 @@ def ask(
         part=part,
         divergence=divergence,
         again=again,
+        canary=canary,
         device=device,
         hub=None if ours else hub,
         server=serving,

@@ -49,6 +49,8 @@ class CanaryAnswer(_Document):
     """The canary's prompt."""
     expect: str
     """How the answer must begin."""
+    margin: float | None = Field(default=None, exclude_if=lambda margin: margin is None)
+    """By how many nats FP16 prefers this token to the second, where the canary was taken from its answers."""
     answer: str | None
     """The answer."""
     error: str | None

@@ -104,7 +104,8 @@ def _outright(evidence: LoadEvidence) -> list[str]:
         changed = evidence.speculation.wrong if evidence.speculation is not None else None
         return [f"speculation changes greedy answers: {changed}"] if changed else []
     got = f"answered {canary.answer!r}" if canary.error is None else f"failed ({canary.error})"
-    return [f"canary: the answer to {canary.prompt!r} must begin with {canary.expect!r}, but the server {got}"]
+    how = "" if canary.margin is None else f", which FP16 prefers by {canary.margin:.2f} nats"
+    return [f"canary: the answer to {canary.prompt!r} must begin with {canary.expect!r}{how}, but the server {got}"]
 
 
 def _failure(name: str, metrics: Mapping[str, float], limits: Mapping[str, float], evidence: LoadEvidence) -> str:

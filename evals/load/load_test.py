@@ -23,6 +23,7 @@ from containers.sandbox.sandbox import Server
 from evals.errors import EvaluationError
 from evals.load import capacity as capacities
 from evals.load import faults, measurements
+from evals.load.canary import Canary
 from evals.load.capacity import Capacity
 from evals.load.engine_metrics import Scrape, pool, scrape
 from evals.load.evidence import (
@@ -38,7 +39,7 @@ from evals.load.evidence import (
 )
 from evals.load.expected_memory import ExpectedMemory
 from evals.load.load_gate import GATE, is_conclusive, judge
-from evals.load.plan import Canary, LoadPlan, Memory, load_key
+from evals.load.plan import LoadPlan, Memory, load_key
 from evals.load.queueing import queue
 from evals.load.requests import FILE as REQUESTS
 from evals.load.requests import RequestRecord, parse_requests
@@ -344,7 +345,7 @@ def _write_untested(
     limit = int(plan.memory.limit_bytes)
     evidence = LoadEvidence(
         model=None,
-        canary=CanaryAnswer(**plan.canary.model_dump(), answer=None, error="it was not asked", ok=False),
+        canary=CanaryAnswer(**plan.known_canary().model_dump(), answer=None, error="it was not asked", ok=False),
         profiles=(),
         capacity=None,
         faults=None,
@@ -443,14 +444,15 @@ def _version(server: Server) -> str | None:
 
 def _ask_canary(server: Server, model: str, plan: LoadPlan) -> CanaryAnswer:
     """Ask for the greedy continuation of the canary's prompt."""
+    canary = plan.known_canary()
     # A token has at least one character.
-    tokens = len(plan.canary.expect)
-    body = {"model": model, "prompt": plan.canary.prompt, "max_tokens": tokens, "temperature": 0}
+    tokens = len(canary.expect)
+    body = {"model": model, "prompt": canary.prompt, "max_tokens": tokens, "temperature": 0}
     answer, error = None, None
     try:
         reply = httpx.post(f"{server.url}/v1/completions", json=body, timeout=plan.request_timeout_s, trust_env=False)
         answer = str(reply.raise_for_status().json()["choices"][0]["text"])
     except (httpx.HTTPError, ValueError, KeyError, IndexError) as problem:
         error = f"{type(problem).__name__}: {problem}"
-    ok = answer is not None and answer.startswith(plan.canary.expect)
-    return CanaryAnswer(**plan.canary.model_dump(), answer=answer, error=error, ok=ok)
+    ok = answer is not None and answer.startswith(canary.expect)
+    return CanaryAnswer(**canary.model_dump(), answer=answer, error=error, ok=ok)

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
+from evals.errors import EvaluationError
+from evals.load.canary import Canary
 from evals.load.capacity import CapacitySearch
 from evals.load.slo import Positive, Slo
 from evals.load.traffic import profile as profiles
@@ -16,17 +18,12 @@ from evals.load.traffic.profile import Lengths, TrafficProfile
 CAUSES = Literal["client-late", "incomplete", "memory-unwatched", "no-gpu"]
 
 
+class UnknownCanaryError(EvaluationError):
+    """The canary is not known yet."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Canary(_Section):
-    """A prompt whose greedy continuation is known."""
-
-    prompt: str
-    """The prompt, sent before any traffic."""
-    expect: str = Field(min_length=1)
-    """The beginning of the expected answer."""
 
 
 class Memory(_Section):
@@ -95,8 +92,10 @@ class LoadPlan(Changes):
     """The most cores of the server; by default all that are free."""
     max_client_late_ms: Positive = 250.0
     """How late the load generator may be with one request in twenty, before the verdict is inconclusive."""
-    canary: Canary
-    """A prompt that must be answered correctly before any traffic."""
+    canary: Canary | None = None
+    """A prompt that must be answered correctly before any traffic. Without it the first release takes one from FP16's
+    own answers, and writes it to the lock.
+    """
     memory: Memory
     """The container's memory."""
     capacity: CapacitySearch | None = None
@@ -144,6 +143,19 @@ class LoadPlan(Changes):
         held = self.traffic[0].slo.min_capacity_requests_per_second is not None
         return self.capacity or (CapacitySearch() if held else None)
 
+    def known_canary(self) -> Canary:
+        """Return the canary, which a load test needs.
+
+        Raises:
+            UnknownCanaryError: the model's file has none, and FP16 has not been asked yet.
+        """
+        if self.canary is None:
+            raise UnknownCanaryError(
+                "there is no canary yet: the first `slipway release` takes one from FP16's answers; or write "
+                "`load.canary` into the model's file"
+            )
+        return self.canary
+
     def limits(self) -> dict[str, float]:
         """Every limit by the name of the metric that it bounds."""
         first, *others = self.traffic
@@ -175,7 +187,7 @@ def load_key(plan: LoadPlan) -> dict[str, object]:
         "traffic": [profile.model_dump(mode="json", exclude=_LIMITS_ONLY) for profile in plan.traffic],
         "capacity": None if search is None else {**search.model_dump(), "limits": plan.traffic[0].slo.limits()},
         "faults": plan.max_recovery_s if plan.faults else None,
-        "canary": plan.canary.model_dump(),
+        "canary": None if plan.canary is None else plan.canary.model_dump(),
         "memory": int(plan.memory.limit_bytes),
         "cpus": plan.cpus,
         "timeouts": [plan.request_timeout_s, plan.start_timeout_s],

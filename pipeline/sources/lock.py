@@ -2,8 +2,9 @@
 
 It is written after the first successful pull and states what every later pull must find::
 
-    {"schema": "slipway/lock/1", "uri": …, "revision": …, "files": {PATH: {"size": …, "sha256": …}}}
+    {"schema": "slipway/lock/1", "uri": …, "revision": …, "files": {PATH: {"size": …, "sha256": …}}, "canary": {…}}
 
+``canary`` is there where the model's file has no canary of its own (`evals.load.canary`).
 While it exists, a branch stays at the commit in the lock. The law: a pull that succeeds under a lock has exactly the
 bytes that the lock states. To follow the branch, delete the file.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from evals.load.canary import TakenCanary
 from pipeline.errors import SourceError
 from registry.atomic_write import write_atomically
 
@@ -40,6 +42,7 @@ class Lock(BaseModel):
     uri: str
     revision: str | None = Field(pattern=r"^[0-9a-f]{40}$")
     files: Mapping[str, LockedFile] = Field(min_length=1)
+    canary: TakenCanary | None = Field(default=None, exclude_if=lambda canary: canary is None)
     path: Path = Field(exclude=True)
 
     def refuse_other(self, uri: str, commit: str | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -90,13 +90,14 @@ def answer(
     serve: Serve,
     image: str,
     ask: Callable[[AskPart], None] | None = None,
+    canary: Sequence[str] = (),
 ) -> None:
     """Fill an artifact with a checkpoint's answers, of lm-eval or of the server that ``serve`` starts.
 
     A server is also asked for each adapter; those answers are in a folder of their own (`adapter_folder`).
 
     ``image`` is its image's id, or `FP16`, of which some items are asked twice. ``ask`` asks in parts; all is asked in
-    one where it is not given.
+    one where it is not given. ``canary`` are the prompts that a canary is chosen from.
     """
     limits = context.evals
     if context.instruction_set is not None:
@@ -114,7 +115,9 @@ def answer(
         else None
     )
 
-    def ask_for(asked: DriftLimits, serving: asking.StartingServer | None, part: Part, output: Path) -> Answers:
+    def ask_for(
+        asked: DriftLimits, serving: asking.StartingServer | None, part: Part, output: Path, canary: Sequence[str] = ()
+    ) -> Answers:
         return asking.ask(
             checkpoint.folder,
             asked,
@@ -126,10 +129,11 @@ def answer(
             part=part,
             divergence=asked.divergence if part[0] == 0 else None,
             again=asked.again if image == FP16 else 0,
+            canary=canary,
             hub=asking.HubAccess(endpoint=context.settings.hub_endpoint, cache=str(context.settings.home / "hub")),
         )
 
-    ask_part = partial(ask_for, limits, serving)
+    ask_part = partial(ask_for, limits, serving, canary=canary)
 
     def ask_all() -> None:
         if ask is None:

@@ -5,17 +5,17 @@ Where a server answers, the source is mounted read-only into the runtime that ev
 
 from __future__ import annotations
 
-from pipeline.stages import answers
+from pipeline.stages import answers, canary
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext
 from pipeline.stages.stage import Inputs
-from pipeline.store.artifacts import ArtifactDraft, Recipe
+from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe
 
 
 def recipe(context: StageContext, inputs: Inputs) -> Recipe:
-    """The source and the questions, some of which are asked twice."""
+    """The source and the questions, some of which are asked twice, and the prompts for a canary."""
     source, adapters = inputs["source"], inputs["adapters"]
-    again = {"again": context.evals.again}
+    again = {"again": context.evals.again, "canary": canary.prompts(context.spec)}
     taken = {"source": source.digest, "adapters": adapters.digest}
     return answers.recipe_of(context, source, answers.reference(context), taken, again, code_version(__name__))
 
@@ -24,4 +24,16 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
     """Ask FP16."""
     source, adapters = inputs["source"], inputs["adapters"]
     with context.device():
-        answers.answer(context, draft, source, lambda: answers.serve_source(context, source, adapters), answers.FP16)
+        answers.answer(
+            context,
+            draft,
+            source,
+            lambda: answers.serve_source(context, source, adapters),
+            answers.FP16,
+            canary=canary.prompts(context.spec),
+        )
+
+
+def accept(context: StageContext, baseline: Artifact) -> None:
+    """Lock the canary on a first release, where the model's file has none."""
+    canary.lock(context, baseline)

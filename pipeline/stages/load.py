@@ -20,6 +20,7 @@ from pipeline.errors import PlanError
 from pipeline.planner.facts import read_facts
 from pipeline.planner.sources import describe_folder
 from pipeline.planner.weights import is_weight_only, stored
+from pipeline.stages import canary
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext
 from pipeline.stages.image import record_of
@@ -33,7 +34,7 @@ from registry.verdict import Verdict
 
 def recipe(context: StageContext, inputs: Inputs) -> Recipe:
     """The image, the checkpoint, the traffic with its prompts, and the load generator's pins."""
-    plan = context.spec.load
+    plan = canary.known(context.spec, context.spec.load)
     return Recipe(
         "load",
         inputs=digests(inputs),
@@ -77,7 +78,12 @@ def measure(
     A server that never gets healthy is evidence: the gate fails it, the stage does not. An image that needs a GPU is
     not started where there is none, and no configuration where the CPU does not support it: that is inconclusive. With
     speculation the same greedy requests go to a second server without it.
+
+    Raises:
+        UnknownCanaryError: the model was never released, and its file has no canary.
     """
+    plan = canary.known(context.spec, plan)
+    plan.known_canary()
     if context.unsupported:
         return load_test.write_unsupported(context.unsupported, plan, folder)
     profile, serving = profiles.load(record.runtime), context.serving

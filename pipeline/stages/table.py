@@ -69,6 +69,7 @@ BASELINE = Stage(
     recipe=baseline.recipe,
     make=baseline.make,
     prepare=choose_instruction_set,
+    accept=baseline.accept,
     device=True,
     tool="vllm",
 )

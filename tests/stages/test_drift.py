@@ -18,6 +18,7 @@ from evals.drift.layer_errors import measure_layers
 from evals.drift.limits import DriftLimits
 from evals.drift.pairs import compare
 from evals.drift.suite import suite_names
+from evals.load.canary import FILE, MARGIN, TakenCanary, prompts
 from pipeline.errors import WorkerFailed
 from pipeline.settings import Settings
 from pipeline.workers.runner import Workers
@@ -71,8 +72,8 @@ def asked(tmp_path_factory: pytest.TempPathFactory, run_worker: Workers) -> Ask:
 
 @pytest.fixture(scope="module")
 def baseline(asked: Ask) -> Asked:
-    """The demo model's answers in FP16, some of them asked twice."""
-    return asked(DEMO / "model", again=60)
+    """The demo model's answers in FP16, some of them asked twice, and its canary."""
+    return asked(DEMO / "model", again=60, canary=prompts(DEMO / "heldout.jsonl"))
 
 
 def verdict(baseline: Asked, candidate: Asked, calibration: list[str] = CALIBRATION[:32]) -> Verdict:
@@ -85,6 +86,14 @@ def verdict(baseline: Asked, candidate: Asked, calibration: list[str] = CALIBRAT
     judged = judge(drift, LIMITS)
     print(judged.reason)
     return judged
+
+
+def test_a_canary_is_a_token_that_the_model_is_sure_of(baseline: Asked) -> None:
+    taken = TakenCanary.model_validate_json((baseline.folder / FILE).read_text())
+    assert taken.prompt in prompts(DEMO / "heldout.jsonl")
+    assert taken.expect.strip()
+    assert taken.margin > MARGIN
+    assert taken.warning is None
 
 
 def test_the_demo_model_has_learnt_and_repeats_itself(baseline: Asked) -> None:

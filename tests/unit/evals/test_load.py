@@ -35,6 +35,7 @@ from evals.load.load_test import (
     write_unsupported,
     write_without_gpu,
 )
+from evals.load.plan import UnknownCanaryError
 from evals.load.requests import RequestRecord, format_requests, read_requests
 from evals.workers import RunWorker
 
@@ -128,6 +129,17 @@ def test_each_gpu_is_held_to_its_own_memory_and_named() -> None:
 def test_a_metric_that_is_missing_fails(name: str) -> None:
     verdict = judge(evidence(metrics={name: None}), plan())
     assert (verdict.status, "could not be measured" in verdict.reason) == ("fail", True)
+
+
+def test_a_canary_that_fp16_gave_fails_with_its_margin() -> None:
+    canary = {"prompt": "if", "expect": "right", "margin": 4.25, "answer": "wrong", "ok": False}
+    verdict = judge(without_profiles(evidence(canary=canary)), plan())
+    assert "must begin with 'right', which FP16 prefers by 4.25 nats, but the server answered 'wrong'" in verdict.reason
+
+
+def test_a_plan_without_a_canary_says_where_one_comes_from() -> None:
+    with pytest.raises(UnknownCanaryError, match="the first `slipway release` takes one from FP16's answers"):
+        plan(canary=None).known_canary()
 
 
 def test_a_wrong_canary_fails_and_shows_both_texts() -> None:

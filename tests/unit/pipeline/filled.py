@@ -18,6 +18,7 @@ from containers.image.build import SERVING
 from evals.drift.answers import Answers, AskedSuite
 from evals.drift.pairs import ChoicePairs, Drift
 from evals.drift.suite import TOOL_CALLS
+from evals.load.canary import TakenCanary
 from homes import DEMO
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec, load
@@ -33,11 +34,15 @@ _SUITE = AskedSuite(name="demo", digest="sha256:" + "ab" * 32, lm_eval="0.4.13")
 _ANSWERS = Answers.model_validate(
     {"schema": "slipway.answers/2", "engine": {}, "longest": 1024, "suite": _SUITE, "tasks": {}}
 )
+CANARY = TakenCanary(prompt="1, 2,", expect=" 3", margin=4.0)
 # What stages that need a worker or a server leave behind. The others do their work for real.
 _FILES: Mapping[str, Mapping[str, Any]] = {
     "quantized": {"model.safetensors": "packed", "config.json": {}},
     "image": {"image.json": image_record().model_dump_json()},
-    "answers": {"answers.json": _ANSWERS.model_dump(mode="json", by_alias=True)},
+    "answers": {
+        "answers.json": _ANSWERS.model_dump(mode="json", by_alias=True),
+        "canary.json": CANARY.model_dump(),
+    },
     "layers": {"layers.json": []},
     "drift": {"drift.json": drift_of(1).model_dump(mode="json", by_alias=True)},
     "scan": {"scan.json": SCAN.model_dump(mode="json", by_alias=True), "trivy.json": {}, "sbom.cdx.json": {}},

@@ -112,13 +112,13 @@ def test_an_unknown_key_is_refused_by_its_path_at_any_depth(write: Write, key: s
 
 def test_every_problem_is_listed_at_once(write: Write) -> None:
     def change(document: dict[str, Any]) -> None:
-        del document["load"]["canary"]
+        del document["load"]["memory"]
         document["runtime"] = "vllm_cpu"
         document["schemes"]["gptq"]["bits"] = 5
         document["calibration"]["uri"] = "file:nowhere.jsonl"
 
     message = refusal(write(change))
-    for key in ("load.canary", "runtime", "schemes.gptq", "calibration.uri"):
+    for key in ("load.memory", "runtime", "schemes.gptq", "calibration.uri"):
         assert f"`{key}`" in message
 
 
@@ -203,7 +203,9 @@ def test_a_model_without_calibration_text_is_calibrated_with_what_comes_with_sli
 
 
 def test_text_that_begins_like_a_uri_is_left_alone(write: Write) -> None:
-    assert load(write(put("load.canary.prompt", "file: open("))).load.canary.prompt == "file: open("
+    canary = load(write(put("load.canary.prompt", "file: open("))).load.canary
+    assert canary is not None
+    assert canary.prompt == "file: open("
 
 
 def test_a_source_on_a_hub_is_left_as_it_is(write: Write) -> None:

@@ -6,10 +6,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import yaml
+
 from homes import DEMO
+from pipeline.sources.lock import read_lock, write_lock
+from pipeline.stages.canary import prompts
 from pipeline.stages.run import run, run_until
 from pipeline.stages.table import IMAGE, QUANTIZED, SOURCE
-from unit.pipeline.filled import FillingContext, Models
+from unit.pipeline.filled import CANARY, FillingContext, Models, release
 from unit.pipeline.hub_server import COMMIT, REPOSITORY, serving
 
 
@@ -43,3 +47,34 @@ def test_another_model_of_the_same_weights_gives_an_image_no_label(tmp_path: Pat
             recipe = json.loads((image.folder.parent / "artifact.json").read_text())["recipe"]
             revisions[context.spec.model] = recipe["parameters"]["labels"].get("org.opencontainers.image.revision")
     assert revisions == {"remote": COMMIT, "local": None}
+
+
+def test_without_a_canary_the_first_release_locks_what_fp16_answers(tmp_path: Path) -> None:
+    models = Models(tmp_path)
+    plan = yaml.safe_load(DEMO.with_suffix(".yaml").read_text())["load"]
+    spec = models.write(load={**plan, "prompts": "file:demo/heldout.jsonl", "canary": None})
+    told: list[str] = []
+    context = FillingContext(spec, "awq", models.settings, told.append)
+    release(context)
+    locked = read_lock(spec.lock)
+    assert locked is not None
+    assert locked.canary == CANARY
+    assert "canary: '1, 2,' is answered ' 3' by FP16" in told
+    (load,) = context.store.records("load")
+    assert load[1].recipe.parameters["canary"] == CANARY.model_dump()
+    asked = [record.recipe.parameters.get("canary") for _, record in context.store.records("answers")]
+    assert prompts(spec) in asked
+    # From now on it stays: another scheme, and FP16 asked again with another answer.
+    write_lock(locked.model_copy(update={"canary": CANARY.model_copy(update={"expect": " three"})}))
+    release(models.context(spec, "gptq"))
+    kept = read_lock(spec.lock)
+    assert kept is not None
+    assert kept.canary is not None
+    assert kept.canary.expect == " three"
+
+
+def test_a_model_with_a_canary_of_its_own_locks_none(tmp_path: Path) -> None:
+    models = Models(tmp_path)
+    spec = models.write()
+    release(models.context(spec, "awq"))
+    assert '"canary"' not in spec.lock.read_text()
