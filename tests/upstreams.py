@@ -101,23 +101,23 @@ async def _generate(request: dict[str, Any], path: str, send: Any) -> None:  # n
         await _answer(send, behaviour.status, {"error": {"message": "scripted"}})
         return
     tokens = behaviour.tokens or int(request.get("max_tokens") or 16)
-    kind = "chat.completion" if "chat" in path else "text_completion"
+    about = {"object": "chat.completion" if "chat" in path else "text_completion", "model": request["model"]}
     usage = {"prompt_tokens": 8, "completion_tokens": tokens, "total_tokens": 8 + tokens}
     if not request.get("stream"):
         await asyncio.sleep(behaviour.token_ms * tokens / 1000)
         if behaviour.die_after:
             os._exit(9)
         choice = {"index": 0, "text": "x " * tokens, "finish_reason": "length"}
-        await _answer(send, 200, {"object": kind, "choices": [choice], "usage": usage})
+        await _answer(send, 200, {**about, "choices": [choice], "usage": usage})
         return
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
     for index in range(tokens):
         await asyncio.sleep(behaviour.token_ms / 1000)
         if behaviour.die_after and index >= behaviour.die_after:
             os._exit(9)
-        await _event(send, {"object": kind, "choices": [{"index": 0, "text": "x " * 8}]})
+        await _event(send, {**about, "choices": [{"index": 0, "text": "x " * 8}]})
     if (request.get("stream_options") or {}).get("include_usage"):
-        await _event(send, {"object": kind, "choices": [], "usage": usage})
+        await _event(send, {**about, "choices": [], "usage": usage})
     await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
     await send({"type": "http.response.body", "body": b""})
 

@@ -116,7 +116,8 @@ class Exchange(Response):
     async def _relay(self, pool: Pool, call: Call, request: ChatRequest | CompletionRequest, grant: Grant) -> Opened:
         """Pass the answer on, except for its end, and return the tokens it used."""
         account = self._account
-        meter = StreamMeter(hide_usage=not (request.stream_options and request.stream_options.include_usage))
+        include_usage = request.stream_options is not None and request.stream_options.include_usage
+        meter = StreamMeter(model=request.model, hide_usage=not include_usage)
         try:
             async with self._gateway.upstream.ask(pool, call) as opened:
                 self._name_replica(call)

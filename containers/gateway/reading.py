@@ -147,7 +147,11 @@ def longest_answer(pool: Pool, request: ChatRequest | CompletionRequest, prompt:
 
 
 def check(opened: Opened, meter: StreamMeter) -> None:
-    """Read the usage of a complete answer; ``Refusal`` 502 if it is not a JSON object, or an error of the engine."""
+    """Read the usage of a complete answer, and give it the client's name of the model.
+
+    Raises:
+        Refusal: 502 if it is not a JSON object, or an error of the engine.
+    """
     if opened.status in {401, 403, 404, 405} or not (opened.status == 200 or 400 <= opened.status < 500):
         raise Refusal(502, "replica_misconfigured", f"the model's server answered {opened.status}")
     try:
@@ -158,3 +162,4 @@ def check(opened: Opened, meter: StreamMeter) -> None:
         raise Refusal(502, "bad_answer", "the model's server did not send JSON")
     if opened.status == httpx.codes.OK:
         meter.read(document)
+        opened.body = meter.renamed(document) or opened.body

@@ -19,10 +19,12 @@ class StreamError(Exception):
 class StreamMeter:
     """Reads the events of a stream. ``hide_usage`` drops the last event, the usage, if it was not requested.
 
+    ``model`` is the name that the client asked for, which the engine has another for: answers get the client's.
     ``completion_tokens`` is the engine's count as soon as it is known, and until then one per part of the text. A
     client that disconnects is charged this number.
     """
 
+    model: str
     hide_usage: bool = False
     prompt_tokens: int | None = None
     whole: bool = False
@@ -45,14 +47,15 @@ class StreamMeter:
         self._rest = events.pop()
         if len(self._rest) > _LONGEST_EVENT:
             raise StreamError("an event does not end")
-        return b"".join(event + b"\n\n" for event in events if self._passes(event))
+        return b"".join(passed + b"\n\n" for event in events if (passed := self._passed(event)) is not None)
 
-    def _passes(self, event: bytes) -> bool:
+    def _passed(self, event: bytes) -> bytes | None:
+        """The event as the client gets it; None for a usage that it did not ask for."""
         if not event.startswith(b"data:"):
-            return True
+            return event
         if event.startswith(DONE):
             self.whole = True
-            return True
+            return event
         try:
             document = json.loads(event[5:])
         except ValueError as error:
@@ -60,7 +63,16 @@ class StreamMeter:
         if not isinstance(document, dict):
             raise StreamError("an event that is not an object")
         self.read(document)
-        return bool(document.get("choices")) or "usage" not in document or not self.hide_usage
+        if self.hide_usage and "usage" in document and not document.get("choices"):
+            return None
+        renamed = self.renamed(document)
+        return event if renamed is None else b"data: " + renamed
+
+    def renamed(self, document: Mapping[str, Any]) -> bytes | None:
+        """An event or a complete answer with the client's name of the model; None where it has that already."""
+        if document.get("model", self.model) == self.model:
+            return None
+        return json.dumps({**document, "model": self.model}, separators=(",", ":")).encode()
 
     def read(self, document: Mapping[str, Any]) -> None:
         """Read the usage from an event or a complete answer."""

@@ -63,6 +63,7 @@ def test_an_answer_passes_through_and_the_engine_sees_only_what_it_should(start:
         answer = client.post("/v1/completions", json=body, headers=head)
         client.post("/v1/completions", json=body)
     assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 4)
+    assert answer.json()["model"] == MODEL, "the client's name, not the engine's"
     assert answer.headers["x-request-id"] == "mine-7"
     assert answer.headers["traceparent"].split("-")[1] == "a" * 32
     assert answer.headers["x-slipway-release"] == "v1"
@@ -94,10 +95,11 @@ def test_a_stream_comes_as_it_is_made_and_its_usage_is_hidden_unless_asked_for(
                 events.append(line)
     assert events[-1] == "data: [DONE]"
     assert len(events) == 11
+    assert {json.loads(event.removeprefix("data: "))["model"] for event in events[:-1]} == {MODEL}
     assert times[-2] - times[0] > 0.3, "nothing was held back until the end"
     body = {**STREAM, "stream_options": {"include_usage": True}}
     with gate.client() as client:
-        assert '"completion_tokens": 50' in client.post("/v1/completions", json=body).text
+        assert '"completion_tokens":50' in client.post("/v1/completions", json=body).text
     wait_until(lambda: gate.metric("tokens_total", kind="completion") == 60)
     assert gate.metric("first_token_seconds_count") == 2
 

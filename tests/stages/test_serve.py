@@ -6,12 +6,10 @@ The containers run a scripted server, so that what is measured is the serving an
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import json
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,12 +22,13 @@ import load_evidence
 import pytest
 from docker.models.containers import Container
 from release_folder import FILES, make_release
+from serve_command import Served, serving
 
 from containers.engine.owner import HOME_LABEL, home_digest
 from containers.image.base import ensure_base
 from containers.image.profile import load
 from gateways import TOKENIZER
-from homes import SLIPWAY, Slipway, make_home
+from homes import Slipway, make_home
 from open_loop import Outcome, drive, quantile
 from pipeline.settings import Settings
 from registry import rollback
@@ -70,57 +69,18 @@ def slipway(tmp_path_factory: pytest.TempPathFactory, machine: Settings, image: 
     return command
 
 
-class Served:
-    """A running `slipway serve` and what one asks of it."""
+def traffic(served: Served, seconds: float, rate: float = 20.0) -> Callable[[], list[Outcome]]:
+    """Begin to send; returns what waits for the outcomes."""
+    found: list[Outcome] = []
+    run = drive(served.told["url"], served.key, BODY, rate=rate, seconds=seconds)
+    thread = threading.Thread(target=lambda: found.extend(asyncio.run(run)))
+    thread.start()
 
-    def __init__(self, slipway: Slipway, process: subprocess.Popen[str], told: dict[str, Any]) -> None:
-        self.slipway = slipway
-        self.process = process
-        self.told = told
-        self.key = slipway("keys", "add", "--owner", "test").stdout.strip()
-        time.sleep(1.0)
+    def outcomes() -> list[Outcome]:
+        thread.join()
+        return found
 
-    def replicas(self) -> dict[str, str]:
-        """States by name."""
-        found = httpx.get(f"{self.told['admin_url']}/replicas", timeout=10).json()["replicas"]
-        return {each["name"]: each["state"] for each in found}
-
-    def traffic(self, seconds: float, rate: float = 20.0) -> Callable[[], list[Outcome]]:
-        """Begin to send; returns what waits for the outcomes."""
-        found: list[Outcome] = []
-        run = drive(self.told["url"], self.key, BODY, rate=rate, seconds=seconds)
-        thread = threading.Thread(target=lambda: found.extend(asyncio.run(run)))
-        thread.start()
-
-        def outcomes() -> list[Outcome]:
-            thread.join()
-            return found
-
-        return outcomes
-
-
-@contextlib.contextmanager
-def serving(slipway: Slipway, *words: str) -> Iterator[Served]:
-    """Run the command until the end of the block."""
-    log = slipway.home / "serve.log"
-    with log.open("a") as stderr:
-        process = subprocess.Popen(
-            [SLIPWAY, "serve", NAME, "--port", "0", "--admin-port", "0", "--every", "0.5", "--json", *words],
-            env=dict(slipway.variables), stdout=subprocess.PIPE, stderr=stderr, text=True,
-        )  # fmt: skip
-    assert process.stdout is not None
-    try:
-        text = ""
-        while not text.endswith("\n}\n"):
-            line = process.stdout.readline()
-            assert line, log.read_text()
-            text += line
-        yield Served(slipway, process, json.loads(text))
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-        process.wait(60)
-        process.stdout.close()
+    return outcomes
 
 
 def containers(engine: docker.DockerClient, slipway: Slipway) -> list[Container]:
@@ -140,10 +100,10 @@ def p95(outcomes: list[Outcome], start: float, end: float) -> float:
 
 @pytest.mark.timed
 def test_a_killed_replica_costs_no_request_and_returns_by_itself(engine: docker.DockerClient, slipway: Slipway) -> None:
-    with serving(slipway, "--replicas", "2") as served:
+    with serving(slipway, NAME, "--replicas", "2") as served:
         assert served.told["releases"] == [{"version": "2", "weight": 100}]
         before = set(served.replicas())
-        outcomes = served.traffic(30)
+        outcomes = traffic(served, 30)
         time.sleep(8)
         containers(engine, slipway)[0].kill()
         found = outcomes()
@@ -162,8 +122,8 @@ def test_a_killed_replica_costs_no_request_and_returns_by_itself(engine: docker.
 def test_a_champion_that_changes_under_load_costs_no_request(engine: docker.DockerClient, slipway: Slipway) -> None:
     settings = Settings.read(dict(slipway.variables))
     key = load_or_create_key(settings.signing_key)
-    with serving(slipway, "--replicas", "2") as served:
-        outcomes = served.traffic(40)
+    with serving(slipway, NAME, "--replicas", "2") as served:
+        outcomes = traffic(served, 40)
         for pause in (5, 15):
             time.sleep(pause)
             rollback(NAME, settings.tracking_uri, [key.public])
@@ -178,7 +138,7 @@ def test_a_champion_that_changes_under_load_costs_no_request(engine: docker.Dock
 
 
 def test_what_a_killed_serve_left_is_swept_by_the_next(engine: docker.DockerClient, slipway: Slipway) -> None:
-    with serving(slipway) as served:
+    with serving(slipway, NAME) as served:
         admin = served.told["admin_url"]
         os.kill(served.process.pid, signal.SIGKILL)
         served.process.wait()
@@ -192,17 +152,14 @@ def test_what_a_killed_serve_left_is_swept_by_the_next(engine: docker.DockerClie
                 return True
 
         wait_until(gone)
-    with serving(slipway):
+    with serving(slipway, NAME):
         assert left not in [each.name for each in containers(engine, slipway)]
     assert containers(engine, slipway) == []
 
 
 def test_a_variant_is_served_with_its_own_arguments_and_no_other_is(slipway: Slipway) -> None:
-    with serving(slipway, "--variant", "short") as served:
-        (model,) = httpx.get(
-            f"{served.told['url']}/v1/models", headers={"Authorization": f"Bearer {served.key}"}, timeout=30
-        ).json()["data"]
-        assert model["max_model_len"] == 512
+    with serving(slipway, NAME, "--variant", "short") as served:
+        assert served.model()["max_model_len"] == 512
     done = slipway("serve", NAME, "--variant", "long", "--port", "0", "--admin-port", "0")
     assert done.returncode == 1
     assert "demo-awq does not list the variant `long`, so it did not pass its gates (it lists `short`)" in done.stderr

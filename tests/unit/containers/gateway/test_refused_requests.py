@@ -104,7 +104,7 @@ def test_prompt_and_answer_fit_into_the_context(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_an_engines_answer_is_an_object_and_meant_for_the_client(status: int, data: bytes, code: str) -> None:
     with pytest.raises(Refusal) as caught:
-        reading.check(Opened(status, data, None), StreamMeter())
+        reading.check(Opened(status, data, None), StreamMeter("m"))
     assert (caught.value.status, caught.value.code) == (502, code)
 
 
@@ -114,7 +114,7 @@ def test_an_engines_answer_is_an_object_and_meant_for_the_client(status: int, da
 )
 def test_an_engines_stream_is_one_of_json_events(data: bytes, why: str) -> None:
     with pytest.raises(StreamError, match=why):
-        StreamMeter().feed(data)
+        StreamMeter("m").feed(data)
 
 
 def test_a_release_without_a_template_has_no_chat_and_one_that_refuses_is_heard(tmp_path: Path) -> None:
