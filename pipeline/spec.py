@@ -230,7 +230,8 @@ def load(path: Path) -> ModelSpec:
     except UnicodeError:
         problems.append("it holds an invalid character (a lone surrogate, `\\uD800` to `\\uDFFF`)")
     else:
-        problems += [*_not_served(spec), *_refused_by_engine(spec), *_odd_adapters(spec)]
+        for find in (_not_served, _without_effect, _refused_by_engine, _odd_adapters):
+            problems += find(spec)
         if not problems:
             return spec
     raise SpecError(listed(f"{path} is not a valid model file:", itertools.chain(problems, wrong)))
@@ -247,11 +248,28 @@ def _not_served(spec: ModelSpec) -> Iterator[str]:
             )
 
 
-def _refused_by_engine(spec: ModelSpec) -> Iterator[str]:
-    """Keys of `serve` that the runtime's engine does not take."""
+def _serve_sections(spec: ModelSpec) -> dict[str, Override]:
+    """All sections that say how the model is served, by their paths."""
     sections: dict[str, Override] = {"serve": spec.serve}
     sections |= {f"schemes.{name}.serve": scheme.serve for name, scheme in spec.schemes.items()}
-    sections |= {f"serve.variants.{name}": variant for name, variant in spec.serve.variants.items()}
+    return sections | {f"serve.variants.{name}": variant for name, variant in spec.serve.variants.items()}
+
+
+def _without_effect(spec: ModelSpec) -> Iterator[str]:
+    """Keys of `serve` that a runtime for CPUs has no use for."""
+    if profile.load(spec.runtime).minimum_driver is not None:
+        return
+    for path, section in _serve_sections(spec).items():
+        if section.gpu_memory is not None:
+            yield (
+                f"`{path}.gpu_memory`: `{spec.runtime}` serves on a CPU, whose memory `load.memory.limit_bytes` "
+                f"limits: leave the key out (found {section.gpu_memory})"
+            )
+
+
+def _refused_by_engine(spec: ModelSpec) -> Iterator[str]:
+    """Keys of `serve` that the runtime's engine does not take."""
+    sections = _serve_sections(spec)
     asked = {path: section for path, section in sections.items() if section.model_fields_set & _ASKED_OF_ENGINE}
     if not asked:
         return

@@ -44,17 +44,13 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Pinned(_Section):
-    """Where further weights come from: an adapter's, or those of a model that drafts tokens."""
+class Adapter(_Section):
+    """A LoRA adapter that is served next to the model, under its own name."""
 
     uri: str
     """`file:FOLDER` or `hf://ORG/NAME`; a relative folder counts from the model file."""
     revision: str | None = None
     """A commit, a tag or a branch of a hub; default `main`."""
-
-
-class Adapter(Pinned):
-    """A LoRA adapter that is served next to the model, under its own name."""
 
 
 class ServedAdapter(_Section):
@@ -69,12 +65,10 @@ class ServedAdapter(_Section):
 class Speculative(_Section):
     """Tokens that are drafted cheaply, and accepted where the model would have generated them."""
 
-    method: Literal["ngram", "draft_model", "eagle", "eagle3"]
-    """`ngram` repeats what the prompt has; the others draft with a model."""
+    method: Literal["ngram"]
+    """`ngram` repeats what the prompt has. Models that draft are not supported."""
     tokens: int = Field(ge=1, le=64)
     """How many tokens are drafted at once."""
-    model: Pinned | None = None
-    """The model that drafts, for all methods but `ngram`."""
 
 
 class Override(_Section):
@@ -89,7 +83,7 @@ class Override(_Section):
     kv_cache: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] = "auto"
     """The KV cache's precision; `auto` is that of the model."""
     gpu_memory: float | None = Field(default=None, gt=0, le=1)
-    """The fraction of a GPU's memory that the engine takes."""
+    """The fraction of a GPU's memory that the engine takes; a runtime for CPUs takes no such key."""
     max_sequences: PositiveInt | None = None
     """Requests that are computed at once."""
     batched_tokens: PositiveInt | None = None

@@ -8,6 +8,7 @@ from pathlib import Path
 from containers.hardware.gpu import Gpu, gpus
 from containers.hardware.gpu_models import GpuDataError, GpuModel, find_gpu
 from containers.image import profile as profiles
+from evals.load.expected_memory import expect
 from pipeline.errors import PlanError, SourceError, UnsupportedModelError
 from pipeline.planner import serving
 from pipeline.planner.asking import describe_source, refusals, sentences, usual_workload
@@ -124,17 +125,25 @@ def _too_large_for_gpus(scheme: SchemePlan, here: int) -> list[str]:
 
 
 def _too_large_for_limit(scheme: SchemePlan, spec: ModelSpec, settings: Settings) -> list[str]:
-    """The weights alone; of the CPU behind an engine elsewhere nothing is known, so its copies are not counted."""
-    limit, weights = int(spec.load.memory.limit_bytes), scheme.weights
+    """Whether a CPU's server can't start: weights, the KV cache of each rank, and the runtime's processes.
+
+    Of the CPU behind an engine elsewhere nothing is known, so its copies of weights are not counted.
+    """
+    limit, weights, profile = int(spec.load.memory.limit_bytes), scheme.weights, profiles.load(spec.runtime)
     isa = settings.cpu.instruction_set
     held = weights.on_cpu(isa) if settings.engine_is_here else weights.bytes
-    if held <= limit:
+    ranks = spec.serving(weights.scheme).gpus
+    expected = expect(held, profile.name, profile.full_environment, ranks)
+    needed = held if expected is None else expected.total
+    if needed <= limit:
         return []
-    size, given = held / 2**30, limit / 2**30
-    copies = "" if held == weights.bytes else f", in float32 where a CPU with {isa} has no kernel for them"
-    return [
-        f"{weights.scheme} has {size:.2f} GiB of weights{copies}, and `load.memory.limit_bytes` gives {given:.2f} GiB"
-    ]
+    parts = f"{held / 2**30:.2f} GiB of weights"
+    parts += "" if held == weights.bytes else f", in float32 where a CPU with {isa} has no kernel for them"
+    if expected is not None:
+        cache, runtime = expected.kv_cache_bytes / 2**30, expected.runtime_bytes / 2**30
+        parts += f", {cache:.2f} GiB of KV cache for {ranks} rank{'s' * (ranks > 1)}, {runtime:.2f} GiB of the runtime"
+    given = f"`load.memory.limit_bytes` gives {limit / 2**30:.2f} GiB"
+    return [f"{weights.scheme} needs {needed / 2**30:.2f} GiB ({parts}), and {given}"]
 
 
 def _pulled(spec: ModelSpec, settings: Settings) -> Path | None:

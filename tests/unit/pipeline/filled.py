@@ -107,6 +107,8 @@ class FillingContext(StageContext):
             assert drift.suite is not None
             suite = drift.suite.model_copy(update={"digest": self.evals.digest})
             drift = drift.model_copy(update={"suite": suite, "tasks": {**drift.tasks, TOOL_CALLS: called}})
+        # Each adapter lost what the model did.
+        drift = drift.model_copy(update={"adapters": dict.fromkeys(self.spec.serve.adapters, drift)})
         return FillingStore(self.settings.home / "artifacts", drift)
 
     def has_image(self, _record: object) -> bool:

@@ -16,7 +16,8 @@ from containers.hardware.gpu import Gpu
 from containers.hardware.gpu_models import GpuDataError, find_gpu, known_gpus, price_source
 from containers.image import gpu_compatibility, profile
 from containers.image.serving import Override, Serve
-from evals.load.load_test import Memory
+from evals.load.expected_memory import RUNTIME_BYTES
+from evals.load.load_test import LoadPlan, Memory
 from homes import DEMO
 from pipeline.commands import planning
 from pipeline.compatibility.description import ModelDescription
@@ -485,14 +486,23 @@ def test_calibrated_scales_of_the_cache_are_planned_and_the_cache_is_served_in_f
 
 def test_a_release_that_its_server_cannot_hold_is_refused_before_any_work(tmp_path: Path) -> None:
     settings = Settings.read({"SLIPWAY_HOME": str(tmp_path)})
-    small = spec_of().load.model_copy(update={"memory": Memory(limit_bytes=ByteSize(1_000_000))})
-    with pytest.raises(PlanError, match=r"gives 0\.00 GiB"):
-        foresee(spec_of(load=small), ["awq"], settings, print)
+
+    def held_to(gib: float) -> LoadPlan:
+        return spec_of().load.model_copy(update={"memory": Memory(limit_bytes=ByteSize(gib * 2**30))})
+
+    # The cache of one rank takes one gibibyte, and the runtime 1.26.
+    assert foresee(spec_of(load=held_to(2.3)), ["awq"], settings, print) is not None
+    with pytest.raises(PlanError, match=r"1\.00 GiB of KV cache for 1 rank, .* of the runtime\), .* gives 2\.20 GiB"):
+        foresee(spec_of(load=held_to(2.2)), ["awq"], settings, print)
+    two_ranks = spec_of(load=held_to(3.5), serve=Serve(tensor_parallel=2))
+    with pytest.raises(PlanError, match=r"awq needs 3\.8\d GiB \(.* 2\.00 GiB of KV cache for 2 ranks"):
+        foresee(two_ranks, ["awq"], settings, print)
     assert not (tmp_path / "artifacts").exists()
 
 
 def test_float32_copies_count_where_this_cpu_serves_and_not_behind_an_engine_elsewhere(tmp_path: Path) -> None:
-    room = spec_of().load.model_copy(update={"memory": Memory(limit_bytes=ByteSize(6_000_000))})
+    stored = 2**30 + RUNTIME_BYTES["vllm-cpu"] + 6_000_000
+    room = spec_of().load.model_copy(update={"memory": Memory(limit_bytes=ByteSize(stored))})
     here = Settings.read({"SLIPWAY_HOME": str(tmp_path), "SLIPWAY_CPU_ISA": "avx2"})
     with pytest.raises(PlanError, match="in float32 where a CPU with avx2 has no kernel for them"):
         foresee(spec_of(load=room), ["awq"], here, print)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,12 @@ class Released:
 
     models: Models
     made: Mapping[str, Artifact]
+    runtime: str
 
     def again(self, serve: Mapping[str, Any]) -> dict[str, Artifact]:
         """Release it with another section `serve`."""
         scheme = {"method": "awq", "backend": "autoawq", "bits": 4, "group_size": 64}
-        spec = self.models.write(serve=serve, schemes={"awq": scheme})
+        spec = self.models.write(serve=serve, schemes={"awq": scheme}, runtime=self.runtime)
         return release(self.models.context(spec, "awq"))
 
     def changed(self, made: Mapping[str, Artifact]) -> set[str]:
@@ -47,29 +49,43 @@ class Released:
 
 
 @pytest.fixture(scope="module")
-def released(tmp_path_factory: pytest.TempPathFactory) -> Released:
+def by_runtime(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Released]:
     models = Models(tmp_path_factory.mktemp("models"))
     shutil.copy(FILES[0].with_name("chat.jinja"), models.settings.models)
-    first = Released(models, {})
-    return Released(models, first.again({}))
+
+    @functools.cache
+    def first(runtime: str) -> Released:
+        return Released(models, Released(models, {}, runtime).again({}), runtime)
+
+    return first
+
+
+@pytest.fixture(scope="module")
+def released(by_runtime: Callable[[str], Released]) -> Released:
+    return by_runtime("vllm-cpu")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A file with one key: the words that it adds to the command, and whether FP16 is asked again."""
+    """A file with one key: the words that it adds to the command, and whether FP16 is asked again.
+
+    ``before`` is the release without it, in the runtime that takes the key.
+    """
 
     key: str
     command: list[str]
     asks_fp16_again: bool
+    before: Released
     made: Mapping[str, Artifact]
 
 
 @pytest.fixture(scope="module", params=FILES, ids=lambda path: path.stem)
-def case(request: pytest.FixtureRequest, released: Released) -> Case:
+def case(request: pytest.FixtureRequest, by_runtime: Callable[[str], Released]) -> Case:
     """The demo, released with one key of `serve`."""
     document = yaml.safe_load(request.param.read_text())
-    made = released.again(document["serve"])
-    return Case(request.param.stem, document["command"], document["baseline"] == "again", made)
+    before = by_runtime(document.get("runtime", "vllm-cpu"))
+    made = before.again(document["serve"])
+    return Case(request.param.stem, document["command"], document["baseline"] == "again", before, made)
 
 
 def manifest_of(made: Mapping[str, Artifact]) -> Manifest:
@@ -81,17 +97,15 @@ def contains(command: tuple[str, ...], words: list[str]) -> bool:
 
 
 def test_every_key_has_a_file() -> None:
-    assert {path.stem for path in FILES} == set(Serve.model_fields) - {"variants", "adapters"}
+    assert {path.stem for path in FILES} == set(Serve.model_fields) - {"variants"}
 
 
-def test_a_key_reaches_command_label_manifest_provenance_report_and_bundle(
-    case: Case, released: Released, tmp_path: Path
-) -> None:
+def test_a_key_reaches_command_label_manifest_provenance_report_and_bundle(case: Case, tmp_path: Path) -> None:
     manifest = manifest_of(case.made)
     (served,) = manifest.serving
     assert contains(served.command, case.command)
-    assert not contains(manifest_of(released.made).serving[0].command, case.command)
-    label, before = (json.loads(record_of(made["image"]).labels[SERVING]) for made in (case.made, released.made))
+    assert not contains(manifest_of(case.before.made).serving[0].command, case.command)
+    label, before = (json.loads(record_of(made["image"]).labels[SERVING]) for made in (case.made, case.before.made))
     assert {name for name in label if label[name] != before[name]} == {case.key}
     parameters = json.loads(statement(manifest))["predicate"]["buildDefinition"]["externalParameters"]
     assert parameters["serving"] == [served.model_dump(mode="json")]
@@ -103,8 +117,10 @@ def test_a_key_reaches_command_label_manifest_provenance_report_and_bundle(
     assert engine["spec"]["template"]["spec"]["containers"][0]["args"] == list(served.command)
 
 
-def test_a_key_makes_again_what_depends_on_it(case: Case, released: Released) -> None:
-    assert released.changed(case.made) == OF_THE_IMAGE | ({"baseline"} if case.asks_fp16_again else set())
+def test_a_key_makes_again_what_depends_on_it(case: Case) -> None:
+    again = {"baseline"} if case.asks_fp16_again else set[str]()
+    again |= {"adapters"} & {case.key}  # their own stage
+    assert case.before.changed(case.made) == OF_THE_IMAGE | again
     assert changes_fp16(case.key) == case.asks_fp16_again  # as the reference says
 
 
