@@ -35,6 +35,8 @@ _SAMPLED, _SPAN = 1 << 19, 128
 _LEAST_COSINE, _FACTORS = 0.5, (2 / 3, 3 / 2)
 # The spread, in natural logarithms, up to which the factors of inputs or outputs are those that a norm explains.
 _EXPLAINED = 0.1
+# Up to so much more spread, one explains them as well as another. On the demo in w8a8 it is 0.001 and 0.03 or more.
+_AS_WELL = 0.02
 # Computed when a model is loaded; some sources store it nevertheless.
 _DERIVED = re.compile(r"\.inv_freq$")
 _DOCUMENT = Bounds(bytes=16 << 20, values=500_000)
@@ -207,7 +209,8 @@ def _value_problems(
 def _explained_factor(sample: _Sample, norms: Sequence[NDArray[np.float32]]) -> float | None:
     """The factor of all weights beside those of each input, where a norm explains these and no output has one.
 
-    Where several norms do, or none of them and inputs as they were, the one that leaves the least is meant.
+    Where several norms do, or a norm and inputs as they were, the ones are meant after which the factors spread least,
+    since one norm's factors can resemble another's times a constant; and of those the one that leaves the least.
     """
     inputs = [np.ones(len(sample.inputs), np.float32), *(norm[sample.inputs] for norm in norms)]
     explained = []
@@ -215,9 +218,13 @@ def _explained_factor(sample: _Sample, norms: Sequence[NDArray[np.float32]]) -> 
         expected = sample.weights * factors
         product, size = sample.decoded * expected, expected**2
         along = [_log_ratio(product.sum(axis), size.sum(axis)) for axis in (0, 1)]
-        if all(len(each) and each.std() < _EXPLAINED for each in along):
-            explained.append(float(np.median(along[0])))
-    return float(np.exp(min(explained, key=abs))) if explained else None
+        spread = max(float(each.std()) if len(each) else math.inf for each in along)
+        if spread < _EXPLAINED:
+            explained.append((spread, float(np.median(along[0]))))
+    if not explained:
+        return None
+    least = min(explained)[0]
+    return math.exp(min((factor for spread, factor in explained if spread < least + _AS_WELL), key=abs))
 
 
 def _log_ratio(product: NDArray[np.float32], size: NDArray[np.float32]) -> NDArray[np.float32]:

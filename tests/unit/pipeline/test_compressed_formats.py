@@ -50,6 +50,47 @@ def test_scales_wrong_by_a_factor_are_refused(tmp_path: Path, source: Path, meth
     assert message.count("\n") == 1
 
 
+def test_scales_wrong_by_a_factor_are_refused_in_a_layer_that_smoothquant_left_alone(
+    tmp_path: Path, source: Path
+) -> None:
+    """A norm that has changed by nearly one factor explains doubled scales too, but not as well as no norm does."""
+    tensors = compressed.quantized("w8a8")
+    norm = tensors["model.layers.1.input_layernorm.weight"][1]
+    norm *= (0.6 * np.exp(np.random.default_rng(3).normal(0, 0.04, norm.shape))).astype(np.float16)
+    assert check(compressed.write(tmp_path / "sound", "w8a8", tensors), source, compressed.scheme("w8a8")).layers
+    tensors["model.layers.1.self_attn.q_proj.weight_scale"][1][:] *= 2
+    message = refusal(compressed.write(tmp_path / "made", "w8a8", tensors), source, "w8a8")
+    assert "model.layers.1.self_attn.q_proj decodes to 2.00 times the source's weights" in message
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_zeroed_expert_and_a_quantized_tower_are_refused(tmp_path: Path, method: str) -> None:
+    expert, tower = "model.layers.0.mlp.experts.0.up_proj", "vision_tower.encoder.layers.0.q_proj"
+    weights = {name: np.random.default_rng(1).standard_normal((64, 64)).astype(np.float16) for name in (expert, tower)}
+    whole = checkpoints.unquantized() | {f"{name}.weight": weight for name, weight in weights.items()}
+    source = checkpoints.write(tmp_path / "source", whole, checkpoints.config())
+    tensors = compressed.quantized(method) | {f"{tower}.weight": ("float16", weights[tower])}
+    packed = compressed.encode(method, weights[expert].astype(np.float32))
+    tensors |= {f"{expert}.{part}": stored for part, stored in packed.items()}
+    scheme = compressed.scheme(method, **({"group_size": 32} if method == "w4a16" else {}))
+    assert check(compressed.write(tmp_path / "sound", method, tensors), source, scheme).layers == 9
+
+    values = packed["weight" if "weight" in packed else "weight_packed"][1]
+    values[:] = -0x77777778 if method == "w4a16" else 0  # eight times the middle of four bits
+    message = refusal(compressed.write(tmp_path / "zeroed", method, tensors), source, method)
+    assert f"{expert} does not decode to the source's weights" in message
+
+    tensors |= {
+        f"{expert}.{part}": each for part, each in compressed.encode(method, weights[expert].astype(np.float32)).items()
+    }
+    del tensors[f"{tower}.weight"]
+    encoded = compressed.encode(method, weights[tower].astype(np.float32))
+    tensors |= {f"{tower}.{part}": stored for part, stored in encoded.items()}
+    assert f"{tower} is quantized and should not be" in refusal(
+        compressed.write(tmp_path / "tower", method, tensors), source, method
+    )
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_of_another_layer_are_refused(tmp_path: Path, source: Path, method: str) -> None:
     tensors = compressed.quantized(method)
