@@ -49,6 +49,10 @@ class ByteCount:
 
     bytes: int = 0
 
+    def add(self, count: int) -> None:
+        """Count more of them."""
+        self.bytes += count
+
 
 def download(name: str, target: Path, record: FileRecord, open_at: Open, moved: ByteCount) -> None:
     """Write the file to ``target``, which may hold its beginning, and make sure that it is ``record``.
@@ -64,7 +68,7 @@ def download(name: str, target: Path, record: FileRecord, open_at: Open, moved: 
             held = os.fstat(file.fileno()).st_size
             if held > record.size:
                 file.truncate(held := 0)
-            found = _fill(name, file.fileno(), held, record.size, open_at, moved)
+            found = fill(name, file.fileno(), held, record.size, open_at, moved.add)
             if found == record.sha256:
                 os.fsync(file.fileno())
                 return
@@ -75,8 +79,12 @@ def download(name: str, target: Path, record: FileRecord, open_at: Open, moved: 
     raise VerificationError(name, [Problem(name, "changed: another sha256 than in the manifest")])
 
 
-def _fill(name: str, descriptor: int, held: int, size: int, open_at: Open, moved: ByteCount) -> str:
-    """Hash what is there, stream the rest behind it, and return the sum of it all."""
+def fill(name: str, descriptor: int, held: int, size: int, open_at: Open, moved: Callable[[int], None]) -> str:
+    """Hash the ``held`` bytes that are there, stream the rest behind them, and return the SHA-256 of it all.
+
+    Raises:
+        TrackingError: The stream broke off too often, or was too slow; what came stays in the file.
+    """
     buffer = memoryview(bytearray(CHUNK))
     total = hash_start(descriptor, held, buffer)
     attempt, at = 1, held
@@ -91,7 +99,7 @@ def _fill(name: str, descriptor: int, held: int, size: int, open_at: Open, moved
                     _write(descriptor, buffer[:count], at)
                     total.update(buffer[:count])
                     at += count
-                    moved.bytes += count
+                    moved(count)
                     keep(pace, name, count)
             why = f"it ended after {at} of {size} bytes"
         except InterruptedStreamError as error:

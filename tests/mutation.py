@@ -1,7 +1,7 @@
 """Break checks one at a time, and see whether a test notices: ``python tests/mutation.py``.
 
-Of all ``raise`` statements in ``registry/``, ``containers/gateway/`` and ``pipeline/sources/source*.py`` a number is
-chosen with a fixed seed. All is done in scratch copies of the checkout, two at a time:
+Of all ``raise`` statements in ``registry/``, ``containers/gateway/`` and some modules of ``pipeline/sources/`` a number
+is chosen with a fixed seed. All is done in scratch copies of the checkout, two at a time:
 
 1. The tests run once, whole, with a note at every chosen statement: which tests reach it. They must pass.
 2. Each statement becomes a ``pass`` in its turn, and the tests that reach it run until one fails. To all others the
@@ -34,7 +34,13 @@ from queue import SimpleQueue
 CHECKOUT = Path(__file__).resolve().parent.parent
 SEED, COUNT = 14, 40
 # Where checks are looked for, and the tests that are to notice.
-PLACES = ("registry/*.py", "containers/gateway/*.py", "pipeline/sources/source*.py")
+PLACES = (
+    "registry/*.py",
+    "containers/gateway/*.py",
+    "pipeline/sources/source.py",
+    "pipeline/sources/contents.py",
+    "pipeline/sources/folder.py",
+)
 TESTS = (
     "tests/unit/registry",
     "tests/unit/containers/gateway",

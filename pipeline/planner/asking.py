@@ -25,6 +25,7 @@ from pipeline.planner.weights import FP16, Weights, quantized, unquantized
 from pipeline.settings import Settings
 from pipeline.sources import source as sources
 from pipeline.sources.lock import Lock, read_lock
+from pipeline.sources.origin import Access
 from pipeline.spec import ModelSpec
 from pipeline.trust import trust_of
 from registry.manifest import EVIDENCE, Manifest
@@ -197,7 +198,7 @@ def usual_workload(facts: ModelFacts) -> Workload:
 
 def _described(spec: ModelSpec | str, settings: Settings) -> Described:
     uri, revision, lock = _wanted(spec)
-    return describe(sources.resolve(uri, revision, endpoint=settings.hub_endpoint, token=settings.hub_token, lock=lock))
+    return describe(sources.resolve(uri, revision, access=Access.of(settings), lock=lock))
 
 
 def _wanted(spec: ModelSpec | str) -> tuple[str, str | None, Lock | None]:

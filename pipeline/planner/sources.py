@@ -1,4 +1,4 @@
-"""Reads what a plan needs: config.json and safetensors headers, from a folder or a hub; never the weights."""
+"""Reads what a plan needs: config.json and headers of safetensors, from a folder or in parts; never the weights."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Described:
 
 
 def describe(resolved: ResolvedSource) -> Described:
-    """Read a source's configuration and headers; from a hub by range requests, a few hundred kilobytes in all.
+    """Read a source's configuration and headers; from elsewhere by range requests, a few hundred kilobytes in all.
 
     Raises:
-        SourceError: the hub does not answer.
+        SourceError: the source does not answer.
         PlanError: what it holds can't be read.
     """
-    if resolved.hub is None:
-        return describe_folder(Path(resolved.uri.removeprefix("file:")))
+    if resolved.folder is not None:
+        return describe_folder(resolved.folder)
     weights = [file for file in resolved.files if file.path.endswith(".safetensors")]
     config = read_range(resolved, "config.json", 0, _CONFIG.bytes)
     tensors: dict[str, Tensor] = {}

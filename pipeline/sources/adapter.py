@@ -22,8 +22,9 @@ from pipeline.compatibility.lora import (
 )
 from pipeline.compatibility.safetensors_headers import HeaderError, Tensor, read_header
 from pipeline.errors import SourceError
-from pipeline.sources.source import Contents, ResolvedSource, missing_weights, read_range
-from pipeline.sources.source import read_header as read_hub_header
+from pipeline.sources.contents import Contents, missing_weights
+from pipeline.sources.source import ResolvedSource, read_range
+from pipeline.sources.source import read_header as read_source_header
 from registry.progress import Progress
 
 
@@ -41,17 +42,17 @@ def lock_of(model_lock: Path, name: str) -> Path:
 
 
 def describe(resolved: ResolvedSource) -> AdapterDescription:
-    """Read an adapter's configuration and header, of a folder or, by range requests, of a hub.
+    """Read an adapter's configuration and header, of a folder or, by range requests, from elsewhere.
 
     Raises:
         SourceError: they can't be read, or are not those of an adapter that can be served.
     """
-    if resolved.hub is None:
-        return describe_folder(Path(resolved.uri.removeprefix("file:")))
+    if resolved.folder is not None:
+        return describe_folder(resolved.folder)
     (weights,) = (file for file in resolved.files if file.path == WEIGHTS)
     try:
         configuration = read_configuration(read_range(resolved, CONFIGURATION, 0, BOUNDS.bytes + 1))
-        return AdapterDescription(configuration, read_hub_header(resolved, weights))
+        return AdapterDescription(configuration, read_source_header(resolved, weights))
     except (AdapterError, HeaderError) as error:
         raise SourceError(f"{resolved.uri}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""A model hub: lists the files of a revision, and downloads one file, resuming where a download broke off.
+"""A model hub as an origin, ``hf://ORG/NAME``: lists the files of a revision, and opens a file at any byte.
 
 `huggingface_hub` provides addresses, headers and errors. Answers are read here, because a hub is not trusted: each is
 limited in bytes as sent (compressed ones are refused) and in seconds, and JSON also in values and depth. An unexpected
@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import re
-import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 from urllib.parse import quote
 
 import httpx2
@@ -31,11 +30,11 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from huggingface_hub.utils._http import hf_request_event_hook
 
 from pipeline.errors import SourceError, UnreachableError
+from pipeline.sources.origin import Access, Chunks, Found, SourceFile
 from registry import network
 from registry.bounded_json import Bounds, DocumentError, read_json
-from registry.counting import Counter
+from registry.download import InterruptedStreamError, Reader
 from registry.errors import NetworkSettingError
-from registry.progress import Progress
 
 _COMMIT, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 # Hosts that are reached without a proxy.
@@ -45,8 +44,7 @@ _TIMEOUT = 10
 # A file of a revision takes some 300 bytes and a dozen values; the largest revisions have some ten thousand files.
 _REVISION = Bounds(bytes=32 << 20, values=1_000_000)
 _DOCUMENT_SECONDS = network.ANSWER_SECONDS
-# How many breaks of a download in a row, without progress, are tolerated; and the pause after each, in seconds.
-_MOST_BREAKS, _PAUSE = 5, 1.0
+_MODEL = re.compile(r"hf://(?P<repository>[^/@]+/[^/@]+)(?:@(?P<revision>.+))?")
 
 
 def _client() -> httpx2.Client:
@@ -105,16 +103,6 @@ set_client_factory(_client)
 
 
 @dataclass(frozen=True)
-class HubFile:
-    """One file of a revision. The hub knows the ``sha256`` of large files, and of others git's ``blob`` digest."""
-
-    path: str
-    size: int
-    sha256: str | None
-    blob: str | None
-
-
-@dataclass(frozen=True)
 class Hub:
     """A hub: its address, and the token for it, if any, which is never shown."""
 
@@ -124,7 +112,7 @@ class Hub:
     def __repr__(self) -> str:
         return f"Hub({self.endpoint!r})"
 
-    def revision(self, repository: str, revision: str) -> tuple[str, list[HubFile]]:
+    def revision(self, repository: str, revision: str) -> tuple[str, tuple[SourceFile, ...]]:
         """Resolve a branch, a tag or a commit: return the commit's 40 hex digits and its files.
 
         Raises:
@@ -144,54 +132,37 @@ class Hub:
         siblings = found.get("siblings") or []
         if not isinstance(siblings, list):
             raise self._strange(f"`siblings` of {repository}@{revision} is not a list of files")
-        return commit, [self._file(sibling) for sibling in siblings]
+        return commit, tuple(self._file(sibling) for sibling in siblings)
 
-    def download(self, repository: str, commit: str, name: str, *, size: int, part: Path, progress: Progress) -> None:
-        """Download the file ``name`` of ``size`` bytes to ``part``, continuing after the bytes that it holds already.
-
-        Raises:
-            SourceError: the hub does not answer, or not with this file; ``part`` is kept for the next try.
-        """
-        with self._explained(repository, commit), part.open("ab") as stream:
-            if stream.tell() > size:
-                _empty(stream)
-            counter = Counter(progress, name, size / 1e6, "MB", before=stream.tell() / 1e6)
-            pace, breaks = network.Pace(), 0
-            while (held := stream.tell()) < size:
-                try:
-                    self._fill(repository, commit, name, size, stream, pace, counter)
-                except (httpx2.NetworkError, httpx2.TimeoutException, httpx2.RemoteProtocolError) as error:
-                    breaks = 1 if stream.tell() > held else breaks + 1
-                    if breaks > _MOST_BREAKS:
-                        raise
-                    progress(f"{name}: {self._shown(error) or type(error).__name__}; trying again")
-                    time.sleep(_PAUSE)
-
-    def read(self, repository: str, commit: str, name: str, *, start: int, length: int) -> bytes:
-        """Return ``length`` bytes of the file ``name`` from ``start`` on, or fewer at its end; fetch no more than that.
+    @contextlib.contextmanager
+    def open(
+        self, repository: str, commit: str, name: str, start: int, stop: int | None = None
+    ) -> Iterator[tuple[Reader, int]]:
+        """Open a file at byte ``start``, or at its first one if the hub does not support range requests.
 
         Raises:
-            SourceError: the hub does not answer, or not with these bytes.
+            InterruptedStreamError: the connection broke.
+            SourceError: the hub refuses, or has no such file.
         """
         url = hf_hub_url(repository, name, revision=commit, endpoint=self.endpoint)
-        got, deadline = bytearray(), time.monotonic() + _DOCUMENT_SECONDS
-        with (
-            self._explained(repository, commit),
-            self._asked(url, {"Range": f"bytes={start}-{start + length - 1}"}) as answer,
-        ):
-            if start and answer.status_code != httpx2.codes.PARTIAL_CONTENT:
-                raise SourceError(
-                    f"{self.endpoint} does not support range requests, so {name} can't be read in parts: download the "
-                    "model and plan its folder"
-                )
-            # A server without range requests sends the whole file; stop after the wanted bytes.
-            for chunk in answer.iter_raw():
-                got += chunk
-                if len(got) >= length:
-                    break
-                if time.monotonic() > deadline:
-                    raise NetworkSettingError(f"took more than {_DOCUMENT_SECONDS:g} s for {length} bytes of {name}")
-        return bytes(got[:length])
+        wanted = {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"} if start or stop is not None else {}
+        with self._explained(repository, commit), self._resumable(), self._asked(url, wanted) as answer:
+            begun = start if answer.status_code == httpx2.codes.PARTIAL_CONTENT else 0
+            yield Chunks(self._pieces(answer)), begun
+
+    def _pieces(self, answer: httpx2.Response) -> Iterator[bytes]:
+        """The body as it arrives: chunks of a fixed size would hide a slow connection."""
+        with self._resumable():
+            yield from answer.iter_raw()
+
+    @contextlib.contextmanager
+    def _resumable(self) -> Iterator[None]:
+        try:
+            yield
+        except (httpx2.NetworkError, httpx2.TimeoutException, httpx2.RemoteProtocolError) as error:
+            raise InterruptedStreamError(
+                f"can't reach the hub at {self.endpoint}: {self._shown(error) or type(error).__name__}"
+            ) from error
 
     @contextlib.contextmanager
     def _asked(self, url: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
@@ -200,26 +171,6 @@ class Hub:
         with get_session().stream("GET", url, headers={**known, **headers}, timeout=_TIMEOUT) as answer:
             hf_raise_for_status(answer)
             yield answer
-
-    def _fill(
-        self, repository: str, commit: str, name: str, size: int, stream: BinaryIO, pace: network.Pace, counter: Counter
-    ) -> None:  # fmt: skip
-        """Append the missing bytes of a file, over one connection, as far as it lasts."""
-        held = stream.tell()
-        url = hf_hub_url(repository, name, revision=commit, endpoint=self.endpoint)
-        with self._asked(url, {"Range": f"bytes={held}-"} if held else {}) as answer:
-            if held and answer.status_code != httpx2.codes.PARTIAL_CONTENT:  # it does not support range requests
-                _empty(stream)
-                counter.add(-held / 1e6)
-            for chunk in answer.iter_raw():  # as it arrives: chunks of a fixed size would hide a slow connection
-                stream.write(chunk)
-                pace.add(len(chunk))
-                counter.add(len(chunk) / 1e6)
-                if stream.tell() > size:
-                    _empty(stream)
-                    raise SourceError(f"the hub at {self.endpoint} sends more than the {size} bytes of {name}")
-        if stream.tell() < size:
-            raise httpx2.RemoteProtocolError(f"the connection ended after {stream.tell()} of {size} bytes")
 
     def _document(self, data: bytes) -> Mapping[str, Any]:
         try:
@@ -230,7 +181,7 @@ class Hub:
             raise self._strange("its answer is not a JSON object")
         return found
 
-    def _file(self, sibling: object) -> HubFile:
+    def _file(self, sibling: object) -> SourceFile:
         """Parse the entry of a file, and check its size and digests. The caller must check the name before using it."""
         if not isinstance(sibling, dict) or not isinstance(name := sibling.get("rfilename"), str):
             raise self._strange("it lists a file without a name")
@@ -248,7 +199,7 @@ class Hub:
                 raise SourceError(
                     f"the hub at {self.endpoint} states an invalid digest of {name}: {str(digest)[:80]!r}"
                 )
-        return HubFile(name, size, sha256, blob)
+        return SourceFile(name, size, sha256, blob)
 
     def _strange(self, what: str) -> SourceError:
         return SourceError(f"{self.endpoint} does not answer like a model hub: {what[:200]}")
@@ -303,6 +254,41 @@ class Hub:
             raise SourceError(f"{what} could not be downloaded or stored: {self._shown(error)}; run again") from error
 
 
-def _empty(stream: BinaryIO) -> None:
-    stream.seek(0)
-    stream.truncate()
+@dataclass(frozen=True)
+class HubModel:
+    """A model on a hub, ``hf://ORG/NAME``, as an `Origin`; its revisions are commits."""
+
+    hub: Hub
+    repository: str
+    wanted: str
+
+    @property
+    def uri(self) -> str:
+        """The model without its revision."""
+        return f"hf://{self.repository}"
+
+    @property
+    def pinned(self) -> str | None:
+        """The commit, if the model's file names one."""
+        return self.wanted if _COMMIT.fullmatch(self.wanted) else None
+
+    def find(self) -> Found:
+        """Resolve the branch, tag or commit, and list its files."""
+        return Found(*self.hub.revision(self.repository, self.wanted))
+
+    def open(
+        self, revision: str | None, file: SourceFile, start: int, stop: int | None = None
+    ) -> AbstractContextManager[tuple[Reader, int]]:
+        """Open a file of a commit."""
+        return self.hub.open(self.repository, str(revision), file.path, start, stop)
+
+
+def open_model(uri: str, revision: str | None, access: Access) -> HubModel:
+    """Open ``hf://ORG/NAME[@REVISION]``; the default revision is ``main``."""
+    match = _MODEL.fullmatch(uri)
+    if match is None:
+        raise SourceError(f"can't pull from `{uri}`: expected hf://ORG/NAME[@REVISION]")
+    named = match["revision"]
+    if named and revision and named != revision:
+        raise SourceError(f"`uri` names @{named}, but `revision` is {revision}: remove one of them")
+    return HubModel(Hub(access.hub_endpoint, access.hub_token), match["repository"], named or revision or "main")

@@ -2,11 +2,13 @@
 
 It is written after the first successful pull and states what every later pull must find::
 
-    {"schema": "slipway/lock/1", "uri": …, "revision": …, "files": {PATH: {"size": …, "sha256": …}}, "canary": {…}}
+    {"schema": "slipway/lock/1", "uri": …, "revision": …,
+     "files": {PATH: {"size": …, "sha256": …, "version": …}}, "canary": {…}}
 
-``canary`` is there where the model's file has no canary of its own (`evals.load.canary`).
-While it exists, a branch stays at the commit in the lock. The law: a pull that succeeds under a lock has exactly the
-bytes that the lock states. To follow the branch, delete the file.
+A file has a ``version`` where its origin needs one to find it again, such as the version ID of an object. ``canary``
+is there where the model's file has no canary of its own (`evals.load.canary`).
+While the lock exists, a branch or tag stays at the revision in the lock. The law: a pull that succeeds under a lock has
+exactly the bytes that the lock states. To follow the branch, delete the file.
 """
 
 from __future__ import annotations
@@ -26,35 +28,36 @@ _SCHEMA = "slipway/lock/1"
 
 
 class LockedFile(BaseModel):
-    """Size and digest of one file of a lock."""
+    """Size and digest of one file of a lock, and the version under which its origin keeps it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     size: int = Field(ge=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    version: str | None = Field(default=None, max_length=2000, exclude_if=lambda version: version is None)
 
 
 class Lock(BaseModel):
-    """A source as it was first pulled. ``revision`` is a hub's commit; None for a folder."""
+    """A source as it was first pulled. ``revision`` is a commit or a digest; None for a folder."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     uri: str
-    revision: str | None = Field(pattern=r"^[0-9a-f]{40}$")
+    revision: str | None = Field(pattern=r"^([0-9a-f]{40}|sha256:[0-9a-f]{64})$")
     files: Mapping[str, LockedFile] = Field(min_length=1)
     canary: TakenCanary | None = Field(default=None, exclude_if=lambda canary: canary is None)
     path: Path = Field(exclude=True)
 
-    def refuse_other(self, uri: str, commit: str | None) -> None:
-        """Check that this is the lock of ``uri``, and of ``commit`` if one is given.
+    def refuse_other(self, uri: str, revision: str | None) -> None:
+        """Check that this is the lock of ``uri``, and of ``revision`` if one is given.
 
         Raises:
-            SourceError: it is the lock of another source or commit.
+            SourceError: it is the lock of another source or revision.
         """
         wanted = portable(uri, self.path)
-        if self.uri != wanted or (commit and commit != self.revision):
-            ours, theirs = (f"{name}@{revision}" if revision else name
-                            for name, revision in ((self.uri, self.revision), (wanted, commit)))  # fmt: skip
+        if self.uri != wanted or (revision and revision != self.revision):
+            ours, theirs = (f"{name}@{at}" if at else name
+                            for name, at in ((self.uri, self.revision), (wanted, revision)))  # fmt: skip
             raise SourceError(
                 f"{self.path} pins {ours}, but the model's file names {theirs}: if that is intended, delete the lock "
                 "file "
@@ -108,7 +111,7 @@ def write_lock(lock: Lock) -> None:
 
 
 def portable(uri: str, lock: Path) -> str:
-    """A folder's URI relative to the lock file, so that the lock holds in every checkout; a hub's URI unchanged."""
+    """A folder's URI relative to the lock file, so that the lock holds in every checkout; any other URI unchanged."""
     if not uri.startswith("file:"):
         return uri
     return "file:" + os.path.relpath(uri.removeprefix("file:"), lock.parent)

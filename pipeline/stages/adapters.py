@@ -14,6 +14,7 @@ from pipeline.settings import Settings
 from pipeline.sources import adapter as adapters
 from pipeline.sources import source as sources
 from pipeline.sources.lock import read_lock
+from pipeline.sources.origin import Access
 from pipeline.spec import ModelSpec
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext
@@ -34,8 +35,7 @@ def resolve(spec: ModelSpec, settings: Settings) -> dict[str, sources.ResolvedSo
             found[name] = sources.resolve(
                 wanted.uri,
                 wanted.revision,
-                endpoint=settings.hub_endpoint,
-                token=settings.hub_token,
+                access=Access.of(settings),
                 lock=read_lock(adapters.lock_of(spec.lock, name)),
                 memory=settings.home / sources.DIGESTS,
                 contents=adapters.ADAPTER,

@@ -9,7 +9,6 @@ again what it said two releases ago is followed back, and a champion that a pers
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from evals.drift import suite
 from pipeline.resources import REQUIREMENTS
 from pipeline.settings import Settings
 from pipeline.sources.lock import read_lock
+from pipeline.sources.origin import Access, explained, open_origin
 from pipeline.spec import ModelSpec
 from pipeline.stages.context import StageContext
 from pipeline.stages.dry_run import DryRun, Missing
@@ -31,8 +31,6 @@ from pipeline.store.artifacts import Artifact, Recipe, Store
 from registry import catalog
 from registry.digests import digest_json
 from registry.verdict import Verdict
-
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -102,20 +100,20 @@ def affected(spec: ModelSpec, scheme: str, settings: Settings) -> Affected | Non
 
 
 def moved_upstream(spec: ModelSpec, settings: Settings) -> str | None:
-    """Return the commit that the model's branch or tag names now, where the lock holds it to another.
+    """Return the revision that the model's source has now, where the lock holds it to another.
 
     Raises:
-        SourceError: the hub can't be asked.
+        SourceError: the source can't be asked.
     """
     lock = read_lock(spec.lock)
-    uri, _, named = spec.source.uri.partition("@")
-    revision = named or spec.source.revision or "main"
-    if lock is None or not uri.startswith("hf://") or _COMMIT.fullmatch(revision):
+    if lock is None or lock.revision is None:
         return None
-    from pipeline.sources.hub import Hub  # noqa: PLC0415 - the hub's client takes a tenth of a second to import
-
-    commit, _ = Hub(settings.hub_endpoint, settings.hub_token).revision(uri.removeprefix("hf://"), revision)
-    return None if commit == lock.revision else commit
+    origin = open_origin(spec.source.uri, spec.source.revision, Access.of(settings))
+    if origin.pinned:
+        return None
+    with explained(origin.uri):
+        found = origin.find().revision
+    return None if found == lock.revision else found
 
 
 def touched(specs: Iterable[ModelSpec], settings: Settings) -> str:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pipeline.settings import Settings
 from pipeline.sources import source as sources
 from pipeline.sources.lock import read_lock
+from pipeline.sources.origin import Access
 from pipeline.spec import ModelSpec
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext, prepared
@@ -24,8 +25,7 @@ def resolve(spec: ModelSpec, settings: Settings) -> sources.ResolvedSource:
     return sources.resolve(
         spec.source.uri,
         spec.source.revision,
-        endpoint=settings.hub_endpoint,
-        token=settings.hub_token,
+        access=Access.of(settings),
         lock=read_lock(spec.lock),
         memory=settings.home / sources.DIGESTS,
     )

@@ -16,6 +16,7 @@ from pipeline.planner.sources import describe_folder as describe_model
 from pipeline.settings import Settings
 from pipeline.sources.adapter import ADAPTER, describe, lock_of, refuse_misfit
 from pipeline.sources.lock import read_lock
+from pipeline.sources.origin import Access
 from pipeline.sources.source import ResolvedSource, hold_to_lock, pull, resolve
 from pipeline.spec import load
 from pipeline.stages.context import StageContext
@@ -74,7 +75,7 @@ def test_an_adapter_on_a_hub_is_described_by_range_requests_and_pulled_at_its_co
     files = {name: (folder / name).read_bytes() for name in FILES} | {"adapter_model.bin": b"pickle"}
     with hub_server.serving(files) as hub:
         uri = f"hf://{hub_server.REPOSITORY}"
-        resolved = resolve(uri, contents=ADAPTER, endpoint=hub.endpoint)
+        resolved = resolve(uri, contents=ADAPTER, access=Access(hub.endpoint))
         assert (resolved.revision, resolved.left_out) == (hub_server.COMMIT, ("adapter_model.bin",))
         refuse_misfit(describe(resolved), model, uri)
         assert sorted(pulled(resolved, tmp_path / "pulled")) == FILES
@@ -94,7 +95,7 @@ def test_a_hubs_adapter_that_has_only_a_pickle_is_refused() -> None:
         hub_server.serving(files) as hub,
         pytest.raises(SourceError, match=r"has no safetensors, only adapter_model\.bin: a pickle can run code"),
     ):
-        resolve(f"hf://{hub_server.REPOSITORY}", contents=ADAPTER, endpoint=hub.endpoint)
+        resolve(f"hf://{hub_server.REPOSITORY}", contents=ADAPTER, access=Access(hub.endpoint))
 
 
 def test_a_models_folder_is_not_an_adapter(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ from pipeline.planner.sources import describe, describe_folder
 from pipeline.planner.speed import roofline
 from pipeline.planner.weights import Weights, active_numbers, bytes_per_step, quantized, stored, unquantized
 from pipeline.settings import Settings
+from pipeline.sources.origin import Access
 from pipeline.sources.source import resolve
 from pipeline.spec import ModelSpec, ReleasedScheme, Source, load
 from pipeline.stages import preflight
@@ -357,7 +358,7 @@ def test_a_hubs_model_is_planned_without_its_weights(tmp_path: Path) -> None:
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     files["model.safetensors"] = padded(files["model.safetensors"])
     with hub_server.serving(files) as hub:
-        found = describe(resolve(f"hf://{hub_server.REPOSITORY}", endpoint=hub.endpoint))
+        found = describe(resolve(f"hf://{hub_server.REPOSITORY}", access=Access(hub.endpoint)))
         asked = [wanted for _, path, wanted, _ in hub.seen if path.endswith(".safetensors")]
     assert {name: tensor.shape for name, tensor in found.model.tensors.items()} == {
         **{name: tensor.shape for name, tensor in local.model.tensors.items()},
@@ -389,7 +390,7 @@ def test_a_header_longer_than_the_first_read_is_fetched_whole(tmp_path: Path) ->
         "tokenizer.json": b"{}",
     }
     with hub_server.serving(files) as hub:
-        found = describe(resolve(f"hf://{hub_server.REPOSITORY}", endpoint=hub.endpoint))
+        found = describe(resolve(f"hf://{hub_server.REPOSITORY}", access=Access(hub.endpoint)))
     assert len(raw) > 131072
     assert len(found.model.tensors) == 1500
 

@@ -17,7 +17,8 @@ from pipeline.planner.sources import describe, describe_folder
 from pipeline.sources import file_digests
 from pipeline.sources.hub import Hub, _check
 from pipeline.sources.lock import read_lock
-from pipeline.sources.source import ResolvedSource, hold_to_lock, pull, resolve, revision_of
+from pipeline.sources.origin import Access
+from pipeline.sources.source import ResolvedSource, _folder_name, hold_to_lock, pull, resolve, revision_of
 from unit.pipeline import checkpoints, hub_server
 
 URI = f"hf://{hub_server.REPOSITORY}"
@@ -188,7 +189,7 @@ def test_the_files_that_the_index_names_are_the_weights(names: tuple[str, ...], 
     assert sorted(into(resolved)) == sorted([*wanted, *names])
     assert resolved.left_out == ("adapter_model.safetensors", "consolidated.safetensors")
     with hub_server.serving(files) as hub:
-        found = resolve(URI, endpoint=hub.endpoint)
+        found = resolve(URI, access=Access(hub.endpoint))
         assert sorted(into(found)) == sorted([*wanted, *names])
         planned = describe(found)
     # The planner reads what is pulled, from the folder as from the hub.
@@ -216,7 +217,7 @@ def test_shards_that_are_missing_are_named_before_anything_is_fetched(tmp_path: 
         hub_server.serving(files) as hub,
         pytest.raises(SourceError, match=r"names `two\.safetensors`, which is not there"),
     ):
-        resolve(URI, endpoint=hub.endpoint)
+        resolve(URI, access=Access(hub.endpoint))
 
 
 @pytest.mark.parametrize("left", [[], ["tokenizer.model"], ["qwen.tiktoken"]])
@@ -229,7 +230,7 @@ def test_a_tokenizer_that_no_worker_reads_is_refused_at_the_source(left: list[st
         resolve(f"file:{model}")
     assert all(name in str(caught.value) for name in left)
     with hub_server.serving(files) as hub, pytest.raises(SourceError, match=r"no tokenizer\.json"):
-        resolve(URI, endpoint=hub.endpoint)
+        resolve(URI, access=Access(hub.endpoint))
 
 
 @pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("vocab.txt",)])
@@ -284,8 +285,9 @@ def test_damaged_weights_and_json_are_refused_together(model: Path, into: Fetch)
     ("uri", "revision", "reason"),
     [
         ("file:/nowhere/at/all", None, "there is no folder"),
-        ("s3://bucket/model", None, "expected file:FOLDER or hf://"),
-        ("hf://only-a-name", None, "expected file:FOLDER or hf://ORG/NAME"),
+        ("ftp://host/model", None, "expected a URI that begins with one of `file:`, `hf:`"),
+        ("/a/folder", None, "expected a URI that begins with one of `file:`, `hf:`"),
+        ("hf://only-a-name", None, "expected hf://ORG/NAME"),
         ("hf://org/name@one", "two", "remove one of them"),
         ("file:/tmp", "main", "`revision` does not apply"),
     ],
@@ -382,7 +384,7 @@ def test_a_whole_lock_of_another_version_is_refused(model: Path, tmp_path: Path,
 
 
 def test_a_branch_is_pulled_at_its_commit(hub: hub_server.StandInHub, model: Path, into: Fetch) -> None:
-    resolved = resolve(URI, endpoint=hub.endpoint)
+    resolved = resolve(URI, access=Access(hub.endpoint))
     assert resolved.revision == hub_server.COMMIT
     assert into(resolved) == digests(model)
     assert revision_of(resolved, {}) == hub_server.COMMIT
@@ -392,24 +394,24 @@ def test_a_lock_holds_a_branch_to_its_commit_without_asking_the_hub(
     tmp_path: Path, hub: hub_server.StandInHub, into: Fetch
 ) -> None:
     path = tmp_path / "tiny.lock.json"
-    resolved = resolve(URI, "main", endpoint=hub.endpoint)
+    resolved = resolve(URI, "main", access=Access(hub.endpoint))
     hold_to_lock(path, resolved, into(resolved))
     hub.branches["main"] = "f" * 40
     hub.seen.clear()
-    locked = resolve(URI, "main", endpoint=hub.endpoint, lock=read_lock(path))
+    locked = resolve(URI, "main", access=Access(hub.endpoint), lock=read_lock(path))
     assert locked.revision == hub_server.COMMIT
     assert hub.seen == []
     into(locked)
     with pytest.raises(SourceError, match=f"the model's file names {URI}@{'e' * 40}"):
-        resolve(URI, "e" * 40, endpoint=hub.endpoint, lock=read_lock(path))
+        resolve(URI, "e" * 40, access=Access(hub.endpoint), lock=read_lock(path))
 
 
 def test_a_broken_download_goes_on_where_it_stopped(hub: hub_server.StandInHub, into: Fetch, tmp_path: Path) -> None:
-    kept = tmp_path / "downloads" / "org--tiny" / hub_server.COMMIT
+    kept = tmp_path / "downloads" / _folder_name(URI) / hub_server.COMMIT
     kept.mkdir(parents=True)
     (kept / "model.safetensors.part").write_bytes(hub.files["model.safetensors"][:1000])
     (kept / "config.json.part").write_bytes(hub.files["config.json"] + b"too long")
-    into(resolve(URI, endpoint=hub.endpoint))
+    into(resolve(URI, access=Access(hub.endpoint)))
     ranges = {path.rsplit("/", 1)[-1]: wanted for _, path, wanted, _ in hub.seen if "/resolve/" in path}
     assert ranges == {"model.safetensors": "bytes=1000-", "config.json": None, "tokenizer.json": None}
     assert not kept.exists()
@@ -419,7 +421,7 @@ def test_a_line_that_breaks_is_tried_again_and_gives_up_with_one_line(
     hub: hub_server.StandInHub, into: Fetch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    resolved = resolve(URI, endpoint=hub.endpoint)
+    resolved = resolve(URI, access=Access(hub.endpoint))
     hub.cuts = 2
     into(resolved)
     hub.cuts = 1000
@@ -433,7 +435,7 @@ def test_what_is_not_what_the_hub_promised_is_refused_and_fetched_anew(hub: hub_
     weights, tokenizer = bytearray(hub.files["model.safetensors"]), hub.files["tokenizer.json"]
     weights[-1] ^= 1
     hub.served = {"model.safetensors": bytes(weights), "tokenizer.json": tokenizer.replace(b"1", b"2")}
-    resolved = resolve(URI, endpoint=hub.endpoint)
+    resolved = resolve(URI, access=Access(hub.endpoint))
     with pytest.raises(SourceError) as caught:
         into(resolved)
     assert f"model.safetensors: sha256 {hashlib.sha256(weights).hexdigest()}, expected" in str(caught.value)
@@ -444,11 +446,11 @@ def test_what_is_not_what_the_hub_promised_is_refused_and_fetched_anew(hub: hub_
 
 def test_a_locked_file_that_the_hub_changed_is_refused(tmp_path: Path, hub: hub_server.StandInHub, into: Fetch) -> None:
     path = tmp_path / "tiny.lock.json"
-    resolved = resolve(URI, endpoint=hub.endpoint)
+    resolved = resolve(URI, access=Access(hub.endpoint))
     hold_to_lock(path, resolved, into(resolved))
     hub.served = {"config.json": hub.files["config.json"].replace(b"llama", b"llamb")}
     with pytest.raises(SourceError, match=r"config\.json has sha256 .* expected"):
-        into(resolve(URI, endpoint=hub.endpoint, lock=read_lock(path)))
+        into(resolve(URI, access=Access(hub.endpoint), lock=read_lock(path)))
 
 
 def test_pickles_and_other_files_beside_safetensors_are_left_on_the_hub(
@@ -456,7 +458,7 @@ def test_pickles_and_other_files_beside_safetensors_are_left_on_the_hub(
 ) -> None:
     hub.files |= {"pytorch_model.bin": b"\x80", "original/model.safetensors": b"", "modeling.py": b"", "README.md": b""}
     hub.files |= {"consolidated.safetensors": b"", "pytorch_model.bin.index.json": b"{}", ".gitattributes": b""}
-    resolved = resolve(URI, endpoint=hub.endpoint)
+    resolved = resolve(URI, access=Access(hub.endpoint))
     assert sorted(into(resolved)) == ["config.json", "model.safetensors", "tokenizer.json"]
     assert "pytorch_model.bin" in resolved.left_out
     assert not [path for _, path, _, _ in hub.seen if "pytorch_model" in path]
@@ -466,12 +468,12 @@ def test_a_model_of_pickles_alone_is_refused_by_name(hub: hub_server.StandInHub)
     del hub.files["model.safetensors"]
     hub.files["pytorch_model.bin"] = b"\x80"
     with pytest.raises(SourceError, match=r"no safetensors, only pytorch_model\.bin: a pickle"):
-        resolve(URI, endpoint=hub.endpoint)
+        resolve(URI, access=Access(hub.endpoint))
 
 
 def test_names_that_lead_elsewhere_are_never_written(hub: hub_server.StandInHub, into: Fetch, tmp_path: Path) -> None:
     hub.files |= {"../escaped.json": b"{}", "..\\escaped.json": b"{}", ".hidden.json": b"{}"}
-    into(resolve(URI, endpoint=hub.endpoint))
+    into(resolve(URI, access=Access(hub.endpoint)))
     assert not list(tmp_path.rglob("*escaped*"))
     assert not list(tmp_path.rglob("*hidden*"))
 
@@ -479,11 +481,11 @@ def test_names_that_lead_elsewhere_are_never_written(hub: hub_server.StandInHub,
 def test_the_token_opens_and_is_shown_nowhere(hub: hub_server.StandInHub, into: Fetch) -> None:
     hub.token = "hf_secret"  # noqa: S105 - a stand-in's
     with pytest.raises(SourceError, match="HF_TOKEN is not set"):
-        resolve(URI, endpoint=hub.endpoint)
+        resolve(URI, access=Access(hub.endpoint))
     with pytest.raises(SourceError) as caught:
-        resolve(URI, endpoint=hub.endpoint, token="hf_wrong")  # noqa: S106 - a stand-in's
+        resolve(URI, access=Access(hub.endpoint, "hf_wrong"))
     assert "hf_wrong" not in str(caught.value)
-    resolved = resolve(URI, endpoint=hub.endpoint, token=hub.token)
+    resolved = resolve(URI, access=Access(hub.endpoint, hub.token))
     into(resolved)
     assert "hf_secret" not in repr(resolved)
 
@@ -492,16 +494,16 @@ def test_without_a_token_of_ours_the_machines_own_is_not_sent(
     hub: hub_server.StandInHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_of_the_machine")
-    resolve(URI, endpoint=hub.endpoint)
+    resolve(URI, access=Access(hub.endpoint))
     assert [authorization for *_, authorization in hub.seen] == [None]
 
 
 def test_a_gated_model_says_how_to_get_in(hub: hub_server.StandInHub) -> None:
     hub.gated = True
     with pytest.raises(SourceError, match=r"gated, and was requested without a token .*accept its terms"):
-        resolve(URI, endpoint=hub.endpoint)
+        resolve(URI, access=Access(hub.endpoint))
     with pytest.raises(SourceError, match=r"gated, and was requested with HF_TOKEN: accept its terms"):
-        resolve(URI, endpoint=hub.endpoint, token="hf_mine")  # noqa: S106 - a stand-in's
+        resolve(URI, access=Access(hub.endpoint, "hf_mine"))
 
 
 @pytest.mark.parametrize(
@@ -516,21 +518,21 @@ def test_what_the_hub_does_not_have_is_said(
     hub: hub_server.StandInHub, uri: str, revision: str | None, reason: str
 ) -> None:
     with pytest.raises(SourceError) as caught:
-        resolve(uri, revision, endpoint=hub.endpoint)
+        resolve(uri, revision, access=Access(hub.endpoint))
     assert reason in str(caught.value)
 
 
 def test_an_unreachable_hub_is_one_line_within_seconds(tmp_path: Path, hub: hub_server.StandInHub, into: Fetch) -> None:
     started = time.monotonic()
     with pytest.raises(SourceError, match=r"can't reach the hub at http://127\.0\.0\.1:9") as caught:
-        resolve(URI, endpoint="http://127.0.0.1:9")
+        resolve(URI, access=Access("http://127.0.0.1:9"))
     assert "\n" not in str(caught.value)
     path = tmp_path / "tiny.lock.json"
-    resolved = resolve(URI, endpoint=hub.endpoint)
+    resolved = resolve(URI, access=Access(hub.endpoint))
     hold_to_lock(path, resolved, into(resolved))
     with pytest.raises(SourceError, match="can't reach the hub"):
-        into(resolve(URI, endpoint="http://127.0.0.1:9", lock=read_lock(path)))
-    assert time.monotonic() - started < 20
+        into(resolve(URI, access=Access("http://127.0.0.1:9"), lock=read_lock(path)))
+    assert time.monotonic() - started < 60
 
 
 # Attacks
@@ -543,7 +545,7 @@ def test_a_commit_that_is_not_one_never_becomes_a_path(hub: hub_server.StandInHu
     (victim / "kept.txt").write_text("kept")
     hub.commit = f"{tmp_path}/victim" if sha == "/victim" else sha
     with pytest.raises(SourceError, match="expected a commit of 40 hex digits"):
-        resolve(URI, endpoint=hub.endpoint)
+        resolve(URI, access=Access(hub.endpoint))
     assert (victim / "kept.txt").exists()
 
 
@@ -618,8 +620,8 @@ def test_a_folder_that_is_too_deep_or_has_names_that_are_not_utf_8_is_refused(mo
     deep = model.joinpath(*["d"] * 101)
     deep.mkdir(parents=True)
     with pytest.raises(SourceError, match="more than 100 folders deep"):
-        resolve(f"file:{model}", None, endpoint="", token=None)
+        resolve(f"file:{model}", None, access=Access("", None))
     shutil.rmtree(model / "d")
     (model / os.fsdecode(b"caf\xe9.txt")).write_bytes(b"")
     with pytest.raises(SourceError, match="its name is not UTF-8"):
-        resolve(f"file:{model}", None, endpoint="", token=None)
+        resolve(f"file:{model}", None, access=Access("", None))
