@@ -1,35 +1,39 @@
-"""A serving variant of the demo, whole: a smaller context with speculation, measured, listed, compared and served.
+"""Two serving variants of the demo, whole: one is measured, listed and served, the other fails the load gate.
 
-The home has the first release's artifacts, so that only the variant is measured: three starts of vLLM.
+The home has the first release's artifacts, so that only the variants are measured: six starts of vLLM.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import yaml
+from serve_command import serving
 
 from evals.load.evidence import read_load_evidence
-from homes import DEMO, SLIPWAY, Slipway, make_home
+from homes import DEMO, Slipway, make_home
 from pipeline.settings import Settings
 
 pytestmark = pytest.mark.long
 
 # The longest prompt of the demo's suite takes fewer tokens, so FP16's answers are those of the first release.
 CONTEXT = 512
-SERVE = {"variants": {"short": {"context": CONTEXT, "speculative": {"method": "ngram", "tokens": 4}}}}
+SERVE = {
+    "variants": {
+        "short": {"context": CONTEXT, "speculative": {"method": "ngram", "tokens": 4}},
+        # Each rank has a KV cache of its own: 4.0 GB, of a limit of 4 GiB of which a fifth must stay free.
+        "divided": {"tensor_parallel": 2},
+    }
+}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's model file with a variant, in one scheme."""
+    """The demo's model file with both variants, in one scheme."""
     text = DEMO.with_suffix(".yaml").read_text().replace("file:demo/", f"file:{DEMO}/")
     document = yaml.safe_load(text)
     document |= {"schemes": {"gptq": document["schemes"]["gptq"]}, "serve": SERVE}
@@ -65,10 +69,12 @@ def pulled(released: dict[str, Any], slipway: Slipway) -> Path:
     return slipway.home / "pulled"
 
 
-def test_the_variant_alone_is_measured_and_listed(released: dict[str, Any], pulled: Path) -> None:
+def test_variants_alone_are_measured_and_the_one_that_passed_is_listed(released: dict[str, Any], pulled: Path) -> None:
     made = {stage["name"] for stage in released["stages"] if not stage["cached"]}
     assert made <= {"variants", "release", "scan"}, released["stages"]
-    assert released["variants"] == {"short": "variant `short` passed"}
+    assert released["variants"]["short"] == "variant `short` passed"
+    assert released["variants"]["divided"].startswith("variant `divided` is not listed: load fail")
+    assert "peak_memory_bytes" in released["variants"]["divided"]
     manifest = json.loads((pulled / "release/manifest.json").read_bytes())
     assert [(each["variant"], each["context"]) for each in manifest["serving"]] == [(None, 1024), ("short", CONTEXT)]
 
@@ -89,32 +95,23 @@ def test_speculation_changed_no_answer_and_its_speed_is_reported(pulled: Path) -
     assert str(found).startswith("ngram, 4 tokens at once")
 
 
-def test_the_listed_variant_is_served_and_another_is_refused(released: dict[str, Any], slipway: Slipway) -> None:
+def test_the_listed_variant_is_served(released: dict[str, Any], slipway: Slipway) -> None:
     assert released["variants"]
-    key = slipway("keys", "add", "--owner", "test").stdout.strip()
-    words = ["--port", "0", "--admin-port", "0", "--json", "--variant", "short"]
-    with (slipway.home / "serve.log").open("w") as log:
-        process = subprocess.Popen(
-            [SLIPWAY, "serve", "demo-gptq", *words], env=dict(slipway.variables), stdout=subprocess.PIPE, stderr=log,
-            text=True,
-        )  # fmt: skip
-    assert process.stdout is not None
-    try:
-        text = ""
-        while not text.endswith("\n}\n"):
-            line = process.stdout.readline()
-            assert line, (slipway.home / "serve.log").read_text()
-            text += line
-        url, headers = json.loads(text)["url"], {"Authorization": f"Bearer {key}"}
-        (served,) = httpx.get(f"{url}/v1/models", headers=headers, timeout=60).json()["data"]
-        assert served["max_model_len"] == CONTEXT
-        body = {"model": "demo-gptq", "prompt": "def ", "max_tokens": 8}
-        answer = httpx.post(f"{url}/v1/completions", headers=headers, json=body, timeout=60)
-        assert answer.json()["choices"][0]["text"]
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
-        process.stdout.close()
-    done = slipway("serve", "demo-gptq", "--variant", "long")
+    with serving(slipway, "demo-gptq", "--variant", "short") as served:
+        assert served.model()["max_model_len"] == CONTEXT
+        assert served.complete("def ", max_tokens=8)
+
+
+@pytest.mark.parametrize("words", [("serve",), ("bundle", "--out", "bundle")])
+def test_a_variant_whose_load_gate_failed_is_refused_by_name(
+    released: dict[str, Any], slipway: Slipway, tmp_path: Path, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert released["variants"]
+    monkeypatch.chdir(tmp_path)
+    command, *options = words
+    done = slipway(command, "demo-gptq", "--variant", "divided", *options)
     assert done.returncode == 1
-    assert "demo-gptq does not list the variant `long`" in done.stderr
+    assert (
+        "demo-gptq does not list the variant `divided`, so it did not pass its gates (it lists `short`)" in done.stderr
+    )
+    assert not (tmp_path / "bundle").exists()

@@ -13,8 +13,8 @@ from typing import Any
 import bundle_evidence
 import pytest
 import yaml
+from serving_keys import CHAT_TEMPLATE, NAMES, ServingKey, contains, read
 
-from checkout import CHECKOUT
 from containers.image.build import SERVING
 from containers.image.engine_options import KEYS
 from containers.image.serving import Override, Serve, changes_fp16
@@ -23,10 +23,6 @@ from pipeline.store.artifacts import Artifact
 from registry.manifest import MANIFEST, REPORT, Manifest
 from registry.provenance import statement
 from unit.pipeline.filled import Models, release
-
-FILES = sorted((CHECKOUT / "tests" / "data" / "serve").glob("*.yaml"))
-# What depends on the image that ships, which states its command.
-OF_THE_IMAGE = {"image", "drift", "scan", "load", "variants", "release"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ class Released:
 @pytest.fixture(scope="module")
 def by_runtime(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Released]:
     models = Models(tmp_path_factory.mktemp("models"))
-    shutil.copy(FILES[0].with_name("chat.jinja"), models.settings.models)
+    shutil.copy(CHAT_TEMPLATE, models.settings.models)
 
     @functools.cache
     def first(runtime: str) -> Released:
@@ -67,49 +63,38 @@ def released(by_runtime: Callable[[str], Released]) -> Released:
 
 @dataclass(frozen=True)
 class Case:
-    """A file with one key: the words that it adds to the command, and whether FP16 is asked again.
+    """The demo, released with one key of `serve`, and ``before`` without it."""
 
-    ``before`` is the release without it, in the runtime that takes the key.
-    """
-
-    key: str
-    command: list[str]
-    asks_fp16_again: bool
+    key: ServingKey
     before: Released
     made: Mapping[str, Artifact]
 
 
-@pytest.fixture(scope="module", params=FILES, ids=lambda path: path.stem)
+@pytest.fixture(scope="module", params=NAMES)
 def case(request: pytest.FixtureRequest, by_runtime: Callable[[str], Released]) -> Case:
-    """The demo, released with one key of `serve`."""
-    document = yaml.safe_load(request.param.read_text())
-    before = by_runtime(document.get("runtime", "vllm-cpu"))
-    made = before.again(document["serve"])
-    return Case(request.param.stem, document["command"], document["baseline"] == "again", before, made)
+    key = read(request.param)
+    before = by_runtime(key.runtime)
+    return Case(key, before, before.again(key.serve))
 
 
 def manifest_of(made: Mapping[str, Artifact]) -> Manifest:
     return Manifest.parse((made["release"].folder / MANIFEST).read_bytes())
 
 
-def contains(command: tuple[str, ...], words: list[str]) -> bool:
-    return any(list(command[start : start + len(words)]) == words for start in range(len(command)))
-
-
 def test_every_key_has_a_file() -> None:
-    assert {path.stem for path in FILES} == set(Serve.model_fields) - {"variants"}
+    assert set(NAMES) == set(Serve.model_fields) - {"variants"}
 
 
 def test_a_key_reaches_command_label_manifest_provenance_report_and_bundle(case: Case, tmp_path: Path) -> None:
     manifest = manifest_of(case.made)
     (served,) = manifest.serving
-    assert contains(served.command, case.command)
-    assert not contains(manifest_of(case.before.made).serving[0].command, case.command)
+    assert contains(served.command, case.key.command)
+    assert not contains(manifest_of(case.before.made).serving[0].command, case.key.command)
     label, before = (json.loads(record_of(made["image"]).labels[SERVING]) for made in (case.made, case.before.made))
-    assert {name for name in label if label[name] != before[name]} == {case.key}
+    assert {name for name in label if label[name] != before[name]} == {case.key.name}
     parameters = json.loads(statement(manifest))["predicate"]["buildDefinition"]["externalParameters"]
     assert parameters["serving"] == [served.model_dump(mode="json")]
-    assert " ".join(case.command) in (case.made["release"].folder / REPORT).read_text()
+    assert " ".join(case.key.command) in (case.made["release"].folder / REPORT).read_text()
     of_demo = bundle_evidence.manifest(serving=[served.model_dump(mode="json")])
     bundle_evidence.written(bundle_evidence.evidence(manifest=of_demo), tmp_path / "bundle")
     documents = yaml.safe_load_all((tmp_path / "bundle" / "base" / "engine.yaml").read_text())
@@ -118,10 +103,8 @@ def test_a_key_reaches_command_label_manifest_provenance_report_and_bundle(case:
 
 
 def test_a_key_makes_again_what_depends_on_it(case: Case) -> None:
-    again = {"baseline"} if case.asks_fp16_again else set[str]()
-    again |= {"adapters"} & {case.key}  # their own stage
-    assert case.before.changed(case.made) == OF_THE_IMAGE | again
-    assert changes_fp16(case.key) == case.asks_fp16_again  # as the reference says
+    assert case.before.changed(case.made) == case.key.again
+    assert changes_fp16(case.key.name) == case.key.asks_fp16_again  # as the reference says
 
 
 def test_another_chat_template_under_the_same_name_is_another_image(released: Released) -> None:
@@ -134,14 +117,14 @@ def test_another_chat_template_under_the_same_name_is_another_image(released: Re
         after = released.again(serve)
     finally:
         template.write_text(kept)
-    assert {name for name in after if after[name].key != before[name].key} == OF_THE_IMAGE | {"baseline"}
+    assert {name for name in after if after[name].key != before[name].key} == read("chat_template").again
     assert manifest_of(after).serving[0].chat_template != manifest_of(before).serving[0].chat_template
 
 
 def test_what_a_scheme_overrides_leaves_fp16_and_other_schemes_alone(released: Released) -> None:
     scheme = {"method": "awq", "backend": "autoawq", "bits": 4, "group_size": 64, "serve": {"context": 128}}
     spec = released.models.write(schemes={"awq": scheme})
-    assert released.changed(release(released.models.context(spec, "awq"))) == OF_THE_IMAGE
+    assert released.changed(release(released.models.context(spec, "awq"))) == read("max_sequences").again
 
 
 def test_every_key_that_sets_an_option_is_known_to_the_check_of_arguments() -> None:
