@@ -47,7 +47,7 @@ class Role(StrEnum):
     PROJECTOR = "projector"
     """What leads from a tower into the decoder, where it stands outside the tower."""
     DRAFTING = "drafting"
-    """A layer that only drafts tokens (multi-token prediction)."""
+    """A part of a layer that only drafts tokens (multi-token prediction), its norms among them."""
     OTHER = "other"
     """Norms, biases, convolutions, and all that is left."""
 
@@ -58,7 +58,9 @@ TOWER_ROLES = (Role.VISION, Role.AUDIO, Role.PROJECTOR)
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 _ROUTER = re.compile(r"(^|\.)((gate|router|shared_expert_gate|[^.]*_router)\.weight$|router\.[^.]+\.weight$)")
 # Inside numbered layers and of two dimensions, but no linear layer.
-_EXEMPT = re.compile(r"(^|\.)([^.]*norm[^.]*|[^.]*embed[^.]*)\.weight$|(^|\.)altup[^.]*\.")
+_EXEMPT = re.compile(r"(^|\.)([^.]*norm[^.]*|[^.]*embed[^.]*)\.weight$")
+# Gemma 3n's, of which some are numbered though they stand in no layer.
+_ALTUP = re.compile(r"(^|\.)altup[^.]*\.")
 _EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 _SHARED_EXPERT = re.compile(r"(^|\.)shared_(experts?|mlp)\.")
 # Modules that stand beside a router; Granite's have neither `experts` in their names nor numbers.
@@ -185,7 +187,7 @@ class ModelDescription:
             return Role.FUSED_EXPERTS
         if dimensions == 2 and _ROUTER.search(name):
             return Role.ROUTER
-        if dimensions != 2 or not name.endswith(".weight") or _EXEMPT.search(name):
+        if dimensions != 2 or not name.endswith(".weight") or _EXEMPT.search(name) or _ALTUP.search(name):
             return Role.OTHER
         if name.startswith(states):
             return Role.STATE
@@ -198,7 +200,7 @@ class ModelDescription:
             return True
         layer = _LAYER.search(name)
         count = next((self.text_config[key] for key in _LAYER_COUNTS if _is_count(self.text_config.get(key))), None)
-        return layer is not None and count is not None and int(layer[1]) >= count and _EXEMPT.search(name) is None
+        return layer is not None and count is not None and int(layer[1]) >= count and _ALTUP.search(name) is None
 
 
 def outside(name: str) -> bool:

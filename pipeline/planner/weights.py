@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from containers.hardware.cpu import InstructionSet
-from pipeline.compatibility.description import FLOATS, ModelDescription, in_layer
+from pipeline.compatibility.description import FLOATS, ModelDescription
 from pipeline.compatibility.safetensors_headers import Tensor
 from pipeline.compatibility.scheme import Scheme
 from pipeline.planner.facts import ModelFacts
@@ -81,8 +81,8 @@ def unquantized(model: ModelDescription) -> Weights:
 
     Layers that only draft tokens are not loaded.
     """
-    drafting = tuple({name.removesuffix(in_layer(name)) for name in model.drafting})
-    tensors = {name: tensor for name, tensor in model.tensors.items() if not drafting or not name.startswith(drafting)}
+    drafting = set(model.drafting)
+    tensors = {name: tensor for name, tensor in model.tensors.items() if name not in drafting}
     size = sum(_at_16_bits(tensor) for tensor in tensors.values())
     linear = sum(math.prod(tensor.shape) for tensor in model.linears.values())
     return Weights(FP16, size, 0, _numbers(tensors), 0, 16, None, linear, _head(tensors))

@@ -24,6 +24,7 @@ from pipeline.compatibility.safetensors_headers import Tensor
 from pipeline.compatibility.scheme import Scheme
 from pipeline.errors import SpecError, UnsupportedModelError
 from pipeline.planner.sources import describe_folder
+from pipeline.planner.weights import unquantized
 from pipeline.settings import Settings
 from pipeline.spec import load
 from pipeline.stages.preflight import foresee
@@ -202,9 +203,15 @@ def test_every_tensor_of_a_family_has_its_role(family: str, tmp_path: Path) -> N
 
 def test_layers_that_draft_tokens_are_told_from_the_decoders(tmp_path: Path) -> None:
     model = model_of("deepseek_v3", tmp_path)
-    tensors = {**model.tensors, "model.layers.2.eh_proj.weight": Tensor("F16", (128, 256), 0, 0, Path("x"))}
+    added = {
+        "model.layers.2.eh_proj.weight": (128, 256), "model.layers.2.enorm.weight": (128,),
+        "model.layers.2.embed_tokens.weight": (512, 128), "mtp.fc.weight": (128, 256), "mtp.norm.weight": (128,),
+    }  # fmt: skip
+    tensors = {**model.tensors, **{name: Tensor("F16", shape, 0, 0, Path("x")) for name, shape in added.items()}}
     drafting = ModelDescription(model.config, tensors)
+    assert drafting.drafting == tuple(sorted(added))
     assert drafting.linears == model.linears
+    assert unquantized(drafting) == unquantized(model)
     (problem,) = preflight.find_problems(drafting, scheme_of("gptq", "gptqmodel"))
     assert "`model.layers.2.eh_proj.weight`" in problem
 
