@@ -11,6 +11,8 @@ from containers.engine import engine
 from containers.errors import ContainerError
 from containers.hardware.gpu import gpus
 from containers.scan import trivy
+from pipeline.compatibility.backends import METHODS
+from pipeline.compatibility.scheme import Scheme
 from pipeline.settings import Settings
 from pipeline.workers.environments import ENVIRONMENTS, ensure_environment, environment_folder
 from registry import tracking
@@ -78,9 +80,15 @@ def _cpu(settings: Settings) -> Finding:
         # The CPU does not matter for a GPU runtime, or if the engine runs on another machine.
         elsewhere = bool(gpus()) or not settings.engine_is_here
         return Finding("cpu", "warning" if elsewhere else "missing", found, cpu.refusal)
+    unserved = [
+        f"`{method}`"
+        for method, (backend, *_) in METHODS.items()
+        if Scheme.model_validate({"method": method, "backend": backend}).unsupported(cpu.instruction_set)
+    ]
+    found += f"; vLLM serves all methods on it but {', '.join(unserved)}"
     if cpu.bfloat16:
         return Finding("cpu", "ok", found)
-    return Finding("cpu", "warning", found, "all schemes work; a CPU with AVX-512 and bfloat16 is faster")
+    return Finding("cpu", "warning", found, "a CPU with AVX-512 and bfloat16 is faster")
 
 
 def _gpu() -> Finding:

@@ -115,4 +115,5 @@ def test_the_cpu_and_what_it_means_are_told(
     monkeypatch.setattr("pipeline.operations.doctor.gpus", list)
     found = look(tmp_path)["cpu"]
     assert (found.status, told in found.found, found.found.startswith("A CPU")) == (status, True, True)
+    assert found.found.endswith("but `fp8-block`, `nvfp4`, `mxfp4`") == (status != "missing")
     assert look(tmp_path, DOCKER_HOST="ssh://elsewhere")["cpu"].status != "missing"
