@@ -112,8 +112,8 @@ def measure(name: str, folder: Path, output: Path) -> Measured:
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3\n")
     started = time.monotonic()
-    command = [sys.executable, __file__, str(folder), "--run", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    command = [sys.executable, str(Path(__file__).resolve()), str(folder.resolve()), "--run", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=output)
     seconds = time.monotonic() - started
     peak = float(done.stdout.split()[-1])
     digest = "" if name == "cast" else digest_of(output)

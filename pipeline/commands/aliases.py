@@ -144,7 +144,8 @@ def gc(keep: int, days: float, cache: Path | None, *, tier: bool, yes: bool, as_
     Without --yes nothing is removed. A version stays if it has an alias, if it is among the --keep newest, if it is
     younger than --older-than days, or if a promotion or rollback of it is unfinished. A stage artifact and its image
     stay if a version that stays or the last run of a release was made from them, or if they are younger than a day. The
-    audit trail always stays. A remote MLflow server keeps the files of removed versions until `mlflow gc` runs there.
+    finished layers of a quantization that was cut off stay for a day, too. The audit trail always stays. A remote
+    MLflow server keeps the files of removed versions until `mlflow gc` runs there.
 
     With --tier nothing is removed. Large files of versions without an alias that were not read for --older-than days
     move to object storage; files of versions with an alias come back. `slipway pull` reads them from either place.

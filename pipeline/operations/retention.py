@@ -40,7 +40,7 @@ _ENGINE_ERRORS = (docker.errors.DockerException, requests.RequestException)
 
 @dataclass(frozen=True)
 class Leftover:
-    """Something unused: ``kind`` is ``image`` or ``artifact``; ``bytes`` are those that removing it frees.
+    """Something unused: ``kind`` is ``image``, ``artifact`` or ``unfinished``; ``bytes`` are those that removal frees.
 
     ``images`` are the engine's ids of the image itself, or of the images that an artifact names.
     """
@@ -67,7 +67,9 @@ def kept_manifests(tracking_uri: str, going: Collection[retention.Removal]) -> s
 def plan(
     settings: Settings, manifests: Collection[str], progress: Progress, *, now: datetime | None = None
 ) -> list[Leftover]:
-    """Return what is unused if the releases with these ``manifests`` stay; images first, then artifacts.
+    """Return what is unused if the releases with these ``manifests`` stay; images first, then artifacts, then layers.
+
+    The layers are those that a quantizer had finished when it was cut off, unless a run has continued with them.
 
     If no engine answers, images and the artifacts that name them stay; ``progress`` gets a line about it.
 
@@ -76,9 +78,8 @@ def plan(
     """
     store = Store(settings.home / "artifacts")
     made = _made(store)
-    kept = _reachable(
-        made, {*MaterializationIndex(settings), *_kept(made, manifests, (now or datetime.now(UTC)) - _YOUNG)}
-    )
+    before = (now or datetime.now(UTC)) - _YOUNG
+    kept = _reachable(made, {*MaterializationIndex(settings), *_kept(made, manifests, before)})
     described = _described(store, made)
     gone = [record for place, record in described.items() if place not in kept]
     images: list[Leftover] = []
@@ -90,7 +91,7 @@ def plan(
                 images, staying = _images(client, gone, others, progress)
         except (EngineError, *_ENGINE_ERRORS) as error:
             progress(f"images and the artifacts that name them stay: {error}")
-    return [*images, *_artifacts(store, made, kept, described, staying)]
+    return [*images, *_artifacts(store, made, kept, described, staying), *_unfinished(store, before)]
 
 
 def remove(leftovers: Sequence[Leftover], settings: Settings, progress: Progress) -> list[Leftover]:
@@ -105,7 +106,7 @@ def remove(leftovers: Sequence[Leftover], settings: Settings, progress: Progress
     for item in leftovers:
         if item.place is None or not staying.isdisjoint(item.images):
             continue
-        freed = _removed(store, item.place)
+        freed = store.remove_unfinished(item.place) if item.kind == "unfinished" else _removed(store, item.place)
         if freed is None:
             progress(f"{item.name} stays: another process is making it")
             continue
@@ -217,6 +218,15 @@ def _artifacts(
         size = _freed(_folder(store, place), names)
         found.append(Leftover("artifact", f"{stage} {key[:12]}", why, size, place, images))
     return found
+
+
+def _unfinished(store: Store, before: datetime) -> Iterator[Leftover]:
+    """What failed or killed tries have left for a next one that did not come."""
+    for (stage, key), folder in store.kept_for_next_try().items():
+        last = datetime.fromtimestamp(folder.stat().st_mtime, UTC)
+        if last < before:
+            why = f"finished parts of a run that was cut off on {last:%Y-%m-%d} and not continued"
+            yield Leftover("unfinished", f"{stage} {key[:12]}", why, _freed(folder, Counter()), (stage, key))
 
 
 def _removed_images(images: Sequence[Leftover], settings: Settings, progress: Progress) -> list[Leftover]:

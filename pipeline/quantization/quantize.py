@@ -126,10 +126,12 @@ class QuantizedNotes(QuantizationRecord):
 class QuantizationBackend:
     """A program that quantizes. ``environment`` is the name of the requirements file of its environment.
 
-    Its script is named after the environment, unless ``script_name`` is given.
+    ``room`` is what it writes at most, in times the source's bytes: the checkpoint, and what it keeps of finished
+    layers. Its script is named after the environment, unless ``script_name`` is given.
     """
 
     environment: str
+    room: int
     script_name: str | None = None
 
     @property
@@ -164,17 +166,17 @@ class _Archived(QuantizationBackend):
 
 
 _BACKENDS: Mapping[BackendName, QuantizationBackend] = {
-    "autoawq": _Archived("autoawq"),
-    "gptqmodel": QuantizationBackend("gptqmodel"),
-    "autogptq": _Archived("autogptq"),
-    "llmcompressor": QuantizationBackend("llmcompressor"),
+    "autoawq": _Archived("autoawq", room=1),
+    "gptqmodel": QuantizationBackend("gptqmodel", room=3),  # on CPU it keeps weights in float32
+    "autogptq": _Archived("autogptq", room=2),
+    "llmcompressor": QuantizationBackend("llmcompressor", room=2),
 }
 
 
 def backend_of(scheme: Scheme) -> QuantizationBackend:
     """Return the backend of a scheme; its environment's pins and its script are part of a checkpoint's key."""
     backend = _BACKENDS[scheme.backend]
-    return backend if scheme.needs_calibration else replace(backend, script_name="data_free")
+    return backend if scheme.needs_calibration else replace(backend, script_name="data_free", room=1)
 
 
 def quantize(

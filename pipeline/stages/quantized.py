@@ -7,7 +7,7 @@ from pipeline.quantization.formats.table import format_of
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext
 from pipeline.stages.stage import Inputs, digests
-from pipeline.store.artifacts import ArtifactDraft, Recipe
+from pipeline.store.artifacts import ArtifactDraft, Recipe, require_room
 from pipeline.workers.environments import pins_digest
 from pipeline.workers.launchers.configured import have_gpus
 from registry.digests import digest_file
@@ -36,8 +36,10 @@ def recipe(context: StageContext, inputs: Inputs) -> Recipe:
 
 
 def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
-    """Quantize in the backend's worker."""
+    """Quantize in the backend's worker; it continues with the layers that a run which was cut off has finished."""
     text = context.calibration
+    room = quantize.backend_of(context.scheme).room * inputs["source"].size_bytes
+    require_room(context.settings.home, room, context.settings.disk_floor, f"quantizing `{context.release_name}`")
     with context.worker_device():
         record = quantize.quantize(
             inputs["source"].folder,

@@ -8,7 +8,7 @@ read-only.
     ROOT/<stage>/<key>/artifact.json    the record
     ROOT/<stage>/<key>/files/…          what the stage made
     ROOT/<stage>/<key>.lock             held while a process makes it
-    ROOT/.making/<stage>-<key>/         incomplete; removed by the next holder of the lock
+    ROOT/.making/<stage>-<key>/         incomplete; removed by the next holder of the lock, except `FINISHED` in it
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ from registry.manifest import FileRecord
 
 Notes = TypeVar("Notes", bound=BaseModel)
 _RECORD = "artifact.json"
+# What a stage puts into this folder of its scratch stays when it fails or is killed, for the next try at the same key.
+FINISHED = "finished"
+_SCRATCH = "scratch"
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Recipe:
 @dataclass(frozen=True)
 class ArtifactDraft:
     """The folders that a stage fills: ``folder`` becomes the artifact, ``scratch`` is removed afterwards.
+
+    Where a try fails or is killed, `FINISHED` in ``scratch`` stays: the next try at the same key finds it there.
 
     Digests that the stage knows already go into ``sha256`` (path → 64 hex digits), so that these files are not
     read again; it adds its workers' durations to ``worker_seconds``, and notes what later stages need and no digest
@@ -170,7 +175,7 @@ class Store:
         """Return the recipe's artifact; if it does not exist, ``make`` fills it.
 
         One process makes a key at a time; others wait for it. When ``make`` raises, or the process dies, nothing is
-        published and the next caller starts clean.
+        published, and the next caller finds only what the draft keeps for it.
         """
         found = self.find(recipe.stage, recipe.key)
         if found:
@@ -192,10 +197,10 @@ class Store:
     def _make(self, recipe: Recipe, place: Path, make: Callable[[ArtifactDraft], None]) -> Artifact:
         require_room(self.root, 0, self.floor, f"`{recipe.stage}`")
         beside = self.root / ".making" / f"{recipe.stage}-{recipe.key}"
-        shutil.rmtree(beside, ignore_errors=True)
-        draft = ArtifactDraft(folder=beside / "artifact" / "files", scratch=beside / "scratch")
+        _remove_unfinished(beside)
+        draft = ArtifactDraft(folder=beside / "artifact" / "files", scratch=beside / _SCRATCH)
         draft.folder.mkdir(parents=True)
-        draft.scratch.mkdir()
+        draft.scratch.mkdir(exist_ok=True)
         try:
             started = time.monotonic()
             make(draft)
@@ -213,19 +218,41 @@ class Store:
             sync_folder(beside / "artifact")
             (beside / "artifact").rename(place)
             sync_folder(place.parent)
+            shutil.rmtree(beside, ignore_errors=True)
         except OSError as error:
             raise StoreError(f"can't write artifact {place}: {error.strerror or error}") from error
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            _remove_unfinished(beside)
         return _artifact(recipe.stage, place, record, cached=False)
 
     def sweep(self) -> None:
-        """Remove the incomplete artifacts of processes that died."""
-        for beside in (self.root / ".making").glob("*-*"):
-            stage, _, key = beside.name.rpartition("-")
+        """Remove the incomplete artifacts of processes that died, except what their next try continues with."""
+        for (stage, key), beside in self._unfinished().items():
             with locked_if_free(self.root / stage / f"{key}.lock") as is_free:
                 if is_free:
-                    shutil.rmtree(beside, ignore_errors=True)
+                    _remove_unfinished(beside)
+
+    def kept_for_next_try(self) -> dict[tuple[str, str], Path]:
+        """What failed or killed tries have left for the next one, by stage and key."""
+        found = {place: beside / _SCRATCH / FINISHED for place, beside in self._unfinished().items()}
+        return {place: folder for place, folder in found.items() if folder.is_dir()}
+
+    def remove_unfinished(self, place: tuple[str, str]) -> int | None:
+        """Remove what is kept for the next try; return the bytes freed, or None if a process is at it."""
+        stage, key = place
+        with locked_if_free(self.root / stage / f"{key}.lock") as is_free:
+            if not is_free:
+                return None
+            beside = self._unfinished().get(place)
+            if beside is None:
+                return 0
+            freed = sum(path.stat().st_size for path in beside.rglob("*") if path.is_file())
+            shutil.rmtree(beside, ignore_errors=True)
+            return freed
+
+    def _unfinished(self) -> dict[tuple[str, str], Path]:
+        names = {beside: beside.name.rpartition("-") for beside in (self.root / ".making").glob("*-*")}
+        return {(stage, key): beside for beside, (stage, _, key) in names.items()}
 
 
 def _read(place: Path) -> ArtifactRecord:
@@ -269,6 +296,20 @@ def require_room(place: Path, needed: int, floor: int, what: str) -> None:
             f"{what} {takes}: {free / 1e9:,.1f} GB are free for {place}, and {floor / 1e9:,.1f} GB must stay free: "
             "make room (`slipway gc`), move SLIPWAY_HOME, or set SLIPWAY_DISK_FLOOR"
         )
+
+
+def _remove_unfinished(beside: Path) -> None:
+    """Remove an incomplete artifact, except what is kept for the next try."""
+    kept = beside / _SCRATCH / FINISHED
+    if kept.is_symlink() or not kept.is_dir() or not any(kept.iterdir()):
+        shutil.rmtree(beside, ignore_errors=True)
+        return
+    for path in (*beside.iterdir(), *kept.parent.iterdir()):
+        if path not in {kept, kept.parent}:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _seal(draft: ArtifactDraft) -> dict[str, FileRecord]:

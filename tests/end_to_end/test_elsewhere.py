@@ -151,6 +151,6 @@ def test_the_run_and_what_its_workers_reported_are_in_the_database(elsewhere: El
     ):
         cursor.execute("SELECT status FROM runs")
         assert cursor.fetchall() == [("SUCCESS",)]
-        cursor.execute("SELECT count(*) FROM event_logs WHERE event LIKE '%layer 4 of 4%'")
+        cursor.execute("SELECT count(*) FROM event_logs WHERE event LIKE '%4 of 4 layers%'")
         assert cursor.fetchone() != (0,)
     assert not list(elsewhere.slipway.home.glob("dagster/**/*.db"))

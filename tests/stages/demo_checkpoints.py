@@ -17,6 +17,7 @@ from pipeline.planner.weights import quantized
 from pipeline.quantization.quantize import QuantizationRecord, quantize
 from pipeline.settings import Settings
 from pipeline.workers.runner import Workers
+from registry.progress import Progress
 
 SAMPLES, TOKENS = 32, 200
 
@@ -33,16 +34,10 @@ class Checkpoint:
 def make_checkpoint(folder: Path, scheme: Mapping[str, Any], machine: Settings, samples: int = SAMPLES) -> Checkpoint:
     """Quantize it in an empty folder, with the machine's own environments: no home and no engine is needed."""
     output, scratch = folder / "checkpoint", folder / "scratch"
-    output.mkdir()
+    output.mkdir(parents=True)
     scratch.mkdir()
     checked, lines = Scheme.model_validate(scheme), list[str]()
-    # As the stage does: a release that is being timed meanwhile has the cores alone.
-    with machine_locks.locked(machine.locks, machine_locks.CORES, shared=True):
-        record = quantize(
-            DEMO / "model", DEMO / "calibration.jsonl" if checked.needs_calibration else None, samples, TOKENS, checked,
-            output, Workers(machine, print),
-            scratch, lines.append,
-        )  # fmt: skip
+    record = quantize_demo(output, scratch, checked, machine, samples, lines.append)
     # What the planner says of the scheme, from the source's headers alone: all but the file's own header.
     planned = quantized("x", checked, describe_folder(DEMO / "model").model)
     assert planned.bytes == sum(tensor.bytes for tensor in read_model(output).values())
@@ -50,6 +45,17 @@ def make_checkpoint(folder: Path, scheme: Mapping[str, Any], machine: Settings, 
     log = (scratch / "output.log").read_text(errors="replace").replace("\r", "\n")
     (folder / "told.json").write_text(json.dumps({"record": record.model_dump(), "lines": [*lines, *log.splitlines()]}))
     return read_checkpoint(folder)
+
+
+def quantize_demo(
+    output: Path, scratch: Path, scheme: Scheme, machine: Settings, samples: int, progress: Progress
+) -> QuantizationRecord:
+    """Quantize it into a folder, as the stage does: a release that is being timed meanwhile has the cores alone."""
+    text = DEMO / "calibration.jsonl" if scheme.needs_calibration else None
+    with machine_locks.locked(machine.locks, machine_locks.CORES, shared=True):
+        return quantize(
+            DEMO / "model", text, samples, TOKENS, scheme, output, Workers(machine, print), scratch, progress
+        )
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

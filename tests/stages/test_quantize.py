@@ -3,26 +3,36 @@ weights themselves, so that neither the quantizer's nor an engine's code is trus
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from containers.hardware.gpu import gpus
 from homes import DEMO
 from pipeline.compatibility.scheme import Scheme
 from pipeline.errors import WorkerFailed
+from pipeline.quantization import quantize as quantize_module
 from pipeline.quantization.quantize import quantize
 from pipeline.settings import Settings
+from pipeline.store.artifacts import FINISHED, ArtifactDraft, Recipe, Store
 from pipeline.workers.runner import Workers
 from registry.digests import digest_file
-from stages.demo_checkpoints import Checkpoint, make_checkpoint
+from stages.demo_checkpoints import Checkpoint, make_checkpoint, quantize_demo
+from ui_server import workers_of
 
 AWQ = {"method": "awq", "backend": "autoawq", "group_size": 64}
 GPTQ = {"method": "gptq", "backend": "gptqmodel", "group_size": 64}
+QUANTIZERS = Path(quantize_module.__file__).parent / "quantizers"
 HELD_OUT = Path(__file__).parent / "held_out_loss.py"
 
 Quantized = Callable[[dict[str, Any]], Checkpoint]
@@ -53,7 +63,7 @@ def test_autoawq_loses_little_and_the_same_request_gives_the_same_bytes(
     assert {path.name: digest_file(path) for path in first.folder.iterdir()} == {
         path.name: digest_file(path) for path in again.folder.iterdir()
     }
-    assert [line for line in first.lines if line.endswith("layer 3 of 4")]
+    assert [line for line in first.lines if "quantized: 3 of 4 layers" in line]
     assert first.record.bits_per_weight < 4.5
     spoiled = checkpoint(AWQ | {"clone_saved_weights": False})
     before = loss(DEMO / "model")
@@ -69,7 +79,7 @@ def test_gptqmodel_loses_little_at_four_bits_and_much_at_two(
     four, again = checkpoint(GPTQ), make_checkpoint(tmp_path, GPTQ, machine)
     for name in ("model.safetensors", "config.json"):
         assert digest_file(four.folder / name) == digest_file(again.folder / name)
-    assert [line for line in four.lines if line.endswith("layer 3 of 4")]
+    assert [line for line in four.lines if "quantized: 3 of 4 layers" in line]
     assert four.record.device in {"cpu", "cuda"}
     two = checkpoint(GPTQ | {"bits": 2})
     assert (two.folder / "model.safetensors").stat().st_size < (four.folder / "model.safetensors").stat().st_size
@@ -130,6 +140,159 @@ def test_formats_without_calibration(checkpoint: Quantized, machine: Settings, t
         assert digest_file(first.folder / name) == digest_file(again.folder / name)
 
 
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        GPTQ,
+        pytest.param(AWQ, marks=pytest.mark.long),
+        pytest.param(AWQ | {"backend": "gptqmodel"}, marks=pytest.mark.long),
+        pytest.param({"method": "w8a8", "backend": "llmcompressor"}, marks=pytest.mark.long),
+        pytest.param({"method": "w4a16", "backend": "llmcompressor", "group_size": 64}, marks=pytest.mark.long),
+    ],
+    ids=lambda scheme: f"{scheme['method']} by {scheme['backend']}",
+)
+def test_killed_after_each_of_three_layers_it_continues_and_ends_with_the_same_bytes(
+    machine: Settings, tmp_path: Path, scheme: dict[str, Any]
+) -> None:
+    whole, store = make_checkpoint(tmp_path / "whole", scheme, machine, samples=8), Store(tmp_path / "store")
+    recipe = Recipe("quantized", {}, scheme, "1")
+    lines: list[str] = []
+
+    def make(draft: ArtifactDraft) -> None:
+        try:
+            quantize_demo(draft.folder, draft.scratch, Scheme.model_validate(scheme), machine, 8, print)
+        finally:
+            lines[:] = (draft.scratch / "output.log").read_text(errors="replace").replace("\r", "\n").splitlines()
+
+    for count in (1, 2, 3):
+        with killed(store, recipe, count), pytest.raises(WorkerFailed, match="was killed"):
+            store.obtain(recipe, make)
+    made = store.obtain(recipe, make)
+    assert made.sha256 == {path.name: digest_file(path) for path in whole.folder.iterdir()}
+    assert [line for line in lines if "3 of 4 layers were finished before a run was cut off" in line]
+    assert list((store.root / ".making").iterdir()) == []
+
+
+def test_data_free_continues_at_the_file_that_it_was_killed_in(machine: Settings, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    four_files(source)
+    scheme = Scheme.model_validate({"method": "mxfp4", "backend": "llmcompressor"})
+
+    def make(draft: ArtifactDraft) -> None:
+        quantize(source, None, 0, 0, scheme, draft.folder, Workers(machine, print), draft.scratch, print)
+
+    whole = Store(tmp_path / "whole").obtain(Recipe("quantized", {}, {}, "1"), make)
+    store, recipe = Store(tmp_path / "store"), Recipe("quantized", {}, {}, "1")
+    for count in (1, 2, 3):
+        with killed(store, recipe, count), pytest.raises(WorkerFailed, match="was killed"):
+            store.obtain(recipe, make)
+        (kept,) = store.kept_for_next_try().values()
+        assert count <= len(list(kept.glob("*.safetensors"))) < 4
+    assert store.obtain(recipe, make).sha256 == whole.sha256
+
+
+def four_files(folder: Path) -> None:
+    """A Llama of four layers, each in a file of its own that takes a while to quantize."""
+    wide, narrow = 1 << 15, 256
+    rows = {
+        **{f"self_attn.{name}_proj": (narrow, narrow) for name in "qkvo"},
+        "mlp.gate_proj": (wide, narrow), "mlp.up_proj": (wide, narrow), "mlp.down_proj": (narrow, wide),
+    }  # fmt: skip
+    numbers = np.random.default_rng(0)
+    folder.mkdir()
+    places: dict[str, str] = {}
+    for layer in range(4):
+        prefix = f"model.layers.{layer}"
+        tensors = {
+            f"{prefix}.{norm}.weight": np.ones(narrow, "f2") for norm in ("input_layernorm", "post_attention_layernorm")
+        }
+        for name, shape in rows.items():
+            tensors[f"{prefix}.{name}.weight"] = numbers.standard_normal(shape, "f4").astype("f2")
+        if layer == 0:
+            tensors["model.embed_tokens.weight"] = numbers.standard_normal((narrow, narrow), "f4").astype("f2")
+            tensors["model.norm.weight"] = np.ones(narrow, "f2")
+        name = f"model-{layer + 1:05}-of-00004.safetensors"
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, name)
+    total = sum(path.stat().st_size for path in folder.iterdir())
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": places})
+    )
+    config = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": narrow, "vocab_size": narrow,
+        "intermediate_size": wide, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "max_position_embeddings": 256, "tie_word_embeddings": True, "torch_dtype": "float16",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+KEEPING = """
+import sys
+sys.path.insert(0, {folder!r})
+import torch
+from finished_layers import FinishedLayers
+from pathlib import Path
+from slipway_worker import main
+
+def work(request, report):
+    layers, found = FinishedLayers(request, "cpu", 2, report), []
+    for _ in range(2):
+        (value,) = layers.kept("value", lambda: (torch.tensor(float(Path("value").read_text())),))
+        found.append(float(value))
+        layers.next()
+    return {{"found": found}}
+
+main(work)
+"""
+
+
+def test_a_layer_is_taken_over_only_whole_and_for_the_same_request(tmp_path: Path, run_worker: Workers) -> None:
+    script, folder = tmp_path / "keeping.py", tmp_path / "folder"
+    script.write_text(KEEPING.format(folder=str(QUANTIZERS)))
+    folder.mkdir()
+
+    def found(value: int, request: dict[str, Any]) -> tuple[list[float], str]:
+        (folder / "value").write_text(str(value))
+        result = run_worker("autoawq", script, request, folder)
+        return result["found"], (folder / "output.log").read_text()
+
+    assert found(1, {"bits": 4})[0] == [1, 1]
+    kept = folder / "finished" / "layer-00001"
+    kept.write_bytes(kept.read_bytes()[:-1] + b"x")
+    values, log = found(2, {"bits": 4})
+    assert values == [1, 2]
+    assert "what was kept of layer 2 is damaged: it is quantized again" in log
+    assert "quantized: 2 of 2 layers" in log
+    values, log = found(3, {"bits": 8})
+    assert values == [3, 3]
+    assert "what an earlier run has finished was made with another request" in log
+
+
+@contextlib.contextmanager
+def killed(store: Store, recipe: Recipe, count: int) -> Iterator[None]:
+    """Kill the worker as soon as so many layers are finished."""
+    draft = store.root / ".making" / f"{recipe.stage}-{recipe.key}"
+    ended = threading.Event()
+
+    def finished() -> list[Path]:
+        return [path for path in (draft / "scratch" / FINISHED).glob("*-0000*") if path.suffix != ".part"]
+
+    def kill() -> None:
+        while len(finished()) < count and not ended.wait(0.002):
+            pass
+        for pid in workers_of(draft):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("scheme", [{"method": "w8a8"}, {"method": "w4a16", "group_size": 64}, {"method": "nvfp4"}])
 def test_formats_with_calibration(
@@ -137,6 +300,6 @@ def test_formats_with_calibration(
 ) -> None:
     scheme = {"backend": "llmcompressor", **scheme}
     first, again = checkpoint(scheme), make_checkpoint(tmp_path, scheme, machine)
-    assert [line for line in first.lines if line.endswith("layer 3 of 4")]
+    assert [line for line in first.lines if "quantized: 3 of 4 layers" in line]
     for name in ("model.safetensors", "config.json"):
         assert digest_file(first.folder / name) == digest_file(again.folder / name)

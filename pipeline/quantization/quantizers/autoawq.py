@@ -6,14 +6,17 @@ Three things are done beside what the package does; none edits it, all in the su
 - On CPU its scale search keeps the weights to restore with ``v.cpu()``, which on CPU is no copy: every try then
   works on what the one before left behind. A state-dict post-hook clones them while a module is searched.
 - The clip search multiplies and sums element by element; here the same sums are one batched matrix product.
-- Progress is reported layer by layer.
+- What is found for a layer is kept, so that a run that was cut off can continue (`finished_layers`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from expert_tokens import ExpertTokens  # type: ignore[import-not-found]
+from finished_layers import FinishedLayers  # type: ignore[import-not-found]
 from quantizer_common import batch_size, calibration_blocks, prepare  # type: ignore[import-not-found]
 from slipway_worker import Report, WorkerError, main
 
@@ -42,6 +45,7 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
     except TypeError as error:
         raise WorkerError(f"AutoAWQ can't quantize this model: {error}; try `backend: gptqmodel`") from error
     experts = ExpertTokens(model.model, len(blocks) * request["max_tokens"])
+    finished = FinishedLayers(request, device, len(model.get_model_layers(model.model)), report)
     model.quantize(
         tokenizer=None,
         quant_config={
@@ -54,7 +58,7 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
         max_calib_samples=len(blocks),
         max_calib_seq_len=request["max_tokens"],
         n_parallel_calib_samples=batch_size(request["max_tokens"]),
-        quantizer_cls=_quantizer(report, clone=request["clone_saved_weights"]),
+        quantizer_cls=_quantizer(finished, clone=request["clone_saved_weights"]),
     )
     report("saving")
     model.model.half()
@@ -67,8 +71,8 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
     }
 
 
-def _quantizer(report: Report, *, clone: bool) -> type:
-    """AutoAWQ's quantizer with progress, a quick clip search and, when ``clone``, the remedy for CPU."""
+def _quantizer(finished: FinishedLayers, *, clone: bool) -> type:
+    """AutoAWQ's quantizer with a quick clip search, what is kept of layers and, when ``clone``, the remedy for CPU."""
     import torch
     from awq.quantize.quantizer import AwqQuantizer
 
@@ -77,25 +81,35 @@ def _quantizer(report: Report, *, clone: bool) -> type:
             state[name] = value.clone()
 
     class Quantizer(AwqQuantizer):  # type: ignore[misc]
-        layer = 0
+        searches = 0
 
-        def _get_input_feat(self, layer: Module, named_linears: dict[str, Module]) -> dict[str, Tensor]:
-            self.layer += 1
-            report(f"layer {self.layer} of {len(self.modules)}")
-            return dict(super()._get_input_feat(layer, named_linears))
+        def _apply_quant(self, module: Module, named_linears: dict[str, Module]) -> None:
+            super()._apply_quant(module, named_linears)
+            finished.next()
+
+        def _kept(self, search: Callable[[], Tensor]) -> Tensor:
+            """Searches are numbered: a model's run in the same order every time."""
+            self.searches += 1
+            (found,) = finished.kept(f"search {self.searches}", lambda: (search(),))
+            return found
 
         def _compute_best_scale(
             self, x: Tensor, w_mean: Tensor, x_mean: Tensor, module2inspect: Module, *rest: object
         ) -> Tensor:
-            hook = module2inspect.register_state_dict_post_hook(clone_values) if clone else None
+            search = partial(super()._compute_best_scale, x, w_mean, x_mean, module2inspect, *rest)
+            if not clone:  # then a search leaves other weights behind, so that it can't be left out
+                return search()
+            hook = module2inspect.register_state_dict_post_hook(clone_values)
             try:
-                return super()._compute_best_scale(x, w_mean, x_mean, module2inspect, *rest)
+                return self._kept(search)
             finally:
-                if hook is not None:
-                    hook.remove()
+                hook.remove()
 
         @torch.no_grad()  # type: ignore[untyped-decorator]
-        def _compute_best_clip(
+        def _compute_best_clip(self, w: Tensor, input_feat: Tensor) -> Tensor:
+            return self._kept(lambda: self._search_clip(w, input_feat))
+
+        def _search_clip(
             self, w: Tensor, input_feat: Tensor, n_grid: int = 20, max_shrink: float = 0.5, n_sample_token: int = 512
         ) -> Tensor:
             """Choose each group's clipping value as the package does.

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from expert_tokens import ExpertTokens  # type: ignore[import-not-found]
+from finished_layers import FinishedLayers  # type: ignore[import-not-found]
 from quantizer_common import batch_size, calibration_blocks, prepare  # type: ignore[import-not-found]
 from slipway_worker import Report, WorkerError, main
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
 
 
 def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
@@ -27,6 +32,7 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
 
     import torch
     from auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig
+    from auto_gptq.modeling import _base
 
     config = BaseQuantizeConfig(
         bits=request["bits"],
@@ -39,14 +45,16 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
         request["source"], config, torch_dtype=torch.float16, trust_remote_code=False
     )
     experts = ExpertTokens(model.model, len(blocks) * request["max_tokens"])
-    handler = _Forward(report)
-    logging.getLogger("auto_gptq").addHandler(handler)
+    finished = FinishedLayers(request, device, model.config.num_hidden_layers, report)
+    logging.getLogger("auto_gptq").addHandler(_LayerDone(finished))
     logging.getLogger("auto_gptq").setLevel(logging.INFO)
+    _base.GPTQ = resumable(_base.GPTQ, model.model, finished)
     model.quantize(
         [{"input_ids": block, "attention_mask": [1] * len(block)} for block in blocks],
         batch_size=batch_size(request["max_tokens"]),
         cache_examples_on_gpu=False,
     )
+    finished.next()
     report("saving")
     model.save_quantized(request["output"], use_safetensors=True)
     kept = ("bits", "group_size", "damp_percent", "desc_act", "static_groups", "sym", "true_sequential", "quant_method")
@@ -59,15 +67,35 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
     }
 
 
-def _Forward(report: Report) -> Any:  # noqa: ANN401, N802 - a logging.Handler, made where logging is imported
-    """Turn AutoGPTQ's own lines (``Start quantizing layer 1/32``) into progress."""
+def resumable(gptq: type, model: Module, finished: FinishedLayers) -> type:
+    """AutoGPTQ's class for one linear layer of ``model``; it needs no Hessian for a layer that is finished."""
+    names = {module: name for name, module in model.named_modules()}
+
+    class Resumable(gptq):  # type: ignore[misc]
+        def add_batch(self, inp: Tensor, out: Tensor) -> None:
+            if not finished.is_finished:
+                super().add_batch(inp, out)
+
+        def fasterquant(self, **settings: object) -> tuple[Tensor, ...]:
+            def find() -> tuple[Tensor, ...]:
+                return (*super(Resumable, self).fasterquant(**settings), self.layer.weight.data)
+
+            *found, weight = finished.kept(names[self.layer], find)
+            self.layer.weight.data = weight.to(self.dev)
+            return tuple(tensor.to(self.dev) for tensor in found)
+
+    return Resumable
+
+
+def _LayerDone(finished: FinishedLayers) -> Any:  # noqa: ANN401, N802 - a logging.Handler, made where logging is imported
+    """Turn AutoGPTQ's own lines (``Start quantizing layer 2/32``) into the end of the layer before."""
     import logging
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             line = record.getMessage()
-            if line.startswith("Start quantizing layer "):
-                report("layer " + line.rsplit(" ", 1)[-1].replace("/", " of "))
+            if line.startswith("Start quantizing layer ") and " 1/" not in line:
+                finished.next()
 
     return Handler()
 

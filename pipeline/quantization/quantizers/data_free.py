@@ -11,12 +11,15 @@ import json
 import math
 import os
 import struct
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from compressed_tensors_config import quantization_config  # type: ignore[import-not-found]  # beside this script
+from finished_layers import finished_folder, peak_memory, whole_file  # type: ignore[import-not-found]
+from slipway_counting import Count
 from slipway_worker import Report, WorkerError, main
 
 if TYPE_CHECKING:
@@ -58,14 +61,26 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     source, output = Path(request["source"]), Path(request["output"])
+    finished = finished_folder(request, "cpu", report)
     files = sorted(source.glob("*.safetensors"))
+    before = [path for path in files if (finished / path.name).exists()]
+    if before:
+        report(f"{len(before)} of {len(files)} files were finished before a run was cut off: they are taken over")
     names = {f"{name}.weight" for name in request["linears"]}
     method = METHODS[request["method"]]
     weight_map: dict[str, str] = {}
     total = 0
+    started = time.monotonic()
     for number, path in enumerate(files, 1):
-        report(f"file {number} of {len(files)}")
-        written = convert(path, output / path.name, names, method)
+        if path not in before:
+            with whole_file(finished / path.name) as part:
+                convert(path, part, names, method)
+        seconds, known = time.monotonic() - started, len([each for each in before if each <= path])
+        report(str(Count("quantized", number, len(files), "files", seconds, known, peak_memory())))
+    for path in files:
+        (finished / path.name).rename(output / path.name)
+        with (output / path.name).open("rb") as stream:
+            written = _header(stream)[1]
         weight_map |= dict.fromkeys(written, path.name)
         total += sum(entry.end - entry.start for entry in written.values())
     if len(files) > 1:
@@ -74,18 +89,13 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
     return {"device": "cpu", "blocks": None, "quantization_config": quantization_config(request)}
 
 
-def convert(path: Path, output: Path, names: set[str], method: Method) -> dict[str, Entry]:
-    """Write one file anew with the weights called ``names`` quantized, and return the new header's entries."""
+def convert(path: Path, output: Path, names: set[str], method: Method) -> None:
+    """Write one file anew with the weights called ``names`` quantized."""
     with path.open("rb") as source, output.open("wb") as target:
-        (length,) = struct.unpack("<Q", source.read(8))
-        header = json.loads(source.read(length))
-        metadata = header.pop("__metadata__", None)
-        entries = {
-            name: Entry(each["dtype"], tuple(each["shape"]), *each["data_offsets"]) for name, each in header.items()
-        }
+        metadata, entries, begin = _header(source)
         before = sorted(entries.items(), key=lambda item: item[1].start)
         after = _entries(before, names, method)
-        document = {} if metadata is None else {"__metadata__": metadata}
+        document: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
         document |= {
             name: {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [entry.start, entry.end]}
             for name, entry in after.items()
@@ -93,7 +103,7 @@ def convert(path: Path, output: Path, names: set[str], method: Method) -> dict[s
         text = json.dumps(document, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         target.write(struct.pack("<Q", len(text)) + text)
-        begin, data = 8 + length, 8 + len(text)
+        data = 8 + len(text)
         for name, entry in before:
             source.seek(begin + entry.start)
             if name in names:
@@ -102,7 +112,15 @@ def convert(path: Path, output: Path, names: set[str], method: Method) -> dict[s
                 target.seek(data + after[name].start)
                 _copy(source, target, entry.end - entry.start)
         target.truncate(data + sum(entry.end - entry.start for entry in after.values()))
-    return after
+
+
+def _header(stream: BinaryIO) -> tuple[dict[str, str] | None, dict[str, Entry], int]:
+    """A safetensors file's metadata and entries, and where its data begin."""
+    (length,) = struct.unpack("<Q", stream.read(8))
+    header = json.loads(stream.read(length))
+    metadata = header.pop("__metadata__", None)
+    entries = {name: Entry(each["dtype"], tuple(each["shape"]), *each["data_offsets"]) for name, each in header.items()}
+    return metadata, entries, 8 + length
 
 
 def _entries(before: list[tuple[str, Entry]], names: set[str], method: Method) -> dict[str, Entry]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from expert_tokens import ExpertTokens  # type: ignore[import-not-found]
+from finished_layers import FinishedLayers  # type: ignore[import-not-found]
 from quantizer_common import batch_size, calibration_blocks, prepare, store_as_float16  # type: ignore[import-not-found]
 from slipway_worker import Report, WorkerError, main
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
@@ -35,13 +40,14 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
         dtype=torch.float16 if device == "cuda" else cpu_dtype,
     )
     experts = ExpertTokens(model.model, len(blocks) * request["max_tokens"])
-    layers = model.model.config.get_text_config().num_hidden_layers
+    finished = FinishedLayers(request, device, model.model.config.get_text_config().num_hidden_layers, report)
 
-    def layer_done(layer_idx: int, submodule_finalized: bool) -> None:
+    def layer_done(layer_idx: int, submodule_finalized: bool) -> None:  # noqa: ARG001 - GPTQModel names them
         if not submodule_finalized:
-            report(f"layer {layer_idx + 1} of {layers}")
+            finished.next()
 
     model.layer_callback = layer_done
+    _make_resumable(finished)
     backend = (BACKEND.AWQ_TORCH if device == "cpu" else BACKEND.AUTO) if awq else BACKEND.GPTQ_TORCH
     try:
         model.quantize(
@@ -87,6 +93,55 @@ def _config(request: dict[str, Any], device: str) -> Any:  # noqa: ANN401 - a cl
         # Its order of columns by group, which is the default, needs groups.
         act_group_aware=False if request["desc_act"] or request["group_size"] == -1 else None,
     )
+
+
+def _make_resumable(finished: FinishedLayers) -> None:
+    """Have GPTQModel take what is found for a layer from ``finished``; its own checkpoints know two model types."""
+    import torch
+    from gptqmodel.looper import awq_processor, gptq_processor
+
+    class GPTQ(gptq_processor.GPTQ):  # type: ignore[misc]
+        """Finds one linear layer's weights; needs no Hessian where they are known."""
+
+        def add_batch(self, inp: Tensor, out: Tensor, batch_index: int | None = None) -> None:
+            if finished.is_finished:
+                self.fwd_counter += 1  # that it was reached
+            else:
+                super().add_batch(inp, out, batch_index=batch_index)
+
+        def quantize(self, blocksize: int = 128) -> tuple[Any, ...]:
+            told: tuple[Any, ...] = (0.0, "known", 0.0, 0)  # for a log: seconds, loss, damping, samples
+
+            def find() -> tuple[Tensor, ...]:
+                nonlocal told
+                found = super(GPTQ, self).quantize(blocksize)
+                told = found[4:]
+                return tuple(found[:4])
+
+            weight, *rest = finished.kept(str(self.name), find)
+            return (weight.to(self.module.weight.device), *rest, *told)
+
+    class AWQProcessor(awq_processor.AWQProcessor):  # type: ignore[misc]
+        """Finds a layer's scales and clipping values; its searches run in the same order every time."""
+
+        searches = 0
+
+        def _kept(self, search: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+            self.searches += 1
+            return tuple(finished.kept(f"search {self.searches}", search))
+
+        def _compute_best_scale(self, *arguments: object) -> tuple[Tensor, float]:
+            def search() -> tuple[Tensor, Tensor]:
+                scale, loss = super(AWQProcessor, self)._compute_best_scale(*arguments)
+                return scale, torch.tensor(loss, dtype=torch.float64)
+
+            scale, loss = self._kept(search)
+            return scale, float(loss)
+
+        def _compute_best_clip(self, *arguments: object) -> Tensor:
+            return self._kept(lambda: (super(AWQProcessor, self)._compute_best_clip(*arguments),))[0]
+
+    gptq_processor.GPTQ, awq_processor.AWQProcessor = GPTQ, AWQProcessor
 
 
 def _serialized(config: Any) -> dict[str, Any]:  # noqa: ANN401 - a dictionary or one of the library's classes

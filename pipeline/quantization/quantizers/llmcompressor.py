@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compressed_tensors_config import cache_scheme, quantization_config  # type: ignore[import-not-found]
+from finished_layers import FinishedLayers  # type: ignore[import-not-found]
 from quantizer_common import batch_size, calibration_blocks, prepare  # type: ignore[import-not-found]
 from slipway_worker import Report, WorkerError, main
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
 
 # Of arXiv:2211.10438: how much of the inputs' range moves into the weights; llm-compressor's examples have 0.8 too.
 _SMOOTHING = 0.8
@@ -33,10 +38,11 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
         {"input_ids": torch.tensor(block), "attention_mask": torch.ones(len(block), dtype=torch.long)}
         for block in blocks
     ]
+    finished = FinishedLayers(request, device, model.config.get_text_config().num_hidden_layers, report)
     try:
         oneshot(
             model=model,
-            recipe=[*_recipe(request), _progress(report, model.config.get_text_config().num_hidden_layers)],
+            recipe=[*_recipe(request, finished), _layer_done(finished)],
             dataset=DataLoader(samples, batch_size=batch_size(request["max_tokens"])),
             pipeline="sequential",
         )
@@ -47,9 +53,8 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
     return {"device": device, "blocks": len(blocks), "quantization_config": quantization_config(request)}
 
 
-def _recipe(request: dict[str, Any]) -> list[Any]:
+def _recipe(request: dict[str, Any], finished: FinishedLayers) -> list[Any]:
     """llm-compressor's modifiers for a method."""
-    from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
@@ -58,30 +63,54 @@ def _recipe(request: dict[str, Any]) -> list[Any]:
     if method == "w4a16":
         weights = quantization_config(request)["config_groups"]["group_0"]["weights"]
         groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-        return [GPTQModifier(config_groups=groups, **common)]
+        return [_gptq(finished)(config_groups=groups, **common)]
     if method == "w8a8":
         smoothing = SmoothQuantModifier(smoothing_strength=_SMOOTHING)
-        return [smoothing, GPTQModifier(targets="Linear", scheme=_PRESETS[method], **common)]
+        return [smoothing, _gptq(finished)(targets="Linear", scheme=_PRESETS[method], **common)]
     return [QuantizationModifier(targets="Linear", scheme=_PRESETS[method], **common)]
 
 
-def _progress(report: Report, layers: int) -> Any:  # noqa: ANN401 - a class of a library without types
-    """A modifier that changes nothing and reports each layer that is done."""
+def _gptq(finished: FinishedLayers) -> Any:  # noqa: ANN401 - a class of a library without types
+    """llm-compressor's GPTQ, which takes a layer's weights and scales from ``finished`` where they are there.
+
+    The scales of NVFP4 and of an FP8 cache are statistics of the forward passes alone: there is nothing to keep.
+    """
+    import torch
+    from compressed_tensors.offload import update_offload_parameter
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    class GPTQ(GPTQModifier):  # type: ignore[misc]
+        def calibrate_module(self, module: Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if finished.is_finished:
+                self._num_samples[module] = torch.ones(())  # those that have one are quantized
+            else:
+                super().calibrate_module(module, args, output)
+
+        def compress_module_list(self, module_list: list[Module]) -> None:
+            if not finished.is_finished:
+                super().compress_module_list(module_list)
+            for module in module_list:
+                self._num_samples.pop(module, None)
+                parameters = dict(module.named_parameters(recurse=False))
+                found = finished.kept(self._module_names[module], lambda tensors=parameters: tuple(tensors.values()))
+                for name, tensor in zip(parameters, found, strict=True):
+                    update_offload_parameter(module, name, tensor)
+
+    return GPTQ
+
+
+def _layer_done(finished: FinishedLayers) -> Any:  # noqa: ANN401 - a class of a library without types
+    """A modifier that changes nothing and goes on to the next layer."""
     from llmcompressor.modifiers import Modifier
-    from pydantic import PrivateAttr
 
-    class Progress(Modifier):  # type: ignore[misc]
-        _done: int = PrivateAttr(default=0)
-
+    class LayerDone(Modifier):  # type: ignore[misc]
         def on_initialize(self, state: object, **_: object) -> bool:  # noqa: ARG002 - llm-compressor's interface
             return True
 
         def on_sequential_epoch_end(self, state: object, event: object, **_: object) -> None:  # noqa: ARG002
-            self._done += 1
-            if self._done <= layers:
-                report(f"layer {self._done} of {layers}")
+            finished.next()
 
-    return Progress()
+    return LayerDone()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from image_record import image_record
 from pipeline import cli
 from pipeline.operations.retention import Leftover, plan, remove
 from pipeline.settings import Settings
-from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, Store
+from pipeline.store.artifacts import FINISHED, Artifact, ArtifactDraft, Recipe, Store
 from registry.file_locks import locked
 
 LATER = datetime.now(UTC) + timedelta(days=2)
@@ -148,6 +148,27 @@ def test_what_is_half_made_is_not_looked_at(settings: Settings, store: Store) ->
     (made.folder.parent).rename(beside)
     assert planned(settings) == []
     assert beside.exists()
+
+
+def test_finished_layers_go_once_no_run_has_continued_with_them_for_a_day(settings: Settings, store: Store) -> None:
+    recipe = Recipe("quantized", {}, {}, "1")
+
+    def fail(draft: ArtifactDraft) -> None:
+        (draft.scratch / FINISHED).mkdir()
+        (draft.scratch / FINISHED / "layer-00000").write_text("12345")
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        store.obtain(recipe, fail)
+    assert plan(settings, [], print) == []
+    doomed = planned(settings)
+    assert [(item.kind, item.name, item.bytes) for item in doomed] == [
+        ("unfinished", f"quantized {recipe.key[:12]}", 5)
+    ]
+    with locked(store.root / "quantized" / f"{recipe.key}.lock"):
+        assert remove(doomed, settings, lambda _: None) == []
+    assert [item.bytes for item in remove(doomed, settings, lambda _: None)] == [5]
+    assert list((store.root / ".making").iterdir()) == []
 
 
 def test_without_an_engine_images_and_their_artifacts_stay_and_the_rest_goes(settings: Settings, store: Store) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import PlanError, StoreError
-from pipeline.store.artifacts import ArtifactDraft, Recipe, Store
+from pipeline.store.artifacts import FINISHED, ArtifactDraft, Recipe, Store
 from registry.digests import digest_file, digest_json
 
 RECIPE = Recipe("quantized", inputs={"source": "sha256:aa"}, parameters={"bits": 4}, code="1", pins="sha256:bb")
@@ -65,7 +65,32 @@ def test_a_maker_that_raises_leaves_nothing_and_the_next_starts_clean(tmp_path: 
     with pytest.raises(RuntimeError, match="boom"):
         store.obtain(RECIPE, fail)
     assert store.find(RECIPE.stage, RECIPE.key) is None
+    assert not list((tmp_path / ".making").iterdir())
     assert not (store.obtain(RECIPE, fill).folder / "half").exists()
+
+
+def test_what_a_failed_try_has_finished_is_all_that_the_next_one_finds(tmp_path: Path) -> None:
+    store, found = Store(tmp_path), list[list[str]]()
+
+    def make(draft: ArtifactDraft) -> None:
+        finished = draft.scratch / FINISHED
+        found.append(sorted(path.name for path in (*draft.scratch.iterdir(), *draft.folder.iterdir())))
+        finished.mkdir(exist_ok=True)
+        (finished / f"layer-{len(found)}").write_text("x")
+        (draft.scratch / "log").write_text("x")
+        fill(draft)
+        if len(found) < 3:
+            raise RuntimeError("boom")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="boom"):
+            store.obtain(RECIPE, make)
+        store.sweep()
+    (kept,) = store.kept_for_next_try().values()
+    assert sorted(path.name for path in kept.iterdir()) == ["layer-1", "layer-2"]
+    assert sorted(store.obtain(RECIPE, make).files) == ["sub/weights"]
+    assert found == [[], [FINISHED], [FINISHED]]
+    assert not list((tmp_path / ".making").iterdir())
 
 
 def test_a_killed_maker_leaves_nothing_that_is_reused(tmp_path: Path) -> None:
