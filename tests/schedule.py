@@ -19,7 +19,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "checkpoints": ("stages/test_quantize.py", "stages/test_drift.py"),
     "ui": ("end_to_end/test_survival.py", "end_to_end/test_ui.py", "end_to_end/test_automation.py"),
     "elsewhere": ("end_to_end/test_elsewhere.py", "stages/test_ray.py"),
-    "instruction-sets": ("end_to_end/test_instruction_sets.py", "end_to_end/test_adapters.py"),
+    "instruction-sets": (
+        "end_to_end/test_instruction_sets.py",
+        "end_to_end/test_adapters.py",
+        "end_to_end/test_formats.py",
+    ),
     "vllm": ("stages/test_served.py", "stages/test_monitoring.py", "stages/test_planner.py"),
     "kernels": ("stages/test_kernels.py",),
     "images": ("stages/test_image.py", "stages/test_reproducible.py", "stages/test_retention.py"),

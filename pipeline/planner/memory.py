@@ -162,7 +162,7 @@ def indivisible(facts: ModelFacts, weights: Weights, size: int) -> str | None:
 
     Attention heads are divided evenly, key-value heads divided or copied evenly, the feed-forward's width divided; and
     in a quantized layer whose inputs are divided no group of weights is cut: 29,568 inputs in groups of 128 are 231
-    groups, which no even number divides.
+    groups, which no even number divides. Where groups are squares, none is cut across its outputs either.
     """
     group = weights.group_size if weights.group_size and weights.group_size > 0 else 1
     if facts.heads % size:
@@ -173,6 +173,11 @@ def indivisible(facts: ModelFacts, weights: Weights, size: int) -> str | None:
         if width % (size * group):
             groups = "" if group == 1 else f" in groups of {group} ({weights.scheme})"
             return f"{size} does not divide the {width:,} inputs of a layer{groups}"
+    keys = facts.kv_heads * facts.head_dim // min(size, facts.kv_heads)
+    if weights.squares and not facts.latent and keys % group:
+        return (
+            f"{size} leaves {keys} outputs of the keys' layer, which squares of {group} ({weights.scheme}) don't divide"
+        )
     return None
 
 

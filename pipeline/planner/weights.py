@@ -60,6 +60,8 @@ class Weights:
     head: int
     as_stored: bool = False
     """Whether a CPU multiplies the quantized layers as they are stored, whatever it can do."""
+    squares: bool = False
+    """Whether a scale stands for a square of weights, so that outputs come in groups of ``group_size`` too."""
 
     def on_cpu(self, instruction_set: InstructionSet) -> int:
         """Bytes that they take in a CPU runtime's server on such a CPU, with float32 copies in place of weights."""
@@ -98,7 +100,7 @@ def quantized(name: str, scheme: Scheme, model: ModelDescription) -> Weights:
     weights = sum(math.prod(tensor.shape) for tensor in linears.values())
     return Weights(
         name, packed + rest, packed, _numbers(model.tensors), weights, scheme.bits, scheme.group_size, weights,
-        _head(model.tensors), scheme.method in _EIGHT_BITS,
+        _head(model.tensors), scheme.method in _EIGHT_BITS, scheme.method == "fp8-block",
     )  # fmt: skip
 
 

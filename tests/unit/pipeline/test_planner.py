@@ -32,6 +32,7 @@ from pipeline.planner.memory import (
     Workload,
     activation_bytes,
     demand,
+    indivisible,
     most_requests,
     smallest_fit,
     tensor_parallel_sizes,
@@ -471,6 +472,18 @@ def test_a_release_says_first_which_schemes_this_cpu_cannot_serve(tmp_path: Path
         "`load` will be inconclusive"
     ] * 2
     assert not not_served_here(spec, schemes, replace(here, docker_host="tcp://engine:2376"))
+
+
+def test_squares_of_fp8_are_not_cut_by_tensor_parallelism() -> None:
+    model = describe_folder(DEMO / "model").model
+    facts = read_facts(model.config)
+    for method, problem in {
+        "fp8": None,
+        "fp8-block": "2 leaves 64 outputs of the keys' layer, which squares of 128 (x) don't divide",
+    }.items():
+        scheme = Scheme.model_validate({"method": method, "backend": "llmcompressor"})
+        weights = quantized("x", scheme, model)
+        assert (indivisible(facts, weights, 1), indivisible(facts, weights, 2)) == (None, problem)
 
 
 def test_calibrated_scales_of_the_cache_are_planned_and_the_cache_is_served_in_fp8() -> None:
