@@ -23,7 +23,8 @@ from registry.verdict import Status, Verdict
 
 GATE = "drift"
 DIVERGENCE = "divergence"
-_ADAPTER = "adapter"
+ADAPTER = "adapter"
+"""Begins the names of an adapter's metrics and limits, before its own."""
 MINIMUM_DOCUMENTS = 30  # with fewer, the normal approximation of the interval over documents does not hold
 SUSPICIOUS = 0.05  # quantization does not raise accuracy by so many points: something else changed
 LENGTHS = (0.9, 1.1)  # of the length of FP16's answers; the band of the MLPerf inference rules
@@ -66,7 +67,7 @@ def judge(drift: Drift, limits: DriftLimits, adapters: Iterable[str] = ()) -> Ve
     named = _limits(limits)
     for name in adapters:
         findings |= dict(_of_adapter(name, drift, limits))
-        named |= {f"{_ADAPTER}.{name}.{key}": value for key, value in _limits(limits.of_adapter(name)).items()}
+        named |= {f"{ADAPTER}.{name}.{key}": value for key, value in _limits(limits.of_adapter(name)).items()}
     found = [finding for finding in findings.values() if finding.decides]
     status: Status = "inconclusive" if found else "pass"
     if any(finding.status == "fail" for finding in found):
@@ -103,10 +104,10 @@ def _of_adapter(name: str, drift: Drift, limits: DriftLimits) -> Iterator[tuple[
     own, found = limits.of_adapter(name), drift.adapters.get(name)
     if found is None:
         told = f"the adapter `{name}` was not evaluated"
-        yield f"{_ADAPTER}.{name}", _Finding("inconclusive", told, "not-answered")
+        yield f"{ADAPTER}.{name}", _Finding("inconclusive", told, "not-answered")
         return
     for key, finding in {**_tasks(found, own), **dict(_beside(found, own))}.items():
-        yield f"{_ADAPTER}.{name}.{key}", replace(finding, reason=f"adapter `{name}`: {finding.reason}")
+        yield f"{ADAPTER}.{name}.{key}", replace(finding, reason=f"adapter `{name}`: {finding.reason}")
 
 
 def _limits(limits: DriftLimits) -> dict[str, float]:

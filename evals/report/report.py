@@ -22,7 +22,7 @@ from evals.load.evidence import LoadEvidence, read_load_evidence
 from evals.load.measurements import read_samples
 from evals.load.requests import RequestRecord, read_requests
 from evals.load.variants import Variant, read_variants
-from evals.report import cost_pictures, drift_pictures, html, load_pictures, load_report, pictures, variants
+from evals.report import cost_pictures, drift_pictures, html, load_pictures, load_report, pictures, side_by_side
 from evals.report.pictures import StageTime, shown_bytes
 from registry.verdict import Verdict
 
@@ -100,7 +100,10 @@ def render(subject: ReportedRelease, verdicts: Sequence[Verdict], evidence: Repo
         headline=_headline(verdicts),
         tone=_tone(verdicts),
         tiles=_tiles(subject, verdicts),
-        variants=variants.table(verdicts, evidence.load, evidence.variants),
+        tables={
+            "Serving variants": side_by_side.variants(verdicts, evidence.load, evidence.variants),
+            "LoRA adapters": side_by_side.adapters(subject.model, by_gate.get("drift"), evidence.drift, evidence.load),
+        },
         load=load_report.section(evidence.load, by_gate["load"]) if evidence.load and "load" in by_gate else None,
         figures=_figures(subject, verdicts, evidence),
         costs=evidence.cost.rows if evidence.cost else [],

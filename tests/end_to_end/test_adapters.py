@@ -14,7 +14,7 @@ import yaml
 from containers.sandbox import sandbox
 from homes import DEMO, Slipway
 from pipeline.settings import Settings
-from registry.manifest import Manifest
+from registry.manifest import REPORT, Manifest
 
 ADAPTERS = ("manual", "tests")
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -83,6 +83,9 @@ def test_each_adapter_is_judged_by_its_own_text_and_load_tested(entry: dict[str,
     assert {name: each["error_rate"] for name, each in load["models"].items()} == dict.fromkeys(
         ("adapted", *ADAPTERS), 0.0
     )
+    report = (pulled / REPORT).read_text()
+    assert "<h2>LoRA adapters</h2>" in report
+    assert all(f"<th>{name}</th>" in report for name in ("adapted", *ADAPTERS))
 
 
 def test_they_are_part_of_what_is_pulled_and_verified(slipway: Slipway, pulled: Path, model: Path) -> None:

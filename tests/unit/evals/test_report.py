@@ -6,6 +6,7 @@ import base64
 import json
 import random
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -194,6 +195,20 @@ def test_a_refusal_is_the_headline() -> None:
     assert "Refused by load" in page.text
     assert "p95_latency_ms not measured 1.0 ms" in page.text
     assert "p95_latency_ms not measured 1.0 ms fail" in page.text
+
+
+def test_adapters_stand_beside_the_model_in_a_table_of_their_own() -> None:
+    worse = DRIFT.tasks["cloze"].model_copy(update={"candidate_right": 680, "lost_ids": tuple(map(str, range(33)))})
+    drift = DRIFT.model_copy(
+        update={"adapters": {"law": DRIFT, "a.b": DRIFT.model_copy(update={"tasks": {**DRIFT.tasks, "cloze": worse}})}}
+    )
+    slow = {name: {"p95_latency_ms": number * 100.0} for number, name in enumerate(("demo", "law", "a.b"), 1)}
+    load = load_evidence.changed(MEASURED, {"models": slow})
+    verdicts = (judge_drift(drift, LIMITS, ("law", "a.b")), *VERDICTS[1:])
+    text = Page(render(SUBJECT, verdicts, replace(EVIDENCE, drift=drift, load=load))).text
+    assert "LoRA adapters demo a.b law largest drop in accuracy 0.38 points 3.38 points 0.38 points" in text
+    assert "p95 latency 100 ms 300 ms 200 ms" in text
+    assert "LoRA adapters" not in Page(render(SUBJECT, VERDICTS, EVIDENCE)).text
 
 
 def test_backticks_become_code_and_stray_ones_stay() -> None:
