@@ -21,9 +21,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from slipway_kernels import unquantized
 from slipway_kernels.worker import Worker, _quantized_by
+from transformers import AutoTokenizer, LlamaForCausalLM
 from vllm import LLM, SamplingParams, plugins
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers import utils
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig, AutoAWQMarlinLinearMethod
@@ -32,6 +34,8 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.plugins import load_general_plugins
 
 MODEL = Path("/check/model")
+# Of rank 4 on every linear layer, with text of its own kind.
+ADAPTER, ITS_TEXT = Path("/check/adapter"), Path("/check/adapter.jsonl")
 COMPRESSED = Path("/check/compressed")
 # A layer of those tiny checkpoints.
 LAYER = "model.layers.1.mlp.down_proj"
@@ -204,6 +208,60 @@ def answered(model: Path) -> str:
     return str(said[0].outputs[0].text)
 
 
+def adapted(model: Path) -> dict[str, Any]:
+    """How likely a packed model's engine finds an adapter's text, with it and without, in nats a token.
+
+    ``exact`` is what transformers computes in float32 of the same weights, unpacked and with the adapter added to them;
+    ``off`` is the mean distance of the engine's tokens from its.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    texts = [json.loads(line)["text"] for line in ITS_TEXT.read_text().splitlines()[:8]]
+    prompts = [[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids] for text in texts]
+    engine = LLM(
+        str(model), dtype="bfloat16", enforce_eager=True, max_model_len=256, enable_lora=True, max_lora_rank=8,
+        lora_target_modules=sorted(json.loads((ADAPTER / "adapter_config.json").read_text())["target_modules"]),
+        worker_cls="slipway_kernels.worker.Worker",
+    )  # fmt: skip
+    asked = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    exact = exactly(model, prompts)
+    found = {}
+    for name, lora in (("with", LoRARequest("adapter", 1, str(ADAPTER))), ("without", None)):
+        told = engine.generate([{"prompt_token_ids": ids} for ids in prompts], asked, lora_request=lora, use_tqdm=False)
+        found[name] = np.array(
+            [
+                places[token].logprob
+                for each in told
+                for token, places in zip(each.prompt_token_ids[1:], each.prompt_logprobs[1:], strict=True)
+            ]
+        )
+    return {
+        "exact": float(-exact.mean()),
+        **{name: float(-scores.mean()) for name, scores in found.items()},
+        "off": float(np.abs(found["with"] - exact).mean()),
+    }
+
+
+def exactly(model: Path, prompts: list[list[int]]) -> np.ndarray:
+    """The log-likelihood of each token after the first, of the unpacked weights with the adapter, in float32."""
+    tensors = load_file(model / "model.safetensors")
+    config = json.loads((model / "config.json").read_text())["quantization_config"]
+    adapter = load_file(ADAPTER / "adapter_model.safetensors")
+    told = json.loads((ADAPTER / "adapter_config.json").read_text())
+    reference = LlamaForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    weights = reference.state_dict()
+    for stem in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
+        parts = {part: tensors[f"{stem}.{part}"].numpy() for part in ("qweight", "qzeros", "scales")}
+        added = [adapter[f"base_model.model.{stem}.lora_{side}.weight"].float() for side in "BA"]
+        unpacked = torch.from_numpy(packed.unpack_linear(parts, config)).float()
+        weights[f"{stem}.weight"].copy_(unpacked + told["lora_alpha"] / told["r"] * added[0] @ added[1])
+    scores = []
+    with torch.no_grad():
+        for ids in prompts:
+            logits = reference(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+            scores.append(logits.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy())
+    return np.concatenate(scores)
+
+
 def refusals() -> list[str]:
     """What is said where the plugin has not run, and where it can't."""
     said = []
@@ -251,6 +309,7 @@ def main() -> None:
                 "plain": plain,
                 "compressed": compressed,
                 "answers": answers,
+                "adapted": adapted(Path("/check/awq-4")),
                 "builds": builds,
                 "refused": refused,
             }

@@ -65,6 +65,8 @@ def found(
             Member("check/kernels_check.py", CHECK),
             Member("check/packed.py", Path(packed.__file__)),
             *plain_files(DEMO / "model", "check/model"),
+            *plain_files(DEMO / "adapters" / "tests", "check/adapter"),
+            Member("check/adapter.jsonl", DEMO / "adapters" / "tests.jsonl"),
             *(member for name, path in checkpoints.items() for member in plain_files(path, f"check/compressed/{name}")),
         ]
     )
@@ -123,9 +125,9 @@ def test_a_16_bit_layer_is_as_exact_as_its_arithmetic_and_kept_once(found: dict[
 
 def test_the_engine_serves_every_packed_layout_and_says_what_it_runs(found: dict[str, Any]) -> None:
     assert set(found["answers"].values()) == {'__":\n           '}
-    assert len(found["answers"]) == len(found["said"]) == 4
+    assert (len(found["answers"]), len(found["said"])) == (4, 5)
     packed_by = VLLM if found["isa"] != "avx2" else OURS
-    ran_by = [{}, {packed_by: 16}, {packed_by: 16}, {OURS: 16}]
+    ran_by = [{}, {packed_by: 16}, {packed_by: 16}, {OURS: 16}, {packed_by: 16}]
     assert [line["linear_quantized"] for line in found["said"]] == ran_by
     for line in found["said"]:
         assert list(line) == sorted(line)
@@ -134,6 +136,14 @@ def test_the_engine_serves_every_packed_layout_and_says_what_it_runs(found: dict
         assert line["threads"] >= 1
         assert {line["compute_dtype"], line["kv_cache_dtype"]} == {"bfloat16"}
         assert line["attention"] == "CPU_ATTN"
+
+
+def test_an_adapter_on_packed_layers_gives_what_its_matrices_say(found: dict[str, Any]) -> None:
+    adapted = found["adapted"]
+    assert adapted["with"] < adapted["without"] - 0.05, adapted
+    # What bfloat16 rounds away; the adapter itself changes a token by several times as much.
+    assert adapted["off"] < 0.05, adapted
+    assert abs(adapted["with"] - adapted["exact"]) < 0.01, adapted
 
 
 def test_an_engine_without_the_plugin_does_not_start(found: dict[str, Any]) -> None:
