@@ -13,6 +13,8 @@ import yaml
 from serving_keys import CHAT_TEMPLATE, NAMES, contains, read
 
 from containers.image.build import SERVING
+from containers.image.serving import DEFAULT
+from evals.load.evidence import read_load_evidence
 from homes import DEMO, Slipway, make_home
 from pipeline.settings import Settings
 from registry.manifest import EVIDENCE, REPORT
@@ -73,11 +75,12 @@ def test_a_key_makes_again_what_depends_on_it_and_reaches_what_is_pulled(
     (served,) = json.loads((folder / "release" / "manifest.json").read_text())["serving"]
     assert contains(served["command"], key.command)
     label = json.loads(json.loads((folder / EVIDENCE / "image.json").read_text())["labels"][SERVING])
-    assert label[name]
+    assert label[name] != DEFAULT.model_dump(mode="json")[name]
     assert " ".join(key.command) in (folder / REPORT).read_text()
-    load = json.loads((folder / EVIDENCE / "load.json").read_text())
-    assert contains(load["server"]["requested"]["arguments"], key.command)
-    assert load["server"]["not_applied"] == []
+    server = read_load_evidence(folder / EVIDENCE).server
+    assert server.requested is not None
+    assert contains(server.requested.arguments, key.command)
+    assert server.not_applied == []
     done = keyed.slipway("bundle", "keyed-gptq", "--out", tmp_path / "bundle")
     assert done.returncode == 0, done.stderr
     engine = next(yaml.safe_load_all((tmp_path / "bundle" / "base" / "engine.yaml").read_text().partition("---\n")[2]))

@@ -14,6 +14,7 @@ from serving_keys import CHAT_TEMPLATE, ServingKey, contains, read
 
 from containers.image.build import SERVING
 from evals.drift.suite import TASKS, TOOL_CALLS
+from evals.load.evidence import read_load_evidence
 from homes import DEMO, Slipway, make_home
 from pipeline.settings import Settings
 from registry.manifest import EVIDENCE, REPORT
@@ -97,15 +98,17 @@ def test_every_key_reaches_label_manifest_report_and_engine(pulled: Path, keys: 
     (served,) = manifest["serving"]
     label = json.loads(json.loads((pulled / EVIDENCE / "image.json").read_text())["labels"][SERVING])
     report = (pulled / REPORT).read_text()
-    load = json.loads((pulled / EVIDENCE / "load.json").read_text())
-    assert load["server"]["not_applied"] == []
+    server = read_load_evidence(pulled / EVIDENCE).server
+    assert server.requested is not None
+    assert server.report is not None
+    assert server.not_applied == []
+    assert server.report.configuration["max_seq_len"] == str(label["context"])
     for key in keys:
         assert contains(served["command"], key.command)
-        assert contains(load["server"]["requested"]["arguments"], key.command)
+        assert contains(server.requested.arguments, key.command)
         assert " ".join(key.command) in report
         for name, value in key.serve.items():
             assert label[name] == (served["chat_template"] if name == "chat_template" else value)
-    assert load["server"]["report"]["configuration"]["max_seq_len"] == str(label["context"])
     drift = json.loads((pulled / EVIDENCE / "drift.json").read_text())
     assert drift["tasks"][TOOL_CALLS]["items"] == 4
 
