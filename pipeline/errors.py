@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class SlipwayError(Exception):
     """Base of the errors that are shown as one line instead of a traceback."""
@@ -33,6 +36,15 @@ class UnansweredError(WorkerFailed):
 
 class SourceError(SlipwayError):
     """A source can't be resolved, can't be pulled, or is refused."""
+
+
+@contextlib.contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Let an error of a source within the block begin with the key of the model's file that names the source."""
+    try:
+        yield
+    except SourceError as error:
+        raise type(error)(f"`{key}`: {error}") from error
 
 
 class UnreachableError(SourceError):

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from containers.errors import ProfileError
 from containers.image import profile
 from containers.image.engine_options import find_problems, options_of, parser_problem
-from containers.image.serving import Override, Serve, ServingConfiguration
+from containers.image.serving import Adapter, Override, Serve, ServingConfiguration
 from containers.scan.policy import ScanPolicy
 from evals import builtin
 from evals.drift.limits import DriftLimits
@@ -31,7 +31,7 @@ _NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 _BUILTIN = (("calibration", "uri"), ("evals", "tasks", "*", "data"), ("load", "prompts"))
 _DATA = (*_BUILTIN, ("evals", "adapters", "*", "tasks", "*", "data"), ("serve", "chat_template"))
 # Paths of the sections that name further weights.
-_PINNED: tuple[tuple[str, ...], ...] = (("source",), ("serve", "adapters", "*"))
+_PINNED: tuple[tuple[str, ...], ...] = (("source",), ("source", "adapter"), ("serve", "adapters", "*"))
 # Keys of `serve` whose values the engine defines.
 _ASKED_OF_ENGINE = {"arguments", "tool_calls", "reasoning"}
 
@@ -47,6 +47,8 @@ class Source(_Section):
     """`file:FOLDER` or `hf://ORG/NAME`; a relative folder counts from the model file."""
     revision: str | None = None
     """A commit, a tag or a branch of a hub; default `main`."""
+    adapter: Adapter | None = None
+    """A LoRA or DoRA adapter that is merged into the weights: the model is released as one of its own."""
 
 
 class ReleasedScheme(Scheme):

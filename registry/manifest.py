@@ -116,6 +116,23 @@ class FileRecord(_ManifestPart):
     """In bytes."""
 
 
+class MergedAdapter(_ManifestPart):
+    """A LoRA or DoRA adapter that became part of the weights; none of its files are in the release."""
+
+    uri: Text
+    """As in the model file."""
+    revision: Text
+    """A commit, or the digest of the files; never a branch."""
+    rank: Count
+    """The largest rank of a layer."""
+    modules: tuple[Name, ...]
+    """The last names of the layers that it changed."""
+    files: Mapping[RelativePath, FileRecord] = Field(min_length=1)
+    """By their path."""
+    pins_digest: Digest
+    """Of the locked environment that merged it."""
+
+
 class Source(_ManifestPart):
     """Where the weights came from: ``revision`` is a commit or the digest of the files, never a branch."""
 
@@ -125,6 +142,8 @@ class Source(_ManifestPart):
     """A commit, or the digest of the files; never a branch."""
     files: Mapping[RelativePath, FileRecord]
     """By their path."""
+    adapter: Annotated[MergedAdapter | None, Later()] = None
+    """The adapter that was merged into these files before they were quantized."""
 
 
 class Calibration(_ManifestPart):

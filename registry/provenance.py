@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from registry.digests import canonical_json, digest_of
-from registry.manifest import ADAPTERS, MANIFEST, Manifest
+from registry.manifest import ADAPTERS, MANIFEST, Manifest, MergedAdapter, Source
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
@@ -53,7 +53,7 @@ def _parameters(manifest: Manifest) -> dict[str, Any]:
     parameters: dict[str, Any] = {
         "model": manifest.model,
         "scheme": manifest.scheme,
-        "source": {"uri": manifest.source.uri, "revision": manifest.source.revision},
+        "source": _origin(manifest.source),
         "quantizer": {
             "backend": manifest.quantizer.backend,
             "version": manifest.quantizer.version,
@@ -62,9 +62,15 @@ def _parameters(manifest: Manifest) -> dict[str, Any]:
         },
         "runtime": manifest.image.runtime,
     }
+    if manifest.source.adapter is not None:
+        parameters["adapter"] = _origin(manifest.source.adapter)
     if manifest.serving:
         parameters["serving"] = [each.model_dump(mode="json") for each in manifest.serving]
     return parameters
+
+
+def _origin(part: Source | MergedAdapter) -> Mapping[str, str]:
+    return {"uri": part.uri, "revision": part.revision}
 
 
 def _subjects(manifest: Manifest) -> Iterator[Mapping[str, Any]]:
@@ -80,6 +86,12 @@ def _dependencies(manifest: Manifest) -> Iterator[Mapping[str, Any]]:
     yield {"name": "source", "uri": source.uri, "annotations": {"revision": source.revision}}
     for name, record in sorted(source.files.items()):
         yield {"name": f"source/{name}", "digest": {"sha256": record.sha256}}
+    if source.adapter is not None:
+        merged = source.adapter
+        yield {"name": "merged adapter", "uri": merged.uri, "annotations": {"revision": merged.revision}}
+        for name, record in sorted(merged.files.items()):
+            yield {"name": f"merged adapter/{name}", "digest": {"sha256": record.sha256}}
+        yield {"name": "merge's pins", "digest": _digest(merged.pins_digest)}
     for adapter, released in sorted(manifest.adapters.items()):
         yield {"name": f"adapter {adapter}", "uri": released.uri, "annotations": {"revision": released.revision}}
         for name, record in sorted(released.files.items()):

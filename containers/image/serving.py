@@ -45,7 +45,7 @@ class _Section(BaseModel):
 
 
 class Adapter(_Section):
-    """A LoRA adapter that is served next to the model, under its own name."""
+    """Where a LoRA adapter comes from."""
 
     uri: str
     """`file:FOLDER` or `hf://ORG/NAME`; a relative folder counts from the model file."""

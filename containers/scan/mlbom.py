@@ -23,7 +23,7 @@ SPECIFICATION = "1.6"
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter that is served next to a model: where it is from, and the sha256 of each file."""
+    """A LoRA adapter that is served next to a model, or merged into it: its origin, and the sha256 of each file."""
 
     uri: str
     revision: str
@@ -47,6 +47,7 @@ class Model:
     files: Mapping[str, str]
     datasets: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    merged: Adapter | None = None
 
 
 def document(model: Model, verdicts: Sequence[Verdict], image_digest: str) -> dict[str, Any]:
@@ -65,10 +66,13 @@ def document(model: Model, verdicts: Sequence[Verdict], image_digest: str) -> di
          "hashes": [{"alg": "SHA-256", "content": digest}]}
         for name, (use, digest) in sorted(model.datasets.items())
     ]  # fmt: skip
+    parents = [base]
+    if model.merged is not None:
+        parents.append(_adapter("merged-adapter", model.merged, "LoRA adapter, merged into the weights"))
     quantized = {
         "type": "machine-learning-model", "bom-ref": "model", "name": model.name, "version": model.version,
         **_licensed(model.licence),
-        "pedigree": {"ancestors": [{key: value for key, value in base.items() if key != "bom-ref"}]},
+        "pedigree": {"ancestors": [{key: each[key] for key in each if key != "bom-ref"} for each in parents]},
         "modelCard": {
             "modelParameters": {
                 "architectureFamily": "transformer", "modelArchitecture": model.architecture,
@@ -85,18 +89,16 @@ def document(model: Model, verdicts: Sequence[Verdict], image_digest: str) -> di
         "components": _files(model.files),
     }  # fmt: skip
     adapters = [
-        {"type": "machine-learning-model", "bom-ref": f"adapter-{name}", "name": adapter.uri,
-         "version": adapter.revision, "description": f"LoRA adapter, served as {name}",
-         "components": _files(adapter.files)}
+        _adapter(f"adapter-{name}", adapter, f"LoRA adapter, served as {name}")
         for name, adapter in sorted(model.adapters.items())
-    ]  # fmt: skip
+    ]
     told: dict[str, Any] = {
         "bomFormat": "CycloneDX", "specVersion": SPECIFICATION, "version": 1,
         "metadata": {
             "component": quantized, "tools": {"components": [{"type": "application", "name": "slipway"}]},
         },
-        "components": [base, *adapters, *data],
-        "dependencies": [{"ref": "model", "dependsOn": ["base", *(part["bom-ref"] for part in [*adapters, *data])]}],
+        "components": [*parents, *adapters, *data],
+        "dependencies": [{"ref": "model", "dependsOn": [part["bom-ref"] for part in [*parents, *adapters, *data]]}],
     }  # fmt: skip
     content = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     return {**told, "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_OID, content)}"}
@@ -124,6 +126,17 @@ def attach(reference: str, documents: Mapping[str, tuple[str, Path]]) -> dict[st
             title: registry.attach(repository, subject, kind, path.read_bytes(), title)
             for title, (kind, path) in sorted(documents.items())
         }
+
+
+def _adapter(reference: str, adapter: Adapter, description: str) -> dict[str, Any]:
+    return {
+        "type": "machine-learning-model",
+        "bom-ref": reference,
+        "name": adapter.uri,
+        "version": adapter.revision,
+        "description": description,
+        "components": _files(adapter.files),
+    }
 
 
 def _files(sha256: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from pipeline.compatibility.description import ModelDescription
 from pipeline.compatibility.lora import modules
-from pipeline.errors import SourceError
+from pipeline.errors import naming
 from pipeline.planner.sources import describe_folder
 from pipeline.settings import Settings
 from pipeline.sources import adapter as adapters
@@ -31,7 +30,7 @@ def resolve(spec: ModelSpec, settings: Settings) -> dict[str, sources.ResolvedSo
     """
     found = {}
     for name, wanted in spec.serve.adapters.items():
-        with _named(name):
+        with naming(f"serve.adapters.{name}"):
             found[name] = sources.resolve(
                 wanted.uri,
                 wanted.revision,
@@ -50,7 +49,7 @@ def check(resolved: Mapping[str, sources.ResolvedSource], model: ModelDescriptio
         SourceError: one can't be read or does not fit; names the key.
     """
     for name, source in resolved.items():
-        with _named(name):
+        with naming(f"serve.adapters.{name}"):
             adapters.refuse_misfit(adapters.describe(source), model, source.uri)
 
 
@@ -78,7 +77,7 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
         require_room(settings.home, resolved.bytes, settings.disk_floor, f"{resolved.uri} (the adapter `{name}`)")
         folder = draft.folder / name
         folder.mkdir()
-        with _named(name):
+        with naming(f"serve.adapters.{name}"):
             sha256 = sources.pull(resolved, folder, settings.home / "downloads", context.progress)
             described = adapters.describe_folder(folder)
             adapters.refuse_misfit(described, model, resolved.uri)
@@ -101,14 +100,5 @@ def accept(context: StageContext, artifact: Artifact) -> None:
     for name, resolved in context.adapters.items():
         lock = adapters.lock_of(context.spec.lock, name)
         if lock.exists() or not context.dry:
-            with _named(name):
+            with naming(f"serve.adapters.{name}"):
                 sources.hold_to_lock(lock, resolved, files_of(artifact, name))
-
-
-@contextlib.contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Let an error within the block begin with the adapter's key."""
-    try:
-        yield
-    except SourceError as error:
-        raise type(error)(f"`serve.adapters.{name}`: {error}") from error

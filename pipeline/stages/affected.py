@@ -125,7 +125,8 @@ def touched(specs: Iterable[ModelSpec], settings: Settings) -> str:
     for spec in specs:
         data = (spec.calibration.uri, spec.load.prompts, *(task.data for task in spec.evals.all_tasks))
         places |= {path for path in data if path is not None}
-        uris = (spec.source.uri, *(adapter.uri for adapter in spec.serve.adapters.values()))
+        merged = [] if spec.source.adapter is None else [spec.source.adapter]
+        uris = (spec.source.uri, *(adapter.uri for adapter in (*merged, *spec.serve.adapters.values())))
         places |= {Path(uri.removeprefix("file:")) for uri in uris if uri.startswith("file:")}
     seen = {}
     for place in places:

@@ -55,6 +55,8 @@ class StageContext:
     instruction_set: InstructionSet | None = None
     """The CPU's on which FP16 and the candidate answer; None where no CPU of ours computes the answers."""
     source: ResolvedSource | None = None
+    merged_adapter: ResolvedSource | None = None
+    """The adapter that is merged into the source, if there is one."""
     adapters: Mapping[str, ResolvedSource] = field(default_factory=dict)
     served_adapters: Mapping[str, ServedAdapter] = field(default_factory=dict)
     """The adapters that were pulled, where the stage takes them."""

@@ -18,10 +18,11 @@ from pipeline.planner.plan import Plan, SchemePlan, make_plan
 from pipeline.planner.sources import Described
 from pipeline.planner.weights import FP16, quantized, unquantized
 from pipeline.settings import Settings
+from pipeline.sources.source import ResolvedSource
 from pipeline.spec import ModelSpec
-from pipeline.stages import adapters
+from pipeline.stages import adapters, merged_source
 from pipeline.stages.context import StageContext
-from pipeline.stages.source import recipe_of, resolve
+from pipeline.stages.source import resolve
 from pipeline.store.artifacts import Store, require_room
 from registry.progress import Progress
 
@@ -42,15 +43,16 @@ def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Pr
     for problem in not_served_here(spec, schemes, settings):
         say(problem)
     here = gpus()
-    resolved = adapters.resolve(spec, settings)
+    resolved, merged = adapters.resolve(spec, settings), merged_source.resolve_adapter(spec, settings)
     try:
-        pulled = _pulled(spec, settings)
+        pulled = _pulled(spec, merged, settings)
         described = describe_source(spec, settings, pulled)
     except SourceError:
         return None
     except PlanError as error:
         say(f"no plan: {error}")
         return None
+    merged_source.check(merged, described.model)
     adapters.check(resolved, described.model)
     if refused := refusals(described.model, {name: spec.scheme(name) for name in schemes}):
         raise UnsupportedModelError("; ".join(sentences(refused)))
@@ -146,9 +148,9 @@ def _too_large_for_limit(scheme: SchemePlan, spec: ModelSpec, settings: Settings
     return [f"{weights.scheme} needs {needed / 2**30:.2f} GiB ({parts}), and {given}"]
 
 
-def _pulled(spec: ModelSpec, settings: Settings) -> Path | None:
+def _pulled(spec: ModelSpec, adapter: ResolvedSource | None, settings: Settings) -> Path | None:
     """The folder of the source where an earlier run has pulled it."""
-    recipe = recipe_of(resolve(spec, settings))
+    recipe = merged_source.recipe_of(resolve(spec, settings), adapter)
     found = Store(settings.home / "artifacts").find(recipe.stage, recipe.key)
     return None if found is None else found.folder
 

@@ -43,6 +43,7 @@ from registry.manifest import (
     Hardware,
     Image,
     Kernels,
+    MergedAdapter,
     Quantizer,
     ReleasedAdapter,
     ServedConfiguration,
@@ -144,8 +145,10 @@ def _cited(name: str, gate: Gate) -> list[str]:
 
 
 def _source(context: StageContext, source: Artifact) -> Source:
-    revision = source.noted(SourceNotes).revision
-    return Source(uri=sources.public_uri(context.spec.source.uri), revision=revision, files=source.files)
+    notes, uri = source.noted(SourceNotes), sources.public_uri(context.spec.source.uri)
+    if notes.merged is None:
+        return Source(uri=uri, revision=notes.revision, files=source.files)
+    return Source(uri=uri, revision=notes.revision, files=notes.merged.base, adapter=notes.merged.adapter)
 
 
 def _serving(context: StageContext, inputs: Inputs, tested: Sequence[Variant]) -> tuple[ServedConfiguration, ...]:
@@ -230,6 +233,8 @@ def _write_report(
     from evals.report.pictures import StageTime  # noqa: PLC0415
 
     source, quantized = inputs["source"], inputs["quantized"]
+    notes = source.noted(SourceNotes)
+    merged = None if notes.merged is None else notes.merged.adapter
     subject = report.ReportedRelease(
         model=context.spec.model,
         scheme=context.scheme_name,
@@ -241,7 +246,8 @@ def _write_report(
         ],
         facts={
             "source": sources.public_uri(context.spec.source.uri),
-            "revision": source.noted(SourceNotes).revision,
+            "revision": notes.revision,
+            **({} if merged is None else {"merged adapter": f"{merged.uri} at {merged.revision}"}),
             "served with": " ".join(serving_of(context, inputs).engine_arguments()),
             **_computed_on(inputs),
         },
@@ -270,7 +276,7 @@ def _write_cost(context: StageContext, draft: ArtifactDraft) -> None:
 def _write_mlbom(context: StageContext, draft: ArtifactDraft, inputs: Inputs) -> None:
     """The model's bill of materials: its source, quantizer and data, and what was measured."""
     source, quantized, spec = inputs["source"], inputs["quantized"], context.spec
-    record = quantized.noted(QuantizedNotes)
+    record, notes = quantized.noted(QuantizedNotes), source.noted(SourceNotes)
     data = {}
     if record.calibration is not None and context.calibration is not None:
         data[context.calibration.uri.name] = ("calibration", record.calibration.sha256)
@@ -281,19 +287,21 @@ def _write_mlbom(context: StageContext, draft: ArtifactDraft, inputs: Inputs) ->
         name=context.release_name,
         version=quantized.digest,
         base=sources.public_uri(spec.source.uri),
-        base_revision=source.noted(SourceNotes).revision,
+        base_revision=notes.revision,
         licence=spec.license,
         architecture=(quantized.document("config.json").get("architectures") or ["unknown"])[0],
         quantization={"method": record.method, "backend": record.backend, **record.parameters},
         files=quantized.sha256,
         datasets=data,
-        adapters={
-            name: mlbom.Adapter(each.uri, each.revision, {path: file.sha256 for path, file in each.files.items()})
-            for name, each in _adapters(inputs["adapters"]).items()
-        },
+        adapters={name: _listed_adapter(each) for name, each in _adapters(inputs["adapters"]).items()},
+        merged=None if notes.merged is None else _listed_adapter(notes.merged.adapter),
     )
     document = mlbom.document(model, list(context.verdicts.values()), record_of(inputs["image"]).digest)
     (draft.folder / MLBOM).write_text(json.dumps(document, indent=1, sort_keys=True, allow_nan=False))
+
+
+def _listed_adapter(adapter: ReleasedAdapter | MergedAdapter) -> mlbom.Adapter:
+    return mlbom.Adapter(adapter.uri, adapter.revision, {path: file.sha256 for path, file in adapter.files.items()})
 
 
 def _in_words(item: scan_gate.Waived) -> str:

@@ -13,10 +13,10 @@ from pipeline.stages import (
     image,
     layers,
     load,
+    merged_source,
     quantized,
     release,
     scan,
-    source,
     variants,
 )  # fmt: skip
 from pipeline.stages.pairing import choose_instruction_set
@@ -26,10 +26,10 @@ SOURCE = Stage(
     "source",
     "The model's weights at a pinned revision: safetensors only, the sha256 of every file known and locked.",
     inputs=(),
-    recipe=source.recipe,
-    make=source.make,
-    prepare=source.prepare,
-    accept=source.accept,
+    recipe=merged_source.recipe,
+    make=merged_source.make,
+    prepare=merged_source.prepare,
+    accept=merged_source.accept,
     tool="huggingface",
 )
 ADAPTERS = Stage(

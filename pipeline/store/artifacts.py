@@ -119,7 +119,7 @@ class Artifact:
 
     def noted(self, kind: type[Notes]) -> Notes:
         """What the artifact's stage noted."""
-        return kind.model_validate(self.notes)
+        return kind.model_validate_json(json.dumps(dict(self.notes)))
 
     @property
     def sha256(self) -> dict[str, str]:

@@ -21,7 +21,7 @@ from registry.digests import digest_file, digest_json
 from registry.file_locks import locked
 from registry.progress import Progress
 
-ENVIRONMENTS = ("autoawq", "gptqmodel", "autogptq", "llmcompressor", "lm-eval", "aiperf", "gateway")
+ENVIRONMENTS = ("autoawq", "gptqmodel", "autogptq", "llmcompressor", "peft", "lm-eval", "aiperf", "gateway")
 # Modules that are copied into every environment, by their name there.
 _HARNESS = {
     "slipway_worker.py": Path(__file__).with_name("slipway_worker.py"),

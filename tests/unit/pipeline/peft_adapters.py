@@ -23,6 +23,12 @@ def matrices(rank: int = RANK) -> Tensors:
     return found
 
 
+def with_magnitudes() -> Tensors:
+    """The same with DoRA's vector for each layer."""
+    vectors = {f"base_model.model.{name}.lora_magnitude_vector": out for name, (out, _) in linears().items()}
+    return matrices() | {name: np.ones(out, np.float16) for name, out in vectors.items()}
+
+
 def configuration(**changes: Any) -> dict[str, Any]:  # noqa: ANN401
     """An ``adapter_config.json``."""
     modules = sorted({name.rpartition(".")[2] for name in linears()})

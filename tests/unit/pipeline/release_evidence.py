@@ -23,6 +23,7 @@ from pipeline.settings import Settings
 from pipeline.spec import load
 from pipeline.stages.context import StageContext
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, Store
+from pipeline.store.notes import MergedNotes, SourceNotes
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 SCAN = ScanEvidence(
@@ -83,6 +84,7 @@ class Made:
     load: LoadEvidence = LOAD
     image: Mapping[str, object] = field(default_factory=dict)
     adapters: tuple[str, ...] = ()
+    merged: MergedNotes | None = None
     told: list[str] = field(default_factory=list)
 
     @property
@@ -92,7 +94,9 @@ class Made:
 
     def artifacts(self, weights: bytes = b"packed") -> dict[str, Artifact]:
         """What comes before the release, each from the ones before, by stage."""
-        source = self.put("source", {}, {"model.safetensors": "weights" * 10, "config.json": "{}"}, revision="0" * 40)
+        source = self.put(
+            "source", {}, {"model.safetensors": "weights" * 10, "config.json": "{}"}, **self._source_notes()
+        )
         checkpoint = {"model.safetensors": weights.decode(), "config.json": "{}"}
         quantized = self.put("quantized", {"source": source.digest}, checkpoint, **QUANTIZED_NOTES)
         adapters = self._put_adapters(source)
@@ -120,6 +124,10 @@ class Made:
         )
         made = (source, adapters, quantized, image, drift, scan, load_test, variants)
         return {artifact.stage: artifact for artifact in made}
+
+    def _source_notes(self) -> dict[str, Any]:
+        notes = SourceNotes(revision="0" * 40, merged=self.merged)
+        return notes.model_dump(mode="json", exclude_none=True)
 
     def _put_adapters(self, source: Artifact) -> Artifact:
         told = {"revision": DIGEST, "rank": 4, "modules": ["q_proj"]}

@@ -10,11 +10,11 @@ import yaml
 
 from homes import DEMO
 from pipeline.compatibility.description import ModelDescription
-from pipeline.compatibility.lora import modules
+from pipeline.compatibility.lora import adapted_layers, modules
 from pipeline.errors import SourceError, SpecError
 from pipeline.planner.sources import describe_folder as describe_model
 from pipeline.settings import Settings
-from pipeline.sources.adapter import ADAPTER, describe, lock_of, refuse_misfit
+from pipeline.sources.adapter import ADAPTER, MERGED, describe, lock_of, refuse_misfit
 from pipeline.sources.lock import read_lock
 from pipeline.sources.origin import Access
 from pipeline.sources.source import ResolvedSource, hold_to_lock, pull, resolve
@@ -186,6 +186,83 @@ def test_matrices_that_do_not_fit_the_model_are_refused(
     assert told in str(error.value)
 
 
+# Merging
+
+
+def test_doras_adapter_is_merged_but_not_served(tmp_path: Path, model: ModelDescription) -> None:
+    folder = peft_adapters.write(tmp_path / "support", peft_adapters.with_magnitudes(), use_dora=True)
+    described = describe(resolve(f"file:{folder}", contents=MERGED), "merged")
+    refuse_misfit(described, model, "the adapter", "merged")
+    layer = adapted_layers(described.tensors, model)["model.layers.0.self_attn.q_proj.weight"]
+    assert layer.name == "model.layers.0.self_attn.q_proj"
+    assert layer.parts["lora_magnitude_vector"] == f"{QUERY}.lora_magnitude_vector"
+    with pytest.raises(SourceError, match=r"`use_dora` is set: .* merge it instead"):
+        describe(found(folder))
+
+
+def short(tensors: Tensors) -> None:
+    tensors[f"{QUERY}.lora_magnitude_vector"] = np.ones(7, np.float16)
+
+
+def without_magnitude(tensors: Tensors) -> None:
+    del tensors[f"{QUERY}.lora_magnitude_vector"]
+
+
+def twice(tensors: Tensors) -> None:
+    for name in [name for name in tensors if name.startswith(QUERY)]:
+        tensors[name.replace(".model.model.", ".model.")] = tensors[name]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (of_another_width, "the adapter is for 128 inputs and 64 outputs, the layer has 64 and 64"),
+        (short, "lora_magnitude_vector has 7 numbers for 64 outputs"),
+        (without_magnitude, "`model.layers.0.self_attn.q_proj` has no lora_magnitude_vector"),
+        (twice, "`model.layers.0.self_attn.q_proj` is there twice, under two names"),
+    ],
+)
+def test_matrices_that_can_not_be_merged_are_refused(
+    tmp_path: Path, model: ModelDescription, change: Callable[[Tensors], None], told: str
+) -> None:
+    tensors = peft_adapters.with_magnitudes()
+    change(tensors)
+    folder = peft_adapters.write(tmp_path / "support", tensors, use_dora=True)
+    with pytest.raises(SourceError) as error:
+        refuse_misfit(describe(resolve(f"file:{folder}", contents=MERGED), "merged"), model, "it", "merged")
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"fan_in_fan_out": True}, "`fan_in_fan_out` is set: such adapters can't be merged"),
+        ({"init_lora_weights": "lora_ga"}, "`init_lora_weights` is `lora_ga`"),
+        ({"target_parameters": ["experts.gate_up_proj"]}, "`target_parameters` is set"),
+        ({"peft_type": "LOHA"}, "only `LORA` can be merged"),
+    ],
+)
+def test_adapters_that_are_more_than_a_product_are_not_merged(
+    tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
+    folder = peft_adapters.write(tmp_path / "support", **changes)
+    with pytest.raises(SourceError) as error:
+        describe(found(folder), "merged")
+    assert told in str(error.value)
+
+
+def test_a_layer_that_the_configuration_does_not_name_is_refused(tmp_path: Path, model: ModelDescription) -> None:
+    folder = peft_adapters.write(tmp_path / "support", target_modules=["k_proj", "up_proj", "down_proj"])
+    with pytest.raises(SourceError, match=r"q_proj` is not among the `target_modules` of adapter_config\.json"):
+        refuse_misfit(describe(found(folder)), model, "it")
+
+
+def test_magnitudes_without_dora_are_refused(tmp_path: Path, model: ModelDescription) -> None:
+    folder = peft_adapters.write(tmp_path / "support", peft_adapters.with_magnitudes())
+    with pytest.raises(SourceError, match="has a lora_magnitude_vector, and adapter_config"):
+        refuse_misfit(describe(found(folder)), model, "it")
+
+
 def test_a_damaged_header_is_one_line(tmp_path: Path) -> None:
     folder = peft_adapters.write(tmp_path / "support")
     (folder / "adapter_model.safetensors").write_bytes(b"\xff" * 64)
@@ -243,6 +320,24 @@ def test_the_stage_pulls_checks_and_locks_each_adapter_and_finds_it_again(tmp_pa
     again = run_until("adapters", context)["adapters"]
     assert again.digest != made.digest
     assert with_adapters(context, {"adapters": again}).serving.adapters["support"].digest != served.digest
+
+
+def test_an_adapter_for_another_base_is_refused_before_weights_are_pulled(tmp_path: Path) -> None:
+    checkpoints.write_source(tmp_path / "model")
+    tensors = peft_adapters.matrices()
+    of_another_width(tensors)
+    peft_adapters.write(tmp_path / "support", tensors)
+    source = {"uri": f"file:{tmp_path / 'model'}", "adapter": {"uri": "file:support"}}
+    spec = load(write_model_file(tmp_path, source=source, serve={}))
+    settings = Settings.read({"SLIPWAY_HOME": str(tmp_path / "home")})
+    with pytest.raises(SourceError, match=r"^`source\.adapter`: .* can't be merged: .* the adapter is for 128 inputs"):
+        foresee(spec, ["gptq"], settings, print)
+    with pytest.raises(SourceError, match=r"^`source\.adapter`: .* the adapter is for 128 inputs"):
+        run_until("source", StageContext(spec, "gptq", settings, print))
+    (tmp_path / "support" / "adapter_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(SourceError, match=r"^`source\.adapter`: .* a pickle can run code"):
+        foresee(spec, ["gptq"], settings, print)
+    assert not list((tmp_path / "home").glob("artifacts/source/*/files"))
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,11 @@ from pipeline.stages.run import run
 from pipeline.stages.table import RELEASE
 from pipeline.store import artifacts as store
 from pipeline.store.artifacts import Artifact
+from pipeline.store.notes import MergedNotes
 from pipeline.trust import trust_of
 from registry import seal as seals
 from registry.errors import PromotionError, SigningError, VerificationError
-from registry.manifest import MANIFEST, Manifest
+from registry.manifest import MANIFEST, REPORT, FileRecord, Manifest, MergedAdapter
 from registry.provenance import statement
 from registry.signing import load_trusted_keys
 from registry.verify import verify
@@ -123,6 +124,38 @@ def test_adapters_are_in_the_manifest_the_provenance_and_the_bill_and_verified_l
     weights.write_bytes(weights.read_bytes()[::-1])
     with pytest.raises(VerificationError, match=r"adapters/support/adapter_model\.safetensors"):
         verify(release.folder, load_trusted_keys(made.settings.trusted_keys))
+
+
+def test_both_parents_of_a_merged_model_are_in_the_manifest_the_provenance_the_bill_and_the_report(made: Made) -> None:
+    record = FileRecord(sha256="ab" * 32, size=10)
+    adapter = MergedAdapter(
+        uri="hf://org/lora",
+        revision="1" * 40,
+        rank=8,
+        modules=("q_proj",),
+        files=dict.fromkeys(ADAPTER_FILES, record),
+        pins_digest=DIGEST,
+    )
+    made.merged = MergedNotes(base={"model.safetensors": record}, adapter=adapter)
+    release = seal(made, made.artifacts())
+    manifest = Manifest.parse((release.folder / MANIFEST).read_bytes())
+    assert manifest.source.adapter == adapter
+    assert manifest.source.files == {"model.safetensors": record}
+    definition = json.loads(statement(manifest))["predicate"]["buildDefinition"]
+    assert definition["externalParameters"]["adapter"] == {"uri": "hf://org/lora", "revision": "1" * 40}
+    dependencies = {each["name"]: each for each in definition["resolvedDependencies"]}
+    assert dependencies["merged adapter"]["annotations"] == {"revision": "1" * 40}
+    assert dependencies["merged adapter/adapter_model.safetensors"]["digest"] == {"sha256": "ab" * 32}
+    assert {"merge's pins", "source/model.safetensors"} <= dependencies.keys()
+    bill = release.document("release/evidence/mlbom.cdx.json")
+    ancestors = bill["metadata"]["component"]["pedigree"]["ancestors"]
+    assert [(each["name"], each["version"]) for each in ancestors] == [
+        ("file:model", "0" * 40),
+        ("hf://org/lora", "1" * 40),
+    ]
+    assert {"base", "merged-adapter"} <= set(bill["dependencies"][0]["dependsOn"])
+    assert "hf://org/lora at 1111" in (release.folder / REPORT).read_text()
+    verify(release.folder, load_trusted_keys(made.settings.trusted_keys))
 
 
 def test_a_local_folder_is_named_without_its_place(made: Made) -> None:
