@@ -16,6 +16,7 @@ from pipeline.commands import (
     aliases,
     bundling,
     images,
+    initial,
     loading,
     locking,
     machine,
@@ -87,7 +88,8 @@ def main() -> None:
 
 
 for _command in (
-    *(planning.plan, releasing.release, registered.status, registered.pull, registered.verify, registered.report),
+    *(initial.init, planning.plan, releasing.release),
+    *(registered.status, registered.pull, registered.verify, registered.report),
     *(aliases.promote, aliases.rollback, aliases.canary, aliases.history, aliases.gc),
     *(loading.load, loading.compare, bundling.bundle, bundling.metrics),
     *(serving.serve, serving.keys),

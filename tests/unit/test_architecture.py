@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline.sources", "pipeline.quantization", "pipeline.workers"),
     ("pipeline.spec",),
     ("pipeline.planner",),
+    ("pipeline.proposal",),
     ("pipeline.stages",),
     ("pipeline.operations",),
     ("pipeline.orchestration",),

@@ -1,0 +1,185 @@
+"""``slipway init``: write a first model file for a source, and say what its release will take."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.markup import escape
+
+from pipeline.commands.show import as_json, print_json, print_table, results, say
+from pipeline.settings import Settings
+from registry import untrusted
+from registry.atomic_write import write_atomically
+
+if TYPE_CHECKING:
+    from pipeline.planner.plan import Plan
+    from pipeline.planner.sources import Described
+    from pipeline.proposal.cost import ProposedFile
+    from pipeline.proposal.propose import Kind, Proposal, Target
+    from pipeline.spec import ModelSpec
+
+_CPU = "cpu"
+_TOKENIZER_BYTES = 16 << 20
+
+
+@click.command()
+@click.argument("uri")
+@click.option("--gpu", metavar="NAME", help="What will serve it: H100, L4, …, or cpu. Default: this machine's own.")
+@click.option("--kind", type=click.Choice(["base", "chat", "code"]), help="What it is for. Default: by its name.")
+@click.option("--name", metavar="NAME", help="The model's name. Default: by the URI.")
+@click.option("--revision", metavar="R", help="A commit, tag or branch of a hub. Default: main.")
+@click.option("--dry-run", is_flag=True, help="Print the file, and write nothing.")
+@click.option("--force", is_flag=True, help="Overwrite a file that is there.")
+@as_json
+def init(
+    uri: str,
+    gpu: str | None,
+    kind: Kind | None,
+    name: str | None,
+    revision: str | None,
+    *,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write models/NAME.yaml for the model at URI, which can be released as it is.
+
+    URI is that of a source: file:FOLDER, hf://ORG/NAME, …. Only config.json and the headers of the safetensors files
+    are read. The file has schemes that suit the GPU and the model, limits with their reasons, and data that comes with
+    Slipway. In a terminal, what no option answers is asked.
+    """
+    from pipeline.errors import SpecError  # noqa: PLC0415
+    from pipeline.planner.asking import describe_source  # noqa: PLC0415
+    from pipeline.planner.evaluation import evaluation  # noqa: PLC0415
+    from pipeline.proposal.cost import ProposedFile, estimate  # noqa: PLC0415
+    from pipeline.proposal.propose import kind_of, name_of, propose  # noqa: PLC0415
+
+    settings = Settings.read()
+    uri = _absolute(uri)
+    described = describe_source(uri if revision is None else f"{uri}@{revision}", settings)
+    is_asked = sys.stdin.isatty() and sys.stderr.isatty()
+    model = name or _ask("Name", name_of(uri), is_asked)
+    path = settings.models / f"{model}.yaml"
+    if path.exists() and not force and not dry_run:
+        raise SpecError(f"{path} exists: choose another --name, or overwrite it with --force")
+    target = _target(gpu or _ask("What will serve it (H100, L4, …, cpu)", _own_device(), is_asked), settings)
+    proposal = propose(
+        model,
+        uri,
+        revision,
+        described.model,
+        kind or _ask_kind(kind_of(uri, has_chat_template=_has_chat_template(uri)), is_asked),
+        target,
+    )
+    text, spec, plan = _checked(proposal, described, settings)
+    if not dry_run:
+        settings.models.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+    found = ProposedFile(
+        model=model,
+        path=None if dry_run else str(path),
+        text=text,
+        schemes=tuple(proposal.choice.schemes),
+        left_out=proposal.choice.left_out,
+        expected=tuple(estimate(proposal, plan, evaluation(spec))),
+    )
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+    else:
+        _show(found)
+
+
+def _absolute(uri: str) -> str:
+    """A folder's URI counts from here; in the model file it counts from that."""
+    return f"file:{Path(uri.removeprefix('file:')).absolute()}" if uri.startswith("file:") else uri
+
+
+def _has_chat_template(uri: str) -> bool:
+    """Whether a folder's tokenizer has a template for chats; of other sources the name must do."""
+    folder = Path(uri.removeprefix("file:"))
+    if not uri.startswith("file:"):
+        return False
+    config = folder / "tokenizer_config.json"
+    stated = config.is_file() and b'"chat_template"' in untrusted.read(folder, config.name, _TOKENIZER_BYTES)
+    return stated or (folder / "chat_template.jinja").is_file()
+
+
+def _ask(question: str, default: str, is_asked: bool) -> str:
+    return str(click.prompt(question, default=default, err=True)) if is_asked else default
+
+
+def _ask_kind(guessed: Kind, is_asked: bool) -> Kind:
+    from pipeline.proposal.propose import KINDS  # noqa: PLC0415
+
+    if not is_asked:
+        return guessed
+    answer: Kind = click.prompt("What is it for", type=click.Choice(KINDS), default=guessed, err=True)
+    return answer
+
+
+def _own_device() -> str:
+    from containers.hardware.gpu import gpus  # noqa: PLC0415
+
+    return next((gpu.name for gpu in gpus()), _CPU)
+
+
+def _target(name: str, settings: Settings) -> Target:
+    """The device of a name, and the runtime for it; of this machine's own GPU the one that its driver runs.
+
+    Raises:
+        GpuDataError: there is no such GPU in the data file.
+    """
+    from containers.hardware.gpu import gpus  # noqa: PLC0415
+    from containers.hardware.gpu_models import find_gpu  # noqa: PLC0415
+    from containers.image import profile  # noqa: PLC0415
+    from containers.image.gpu_compatibility import labels_of, needs_of, problems  # noqa: PLC0415
+    from pipeline.proposal.propose import Target  # noqa: PLC0415
+    from pipeline.stages.preflight import model_of  # noqa: PLC0415
+
+    isa = settings.cpu.instruction_set
+    if name.lower() == _CPU:
+        return Target("vllm-cpu", None, isa)
+    own = next((gpu for gpu in gpus() if gpu.name == name), None)
+    if own is None:
+        return Target("vllm-cuda13", find_gpu(name), isa)
+    can_run = not problems(needs_of(labels_of(profile.load("vllm-cuda13"))), own)
+    return Target("vllm-cuda13" if can_run else "vllm-cuda12", model_of(own), isa)
+
+
+def _checked(proposal: Proposal, described: Described, settings: Settings) -> tuple[str, ModelSpec, Plan]:
+    """The file's text, read back, with its plan: what is written passes the checks that a release begins with."""
+    from pipeline.planner.asking import plan_described, refusals  # noqa: PLC0415
+    from pipeline.planner.data import check_data  # noqa: PLC0415
+    from pipeline.proposal.model_file import write  # noqa: PLC0415
+    from pipeline.spec import load  # noqa: PLC0415
+
+    has_schema = (settings.models.parent / "docs" / "model.schema.json").is_file()
+    text = write(proposal, "../docs/model.schema.json" if has_schema else None)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{proposal.model}.yaml"
+        path.write_text(text, encoding="utf-8")
+        spec = load(path)
+    check_data(spec)
+    gpus = [] if proposal.target.gpu is None else [proposal.target.gpu]
+    refused = refusals(described.model, spec.schemes)
+    return text, spec, plan_described(spec, described, spec.schemes, gpus, lambda usual: usual, refused)
+
+
+def _show(found: ProposedFile) -> None:
+    """Print the file, or where it is, and what the release will take."""
+    if found.path is None:
+        click.echo(found.text, nl=False)
+        for each in found.expected:
+            say(f"{each.what}: {each.amount} ({each.basis})")
+        return
+    for scheme, reason in found.left_out.items():
+        results.print(f"left out: {escape(scheme)}: {escape(reason)}")
+    rows = [(each.what, each.amount, each.basis) for each in found.expected]
+    print_table(("first release", "about", "by"), rows)
+    results.print(f"\nwrote {escape(found.path)}\n\nTry next:")
+    for command in (f"slipway plan {found.model}", f"slipway release {found.model}"):
+        results.print(f"  {escape(command)}")

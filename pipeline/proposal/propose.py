@@ -1,0 +1,283 @@
+"""The numbers of a first model file: context, GPUs, traffic, limits, and how much text is used.
+
+They are estimates; what each rests on stands beside it here, and as a comment in the file that is written.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from containers.hardware.cpu import InstructionSet
+from containers.hardware.gpu_models import GpuModel
+from containers.image import profile as profiles
+from evals import builtin
+from evals.drift import planning
+from evals.drift.limits import DriftLimits
+from evals.load.expected_memory import expect
+from evals.load.traffic.profile import read_profile
+from evals.statistics import paired
+from pipeline.compatibility.description import ModelDescription
+from pipeline.errors import PlanError, SpecError
+from pipeline.planner.facts import ModelFacts, read_facts
+from pipeline.planner.memory import CONTEXT_STEP, GIB, Workload
+from pipeline.planner.plan import Placement, place
+from pipeline.planner.weights import FP16, Weights, active_numbers, quantized, unquantized
+from pipeline.proposal.schemes import Choice, choose
+
+Kind = Literal["base", "chat", "code"]
+KINDS: tuple[Kind, ...] = ("base", "chat", "code")
+SUITES: Mapping[Kind, str] = {"base": "standard", "chat": "support-chat", "code": "code"}
+"""The suite of lm-eval's tasks for each kind."""
+
+# Requests at once, each of the whole context.
+_CONCURRENT, _CONCURRENT_ON_CPU = 16, 4
+_CONTEXT, _LONGEST, _CONTEXT_ON_CPU = 8192, 32768, 4096
+# Two cores of a CPU with AVX2: 55 GFLOP/s were measured in float32 (SmolLM2-135M), with AVX-512 several times as much.
+CPU_FLOPS = 40e9
+_CPU_BANDWIDTH = 10e9
+# How long a CPU may answer the questions for one model.
+_EVALUATION_S = 600
+_LEAST_ITEMS, _LEAST_DOCUMENTS = 200, 32
+# What the load test asks of a CPU: so much of its time, so many requests, and how much slower one in twenty may be.
+_BUSY, _REQUESTS, _SLOWER = 0.3, 12, 10
+# Above this size FP16 does not fit beside its quantized copy where layers are compared, and takes minutes to load.
+_LARGE = 40 * 10**9
+_WORDS: Sequence[tuple[Kind, re.Pattern[str]]] = (
+    ("code", re.compile(r"code|coder|codestral|devstral", re.IGNORECASE)),
+    ("chat", re.compile(r"instruct|chat|assistant|(?:^|[-_])it(?:[-_]|$)|gpt-oss", re.IGNORECASE)),
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What will serve the model: GPUs of one kind, or a CPU with this instruction set."""
+
+    runtime: str
+    gpu: GpuModel | None
+    instruction_set: InstructionSet
+
+    @property
+    def name(self) -> str:
+        """As a person calls it."""
+        return "CPUs" if self.gpu is None else self.gpu.name
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The load test: a profile, what is changed of it, and its limits."""
+
+    profile: str
+    slo: Mapping[str, float]
+    changes: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """All that a first model file says."""
+
+    model: str
+    uri: str
+    revision: str | None
+    kind: Kind
+    target: Target
+    description: ModelDescription
+    facts: ModelFacts
+    weights: Mapping[str, Weights]
+    choice: Choice
+    context: int
+    concurrent: int
+    tensor_parallel: Mapping[str, int]
+    """GPUs of a replica by scheme, FP16 among them; empty on a CPU."""
+    items: int
+    documents: int
+    max_drop: float
+    samples: int
+    max_tokens: int
+    traffic: Traffic
+    memory_bytes: int
+    start_timeout_s: int | None
+
+    @property
+    def fp16(self) -> Weights:
+        """The unquantized weights."""
+        return self.weights[FP16]
+
+    @property
+    def active(self) -> float:
+        """Weights that take part in a token."""
+        return active_numbers(self.fp16, self.facts)
+
+    @property
+    def compares_layers(self) -> bool:
+        """Whether FP16 is small enough to stand in memory beside its quantized copy."""
+        return self.fp16.bytes <= _LARGE
+
+
+def name_of(uri: str) -> str:
+    """Return a model's name for the last part of a URI, in the letters that a name may have.
+
+    Raises:
+        SpecError: there is no such letter in it.
+    """
+    last = re.split(r"[/:]", uri.split("@", maxsplit=1)[0].rstrip("/"))[-1]
+    found = "-".join(part.strip(".") for part in re.split(r"[^a-z0-9.]+", last.lower()) if part.strip("."))
+    name = re.sub(r"\.{2,}", ".", found)
+    if not name:
+        raise SpecError(f"can't take the model's name from {uri!r}: give it with --name")
+    return name
+
+
+def kind_of(uri: str, *, has_chat_template: bool) -> Kind:
+    """Guess what a model is for by its name, or by its tokenizer, which has a template for chats."""
+    last = uri.rstrip("/").rpartition("/")[2]
+    return next((kind for kind, words in _WORDS if words.search(last)), "chat" if has_chat_template else "base")
+
+
+def propose(
+    model: str, uri: str, revision: str | None, description: ModelDescription, kind: Kind, target: Target
+) -> Proposal:
+    """Choose what a first model file says.
+
+    Raises:
+        UnsupportedModelError: nothing can be made of the model.
+        PlanError: the planner does not know the architecture, or the target can't hold the model.
+    """
+    facts = read_facts(description.config)
+    choice = choose(description, target.gpu, target.instruction_set)
+    weights = {FP16: unquantized(description)}
+    weights |= {name: quantized(name, scheme, description) for name, scheme in choice.schemes.items()}
+    groups: dict[str, int] = {}
+    if target.gpu is None:
+        context = _context_on_cpu(facts, target.runtime)
+    else:
+        context, groups = _on_gpus(facts, weights, target.gpu)
+    active = active_numbers(weights[FP16], facts)
+    on_cpu = target.gpu is None
+    items, documents = _questions(active) if on_cpu else (_size("cloze"), _size("heldout"))
+    return Proposal(
+        model=model,
+        uri=uri,
+        revision=revision,
+        kind=kind,
+        target=target,
+        description=description,
+        facts=facts,
+        weights=weights,
+        choice=choice,
+        context=context,
+        concurrent=_CONCURRENT_ON_CPU if on_cpu else _CONCURRENT,
+        tensor_parallel=groups,
+        items=items,
+        documents=documents,
+        max_drop=_max_drop(items),
+        samples=32 if on_cpu else 256,
+        max_tokens=256 if on_cpu else 512,
+        traffic=_on_a_cpu(active, weights) if target.gpu is None else _chat(facts, weights, target.gpu, context),
+        memory_bytes=_memory(weights, target.runtime, max(groups.values(), default=1)),
+        start_timeout_s=1800 if weights[FP16].bytes > _LARGE else None,
+    )
+
+
+def _on_gpus(facts: ModelFacts, weights: Mapping[str, Weights], gpu: GpuModel) -> tuple[int, dict[str, int]]:
+    """The context of which every scheme holds the requests, and the GPUs of a replica for each; FP16 is served too.
+
+    Raises:
+        PlanError: the largest group does not hold FP16, with which every scheme is compared.
+    """
+    asked = Workload(context=min(_CONTEXT, facts.context), concurrency=_CONCURRENT)
+    found: dict[str, Placement] = {name: place(facts, each, gpu, asked) for name, each in weights.items()}
+    for name, placement in found.items():
+        if not placement.fits:
+            raise PlanError(
+                f"{name} needs {placement.demand.total / GIB:.0f} GiB on each of {placement.demand.gpus} {gpu.name}, "
+                f"which have {placement.usable_bytes / GIB:.0f}: choose larger GPUs with --gpu"
+            )
+    longest = min(placement.longest_context or asked.context for placement in found.values())
+    return min(longest, _LONGEST), {name: placement.demand.tensor_parallel for name, placement in found.items()}
+
+
+def _context_on_cpu(facts: ModelFacts, runtime: str) -> int:
+    """The longest context, up to a limit, of which the runtime's cache holds the requests, or at least one."""
+    cache = float(profiles.load(runtime).environment["VLLM_CPU_KVCACHE_SPACE"]) * GIB
+    context = min(_CONTEXT_ON_CPU, facts.context)
+    for requests in (_CONCURRENT_ON_CPU, 1):
+        for size in range(context, 0, -CONTEXT_STEP):
+            if requests * facts.kv_bytes(size) <= cache:
+                return size
+    raise PlanError(f"the cache of {runtime}, {cache / GIB:.0f} GiB, does not hold one request of {context:,} tokens")
+
+
+def _questions(active: float) -> tuple[int, int]:
+    """How many items and documents a CPU answers in its time; not fewer than decide anything."""
+    limits = DriftLimits.model_validate(
+        {
+            "tasks": {
+                "cloze": {"data": builtin.FILES["cloze"], "kind": "choice", "max_drop": 0.02},
+                "perplexity": {"data": builtin.FILES["heldout"], "kind": "text", "max_increase": 0.02},
+            }
+        }
+    )
+    tokens = sum(task.tokens for task in planning.plan(limits))
+    share = min(1.0, _EVALUATION_S * CPU_FLOPS / (2 * active) / tokens)
+    return (
+        max(_LEAST_ITEMS, int(share * _size("cloze")) // 100 * 100),
+        max(_LEAST_DOCUMENTS, int(share * _size("heldout"))),
+    )
+
+
+def _size(name: str) -> int:
+    with builtin.FILES[name].open(encoding="utf-8") as lines:
+        return sum(1 for _ in lines)
+
+
+def _max_drop(items: int) -> float:
+    """The smallest loss that so many items show at the usual share of flips, in half points."""
+    return math.ceil(200 * paired.detectable_drop(planning.TYPICAL, items, 0.95, planning.POWER)) / 200
+
+
+def _on_a_cpu(active: float, weights: Mapping[str, Weights]) -> Traffic:
+    """Short requests, so few that the CPU keeps up: computed from its arithmetic and its memory's bandwidth."""
+    profile = read_profile("quick")
+    read, written = (64, 32) if active < 1e9 else (32, 8)
+    step = max(weights[FP16].bytes / _CPU_BANDWIDTH, 2 * active / CPU_FLOPS)
+    request = read * 2 * active / CPU_FLOPS + written * step
+    rate = min(profile.rate, _two_digits(_BUSY / request))
+    seconds = max(profile.seconds, math.ceil(_REQUESTS / rate))
+    limit = max(2000.0, _two_digits(1000 * _SLOWER * request))
+    changes: dict[str, float] = {}
+    if rate < profile.rate:
+        changes = {"request_rate": rate, "seconds": seconds, "input_tokens": read, "output_tokens": written}
+    if 4 * request > 60:
+        changes["request_timeout_s"] = _two_digits(4 * request)
+    return Traffic("quick", {"p95_latency_ms": limit, "error_rate": 0.0}, changes)
+
+
+def _chat(facts: ModelFacts, weights: Mapping[str, Weights], gpu: GpuModel, context: int) -> Traffic:
+    """People who talk. A long answer at the bound of the slowest scheme, three times."""
+    work = Workload(context=context, concurrency=1)
+    schemes = [each for name, each in weights.items() if name != FP16]
+    slowest = min(place(facts, each, gpu, replace(work)).speed.one_request for each in schemes)
+    return Traffic(
+        "chat",
+        {"p95_latency_ms": max(2000.0, _two_digits(3 * 1000 * 400 / slowest)), "p95_ttft_ms": 1000, "error_rate": 0.0},
+        {},
+    )
+
+
+def _memory(weights: Mapping[str, Weights], runtime: str, gpus: int) -> int:
+    """The container's memory in whole GiB: what is expected on the CPU that needs most, and a third more."""
+    largest = max(each.on_cpu("avx2") for name, each in weights.items() if name != FP16)
+    expected = expect(largest, runtime, profiles.load(runtime).full_environment)
+    if expected is None:  # of GPU runtimes it was not measured
+        return (16 + 8 * gpus) * GIB
+    return math.ceil(1.3 * expected.total / 0.8 / GIB) * GIB
+
+
+def _two_digits(value: float) -> float:
+    """The value in two significant digits, rounded up above 1 so that limits only get wider."""
+    digits = 1 - math.floor(math.log10(value))
+    return math.ceil(value * 10.0**digits) / 10.0**digits if value > 1 else round(value, digits)
