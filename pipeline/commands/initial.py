@@ -12,7 +12,6 @@ from rich.markup import escape
 
 from pipeline.commands.show import as_json, print_json, print_table, results, say
 from pipeline.settings import Settings
-from registry import untrusted
 from registry.atomic_write import write_atomically
 
 if TYPE_CHECKING:
@@ -20,10 +19,11 @@ if TYPE_CHECKING:
     from pipeline.planner.sources import Described
     from pipeline.proposal.cost import ProposedFile
     from pipeline.proposal.propose import Kind, Proposal, Target
+    from pipeline.sources.source import ResolvedSource
     from pipeline.spec import ModelSpec
 
 _CPU = "cpu"
-_TOKENIZER_BYTES = 16 << 20
+_TEMPLATE, _CONFIG, _CONFIG_BYTES = "chat_template.jinja", "tokenizer_config.json", 4 << 20
 
 
 @click.command()
@@ -31,7 +31,7 @@ _TOKENIZER_BYTES = 16 << 20
 @click.option("--gpu", metavar="NAME", help="What will serve it: H100, L4, …, or cpu. Default: this machine's own.")
 @click.option("--kind", type=click.Choice(["base", "chat", "code"]), help="What it is for. Default: by its name.")
 @click.option("--name", metavar="NAME", help="The model's name. Default: by the URI.")
-@click.option("--revision", metavar="R", help="A commit, tag or branch of a hub. Default: main.")
+@click.option("--revision", metavar="R", help="A commit, tag or branch of the source. Default: main.")
 @click.option("--dry-run", is_flag=True, help="Print the file, and write nothing.")
 @click.option("--force", is_flag=True, help="Overwrite a file that is there.")
 @as_json
@@ -53,14 +53,17 @@ def init(
     Slipway. In a terminal, what no option answers is asked.
     """
     from pipeline.errors import SpecError  # noqa: PLC0415
-    from pipeline.planner.asking import describe_source  # noqa: PLC0415
     from pipeline.planner.evaluation import evaluation  # noqa: PLC0415
+    from pipeline.planner.sources import describe  # noqa: PLC0415
     from pipeline.proposal.cost import ProposedFile, estimate  # noqa: PLC0415
     from pipeline.proposal.propose import kind_of, name_of, propose  # noqa: PLC0415
+    from pipeline.sources.origin import Access  # noqa: PLC0415
+    from pipeline.sources.source import resolve  # noqa: PLC0415
 
     settings = Settings.read()
     uri = _absolute(uri)
-    described = describe_source(uri if revision is None else f"{uri}@{revision}", settings)
+    source = resolve(uri, revision, access=Access.of(settings))
+    described = describe(source)
     is_asked = sys.stdin.isatty() and sys.stderr.isatty()
     model = name or _ask("Name", name_of(uri), is_asked)
     path = settings.models / f"{model}.yaml"
@@ -72,7 +75,7 @@ def init(
         uri,
         revision,
         described.model,
-        kind or _ask_kind(kind_of(uri, has_chat_template=_has_chat_template(uri)), is_asked),
+        kind or _ask_kind(kind_of(uri, has_chat_template=_has_chat_template(source)), is_asked),
         target,
     )
     text, spec, plan = _checked(proposal, described, settings)
@@ -98,14 +101,14 @@ def _absolute(uri: str) -> str:
     return f"file:{Path(uri.removeprefix('file:')).absolute()}" if uri.startswith("file:") else uri
 
 
-def _has_chat_template(uri: str) -> bool:
-    """Whether a folder's tokenizer has a template for chats; of other sources the name must do."""
-    folder = Path(uri.removeprefix("file:"))
-    if not uri.startswith("file:"):
-        return False
-    config = folder / "tokenizer_config.json"
-    stated = config.is_file() and b'"chat_template"' in untrusted.read(folder, config.name, _TOKENIZER_BYTES)
-    return stated or (folder / "chat_template.jinja").is_file()
+def _has_chat_template(source: ResolvedSource) -> bool:
+    """Whether the tokenizer has a template for chats."""
+    from pipeline.sources.source import read_range  # noqa: PLC0415
+
+    names = {file.path for file in source.files}
+    if _CONFIG not in names:
+        return _TEMPLATE in names
+    return _TEMPLATE in names or b'"chat_template"' in read_range(source, _CONFIG, 0, _CONFIG_BYTES)
 
 
 def _ask(question: str, default: str, is_asked: bool) -> str:
@@ -160,7 +163,7 @@ def _checked(proposal: Proposal, described: Described, settings: Settings) -> tu
     has_schema = (settings.models.parent / "docs" / "model.schema.json").is_file()
     text = write(proposal, "../docs/model.schema.json" if has_schema else None)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{proposal.model}.yaml"
+        path = Path(folder) / "model.yaml"
         path.write_text(text, encoding="utf-8")
         spec = load(path)
     check_data(spec)

@@ -36,7 +36,8 @@ def _head(proposal: Proposal) -> Iterator[str]:
     )
     yield f"model: {_text(proposal.model)}"
     revision = "" if proposal.revision is None else f", revision: {_text(proposal.revision)}"
-    yield f"source: {{uri: {_text(proposal.uri)}{revision}}} # the first release locks its files; commit the lock"
+    yield "# The first release locks its files: commit the lock."
+    yield f"source: {{uri: {_text(proposal.uri)}{revision}}}"
     yield "# license: of the weights, as `apache-2.0`, for the image's labels and the bill of materials"
 
 

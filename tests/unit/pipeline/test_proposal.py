@@ -28,6 +28,7 @@ from pipeline.proposal.model_file import write
 from pipeline.proposal.propose import Kind, Proposal, Target, kind_of, name_of, propose
 from pipeline.spec import ModelSpec, load
 from unit.pipeline import published_models
+from unit.pipeline.hub_server import REPOSITORY, serving
 
 FAMILIES: dict[str, Any] = json.loads((Path(__file__).parents[2] / "data" / "model_families.json").read_text())[
     "families"
@@ -209,6 +210,17 @@ def test_a_file_is_written_once_and_overwritten_only_with_force(variables: dict[
     assert path.read_text() == "mine\n"
     assert slipway(MODEL, "--name", "mine", "--force", variables=variables).exit_code == 0
     assert path.read_text() == found["text"]
+
+
+def test_of_a_hub_s_model_only_configuration_and_headers_are_read(variables: dict[str, str]) -> None:
+    files = {path.name: path.read_bytes() for path in (DEMO / "model").iterdir()}
+    files["tokenizer_config.json"] = b'{"chat_template": "{{ messages }}"}'
+    with serving(files) as hub:
+        words = (f"hf://{REPOSITORY}", "--revision", "main", "--dry-run")
+        done = slipway(*words, variables={**variables, "HF_ENDPOINT": hub.endpoint})
+    assert done.exit_code == 0, done.stderr
+    assert f"source: {{uri: hf://{REPOSITORY}, revision: main}}" in done.stdout
+    assert "a chat model (llama)" in done.stdout
 
 
 def test_a_dry_run_prints_the_file_and_writes_nothing(variables: dict[str, str], tmp_path: Path) -> None:
