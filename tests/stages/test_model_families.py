@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from model_families import make_families
 
 from homes import DEMO
 from pipeline.compatibility import backends, preflight
@@ -24,7 +24,6 @@ from pipeline.compatibility.scheme import Scheme
 from pipeline.errors import CheckpointError, QuantizeError, UnsupportedModelError
 from pipeline.quantization.quantize import QuantizationRecord, quantize
 from pipeline.settings import Settings
-from pipeline.workers.environments import ensure_environment
 from pipeline.workers.runner import Workers
 from shared import made_once
 
@@ -42,15 +41,7 @@ Family = Callable[[str], Path]
 def family(tmp_path_factory: pytest.TempPathFactory, machine: Settings) -> Family:
     """The folder of a family's model, with the demo's tokenizer."""
 
-    def make(folder: Path) -> None:
-        python = ensure_environment("gptqmodel", machine, print) / "bin" / "python"
-        script = TESTS / "make_model_families.py"
-        subprocess.run([python, script, folder / "families.json", folder], check=True, capture_output=True)
-        for model in folder.glob("*/"):
-            for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-                shutil.copyfile(DEMO / "model" / name, model / name)
-
-    root = made_once(tmp_path_factory, "model-families", make)
+    root = made_once(tmp_path_factory, "model-families", lambda folder: make_families(folder, machine))
     return lambda name: root / name
 
 

@@ -258,6 +258,7 @@ def test_in_a_terminal_at_most_three_questions_are_asked(
     os.write(ours, b"\n" * questions)
     command = [SLIPWAY, "init", MODEL, *flags]
     done = subprocess.run(command, env=variables, stdin=theirs, stderr=theirs, stdout=subprocess.PIPE, check=False)
+    os.write(theirs, b"end")  # without it, nothing may be there to read
     printed = os.read(ours, 65536)
     for end in (ours, theirs):
         os.close(end)
