@@ -62,3 +62,14 @@ def test_all_choices_of_an_item_hold_the_same_words_and_one_is_right() -> None:
 def test_no_text_names_somebodys_disk() -> None:
     for path in [*DEMO.glob("*.json*"), *(DEMO / "model").glob("*.json")]:
         assert not re.search(r"/home/|/root/|/tmp/", path.read_text(encoding="utf-8")), path.name
+
+
+@pytest.mark.parametrize("name", ["tests", "manual"])
+def test_an_adapter_is_the_one_whose_digest_and_figures_were_recorded(name: str) -> None:
+    folder = DEMO / "adapters"
+    recorded = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))[name]
+    assert sha256((folder / name / "adapter_model.safetensors").read_bytes()).hexdigest() == recorded["sha256"]
+    without, adapted = recorded["bits_per_byte_without"], recorded["bits_per_byte_with"]
+    assert adapted < 0.95 * without
+    row = re.escape(f"{without:.3f} → **{adapted:.3f}**")
+    assert re.search(rf"\| `{name}` \|.*\| {row} \|", (folder / "README.md").read_text(encoding="utf-8"))
