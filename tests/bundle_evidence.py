@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import load_evidence
+import yaml
 from image_record import image_record
 
 from containers.kubernetes.bundle import Images, WrittenBundle, write_bundle
@@ -39,6 +40,14 @@ def manifest(**changes: object) -> Manifest:
         "image": image(), "gates": [load_gate(limits)], **changes,
     }  # fmt: skip
     return Manifest.model_validate_json(json.dumps(document))
+
+
+def engine_container(bundle: Path) -> dict[str, Any]:
+    """The engine's container in a bundle that was written to a folder."""
+    documents = yaml.safe_load_all((bundle / "base" / "engine.yaml").read_text())
+    (engine,) = (each for each in documents if each["kind"] == "Deployment")
+    (container,) = engine["spec"]["template"]["spec"]["containers"]
+    return dict(container)
 
 
 def files(weights_bytes: int) -> dict[str, object]:

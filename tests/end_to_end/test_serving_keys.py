@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from bundle_evidence import engine_container
 from serving_keys import CHAT_TEMPLATE, NAMES, contains, read
 
 from containers.image.build import SERVING
@@ -83,6 +84,4 @@ def test_a_key_makes_again_what_depends_on_it_and_reaches_what_is_pulled(
     assert server.not_applied == []
     done = keyed.slipway("bundle", "keyed-gptq", "--out", tmp_path / "bundle")
     assert done.returncode == 0, done.stderr
-    engine = next(yaml.safe_load_all((tmp_path / "bundle" / "base" / "engine.yaml").read_text().partition("---\n")[2]))
-    (container,) = engine["spec"]["template"]["spec"]["containers"]
-    assert container["args"] == served["command"]
+    assert engine_container(tmp_path / "bundle")["args"] == served["command"]

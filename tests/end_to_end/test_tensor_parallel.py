@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from bundle_evidence import engine_container
 from serve_command import serving
 from serving_keys import CHAT_TEMPLATE, ServingKey, contains, read
 
@@ -120,8 +121,7 @@ def test_a_bundle_has_the_command_the_shared_memory_and_the_threads_of_two_ranks
     assert done.returncode == 0, done.stderr
     numbers = json.loads(done.stdout)["numbers"]
     assert (numbers["shared_memory"]["value"], numbers["rank_threads"]["value"]) == ("2Gi", 1)
-    engine = next(yaml.safe_load_all((tmp_path / "bundle" / "base" / "engine.yaml").read_text().partition("---\n")[2]))
-    (container,) = engine["spec"]["template"]["spec"]["containers"]
+    container = engine_container(tmp_path / "bundle")
     assert container["args"] == json.loads((pulled / "release" / "manifest.json").read_text())["serving"][0]["command"]
     assert {"name": "VLLM_CPU_OMP_THREADS_BIND", "value": "nobind"} in container["env"]
     assert "2 ranks" in numbers["start_failures"]["why"]

@@ -12,7 +12,6 @@ from typing import Any
 
 import bundle_evidence
 import pytest
-import yaml
 from serving_keys import CHAT_TEMPLATE, NAMES, ServingKey, contains, read
 
 from containers.image.build import SERVING
@@ -97,9 +96,7 @@ def test_a_key_reaches_command_label_manifest_provenance_report_and_bundle(case:
     assert " ".join(case.key.command) in (case.made["release"].folder / REPORT).read_text()
     of_demo = bundle_evidence.manifest(serving=[served.model_dump(mode="json")])
     bundle_evidence.written(bundle_evidence.evidence(manifest=of_demo), tmp_path / "bundle")
-    documents = yaml.safe_load_all((tmp_path / "bundle" / "base" / "engine.yaml").read_text())
-    (engine,) = (each for each in documents if each["kind"] == "Deployment")
-    assert engine["spec"]["template"]["spec"]["containers"][0]["args"] == list(served.command)
+    assert bundle_evidence.engine_container(tmp_path / "bundle")["args"] == list(served.command)
 
 
 def test_a_key_makes_again_what_depends_on_it(case: Case) -> None:
