@@ -346,3 +346,11 @@ def test_what_a_cpu_serves_is_known_before_a_server_starts(
 ) -> None:
     found = Scheme.model_validate({"backend": "llmcompressor", **scheme}).unsupported(isa)
     assert found is None if lacks is None else lacks in str(found)
+
+
+@pytest.mark.parametrize(("scheme", "left_out"), [
+    ({"method": "w4a16"}, ()), ({"method": "w8a8"}, ("inputs in INT8, a scale for each token",)),
+    ({"method": "fp8", "kv_cache": "fp8"}, ("inputs in FP8, a scale for each token", "keys and values in FP8")),
+])  # fmt: skip
+def test_what_unpacked_weights_leave_out_is_known(scheme: dict[str, str], left_out: tuple[str, ...]) -> None:
+    assert Scheme.model_validate({"backend": "llmcompressor", **scheme}).quantized_at_run_time == left_out
