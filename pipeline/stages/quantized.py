@@ -7,7 +7,7 @@ from pipeline.quantization.formats.table import format_of
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext
 from pipeline.stages.stage import Inputs, digests
-from pipeline.store.artifacts import ArtifactDraft, Recipe, require_room
+from pipeline.store.artifacts import FINISHED, ArtifactDraft, Recipe, require_room
 from pipeline.workers.environments import pins_digest
 from pipeline.workers.launchers.configured import have_gpus
 from registry.digests import digest_file
@@ -38,7 +38,8 @@ def recipe(context: StageContext, inputs: Inputs) -> Recipe:
 def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
     """Quantize in the backend's worker; it continues with the layers that a run which was cut off has finished."""
     text = context.calibration
-    room = quantize.backend_of(context.scheme).room * inputs["source"].size_bytes
+    finished = sum(path.stat().st_size for path in (draft.scratch / FINISHED).glob("*"))
+    room = max(0, quantize.backend_of(context.scheme).room * inputs["source"].size_bytes - finished)
     require_room(context.settings.home, room, context.settings.disk_floor, f"quantizing `{context.release_name}`")
     with context.worker_device():
         record = quantize.quantize(

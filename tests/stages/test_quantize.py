@@ -246,6 +246,45 @@ main(work)
 """
 
 
+AUTOGPTQ = """
+import sys
+sys.path.insert(0, {folder!r})
+import torch
+from autogptq import resumable
+from finished_layers import FinishedLayers
+from slipway_worker import main
+
+def work(request, report):
+    from auto_gptq.quantization.gptq import GPTQ
+
+    torch.cuda.synchronize = lambda: None  # it waits for a GPU, and here is none
+    found = []
+    for inputs in (torch.randn(4, 64, 64), None):
+        torch.manual_seed(0)
+        model = torch.nn.ModuleDict({{"proj": torch.nn.Linear(64, 32, bias=False)}})
+        finished = FinishedLayers(request, "cpu", 1, report)
+        linear = resumable(GPTQ, model, finished)(model["proj"])
+        linear.quantizer.configure(4, perchannel=True, sym=True, mse=False)
+        linear.add_batch(inputs, None)
+        parts = linear.fasterquant(group_size=32)
+        found.append([tensor.tolist() for tensor in (*parts, model["proj"].weight)])
+        finished.next()
+    return {{"found": found}}
+
+main(work)
+"""
+
+
+@pytest.mark.long
+def test_autogptq_takes_over_what_was_found_for_a_layer_without_its_inputs(tmp_path: Path, run_worker: Workers) -> None:
+    script, folder = tmp_path / "taking_over.py", tmp_path / "folder"
+    script.write_text(AUTOGPTQ.format(folder=str(QUANTIZERS)))
+    folder.mkdir()
+    first, again = run_worker("autogptq", script, {}, folder)["found"]
+    assert first == again
+    assert len(first) == 4
+
+
 def test_a_layer_is_taken_over_only_whole_and_for_the_same_request(tmp_path: Path, run_worker: Workers) -> None:
     script, folder = tmp_path / "keeping.py", tmp_path / "folder"
     script.write_text(KEEPING.format(folder=str(QUANTIZERS)))

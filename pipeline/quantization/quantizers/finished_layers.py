@@ -57,18 +57,17 @@ class FinishedLayers:
             count = sum(name.rpartition(" ")[0] == key for name in self._found)
             return tuple(self._found[f"{key} {number}"] for number in range(count))
         found = find()
-        self._found |= {f"{key} {number}": tensor.detach() for number, tensor in enumerate(found)}
+        # Copied, as a library may go on to work on them.
+        self._found |= {f"{key} {at}": tensor.detach().to("cpu", copy=True) for at, tensor in enumerate(found)}
         return found
 
     def next(self) -> None:
         """Save the current layer, report it, and go on to the next."""
-        try:
-            if self._found and not self.is_finished:
+        if not self.is_finished:
+            if self._found:
                 self._write()
-        finally:
-            if not self.is_finished:
-                self._seconds += time.monotonic() - self._began
-            self._begin(self._layer + 1)
+            self._seconds += time.monotonic() - self._began
+        self._begin(self._layer + 1)
         if self._layer <= self._layers:
             before = len([number for number in self._whole if number < self._layer])
             count = Count("quantized", self._layer, self._layers, "layers", self._seconds, before, peak_memory())
@@ -97,7 +96,7 @@ class FinishedLayers:
     def _write(self) -> None:
         from safetensors.torch import save
 
-        tensors = save({name: tensor.cpu().contiguous() for name, tensor in self._found.items()})
+        tensors = save({name: tensor.contiguous() for name, tensor in self._found.items()})
         with whole_file(self._path(self._layer)) as path:
             path.write_bytes(hashlib.sha256(tensors).digest() + tensors)
 

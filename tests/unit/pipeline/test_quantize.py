@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,10 +10,17 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from homes import DEMO
 from pipeline.compatibility.scheme import Scheme
-from pipeline.errors import CheckpointError, QuantizeError, UnsupportedModelError, WorkerFailed
+from pipeline.errors import CheckpointError, PlanError, QuantizeError, UnsupportedModelError, WorkerFailed
 from pipeline.quantization.quantize import QuantizationRecord, backend_of, quantize
+from pipeline.settings import Settings
+from pipeline.spec import load
+from pipeline.stages import quantized
+from pipeline.stages.context import StageContext
+from pipeline.store.artifacts import Artifact, ArtifactDraft
 from registry.errors import UntrustedFileError
+from registry.manifest import FileRecord
 from unit.pipeline import checkpoints
 
 AWQ = {"method": "awq", "backend": "autoawq", "group_size": 32}
@@ -260,3 +269,14 @@ def test_a_link_in_the_checkpoint_changes_no_other_file(tmp_path: Path, source: 
         run(tmp_path, source, calibration, AWQ, Attacker())
     assert key.stat().st_mode & 0o777 == 0o600
     assert not list((tmp_path / "output").iterdir())
+
+
+def test_a_quantization_that_the_disk_has_no_room_for_is_refused_before_its_worker_starts(tmp_path: Path) -> None:
+    settings = Settings.read({"SLIPWAY_HOME": str(tmp_path)})
+    context = StageContext(load(DEMO.with_suffix(".yaml")), "gptq", settings, print)
+    weights = {"model.safetensors": FileRecord(sha256="0" * 64, size=shutil.disk_usage(tmp_path).total)}
+    source = Artifact("source", "0", "0", tmp_path, weights, {}, {}, 0.0, 0.0, "", cached=True)
+    draft = ArtifactDraft(folder=tmp_path / "files", scratch=tmp_path / "scratch")
+    needed = re.escape(f"{3 * source.size_bytes / 1e9:,.1f} GB")
+    with pytest.raises(PlanError, match=rf"^quantizing `demo-gptq` needs {needed}: .* GB are free for {tmp_path}"):
+        quantized.make(context, {"source": source}, draft)
