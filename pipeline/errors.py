@@ -51,6 +51,10 @@ class UnreachableError(SourceError):
     """A hub does not answer, or is too busy; a later try may succeed."""
 
 
+class ChangedSourceError(SourceError):
+    """A file is no longer the one that was listed or locked; what was downloaded of it is of no use."""
+
+
 class PlanError(SlipwayError):
     """A model can't be planned, or does not fit on the disk or CPU."""
 

@@ -44,9 +44,10 @@ class Source(_Section):
     """Where the weights come from."""
 
     uri: str
-    """`file:FOLDER` or `hf://ORG/NAME`; a relative folder counts from the model file."""
+    """`file:FOLDER`, `hf://ORG/NAME`, `s3://BUCKET/PREFIX`, `models:/NAME@ALIAS`, `runs:/RUN/PATH` or
+    `oci://HOST/NAME:TAG` (see *Sources*); a relative folder counts from the model file."""
     revision: str | None = None
-    """A commit, a tag or a branch of a hub; default `main`."""
+    """Of a hub: a commit, a tag or a branch; default `main`."""
     adapter: Adapter | None = None
     """A LoRA or DoRA adapter that is merged into the weights: the model is released as one of its own."""
 

@@ -31,7 +31,7 @@ class NetworkSettingError(TrackingError):
 
 
 class RefusedError(TrackingError):
-    """MLflow asks for credentials or denies permission; trying again does not help."""
+    """MLflow or a store asks for credentials, denies permission, or has no such file; trying again does not help."""
 
 
 class PromotionError(RegistryError):

@@ -186,10 +186,13 @@ class MlflowServer:
         return f"{self.address}/api/2.0/mlflow-artifacts/artifacts/{quote(path)}"
 
     def list_proxied(self, path: str) -> list[Mapping[str, Any]]:
-        """What is in a folder of the server's own artifact store: ``path`` (a name in it), ``is_dir``."""
+        """What is in a folder of the server's own artifact store: ``path`` (a name in it), ``is_dir``, ``size``."""
         with self._understood():
             answer = self._told("GET", "/api/2.0/mlflow-artifacts/artifacts", {"path": path})
-            return [{"path": _name(item["path"]), "is_dir": bool(item["is_dir"])} for item in answer.get("files", ())]
+            return [
+                {"path": _name(item["path"]), "is_dir": bool(item["is_dir"]), "size": int(item.get("file_size", 0))}
+                for item in answer.get("files", ())
+            ]
 
     def presigned(self, path: str) -> tuple[str, Mapping[str, str]] | None:
         """An address in the object store behind the server, and its headers; None where there is none to follow."""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.client import HTTPException, HTTPResponse
 from urllib.parse import urlsplit
 
 from registry.download import InterruptedStreamError, Reader
-from registry.errors import TrackingError
+from registry.errors import RefusedError, TrackingError
 from registry.network import connection as open_connection
 from registry.network import watched
 
 _SECONDS = 60.0  # without a byte
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
 """Statuses that say: not now."""
+_REFUSED = (400, 401, 403, 404, 412)
+"""Statuses that another try does not change; 400 is S3's for credentials that have expired."""
 
 
 class _Body:
@@ -37,18 +39,24 @@ class _Body:
 
 
 @contextmanager
-def stream(address: str, headers: Mapping[str, str], start: int, authorities: str = "") -> Iterator[tuple[Reader, int]]:
+def stream(
+    address: str, headers: Mapping[str, str], start: int, authorities: str = "", *, stop: int | None = None
+) -> Iterator[tuple[Reader, int]]:
     """Ask for the file at ``address`` from byte ``start`` on, over a connection of its own; follow no redirect.
 
-    ``authorities`` is a variable that may name certificates of this service's own (`registry.network.tls`).
+    With ``stop`` the bytes before it are enough. ``authorities`` is a variable that may name certificates of this
+    service's own (`registry.network.tls`).
 
     Raises:
-        Broken: The other side is busy or out of reach.
-        TrackingError: It refuses, or there is no such file.
+        InterruptedStreamError: The other side is busy or out of reach.
+        RefusedError: It refuses, or there is no such file.
+        TrackingError: It answers with something else.
     """
     parts = urlsplit(address)
     connection, path, extra = open_connection(address, _SECONDS, *([authorities] if authorities else []))
-    asked = {**headers, **extra, "Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    asked = {**headers, **extra, "Accept-Encoding": "identity"}
+    if start or stop is not None:
+        asked["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
     try:
         try:
             connection.connect()
@@ -58,9 +66,10 @@ def stream(address: str, headers: Mapping[str, str], start: int, authorities: st
                 response = connection.getresponse()
         except (HTTPException, OSError) as error:
             raise InterruptedStreamError(_reason(error)) from error
-        begun, body = _start(response, parts._replace(query="").geturl(), start), _Body(response)
-        with watched(socket, lambda: body.pieces):
-            yield body, begun
+        with closing(response):
+            begun, body = _start(response, parts._replace(query="").geturl(), start), _Body(response)
+            with watched(socket, lambda: body.pieces):
+                yield body, begun
     finally:
         connection.close()
 
@@ -72,7 +81,8 @@ def _start(response: HTTPResponse, place: str, start: int) -> int:
         return 0
     if response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
         return start
-    raise TrackingError(f"{place} answers {response.status}, not with the file")
+    kind = RefusedError if response.status in _REFUSED else TrackingError
+    raise kind(f"{place} answers {response.status}, not with the file")
 
 
 def _reason(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -52,10 +53,11 @@ def plan(
 ) -> None:
     """Plan MODEL's memory, GPUs, speed, disk and evaluation.
 
-    MODEL is a name in models/, a path to such a file, hf://ORG/NAME, or a release NAME[@ALIAS]. For a release, the
-    measurements of its load test are shown beside the prediction. Only config.json and the headers of the safetensors
-    files are read, also from a hub. What the model file's `serve` leaves out is proposed for each GPU. Exit status 2 if
-    a scheme in the model's file can't be applied to this model, or be served as the file says.
+    MODEL is a name in models/, a path to such a file, the URI of a source, such as hf://ORG/NAME, or a release
+    NAME[@ALIAS]. For a release, the measurements of its load test are shown beside the prediction. Only config.json and
+    the headers of the safetensors files are read, wherever they are. What the model file's `serve` leaves out is
+    proposed for each GPU. Exit status 2 if a scheme in the model's file can't be applied to this model, or be served as
+    the file says.
     """
     from dataclasses import replace  # noqa: PLC0415
 
@@ -197,7 +199,7 @@ def _gate(needs: Needs | None, gpus: Sequence[GpuModel], driver: str | None) -> 
 
 def _is_uri(model: str) -> bool:
     """Whether ``model`` is a source's URI: its schemes are only proposed, so that refusing one is not an error."""
-    return model.startswith(("hf://", "file:"))
+    return re.match(r"[a-z][a-z0-9+.-]+:", model) is not None
 
 
 def _is_released(name: str, settings: Settings) -> bool:

@@ -73,7 +73,7 @@ def pickles(names: list[str]) -> list[str]:
 
 def is_hidden(path: Path) -> bool:
     """Whether a file is hidden, or what Python leaves."""
-    return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
+    return any((part.startswith(".") and part != "..") or part == "__pycache__" for part in path.parts)
 
 
 def listed(names: list[str]) -> str:

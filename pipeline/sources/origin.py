@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from pipeline.errors import SourceError, UnreachableError
 from registry import network
 from registry.download import InterruptedStreamError, Reader
-from registry.errors import NetworkSettingError, TrackingError
+from registry.errors import PullError, RefusedError, TrackingError
 
 if TYPE_CHECKING:
     from pipeline.settings import Settings
@@ -28,6 +28,10 @@ ENTRY_POINTS = "slipway.sources"
 _OWN = {
     "file": "pipeline.sources.folder:open_folder",
     "hf": "pipeline.sources.hub:open_model",
+    "s3": "pipeline.sources.s3:open_prefix",
+    "models": "pipeline.sources.mlflow_models:open_artifacts",
+    "runs": "pipeline.sources.mlflow_models:open_artifacts",
+    "oci": "pipeline.sources.oci:open_artifact",
 }
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):")
 _CHUNK = 1 << 20
@@ -66,7 +70,10 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Found:
-    """What a source holds now: the ``revision`` that identifies it, None for a folder, and its files."""
+    """What a source holds now: its files, and the ``revision`` that identifies them.
+
+    It is None where the files' own versions identify them, and for a folder.
+    """
 
     revision: str | None
     files: tuple[SourceFile, ...]
@@ -161,7 +168,9 @@ def explained(uri: str) -> Iterator[None]:
     """Turn errors of reading from a source into a ``SourceError`` that names it."""
     try:
         yield
-    except (InterruptedStreamError, TrackingError, NetworkSettingError) as error:
+    except (RefusedError, PullError) as error:
+        raise SourceError(f"{uri}: {error}") from error
+    except (InterruptedStreamError, TrackingError) as error:
         raise UnreachableError(f"{uri}: {error}; run again: downloaded parts are kept") from error
 
 

@@ -25,7 +25,7 @@ from pipeline.compatibility.safetensors_headers import (
     header_length,
     parse_header,
 )
-from pipeline.errors import SourceError
+from pipeline.errors import ChangedSourceError, SourceError
 from pipeline.sources import origin as origins
 from pipeline.sources.contents import MODEL, Contents, is_hidden, listed
 from pipeline.sources.folder import Folder
@@ -116,8 +116,8 @@ def resolve(
             return _resolve_locked(origin, lock, contents)
     with origins.explained(origin.uri):
         found = origin.find()
-    if not isinstance(origin, Folder) and _REVISION.fullmatch(found.revision or "") is None:
-        raise SourceError(f"{origin.uri} has no valid revision: {str(found.revision)[:80]!r}")
+    if found.revision is not None and _REVISION.fullmatch(found.revision) is None:
+        raise SourceError(f"{origin.uri} has no valid revision: {found.revision[:80]!r}")
     _refuse_endless(origin.uri, found.files)
     files = {file.path: file for file in found.files}
     names = list(files)
@@ -133,10 +133,11 @@ def resolve(
     if isinstance(origin, Folder):
         for name in taken:
             origin.opened(name).close()
+    pulled = tuple(files[name] for name in taken)
     return ResolvedSource(
         origin=origin,
-        revision=found.revision,
-        files=tuple(files[name] for name in taken),
+        revision=found.revision or _revision(origin, pulled),
+        files=pulled,
         left_out=tuple(name for name in names if name not in taken and not is_hidden(Path(name))),
         lock=lock,
         memory=memory,
@@ -222,6 +223,13 @@ def read_range(resolved: ResolvedSource, name: str, start: int, length: int) -> 
     raise SourceError(f"{resolved.uri} has no {name}")
 
 
+def _revision(origin: Origin, files: tuple[SourceFile, ...]) -> str | None:
+    """A digest over what identifies the files, sizes and versions; None for a folder, whose bytes are digested."""
+    if isinstance(origin, Folder):
+        return None
+    return digest_json({file.path: [file.size, file.version] for file in files})
+
+
 def _resolve_locked(origin: Origin, lock: Lock, contents: Contents) -> ResolvedSource:
     if lock.revision is None:
         raise SourceError(f"{lock.path} has no revision: delete it to lock {origin.uri} again")
@@ -261,16 +269,15 @@ def _download(resolved: ResolvedSource, folder: Path, downloads: Path, progress:
     revision = resolved.revision
     if revision is None or _REVISION.fullmatch(revision) is None:
         raise SourceError(f"{resolved.uri} has no valid revision")
-    kept = downloads / _folder_name(resolved.uri) / revision.removeprefix("sha256:")
-    kept.mkdir(parents=True, exist_ok=True)
     digests: dict[str, str] = {}
     problems: list[str] = []
-    for file in resolved.files:
-        part = kept / (file.path + ".part")
-        digests[file.path] = _fetch(resolved, file, part, progress)
-        if problem := _difference(part, file, digests[file.path]):
-            part.unlink()
-            problems.append(problem)
+    with _kept(downloads / _folder_name(resolved.uri), revision) as kept:
+        for file in resolved.files:
+            part = kept / (file.path + ".part")
+            digests[file.path] = _fetch(resolved, file, part, progress)
+            if problem := _difference(part, file, digests[file.path]):
+                part.unlink()
+                problems.append(problem)
     if resolved.lock is not None:
         resolved.lock.refuse_difference(digests)
     if problems:
@@ -281,8 +288,25 @@ def _download(resolved: ResolvedSource, folder: Path, downloads: Path, progress:
     for file in resolved.files:
         shutil.move(kept / (file.path + ".part"), folder / file.path)
         set_mode(folder / file.path, 0o644)
-    shutil.rmtree(kept)
+    shutil.rmtree(kept.parent)
     return digests
+
+
+@contextmanager
+def _kept(folder: Path, revision: str) -> Iterator[Path]:
+    """The folder of a revision's downloads; after an error it keeps what a later pull can use."""
+    kept = folder / revision.removeprefix("sha256:")
+    kept.mkdir(parents=True, exist_ok=True)
+    try:
+        yield kept
+    except BaseException as error:
+        for part in kept.iterdir():
+            if isinstance(error, ChangedSourceError) or not part.stat().st_size:
+                part.unlink()
+        for empty in (kept, folder):
+            if not any(empty.iterdir()):
+                empty.rmdir()
+        raise
 
 
 def _folder_name(uri: str) -> str:

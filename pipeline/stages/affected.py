@@ -19,8 +19,9 @@ from containers.scan.evidence import read_scan
 from evals.drift import suite
 from pipeline.resources import REQUIREMENTS
 from pipeline.settings import Settings
+from pipeline.sources import source as sources
 from pipeline.sources.lock import read_lock
-from pipeline.sources.origin import Access, explained, open_origin
+from pipeline.sources.origin import Access, open_origin
 from pipeline.spec import ModelSpec
 from pipeline.stages.context import StageContext
 from pipeline.stages.dry_run import DryRun, Missing
@@ -108,12 +109,10 @@ def moved_upstream(spec: ModelSpec, settings: Settings) -> str | None:
     lock = read_lock(spec.lock)
     if lock is None or lock.revision is None:
         return None
-    origin = open_origin(spec.source.uri, spec.source.revision, Access.of(settings))
-    if origin.pinned:
+    if open_origin(spec.source.uri, spec.source.revision, Access.of(settings)).pinned:
         return None
-    with explained(origin.uri):
-        found = origin.find().revision
-    return None if found == lock.revision else found
+    now = sources.resolve(spec.source.uri, spec.source.revision, access=Access.of(settings)).revision
+    return None if now == lock.revision else now
 
 
 def touched(specs: Iterable[ModelSpec], settings: Settings) -> str:

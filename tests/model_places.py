@@ -1,0 +1,165 @@
+"""Places where models are kept, each a real server or an emulator on loopback, for tests of sources."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import boto3
+import mlflow
+from cutting_proxy import CuttingProxy, cutting
+from real_server import AWS, BUCKET, mlflow_server, s3_server
+
+from containers.image.distribution import Registry
+from containers.image.oci import EMPTY, MANIFEST
+from pipeline.sources.origin import Access
+from registry.digests import canonical_json
+from stages import loopback_registry
+
+SAFETENSORS = "model.safetensors"
+
+
+class Place(Protocol):
+    """Keeps one model at a time.
+
+    Attributes:
+        uri: the source's URI.
+        access: how it is reached.
+        environment: the standard variables for it.
+        proxy: what is between it and its clients.
+    """
+
+    uri: str
+    access: Access
+    environment: Mapping[str, str]
+    proxy: CuttingProxy
+
+    def put(self, files: Mapping[str, bytes]) -> None:
+        """Keep these files under the URI, in place of what is there."""
+        ...
+
+
+class S3Place:
+    """moto's S3, in a bucket with or without versions."""
+
+    def __init__(self, address: str, proxy: CuttingProxy, *, versions: bool) -> None:
+        self.bucket = "versions" if versions else BUCKET
+        self.uri, self.access, self.proxy = f"s3://{self.bucket}/models/tiny", Access(), proxy
+        self.environment: Mapping[str, str] = {**AWS, "AWS_ENDPOINT_URL": f"http://{proxy.address}"}
+        self.client: Any = boto3.client(
+            "s3", endpoint_url=address, aws_access_key_id="testing", aws_secret_access_key="testing",  # noqa: S106 - moto's
+            region_name="us-east-1",
+        )  # fmt: skip
+        self.client.create_bucket(Bucket=self.bucket)
+        if versions:
+            self.client.put_bucket_versioning(Bucket=self.bucket, VersioningConfiguration={"Status": "Enabled"})
+
+    def put(self, files: Mapping[str, bytes]) -> None:
+        for each in self.client.list_objects_v2(Bucket=self.bucket).get("Contents", ()):
+            self.client.delete_object(Bucket=self.bucket, Key=each["Key"])
+        for name, data in files.items():
+            self.client.put_object(Bucket=self.bucket, Key=f"models/tiny/{name}", Body=data)
+
+
+class MlflowPlace:
+    """A server of MLflow, which hands the files out; each `put` is a new version, with the alias `chosen`."""
+
+    def __init__(self, address: str, folder: Path, proxy: CuttingProxy, *, flavour: bool) -> None:
+        self.name = "flavoured" if flavour else "plain"
+        self.uri, self.proxy, self.flavour, self.folder = f"models:/{self.name}@chosen", proxy, flavour, folder
+        self.access = Access(tracking_uri=f"http://{proxy.address}")
+        self.environment: Mapping[str, str] = {}
+        self.client = mlflow.MlflowClient(address, address)
+        self.experiment = self.client.create_experiment(self.name)
+        self.client.create_registered_model(self.name)
+        self.run, self.versions = "", 0
+
+    def put(self, files: Mapping[str, bytes]) -> None:
+        self.versions += 1
+        place = self.folder / str(self.versions)
+        run = self.client.create_run(self.experiment)
+        self.run = run.info.run_id
+        for name, data in files.items():
+            below = place
+            if self.flavour:
+                below = place / (
+                    "components/tokenizer" if name.startswith(("tokenizer", "vocab", "merges")) else "model"
+                )
+            below.mkdir(parents=True, exist_ok=True)
+            (below / name).write_bytes(data)
+        if self.flavour:
+            mlflow.models.Model(flavors={"transformers": {"task": "text-generation"}}).save(str(place / "MLmodel"))
+        self.client.log_artifacts(self.run, str(place), "weights")
+        source = f"{run.info.artifact_uri}/weights"
+        version = self.client.create_model_version(self.name, source, self.run)
+        self.client.set_registered_model_alias(self.name, "chosen", version.version)
+
+
+class OciPlace:
+    """Debian's docker-registry; the form of the artifact is that of ORAS, of ModelPack or of KServe's ModelCar."""
+
+    def __init__(self, address: str, proxy: CuttingProxy, form: str) -> None:
+        self.address, self.proxy, self.form = address, proxy, form
+        self.repository = f"models/{form}"
+        self.uri, self.access = f"oci://{proxy.address}/{self.repository}:v1", Access()
+        self.environment: Mapping[str, str] = {}
+
+    def put(self, files: Mapping[str, bytes], compressed: str = "") -> None:
+        with Registry(self.address) as registry:
+            layers = [self._layer(registry, name, data) for name, data in files.items()]
+            if self.form == "modelcar":
+                layers = [self._archive(registry, files, compressed)]
+            config = {"mediaType": EMPTY, "digest": registry.put_blob(self.repository, b"{}"), "size": 2}
+            manifest = {"schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": layers}
+            registry.put_manifest(self.repository, "v1", canonical_json(manifest), MANIFEST)
+
+    def _layer(self, registry: Registry, name: str, data: bytes) -> dict[str, Any]:
+        key, kind = {
+            # What `oras push` gives files whose type is not named.
+            "oras": ("org.opencontainers.image.title", "application/vnd.oci.image.layer.v1.tar"),
+            "modelpack": ("org.cncf.model.filepath", "application/vnd.cncf.model.weight.v1.raw"),
+            "modelcar": ("", ""),
+        }[self.form]
+        digest = registry.put_blob(self.repository, data)
+        return {"mediaType": kind, "digest": digest, "size": len(data), "annotations": {key: name}}
+
+    def _archive(self, registry: Registry, files: Mapping[str, bytes], compressed: str) -> dict[str, Any]:
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode=f"w:{compressed}") as archive:  # type: ignore[call-overload]
+            for name, data in {"etc/os-release": b"ID=none\n", **{f"models/{n}": d for n, d in files.items()}}.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+        data = packed.getvalue()
+        kind = f"application/vnd.oci.image.layer.v1.tar{'+gzip' if compressed else ''}"
+        return {"mediaType": kind, "digest": registry.put_blob(self.repository, data), "size": len(data)}
+
+
+@contextmanager
+def open_places(server: str, folder: Path) -> Iterator[dict[str, Place]]:
+    """Start a server, `s3`, `mlflow` or `oci`, and yield the places in it, one for each form of its sources."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if server == "s3":
+        with s3_server(folder) as address, cutting(address.removeprefix("http://")) as proxy:
+            yield {
+                "s3": S3Place(address, proxy, versions=False),
+                "s3-versions": S3Place(address, proxy, versions=True),
+            }
+    elif server == "mlflow":
+        options = ["--artifacts-destination", str(folder / "artifacts")]
+        store = f"sqlite:///{folder}/mlflow.db"
+        with (
+            mlflow_server(folder / "server", store, options, {}) as address,
+            cutting(address.removeprefix("http://")) as proxy,
+        ):
+            yield {
+                "mlflow": MlflowPlace(address, folder / "plain", proxy, flavour=False),
+                "mlflow-flavour": MlflowPlace(address, folder / "flavoured", proxy, flavour=True),
+            }
+    else:
+        with loopback_registry.serving(folder) as address, cutting(address) as proxy:
+            yield {form: OciPlace(address, proxy, form) for form in ("oras", "modelpack", "modelcar")}
