@@ -7,9 +7,9 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from containers.errors import ProfileError
 from containers.image import profile
@@ -28,10 +28,12 @@ from registry.suggestions import suggestion
 
 _NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 # Paths of the keys that name data files, some of which may be built-in ones; ``*`` matches any key.
-_BUILTIN = (("calibration", "uri"), ("evals", "tasks", "*", "data"), ("load", "prompts"))
+_CALIBRATION = (("calibration", "uri"), ("calibration", "mixture", "*", "uri"))
+_BUILTIN = (*_CALIBRATION, ("evals", "tasks", "*", "data"), ("load", "prompts"))
 _DATA = (*_BUILTIN, ("evals", "adapters", "*", "tasks", "*", "data"), ("serve", "chat_template"))
 # Paths of the sections that name further weights.
 _PINNED: tuple[tuple[str, ...], ...] = (("source",), ("source", "adapter"), ("serve", "adapters", "*"))
+BUILTIN, DATASETS = "builtin:", "hf://datasets/"
 # Keys of `serve` whose values the engine defines.
 _ASKED_OF_ENGINE = {"arguments", "tool_calls", "reasoning"}
 
@@ -59,19 +61,72 @@ class ReleasedScheme(Scheme):
     """Keys of the model's `serve` that this scheme overrides."""
 
 
-class Calibration(_Section):
-    """The text that the quantizer is calibrated with."""
+class CalibrationData(_Section):
+    """One source of calibration samples."""
 
-    uri: Path = Field(default_factory=lambda: builtin.FILES["calibration"])
-    """JSON lines of `{"text": …}`, as `file:PATH`; `builtin:calibration` is prose, code and questions with answers."""
-    samples: int = Field(default=128, ge=1)
-    """How many rows are used, from the first."""
+    uri: str = f"{BUILTIN}calibration"
+    """`file:PATH` or a data set `hf://datasets/ORG/NAME`, with rows of `text` or of `messages`, which the model's chat
+    template renders; or `builtin:calibration`: prose, code and questions with answers.
+    """
+    revision: str | None = None
+    """Of a data set: a commit, a tag or a branch; default `main`. What it resolves to is locked."""
+    files: str | None = None
+    """Of a data set: which of its files, as `data/train-*.parquet`; JSON lines (`.jsonl`) or Parquet."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if not self.is_here:
+            if self.files is None:
+                raise ValueError("a data set needs `files`, which say what is used of it, as `data/train-*.parquet`")
+        elif given := [name for name in ("revision", "files") if getattr(self, name) is not None]:
+            raise ValueError(f"`{given[0]}` applies only to {DATASETS}ORG/NAME: remove it")
+        return self
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is a file of this machine, and not a data set of a hub."""
+        return not self.uri.startswith(DATASETS)
+
+    @property
+    def path(self) -> Path:
+        """The file that holds it, if it is not a data set of a hub."""
+        name = self.uri.removeprefix(BUILTIN)
+        return builtin.FILES[name] if name != self.uri else Path(self.uri.removeprefix("file:"))
+
+
+class WeightedData(CalibrationData):
+    """One source of a mixture."""
+
+    weight: float = Field(default=1, gt=0, allow_inf_nan=False)
+    """Its share of the samples, relative to the other weights."""
+
+
+class Calibration(CalibrationData):
+    """What the quantizer is calibrated with: the first rows of one source, or a sample of each source of a mixture."""
+
+    mixture: tuple[WeightedData, ...] = Field(default=(), max_length=16)
+    """In place of `uri`: sources with weights. Each gives its share of the samples, drawn from its first 20,000 rows,
+    always the same.
+    """
+    samples: int = Field(default=128, ge=1, le=20_000)
+    """How many rows are used: of one source the first."""
     max_tokens: int = Field(default=512, ge=16)
-    """Longer rows are cut to so many tokens."""
+    """Longer texts are cut to so many tokens. Of longer conversations the last messages are left out."""
     min_expert_tokens: int | None = Field(default=None, ge=1)
     """Calibration tokens that must reach each expert of a mixture; with fewer the release fails and says how many
     `samples` would be enough. Without it, experts that no token reached are a warning.
     """
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Calibration:
+        if self.mixture and "uri" in self.model_fields_set:
+            raise ValueError("`uri` and `mixture` exclude each other: remove one of them")
+        return self
+
+    @property
+    def data(self) -> tuple[WeightedData, ...]:
+        """Its sources: those of the mixture, or the one."""
+        return self.mixture or (WeightedData(uri=self.uri, revision=self.revision, files=self.files),)
 
 
 class Registry(_Section):
@@ -311,17 +366,20 @@ def _resolved(document: Mapping[str, Any], folder: Path, problems: list[str]) ->
             if not isinstance(uri, str):
                 continue  # the schema reports it
             path = folder / uri.removeprefix("file:")
-            if uri.startswith("builtin:") and pattern in _BUILTIN:
-                name = uri.removeprefix("builtin:")
+            if uri.startswith(BUILTIN) and pattern in _BUILTIN:
+                name = uri.removeprefix(BUILTIN)
                 path = builtin.FILES.get(name, path)
                 if name not in builtin.FILES:
-                    known = ", ".join(f"builtin:{each}" for each in builtin.FILES)
+                    known = ", ".join(f"{BUILTIN}{each}" for each in builtin.FILES)
                     problems.append(f"`{key}`: expected one of {known} (found {uri!r})")
+            elif uri.startswith(DATASETS) and pattern in _CALIBRATION:
+                continue
             elif not uri.startswith("file:"):
                 problems.append(f"`{key}`: expected file:PATH, counted from {folder} (found {uri!r})")
             elif not path.is_file():
                 problems.append(f"`{key}`: there is no file {path}")
-            holder[place[-1]] = path
+            kept = uri if uri.startswith(BUILTIN) else f"file:{path}"
+            holder[place[-1]] = kept if pattern in _CALIBRATION else path
     scan = made.get("scan")
     if isinstance(scan, dict) and isinstance(scan.get("vex"), list):
         scan["vex"] = [folder / str(uri).removeprefix("file:") for uri in scan["vex"]]
@@ -339,6 +397,8 @@ def _matching(
     above: tuple[str, ...] = (),
 ) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
     """Yield the path of every key that the pattern matches, with the mapping that holds it."""
+    if isinstance(document, list):
+        document = dict(enumerate(document))
     if not isinstance(document, dict):
         return
     first, *rest = pattern

@@ -146,17 +146,32 @@ class Source(_ManifestPart):
     """The adapter that was merged into these files before they were quantized."""
 
 
+class CalibrationData(_ManifestPart):
+    """One source of calibration data."""
+
+    uri: Text
+    """As in the model file; of a file its name."""
+    revision: Text | None
+    """The commit of a data set of a hub."""
+    files: Mapping[Text, Digest]
+    """The digest of each file that it was read from, by its path."""
+    weight: float
+    """Its share of the samples, relative to the others."""
+
+
 class Calibration(_ManifestPart):
     """The text that the quantizer looked at."""
 
     uri: Text
-    """As in the model file."""
+    """As in the model file, of a file its name; `mixture` for several."""
     digest: Digest
     """Of the text."""
     samples: Count
     """How many rows were used."""
     max_tokens: Count
     """What was longer was cut to so many tokens."""
+    data: Annotated[tuple[CalibrationData, ...], Later()] = ()
+    """What the samples were drawn from, where that is not one file here; ``digest`` is that of the samples."""
 
 
 class Quantizer(_ManifestPart):

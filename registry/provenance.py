@@ -99,6 +99,11 @@ def _dependencies(manifest: Manifest) -> Iterator[Mapping[str, Any]]:
     if quantizer.calibration is not None:
         calibration = quantizer.calibration
         yield {"name": "calibration", "uri": calibration.uri, "digest": _digest(calibration.digest)}
+        for data in calibration.data:
+            annotations = {"weight": data.weight, **({} if data.revision is None else {"revision": data.revision})}
+            yield {"name": "calibration data", "uri": data.uri, "annotations": annotations}
+            for name, digest in sorted(data.files.items()):
+                yield {"name": f"calibration data/{name}", "digest": _digest(digest)}
     yield {"name": "quantizer's pins", "digest": _digest(quantizer.pins_digest)}
     yield {"name": "image's base", "digest": _digest(image.base_digest)}
     yield {"name": "image's pins", "digest": _digest(image.pins_digest)}

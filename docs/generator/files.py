@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from fields import Schema, described, one_line, page, table
@@ -44,8 +43,6 @@ def schema_of(model: type[BaseModel]) -> Schema:
 
 def _plain(default: Any) -> Any:  # noqa: ANN401 - any value of a field
     """A default as a file would hold it."""
-    if isinstance(default, Path):
-        return f"builtin:{default.stem}"
     if isinstance(default, BaseModel):
         return default.model_dump(mode="json", exclude_unset=True)
     if isinstance(default, Mapping):

@@ -16,6 +16,8 @@ from typing import Any
 Row = dict[str, Any]
 # What a row must have: key → what is wrong with a value, or None.
 Shape = Mapping[str, Callable[[Any, Row], str | None]]
+# One shape for all rows, or what chooses a row's.
+Shapes = Shape | Callable[[Row], Shape]
 _SHOWN = 60
 _MARK = b"\xef\xbb\xbf"
 
@@ -24,7 +26,7 @@ class JsonLinesError(ValueError):
     """A file that is not JSON Lines of the rows that are wanted; the message names file and line."""
 
 
-def read_rows(path: Path, shape: Shape, limit: int | None = None) -> list[Row]:
+def read_rows(path: Path, shape: Shapes, limit: int | None = None) -> list[Row]:
     """Return the rows of a file, or the first ``limit`` of them, each checked against ``shape``.
 
     Raises:
@@ -37,7 +39,7 @@ def read_rows(path: Path, shape: Shape, limit: int | None = None) -> list[Row]:
         raise JsonLinesError(f"can't read {path}: {error.strerror or error}") from error
 
 
-def parse_rows(content: bytes, path: Path, shape: Shape) -> list[Row]:
+def parse_rows(content: bytes, path: Path, shape: Shapes) -> list[Row]:
     """Return the rows of ``content``, which is that of ``path``; see `read_rows`.
 
     Raises:
@@ -46,7 +48,7 @@ def parse_rows(content: bytes, path: Path, shape: Shape) -> list[Row]:
     return _rows(content.split(b"\n"), path, shape, None)
 
 
-def _rows(lines: Iterable[bytes], path: Path, shape: Shape, limit: int | None) -> list[Row]:
+def _rows(lines: Iterable[bytes], path: Path, shapes: Shapes, limit: int | None) -> list[Row]:
     rows: list[Row] = []
     seen: dict[str, int] = {}
     numbered = ((number, line.removeprefix(_MARK) if number == 1 else line) for number, line in enumerate(lines, 1))
@@ -55,15 +57,22 @@ def _rows(lines: Iterable[bytes], path: Path, shape: Shape, limit: int | None) -
             row = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:  # of the encoding, too
             raise JsonLinesError(f"{path}, line {number}: no JSON: {error}") from error
-        if problem := _problem(row, shape):
+        if problem := row_problem(row, shapes):
             raise JsonLinesError(f"{path}, line {number}: {problem}")
-        if "id" in shape and seen.setdefault(row["id"], number) != number:
+        if not callable(shapes) and "id" in shapes and seen.setdefault(row["id"], number) != number:
             raise JsonLinesError(f"{path}, line {number}: `id` {row['id']!r} is that of line {seen[row['id']]} too")
         rows.append(row)
     return rows
 
 
-def _problem(row: object, shape: Shape) -> str | None:
+def samples(row: Row) -> Shape:
+    """The shape of a calibration sample: a text, or a conversation's messages."""
+    return CONVERSATIONS if isinstance(row, dict) and "messages" in row else TEXTS
+
+
+def row_problem(row: Any, shapes: Shapes) -> str | None:  # noqa: ANN401 - any JSON value
+    """What is wrong with a row; None if nothing is."""
+    shape = shapes(row) if callable(shapes) else shapes
     expected = f"expected an object with {', '.join(f'`{key}`' for key in shape)}"
     if not isinstance(row, dict):
         return f"{expected}, found {json.dumps(row)[:_SHOWN]}"
@@ -110,7 +119,16 @@ def _answer(value: object, row: Row) -> str | None:
     return None if whole else "must be the place of a choice, from 0 on"
 
 
+def _messages(value: object, _row: Row) -> str | None:
+    whole = isinstance(value, list) and all(
+        isinstance(each, dict) and isinstance(each.get("role"), str) and isinstance(each.get("content"), str)
+        for each in value
+    )
+    return None if whole and value else "must be a list of messages, each with the texts `role` and `content`"
+
+
 TEXTS: Shape = {"text": _string}
+CONVERSATIONS: Shape = {"messages": _messages}
 DOCUMENTS: Shape = {"id": _text, "text": _text}
 CHOICES: Shape = {"id": _text, "context": _string, "choices": _choices, "answer": _answer}
 NAMED: Shape = {"id": _text}

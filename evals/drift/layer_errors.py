@@ -23,8 +23,11 @@ class LayersRequest(BaseModel):
 
     source: Path
     checkpoint: Path
-    texts: tuple[str, ...]
+    samples: tuple[str | list[dict[str, str]], ...]
+    """Each a text, or the messages of a conversation."""
     max_tokens: int
+    chat_template: str | None
+    """In place of the model's own."""
 
 
 class LayersResult(BaseModel):
@@ -38,18 +41,25 @@ class LayersResult(BaseModel):
 def measure_layers(
     source: Path,
     checkpoint: Path,
-    texts: Sequence[str],
+    samples: Sequence[str | list[dict[str, str]]],
     *,
     max_tokens: int,
     run_worker: RunWorker,
     scratch: Path,
+    chat_template: Path | None = None,
 ) -> list[Layer]:
-    """Return each quantized layer's relative output error on texts, in the network's order (`evals.drift.layers`).
+    """Return each quantized layer's relative output error on samples, in the network's order (`evals.drift.layers`).
 
     Raises:
         AnswersError: the worker's result does not have the expected form.
     """
-    request = LayersRequest(source=source, checkpoint=checkpoint, texts=tuple(texts), max_tokens=max_tokens)
+    request = LayersRequest(
+        source=source,
+        checkpoint=checkpoint,
+        samples=tuple(samples),
+        max_tokens=max_tokens,
+        chat_template=None if chat_template is None else chat_template.read_text(encoding="utf-8"),
+    )
     found = run_worker(ENVIRONMENT, WORKER, request.model_dump(), scratch)
     try:
         return list(LayersResult.model_validate(found).layers)

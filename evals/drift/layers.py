@@ -1,6 +1,6 @@
 """Worker: where it went wrong, each quantized linear layer's relative output error on calibration text.
 
-Request: `source`, `checkpoint` (folders), `texts`, `max_tokens`. Result: `layers`, each with its `name` and its
+Request: as `LayersRequest` of `layer_errors` describes it. Result: `layers`, each with its `name` and its
 `error`: || Y - Y' s || / || Y || in the Frobenius norm, Y the layer's output in FP16, Y' that of the unpacked weights.
 Every block of the quantized network is fed what flows into FP16's, so an error is not counted again in the blocks
 behind it. The scale s is the best one for each output channel: AWQ folds scales into neighbouring layers, which moves
@@ -76,13 +76,26 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
         raise WorkerError(f"{checkpoint} holds layers that {source} has not: {', '.join(absent[:3])}")
     sums = {name: Sums() for name in ours if name in packed}
     _watch(sums, ours, theirs)
-    with torch.inference_mode(), Counter(report, "layers' errors", len(request["texts"]), "texts") as counter:
-        for text in request["texts"]:
-            tokens = tokenizer(text, return_tensors="pt", truncation=True, max_length=request["max_tokens"])
+    with torch.inference_mode(), Counter(report, "layers' errors", len(request["samples"]), "texts") as counter:
+        for sample in request["samples"]:
+            said = isinstance(sample, str)
+            text = sample if said else _rendered(sample, tokenizer, request["chat_template"])
+            cut = {"truncation": True, "max_length": request["max_tokens"]}
+            tokens = tokenizer(text, return_tensors="pt", add_special_tokens=said, **cut)
             if tokens["input_ids"].shape[1]:
                 first(input_ids=tokens["input_ids"], use_cache=False)
             counter.add()
     return {"layers": [{"name": name, "error": each.error()} for name, each in sums.items()]}
+
+
+def _rendered(messages: list[dict[str, str]], tokenizer: Any, template: str | None) -> str:  # noqa: ANN401 - transformers'
+    """A conversation through the chat template, which writes the special tokens itself."""
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
+    except (TemplateError, ValueError) as error:
+        raise WorkerError(f"the chat template can't render a conversation of the calibration data: {error}") from error
 
 
 def _watch(sums: Mapping[str, Sums], ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 from evals.drift import json_lines, planning
 from evals.errors import SuiteError
-from pipeline.errors import SpecError
+from pipeline.errors import QuantizeError, SpecError
+from pipeline.quantization import calibration_data
 from pipeline.spec import ModelSpec
 
 # How many rows of text are checked at least; a file may have gigabytes.
 _ROWS = 10_000
 
 
-def check_data(spec: ModelSpec) -> None:
+def check_data(spec: ModelSpec) -> bool:
     """Check the data files that a model's file names, which stages would otherwise read only after an hour.
+
+    Return whether the calibration holds conversations, which need a chat template.
 
     Raises:
         SpecError: a file can't be read, a row is not valid, or there are too few; says file and line.
     """
-    texts = [("load.prompts", spec.load.prompts, 1)]
-    if spec.calibrates:
-        texts.insert(0, ("calibration.uri", spec.calibration.uri, spec.calibration.samples))
-    for key, path, wanted in texts:
-        try:
-            found = len(json_lines.read_rows(path, json_lines.TEXTS, max(wanted, _ROWS)))
-        except json_lines.JsonLinesError as error:
-            raise SpecError(f"`{key}`: {error}") from error
-        if found < wanted:
-            raise SpecError(f"`{key}`: {path} has {found} rows, but {wanted} are needed: add text, or lower the number")
+    samples: list[calibration_data.Sample] = []
     try:
+        data = spec.calibration.data
+        if spec.calibrates and all(each.is_here for each in data):
+            samples = calibration_data.draw(spec.calibration, [[each.path] for each in data])
+        if not json_lines.read_rows(spec.load.prompts, json_lines.TEXTS, _ROWS):
+            raise SpecError(f"`load.prompts`: {spec.load.prompts} has no rows: add text")
         planning.check_data(spec.evals)
-    except SuiteError as error:
+    except json_lines.JsonLinesError as error:
+        raise SpecError(f"`load.prompts`: {error}") from error
+    except (QuantizeError, SuiteError) as error:
         raise SpecError(str(error)) from error
+    return any(not isinstance(each, str) for each in samples)

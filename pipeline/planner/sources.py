@@ -14,6 +14,7 @@ from pipeline.sources.source import ResolvedSource, read_header, read_range
 from registry.bounded_json import Bounds, DocumentError, read_json
 
 _AT_ONCE = 8
+_TOKENIZER = "tokenizer_config.json"
 _CONFIG = Bounds(bytes=1 << 20, values=100_000)
 
 
@@ -59,6 +60,20 @@ def describe_folder(folder: Path) -> Described:
         raise PlanError(f"can't plan from {folder}: {error}") from error
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     return Described(ModelDescription(_document(config, str(folder)), tensors), size)
+
+
+def has_chat_template(resolved: ResolvedSource) -> bool:
+    """Whether a source has a chat template: in a file of its own, or in the tokenizer's configuration.
+
+    Raises:
+        SourceError: the hub does not answer.
+    """
+    names = {file.path for file in resolved.files}
+    if any(name.endswith(".jinja") for name in names):
+        return True
+    if _TOKENIZER not in names:
+        return False
+    return b'"chat_template"' in read_range(resolved, _TOKENIZER, 0, _CONFIG.bytes)
 
 
 def _document(raw: bytes, what: str) -> dict[str, Any]:

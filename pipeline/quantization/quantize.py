@@ -25,7 +25,7 @@ from pipeline.compatibility.description import ModelDescription
 from pipeline.compatibility.safetensors_headers import HeaderError, read_model
 from pipeline.compatibility.scheme import GPTQ_ONLY, BackendName, Method, Scheme
 from pipeline.errors import QuantizeError, WorkerFailed
-from pipeline.quantization import checkpoint, expert_coverage
+from pipeline.quantization import calibration_data, checkpoint, expert_coverage
 from pipeline.quantization.formats.table import format_of
 from registry import untrusted
 from registry.digests import digest_file
@@ -65,7 +65,10 @@ class QuantizationRequest(BaseModel):
     """An empty folder, absolute, that receives the safetensors files."""
     calibration: str | None
     """The calibration file's path, for messages: `texts` holds its text. None where the method needs none."""
-    texts: tuple[str, ...]
+    texts: tuple[str | list[dict[str, str]], ...]
+    """Each a text, or the messages of a conversation."""
+    chat_template: str | None
+    """In place of the model's own."""
     max_tokens: int
     """The longest piece of a text that is used; also the length of a calibration block."""
     seed: int
@@ -190,12 +193,14 @@ def quantize(
     scratch: Path,
     progress: Progress,
     min_expert_tokens: int | None = None,
+    chat_template: Path | None = None,
 ) -> QuantizationRecord:
     """Quantize the model in the folder ``source`` into the empty folder ``output``, and check the result.
 
-    ``calibration`` holds JSON lines of ``{"text": …}``: the first ``samples`` are used, each cut to ``max_tokens``. It
-    is None for a scheme that needs none. ``scratch`` is an empty folder for the worker. Where the model has experts,
-    each must be reached by ``min_expert_tokens`` calibration tokens.
+    ``calibration`` holds JSON lines of ``{"text": …}`` or ``{"messages": […]}``: the first ``samples`` are used, each
+    cut to ``max_tokens``. It is None for a scheme that needs none. ``chat_template`` is used in place of the model's
+    own. ``scratch`` is an empty folder for the worker. Where the model has experts, each must be reached by
+    ``min_expert_tokens`` calibration tokens.
 
     Raises:
         QuantizeError: the calibration is too small, or the scheme doesn't fit the model.
@@ -223,6 +228,7 @@ def quantize(
         output=written.absolute(),
         calibration=None if calibration is None else str(calibration.absolute()),
         texts=tuple(texts),
+        chat_template=None if chat_template is None else chat_template.read_text(encoding="utf-8"),
         max_tokens=max_tokens,
         seed=_SEED,
     )
@@ -276,10 +282,10 @@ def _read_config(source: Path) -> dict[str, Any]:
     return config
 
 
-def _calibration_texts(calibration: Path, samples: int) -> list[str]:
-    """Read the texts that will be used. The worker, which has the tokenizer, checks that they have enough tokens."""
+def _calibration_texts(calibration: Path, samples: int) -> list[calibration_data.Sample]:
+    """Read the samples that will be used. The worker, which has the tokenizer, checks that they have enough tokens."""
     try:
-        rows = json_lines.read_rows(calibration, json_lines.TEXTS, samples)
+        rows = calibration_data.read(calibration, samples)
     except json_lines.JsonLinesError as error:
         raise QuantizeError(f"the calibration text: {error}") from error
     if len(rows) < samples:
@@ -287,7 +293,7 @@ def _calibration_texts(calibration: Path, samples: int) -> list[str]:
             f"{calibration} holds {len(rows)} samples, but `calibration.samples` is {samples}: add text, or lower "
             "`calibration.samples`"
         )
-    return [row["text"] for row in rows]
+    return rows
 
 
 def _fitting(source: Path, config: Mapping[str, Any], scheme: Scheme, max_tokens: int) -> ModelDescription:

@@ -1,4 +1,4 @@
-"""A model hub as an origin, ``hf://ORG/NAME``: lists the files of a revision, and opens a file at any byte.
+"""A hub of models and data sets as an origin: lists the files of a revision, and opens a file at any byte.
 
 `huggingface_hub` provides addresses, headers and errors. Answers are read here, because a hub is not trusted: each is
 limited in bytes as sent (compressed ones are refused) and in seconds, and JSON also in values and depth. An unexpected
@@ -44,7 +44,7 @@ _TIMEOUT = 10
 # A file of a revision takes some 300 bytes and a dozen values; the largest revisions have some ten thousand files.
 _REVISION = Bounds(bytes=32 << 20, values=1_000_000)
 _DOCUMENT_SECONDS = network.ANSWER_SECONDS
-_MODEL = re.compile(r"hf://(?P<repository>[^/@]+/[^/@]+)(?:@(?P<revision>.+))?")
+_REPOSITORY = re.compile(r"hf://(?P<datasets>datasets/)?(?P<repository>[^/@]+/[^/@]+)(?:@(?P<revision>.+))?")
 
 
 def _client() -> httpx2.Client:
@@ -108,6 +108,8 @@ class Hub:
 
     endpoint: str
     token: str | None
+    datasets: bool = False
+    """Whether repositories are data sets."""
 
     def __repr__(self) -> str:
         return f"Hub({self.endpoint!r})"
@@ -120,7 +122,8 @@ class Hub:
         """
         with self._explained(repository, revision):
             validate_repo_id(repository)
-            url = f"{self.endpoint}/api/models/{repository}/revision/{quote(revision, safe='')}?blobs=true"
+            kind = "datasets" if self.datasets else "models"
+            url = f"{self.endpoint}/api/{kind}/{repository}/revision/{quote(revision, safe='')}?blobs=true"
             with self._asked(url, {}) as answer:
                 found = self._document(b"".join(network.within(answer.iter_raw(), _REVISION.bytes, _DOCUMENT_SECONDS)))
         commit = found.get("sha")
@@ -144,7 +147,8 @@ class Hub:
             InterruptedStreamError: the connection broke.
             SourceError: the hub refuses, or has no such file.
         """
-        url = hf_hub_url(repository, name, revision=commit, endpoint=self.endpoint)
+        kind = "dataset" if self.datasets else None
+        url = hf_hub_url(repository, name, revision=commit, endpoint=self.endpoint, repo_type=kind)
         wanted = {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"} if start or stop is not None else {}
         with self._explained(repository, commit), self._resumable(), self._asked(url, wanted) as answer:
             begun = start if answer.status_code == httpx2.codes.PARTIAL_CONTENT else 0
@@ -214,7 +218,7 @@ class Hub:
     @contextlib.contextmanager
     def _explained(self, repository: str, revision: str) -> Iterator[None]:
         """Turn every failure of the hub into an error that says what to do."""
-        what = f"hf://{repository}@{revision}"
+        what = f"hf://{'datasets/' * self.datasets}{repository}@{revision}"
         token = "with HF_TOKEN" if self.token else "without a token (HF_TOKEN is not set)"
         try:
             yield
@@ -256,7 +260,7 @@ class Hub:
 
 @dataclass(frozen=True)
 class HubModel:
-    """A model on a hub, ``hf://ORG/NAME``, as an `Origin`; its revisions are commits."""
+    """A model or a data set on a hub as an `Origin`; its revisions are commits."""
 
     hub: Hub
     repository: str
@@ -265,7 +269,7 @@ class HubModel:
     @property
     def uri(self) -> str:
         """The model without its revision."""
-        return f"hf://{self.repository}"
+        return f"hf://{'datasets/' * self.hub.datasets}{self.repository}"
 
     @property
     def pinned(self) -> str | None:
@@ -284,11 +288,12 @@ class HubModel:
 
 
 def open_model(uri: str, revision: str | None, access: Access) -> HubModel:
-    """Open ``hf://ORG/NAME[@REVISION]``; the default revision is ``main``."""
-    match = _MODEL.fullmatch(uri)
+    """Open ``hf://ORG/NAME[@REVISION]`` or ``hf://datasets/ORG/NAME[@REVISION]``; the default revision is ``main``."""
+    match = _REPOSITORY.fullmatch(uri)
     if match is None:
         raise SourceError(f"can't pull from `{uri}`: expected hf://ORG/NAME[@REVISION]")
     named = match["revision"]
     if named and revision and named != revision:
         raise SourceError(f"`uri` names @{named}, but `revision` is {revision}: remove one of them")
-    return HubModel(Hub(access.hub_endpoint, access.hub_token), match["repository"], named or revision or "main")
+    hub = Hub(access.hub_endpoint, access.hub_token, datasets=match["datasets"] is not None)
+    return HubModel(hub, match["repository"], named or revision or "main")

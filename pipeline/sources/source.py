@@ -274,6 +274,7 @@ def _download(resolved: ResolvedSource, folder: Path, downloads: Path, progress:
     with _kept(downloads / _folder_name(resolved.uri), revision) as kept:
         for file in resolved.files:
             part = kept / (file.path + ".part")
+            part.parent.mkdir(parents=True, exist_ok=True)
             digests[file.path] = _fetch(resolved, file, part, progress)
             if problem := _difference(part, file, digests[file.path]):
                 part.unlink()
@@ -286,6 +287,7 @@ def _download(resolved: ResolvedSource, folder: Path, downloads: Path, progress:
             + "; ".join(problems)
         )
     for file in resolved.files:
+        (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
         shutil.move(kept / (file.path + ".part"), folder / file.path)
         set_mode(folder / file.path, 0o644)
     shutil.rmtree(kept.parent)

@@ -122,7 +122,8 @@ def touched(specs: Iterable[ModelSpec], settings: Settings) -> str:
     """
     places = {settings.models, REQUIREMENTS, profiles.RUNTIMES, suite.SUITES}
     for spec in specs:
-        data = (spec.calibration.uri, spec.load.prompts, *(task.data for task in spec.evals.all_tasks))
+        calibration = (each.path for each in spec.calibration.data if each.is_here)
+        data = (*calibration, spec.load.prompts, *(task.data for task in spec.evals.all_tasks))
         places |= {path for path in data if path is not None}
         merged = [] if spec.source.adapter is None else [spec.source.adapter]
         uris = (spec.source.uri, *(adapter.uri for adapter in (*merged, *spec.serve.adapters.values())))

@@ -44,6 +44,8 @@ _COVERED = {
     # So is the module of its format.
     "pipeline.quantization.checkpoint": ("pipeline.quantization.formats.table",),
     "pipeline.stages.quantized": ("pipeline.quantization.formats.table",),
+    # What a data set holds is in the recipe, and its rows are checked where they are read.
+    "pipeline.stages.calibration": ("pipeline.sources",),
     # The server that answers is the image, and the arguments of FP16's server are a parameter.
     "pipeline.stages.answers": ("containers",),
     # How the engine is told of adapters is in its arguments, which are a parameter.

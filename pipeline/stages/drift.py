@@ -12,26 +12,24 @@ from evals.drift.answers import read_answers
 from evals.drift.divergence import read_top
 from evals.drift.pairs import Drift, compare, not_asked, read_drift, read_layers, write_drift
 from evals.errors import AnswersError
+from pipeline.quantization import calibration_data
+from pipeline.stages import calibration
 from pipeline.stages.answers import adapter_folder
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext
-from pipeline.stages.layers import calibration_texts
 from pipeline.stages.stage import Inputs, digests
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe
 from pipeline.store.notes import AnswersNotes
-from registry.digests import digest_file
 from registry.verdict import Verdict
 
 
 def recipe(context: StageContext, inputs: Inputs) -> Recipe:
     """Both sides' answers, the layers' errors, and the calibration text, which items of the suite may overlap."""
-    calibration = context.calibration
+    text = context.calibration
     return Recipe(
         "drift",
         inputs=digests(inputs),
-        parameters={}
-        if calibration is None
-        else {"calibration": digest_file(calibration.uri), "samples": calibration.samples},
+        parameters={} if text is None else {"calibration": calibration.digest(context), "samples": text.samples},
         code=code_version(__name__),
     )
 
@@ -43,7 +41,8 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
     if lacking is not None:
         write_drift(not_asked(lacking), draft.folder)
         return
-    texts = calibration_texts(context)
+    samples = [] if context.calibration is None else calibration.samples(context)
+    texts = list(calibration_data.texts(samples))
     try:
         compared = _compare(
             baseline.folder,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from evals.drift import json_lines, layer_errors
+from evals.drift import layer_errors
 from evals.drift.pairs import write_layers
+from pipeline.quantization import calibration_data
 from pipeline.spec import Calibration
+from pipeline.stages import calibration
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext
 from pipeline.stages.stage import Inputs
@@ -23,7 +25,8 @@ def recipe(context: StageContext, inputs: Inputs) -> Recipe:
         "layers",
         inputs={name: inputs[name].digest for name in ("source", "quantized")},
         parameters={
-            "calibration": digest_file(text.uri),
+            "calibration": _identity(context),
+            "chat_template": context.serving.chat_template,
             "samples": text.samples,
             "max_tokens": text.max_tokens,
             "measured": context.spec.evals.layers,
@@ -37,27 +40,29 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
     """Measure, unless the model's file switches it off."""
     found = []
     if context.spec.evals.layers:
-        text = _text(context)
         found = layer_errors.measure_layers(
             inputs["source"].folder,
             inputs["quantized"].folder,
-            _read(text),
-            max_tokens=text.max_tokens,
+            _samples(context),
+            max_tokens=_text(context).max_tokens,
+            chat_template=context.spec.serve.chat_template,
             run_worker=context.workers(draft),
             scratch=draft.scratch,
         )
     write_layers(found, draft.folder)
 
 
-def calibration_texts(context: StageContext) -> list[str]:
-    """The texts that the quantizer saw; none where it needs none."""
-    return [] if context.calibration is None else _read(context.calibration)
-
-
 def _text(context: StageContext) -> Calibration:
     """What layers are measured on."""
-    return context.calibration or Calibration(uri=context.spec.load.prompts, samples=_SAMPLES)
+    return context.calibration or Calibration(uri=f"file:{context.spec.load.prompts}", samples=_SAMPLES)
 
 
-def _read(text: Calibration) -> list[str]:
-    return [row["text"] for row in json_lines.read_rows(text.uri, json_lines.TEXTS, text.samples)]
+def _samples(context: StageContext) -> list[calibration_data.Sample]:
+    """The calibration's samples, or the first prompts."""
+    if context.calibration is None:
+        return calibration_data.read(context.spec.load.prompts, _SAMPLES)
+    return calibration.samples(context)
+
+
+def _identity(context: StageContext) -> str:
+    return digest_file(context.spec.load.prompts) if context.calibration is None else calibration.digest(context)

@@ -9,18 +9,18 @@ from containers.hardware.gpu import Gpu, gpus
 from containers.hardware.gpu_models import GpuDataError, GpuModel, find_gpu
 from containers.image import profile as profiles
 from evals.load.expected_memory import expect
-from pipeline.errors import PlanError, SourceError, UnsupportedModelError
+from pipeline.errors import PlanError, SourceError, SpecError, UnsupportedModelError
 from pipeline.planner import serving
 from pipeline.planner.asking import describe_source, refusals, sentences, usual_workload
 from pipeline.planner.data import check_data
 from pipeline.planner.facts import read_facts
 from pipeline.planner.plan import Plan, SchemePlan, make_plan
-from pipeline.planner.sources import Described
+from pipeline.planner.sources import Described, has_chat_template
 from pipeline.planner.weights import FP16, quantized, unquantized
 from pipeline.settings import Settings
 from pipeline.sources.source import ResolvedSource
 from pipeline.spec import ModelSpec
-from pipeline.stages import adapters, merged_source
+from pipeline.stages import adapters, calibration, merged_source
 from pipeline.stages.context import StageContext
 from pipeline.stages.source import resolve
 from pipeline.store.artifacts import Store, require_room
@@ -36,17 +36,25 @@ def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Pr
     Raises:
         PlanError: the disk is too small for what will be made, or what serves it can't hold a scheme.
         UnsupportedModelError: a scheme can't be made of this model, or the model can't be served as its file says.
-        SourceError: an adapter can't be read, is refused, or does not fit the model.
+        SourceError: an adapter or calibration data can't be read, is refused, or does not fit the model.
         SpecError: calibration text, prompts or a task's data are not what they should be.
     """
-    check_data(spec)
+    has_conversations = check_data(spec)
     for problem in not_served_here(spec, schemes, settings):
         say(problem)
     here = gpus()
     resolved, merged = adapters.resolve(spec, settings), merged_source.resolve_adapter(spec, settings)
+    if spec.calibrates:
+        calibration.resolve(spec, settings)
     try:
-        pulled = _pulled(spec, merged, settings)
+        source = resolve(spec, settings)
+        pulled = _pulled(source, merged, settings)
         described = describe_source(spec, settings, pulled)
+        if has_conversations and spec.serve.chat_template is None and not has_chat_template(source):
+            raise SpecError(
+                f"`calibration`: its data holds conversations, and {source.uri} has no chat template: name one by "
+                "`serve: {chat_template: file:PATH}`, or use rows of `text`"
+            )
     except SourceError:
         return None
     except PlanError as error:
@@ -148,9 +156,9 @@ def _too_large_for_limit(scheme: SchemePlan, spec: ModelSpec, settings: Settings
     return [f"{weights.scheme} needs {needed / 2**30:.2f} GiB ({parts}), and {given}"]
 
 
-def _pulled(spec: ModelSpec, adapter: ResolvedSource | None, settings: Settings) -> Path | None:
+def _pulled(source: ResolvedSource, adapter: ResolvedSource | None, settings: Settings) -> Path | None:
     """The folder of the source where an earlier run has pulled it."""
-    recipe = merged_source.recipe_of(resolve(spec, settings), adapter)
+    recipe = merged_source.recipe_of(source, adapter)
     found = Store(settings.home / "artifacts").find(recipe.stage, recipe.key)
     return None if found is None else found.folder
 

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from pipeline.quantization import quantize
+from pathlib import Path
+
+from pipeline.quantization import calibration_data, quantize
 from pipeline.quantization.formats.table import format_of
+from pipeline.spec import Calibration
+from pipeline.stages import calibration
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext
 from pipeline.stages.stage import Inputs, digests
 from pipeline.store.artifacts import FINISHED, ArtifactDraft, Recipe, require_room
 from pipeline.workers.environments import pins_digest
 from pipeline.workers.launchers.configured import have_gpus
-from registry.digests import digest_file
 
 
 def recipe(context: StageContext, inputs: Inputs) -> Recipe:
     """The source, the calibration text if the scheme needs one, the scheme, and the quantizer with its pins."""
-    calibration = context.calibration
+    text = context.calibration
+    template = context.serving.chat_template
     backend = quantize.backend_of(context.scheme)
     return Recipe(
         "quantized",
         inputs={
             **digests(inputs),
-            **({} if calibration is None else {"calibration": f"sha256:{digest_file(calibration.uri)}"}),
+            **({} if text is None else {"calibration": calibration.digest(context)}),
         },
         parameters={
             **context.scheme.model_dump(mode="json"),
-            **({} if calibration is None else calibration.model_dump(exclude={"uri"}, exclude_none=True)),
+            **({} if text is None else _parameters(text)),
+            **({} if text is None or template is None else {"chat_template": template}),
             "cuda": have_gpus(context.settings),
             "worker": code_version(backend.script),
             "format": code_version(format_of(context.scheme).__name__),
@@ -44,7 +49,7 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
     with context.worker_device():
         record = quantize.quantize(
             inputs["source"].folder,
-            None if text is None else text.uri,
+            None if text is None else _samples_file(context, text, draft.scratch),
             0 if text is None else text.samples,
             0 if text is None else text.max_tokens,
             context.scheme,
@@ -53,6 +58,20 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
             draft.scratch,
             context.progress,
             None if text is None else text.min_expert_tokens,
+            context.spec.serve.chat_template,
         )
     pins = pins_digest(quantize.backend_of(context.scheme).environment)
     draft.note(quantize.QuantizedNotes(**record.model_dump(), pins_digest=pins))
+
+
+def _parameters(text: Calibration) -> dict[str, object]:
+    return text.model_dump(include={"samples", "max_tokens", "min_expert_tokens"}, exclude_none=True)
+
+
+def _samples_file(context: StageContext, text: Calibration, scratch: Path) -> Path:
+    """The file that holds the samples: one of this machine, or one that is written with what was drawn."""
+    if not text.mixture and text.is_here:
+        return text.path
+    path = scratch / "calibration.jsonl"
+    calibration_data.write(calibration.samples(context), path)
+    return path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from evals.load.variants import FILE as VARIANTS
 from evals.load.variants import Variant, write_variants
 from pipeline.quantization.quantize import QuantizedNotes
 from pipeline.sources import source as sources
+from pipeline.stages import calibration
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext, prepared
 from pipeline.stages.image import record_of, serving_of
@@ -40,6 +41,7 @@ from registry.manifest import (
     REPORT,
     Accelerator,
     Calibration,
+    CalibrationData,
     Hardware,
     Image,
     Kernels,
@@ -185,14 +187,35 @@ def _quantizer(context: StageContext, quantized: Artifact) -> Quantizer:
 
 
 def _calibration(context: StageContext, record: QuantizedNotes) -> Calibration | None:
-    if record.calibration is None or context.calibration is None:
+    used, text = record.calibration, context.calibration
+    if used is None or text is None:
         return None
+    whole = not text.mixture and text.is_here
     return Calibration(
-        uri=context.calibration.uri.name,
-        digest=f"sha256:{record.calibration.sha256}",
-        samples=record.calibration.samples,
-        max_tokens=record.calibration.max_tokens,
+        uri="mixture" if text.mixture else _shown(text.uri),
+        digest=f"sha256:{used.sha256}",
+        samples=used.samples,
+        max_tokens=used.max_tokens,
+        data=() if whole else tuple(_calibration_data(context)),
     )
+
+
+def _calibration_data(context: StageContext) -> Iterator[CalibrationData]:
+    """Each source of the calibration, with the digests of its files, and a data set's commit."""
+    resolved = calibration.resolve(context.spec, context.settings)
+    for number, source in enumerate(context.spec.calibration.data):
+        uri, revision = _shown(source.uri), None
+        if number in resolved:
+            uri, revision = resolved[number].uri, resolved[number].revision
+            files = {file.path: f"sha256:{file.sha256}" for file in resolved[number].files}
+        else:
+            files = {uri: f"sha256:{digest_file(source.path)}"}
+        yield CalibrationData(uri=uri, revision=revision, files=files, weight=source.weight)
+
+
+def _shown(uri: str) -> str:
+    """Calibration data as a release names it: a file by its name alone."""
+    return sources.public_uri(uri).removeprefix("file:")
 
 
 def _hardware(load: Artifact) -> Hardware:
@@ -277,9 +300,12 @@ def _write_mlbom(context: StageContext, draft: ArtifactDraft, inputs: Inputs) ->
     """The model's bill of materials: its source, quantizer and data, and what was measured."""
     source, quantized, spec = inputs["source"], inputs["quantized"], context.spec
     record, notes = quantized.noted(QuantizedNotes), source.noted(SourceNotes)
-    data = {}
-    if record.calibration is not None and context.calibration is not None:
-        data[context.calibration.uri.name] = ("calibration", record.calibration.sha256)
+    data: dict[str, tuple[str, str]] = {}
+    if context.calibration is not None:
+        for each in _calibration_data(context):
+            for name, digest in each.files.items():
+                path = name if each.revision is None else f"{each.uri}/{name}"
+                data[path] = ("calibration", digest.removeprefix("sha256:"))
     for name, task in spec.evals.tasks.items():
         if task.data is not None:
             data[task.data.name] = (f"evaluation: {name}", digest_file(task.data))

@@ -8,6 +8,7 @@ from functools import partial
 from pipeline.stages import (
     adapters,
     baseline,
+    calibration,
     candidate,
     drift,
     image,
@@ -48,6 +49,7 @@ QUANTIZED = Stage(
     inputs=("source",),
     recipe=quantized.recipe,
     make=quantized.make,
+    accept=calibration.accept,
     device=True,
     tool="pytorch",
 )

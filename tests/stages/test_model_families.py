@@ -51,14 +51,16 @@ def scheme_of(method: str, backend: str) -> Scheme:
     return Scheme.model_validate({"method": method, "backend": backend, "group_size": 32 if 32 in sizes else sizes[0]})
 
 
-def made(folder: Path, scheme: Scheme, machine: Settings, scratch: Path, **more: int) -> QuantizationRecord:
+def made(
+    folder: Path, scheme: Scheme, machine: Settings, scratch: Path, min_expert_tokens: int | None = None
+) -> QuantizationRecord:
     """Quantize a model for real and check what was written."""
     for name in ("output", "scratch"):
         (scratch / name).mkdir()
     calibration = DEMO / "calibration.jsonl" if scheme.needs_calibration else None
     return quantize(
         folder, calibration, SAMPLES, TOKENS, scheme, scratch / "output", Workers(machine, print),
-        scratch / "scratch", print, **more,
+        scratch / "scratch", print, min_expert_tokens,
     )  # fmt: skip
 
 

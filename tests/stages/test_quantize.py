@@ -342,3 +342,21 @@ def test_formats_with_calibration(
     assert [line for line in first.lines if "quantized: 3 of 4 layers" in line]
     for name in ("model.safetensors", "config.json"):
         assert digest_file(first.folder / name) == digest_file(again.folder / name)
+
+
+def test_conversations_go_through_the_chat_template_whole(machine: Settings, tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}")
+    texts = [json.loads(line)["text"] for line in (DEMO / "calibration.jsonl").read_text().splitlines()[:24]]
+    chats = [[{"role": "user", "content": text[:80]}, {"role": "assistant", "content": text[80:240]}] for text in texts]
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    for name in ("output", "scratch"):
+        (tmp_path / name).mkdir()
+    record = quantize(
+        DEMO / "model", data, 24, 200, Scheme.model_validate(GPTQ), tmp_path / "output", Workers(machine, print),
+        tmp_path / "scratch", print, chat_template=template,
+    )  # fmt: skip
+    assert record.calibration is not None
+    assert record.calibration.sha256 == digest_file(data)
+    assert "% of their calibration blocks empty" in (tmp_path / "scratch" / "output.log").read_text()

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from calibration_blocks import calibration_blocks  # type: ignore[import-not-found]
 from expert_tokens import ExpertTokens  # type: ignore[import-not-found]
 from finished_layers import FinishedLayers  # type: ignore[import-not-found]
-from quantizer_common import batch_size, calibration_blocks, prepare  # type: ignore[import-not-found]
+from quantizer_common import batch_size, prepare  # type: ignore[import-not-found]
 from slipway_worker import Report, WorkerError, main
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Quantize ``source`` into the folder ``output``; see `QuantizationRequest` in `pipeline.quantization.quantize`."""
     device = prepare(request)
-    blocks = calibration_blocks(request)
+    blocks = calibration_blocks(request, report)
     report(f"loading AutoAWQ on {device}")
     import torch
     from awq import AutoAWQForCausalLM

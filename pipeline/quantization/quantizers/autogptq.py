@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from calibration_blocks import calibration_blocks  # type: ignore[import-not-found]
 from expert_tokens import ExpertTokens  # type: ignore[import-not-found]
 from finished_layers import FinishedLayers  # type: ignore[import-not-found]
-from quantizer_common import batch_size, calibration_blocks, prepare  # type: ignore[import-not-found]
+from quantizer_common import batch_size, prepare  # type: ignore[import-not-found]
 from slipway_worker import Report, WorkerError, main
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
             "AutoGPTQ quantizes on an NVIDIA GPU only, and there is none here: use `backend: gptqmodel`, "
             "which writes the same GPTQ format on CPU"
         )
-    blocks = calibration_blocks(request)
+    blocks = calibration_blocks(request, report)
     report("loading AutoGPTQ")
     import logging
 

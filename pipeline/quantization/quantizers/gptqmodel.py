@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calibration_blocks import calibration_blocks  # type: ignore[import-not-found]
 from expert_tokens import ExpertTokens  # type: ignore[import-not-found]
 from finished_layers import FinishedLayers  # type: ignore[import-not-found]
-from quantizer_common import batch_size, calibration_blocks, prepare, store_as_float16  # type: ignore[import-not-found]
+from quantizer_common import batch_size, prepare, store_as_float16  # type: ignore[import-not-found]
 from slipway_worker import Report, WorkerError, main
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
     # It would compile its packing loop in every run, where the machine has a compiler; no result may depend on that.
     os.environ["GPTQMODEL_DISABLE_PACK_EXT"] = "1"
     device = prepare(request)
-    blocks = calibration_blocks(request)
+    blocks = calibration_blocks(request, report)
     report(f"loading GPTQModel on {device}")
     import torch
     from gptqmodel import BACKEND, GPTQModel

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from calibration_blocks import calibration_blocks  # type: ignore[import-not-found]
 from compressed_tensors_config import cache_scheme, quantization_config  # type: ignore[import-not-found]
 from finished_layers import FinishedLayers  # type: ignore[import-not-found]
-from quantizer_common import batch_size, calibration_blocks, prepare  # type: ignore[import-not-found]
+from quantizer_common import batch_size, prepare  # type: ignore[import-not-found]
 from slipway_worker import Report, WorkerError, main
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Quantize ``source`` into the folder ``output``; see `QuantizationRequest` in `pipeline.quantization.quantize`."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     device = prepare(request)
-    blocks = calibration_blocks(request)
+    blocks = calibration_blocks(request, report)
     report(f"loading llm-compressor on {device}")
     import torch
     from llmcompressor import oneshot

@@ -1,43 +1,16 @@
-"""What the quantizers' workers share: calibration tokens, seeds, and the type that weights are stored in."""
+"""What the quantizers' workers share: seeds, and the type that weights are stored in."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from slipway_worker import WorkerError
 
-# Fewer tokens than this say nothing about what a layer sees.
-MINIMUM_TOKENS = 512
 _NUMBERED = re.compile(r"(^|\.)\d+\.")
-
-
-def calibration_blocks(request: dict[str, Any]) -> list[list[int]]:
-    """Turn the calibration text into blocks of exactly ``max_tokens`` tokens, so that nothing is padded or dropped.
-
-    The ``texts``, read from the file ``calibration``, are tokenized, each cut to ``max_tokens``, joined in order, and
-    split; what is left over at the end, less than one block, is not used.
-
-    Raises:
-        WorkerError: the text is too short.
-    """
-    max_tokens = request["max_tokens"]
-    encode = _encoder(Path(request["source"]))
-    tokens: list[int] = []
-    for text in request["texts"]:
-        tokens += encode(text)[:max_tokens]
-    blocks = [tokens[at : at + max_tokens] for at in range(0, len(tokens) - max_tokens + 1, max_tokens)]
-    if len(blocks) * max_tokens < MINIMUM_TOKENS:
-        raise WorkerError(
-            f"the calibration text gives {len(tokens)} tokens, {len(blocks)} blocks of {max_tokens}: at least "
-            f"{MINIMUM_TOKENS} are needed; add text to {request['calibration']}, raise `calibration.samples` or "
-            "lower `calibration.max_tokens`"
-        )
-    return blocks
 
 
 def prepare(request: dict[str, Any]) -> str:
@@ -98,18 +71,3 @@ def _outside_layers(source: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as stored:
             found |= {name: stored.get_tensor(name) for name in sorted(stored.keys()) if not _NUMBERED.search(name)}
     return found
-
-
-def _encoder(source: Path) -> Callable[[str], list[int]]:
-    """Give ``text → token ids``, the same ones whatever version of transformers this environment has."""
-    if (source / "tokenizer.json").exists():
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return lambda text: list(tokenizer.encode(text).ids)
-    from transformers import AutoTokenizer
-
-    older = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    return lambda text: list(older.encode(text))

@@ -16,7 +16,7 @@ REPOSITORY = "org/tiny"
 
 
 class StandInHub:
-    """Serves ``files`` (path → bytes) of one model at one commit; safetensors are told with their sha256.
+    """Serves ``files`` (path → bytes) of one model, or data set, at one commit; safetensors are told with their sha256.
 
     ``branches`` name the ``commit``. The next ``cuts`` downloads break off in the middle; ``served`` replaces what
     is sent for a file, not what is told of it. ``seen`` has every request: method, path, Range, Authorization.
@@ -24,6 +24,7 @@ class StandInHub:
 
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files = files
+        self.kind = "models"
         self.commit = COMMIT
         self.branches = {"main": COMMIT}
         self.token: str | None = None
@@ -70,10 +71,10 @@ def serving(files: dict[str, bytes]) -> Iterator[StandInHub]:
                 self.refuse(403, "GatedRepo")
             elif hub.token and authorization != f"Bearer {hub.token}":
                 self.refuse(401, "RepoNotFound")
-            elif path.startswith(f"/api/models/{REPOSITORY}/revision/"):
+            elif path.startswith(f"/api/{hub.kind}/{REPOSITORY}/revision/"):
                 self.describe(path.rsplit("/", 1)[-1])
-            elif path.startswith(f"/{REPOSITORY}/resolve/{hub.commit}/"):
-                self.send(path.rsplit("/", 1)[-1])
+            elif path.startswith(f"/{'datasets/' * (hub.kind == 'datasets')}{REPOSITORY}/resolve/{hub.commit}/"):
+                self.send(path.partition(f"/resolve/{hub.commit}/")[2])
             else:
                 self.refuse(404, "RepoNotFound")
 

@@ -90,7 +90,7 @@ def test_a_file_that_is_written_again_with_the_same_content_affects_nothing(
 ) -> None:
     before = touched([released], models.settings)
     weights = models.settings.models / "demo" / "model" / "model.safetensors"
-    for path in (released.path, released.calibration.uri, weights):
+    for path in (released.path, released.calibration.path, weights):
         path.write_bytes(path.read_bytes())
         os.utime(path, (1, 1))
     assert touched([released], models.settings) != before
@@ -118,7 +118,7 @@ def test_exactly_the_releases_whose_inputs_changed_are_affected(
 
 
 def test_new_calibration_text_under_the_same_name_affects_every_scheme(models: Models, released: ModelSpec) -> None:
-    with released.calibration.uri.open("a") as stream:
+    with released.calibration.path.open("a") as stream:
         stream.write('{"text": "one more"}\n')
     assert told(models, released) == {"awq": "quantized: calibration changed", "gptq": "quantized: calibration changed"}
 

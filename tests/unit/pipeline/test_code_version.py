@@ -156,7 +156,7 @@ def test_a_file_is_in_the_versions_of_the_stages_that_it_shapes(file: str, stage
 )
 def test_costly_stages_depend_on_few_modules(stage: str, apart: tuple[str, ...]) -> None:
     assert not [file for file in files_of(EVERY[stage]) if file.startswith(apart)]
-    assert len(files_of(EVERY["quantized"])) < 20
+    assert len(files_of(EVERY["quantized"])) <= 20
     assert len(files_of(EVERY["baseline"])) < 22
 
 
@@ -177,7 +177,12 @@ def test_no_error_message_or_setting_is_in_a_version(stage: str) -> None:
 
 def test_a_scheme_depends_on_its_own_workers_script_and_what_that_imports() -> None:
     script = backend_of(Scheme(method="awq", backend="autoawq")).script
-    assert [path.name for path in closure(script)] == ["autoawq.py", "expert_tokens.py", "quantizer_common.py"]
+    assert [path.name for path in closure(script)] == [
+        "autoawq.py",
+        "calibration_blocks.py",
+        "expert_tokens.py",
+        "quantizer_common.py",
+    ]
 
 
 def test_packages_do_nothing_but_import() -> None:

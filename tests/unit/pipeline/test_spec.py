@@ -82,7 +82,7 @@ def test_the_demo_is_what_its_file_says() -> None:
     spec = load(DEMO.with_suffix(".yaml"))
     assert list(spec.schemes) == ["awq", "gptq"]
     assert spec.source.uri == f"file:{DEMO}/model"
-    assert spec.calibration.uri == DEMO / "calibration.jsonl"
+    assert spec.calibration.path == DEMO / "calibration.jsonl"
     assert spec.evals.tasks["cloze"].data == DEMO / "cloze.jsonl"
     assert spec.load.prompts == DEMO / "heldout.jsonl"
     assert spec.load.memory.limit_bytes == 4 * 2**30
@@ -172,7 +172,7 @@ def test_relative_uris_count_from_the_folder_of_the_file(tmp_path: Path, monkeyp
     path.write_text(DEMO.with_suffix(".yaml").read_text())
     monkeypatch.chdir("/")
     spec = load(path)
-    assert spec.calibration.uri == tmp_path / "demo" / "calibration.jsonl"
+    assert spec.calibration.path == tmp_path / "demo" / "calibration.jsonl"
     assert spec.source.uri == f"file:{tmp_path}/demo/model"
 
 
@@ -190,7 +190,7 @@ def test_data_without_a_scheme_or_from_elsewhere_is_refused(write: Write) -> Non
 
 def test_data_may_be_what_comes_with_slipway(write: Write) -> None:
     spec = load(write(put("calibration.uri", "builtin:calibration")))
-    assert json.loads(spec.calibration.uri.read_text().partition("\n")[0])["text"]
+    assert json.loads(spec.calibration.path.read_text().partition("\n")[0])["text"]
     message = refusal(write(put("load.prompts", "builtin:held-out")))
     assert "`load.prompts`: expected one of builtin:calibration, builtin:cloze, builtin:heldout" in message
     assert "`serve.chat_template`: expected file:PATH" in refusal(
@@ -199,7 +199,31 @@ def test_data_may_be_what_comes_with_slipway(write: Write) -> None:
 
 
 def test_a_model_without_calibration_text_is_calibrated_with_what_comes_with_slipway(write: Write) -> None:
-    assert load(write(drop("calibration"))).calibration.uri == builtin.FILES["calibration"]
+    assert load(write(drop("calibration"))).calibration.path == builtin.FILES["calibration"]
+
+
+def test_a_mixture_of_calibration_data_is_read_with_its_files_and_refused_by_their_paths(write: Write) -> None:
+    sources: list[dict[str, Any]] = [{"uri": f"file:{DEMO}/calibration.jsonl", "weight": 3}, {}]
+    spec = load(write(put("calibration", {"mixture": sources, "samples": 20})))
+    expected = [(DEMO / "calibration.jsonl", 3), (builtin.FILES["calibration"], 1)]
+    assert [(each.path, each.weight) for each in spec.calibration.data] == expected
+    sources[1]["uri"] = "file:gone.jsonl"
+    assert "`calibration.mixture.1.uri`: there is no file" in refusal(write(put("calibration", {"mixture": sources})))
+    both = {"mixture": sources[:1], "uri": "builtin:calibration"}
+    assert "`uri` and `mixture` exclude each other" in refusal(write(put("calibration", both)))
+
+
+@pytest.mark.parametrize(
+    ("section", "reason"),
+    [
+        ({"uri": "hf://datasets/a/b"}, "a data set needs `files`"),
+        ({"uri": f"file:{DEMO}/calibration.jsonl", "files": "*"}, "`files` applies only to hf://datasets/ORG/NAME"),
+        ({"revision": "main"}, "`revision` applies only to hf://datasets/ORG/NAME"),
+        ({"uri": "hf://a/b", "files": "*"}, "`calibration.uri`: expected file:PATH"),
+    ],
+)
+def test_what_is_used_of_a_data_set_must_be_said(write: Write, section: dict[str, str], reason: str) -> None:
+    assert reason in refusal(write(put("calibration", section)))
 
 
 def test_text_that_begins_like_a_uri_is_left_alone(write: Write) -> None:
