@@ -12,7 +12,6 @@ from rich.markup import escape
 
 from pipeline.commands.show import as_json, print_json, print_table, results, say
 from pipeline.settings import Settings
-from registry.atomic_write import write_atomically
 
 if TYPE_CHECKING:
     from pipeline.planner.plan import Plan
@@ -80,6 +79,8 @@ def init(
     )
     text, spec, plan = _checked(proposal, described, settings)
     if not dry_run:
+        from registry.atomic_write import write_atomically  # noqa: PLC0415
+
         settings.models.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)
     found = ProposedFile(
@@ -141,16 +142,16 @@ def _target(name: str, settings: Settings) -> Target:
     from containers.image import profile  # noqa: PLC0415
     from containers.image.gpu_compatibility import labels_of, needs_of, problems  # noqa: PLC0415
     from pipeline.proposal.propose import Target  # noqa: PLC0415
-    from pipeline.stages.preflight import model_of  # noqa: PLC0415
 
     isa = settings.cpu.instruction_set
     if name.lower() == _CPU:
         return Target("vllm-cpu", None, isa)
-    own = next((gpu for gpu in gpus() if gpu.name == name), None)
-    if own is None:
-        return Target("vllm-cuda13", find_gpu(name), isa)
-    can_run = not problems(needs_of(labels_of(profile.load("vllm-cuda13"))), own)
-    return Target("vllm-cuda13" if can_run else "vllm-cuda12", model_of(own), isa)
+    found, own = find_gpu(name), [gpu for gpu in gpus() if gpu.name == name]
+    if not own:
+        return Target("vllm-cuda13", found, isa)
+    can_run = not problems(needs_of(labels_of(profile.load("vllm-cuda13"))), own[0])
+    found = found.model_copy(update={"memory_bytes": own[0].memory_bytes})
+    return Target("vllm-cuda13" if can_run else "vllm-cuda12", found, isa, len(own))
 
 
 def _checked(proposal: Proposal, described: Described, settings: Settings) -> tuple[str, ModelSpec, Plan]:
@@ -182,7 +183,7 @@ def _show(found: ProposedFile) -> None:
     for scheme, reason in found.left_out.items():
         results.print(f"left out: {escape(scheme)}: {escape(reason)}")
     rows = [(each.what, each.amount, each.basis) for each in found.expected]
-    print_table(("first release", "about", "by"), rows)
+    print_table(("first release", "about", "estimated from"), rows)
     results.print(f"\nwrote {escape(found.path)}\n\nTry next:")
     for command in (f"slipway plan {found.model}", f"slipway release {found.model}"):
         results.print(f"  {escape(command)}")

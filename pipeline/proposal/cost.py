@@ -103,6 +103,8 @@ def _loading(proposal: Proposal) -> float:
 
 
 def _minutes(seconds: float) -> str:
+    if seconds < 60:
+        return "under 1 min"
     return f"{seconds / 60:,.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
 
 

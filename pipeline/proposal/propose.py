@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from containers.hardware.cpu import InstructionSet
@@ -23,7 +23,7 @@ from evals.statistics import paired
 from pipeline.compatibility.description import ModelDescription
 from pipeline.errors import PlanError, SpecError
 from pipeline.planner.facts import ModelFacts, read_facts
-from pipeline.planner.memory import CONTEXT_STEP, GIB, Workload
+from pipeline.planner.memory import CONTEXT_STEP, GIB, LARGEST, Workload
 from pipeline.planner.plan import Placement, place
 from pipeline.planner.weights import FP16, Weights, active_numbers, quantized, unquantized
 from pipeline.proposal.schemes import Choice, choose
@@ -59,6 +59,8 @@ class Target:
     runtime: str
     gpu: GpuModel | None
     instruction_set: InstructionSet
+    machine_gpus: int = LARGEST
+    """How many of its GPUs one machine has."""
 
     @property
     def name(self) -> str:
@@ -154,7 +156,7 @@ def propose(
     if target.gpu is None:
         context = _context_on_cpu(facts, target.runtime)
     else:
-        context, groups = _on_gpus(facts, weights, target.gpu)
+        context, groups = _on_gpus(facts, weights, target.gpu, target.machine_gpus)
     active = active_numbers(weights[FP16], facts)
     on_cpu = target.gpu is None
     items, documents = _questions(active) if on_cpu else (_size("cloze"), _size("heldout"))
@@ -182,11 +184,13 @@ def propose(
     )
 
 
-def _on_gpus(facts: ModelFacts, weights: Mapping[str, Weights], gpu: GpuModel) -> tuple[int, dict[str, int]]:
+def _on_gpus(
+    facts: ModelFacts, weights: Mapping[str, Weights], gpu: GpuModel, machine: int
+) -> tuple[int, dict[str, int]]:
     """The context of which every scheme holds the requests, and the GPUs of a replica for each; FP16 is served too.
 
     Raises:
-        PlanError: the largest group does not hold FP16, with which every scheme is compared.
+        PlanError: the GPUs of a machine do not hold FP16, with which every scheme is compared.
     """
     asked = Workload(context=min(_CONTEXT, facts.context), concurrency=_CONCURRENT)
     found: dict[str, Placement] = {name: place(facts, each, gpu, asked) for name, each in weights.items()}
@@ -195,6 +199,11 @@ def _on_gpus(facts: ModelFacts, weights: Mapping[str, Weights], gpu: GpuModel) -
             raise PlanError(
                 f"{name} needs {placement.demand.total / GIB:.0f} GiB on each of {placement.demand.gpus} {gpu.name}, "
                 f"which have {placement.usable_bytes / GIB:.0f}: choose larger GPUs with --gpu"
+            )
+        if placement.demand.gpus > machine:
+            raise PlanError(
+                f"{name} needs {placement.demand.gpus} {gpu.name}, and this machine has {machine}: choose others with "
+                "--gpu"
             )
     longest = min(placement.longest_context or asked.context for placement in found.values())
     return min(longest, _LONGEST), {name: placement.demand.tensor_parallel for name, placement in found.items()}
@@ -260,7 +269,7 @@ def _chat(facts: ModelFacts, weights: Mapping[str, Weights], gpu: GpuModel, cont
     """People who talk. A long answer at the bound of the slowest scheme, three times."""
     work = Workload(context=context, concurrency=1)
     schemes = [each for name, each in weights.items() if name != FP16]
-    slowest = min(place(facts, each, gpu, replace(work)).speed.one_request for each in schemes)
+    slowest = min(place(facts, each, gpu, work).speed.one_request for each in schemes)
     return Traffic(
         "chat",
         {"p95_latency_ms": max(2000.0, _two_digits(3 * 1000 * 400 / slowest)), "p95_ttft_ms": 1000, "error_rate": 0.0},

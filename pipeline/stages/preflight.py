@@ -65,7 +65,7 @@ def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Pr
     if refused := refusals(described.model, {name: spec.scheme(name) for name in schemes}):
         raise UnsupportedModelError("; ".join(sentences(refused)))
     try:
-        planned = _planned(spec, described, [model_of(gpu) for gpu in here[:1]])
+        planned = _planned(spec, described, [_model_of(gpu) for gpu in here[:1]])
     except UnsupportedModelError:
         raise
     except PlanError as error:
@@ -174,7 +174,7 @@ def _disk(planned: Plan, settings: Settings, pulled: Path | None) -> list[str]:
     return []
 
 
-def model_of(gpu: Gpu) -> GpuModel:
+def _model_of(gpu: Gpu) -> GpuModel:
     """This machine's GPU: its own memory, and what the data file says of its kind."""
     try:
         return find_gpu(gpu.name).model_copy(update={"memory_bytes": gpu.memory_bytes})

@@ -6,11 +6,15 @@ import json
 import os
 import pty
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pynvml
 import pytest
+import stand_in_nvml
 from click.testing import CliRunner, Result
+from stand_in_nvml import StandInGpu
 
 from containers.hardware.gpu_models import find_gpu
 from homes import DEMO, SLIPWAY
@@ -221,6 +225,27 @@ def test_of_a_hub_s_model_only_configuration_and_headers_are_read(variables: dic
     assert done.exit_code == 0, done.stderr
     assert f"source: {{uri: hf://{REPOSITORY}, revision: main}}" in done.stdout
     assert "a chat model (llama)" in done.stdout
+
+
+@pytest.mark.parametrize(("driver", "runtime"), [("580.95.05", "vllm-cuda13"), ("550.54.15", "vllm-cuda12")])
+def test_by_default_it_is_for_the_machine_s_own_gpus_and_their_driver(
+    driver: str, runtime: str, variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in dir(pynvml) if name.startswith("nvml")]:
+        monkeypatch.setattr(pynvml, name, getattr(pynvml, name))  # restored afterwards
+    stand_in_nvml.install(tmp_path / "gpus.json")
+    monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: driver)
+    stand_in_nvml.write(tmp_path / "gpus.json", [StandInGpu("GPU-a")])
+    done = slipway(MODEL, "--dry-run", variables=variables)
+    assert done.exit_code == 0, done.stderr
+    assert "for H100, as" in done.stdout
+    assert f"runtime: {runtime}" in done.stdout
+
+
+def test_a_machine_with_too_few_gpus_is_refused() -> None:
+    machine = replace(target("H100"), machine_gpus=2)
+    with pytest.raises(PlanError, match="fp16 needs 4 H100, and this machine has 2"):
+        propose("name", "hf://org/name", None, published_models.model("llama-3.3-70b"), "chat", machine)
 
 
 def test_a_dry_run_prints_the_file_and_writes_nothing(variables: dict[str, str], tmp_path: Path) -> None:
