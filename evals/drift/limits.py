@@ -87,14 +87,14 @@ class DriftLimits(AskedTasks):
 
     @model_validator(mode="after")
     def _tool_calls_are_served(self) -> DriftLimits:
-        asking = [name for name, task in self.tasks.items() if (task.task or name) == TOOL_CALLS]
+        asking = [name for name, task in self.tasks.items() if task.asks_for_tool_calls(name)]
         if asking and self.engine != "served":
             raise ValueError(f"`{asking[0]}` asks for tool calls, which need `engine: served`")
         return self
 
     def with_tool_calls(self) -> DriftLimits:
         """Return the same with our own requests for tool calls, unless the model file asks for calls itself."""
-        if any((task.task or name) == TOOL_CALLS for name, task in self.tasks.items()) or self.engine != "served":
+        if any(task.asks_for_tool_calls(name) for name, task in self.tasks.items()) or self.engine != "served":
             return self
         return self.model_copy(update={"tasks": {**self.tasks, TOOL_CALLS: _TOOL_CALLS}})
 

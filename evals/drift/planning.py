@@ -72,7 +72,7 @@ def check_data(limits: DriftLimits) -> None:
 
 
 def _task(name: str, task: TaskLimits, confidence: float) -> TaskPlan:
-    kind = _kind(task)
+    kind = _kind(name, task)
     items, tokens = _ours(name, task, task.data) if task.data is not None else _theirs(name, task)
     if task.max_drop is not None:
         found = tuple(paired.detectable_drop(rate, items, confidence, POWER) for rate in FLIPS)
@@ -86,7 +86,9 @@ def _task(name: str, task: TaskLimits, confidence: float) -> TaskPlan:
     return TaskPlan(name, task.tier, kind, items, task.groups, tokens, limit, found, wanted)
 
 
-def _kind(task: TaskLimits) -> Kind:
+def _kind(name: str, task: TaskLimits) -> Kind:
+    if task.asks_for_tool_calls(name):
+        return "generated"
     return task.kind or ("text" if task.max_increase is not None else "choice")
 
 
@@ -98,8 +100,9 @@ def _theirs(name: str, task: TaskLimits) -> tuple[int, int]:
 
 
 def _ours(name: str, task: TaskLimits, data: Path) -> tuple[int, int]:
+    shape = json_lines.CALLS if task.asks_for_tool_calls(name) else _SHAPES[_kind(name, task)]
     try:
-        rows = json_lines.read_rows(data, _SHAPES[_kind(task)])
+        rows = json_lines.read_rows(data, shape)
     except json_lines.JsonLinesError as error:
         raise SuiteError(f"the data of `evals.tasks.{name}`: {error}") from error
     items = task.items or len(rows)

@@ -91,6 +91,10 @@ class TaskLimits(_Frozen):
         """Whether the task is one of ``evals/drift/tasks``, over a file of data."""
         return self.data is not None or (self.task or name) in task_names()
 
+    def asks_for_tool_calls(self, name: str) -> bool:
+        """Whether the task is ours that offers tools."""
+        return (self.task or name) == TOOL_CALLS
+
     def question(self, name: str) -> Question:
         """Return what determines the question."""
         return Question(

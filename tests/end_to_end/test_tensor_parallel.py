@@ -54,7 +54,7 @@ def divided(
     spec["evals"]["tasks"]["cloze"] |= {"items": 200, "max_drop": 0.1}
     spec["evals"]["tasks"]["perplexity"] |= {"items": 200, "max_increase": 0.1}
     # The demo can't call tools: that it is asked is what counts.
-    calls = {"data": f"file:{TASKS}/{TOOL_CALLS}.jsonl", "items": 4, "tier": "advisory", "max_drop": 1.0}
+    calls = {"data": f"file:{TASKS}/{TOOL_CALLS}.jsonl", "items": 4, "tier": "advisory", "max_drop": 0.9}
     spec["evals"]["tasks"][TOOL_CALLS] = calls
     (folder / "demo.yaml").write_text(yaml.safe_dump(spec))
     done = slipway("release", folder / "demo.yaml", "--json")

@@ -12,9 +12,13 @@ from evals.drift import tool_calls
 from evals.drift.answers import GeneratedAnswer
 from evals.drift.json_lines import CALLS, JsonLinesError, parse_rows
 from evals.drift.limits import DriftLimits
-from evals.drift.suite import TASKS, TOOL_CALLS
+from evals.drift.planning import check_data, plan
+from evals.drift.suite import TASKS, TOOL_CALLS, TaskLimits
+from evals.errors import SuiteError
+from homes import DEMO
 
 DATA = TASKS / "tool_calls.jsonl"
+HELD_OUT = DEMO / "heldout.jsonl"
 LIMITS: dict[str, Any] = {
     "tasks": {
         "cloze": {"data": __file__, "max_drop": 0.02},
@@ -108,3 +112,15 @@ def test_a_row_that_expects_a_tool_that_is_not_given_is_refused(rows: list[dict[
     broken = json.dumps({**rows[0], "name": "fly"}).encode()
     with pytest.raises(JsonLinesError, match="`name` must be the name of one of the tools"):
         parse_rows(broken, Path("calls.jsonl"), CALLS)
+
+
+def test_requests_of_a_model_file_are_checked_with_it_and_planned(tmp_path: Path) -> None:
+    own = tmp_path / "calls.jsonl"
+    limits = TaskLimits(task=TOOL_CALLS, data=own, max_drop=0.02)
+    asked = DriftLimits(tasks={"calls": limits, "text": TaskLimits(data=HELD_OUT, task="perplexity", max_increase=0.1)})
+    own.write_bytes(DATA.read_bytes())
+    check_data(asked)
+    assert next((each.name, each.kind, each.items) for each in plan(asked)) == ("calls", "generated", 48)
+    own.write_text('{"id": "1", "prompt": "Call me", "tools": [], "name": "call", "arguments": {}}\n')
+    with pytest.raises(SuiteError, match=r"calls\.jsonl, line 1: `tools` must be a list of tools"):
+        check_data(asked)
