@@ -120,12 +120,13 @@ class Proposal:
 
 
 def name_of(uri: str) -> str:
-    """Return a model's name for the last part of a URI, in the letters that a name may have.
+    """Return a model's name for the last part of a URI that is no version, in the letters that a name may have.
 
     Raises:
         SpecError: there is no such letter in it.
     """
-    last = re.split(r"[/:]", uri.split("@", maxsplit=1)[0].rstrip("/"))[-1]
+    _, *parts = (part for part in re.split(r"[/:]", uri.split("@", maxsplit=1)[0]) if part)
+    last = next((part for part in reversed(parts) if not part.isdigit()), "")
     found = "-".join(part.strip(".") for part in re.split(r"[^a-z0-9.]+", last.lower()) if part.strip("."))
     name = re.sub(r"\.{2,}", ".", found)
     if not name:

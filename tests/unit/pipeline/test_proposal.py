@@ -165,6 +165,8 @@ def test_a_quantized_source_is_refused() -> None:
         ("file:/models/My Model_v2/", "my-model-v2", "base"),
         ("s3://bucket/team/fraud", "fraud", "base"),
         ("models:/Fraud@champion", "fraud", "base"),
+        ("models:/Fraud/3", "fraud", "base"),
+        ("oci://registry.example/team/fraud@sha256:00", "fraud", "base"),
     ],
 )
 def test_name_and_kind_are_those_of_the_uri(uri: str, name: str, kind: Kind) -> None:
