@@ -21,6 +21,7 @@ from pipeline.commands import (
     locking,
     machine,
     planning,
+    publishing,
     registered,
     releasing,
     scanning,
@@ -88,7 +89,7 @@ def main() -> None:
 
 
 for _command in (
-    *(initial.init, planning.plan, releasing.release),
+    *(initial.init, planning.plan, releasing.release, publishing.publish),
     *(registered.status, registered.pull, registered.verify, registered.report),
     *(aliases.promote, aliases.rollback, aliases.canary, aliases.history, aliases.gc),
     *(loading.load, loading.compare, bundling.bundle, bundling.metrics),

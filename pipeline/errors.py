@@ -55,6 +55,10 @@ class ChangedSourceError(SourceError):
     """A file is no longer the one that was listed or locked; what was downloaded of it is of no use."""
 
 
+class PublishError(SlipwayError):
+    """A release can't be published: the place holds something else, or refuses."""
+
+
 class PlanError(SlipwayError):
     """A model can't be planned, or does not fit on the disk or CPU."""
 

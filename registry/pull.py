@@ -8,24 +8,26 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from registry.backend import Version
+from registry.backend import MANIFEST_TAG, Version
 from registry.cache import Cache
 from registry.destination import discard, folder_beside, is_empty, take_place
+from registry.digests import digest_of
 from registry.download import ByteCount, download
 from registry.errors import ArgumentError, ManifestError, Problem, PullError, TrackingError, VerificationError
 from registry.file_systems import set_mode, sync_folder
-from registry.manifest import DOCUMENTS, MANIFEST, FileRecord, Manifest
+from registry.manifest import BOUNDS, DOCUMENTS, MANIFEST, FileRecord, Manifest
 from registry.policy import Policy, Trust, policy_of
 from registry.progress import Progress, silent
 from registry.resolve import CHAMPION, resolve
 from registry.stored import fetch_documents, naming_version, open_version
 from registry.suggestions import suggestion
 from registry.verify import VerificationReport, verify, verify_documents
-from registry.version_files import Artifacts
+from registry.version_files import Artifacts, fetch
 
 CONNECTIONS = 8
 
@@ -118,6 +120,31 @@ def pull(
     return Pulled(name, version.version, alias, destination, False, report, moved.bytes)
 
 
+def pull_from(
+    stored: Artifacts, place: str, destination: Path, *, trusted_keys: Trust, progress: Progress = silent
+) -> Pulled:
+    """Fetch the release whose files are ``stored`` at a ``place`` outside of the registry, as `pull` does.
+
+    No registry says which release it is: the signature alone does.
+
+    Raises:
+        PullError, VerificationError, TrackingError: As `pull`; ``destination`` is as it was.
+    """
+    policy = policy_of(trusted_keys)
+    destination = Path(os.path.abspath(destination))  # noqa: PTH100 - as above
+    version = _version_at(stored, place)
+    digest = version.manifest_digest or ""
+    if os.path.lexists(destination) and not is_empty(destination):
+        report = _verified_destination(destination, version, policy)
+        return Pulled(version.name, place, "", destination, True, report)
+    progress(f"{place} is {version.name}, {digest}")
+    with folder_beside(destination, digest, progress) as part:
+        have = Cache.beside(None, destination, None)
+        report, moved = _fetched(stored, part, version, policy, have, None, progress)
+        take_place(part, destination, replace=False)
+    return Pulled(version.name, place, "", destination, False, report, moved.bytes)
+
+
 def fetch_file(reference: str, name: str, target: Path, *, tracking_uri: str, trusted_keys: Trust) -> None:
     """Write one file of the release that ``NAME@ALIAS`` names to ``target``, held against the signed manifest.
 
@@ -176,6 +203,20 @@ def _parsed(reference: str) -> tuple[str, str]:
     if not name or (at and not alias) or "@" in alias or set(name + alias) & set("/\\:'\"` ") or name.startswith("."):
         raise ArgumentError(f"`{reference}` names no release: write NAME or NAME@ALIAS, as in `demo-awq@champion`")
     return name, alias or CHAMPION
+
+
+def _version_at(stored: Artifacts, place: str) -> Version:
+    """Describe what a place claims to hold; nothing of it is believed before its signature is checked."""
+    if MANIFEST not in stored.names():
+        raise PullError(f"{place} holds no release: it has no {MANIFEST}")
+    with TemporaryDirectory(prefix="slipway-") as folder:
+        raw = fetch(stored, MANIFEST, Path(folder), BOUNDS.bytes).read_bytes()
+    try:
+        claimed = Manifest.parse(raw)
+    except ManifestError as error:
+        raise PullError(f"{place} holds a manifest that is not valid: {error}") from error
+    tags = {MANIFEST_TAG: digest_of(raw)}
+    return Version(claimed.name, place, (), tags, place, datetime.now(UTC))
 
 
 def _verified_destination(destination: Path, version: Version, policy: Policy) -> VerificationReport:

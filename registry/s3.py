@@ -37,6 +37,11 @@ class S3Artifacts:
         except (BotoCoreError, ClientError) as error:
             raise TrackingError(f"s3://{bucket}/{root}: {error}") from error
 
+    @property
+    def client(self) -> Any:  # noqa: ANN401 - as above
+        """The client of boto3."""
+        return self._client
+
     def names(self) -> list[str]:
         """List every file."""
         pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=f"{self._root}/")

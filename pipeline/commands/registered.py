@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from rich.markup import escape
 
-from pipeline.commands.show import FAILED, as_json, print_json, print_table, progress, results
+from pipeline.commands.show import FAILED, as_json, print_json, print_table, progress, results, say
 from pipeline.settings import Settings
 
 
@@ -65,15 +65,21 @@ def pull(
     run: str | None,
     as_json: bool,
 ) -> None:
-    """Fetch and verify release NAME[@ALIAS] (default @champion).
+    """Fetch and verify release NAME[@ALIAS] (default @champion), or one that was published at hf://, s3:// or oci://.
 
     DESTINATION appears only after the release is verified. NAME@v3 is version 3. An interrupted pull continues where it
     stopped. Exit status: 0 done, 1 failed for now (server unreachable, disk full), 3 refused (does not match its
     signature), 4 no such release, 5 unchanged.
     """
+    from pipeline.publishing.places import is_place  # noqa: PLC0415
     from registry.__main__ import main as light  # noqa: PLC0415
 
     settings = Settings.read()
+    if is_place(name):
+        if replace or if_changed or cache or every is not None or run:
+            raise click.UsageError(f"{name} is pulled without other options than --json")
+        _pull_from(name, destination, settings, as_json=as_json)
+        return
     arguments = ["watch" if every is not None else "pull", name, str(destination)]
     arguments += ["--tracking-uri", settings.tracking_uri]
     if settings.policy is not None:
@@ -84,6 +90,20 @@ def pull(
         arguments += [flag, str(value)] if value is not None else []
     arguments += ["--replace"] * replace + ["--if-changed"] * if_changed + ["--json"] * as_json
     sys.exit(light(arguments, {}))
+
+
+def _pull_from(place: str, destination: Path, settings: Settings, *, as_json: bool) -> None:
+    from pipeline.publishing.places import ReleaseFiles, opened  # noqa: PLC0415
+    from pipeline.trust import trust_of  # noqa: PLC0415
+    from registry.pull import pull_from  # noqa: PLC0415
+
+    with opened(place, settings) as there:
+        pulled = pull_from(ReleaseFiles(there), place, destination, trusted_keys=trust_of(settings), progress=say)
+    if as_json:
+        print_json({"name": pulled.name, "place": place, "manifest_digest": pulled.manifest.digest})
+    else:
+        found = f"{destination} is {pulled.name}, {pulled.manifest.digest}"
+        results.print(escape(f"{found}: signature, files and gates verified"))
 
 
 @click.command()

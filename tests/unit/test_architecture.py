@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline.trust", "pipeline.compatibility", "pipeline.store"),
     ("pipeline.sources", "pipeline.quantization", "pipeline.workers"),
     ("pipeline.spec",),
-    ("pipeline.planner",),
+    ("pipeline.planner", "pipeline.publishing"),
     ("pipeline.proposal",),
     ("pipeline.stages",),
     ("pipeline.operations",),

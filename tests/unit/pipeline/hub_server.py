@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -18,8 +19,9 @@ REPOSITORY = "org/tiny"
 class StandInHub:
     """Serves ``files`` (path → bytes) of one model, or data set, at one commit; safetensors are told with their sha256.
 
-    ``branches`` name the ``commit``. The next ``cuts`` downloads break off in the middle; ``served`` replaces what
-    is sent for a file, not what is told of it. ``seen`` has every request: method, path, Range, Authorization.
+    It takes commits, with large files beforehand. The ``token`` may read, and ``writer`` write; None is anybody's.
+    ``branches`` name the ``commit``. The next ``cuts`` downloads break off in the middle; ``served`` replaces what is
+    sent for a file, not what is told of it. ``seen`` has every request: method, path, Range, Authorization.
     """
 
     def __init__(self, files: dict[str, bytes]) -> None:
@@ -28,9 +30,12 @@ class StandInHub:
         self.commit = COMMIT
         self.branches = {"main": COMMIT}
         self.token: str | None = None
+        self.writer: str | None = None
         self.gated = False
         self.cuts = 0
         self.served: dict[str, bytes] = {}
+        self.uploads: dict[str, bytes] = {}
+        self.commits: list[str] = []
         self.seen: list[tuple[str, str, str | None, str | None]] = []
         self.endpoint = ""
 
@@ -78,16 +83,63 @@ def serving(files: dict[str, bytes]) -> Iterator[StandInHub]:
             else:
                 self.refuse(404, "RepoNotFound")
 
-        def describe(self, revision: str) -> None:
-            if revision not in {hub.commit, *hub.branches}:
-                self.refuse(404, "RevisionNotFound")
+        def do_POST(self) -> None:
+            path, body = unquote(urlparse(self.path).path), self.rfile.read(int(self.headers["Content-Length"]))
+            hub.seen.append((self.command, path, None, self.headers.get("Authorization")))
+            if path == "/api/validate-yaml":
+                self.answer({"errors": [], "warnings": []})
+            elif hub.writer and self.headers.get("Authorization") != f"Bearer {hub.writer}":
+                self.refuse(403, "Forbidden")
+            elif path.startswith(f"/api/models/{REPOSITORY}/preupload/"):
+                modes = [
+                    {
+                        "path": each["path"],
+                        "uploadMode": "lfs" if each["path"].endswith(".safetensors") else "regular",
+                        "shouldIgnore": False,
+                    }
+                    for each in json.loads(body)["files"]
+                ]
+                self.answer({"files": modes})
+            elif path == f"/{REPOSITORY}.git/info/lfs/objects/batch":
+                wanted = json.loads(body)["objects"]
+                actions = {each["oid"]: {"upload": {"href": f"{hub.endpoint}/lfs/{each['oid']}"}} for each in wanted}
+                self.answer(
+                    {"transfer": "basic", "objects": [{**each, "actions": actions[each["oid"]]} for each in wanted]}
+                )
+            elif path.startswith(f"/api/models/{REPOSITORY}/commit/"):
+                self.commit([json.loads(line) for line in body.splitlines()])
+            else:
+                self.refuse(404, "RepoNotFound")
+
+        def do_PUT(self) -> None:
+            hub.uploads[self.path.rsplit("/", 1)[-1]] = self.rfile.read(int(self.headers["Content-Length"]))
+            self.answer({})
+
+        def commit(self, lines: list[dict[str, Any]]) -> None:
+            if lines[0]["value"].get("parentCommit") not in {None, hub.commit}:
+                self.refuse(412, "Precondition")
                 return
-            body = json.dumps(hub.information()).encode()
+            for line in lines[1:]:
+                value = line["value"]
+                large = line["key"] == "lfsFile"
+                hub.files[value["path"]] = hub.uploads[value["oid"]] if large else base64.b64decode(value["content"])
+            hub.commits.append(lines[0]["value"]["summary"])
+            hub.commit = hub.branches["main"] = hashlib.sha1(str(hub.files).encode(), usedforsecurity=False).hexdigest()
+            self.answer({"commitUrl": f"{hub.endpoint}/{REPOSITORY}/commit/{hub.commit}", "commitOid": hub.commit})
+
+        def answer(self, document: dict[str, Any]) -> None:
+            body = json.dumps(document).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
+
+        def describe(self, revision: str) -> None:
+            if revision not in {hub.commit, *hub.branches}:
+                self.refuse(404, "RevisionNotFound")
+                return
+            self.answer(hub.information())
 
         def send(self, name: str) -> None:
             data = hub.served.get(name, hub.files[name])

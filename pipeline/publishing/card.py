@@ -1,0 +1,120 @@
+"""The model card of a release that is published, made from its signed evidence.
+
+It begins with the metadata that the Hugging Face hub documents (https://huggingface.co/docs/hub/model-cards). It is not
+covered by the signature: what it says can be looked up in the files that are.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+
+from registry.manifest import Manifest
+
+NAME = "README.md"
+# Licenses by the identifiers that the hub knows; any other is `other`, with its name beside it.
+_LICENSES = (
+    *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc0-1.0"),
+    *("gpl-3.0", "lgpl-3.0", "agpl-3.0", "mpl-2.0", "openrail", "gemma", "llama2", "llama3", "llama3.1", "llama3.2"),
+    *("llama3.3", "llama4", "unlicense"),
+)
+_HUB = re.compile(r"hf://(?P<repository>[^/@]+/[^/@]+)")
+_CHANGES = (("increase", "more bits per byte"), ("drop", "less accuracy"))
+
+
+def card(manifest: Manifest, bill: bytes | None, place: str) -> str:
+    """Return the card of a release as Markdown, for the ``place`` where it is published.
+
+    Both manifest and ``bill``, the model's bill of materials, must have been verified.
+    """
+    from huggingface_hub import ModelCardData  # noqa: PLC0415 - its import takes a third of a second
+
+    metadata = ModelCardData(**_metadata(manifest, _license(bill)))
+    return f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(_text(manifest, place)) + "\n"
+
+
+def _metadata(manifest: Manifest, named: str | None) -> dict[str, object]:
+    """The card's metadata. A base in a folder has no name on a hub, so it has none here."""
+    adapter = manifest.source.adapter
+    origins = [manifest.source.uri, *([] if adapter is None else [adapter.uri])]
+    bases = [match["repository"] for match in map(_HUB.match, origins) if match]
+    found: dict[str, object] = {
+        "library_name": "vllm",
+        "pipeline_tag": "text-generation",
+        "tags": ["slipway", "quantized", manifest.quantizer.method],
+    }
+    if bases:
+        found |= {"base_model": bases[0] if len(bases) == 1 else bases, "base_model_relation": "quantized"}
+    if named is not None:
+        known = named.lower() in _LICENSES
+        found |= {"license": named.lower()} if known else {"license": "other", "license_name": _slug(named)}
+    return found
+
+
+def _license(bill: bytes | None) -> str | None:
+    """The license that the model's bill of materials states."""
+    component = {} if bill is None else json.loads(bill)["metadata"]["component"]
+    return next((str(each["license"]["name"]) for each in component.get("licenses", ())), None)
+
+
+def _text(manifest: Manifest, place: str) -> Iterator[str]:
+    source, quantizer = manifest.source, manifest.quantizer
+    yield from (f"# {manifest.name}", "")
+    merged = "" if source.adapter is None else f" with the adapter `{source.adapter.uri}` merged into it"
+    yield f"`{source.uri}`{merged}, quantized by {quantizer.backend} {quantizer.version} ({quantizer.method})."
+    yield from ("", "| | |", "|---|---|")
+    yield f"| base | `{source.uri}` at `{source.revision}` |"
+    if source.adapter is not None:
+        yield f"| adapter | `{source.adapter.uri}` at `{source.adapter.revision}` |"
+    yield f"| parameters | {', '.join(f'{key} {value}' for key, value in sorted(quantizer.parameters.items()))} |"
+    if quantizer.calibration is not None:
+        text = quantizer.calibration
+        yield f"| calibration | `{text.uri}`, {text.samples} samples of up to {text.max_tokens} tokens |"
+    yield f"| runtime | {manifest.image.runtime}, image `{manifest.image.digest}` |"
+    yield f"| tested on | {manifest.hardware.cpu}, {manifest.hardware.cores} cores{_accelerators(manifest)} |"
+    yield f"| sealed | {manifest.created} |"
+    yield from ("", "## Measured loss", "")
+    yield from _losses({gate.verdict.gate: gate.verdict.metrics for gate in manifest.gates}.get("drift", {}))
+    yield from ("", "## Gates", "", "| gate | verdict | why |", "|---|---|---|")
+    for gate in manifest.gates:
+        verdict = gate.verdict
+        accepted = f" Accepted: {verdict.accepted_because}" if verdict.accepted_because else ""
+        yield f"| {verdict.gate} | {verdict.status} | {_cell(verdict.reason + accepted)} |"
+    yield from ("", "`release/report.html` has all of it with pictures, `release/evidence/` what was measured.")
+    yield from ("", "## Verify", "", "```bash", f"slipway pull {place} FOLDER", "slipway verify FOLDER", "```", "")
+    yield (
+        "Both check the signature against the keys that you trust (`SLIPWAY_TRUSTED_KEYS`), every file and the gates. "
+        f"The digest of the manifest is `{manifest.digest}`. This card is not signed."
+    )
+
+
+def _losses(metrics: Mapping[str, float]) -> Iterator[str]:
+    """A row for each task: the change against FP16 with its interval, which the drift gate judged."""
+    yield from ("| task | items | change against FP16 | interval |", "|---|---|---|---|")
+    for key in sorted(metrics):
+        task, _, kind = key.rpartition(".")
+        for change, words in _CHANGES:
+            if kind == change:
+                low, high = metrics[f"{key}_lower"], metrics[f"{key}_upper"]
+                yield (
+                    f"| {task} | {metrics[f'{task}.items']:.0f} | {metrics[key]:+.2%} {words} | "
+                    f"{low:+.2%} to {high:+.2%} |"
+                )
+    mean = "divergence.mean"
+    if mean in metrics:
+        low, high = metrics[f"{mean}_lower"], metrics[f"{mean}_upper"]
+        positions = metrics["divergence.positions"]
+        yield f"| next token | {positions:.0f} | {metrics[mean]:.4f} nats | {low:.4f} to {high:.4f} |"
+
+
+def _accelerators(manifest: Manifest) -> str:
+    return "".join(f", {each.name}" for each in manifest.hardware.accelerators)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")

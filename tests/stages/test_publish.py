@@ -1,0 +1,160 @@
+"""A release is published on a stand-in hub, in moto's S3 and in a real container registry, and pulled from each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from huggingface_hub import ModelCard
+from real_server import BUCKET, s3_server
+
+from pipeline.cli import main
+from pipeline.errors import PublishError
+from pipeline.publishing.card import card
+from pipeline.publishing.places import _BucketPlace
+from pipeline.publishing.publish import publish
+from pipeline.stages import promotion
+from pipeline.stages.run import run
+from pipeline.stages.table import RELEASE
+from pipeline.trust import trust_of
+from registry.manifest import MANIFEST, Manifest
+from registry.verify import verify
+from stages.loopback_registry import serving as serving_registry
+from unit.pipeline import hub_server
+from unit.pipeline.release_evidence import Made, settings_of
+
+NAME, SECRET, OTHER = "demo-gptq", "hf_secret", "hf_other"
+GIT = b"*.safetensors filter=lfs\n"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A home with a champion."""
+    made = Made(settings_of(tmp_path_factory.mktemp("publish") / "home"))
+    promotion.promote(made.context, run(RELEASE, made.context, made.artifacts()))
+    return made
+
+
+@pytest.fixture
+def hub() -> Iterator[hub_server.StandInHub]:
+    with hub_server.serving({".gitattributes": GIT}) as hub:
+        yield hub
+
+
+@dataclass(frozen=True)
+class Command:
+    """`slipway` in the home."""
+
+    made: Made
+
+    def __call__(self, *words: str, **variables: str) -> Result:
+        environment = {"SLIPWAY_HOME": str(self.made.settings.home), **variables}
+        return CliRunner().invoke(main, list(words), env=environment, catch_exceptions=False)
+
+
+def check_place(place: str, made: Made, tmp_path: Path, **variables: str) -> None:
+    """Publish twice, and pull what is there."""
+    slipway = Command(made)
+    shown = slipway("publish", NAME, place, "--dry-run", "--json", **variables)
+    assert shown.exit_code == 0, shown.output
+    first = slipway("publish", NAME, place, **variables)
+    assert (first.exit_code, first.stdout.startswith(f"published to {place}")) == (0, True), first.output
+    again = slipway("publish", f"{NAME}@champion", place, **variables)
+    assert (again.exit_code, "already: nothing was written" in again.stdout) == (0, True), again.output
+    pulled = slipway("pull", place, str(tmp_path / "pulled"), **variables)
+    assert pulled.exit_code == 0, pulled.output
+    manifest = verify(tmp_path / "pulled", trust_of(made.settings)).manifest
+    assert manifest.name == NAME
+    assert json.loads(shown.stdout)["manifest_digest"] == manifest.digest
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of huggingface_hub's upload
+def test_a_hub_gets_one_commit_with_the_card(made: Made, hub: hub_server.StandInHub, tmp_path: Path) -> None:
+    hub.token = hub.writer = SECRET
+    place = f"hf://{hub_server.REPOSITORY}"
+    check_place(place, made, tmp_path, HF_ENDPOINT=hub.endpoint, HF_TOKEN=SECRET)
+    assert len(hub.commits) == 1
+    text = hub.files["README.md"].decode()
+    assert f"slipway pull {place} FOLDER" in text
+    found = ModelCard(text, ignore_metadata_errors=False)
+    assert found.data.tags == ["slipway", "quantized", "gptq"]
+
+
+def test_what_a_hub_refuses_is_one_line_without_the_token(made: Made, hub: hub_server.StandInHub) -> None:
+    hub.writer = SECRET
+    settings = replace(made.settings, hub_endpoint=hub.endpoint, hub_token=OTHER)
+    with pytest.raises(PublishError, match="refused hf://org/tiny@main with status 403") as error:
+        publish(NAME, f"hf://{hub_server.REPOSITORY}", settings, print)
+    assert OTHER not in str(error.value)
+    assert set(hub.files) == {".gitattributes"}
+
+
+def test_a_bucket_gets_the_manifest_last(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with s3_server(tmp_path) as address:
+        variables = {
+            "AWS_ENDPOINT_URL": address,
+            "AWS_ACCESS_KEY_ID": "id",
+            "AWS_SECRET_ACCESS_KEY": "key",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        place = f"s3://{BUCKET}/releases/demo"
+
+        def cut_off(self: Any, files: Any, progress: Any) -> None:  # noqa: ANN401
+            upload(self, {name: path for name, path in files.items() if name != MANIFEST}, progress)
+            raise KeyboardInterrupt
+
+        upload = _BucketPlace._upload
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_BucketPlace, "_upload", cut_off)
+            with pytest.raises(KeyboardInterrupt):
+                publish(NAME, place, made.settings, print)
+        pulled = Command(made)("pull", place, str(tmp_path / "nothing"))
+        assert (pulled.exit_code, "holds no release" in pulled.output) == (1, True)
+        check_place(place, made, tmp_path)
+
+
+def test_a_container_registry_gets_an_artifact(made: Made, tmp_path: Path) -> None:
+    with serving_registry(tmp_path / "registry") as address:
+        check_place(f"oci://{address}/releases/demo", made, tmp_path)
+
+
+def test_something_else_is_never_overwritten(made: Made, hub: hub_server.StandInHub) -> None:
+    settings = replace(made.settings, hub_endpoint=hub.endpoint)
+    place = f"hf://{hub_server.REPOSITORY}"
+    hub.files["config.json"] = hub.files["README.md"] = hub.files["mine.txt"] = b"{}"
+    with pytest.raises(PublishError, match=r"holds something else, such as mine\.txt: nothing was written"):
+        publish(NAME, place, settings, print)
+    other = Manifest.parse((Path(__file__).parents[1] / "compat/5-mlbom/release" / MANIFEST).read_bytes())
+    hub.files[MANIFEST] = other.canonical()
+    with pytest.raises(PublishError, match=rf"holds another release, {other.name} {other.digest}"):
+        publish(NAME, place, settings, print)
+    assert not hub.commits
+
+
+def test_a_place_of_another_kind_is_refused(made: Made) -> None:
+    for place in ("https://example.org/x", "hf://only", "s3://bucket", "oci://host"):
+        with pytest.raises(PublishError, match="expected hf://ORG/NAME"):
+            publish(NAME, place, made.settings, print)
+
+
+def test_the_card_names_base_relation_license_and_loss(made: Made) -> None:
+    release = run(RELEASE, made.context, made.artifacts())
+    manifest = Manifest.parse((release.folder / MANIFEST).read_bytes())
+    manifest = manifest.model_copy(update={"source": manifest.source.model_copy(update={"uri": "hf://org/base"})})
+    bill = json.dumps({"metadata": {"component": {"licenses": [{"license": {"name": "Apache-2.0"}}]}}}).encode()
+    text = card(manifest, bill, "hf://me/mine")
+    data = ModelCard(text, ignore_metadata_errors=False).data.to_dict()
+    assert data["base_model"] == "org/base"
+    assert data["base_model_relation"] == "quantized"
+    assert data["license"] == "apache-2.0"
+    metrics = next(gate.verdict.metrics for gate in manifest.gates if gate.verdict.gate == "drift")
+    low, high = metrics["cloze.drop_lower"], metrics["cloze.drop_upper"]
+    assert f"| cloze | 800 | {metrics['cloze.drop']:+.2%} less accuracy | {low:+.2%} to {high:+.2%} |" in text
+    assert "| scan | inconclusive |" in text
