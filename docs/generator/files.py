@@ -15,6 +15,7 @@ from containers.gateway import config as gateway
 from containers.image.build import ImageRecord
 from containers.kubernetes.cluster import Cluster
 from containers.scan.evidence import ScanEvidence
+from evals.drift.mixture import Mixture
 from evals.drift.pairs import Drift
 from evals.drift.suite import load_suite, suite_names
 from evals.load.evidence import LoadEvidence
@@ -129,6 +130,7 @@ def gateway_files() -> str:
 EVIDENCE: Mapping[str, type[BaseModel]] = {
     "manifest": Manifest,
     "drift": Drift,
+    "mixture": Mixture,
     "scan": ScanEvidence,
     "load": LoadEvidence,
     "image": ImageRecord,

@@ -109,7 +109,7 @@ def _unpacked_weights(folder: Path, quantization: dict[str, Any]) -> dict[str, A
             for part, tensor in parts.items()
             if tensor is not None
         }
-        tensors[f"{layer}.weight"] = torch.from_numpy(unpack_linear(arrays, quantization))
+        tensors[f"{layer}.weight"] = torch.from_numpy(unpack_linear(arrays, quantization, layer))
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(_CACHE_SCALES)}
 
 

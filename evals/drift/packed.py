@@ -25,12 +25,15 @@ class FormatError(ValueError):
     """A packed format that this module does not read; the message says which it does."""
 
 
-def unpack_linear(parts: Mapping[str, NDArray[Any]], quantization: Mapping[str, Any]) -> NDArray[np.float32]:
+def unpack_linear(
+    parts: Mapping[str, NDArray[Any]], quantization: Mapping[str, Any], layer: str = ""
+) -> NDArray[np.float32]:
     """Return one linear layer's weight, out by in, in float32.
 
     ``parts`` holds the layer's tensors by their last name (``qweight``, ``qzeros``, ``scales``, and GPTQ's ``g_idx`` if
     there; ``weight`` or ``weight_packed``, ``weight_scale`` and so on of compressed-tensors), FP8 as float32;
-    ``quantization`` is the checkpoint's ``quantization_config``.
+    ``quantization`` is the checkpoint's ``quantization_config``, and ``layer`` the layer's name, by which a mixture
+    says what format it has.
 
     Raises:
         FormatError: for a method, layout or width that is not read here.
@@ -49,9 +52,10 @@ def unpack_linear(parts: Mapping[str, NDArray[Any]], quantization: Mapping[str, 
         return _gptq(parts, bits, offset=1 if layout == "gptq" else 0)
     if method == "compressed-tensors":
         groups = list((quantization.get("config_groups") or {}).values())
-        if len(groups) != 1:
-            raise FormatError(f"compressed-tensors with {len(groups)} groups of layers is not read here: one is")
-        return _compressed(parts, str(quantization.get("format")), groups[0]["weights"])
+        own = [group for group in groups if {layer, "Linear"}.intersection(group.get("targets", ["Linear"]))]
+        if len(own) != 1:
+            raise FormatError(f"compressed-tensors with {len(own)} groups of settings for `{layer}` is not read here")
+        return _compressed(parts, str(own[0].get("format") or quantization.get("format")), own[0]["weights"])
     raise FormatError(f"quantization by `{method}` is not read here: `awq`, `gptq` and `compressed-tensors` are")
 
 

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from containers.errors import ScanError
 from containers.sandbox.memory import MemorySample
 from containers.scan.evidence import ScanEvidence, read_scan
+from evals.drift.mixture import Mixture, read_mixture
 from evals.drift.pairs import Drift, read_drift
 from evals.errors import AnswersError, EvaluationError, LoadEvidenceError
 from evals.load.cost import CostEvidence, read_cost
@@ -22,7 +23,16 @@ from evals.load.evidence import LoadEvidence, read_load_evidence
 from evals.load.measurements import read_samples
 from evals.load.requests import RequestRecord, read_requests
 from evals.load.variants import Variant, read_variants
-from evals.report import cost_pictures, drift_pictures, html, load_pictures, load_report, pictures, side_by_side
+from evals.report import (
+    cost_pictures,
+    drift_pictures,
+    html,
+    load_pictures,
+    load_report,
+    mixture_pictures,
+    pictures,
+    side_by_side,
+)
 from evals.report.pictures import StageTime, shown_bytes
 from registry.verdict import Verdict
 
@@ -44,6 +54,7 @@ class ReportEvidence:
     memory: Sequence[MemorySample] = ()
     cost: CostEvidence | None = None
     variants: Sequence[Variant] = ()
+    mixture: Mixture | None = None
 
     @classmethod
     def read(cls, *folders: Path) -> ReportEvidence:
@@ -64,6 +75,7 @@ class ReportEvidence:
                 memory=read_samples(found["memory.json"].parent) if "memory.json" in found else (),
                 cost=read_cost(found["cost.json"]) if "cost.json" in found else None,
                 variants=read_variants(found["variants.json"].parent) if "variants.json" in found else (),
+                mixture=read_mixture(found["mixture.json"]) if "mixture.json" in found else None,
             )
         except (AnswersError, LoadEvidenceError, ScanError) as error:
             raise ReportError(f"the report can't be written: {error}") from error
@@ -153,6 +165,8 @@ def _figures(subject: ReportedRelease, verdicts: Sequence[Verdict], evidence: Re
         *_costs(evidence.cost),
         ("Time by stage", pictures.stages(subject.stages), "no stage was timed"),
     ]
+    if evidence.mixture:
+        drawn.insert(5, ("Format of each layer", mixture_pictures.mixture(evidence.mixture), ""))
     if evidence.load and (found := evidence.load.capacity):
         drawn.insert(5, ("Capacity", load_pictures.capacity(found), "fewer than two rates were answered"))
     return [

@@ -23,14 +23,14 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "gptq": ("gptqmodel", "autogptq"),
     **dict.fromkeys(("fp8", "fp8-block", "w8a8", "w4a16", "nvfp4", "mxfp4"), ("llmcompressor",)),
 }
-# The bits that a backend writes of a method.
+# The bits that a backend writes of a method; of a mixture the least.
 BITS: Mapping[tuple[str, str], tuple[int, ...]] = {
     ("awq", "autoawq"): (4,),
     ("awq", "gptqmodel"): (4,),
     ("gptq", "gptqmodel"): (2, 3, 4, 8),
     ("gptq", "autogptq"): (2, 3, 4, 8),
     **{(method, "llmcompressor"): (8,) for method in ("fp8", "fp8-block", "w8a8")},
-    **{(method, "llmcompressor"): (4,) for method in ("w4a16", "nvfp4", "mxfp4")},
+    **{(method, "llmcompressor"): (4,) for method in ("w4a16", "nvfp4", "mxfp4", "mixed")},
 }
 # What each method's format and kernels know; -1 is one group over a whole input.
 GROUP_SIZES: Mapping[str, tuple[int, ...]] = {
@@ -42,6 +42,7 @@ GROUP_SIZES: Mapping[str, tuple[int, ...]] = {
     "w4a16": (32, 64, 128),
     "nvfp4": (16,),
     "mxfp4": (32,),
+    "mixed": (-1,),
 }
 # Methods whose backend reads the weights alone: it knows no architecture, and needs none.
 WITHOUT_MODEL = frozenset({"fp8", "fp8-block", "mxfp4"})

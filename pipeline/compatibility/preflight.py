@@ -122,7 +122,7 @@ def _newer_configuration(model: ModelDescription, known: backends.KnownArchitect
 def _alternative(model: ModelDescription, method: str) -> str:
     """Name a backend that can do the model: for this method, or else for the other one."""
     for other in (method, *(name for name in backends.METHODS if name != method)):
-        for backend in backends.METHODS[other]:
+        for backend in backends.METHODS.get(other, ()):
             if not any(_by_backend(model, other, backend, without_model=other in backends.WITHOUT_MODEL)):
                 chosen = "" if other == method else f"`method: {other}` with "
                 return f"use {chosen}`backend: {backend}`"
@@ -152,7 +152,7 @@ def _widths(model: ModelDescription, scheme: Scheme) -> Iterator[str]:
     axis, what = (0, "outputs") if scheme.method == "awq" else (1, "inputs")
     whole = _AUTOAWQ_OUTPUTS if scheme.backend == "autoawq" else 32 // math.gcd(32, scheme.bits)
     uneven = [name for name, weight in model.linears.items() if weight.shape[axis] % whole]
-    if uneven:
+    if uneven and scheme.method != "mixed":  # which takes another format for such a layer
         width = model.linears[uneven[0]].shape[axis]
         yield f"{_NAMES[scheme.backend]} packs {what} by {whole}, which does not divide the {width} of {_some(uneven)}"
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
 
 from pipeline.compatibility.backends import BITS, GROUP_SIZES, WITHOUT_MODEL
 
 if TYPE_CHECKING:
     from containers.hardware.cpu import InstructionSet
 
-Method = Literal["awq", "gptq", "fp8", "fp8-block", "w8a8", "w4a16", "nvfp4", "mxfp4"]
+Method = Literal["awq", "gptq", "fp8", "fp8-block", "w8a8", "w4a16", "nvfp4", "mxfp4", "mixed"]
+MixedFormat = Literal["w4a16", "w8a8", "fp8"]
 BackendName = Literal["autoawq", "gptqmodel", "autogptq", "llmcompressor"]
 
 GPTQ_ONLY = ("symmetric", "desc_act")
@@ -26,7 +27,10 @@ _SIZES: Mapping[str, tuple[int, int]] = {
     "w4a16": (4, 128),
     "nvfp4": (4, 16),
     "mxfp4": (4, 32),
+    "mixed": (4, -1),
 }
+# What vLLM serves together, on GPUs and on CPUs; layers at 16 bits are always allowed.
+_MIXED_FORMATS: tuple[MixedFormat, ...] = ("w4a16", "w8a8", "fp8")
 # What vLLM quantizes of a layer's inputs while it runs.
 _INPUTS: Mapping[str, str] = {
     "fp8": "inputs in FP8, a scale for each token",
@@ -37,6 +41,27 @@ _INPUTS: Mapping[str, str] = {
 }
 # The bits of GPTQ that vLLM 0.32 loads on any device (`auto_gptq.py`, `gptq_utils.py`).
 _SERVED_BITS = (4, 8)
+
+
+class Budget(BaseModel):
+    """How large a mixture may be: by its ``bytes`` or by its ``bits_per_weight``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bytes: ByteSize | None = Field(default=None, gt=0, exclude_if=lambda value: value is None)
+    """Bytes of all the checkpoint's tensors, as `40GiB`: embeddings, head and norms among them."""
+    bits_per_weight: float | None = Field(default=None, gt=0, le=16, exclude_if=lambda value: value is None)
+    """Bits that a weight of the decoder's linear layers takes on average, its share of scales among them."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Budget:
+        if (self.bytes is None) == (self.bits_per_weight is None):
+            raise ValueError("expected one key, `bytes` or `bits_per_weight`")
+        return self
+
+    def __str__(self) -> str:
+        """``5 bits a weight``; ``40.0GiB``."""
+        return f"{self.bits_per_weight:g} bits a weight" if self.bytes is None else self.bytes.human_readable()
 
 
 class Scheme(BaseModel):
@@ -54,7 +79,7 @@ class Scheme(BaseModel):
     """Bits per weight: AWQ 4; GPTQ 2, 3, 4 or 8; otherwise what the method's name says."""
     group_size: int = 128
     """How many input weights share a scale: AWQ and `w4a16` 32, 64 or 128; GPTQ 16 to 256, or -1 for a whole row;
-    otherwise fixed by the method (`fp8` and `w8a8` -1, `fp8-block` 128, `nvfp4` 16, `mxfp4` 32).
+    otherwise fixed by the method (`fp8`, `w8a8` and `mixed` -1, `fp8-block` 128, `nvfp4` 16, `mxfp4` 32).
     """
     symmetric: bool = True
     """GPTQ only: no zero points."""
@@ -66,6 +91,13 @@ class Scheme(BaseModel):
     """
     kv_cache: Literal["fp8"] | None = Field(default=None, exclude_if=lambda value: value is None)
     """`llmcompressor` only: `fp8` calibrates scales for keys and values, and `serve.kv_cache` is then `fp8` too."""
+    budget: Budget | None = Field(default=None, exclude_if=lambda value: value is None)
+    """`mixed` only, and required there: how large the checkpoint may be, as `{bytes: 40GiB}` or `{bits_per_weight: 5}`.
+    """
+    formats: tuple[MixedFormat, ...] = Field(default=(), exclude_if=lambda value: not value)
+    """`mixed` only: the formats to choose from for each layer, beside 16 bits; all three if not given. `w4a16` comes in
+    groups of 32, 64 and 128.
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -73,7 +105,8 @@ class Scheme(BaseModel):
         if not isinstance(given, Mapping) or not isinstance(given.get("method"), str):
             return given
         bits, group_size = _SIZES.get(given["method"], (4, 128))
-        return {"bits": bits, "group_size": group_size, **given}
+        formats = {"formats": _MIXED_FORMATS} if given["method"] == "mixed" else {}
+        return {"bits": bits, "group_size": group_size, **formats, **given}
 
     @model_validator(mode="after")
     def _supported(self) -> Scheme:
@@ -90,6 +123,16 @@ class Scheme(BaseModel):
             raise ValueError(f"`{extra[0]}` applies only to gptq: remove it, or use `method: gptq`")
         if self.backend != "llmcompressor" and self.kv_cache is not None:
             raise ValueError("`kv_cache` applies only to the backend `llmcompressor`: remove it")
+        if (self.method == "mixed") != (self.budget is not None):
+            raise ValueError(
+                "`budget` is missing: a mixture needs one, as `budget: {bits_per_weight: 5}`"
+                if self.budget is None
+                else "`budget` applies only to mixed: remove it, or use `method: mixed`"
+            )
+        if self.method != "mixed" and self.formats:
+            raise ValueError("`formats` applies only to mixed: remove it, or use `method: mixed`")
+        if self.method == "mixed" and (not self.formats or self.kv_cache is not None):
+            raise ValueError("`mixed` needs at least one of `formats`, and calibrates no `kv_cache`")
         if self.backend != "autoawq" and "clone_saved_weights" in self.model_fields_set:
             raise ValueError("`clone_saved_weights` applies only to the backend `autoawq`: remove it")
         return self
@@ -98,6 +141,22 @@ class Scheme(BaseModel):
     def needs_calibration(self) -> bool:
         """Whether the backend needs text."""
         return self.method not in WITHOUT_MODEL or self.kv_cache is not None
+
+    @property
+    def mixed_schemes(self) -> dict[str, Scheme]:
+        """The schemes that a layer of a mixture can have, by name: ``w4a16-32``, ``fp8``; empty for other methods."""
+        sizes = [(name, size) for name in self.formats for size in GROUP_SIZES[name]]
+        return {
+            name if size == -1 else f"{name}-{size}": Scheme(method=name, backend=self.backend, group_size=size)
+            for name, size in sizes
+        }
+
+    @property
+    def parameters(self) -> dict[str, str | bool | int | float | None]:
+        """What a release records beside method and backend."""
+        left_out = {"method", "backend", "budget", "formats", *(GPTQ_ONLY if self.method != "gptq" else ())}
+        mixed = {} if self.budget is None else {"budget": str(self.budget), "formats": ", ".join(self.formats)}
+        return self.model_dump(exclude=left_out) | mixed
 
     @property
     def not_served(self) -> str | None:
@@ -122,7 +181,7 @@ class Scheme(BaseModel):
     @property
     def quantized_at_run_time(self) -> tuple[str, ...]:
         """What vLLM quantizes beside the stored weights, in words; an engine that only unpacks weights does not."""
-        inputs = [_INPUTS[self.method]] if self.method in _INPUTS else []
+        inputs = [_INPUTS[name] for name in (self.formats or (self.method,)) if name in _INPUTS]
         return (*inputs, *(["keys and values in FP8"] if self.kv_cache else []))
 
 

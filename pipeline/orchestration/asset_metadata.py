@@ -13,7 +13,7 @@ from evals.drift.pairs import read_drift
 from evals.load.evidence import read_load_evidence
 from evals.load.measurements import read_samples
 from evals.load.requests import read_requests
-from evals.report import drift_pictures, load_pictures, pictures
+from evals.report import drift_pictures, load_pictures, mixture_pictures, pictures
 from evals.report.svg import as_markdown
 from pipeline.quantization.quantize import QuantizationRecord
 from pipeline.stages import drift as drift_stage
@@ -44,10 +44,13 @@ def files(_context: StageContext, made: Artifact) -> dict[str, Any]:
 
 
 def quantized(context: StageContext, made: Artifact) -> dict[str, Any]:
-    """A table of the checkpoint's files, and of a mixture how many calibration tokens reached its experts."""
+    """A table of the checkpoint's files; the formats of a mixture; how many calibration tokens reached each expert."""
     record = QuantizationRecord.model_validate(made.notes)
+    shown = files(context, made)
+    if record.mixture is not None:
+        shown["formats"] = MetadataValue.md(as_markdown(mixture_pictures.mixture(record.mixture)))
     if not record.experts:
-        return files(context, made)
+        return shown
     rows = [
         TableRecord({"layer": name, "experts": len(counts), "fewest tokens": min(counts), "most tokens": max(counts)})
         for name, counts in record.experts.items()
@@ -56,7 +59,7 @@ def quantized(context: StageContext, made: Artifact) -> dict[str, Any]:
         TableColumn("layer"),
         *(TableColumn(name, "int") for name in ("experts", "fewest tokens", "most tokens")),
     ]
-    return {**files(context, made), "tokens of experts": MetadataValue.table(rows, TableSchema(columns))}
+    return {**shown, "tokens of experts": MetadataValue.table(rows, TableSchema(columns))}
 
 
 def answers(_context: StageContext, made: Artifact) -> dict[str, Any]:

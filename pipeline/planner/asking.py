@@ -22,6 +22,7 @@ from pipeline.planner.memory import Workload
 from pipeline.planner.plan import Plan, make_plan
 from pipeline.planner.sources import Described, describe, describe_folder
 from pipeline.planner.weights import FP16, Weights, quantized, unquantized
+from pipeline.quantization import mixture
 from pipeline.settings import Settings
 from pipeline.sources import source as sources
 from pipeline.sources.lock import Lock, read_lock
@@ -113,7 +114,10 @@ def describe_source(spec: ModelSpec | str, settings: Settings, pulled: Path | No
 
 def refusals(model: ModelDescription, schemes: Mapping[str, Scheme]) -> dict[str, list[str]]:
     """Why schemes can't be made of a model, by their names; those that can be made are left out."""
-    found = {name: preflight.find_problems(model, scheme) for name, scheme in schemes.items()}
+    found = {
+        name: preflight.find_problems(model, scheme) or mixture.find_problems(model, scheme)
+        for name, scheme in schemes.items()
+    }
     return {name: problems for name, problems in found.items() if problems}
 
 

@@ -25,8 +25,8 @@ from pipeline.compatibility.description import FLOATS, ModelDescription
 from pipeline.compatibility.safetensors_headers import Tensor
 from pipeline.compatibility.scheme import Scheme
 from pipeline.planner.facts import ModelFacts
+from pipeline.quantization import mixture
 from pipeline.quantization.formats import compressed_tensors
-from pipeline.quantization.formats.table import format_of
 
 FP16 = "fp16"
 _FLOAT32_BYTES = 4
@@ -91,10 +91,9 @@ def unquantized(model: ModelDescription) -> Weights:
 
 
 def quantized(name: str, scheme: Scheme, model: ModelDescription) -> Weights:
-    """The weights as ``scheme`` packs them: every linear layer of the decoder, and nothing else."""
+    """The weights as ``scheme`` packs them: the decoder's linear layers and nothing else; of a mixture at most."""
     linears = {f"{key}.weight": tensor for key, tensor in model.linears.items()}
-    layout = format_of(scheme).layout
-    packed = sum(stored.bytes for tensor in linears.values() for stored in layout(tensor, scheme).values())
+    packed = mixture.packed_bytes(model, scheme)
     rest = sum(_at_16_bits(tensor) for key, tensor in model.tensors.items() if key not in linears)
     rest += _SCALE_BYTES * len(compressed_tensors.cache_scales(model)) if scheme.kv_cache else 0
     weights = sum(math.prod(tensor.shape) for tensor in linears.values())
@@ -112,10 +111,10 @@ def stored(model: ModelDescription) -> Weights:
         return rest
     bits, size = _stored_bits(model.config["quantization_config"]), sum(tensor.bytes for tensor in packed.values())
     values = [tensor for name, tensor in packed.items() if name.endswith((".qweight", ".weight_packed", ".weight"))]
-    numbers = sum(tensor.bytes for tensor in values) * 8 // bits
+    numbers = sum(tensor.bytes * 8 // (8 if tensor.dtype in _MULTIPLIED_AS_STORED else bits) for tensor in values)
     return replace(
         rest, scheme="", bytes=rest.bytes + size, packed=size, numbers=rest.numbers + numbers, quantized=numbers,
-        bits=bits, linear=numbers, as_stored=any(tensor.dtype in _MULTIPLIED_AS_STORED for tensor in values),
+        bits=bits, linear=numbers, as_stored=all(tensor.dtype in _MULTIPLIED_AS_STORED for tensor in values),
     )  # fmt: skip
 
 
@@ -125,9 +124,9 @@ def _is_packed(name: str, tensor: Tensor) -> bool:
 
 
 def _stored_bits(quantization: Mapping[str, Any]) -> int:
-    """The bits of a quantized weight: of AWQ and GPTQ, or of compressed-tensors' one group."""
+    """The bits of a quantized weight: of AWQ and GPTQ, or of compressed-tensors; of a mixture the least."""
     groups = list((quantization.get("config_groups") or {}).values())
-    return int(groups[0]["weights"]["num_bits"] if groups else quantization["bits"])
+    return min(int(group["weights"]["num_bits"]) for group in groups) if groups else int(quantization["bits"])
 
 
 def is_weight_only(config: Mapping[str, Any]) -> bool:

@@ -24,9 +24,10 @@ from pipeline.compatibility.safetensors_headers import HeaderError, Tensor, read
 from pipeline.compatibility.safetensors_values import equal, read_columns, read_rows
 from pipeline.compatibility.scheme import Scheme
 from pipeline.errors import CheckpointError
-from pipeline.quantization.formats import compressed_tensors
-from pipeline.quantization.formats.checkpoint_format import CheckpointFormat, PackedLayer, scale_problems
-from pipeline.quantization.formats.table import format_of
+from pipeline.quantization import mixture
+from pipeline.quantization.formats import compressed_tensors, mixed
+from pipeline.quantization.formats.checkpoint_format import LayerFormat, PackedLayer, scale_problems
+from pipeline.quantization.formats.table import format_of, layer_format
 from registry.bounded_json import Bounds, DocumentError, read_json
 
 # Weights that are decoded of each layer, about, in spans of so many rows or columns.
@@ -70,24 +71,35 @@ def check(folder: Path, source: Path, scheme: Scheme) -> Found:
     linears = model.linears
     if not linears:
         problems.append("the source has no linear layer in any numbered layer: nothing to quantize")
+    schemes = _schemes(folder, model, scheme)
+    if scheme.method == "mixed":
+        problems += mixture.assignment_problems(model, schemes, scheme)
     norms = _changed_norms(model, after, scheme)
-    for name, weight in linears.items():
+    quantized = {name: linears[name] for name in linears if name in schemes}
+    for name, weight in quantized.items():
         near = [norm for norm in norms.get(layer_of(name), []) if len(norm) == weight.shape[1]]
-        problems += _layer_problems(name, weight, after, scheme, near)
-    problems += _other_problems(model, after, scheme)
+        problems += _layer_problems(name, weight, after, schemes[name], near)
+    problems += _other_problems(model, after, scheme, schemes)
     read = {tensor.file for tensor in after.values()}
     problems += [f"{path.name} is not named by the index" for path in folder.glob("*.safetensors") if path not in read]
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    problems += _size_problems(size, model, after, scheme)
+    packed = sum(mixture.stored_bytes(weight, schemes.get(name)) for name, weight in linears.items())
+    problems += _size_problems(size, packed, model, after, scheme)
     _refuse(folder, problems)
-    form = format_of(scheme)
-    packed = sum(after[f"{name}.{part}"].bytes for name in linears for part in form.layout(linears[name], scheme))
     return Found(
-        layers=len(linears),
+        layers=len(quantized),
         bytes=size,
         source_bytes=sum(path.stat().st_size for path in source.glob("*.safetensors")),
         bits_per_weight=8 * packed / sum(math.prod(weight.shape) for weight in linears.values()),
     )
+
+
+def _schemes(folder: Path, model: ModelDescription, scheme: Scheme) -> Mapping[str, Scheme]:
+    """The scheme of each layer that is to be quantized: of a mixture its own, as the configuration states it."""
+    if scheme.method != "mixed":
+        return dict.fromkeys(model.linears, scheme)
+    stated = _json(folder / "config.json").get("quantization_config")
+    return mixed.read_schemes(stated, scheme) if isinstance(stated, dict) else {}
 
 
 def _refuse(folder: Path, problems: list[str]) -> None:
@@ -153,7 +165,7 @@ def _config_problems(folder: Path, source: Path, scheme: Scheme) -> Iterator[str
 def _layer_problems(
     name: str, weight: Tensor, after: Mapping[str, Tensor], scheme: Scheme, norms: Sequence[NDArray[np.float32]]
 ) -> Iterator[str]:
-    form = format_of(scheme)
+    form = layer_format(scheme)
     layout = form.layout(weight, scheme)
     unquantized = after.get(f"{name}.weight")
     if unquantized is not None and ("weight" not in layout or unquantized.dtype in FLOATS):
@@ -179,7 +191,7 @@ def _layer_problems(
 
 
 def _value_problems(
-    layer: PackedLayer, form: CheckpointFormat, scheme: Scheme, norms: Sequence[NDArray[np.float32]]
+    layer: PackedLayer, form: LayerFormat, scheme: Scheme, norms: Sequence[NDArray[np.float32]]
 ) -> Iterator[str]:
     """Whether a sample of a layer decodes to about the source's weights.
 
@@ -243,7 +255,7 @@ class _Sample:
     inputs: NDArray[np.int64]
 
 
-def _sample(layer: PackedLayer, form: CheckpointFormat, scheme: Scheme) -> _Sample:
+def _sample(layer: PackedLayer, form: LayerFormat, scheme: Scheme) -> _Sample:
     """Decode whole spans of a layer, evenly spaced."""
     length, across = layer.weight.shape[form.AXIS], layer.weight.shape[1 - form.AXIS]
     spans = math.ceil(length / _SPAN)
@@ -281,14 +293,16 @@ def _changed_norms(
     return found
 
 
-def _other_problems(model: ModelDescription, after: Mapping[str, Tensor], scheme: Scheme) -> Iterator[str]:
+def _other_problems(
+    model: ModelDescription, after: Mapping[str, Tensor], scheme: Scheme, schemes: Mapping[str, Scheme]
+) -> Iterator[str]:
     """Everything that is not quantized is the source's; there is nothing else.
 
     What is converted to float16 must hold what the source's numbers round to. Where the format moves scales between
     layers, what stands in the decoder's layers may differ.
     """
     before, form = model.tensors, format_of(scheme)
-    weights = {f"{name}.weight" for name in model.linears}
+    weights = {f"{name}.weight" for name in schemes}
     for name in sorted(before.keys() - weights):
         tensor, floating = after.get(name), before[name].dtype in FLOATS
         expected = (form.REST_DTYPE if floating else None) or before[name].dtype
@@ -313,16 +327,22 @@ def _other_problems(model: ModelDescription, after: Mapping[str, Tensor], scheme
     for name in sorted(after.keys() - before.keys() - cache_scales):
         module, _, part = name.rpartition(".")
         weight = before.get(f"{module}.weight")
-        packed = weight is not None and len(weight.shape) == 2 and part in form.layout(weight, scheme)
-        if module in model.linears and (packed or part == "bias"):
+        formats = [schemes[module]] if module in schemes else list(dict.fromkeys(schemes.values()))
+        packed = (
+            weight is not None
+            and len(weight.shape) == 2
+            and any(part in layer_format(own).layout(weight, own) for own in formats)
+        )
+        if module in schemes and (packed or part == "bias"):
             continue
         yield f"`{name}`: {module} is quantized and should not be" if packed else f"`{name}` is not of the source"
 
 
-def _size_problems(size: int, model: ModelDescription, after: Mapping[str, Tensor], scheme: Scheme) -> Iterator[str]:
+def _size_problems(
+    size: int, packed: int, model: ModelDescription, after: Mapping[str, Tensor], scheme: Scheme
+) -> Iterator[str]:
     """What the bits predict: packed layers, the rest, and a header."""
     form = format_of(scheme)
-    packed = sum(stored.bytes for weight in model.linears.values() for stored in form.layout(weight, scheme).values())
     biases = sum(2 * weight.shape[0] for name, weight in model.linears.items() if f"{name}.bias" not in model.tensors)
     rest = sum(
         2 * math.prod(tensor.shape) if form.REST_DTYPE == "F16" else tensor.bytes

@@ -18,14 +18,15 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, NonNegativeInt, PositiveInt, ValidationError
 
 from evals.drift import json_lines
+from evals.drift.mixture import Mixture
 from evals.workers import RunWorker
 from pipeline.compatibility import preflight
 from pipeline.compatibility.backends import older_config
 from pipeline.compatibility.description import ModelDescription
 from pipeline.compatibility.safetensors_headers import HeaderError, read_model
-from pipeline.compatibility.scheme import GPTQ_ONLY, BackendName, Method, Scheme
+from pipeline.compatibility.scheme import BackendName, Method, Scheme
 from pipeline.errors import QuantizeError, WorkerFailed
-from pipeline.quantization import calibration_data, checkpoint, expert_coverage
+from pipeline.quantization import calibration_data, checkpoint, expert_coverage, mixture
 from pipeline.quantization.formats.table import format_of
 from registry import untrusted
 from registry.digests import digest_file
@@ -72,6 +73,8 @@ class QuantizationRequest(BaseModel):
     max_tokens: int
     """The longest piece of a text that is used; also the length of a calibration block."""
     seed: int
+    mixture: tuple[Mapping[str, JsonValue], ...] = ()
+    """For `mixed` each format that occurs: its ``method``, ``bits`` and ``group_size``, and its ``layers``."""
 
 
 class QuantizationResult(BaseModel):
@@ -117,6 +120,8 @@ class QuantizationRecord(BaseModel):
     """Bits that a quantized weight takes, including its share of scales and zeros."""
     experts: Mapping[str, tuple[int, ...]] = Field(default={}, exclude_if=lambda value: not value)
     """Calibration tokens that reached each expert, by the name of the experts' module; empty for a dense model."""
+    mixture: Mixture | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Of `mixed`, which layers have which format, and what that loses."""
 
 
 class QuantizedNotes(QuantizationRecord):
@@ -233,7 +238,14 @@ def quantize(
         seed=_SEED,
     )
     groups = "whole rows" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
-    progress(f"quantizing: {scheme.method} by {scheme.backend}, {scheme.bits} bits, {groups}")
+    size = f"{scheme.bits} bits, {groups}" if scheme.budget is None else str(scheme.budget)
+    progress(f"quantizing: {scheme.method} by {scheme.backend}, {size}")
+    chosen = None
+    if scheme.method == "mixed":
+        asked, ask = _sensitivity(request), _ask(run_worker, backend, scratch)
+        chosen = mixture.choose(model, scheme, asked, ask, progress)
+        kept = tuple(sorted((*request.ignored, *chosen.unquantized)))
+        request = request.model_copy(update={"mixture": tuple(chosen.formats), "ignored": kept})
     result = _result(run_worker(backend.environment, backend.script, request.model_dump(), scratch), scheme.backend)
     expert_coverage.check(result.experts, samples, min_expert_tokens, progress)
     _assemble(written, source, config, result.quantization_config, output, format_of(scheme).REST_DTYPE)
@@ -242,7 +254,7 @@ def quantize(
     return QuantizationRecord(
         method=scheme.method,
         backend=scheme.backend,
-        parameters=scheme.model_dump(exclude={"method", "backend", *(GPTQ_ONLY if scheme.method != "gptq" else ())}),
+        parameters=scheme.parameters,
         device=result.device,
         calibration=_calibration_record(calibration, samples, max_tokens, result),
         layers=found.layers,
@@ -250,7 +262,32 @@ def quantize(
         source_bytes=found.source_bytes,
         bits_per_weight=found.bits_per_weight,
         experts=result.experts,
+        mixture=None if chosen is None else mixture.measure(chosen, asked, output, ask, progress),
     )
+
+
+def _sensitivity(request: QuantizationRequest) -> mixture.SensitivityRequest:
+    """What the worker that measures losses needs of a request."""
+    return mixture.SensitivityRequest(
+        source=request.source,
+        checkpoint=None,
+        calibration=str(request.calibration),
+        texts=request.texts,
+        chat_template=request.chat_template,
+        max_tokens=request.max_tokens,
+        seed=request.seed,
+        groups={},
+        formats={},
+    )
+
+
+def _ask(run_worker: RunWorker, backend: QuantizationBackend, scratch: Path) -> mixture.Ask:
+    def ask(request: Mapping[str, object], name: str) -> Mapping[str, Any]:
+        folder = scratch / name
+        folder.mkdir()
+        return run_worker(backend.environment, mixture.SCRIPT, request, folder)
+
+    return ask
 
 
 def _calibration_record(

@@ -40,10 +40,19 @@ _CARRIERS = (
 # Not followed from one module, because another part of the recipe covers it, or because it judges what is made.
 _COVERED = {
     # The scheme's own script is a parameter.
-    "pipeline.quantization.quantize": ("pipeline.quantization.quantizers", "pipeline.quantization.formats.table"),
-    # So is the module of its format.
-    "pipeline.quantization.checkpoint": ("pipeline.quantization.formats.table",),
-    "pipeline.stages.quantized": ("pipeline.quantization.formats.table",),
+    "pipeline.quantization.quantize": (
+        "pipeline.quantization.quantizers",
+        "pipeline.quantization.formats.table",
+        "pipeline.quantization.mixture",
+    ),
+    # So are the module of its format and, of a mixture, how that is chosen, with the script that measures losses.
+    "pipeline.quantization.checkpoint": (
+        "pipeline.quantization.formats.table",
+        "pipeline.quantization.formats.mixed",
+        "pipeline.quantization.mixture",
+    ),
+    "pipeline.quantization.mixture": ("pipeline.quantization.formats.table", "pipeline.quantization.quantizers"),
+    "pipeline.stages.quantized": ("pipeline.quantization.formats.table", "pipeline.quantization.mixture"),
     # What a data set holds is in the recipe, and its rows are checked where they are read.
     "pipeline.stages.calibration": ("pipeline.sources",),
     # The server that answers is the image, and the arguments of FP16's server are a parameter.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.quantization import calibration_data, quantize
+from pipeline.quantization import calibration_data, mixture, quantize
 from pipeline.quantization.formats.table import format_of
 from pipeline.spec import Calibration
 from pipeline.stages import calibration
@@ -33,11 +33,16 @@ def recipe(context: StageContext, inputs: Inputs) -> Recipe:
             **({} if text is None or template is None else {"chat_template": template}),
             "cuda": have_gpus(context.settings),
             "worker": code_version(backend.script),
+            **(_mixture() if context.scheme.method == "mixed" else {}),
             "format": code_version(format_of(context.scheme).__name__),
         },
         code=code_version(__name__),
         pins=pins_digest(backend.environment),
     )
+
+
+def _mixture() -> dict[str, str]:
+    return {"mixture": code_version(mixture.__name__), "sensitivity": code_version(mixture.SCRIPT)}
 
 
 def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:

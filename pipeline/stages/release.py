@@ -14,6 +14,7 @@ from containers.image import profile as profiles
 from containers.sandbox.kernels import ComputedOn
 from containers.scan import mlbom, scan_gate
 from containers.scan.evidence import read_scan
+from evals.drift import mixture
 from evals.drift.pairs import read_drift
 from evals.load import cost as costs
 from evals.load.evidence import read_load_evidence
@@ -112,6 +113,7 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft, *, gates: 
     if tested:
         write_variants(draft.folder / EVIDENCE / VARIANTS, tested)
     _write_cost(context, draft)
+    _write_mixture(quantized, draft)
     _write_mlbom(context, draft, inputs)
     _write_report(context, draft, inputs, waived)
     record = record_of(inputs["image"])
@@ -294,6 +296,13 @@ def _write_cost(context: StageContext, draft: ArtifactDraft) -> None:
     throughput = costs.throughput(read_load_evidence(folder), read_requests(folder))
     if context.spec.cost is not None and throughput is not None:
         (folder / costs.FILE).write_text(costs.cost_evidence(context.spec.cost, throughput).format())
+
+
+def _write_mixture(quantized: Artifact, draft: ArtifactDraft) -> None:
+    """Which layers have which format, and what that loses, where the scheme mixes formats."""
+    found = quantized.noted(QuantizedNotes).mixture
+    if found is not None:
+        (draft.folder / EVIDENCE / mixture.FILE).write_text(found.format())
 
 
 def _write_mlbom(context: StageContext, draft: ArtifactDraft, inputs: Inputs) -> None:

@@ -40,7 +40,8 @@ def make_checkpoint(folder: Path, scheme: Mapping[str, Any], machine: Settings, 
     record = quantize_demo(output, scratch, checked, machine, samples, lines.append)
     # What the planner says of the scheme, from the source's headers alone: all but the file's own header.
     planned = quantized("x", checked, describe_folder(DEMO / "model").model)
-    assert planned.bytes == sum(tensor.bytes for tensor in read_model(output).values())
+    stored = sum(tensor.bytes for tensor in read_model(output).values())
+    assert stored == planned.bytes or (checked.method == "mixed" and 0.99 < stored / planned.bytes < 1)
     assert abs(planned.bytes / (output / "model.safetensors").stat().st_size - 1) < 0.01
     log = (scratch / "output.log").read_text(errors="replace").replace("\r", "\n")
     (folder / "told.json").write_text(json.dumps({"record": record.model_dump(), "lines": [*lines, *log.splitlines()]}))

@@ -48,20 +48,29 @@ class PackedLayer:
 
 
 class CheckpointFormat(Protocol):
-    """One format of quantized checkpoints. A module with these names satisfies it."""
+    """What a checkpoint follows: one format in all layers, or a mixture. A module with these names satisfies it."""
 
     __name__: str
     REST_DTYPE: str | None
     """What all floating-point tensors that are not quantized are converted to; None if they stay as they are."""
+
+    def config_problems(self, stated: Mapping[str, Any], scheme: Scheme) -> Iterator[str]:
+        """Where ``quantization_config`` of config.json does not say what the scheme says."""
+        ...
+
+    def rescales(self, scheme: Scheme) -> bool:
+        """Whether scales are moved between layers, so that a layer's weights differ from the source's by factors."""
+        ...
+
+
+class LayerFormat(CheckpointFormat, Protocol):
+    """One format of quantized layers."""
+
     AXIS: int
     """The axis of the weight [out, in] that the stored tensors' rows run along, so that a few rows can be decoded."""
 
     def layout(self, weight: Tensor, scheme: Scheme) -> dict[str, Stored]:
         """The stored tensors of a layer whose source has this ``weight``, by their last name."""
-        ...
-
-    def config_problems(self, stated: Mapping[str, Any], scheme: Scheme) -> Iterator[str]:
-        """Where ``quantization_config`` of config.json does not say what the scheme says."""
         ...
 
     def layer_problems(self, layer: PackedLayer, scheme: Scheme) -> Iterator[str]:
@@ -70,10 +79,6 @@ class CheckpointFormat(Protocol):
 
     def decode(self, layer: PackedLayer, span: slice, scheme: Scheme) -> NDArray[np.float32]:
         """The weights that a part of the layer stands for, as [out, in]: ``span`` along ``AXIS``, a multiple of 128."""
-        ...
-
-    def rescales(self, scheme: Scheme) -> bool:
-        """Whether scales are moved between layers, so that a layer's weights differ from the source's by factors."""
         ...
 
 

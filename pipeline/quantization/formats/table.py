@@ -1,17 +1,17 @@
-"""Which module describes the format that a scheme writes."""
+"""Which module describes the format that a scheme writes, of a whole checkpoint and of its layers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from pipeline.quantization.formats import awq, fp8, fp8_block, gptq, int8, mxfp4, nvfp4, pack_quantized
-from pipeline.quantization.formats.checkpoint_format import CheckpointFormat
+from pipeline.quantization.formats import awq, fp8, fp8_block, gptq, int8, mixed, mxfp4, nvfp4, pack_quantized
+from pipeline.quantization.formats.checkpoint_format import CheckpointFormat, LayerFormat
 
 if TYPE_CHECKING:
     from pipeline.compatibility.scheme import Scheme
 
-_FORMATS: Mapping[str, CheckpointFormat] = {
+_FORMATS: Mapping[str, LayerFormat] = {
     "awq": awq,
     "gptq": gptq,
     "fp8": fp8,
@@ -24,5 +24,10 @@ _FORMATS: Mapping[str, CheckpointFormat] = {
 
 
 def format_of(scheme: Scheme) -> CheckpointFormat:
-    """The format that a scheme writes."""
+    """The format of a scheme's checkpoint."""
+    return mixed if scheme.method == "mixed" else _FORMATS[scheme.method]
+
+
+def layer_format(scheme: Scheme) -> LayerFormat:
+    """The format of a layer; of a mixture each layer has a scheme of its own."""
     return _FORMATS[scheme.method]

@@ -16,13 +16,13 @@ _E4M3, _E8M0 = {"scale_dtype": "torch.float8_e4m3fn"}, {"scale_dtype": "torch.ui
 
 def quantization_config(request: dict[str, Any]) -> dict[str, Any]:
     """Say how the layers of a `QuantizationRequest` are stored, and which are not quantized."""
-    stored_as, weights, inputs = _settings(request["method"], request["bits"], request["group_size"])
-    group = {"targets": ["Linear"], "format": stored_as, "weights": weights, "input_activations": inputs}
+    formats = request["mixture"] or [{**request, "layers": ["Linear"]}]
+    groups = [_group(each) for each in formats]
     return {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
-        "format": stored_as,
-        "config_groups": {"group_0": group},
+        "format": groups[0]["format"] if len(groups) == 1 else "mixed-precision",
+        "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
         "ignore": request["ignored"],
         "kv_cache_scheme": cache_scheme() if request["kv_cache"] else None,
     }
@@ -31,6 +31,16 @@ def quantization_config(request: dict[str, Any]) -> dict[str, Any]:
 def cache_scheme() -> dict[str, Any]:
     """FP8 for keys and values, a scale for each layer's."""
     return {**_FLOAT8, "strategy": "tensor", "dynamic": False}
+
+
+def layer_settings(method: str, bits: int, size: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The settings of weights and of the layers' inputs in one format; None where inputs stay at 16 bits."""
+    return _settings(method, bits, size)[1:]
+
+
+def _group(each: dict[str, Any]) -> dict[str, Any]:
+    stored_as, weights, inputs = _settings(each["method"], each["bits"], each["group_size"])
+    return {"targets": each["layers"], "format": stored_as, "weights": weights, "input_activations": inputs}
 
 
 def _settings(method: str, bits: int, size: int) -> tuple[str, dict[str, Any], dict[str, Any] | None]:

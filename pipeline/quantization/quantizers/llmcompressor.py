@@ -61,10 +61,14 @@ def _recipe(request: dict[str, Any], finished: FinishedLayers) -> list[Any]:
 
     common = {"ignore": request["ignored"], "kv_cache_scheme": cache_scheme() if request["kv_cache"] else None}
     method = request["method"]
-    if method == "w4a16":
-        weights = quantization_config(request)["config_groups"]["group_0"]["weights"]
-        groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-        return [_gptq(finished)(config_groups=groups, **common)]
+    if method in {"w4a16", "mixed"}:
+        groups = quantization_config(request)["config_groups"]
+        kept = ("targets", "weights", "input_activations")
+        return [
+            _gptq(finished)(
+                config_groups={name: {key: group[key] for key in kept} for name, group in groups.items()}, **common
+            )
+        ]
     if method == "w8a8":
         smoothing = SmoothQuantModifier(smoothing_strength=_SMOOTHING)
         return [smoothing, _gptq(finished)(targets="Linear", scheme=_PRESETS[method], **common)]

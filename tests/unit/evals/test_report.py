@@ -19,10 +19,11 @@ from containers.scan.evidence import DatabaseUsed
 from evals.drift.answers import AskedSuite
 from evals.drift.drift_gate import judge as judge_drift
 from evals.drift.limits import DriftLimits
+from evals.drift.mixture import FormatCost, MixedGroup, Mixture
 from evals.drift.pairs import ChoicePairs, Divergence, DocumentPair, Drift, Example, Layer, TextPairs, write_drift
 from evals.drift.suite import TaskLimits
 from evals.load.requests import RequestRecord, format_requests
-from evals.report import pictures
+from evals.report import mixture_pictures, pictures
 from evals.report.pictures import StageTime
 from evals.report.report import ReportedRelease, ReportError, ReportEvidence, render, write
 from evals.report.svg import Axis, Canvas, as_markdown, ticks
@@ -147,6 +148,33 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
+MIXTURE = Mixture(
+    budget_bytes=100_000,
+    bytes=96_000,
+    predicted=0.012,
+    greedy=0.013,
+    measured=0.004,
+    groups={
+        f"model.layers.{number}.mlp.gate_up_proj": MixedGroup(
+            layers=(f"model.layers.{number}.mlp.gate_proj",),
+            weights=3_000,
+            chosen="w4a16-64",
+            formats={"w4a16-64": FormatCost(bytes=1_600, loss=0.0002 * number), "fp8": FormatCost(bytes=3_000, loss=0)},
+            measured=0.0001 * number,
+        )
+        for number in range(60)
+    },
+)
+
+
+def test_a_mixture_is_drawn_and_of_a_large_network_what_loses_the_most() -> None:
+    page = Page(render(SUBJECT, VERDICTS, ReportEvidence(mixture=MIXTURE)))
+    assert "Format of each layer" in page.text
+    for words in ("48 of 60 groups", "predicted 0.01200, greedily 0.01300, measured 0.00400", "layers.59.mlp"):
+        assert words in page.text, words
+    assert "layers.3.mlp" not in page.text
+
+
 def test_a_whole_report_shows_every_gate_and_every_picture() -> None:
     page = Page(render(SUBJECT, VERDICTS, EVIDENCE))
     assert page.tags.count("svg") == 10
@@ -239,6 +267,12 @@ def test_evidence_is_read_from_where_it_lies(tmp_path: Path) -> None:
     (load / "memory.json").write_text(json.dumps([sample.model_dump(exclude_none=True) for sample in MEMORY]))
     evidence = ReportEvidence.read(drift, load, tmp_path / "absent")
     assert evidence == ReportEvidence(drift=DRIFT, requests=REQUESTS, memory=MEMORY)
+    (drift / "mixture.json").write_text(MIXTURE.format())
+    assert ReportEvidence.read(drift).mixture == MIXTURE
+    (load / "mixture.json").write_text("{}")
+    with pytest.raises(ReportError, match=r"mixture\.json"):
+        ReportEvidence.read(load)
+    (load / "mixture.json").unlink()
     (load / "scan.json").write_text("{")
     with pytest.raises(ReportError, match=r"scan\.json"):
         ReportEvidence.read(load)
@@ -258,6 +292,7 @@ def test_evidence_is_read_from_where_it_lies(tmp_path: Path) -> None:
         pictures.vulnerabilities(SCAN),
         pictures.sizes(8_400_000, 3_100_000, "awq"),
         pictures.stages(SUBJECT.stages),
+        mixture_pictures.mixture(MIXTURE),
     ],
 )
 def test_each_picture_is_well_formed_and_stays_in_its_frame(svg: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import safetensors
 from numpy.typing import NDArray
 
+from evals.drift.mixture import UNQUANTIZED
 from pipeline.compatibility.scheme import Scheme
 from pipeline.quantization.quantizers.compressed_tensors_config import quantization_config
 from unit.pipeline import checkpoints
@@ -24,15 +26,46 @@ def scheme(method: str, **more: object) -> Scheme:
     return Scheme.model_validate({"method": method, "backend": "llmcompressor", **more})
 
 
+def _scheme(method: str) -> Scheme:
+    return scheme(method, **({"group_size": 32} if method == "w4a16" else {}))
+
+
 def write(folder: Path, method: str, tensors: Stored | None = None, **stated: object) -> Path:
     """Write a checkpoint's folder, with ``tensors`` in place of sound ones, and keys of the configuration changed."""
-    said = scheme(method, **({"group_size": 32} if method == "w4a16" else {}))
-    request = {**said.model_dump(), "kv_cache": None, "ignored": ["lm_head", "model.embed_tokens"]}
-    document = checkpoints.config() | {"quantization_config": quantization_config(request) | stated}
-    checkpoints.write(folder, {}, document)
-    stored = {
-        name: (dtype, np.ascontiguousarray(values)) for name, (dtype, values) in (tensors or quantized(method)).items()
-    }
+    said = _scheme(method)
+    request = {**said.model_dump(), "kv_cache": None, "ignored": ["lm_head", "model.embed_tokens"], "mixture": ()}
+    return _write(folder, quantization_config(request) | stated, tensors or quantized(method))
+
+
+def write_mixed(
+    folder: Path, formats: Mapping[str, str], stated: Mapping[str, str] | None = None, tensors: Stored | None = None
+) -> Path:
+    """Write a mixture's folder: each layer in the format that ``formats`` names; the configuration may say another."""
+    said = stated or formats
+    groups = {method: sorted(name for name in said if said[name] == method) for method in sorted({*said.values()})}
+    kept = groups.pop(UNQUANTIZED, [])
+    mixture = [{**_scheme(method).model_dump(), "layers": layers} for method, layers in groups.items()]
+    request = {"kv_cache": None, "ignored": ["lm_head", "model.embed_tokens", *kept], "mixture": mixture}
+    return _write(folder, quantization_config(request), tensors or mixed_tensors(formats))
+
+
+def mixed_tensors(formats: Mapping[str, str]) -> Stored:
+    """All tensors of the model, each layer as ``formats`` says."""
+    source = checkpoints.unquantized()
+    found: Stored = {}
+    for name, values in source.items():
+        layer = name.removesuffix(".weight")
+        if formats.get(layer, UNQUANTIZED) == UNQUANTIZED:
+            found[name] = ("float16", values)
+        else:
+            parts = encode(formats[layer], values.astype(np.float32))
+            found |= {f"{layer}.{part}": stored for part, stored in parts.items()}
+    return found
+
+
+def _write(folder: Path, quantization: Mapping[str, Any], tensors: Stored) -> Path:
+    checkpoints.write(folder, {}, checkpoints.config() | {"quantization_config": dict(quantization)})
+    stored = {name: (dtype, np.ascontiguousarray(values)) for name, (dtype, values) in tensors.items()}
     described = {
         name: safetensors.TensorSpec(
             dtype=dtype, shape=list(values.shape), data_ptr=values.ctypes.data, data_len=values.nbytes
@@ -45,16 +78,7 @@ def write(folder: Path, method: str, tensors: Stored | None = None, **stated: ob
 
 def quantized(method: str) -> Stored:
     """All tensors of the model, each weight rounded to the nearest."""
-    source = checkpoints.unquantized()
-    found: Stored = {
-        name: ("float16", values)
-        for name, values in source.items()
-        if name.removesuffix(".weight") not in checkpoints.linears()
-    }
-    for name in checkpoints.linears():
-        parts = encode(method, source[f"{name}.weight"].astype(np.float32))
-        found |= {f"{name}.{part}": stored for part, stored in parts.items()}
-    return found
+    return mixed_tensors(dict.fromkeys(checkpoints.linears(), method))
 
 
 def encode(method: str, weight: NDArray[np.float32]) -> Stored:
