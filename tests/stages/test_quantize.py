@@ -22,7 +22,7 @@ from homes import DEMO
 from pipeline.compatibility.scheme import Scheme
 from pipeline.errors import WorkerFailed
 from pipeline.quantization import quantize as quantize_module
-from pipeline.quantization.quantize import quantize
+from pipeline.quantization.quantize import QuantizationRecord, quantize
 from pipeline.settings import Settings
 from pipeline.store.artifacts import FINISHED, ArtifactDraft, Recipe, Store
 from pipeline.workers.runner import Workers
@@ -351,12 +351,20 @@ def test_conversations_go_through_the_chat_template_whole(machine: Settings, tmp
     chats = [[{"role": "user", "content": text[:80]}, {"role": "assistant", "content": text[80:240]}] for text in texts]
     data = tmp_path / "chats.jsonl"
     data.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
-    for name in ("output", "scratch"):
-        (tmp_path / name).mkdir()
-    record = quantize(
-        DEMO / "model", data, 24, 200, Scheme.model_validate(GPTQ), tmp_path / "output", Workers(machine, print),
-        tmp_path / "scratch", print, chat_template=template,
-    )  # fmt: skip
+
+    def calibrated(template: Path | None) -> QuantizationRecord:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        for name in ("output", "scratch"):
+            (folder / name).mkdir()
+        made = quantize(
+            DEMO / "model", data, 24, 200, Scheme.model_validate(GPTQ), folder / "output", Workers(machine, print),
+            folder / "scratch", print, chat_template=template,
+        )  # fmt: skip
+        assert "% of their calibration blocks empty" in (folder / "scratch" / "output.log").read_text()
+        return made
+
+    with pytest.raises(WorkerFailed, match=r"the model has no chat template: name one by `serve: {chat_template: "):
+        calibrated(None)
+    record = calibrated(template)
     assert record.calibration is not None
     assert record.calibration.sha256 == digest_file(data)
-    assert "% of their calibration blocks empty" in (tmp_path / "scratch" / "output.log").read_text()

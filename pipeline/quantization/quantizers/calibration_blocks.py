@@ -101,6 +101,11 @@ def _renderer(source: Path, template: str | None) -> tuple[Callable[[Any], str],
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    if (template or tokenizer.chat_template) is None:
+        raise WorkerError(
+            "the calibration data holds conversations, and the model has no chat template: name one by "
+            "`serve: {chat_template: file:PATH}`, or use rows of `text`"
+        )
 
     def render(messages: list[dict[str, str]]) -> str:
         try:
