@@ -10,21 +10,28 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from model_places import MlflowPlace, OciPlace, Place, S3Place, open_places
 from recording_server import Answer, recording
 
+from homes import DEMO, make_home
 from pipeline.errors import SourceError
 from pipeline.planner.sources import describe
+from pipeline.settings import Settings
 from pipeline.sources.lock import read_lock
 from pipeline.sources.s3 import open_prefix
 from pipeline.sources.source import ResolvedSource, hold_to_lock, pull, resolve
+from pipeline.spec import load
+from pipeline.stages.context import StageContext
+from pipeline.stages.run import run_until
+from pipeline.store.artifacts import Artifact
 from unit.pipeline import checkpoints
 
-SERVERS = {
-    "s3": ("s3", "s3-versions"),
-    "mlflow": ("mlflow", "mlflow-flavour"),
-    "oci": ("oras", "modelpack", "modelcar"),
-}
+KINDS = {
+    "s3": "s3", "s3-versions": "s3", "mlflow": "mlflow", "mlflow-flavour": "mlflow",
+    "oras": "oci", "modelpack": "oci", "modelcar": "oci",
+}  # fmt: skip
+"""Each kind of source, and the server that keeps it."""
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +42,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
         yield functools.cache(lambda name: stack.enter_context(open_places(name, folder / name)))
 
 
-@pytest.fixture(
-    params=[(server, kind) for server, kinds in SERVERS.items() for kind in kinds], ids=lambda both: both[1]
-)
+@pytest.fixture(params=KINDS)
 def place(request: pytest.FixtureRequest, servers: Callable[[str], dict[str, Place]]) -> Place:
-    server, kind = request.param
-    return servers(server)[kind]
+    return servers(KINDS[request.param])[request.param]
 
 
 @pytest.fixture
@@ -263,3 +267,38 @@ def test_compressed_layers_are_refused_with_what_to_do(
     assert isinstance(place, OciPlace)
     place.put(files, compressed="gz")
     assert "1 compressed layers, which can't be read in parts: push the files" in one_line(lambda: resolve(place.uri))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_demo_from_every_kind_of_source_is_quantized_and_checked_and_then_downloads_nothing(
+    kind: str,
+    servers: Callable[[str], dict[str, Place]],
+    machine: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    place = servers(KINDS[kind])[kind]
+    for name, value in place.environment.items():
+        monkeypatch.setenv(name, value)
+    place.put({path.name: path.read_bytes() for path in (DEMO / "model").iterdir()})
+    model = tmp_path / "models" / "demo.yaml"
+    model.parent.mkdir()
+    document = yaml.safe_load((DEMO.parent / "demo.yaml").read_text().replace("file:demo/", f"file:{DEMO}/"))
+    document |= {"source": {"uri": place.uri}, "schemes": {"fp8": {"method": "fp8", "backend": "llmcompressor"}}}
+    model.write_text(yaml.safe_dump(document))
+    variables = make_home(tmp_path / "home", machine)
+    read = Settings.read(variables)
+    settings = replace(read, tracking_uri=place.access.tracking_uri or read.tracking_uri)
+
+    def release() -> dict[str, Artifact]:
+        place.proxy.received = 0
+        return run_until("quantized", StageContext(load(model), "fp8", settings, lambda _: None))
+
+    first = release()
+    assert place.proxy.received > first["source"].size_bytes
+    second = release()
+    assert place.proxy.received == 0
+    assert {name: (made.digest, made.cached) for name, made in second.items()} == {
+        name: (made.digest, True) for name, made in first.items()
+    }
