@@ -20,7 +20,8 @@ _LICENSES = (
     *("llama3.3", "llama4", "unlicense"),
 )
 _HUB = re.compile(r"hf://(?P<repository>[^/@]+/[^/@]+)")
-_CHANGES = (("increase", "more bits per byte"), ("drop", "less accuracy"))
+# The drift gate's figures: what each is of, and its sign.
+_CHANGES = {"increase": ("bits per byte", 1), "drop": ("accuracy", -1)}
 
 
 def card(manifest: Manifest, bill: bytes | None, place: str) -> str:
@@ -94,13 +95,11 @@ def _losses(metrics: Mapping[str, float]) -> Iterator[str]:
     yield from ("| task | items | change against FP16 | interval |", "|---|---|---|---|")
     for key in sorted(metrics):
         task, _, kind = key.rpartition(".")
-        for change, words in _CHANGES:
-            if kind == change:
-                low, high = metrics[f"{key}_lower"], metrics[f"{key}_upper"]
-                yield (
-                    f"| {task} | {metrics[f'{task}.items']:.0f} | {metrics[key]:+.2%} {words} | "
-                    f"{low:+.2%} to {high:+.2%} |"
-                )
+        if kind in _CHANGES:
+            what, sign = _CHANGES[kind]
+            low, high = sorted(sign * metrics[f"{key}_{side}"] for side in ("lower", "upper"))
+            items, change = metrics[f"{task}.items"], sign * metrics[key]
+            yield f"| {task} | {items:.0f} | {what} {change:+.2%} | {low:+.2%} to {high:+.2%} |"
     mean = "divergence.mean"
     if mean in metrics:
         low, high = metrics[f"{mean}_lower"], metrics[f"{mean}_upper"]

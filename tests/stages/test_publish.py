@@ -155,6 +155,6 @@ def test_the_card_names_base_relation_license_and_loss(made: Made) -> None:
     assert data["base_model_relation"] == "quantized"
     assert data["license"] == "apache-2.0"
     metrics = next(gate.verdict.metrics for gate in manifest.gates if gate.verdict.gate == "drift")
-    low, high = metrics["cloze.drop_lower"], metrics["cloze.drop_upper"]
-    assert f"| cloze | 800 | {metrics['cloze.drop']:+.2%} less accuracy | {low:+.2%} to {high:+.2%} |" in text
+    low, high = -metrics["cloze.drop_upper"], -metrics["cloze.drop_lower"]
+    assert f"| cloze | 800 | accuracy {-metrics['cloze.drop']:+.2%} | {low:+.2%} to {high:+.2%} |" in text
     assert "| scan | inconclusive |" in text
