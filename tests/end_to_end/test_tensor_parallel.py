@@ -11,7 +11,7 @@ import pytest
 import yaml
 from bundle_evidence import engine_container
 from serve_command import serving
-from serving_keys import CHAT_TEMPLATE, ServingKey, contains, read
+from serving_keys import ServingKey, contains, read
 
 from containers.image.build import SERVING
 from evals.drift.suite import TASKS, TOOL_CALLS
@@ -21,9 +21,10 @@ from pipeline.settings import Settings
 from registry.manifest import EVIDENCE, REPORT
 
 GIB = 2**30
-# All that can be set at once and has a file in `tests/data/serve`, but for what takes another start of vLLM.
+# All that can be set at once and has a file in `tests/data/serve`, but for what takes another start of vLLM or another
+# checkpoint.
 KEYS = (
-    "arguments", "batched_tokens", "chat_template", "context", "kv_cache", "max_sequences", "prefix_caching",
+    "arguments", "batched_tokens", "context", "kv_cache", "max_sequences", "prefix_caching",
     "reasoning", "tensor_parallel", "tool_calls",
 )  # fmt: skip
 
@@ -47,7 +48,6 @@ def divided(
     spec = yaml.safe_load(DEMO.with_suffix(".yaml").read_text().replace("file:demo/", f"file:{DEMO}/"))
     del spec["schemes"]["gptq"]
     spec["serve"] = {name: value for key in keys for name, value in key.serve.items()}
-    shutil.copy(CHAT_TEMPLATE, folder)
     spec["load"]["memory"]["limit_bytes"] = "6GiB"
     # Fewer items, to save time, and wide limits for the KV cache of 8 bits: what counts is that two ranks answer as the
     # quantized model does.
@@ -110,7 +110,7 @@ def test_every_key_reaches_label_manifest_report_and_engine(pulled: Path, keys: 
         assert contains(server.requested.arguments, key.command)
         assert " ".join(key.command) in report
         for name, value in key.serve.items():
-            assert label[name] == (served["chat_template"] if name == "chat_template" else value)
+            assert label[name] == value
     drift = json.loads((pulled / EVIDENCE / "drift.json").read_text())
     assert drift["tasks"][TOOL_CALLS]["items"] == 4
 
