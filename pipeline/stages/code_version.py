@@ -44,6 +44,7 @@ _COVERED = {
         "pipeline.quantization.quantizers",
         "pipeline.quantization.formats.table",
         "pipeline.quantization.mixture",
+        "evals.drift.mixture",
     ),
     # So are the module of its format and, of a mixture, how that is chosen, with the script that measures losses.
     "pipeline.quantization.checkpoint": (
