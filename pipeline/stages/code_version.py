@@ -56,6 +56,8 @@ _COVERED = {
     "pipeline.stages.quantized": ("pipeline.quantization.formats.table", "pipeline.quantization.mixture"),
     # What a data set holds is in the recipe, and its rows are checked where they are read.
     "pipeline.stages.calibration": ("pipeline.sources",),
+    # The prompts for a canary are a parameter, and it is locked after the stage.
+    "pipeline.stages.baseline": ("pipeline.stages.canary",),
     # The server that answers is the image, and the arguments of FP16's server are a parameter.
     "pipeline.stages.answers": ("containers",),
     # How the engine is told of adapters is in its arguments, which are a parameter.
