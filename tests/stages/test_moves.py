@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +22,11 @@ from pipeline.serving.deployment import gather
 from pipeline.serving.serve import desired_releases
 from pipeline.settings import Settings
 from registry import canary, journal, promote_version, pull, rollback
+from registry import promote as promoting
 from registry.backend import MANIFEST_TAG
 from registry.catalog import current, line
 from registry.errors import PromotionError, PullError, TrackingError
+from registry.file_locks import locked
 from registry.policy import Policy
 from registry.promote import promote
 from registry.signing import SigningKey, load_or_create_key
@@ -136,6 +139,32 @@ def test_what_makes_no_sense_is_refused_and_moves_nothing(uri: str, key: Signing
         rollback("demo-aqw", uri, [key.public])
     assert by_alias(uri) == before
     assert len(trail(uri)) == 3
+
+
+def test_a_line_that_is_removed_while_it_is_waited_for_is_said(uri: str, key: SigningKey) -> None:
+    with ExitStack() as other:
+        other.enter_context(locked(Path(f"{uri.removeprefix('sqlite:///')}.promotion.lock")))
+
+        def remove(_: str) -> None:
+            with connected(uri) as client:
+                client.delete_registered_model("demo-awq")
+            other.close()
+
+        with pytest.raises(PromotionError, match="`demo-awq` was removed during the promotion"):
+            rollback("demo-awq", uri, [key.public], key=key, progress=remove)
+
+
+def test_a_line_that_is_removed_while_a_release_of_it_is_verified_is_said(
+    uri: str, store: Path, key: SigningKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def remove(*_: object) -> None:
+        """In place of the verification, in which another process is quicker."""
+        with connected(uri) as client:
+            client.delete_registered_model("demo-awq")
+
+    monkeypatch.setattr(promoting, "_verify_registered", remove)
+    with pytest.raises(PromotionError, match="not promoted: `demo-awq` was removed during the promotion"):
+        promote(store / "release-0", uri, [key.public], key=key)
 
 
 def test_the_first_champion_has_nothing_to_go_back_to(tmp_path: Path, store: Path, key: SigningKey) -> None:

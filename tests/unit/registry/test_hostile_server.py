@@ -180,6 +180,12 @@ def test_a_listing_gives_names_and_no_paths(hostile: Hostile, name: str) -> None
         asked.list_proxied("x")
 
 
+def test_an_answer_that_is_no_object_is_not_mlflows(hostile: Hostile) -> None:
+    hostile.answer = says("[]")
+    with MlflowServer(hostile.address) as asked, pytest.raises(TrackingError, match="expected a JSON object"):
+        asked.names()
+
+
 def test_a_compressed_answer_is_not_unpacked(hostile: Hostile) -> None:
     hostile.answer = says(gzip.compress(b" " * (64 << 20)), "gzip")
     tracemalloc.start()

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import uvicorn
 from redis.exceptions import ConnectionError as RedisAwayError
 from starlette.requests import ClientDisconnect
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from uvicorn.server import ServerState
 
 from containers.gateway import keys, limiter, reading
-from containers.gateway.config import ModelRoute, Routes, Watched
+from containers.gateway.config import Backend, GatewaySettings, ModelRoute, ReplicaRoute, Routes, Watched
 from containers.gateway.errors import ConfigurationError, Refusal
-from containers.gateway.gateway import _secret
+from containers.gateway.gateway import Gateway, _secret
 from containers.gateway.keys import Key, Keyring
+from containers.gateway.metrics import Metrics
+from containers.gateway.protocol import bounded
 from containers.gateway.router import Pool
 from containers.gateway.schema import CompletionRequest
 from containers.gateway.server import _listening
 from containers.gateway.sse import StreamError, StreamMeter
 from containers.gateway.tokens import PromptCounter
-from containers.gateway.upstream import Opened
+from containers.gateway.upstream import Call, Opened, Upstream
 
 NOW = datetime(2026, 11, 29, tzinfo=UTC)
 JSON = {b"content-type": b"application/json"}
@@ -197,6 +202,74 @@ def test_a_file_of_routes_that_is_none_is_named_by_the_key_and_without_its_value
         with pytest.raises(ConfigurationError, match=where) as caught:
             Watched(file, Routes.model_validate_json)
         assert "word" not in str(caught.value)
+
+
+def test_a_model_that_is_unknown_and_one_that_is_not_the_keys_are_refused_alike(tmp_path: Path) -> None:
+    settings = GatewaySettings(keys=tmp_path / "keys.json", routes=tmp_path / "routes.json")
+    counter(tmp_path)
+    backend = Backend(release="r", replicas=(ReplicaRoute(name="one", url="http://127.0.0.1:9"),))
+    route = ModelRoute(served_as="m", tokenizer=tmp_path, context=10, default_tokens=4, backends=(backend,))
+    settings.routes.write_text(Routes(models={"m": route}).model_dump_json())
+    mine, _ = keys.add(settings.keys, "ann", models=["m"])
+    other, _ = keys.add(settings.keys, "bob", models=["other"])
+
+    async def asked() -> None:
+        gateway = Gateway(settings)
+        await gateway.start()
+        try:
+            assert gateway.pool("m", mine).route == route
+            for model, key in (("other", mine), ("m", other)):
+                with pytest.raises(Refusal) as caught:
+                    gateway.pool(model, key)
+                assert (caught.value.status, caught.value.code) == (404, "model_not_found")
+        finally:
+            await gateway.stop()
+
+    asyncio.run(asked())
+
+
+def test_an_engines_answer_has_a_largest_size(tmp_path: Path) -> None:
+    settings = GatewaySettings(keys=tmp_path / "keys", routes=tmp_path / "routes", max_answer_bytes=3)
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"ab"
+        yield b"cd"
+
+    call = Call("/v1/completions", {}, {}, tokens=1, stream=False, model="m")
+    asking = Upstream(settings, httpx.MockTransport(lambda _: httpx.Response(200)), Metrics())
+    assert refused(asking._open(httpx.Response(200, content=pieces()), call)) == (502, "answer_too_large")
+
+
+def test_who_sends_many_requests_at_once_is_told_to_wait(tmp_path: Path) -> None:
+    settings = GatewaySettings(keys=tmp_path / "keys", routes=tmp_path / "routes")
+
+    async def answered() -> bytes:
+        begun = asyncio.Event()
+
+        async def never(scope: object, receive: object, send: object) -> None:
+            begun.set()
+            await asyncio.sleep(60)
+
+        config = uvicorn.Config(never, http=bounded(settings), lifespan="off", log_config=None)
+        config.load()
+        loop = asyncio.get_running_loop()
+        state = ServerState()
+        async with await loop.create_server(lambda: bounded(settings)(config, state, {}), "127.0.0.1", 0) as server:
+            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            request = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+            writer.write(request)
+            await asyncio.wait_for(begun.wait(), 30)
+            writer.write(9 * request)
+            answer = await asyncio.wait_for(reader.read(), 30)
+            writer.close()
+            for task in state.tasks:
+                task.cancel()
+            await asyncio.gather(*state.tasks, return_exceptions=True)
+            return answer
+
+    answer = asyncio.run(answered())
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b'"too_many_requests_ahead"' in answer
 
 
 def test_a_port_that_is_taken_and_a_secret_that_is_not_there_are_said(tmp_path: Path) -> None:
