@@ -44,6 +44,7 @@ PLACES = (
 TESTS = (
     "tests/unit/registry",
     "tests/unit/containers/gateway",
+    "tests/unit/pipeline/test_origin.py",
     "tests/unit/pipeline/test_source.py",
     "tests/stages/test_moves.py",  # it needs no engine, and what moves aliases needs a real MLflow
 )
