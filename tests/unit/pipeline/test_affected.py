@@ -226,7 +226,7 @@ def test_a_branch_that_moved_upstream_is_seen_behind_its_lock(
     spec = models.write(source={"uri": f"hf://{REPOSITORY}", "revision": revision})
     file = LockedFile(size=2, sha256="0" * 64)
     write_lock(Lock(path=spec.lock, uri=f"hf://{REPOSITORY}", revision=locked, files={"config.json": file}))
-    with serving({"config.json": b"{}", "model.safetensors": b"weights"}) as hub:
+    with serving({"config.json": b"{}", "model.safetensors": b"weights", "tokenizer.json": b"{}"}) as hub:
         settings = replace(models.settings, hub_endpoint=hub.endpoint)
         assert moved_upstream(spec, settings) == expected
 
