@@ -22,9 +22,9 @@ from pipeline.orchestration.release_events import SchemeResult
 from registry.signing import load_or_create_key
 
 Slipway = Callable[..., subprocess.CompletedProcess[str]]
-COMMANDS = ["init", "plan", "release", "status", "pull", "verify", "report", "promote", "rollback", "canary", "history", "publish"]
+COMMANDS = ["init", "plan", "release", "status", "pull", "verify", "report", "promote", "rollback", "canary", "history"]
 COMMANDS += ["load", "compare", "bundle", "metrics", "image", "lock", "rescan", "doctor", "ui", "stop"]
-COMMANDS += ["gc", "serve", "keys"]
+COMMANDS += ["gc", "serve", "keys", "publish"]
 
 
 @pytest.fixture

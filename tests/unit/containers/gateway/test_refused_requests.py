@@ -240,7 +240,17 @@ def test_an_engines_answer_has_a_largest_size(tmp_path: Path) -> None:
     assert refused(asking._open(httpx.Response(200, content=pieces()), call)) == (502, "answer_too_large")
 
 
-def test_who_sends_many_requests_at_once_is_told_to_wait(tmp_path: Path) -> None:
+REQUEST = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "code"),
+    [(9 * REQUEST, 400, "too_many_requests_ahead"),
+     (REQUEST.replace(b"x", b"x" * 17_000), 431, "head_too_large")],
+)  # fmt: skip
+def test_requests_that_are_too_many_or_too_large_are_refused_while_one_is_answered(
+    tmp_path: Path, sent: bytes, status: int, code: str
+) -> None:
     settings = GatewaySettings(keys=tmp_path / "keys", routes=tmp_path / "routes")
 
     async def answered() -> bytes:
@@ -256,10 +266,9 @@ def test_who_sends_many_requests_at_once_is_told_to_wait(tmp_path: Path) -> None
         state = ServerState()
         async with await loop.create_server(lambda: bounded(settings)(config, state, {}), "127.0.0.1", 0) as server:
             reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-            request = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
-            writer.write(request)
+            writer.write(REQUEST)
             await asyncio.wait_for(begun.wait(), 30)
-            writer.write(9 * request)
+            writer.write(sent)
             answer = await asyncio.wait_for(reader.read(), 30)
             writer.close()
             for task in state.tasks:
@@ -268,8 +277,8 @@ def test_who_sends_many_requests_at_once_is_told_to_wait(tmp_path: Path) -> None
             return answer
 
     answer = asyncio.run(answered())
-    assert answer.startswith(b"HTTP/1.1 400 ")
-    assert b'"too_many_requests_ahead"' in answer
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+    assert f'"{code}"'.encode() in answer
 
 
 def test_a_port_that_is_taken_and_a_secret_that_is_not_there_are_said(tmp_path: Path) -> None:
