@@ -50,10 +50,10 @@ def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Pr
         source = resolve(spec, settings)
         pulled = _pulled(source, merged, settings)
         described = describe_source(spec, settings, pulled)
-        if has_conversations and spec.serve.chat_template is None and not has_chat_template(source):
+        chats = _chats(spec, has_conversations=has_conversations)
+        if chats and spec.serve.chat_template is None and not has_chat_template(source):
             raise SpecError(
-                f"`calibration`: its data holds conversations, and {source.uri} has no chat template: name one by "
-                "`serve: {chat_template: file:PATH}`, or use rows of `text`"
+                f"{chats}, and {source.uri} has no chat template: name one by `serve: {{chat_template: file:PATH}}`"
             )
     except SourceError:
         return None
@@ -87,6 +87,15 @@ def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Pr
     if problems:
         raise PlanError("; ".join(problems))
     return planned
+
+
+def _chats(spec: ModelSpec, *, has_conversations: bool) -> str | None:
+    """What in the model file needs a chat template."""
+    if has_conversations:
+        return "`calibration`: its data holds conversations"
+    if spec.serve.tool_calls is not None:
+        return "`serve.tool_calls`: the model is asked for calls by chat"
+    return None
 
 
 def not_served_here(spec: ModelSpec, schemes: Iterable[str], settings: Settings) -> list[str]:

@@ -308,18 +308,20 @@ def test_plan_refuses_what_it_can_neither_plan_nor_make(tmp_path: Path, monkeypa
     assert "`schemes.gptq`: GPTQModel can't quantize `qwen3_5_text`" in refused.stderr
 
 
-def test_conversations_without_a_chat_template_are_refused_before_a_release_begins(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["calibration", "serve.tool_calls"])
+def test_chats_without_a_chat_template_are_refused_before_a_release_begins(tmp_path: Path, key: str) -> None:
     source = write_family(tmp_path / "source", "llama")
     path = write_model_file(tmp_path, source, MINISTRAL)
     document = yaml.safe_load(path.read_text())
     chats = tmp_path / "chats.jsonl"
     chats.write_text('{"messages": [{"role": "user", "content": "Why?"}]}\n')
-    document["calibration"] = {"uri": f"file:{chats}", "samples": 1}
+    if key == "calibration":
+        document["calibration"] = {"uri": f"file:{chats}", "samples": 1}
+    else:
+        document["serve"] = {"tool_calls": "hermes"}
     path.write_text(yaml.safe_dump(document))
     settings = Settings.read({"SLIPWAY_HOME": str(tmp_path / "home")})
-    with pytest.raises(
-        SpecError, match=r"^`calibration`: .* has no chat template: name one by `serve: {chat_template: "
-    ):
+    with pytest.raises(SpecError, match=rf"^`{key}`: .* has no chat template: name one by `serve: {{chat_template: "):
         foresee(load(path), ["awq"], settings, print)
     (source / "chat_template.jinja").write_text("{{ messages }}")
     foresee(load(path), ["awq"], settings, print)
