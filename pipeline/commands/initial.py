@@ -18,11 +18,9 @@ if TYPE_CHECKING:
     from pipeline.planner.sources import Described
     from pipeline.proposal.cost import ProposedFile
     from pipeline.proposal.propose import Kind, Proposal, Target
-    from pipeline.sources.source import ResolvedSource
     from pipeline.spec import ModelSpec
 
 _CPU = "cpu"
-_TEMPLATE, _CONFIG, _CONFIG_BYTES = "chat_template.jinja", "tokenizer_config.json", 4 << 20
 
 
 @click.command()
@@ -53,7 +51,7 @@ def init(
     """
     from pipeline.errors import SpecError  # noqa: PLC0415
     from pipeline.planner.evaluation import evaluation  # noqa: PLC0415
-    from pipeline.planner.sources import describe  # noqa: PLC0415
+    from pipeline.planner.sources import describe, has_chat_template  # noqa: PLC0415
     from pipeline.proposal.cost import ProposedFile, estimate  # noqa: PLC0415
     from pipeline.proposal.propose import kind_of, name_of, propose  # noqa: PLC0415
     from pipeline.sources.origin import Access  # noqa: PLC0415
@@ -74,7 +72,7 @@ def init(
         uri,
         revision,
         described.model,
-        kind or _ask_kind(kind_of(uri, has_chat_template=_has_chat_template(source)), is_asked),
+        kind or _ask_kind(kind_of(uri, has_chat_template=has_chat_template(source)), is_asked),
         target,
     )
     text, spec, plan = _checked(proposal, described, settings)
@@ -100,16 +98,6 @@ def init(
 def _absolute(uri: str) -> str:
     """A folder's URI counts from here; in the model file it counts from that."""
     return f"file:{Path(uri.removeprefix('file:')).absolute()}" if uri.startswith("file:") else uri
-
-
-def _has_chat_template(source: ResolvedSource) -> bool:
-    """Whether the tokenizer has a template for chats."""
-    from pipeline.sources.source import read_range  # noqa: PLC0415
-
-    names = {file.path for file in source.files}
-    if _CONFIG not in names:
-        return _TEMPLATE in names
-    return _TEMPLATE in names or b'"chat_template"' in read_range(source, _CONFIG, 0, _CONFIG_BYTES)
 
 
 def _ask(question: str, default: str, is_asked: bool) -> str:
