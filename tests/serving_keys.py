@@ -37,7 +37,7 @@ class ServingKey:
 
 def read(name: str) -> ServingKey:
     document = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
-    again = _OF_THE_IMAGE | {stage for stage in ("baseline", "quantized") if document.get(stage) == "again"}
+    again = _OF_THE_IMAGE | ({"baseline"} if document["baseline"] == "again" else set())
     again |= {"adapters"} & {name}  # their own stage
     return ServingKey(name, document["serve"], document["command"], again, document.get("runtime", "vllm-cpu"))
 

@@ -32,4 +32,4 @@ def check_data(spec: ModelSpec) -> bool:
         raise SpecError(f"`load.prompts`: {error}") from error
     except (QuantizeError, SuiteError) as error:
         raise SpecError(str(error)) from error
-    return any(not isinstance(each, str) for each in samples)
+    return calibration_data.holds_conversations(samples)

@@ -16,6 +16,8 @@ from registry.bounded_json import Bounds, DocumentError, read_json
 _AT_ONCE = 8
 _TOKENIZER = "tokenizer_config.json"
 _CONFIG = Bounds(bytes=1 << 20, values=100_000)
+# Gemma 3's takes 1.2 MB: the template stands behind a long list of added tokens.
+_TOKENIZER_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def has_chat_template(resolved: ResolvedSource) -> bool:
         return True
     if _TOKENIZER not in names:
         return False
-    return b'"chat_template"' in read_range(resolved, _TOKENIZER, 0, _CONFIG.bytes)
+    return b'"chat_template"' in read_range(resolved, _TOKENIZER, 0, _TOKENIZER_BYTES)
 
 
 def _document(raw: bytes, what: str) -> dict[str, Any]:

@@ -46,6 +46,11 @@ def draw(calibration: Calibration, files: Sequence[Sequence[Path]]) -> list[Samp
     return drawn
 
 
+def holds_conversations(samples: Sequence[Sample]) -> bool:
+    """Whether a chat template is needed for some of the samples."""
+    return any(not isinstance(each, str) for each in samples)
+
+
 def key(calibration: Calibration, number: int) -> str:
     """The path of a source's key in the model file."""
     return f"calibration.mixture.{number}.uri" if calibration.mixture else "calibration.uri"

@@ -75,6 +75,12 @@ def samples(context: StageContext) -> list[calibration_data.Sample]:
     return calibration_data.draw(context.spec.calibration, files)
 
 
+def may_hold_conversations(context: StageContext) -> bool:
+    """Whether the samples may need a chat template; of data sets, which are pulled only to quantize, it is assumed."""
+    is_here = all(each.is_here for each in context.spec.calibration.data)
+    return not is_here or calibration_data.holds_conversations(samples(context))
+
+
 def accept(context: StageContext, _quantized: Artifact) -> None:
     """Lock the data sets that a first release has used."""
     if context.dry or context.calibration is None:

@@ -17,9 +17,14 @@ from pipeline.workers.launchers.configured import have_gpus
 
 
 def recipe(context: StageContext, inputs: Inputs) -> Recipe:
-    """The source, the calibration text if the scheme needs one, the scheme, and the quantizer with its pins."""
+    """The source, the calibration text if the scheme needs one, the scheme, and the quantizer with its pins.
+
+    The chat template is part of it only where conversations are rendered by it.
+    """
     text = context.calibration
-    template = context.serving.chat_template
+    template = None if text is None else context.serving.chat_template
+    if template is not None and not calibration.may_hold_conversations(context):
+        template = None
     backend = quantize.backend_of(context.scheme)
     return Recipe(
         "quantized",
@@ -30,7 +35,7 @@ def recipe(context: StageContext, inputs: Inputs) -> Recipe:
         parameters={
             **context.scheme.model_dump(mode="json"),
             **({} if text is None else _parameters(text)),
-            **({} if text is None or template is None else {"chat_template": template}),
+            **({} if template is None else {"chat_template": template}),
             "cuda": have_gpus(context.settings),
             "worker": code_version(backend.script),
             **(_mixture() if context.scheme.method == "mixed" else {}),

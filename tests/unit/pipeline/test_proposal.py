@@ -220,7 +220,12 @@ def test_a_file_is_written_once_and_overwritten_only_with_force(variables: dict[
 
 def test_of_a_hub_s_model_only_configuration_and_headers_are_read(variables: dict[str, str]) -> None:
     files = {path.name: path.read_bytes() for path in (DEMO / "model").iterdir()}
-    files["tokenizer_config.json"] = b'{"chat_template": "{{ messages }}"}'
+    # As large as Gemma 3's, whose template stands behind its added tokens.
+    tokens = {str(number): {"content": f"<unused{number}>", "special": False} for number in range(24_000)}
+    files["tokenizer_config.json"] = json.dumps(
+        {"added_tokens_decoder": tokens, "chat_template": "{{ messages }}"}
+    ).encode()
+    assert 1 << 20 < len(files["tokenizer_config.json"]) < 4 << 20
     with serving(files) as hub:
         words = (f"hf://{REPOSITORY}", "--revision", "main", "--dry-run")
         done = slipway(*words, variables={**variables, "HF_ENDPOINT": hub.endpoint})

@@ -32,10 +32,10 @@ class Released:
     made: Mapping[str, Artifact]
     runtime: str
 
-    def again(self, serve: Mapping[str, Any]) -> dict[str, Artifact]:
-        """Release it with another section `serve`."""
+    def again(self, serve: Mapping[str, Any], **sections: Any) -> dict[str, Artifact]:  # noqa: ANN401 - of a model file
+        """Release it with another section `serve`, and other sections."""
         scheme = {"method": "awq", "backend": "autoawq", "bits": 4, "group_size": 64}
-        spec = self.models.write(serve=serve, schemes={"awq": scheme}, runtime=self.runtime)
+        spec = self.models.write(serve=serve, schemes={"awq": scheme}, runtime=self.runtime, **sections)
         return release(self.models.context(spec, "awq"))
 
     def changed(self, made: Mapping[str, Artifact]) -> set[str]:
@@ -116,6 +116,21 @@ def test_another_chat_template_under_the_same_name_is_another_image(released: Re
         template.write_text(kept)
     assert {name for name in after if after[name].key != before[name].key} == read("chat_template").again
     assert manifest_of(after).serving[0].chat_template != manifest_of(before).serving[0].chat_template
+
+
+def test_a_chat_template_quantizes_again_only_where_conversations_are_rendered_by_it(released: Released) -> None:
+    chats = released.models.settings.models / "chats.jsonl"
+    chats.write_text('{"messages": [{"role": "user", "content": "Why?"}]}\n')
+
+    def changed(calibration: dict[str, Any]) -> bool:
+        with_and_without = (
+            released.again({"chat_template": "file:chat.jinja"} if template else {}, calibration=calibration)
+            for template in (True, False)
+        )
+        return len({made["quantized"].key for made in with_and_without}) == 2
+
+    assert changed({"uri": "file:chats.jsonl", "samples": 1})
+    assert not changed({"uri": "file:demo/calibration.jsonl", "samples": 1})
 
 
 def test_what_a_scheme_overrides_leaves_fp16_and_other_schemes_alone(released: Released) -> None:
