@@ -6,6 +6,7 @@ A policy can be kept beside a deployment as a TOML file; paths in it count from 
     keys = ["keys/release.pub"]          # PEM files, or folders whose *.pub files are taken
     certificates = ["keys/ca.pem"]       # authorities, whose certificates may sign …
     identities = ["release@example.com"] # … for these names; every name where this is left out
+    revoked = ["keys/former.pub"]        # signatures of these keys never count, whatever else is trusted
     signed_moves = true                  # aliases count only as entries of the audit trail say that `keys` signed
 
     [gates]
@@ -13,6 +14,7 @@ A policy can be kept beside a deployment as a TOML file; paths in it count from 
 
     [evidence]
     maximum_age_days = 90
+    maximum_scan_age_days = 7            # of what is attached to an image (`registry.attestation`)
 
 The age counts from ``created`` in the manifest, which is when the release was sealed: the manifest holds no date of a
 measurement. Evidence that was taken over from an earlier run is older than that. A release that was sealed more than
@@ -32,11 +34,12 @@ from registry.certificates import Authority
 from registry.errors import Problem, TrustPolicyError
 from registry.manifest import REQUIRED_GATES, Manifest
 from registry.signing import PublicKey, load_certificates, load_trusted_keys
+from registry.verdict import Verdict
 
 _KEYS: Mapping[str, frozenset[str]] = {
-    "signers": frozenset({"keys", "certificates", "identities", "signed_moves"}),
+    "signers": frozenset({"keys", "certificates", "identities", "revoked", "signed_moves"}),
     "gates": frozenset({"required"}),
-    "evidence": frozenset({"maximum_age_days"}),
+    "evidence": frozenset({"maximum_age_days", "maximum_scan_age_days"}),
 }
 
 # How far the clock of whoever sealed a release may be ahead of the one that its age is judged by.
@@ -45,13 +48,19 @@ _CLOCKS_APART = timedelta(hours=1)
 
 @dataclass(frozen=True)
 class Policy:
-    """Trusted keys and authorities, gates that must be there, and the greatest age since sealing; None is any age."""
+    """Trusted keys and authorities, gates that must be there, and the greatest age since sealing; None is any age.
+
+    ``revoked`` are keys whose signatures do not count; none of them is among ``keys``. ``maximum_scan_age`` is that of
+    the scan that a statement attached to an image names.
+    """
 
     keys: tuple[PublicKey, ...]
     required_gates: tuple[str, ...] = REQUIRED_GATES
     maximum_age: timedelta | None = None
     signed_moves: bool = False
     authorities: tuple[Authority, ...] = ()
+    revoked: tuple[PublicKey, ...] = ()
+    maximum_scan_age: timedelta | None = None
 
     @classmethod
     def load(cls, path: Path) -> Policy:
@@ -67,15 +76,12 @@ class Policy:
             raise TrustPolicyError(f"the policy `{path}` can't be read: {error}") from error
         _refuse_unknown(path, document)
         signers = document.get("signers", {})
-        days = document.get("evidence", {}).get("maximum_age_days")
-        if days is not None and (not isinstance(days, (int, float)) or days <= 0):
-            raise TrustPolicyError(
-                f"`evidence.maximum_age_days` in `{path}` is {days!r}: give a number of days above zero"
-            )
+        revoked = load_trusted_keys([path.parent / item for item in _strings(path, signers, "revoked", "signers")])
         signed_moves = signers.get("signed_moves", False)
         if not isinstance(signed_moves, bool):
             raise TrustPolicyError(f"`signers.signed_moves` in `{path}` is {signed_moves!r}: give true or false")
-        keys = load_trusted_keys([path.parent / item for item in _strings(path, signers, "keys", "signers")])
+        listed = load_trusted_keys([path.parent / item for item in _strings(path, signers, "keys", "signers")])
+        keys = tuple(key for key in listed if key not in revoked)
         if signed_moves and not keys:
             raise TrustPolicyError(
                 f"`signers.signed_moves` in `{path}` needs `signers.keys`: an entry of the audit trail is signed by a"
@@ -86,37 +92,39 @@ class Policy:
             required_gates=tuple(
                 _strings(path, document.get("gates", {}), "required", "gates", default=list(REQUIRED_GATES))
             ),
-            maximum_age=None if days is None else timedelta(days=days),
+            maximum_age=_days(path, document, "maximum_age_days"),
             signed_moves=signed_moves,
             authorities=tuple(
                 Authority(certificate, tuple(_strings(path, signers, "identities", "signers")))
                 for item in _strings(path, signers, "certificates", "signers")
                 for certificate in load_certificates(path.parent / item)
             ),
+            revoked=revoked,
+            maximum_scan_age=_days(path, document, "maximum_scan_age_days"),
         )
 
     def judge(self, manifest: Manifest, now: datetime | None = None) -> list[Problem]:
         """Name each gate that blocks or is absent, and evidence that is too old."""
-        verdicts = {record.verdict.gate: record.verdict for record in manifest.gates}
+        return self.judge_gates([record.verdict for record in manifest.gates], manifest.created, now)
+
+    def judge_gates(self, verdicts: Sequence[Verdict], sealed: str, now: datetime | None = None) -> list[Problem]:
+        """Judge verdicts, and the time at which their release was sealed, as `judge` does."""
+        present = {verdict.gate for verdict in verdicts}
         problems = [
             Problem(f"gate {name}", "the release has no verdict of it")
             for name in self.required_gates
-            if name not in verdicts
+            if name not in present
         ]
         problems += [
-            Problem(f"gate {name}", f"{verdict.status}: {verdict.reason}")
-            for name, verdict in verdicts.items()
+            Problem(f"gate {verdict.gate}", f"{verdict.status}: {verdict.reason}")
+            for verdict in verdicts
             if verdict.blocks
         ]
-        if self.maximum_age is not None:
-            age = (now or datetime.now(UTC)) - datetime.fromisoformat(manifest.created)
-            if age < -_CLOCKS_APART:
-                ahead = f"{-age / timedelta(days=1):.1f} days ahead of this machine's clock"
-                problems.append(Problem("evidence", f"sealed {ahead}, so that its age is unknown: set the clock"))
-            if age > self.maximum_age:
-                days = f"{age / timedelta(days=1):.1f} days old, {self.maximum_age / timedelta(days=1):g} are allowed"
-                problems.append(Problem("evidence", f"expired: {days}; measure and release anew"))
-        return problems
+        return problems + _too_old("evidence", "sealed", sealed, self.maximum_age, "measure and release anew", now)
+
+    def judge_scan(self, scanned: str, now: datetime | None = None) -> list[Problem]:
+        """Say so where a scan at this time is too old."""
+        return _too_old("scan", "scanned", scanned, self.maximum_scan_age, "scan anew with `slipway rescan`", now)
 
 
 Trust = Sequence[PublicKey] | Policy
@@ -137,6 +145,29 @@ def _refuse_unknown(path: Path, document: Mapping[str, Any]) -> None:
         for key in content.keys() - _KEYS[section]:
             known = ", ".join(sorted(_KEYS[section]))
             raise TrustPolicyError(f"`{section}.{key}` in `{path}` means nothing: there is {known}")
+
+
+def _too_old(
+    what: str, done: str, moment: str, maximum: timedelta | None, remedy: str, now: datetime | None
+) -> list[Problem]:
+    if maximum is None:
+        return []
+    age, day = (now or datetime.now(UTC)) - datetime.fromisoformat(moment), timedelta(days=1)
+    if age < -_CLOCKS_APART:
+        ahead = f"{-age / day:.1f} days ahead of this machine's clock"
+        return [Problem(what, f"{done} {ahead}, so that its age is unknown: set the clock")]
+    if age > maximum:
+        return [Problem(what, f"expired: {age / day:.1f} days old, {maximum / day:g} are allowed; {remedy}")]
+    return []
+
+
+def _days(path: Path, document: Mapping[str, Any], key: str) -> timedelta | None:
+    days = document.get("evidence", {}).get(key)
+    if days is None:
+        return None
+    if not isinstance(days, (int, float)) or days <= 0:
+        raise TrustPolicyError(f"`evidence.{key}` in `{path}` is {days!r}: give a number of days above zero")
+    return timedelta(days=days)
 
 
 def _strings(

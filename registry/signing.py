@@ -145,10 +145,10 @@ class SigningKey:
         return Signature(payloadType=kind, signatures=(KeySignature(keyid=self.public.keyid, sig=sig),))
 
     def sign_raw(self, data: bytes) -> bytes:
-        """Sign these very bytes."""
+        """Sign these very bytes; the same bytes give the same signature (RFC 6979)."""
         if isinstance(self._key, Ed25519PrivateKey):
             return self._key.sign(data)
-        return self._key.sign(data, ec.ECDSA(_curve_hash(self._key.public_key())))
+        return self._key.sign(data, ec.ECDSA(_curve_hash(self._key.public_key()), deterministic_signing=True))
 
 
 def verify_signature(

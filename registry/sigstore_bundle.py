@@ -52,11 +52,17 @@ def files_statement(name: str, digests: Mapping[str, str]) -> bytes:
     )
 
 
-def sign_statement(statement: bytes, key: SigningKey) -> bytes:
-    """Return a bundle of the statement, the signature, and the signer."""
-    if key.certificates:
-        chain = [{"rawBytes": base64.b64encode(certificate).decode()} for certificate in key.certificates]
-        material: dict[str, Any] = {"x509CertificateChain": {"certificates": chain}}
+def sign_statement(statement: bytes, key: SigningKey, *, with_chain: bool = True) -> bytes:
+    """Return a bundle of the statement, the signature, and the signer.
+
+    OpenSSF model signing has all certificates of the chain in it, Sigstore's own clients accept the signer's alone.
+    """
+    chain = [{"rawBytes": base64.b64encode(certificate).decode()} for certificate in key.certificates]
+    material: dict[str, Any]
+    if chain and with_chain:
+        material = {"x509CertificateChain": {"certificates": chain}}
+    elif chain:
+        material = {"certificate": chain[0]}
     else:
         material = {"publicKey": {"hint": key.public.keyid}}
     return canonical_json(
@@ -82,11 +88,16 @@ def is_bundle(data: bytes) -> bool:
         return False
 
 
-def open_bundle(data: bytes, keys: Sequence[PublicKey], authorities: Sequence[Authority] = ()) -> tuple[str, bytes]:
+def open_bundle(
+    data: bytes,
+    keys: Sequence[PublicKey],
+    authorities: Sequence[Authority] = (),
+    revoked: Sequence[PublicKey] = (),
+) -> tuple[str, bytes]:
     """Return who signed (a key's id, or a certificate's name) and the statement.
 
     Raises:
-        SigningError: It is not a bundle, no trusted key signed it, or it signs other bytes.
+        SigningError: It is not a bundle, no trusted key signed it, the key is revoked, or it signs other bytes.
     """
     try:
         document = read_json(data, BOUNDS)
@@ -98,7 +109,7 @@ def open_bundle(data: bytes, keys: Sequence[PublicKey], authorities: Sequence[Au
         raise SigningError("not a signature: no Sigstore bundle with an envelope in it") from error
     if kind != IN_TOTO:
         raise SigningError(f"signs a `{str(kind)[:60]}`, not an `{IN_TOTO}`")
-    key, signer = _signer(material, keys, authorities)
+    key, signer = _signer(material, keys, authorities, revoked)
     if not key.signed(sig, encoded(payload, kind)):
         raise SigningError(f"the signature of {signer[:60]} is not over this statement: one of the two was altered")
     return signer, payload
@@ -134,25 +145,39 @@ def files_of(statement: bytes) -> dict[str, str]:
     return found
 
 
+def _certificates(material: Any) -> Sequence[Any]:  # noqa: ANN401 - a JSON value
+    """The certificates in a bundle: a chain, or the signer's alone."""
+    if material.get("certificate"):
+        return [material["certificate"]]
+    found: Sequence[Any] = (material.get("x509CertificateChain") or {}).get("certificates", ())
+    return found
+
+
 def _signer(
     material: Any,  # noqa: ANN401 - a JSON value
     keys: Sequence[PublicKey],
     authorities: Sequence[Authority],
+    revoked: Sequence[PublicKey],
 ) -> tuple[PublicKey, str]:
     try:
         hint = (material.get("publicKey") or {}).get("hint")
-        chain = [
-            base64.b64decode(item["rawBytes"], validate=True)
-            for item in (material.get("x509CertificateChain") or {}).get("certificates", ())
-        ]
+        chain = [base64.b64decode(item["rawBytes"], validate=True) for item in _certificates(material)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SigningError("not a signature: it does not say who signed") from error
     if chain:
-        return signer_of(chain, authorities)
+        key, signer = signer_of(chain, authorities)
+    else:
+        key, signer = _named(str(hint), (*revoked, *keys)), str(hint)
+    if key in revoked:
+        raise SigningError(f"signed by key {key.keyid[:12]}, which is revoked")
+    return key, signer
+
+
+def _named(hint: str, keys: Sequence[PublicKey]) -> PublicKey:
     if not keys:
         raise SigningError("no trusted public key was given to check it against")
     for key in keys:
         if key.keyid == hint:
-            return key, hint
-    trusted = ", ".join(f"key {key.keyid[:12]}" for key in keys)
-    raise SigningError(f"signed by key {str(hint)[:12]}, which is not trusted (trusted: {trusted})")
+            return key
+    known = ", ".join(f"key {key.keyid[:12]}" for key in keys)
+    raise SigningError(f"signed by key {hint[:12]}, which is not trusted (trusted: {known})")

@@ -147,7 +147,7 @@ def _signed_document(folder: Path, policy: Policy) -> tuple[_SignedDocument | No
     if data is not None and envelope is not None:
         try:
             if is_bundle(envelope):
-                signer, statement = open_bundle(envelope, policy.keys, policy.authorities)
+                signer, statement = open_bundle(envelope, policy.keys, policy.authorities, policy.revoked)
                 signed = files_of(statement)
                 problems += _uncovered(folder, data, manifest, signed)
                 keyid = signer if signed.get(MANIFEST) == hashlib.sha256(data).hexdigest() else None

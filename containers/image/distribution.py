@@ -25,10 +25,10 @@ import httpx
 
 from containers.errors import ImageError, UnreachableRegistryError
 from containers.image.layers import CHUNK
-from containers.image.oci import EMPTY, INDEX, MANIFEST
+from containers.image.oci import INDEX, MANIFEST
 from registry import network
 from registry.bounded_json import Bounds, DocumentError, read_json
-from registry.digests import canonical_json, digest_of
+from registry.digests import digest_of
 from registry.errors import NetworkSettingError
 
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
@@ -37,7 +37,6 @@ _HUB = ("docker.io", "registry-1.docker.io")
 _LOOPBACK = re.compile(r"^(localhost|127(\.\d+){3}|\[::1\])(:\d+)?$")
 # Possessive and anchored at the beginning of a word: there is no backtracking.
 _CHALLENGE = re.compile(r'\b(\w++)="([^"]*+)"')
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 # A registry checks and stores a blob before it answers.
 _TIMEOUT = httpx.Timeout(30.0, read=600.0, write=600.0)
 # The specification requires registries to accept manifests of 4 MiB, not larger ones.
@@ -217,58 +216,18 @@ class Registry:
                 if at >= end:
                     return
 
-    def attach(self, repository: str, subject: dict[str, Any], kind: str, data: bytes, title: str) -> str:
-        """Attach a document to an image as an OCI referrer and return the digest of its manifest.
-
-        If the registry has no referrers API, the referrers are listed in an index with the tag ``sha256-<hex>``, the
-        specification's fallback.
-        """
-        empty = b"{}"
-        self.put_blob(repository, empty)
-        layer = {"mediaType": kind, "digest": self.put_blob(repository, data), "size": len(data),
-                 "annotations": {"org.opencontainers.image.title": title}}  # fmt: skip
-        manifest = canonical_json(
-            {
-                "schemaVersion": 2,
-                "mediaType": MANIFEST,
-                "artifactType": kind,
-                "config": {"mediaType": EMPTY, "digest": digest_of(empty), "size": len(empty)},
-                "layers": [layer],
-                "subject": subject,
-            }
+    def put_referrer(self, repository: str, data: bytes) -> bool:
+        """Store a manifest that has a ``subject``; return whether the registry itself lists it as a referrer."""
+        answer = self._ask(
+            "PUT", f"{repository}/manifests/{digest_of(data)}", content=data, headers={"Content-Type": MANIFEST}
         )
-        digest = digest_of(manifest)
-        answer = self._ask("PUT", f"{repository}/manifests/{digest}", content=manifest,
-                           headers={"Content-Type": MANIFEST})  # fmt: skip
-        self.traffic.add(sent=len(manifest))
-        if "OCI-Subject" not in answer.headers:
-            entry = {"mediaType": MANIFEST, "digest": digest, "size": len(manifest), "artifactType": kind}
-            self._list_referrer(repository, str(subject["digest"]), entry)
-        return digest
+        self.traffic.add(sent=len(data))
+        return "OCI-Subject" in answer.headers
 
-    def referrers(self, repository: str, digest: str) -> list[dict[str, Any]]:
-        """Return the descriptors of documents attached to an image, from the API or from the fallback's tag."""
+    def referrers(self, repository: str, digest: str) -> bytes | None:
+        """Return the index of what refers to a manifest; None if the registry has no referrers API."""
         answer = self._ask("GET", f"{repository}/referrers/{digest}", missing=True)
-        if answer.status_code == httpx.codes.OK:
-            return self._listed(answer.content)
-        found = self.manifest(repository, _fallback_tag(digest))
-        return self._listed(found[0]) if found else []
-
-    def _listed(self, index: bytes) -> list[dict[str, Any]]:
-        try:
-            document = read_json(index, DOCUMENT)
-        except DocumentError as error:
-            raise DistributionError(f"the registry {self.host} lists what is attached as {error}") from error
-        entries = document.get("manifests") if isinstance(document, dict) else None
-        if not isinstance(entries, list) or not all(_is_descriptor(entry) for entry in entries):
-            raise DistributionError(f"the registry {self.host} lists what is attached in no index of OCI's")
-        return entries
-
-    def _list_referrer(self, repository: str, subject: str, entry: dict[str, Any]) -> None:
-        others = [item for item in self.referrers(repository, subject) if item["digest"] != entry["digest"]]
-        listed = sorted([*others, entry], key=lambda item: str(item["digest"]))
-        index = canonical_json({"schemaVersion": 2, "mediaType": INDEX, "manifests": listed})
-        self.put_manifest(repository, _fallback_tag(subject), index, INDEX)
+        return answer.content if answer.status_code == httpx.codes.OK else None
 
     def _location(self, answer: httpx.Response) -> httpx.URL:
         """Return the address at which to continue an upload, which must be at this registry."""
@@ -429,12 +388,3 @@ def _bearer(answer: httpx.Response) -> str | None:
         return f"Bearer {network.token('the token of the registry', found)}" if isinstance(found, str) else None
     except (DocumentError, AttributeError, KeyError, NetworkSettingError):
         return None
-
-
-def _is_descriptor(entry: object) -> bool:
-    """Whether an entry of an index has a valid digest."""
-    return isinstance(entry, dict) and _DIGEST.fullmatch(str(entry.get("digest"))) is not None
-
-
-def _fallback_tag(digest: str) -> str:
-    return digest.replace(":", "-")

@@ -206,8 +206,14 @@ def read_scan(folder: Path) -> ScanEvidence:
     """
     path = folder / FILE
     try:
-        return ScanEvidence.model_validate_json(path.read_bytes())
+        return parse_scan(path.read_bytes(), str(path))
     except OSError as error:
         raise ScanError(f"{path} can't be read ({error.strerror}): scan the image again") from error
+
+
+def parse_scan(data: bytes, where: str) -> ScanEvidence:
+    """Read what ``scan.json`` holds; ``ScanError``, which names the file as ``where``, if it is not valid."""
+    try:
+        return ScanEvidence.model_validate_json(data)
     except ValidationError as error:
-        raise ScanError(f"{path}: {first_problem(error)}: scan the image again") from error
+        raise ScanError(f"{where}: {first_problem(error)}: scan the image again") from error

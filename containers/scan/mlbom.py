@@ -11,10 +11,8 @@ import json
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from containers.image.distribution import DistributionError, Registry, parse
 from registry.verdict import Verdict
 
 KIND = "application/vnd.cyclonedx+json"
@@ -102,30 +100,6 @@ def document(model: Model, verdicts: Sequence[Verdict], image_digest: str) -> di
     }  # fmt: skip
     content = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     return {**told, "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_OID, content)}"}
-
-
-def attach(reference: str, documents: Mapping[str, tuple[str, Path]]) -> dict[str, str]:
-    """Attach documents (title → media type and file) to a pushed image as OCI referrers; return their digests.
-
-    Attaching the same document again has no effect.
-
-    Raises:
-        DistributionError: the registry has no such image, or refuses.
-    """
-    host, repository, digest = parse(reference)
-    with Registry(host) as registry:
-        found = registry.manifest(repository, digest)
-        if found is None:
-            raise DistributionError(
-                f"{host} has no image {repository}@{digest}: remove it from the engine too and release again, and "
-                "it is pushed anew"
-            )
-        manifest, media_type = found
-        subject = {"mediaType": media_type, "digest": digest, "size": len(manifest)}
-        return {
-            title: registry.attach(repository, subject, kind, path.read_bytes(), title)
-            for title, (kind, path) in sorted(documents.items())
-        }
 
 
 def _adapter(reference: str, adapter: Adapter, description: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from evals.load.traffic import profile as traffic
 from pipeline.spec import ModelSpec
 from pipeline.workers.launchers import placement
 from registry import schema as manifest_schema
+from registry.attestation import Verdicts
 from registry.manifest import Manifest
 
 
@@ -134,6 +135,7 @@ EVIDENCE: Mapping[str, type[BaseModel]] = {
     "scan": ScanEvidence,
     "load": LoadEvidence,
     "image": ImageRecord,
+    "verdicts": Verdicts,
 }
 
 
@@ -144,6 +146,8 @@ def evidence() -> str:
         parts += [re.sub(r"(\(#|\{ #)", rf"\g<1>{name}-", part) for part in _tables(schema_of(model), f"`{name}.json`")]
     intro = (
         "The documents that stages leave. `manifest.json` is signed, and names the files of a release. "
+        "`verdicts.json` is not a file: it is the predicate of the statement that is attached to a pushed image "
+        "([verify with other tools](../how-to/verify-with-other-tools.md)). "
         f"JSON schemas: {', '.join(f'[`{name}`](../{_schema_file(name)})' for name in EVIDENCE)}."
     )
     return page("Evidence", intro, parts)

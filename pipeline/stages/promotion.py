@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from containers.image.build import read_image
-from containers.scan import mlbom
 from evals.load.variants import read_variants
+from pipeline.publishing.attest import StatedRelease, attest_image
 from pipeline.stages.context import StageContext
 from pipeline.stages.metadata import ReleasedVersion, figures
-from pipeline.stages.release import MLBOM, SBOM
 from pipeline.store.artifacts import Artifact
 from pipeline.trust import signing_key, signing_key_if_any, trust_of
 from registry import catalog, journal
@@ -20,6 +18,7 @@ from registry.manifest import EVIDENCE, MANIFEST, Manifest
 from registry.promote import Champion, PromotedVersion, find_promoted
 from registry.promote import promote as promote_folder
 from registry.resolve import CANDIDATE, CHAMPION
+from registry.signing import SigningKey
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,8 @@ class PromotedRelease:
 def promote(context: StageContext, release: Artifact, *, candidate_only: bool = False) -> PromotedRelease:
     """Register the signed release, and move ``candidate`` to it, and ``champion`` where the model's file says so.
 
-    The champion stays with ``candidate_only``, and where a person has moved it away from this release. The bills of
-    materials are attached to the image first, so whatever an alias names has them.
+    The champion stays with ``candidate_only``, and where a person has moved it away from this release. The image is
+    signed first, so whatever an alias names is (`pipeline.publishing.attest`).
 
     Raises:
         DistributionError: the image's registry can't be reached, or has lost it. No alias moved.
@@ -44,13 +43,14 @@ def promote(context: StageContext, release: Artifact, *, candidate_only: bool = 
     settings = context.settings
     champion = _champion(context, release, candidate_only=candidate_only)
     before = {each.version: each.aliases for each in catalog.current(settings.tracking_uri, context.release_name)}
-    _attach(context, release)
+    key = signing_key(settings)
+    _attach(context, release, key)
     promotion = promote_folder(
         release.folder,
         settings.tracking_uri,
         trust_of(settings),
         champion=champion,
-        key=signing_key(settings),
+        key=key,
         progress=context.progress,
     )
     stood = before.get(promotion.version) == promotion.aliases
@@ -60,23 +60,24 @@ def promote(context: StageContext, release: Artifact, *, candidate_only: bool = 
 def already_promoted(context: StageContext, release: Artifact) -> PromotedRelease | None:
     """Return what `promote` would, without moving an alias; None where one would move.
 
-    The bills of materials are attached where they are missing. The release's bytes are not read again.
+    What is not attached to the image is attached. The release's bytes are not read again.
 
     Raises:
         DistributionError: the image's registry can't be reached, or has lost it.
         RegistryError: the release is not what was signed, or the registry can't be read.
     """
     settings = context.settings
+    key = signing_key_if_any(settings)
     promotion = find_promoted(
         release.folder,
         settings.tracking_uri,
         trust_of(settings),
         champion=_champion(context, release),
-        key=signing_key_if_any(settings),
+        key=key,
     )
     if promotion is None:
         return None
-    _attach(context, release)
+    _attach(context, release, key)
     return _described(release, promotion, "up-to-date")
 
 
@@ -152,11 +153,7 @@ def _described(
     )
 
 
-def _attach(context: StageContext, release: Artifact) -> None:
-    """Attach the bills of materials to the image in its registry, if it was pushed to one."""
-    image = read_image(release.folder / EVIDENCE)
-    if not image.pushed:
-        return
-    files = {Path(name).name: (mlbom.KIND, release.folder / name) for name in (SBOM, MLBOM)}
-    for title, digest in mlbom.attach(image.reference, files).items():
-        context.progress(f"attached {title} to {image.reference} as {digest[:19]}")
+def _attach(context: StageContext, release: Artifact, key: SigningKey | None) -> None:
+    """Sign the image in its registry, and attach what is known of it, if it was pushed to one."""
+    if key is not None and read_image(release.folder / EVIDENCE).pushed:
+        attest_image(StatedRelease.read(release.folder, trust_of(context.settings)), key, context.progress)

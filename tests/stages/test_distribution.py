@@ -10,11 +10,11 @@ import pytest
 
 from containers.errors import ImageError
 from containers.image import base as bases
+from containers.image import referrers
 from containers.image.blobs import BlobStore
 from containers.image.build import model_layers, push_layers
 from containers.image.distribution import DistributionError, Registry, parse
-from containers.image.oci import OciImage
-from containers.scan import mlbom
+from containers.image.oci import INDEX, MANIFEST, OciImage
 from registry.digests import digest_of
 from stages.loopback_registry import serving
 
@@ -89,24 +89,50 @@ def test_a_base_comes_by_digest_blob_by_blob_and_is_not_fetched_twice(address: s
         bases._fetched(f"{address}/library/base:1@sha256:{'0' * 64}", store, said.append)
 
 
-def test_bills_are_attached_once_and_found_by_the_image(address: str, tmp_path: Path) -> None:
+KIND = "application/vnd.cyclonedx+json"
+
+
+def test_documents_are_attached_once_and_found_by_the_image(address: str, tmp_path: Path) -> None:
     image, _ = pushed(address, BlobStore(tmp_path / "images"), "demo", *checkpoint(tmp_path / "one", b"a"))
-    (tmp_path / "sbom.cdx.json").write_text('{"bomFormat": "CycloneDX"}')
-    (tmp_path / "mlbom.cdx.json").write_text('{"bomFormat": "CycloneDX", "ml": true}')
-    documents = {name: (mlbom.KIND, tmp_path / name) for name in ("sbom.cdx.json", "mlbom.cdx.json")}
-    reference = f"{address}/demo@{image.digest}"
-    attached = mlbom.attach(reference, documents)
-    assert mlbom.attach(reference, documents) == attached
     with Registry(address) as registry:
-        found = registry.referrers("demo", image.digest)
-        assert {entry["digest"] for entry in found} == set(attached.values())
-        assert {entry["artifactType"] for entry in found} == {mlbom.KIND}
-        manifest = registry.manifest("demo", attached["mlbom.cdx.json"])
-        assert manifest is not None
-        document = json.loads(manifest[0])
-        assert document["subject"]["digest"] == image.digest
-        (layer,) = document["layers"]
-        assert json.loads(b"".join(registry.blob("demo", layer["digest"], layer["size"])))["ml"] is True
+        subject = referrers.subject_of(registry, "demo", image.digest)
+
+        def attach(data: bytes) -> referrers.Attached:
+            return referrers.attach(registry, "demo", subject, KIND, data, title="a.json", annotations={"of": "demo"})
+
+        first, second = attach(b"{}"), attach(b'{"other": 1}')
+        assert (first.is_new, second.is_new) == (True, True)
+        sent = registry.traffic.sent
+        assert attach(b"{}") == referrers.Attached(first.digest, is_new=False)
+        assert registry.traffic.sent == sent
+        found = referrers.referrers(registry, "demo", image.digest)
+        assert {each.digest for each in found} == {first.digest, second.digest}
+        assert {(each.kind, each.annotations["of"]) for each in found} == {(KIND, "demo")}
+        assert {referrers.document(registry, "demo", each) for each in found} == {b"{}", b'{"other": 1}'}
+
+
+def test_what_others_attached_stays_as_it_was(address: str, tmp_path: Path) -> None:
+    image, _ = pushed(address, BlobStore(tmp_path / "images"), "demo", *checkpoint(tmp_path / "one", b"a"))
+    theirs = {"artifactType": "theirs", "annotations": {"a": "b"}}
+    entry = {"mediaType": MANIFEST, "digest": image.digest, "size": 1, **theirs}
+    index = {"schemaVersion": 2, "mediaType": INDEX, "manifests": [entry], "annotations": {"by": "others"}}
+    tag = image.digest.replace(":", "-")
+    with Registry(address) as registry:
+        registry.put_manifest("demo", tag, json.dumps(index).encode(), INDEX)
+        subject = referrers.subject_of(registry, "demo", image.digest)
+        ours = referrers.attach(registry, "demo", subject, KIND, b"{}", title="a.json")
+        found = registry.manifest("demo", tag)
+    assert found is not None
+    document = json.loads(found[0])
+    assert entry in document["manifests"]
+    assert {each["digest"] for each in document["manifests"]} == {image.digest, ours.digest}
+    assert document["annotations"] == {"by": "others"}
+
+
+def test_nothing_is_attached_to_an_image_that_its_registry_has_not(address: str) -> None:
+    absent = f"sha256:{'0' * 64}"
+    with Registry(address) as registry, pytest.raises(DistributionError, match=f"has no image demo@{absent}"):
+        referrers.subject_of(registry, "demo", absent)
 
 
 def test_a_registry_that_is_not_there_is_named() -> None:

@@ -46,7 +46,10 @@ PAGES = sorted([
 DEMO = CHECKOUT / "models" / "demo.yaml"
 SCHEMA = json.loads((DOCS / "model.schema.json").read_text())
 # What the pages call beside ours.
-OTHERS = {"curl", "docker", "git", "kubectl", "model_signing", "rm", "cd", "uv", "python", "python3"}
+OTHERS = {
+    "base64", "cat", "cd", "cosign", "curl", "docker", "git", "jq", "kubectl", "model_signing", "openssl", "printf",
+    "python", "python3", "rm", "uv",
+}  # fmt: skip
 
 
 class Block:

@@ -28,6 +28,7 @@ from containers.gateway.errors import Refusal
 from containers.gateway.schema import ChatRequest, CompletionRequest
 from containers.image.distribution import Registry
 from containers.image.pulled import read_configuration, read_manifest
+from containers.image.referrers import read_index as read_referrers
 from containers.scan.vex import read_vex
 from pipeline import spec, yaml_file
 from pipeline.compatibility.safetensors_headers import HeaderError, parse_header, read_index
@@ -123,7 +124,7 @@ def statements(path: Path) -> object:
 
 
 def referrers(data: bytes, _: Path) -> object:
-    return REGISTRY._listed(data)
+    return read_referrers(data, REGISTRY.host)
 
 
 def signed(data: bytes, _: Path) -> object:

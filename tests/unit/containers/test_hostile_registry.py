@@ -17,7 +17,7 @@ import pytest
 from recording_server import Answer, Asked, Recording, recording, trickle
 
 from containers.errors import ImageError
-from containers.image import base, distribution
+from containers.image import base, distribution, referrers
 from containers.image.blobs import BlobStore
 from containers.image.distribution import DistributionError, Registry
 from registry import network
@@ -28,7 +28,7 @@ LAYER = {"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": digest
 Ask = Callable[[Registry], object]
 ASKED: dict[str, Ask] = {
     "manifest": lambda registry: registry.manifest("demo", "1"),
-    "referrers": lambda registry: registry.referrers("demo", DIGEST),
+    "referrers": lambda registry: referrers.referrers(registry, "demo", DIGEST),
     "blob": lambda registry: b"".join(registry.blob("demo", DIGEST, 1000)),
     "upload": lambda registry: registry.upload("demo", [b"layer"], 5),
 }

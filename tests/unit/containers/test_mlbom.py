@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 
-import pytest
-
-from containers.image.distribution import DistributionError
 from containers.scan import mlbom
 from registry.verdict import Verdict
 
@@ -40,17 +34,3 @@ def test_the_same_release_has_the_same_bill_and_another_another() -> None:
     one = mlbom.document(MODEL, VERDICTS, "sha256:image")
     assert json.dumps(one) == json.dumps(mlbom.document(MODEL, VERDICTS, "sha256:image"))
     assert one["serialNumber"] != mlbom.document(MODEL, VERDICTS, "sha256:other")["serialNumber"]
-
-
-def test_nothing_is_attached_to_an_image_that_its_registry_has_not(tmp_path: Path) -> None:
-    class Empty(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_error(404)
-
-    (tmp_path / "sbom.cdx.json").write_text("{}")
-    with HTTPServer(("127.0.0.1", 0), Empty) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        reference = f"127.0.0.1:{server.server_port}/demo@sha256:{'0' * 64}"
-        with pytest.raises(DistributionError, match=f"has no image demo@sha256:{'0' * 64}"):
-            mlbom.attach(reference, {"sbom.cdx.json": (mlbom.KIND, tmp_path / "sbom.cdx.json")})
-        server.shutdown()

@@ -201,7 +201,7 @@ def test_a_release_that_was_changed_after_it_was_sealed_is_not_promoted(made: Ma
         promotion.promote(made.context, release)
 
 
-def test_no_alias_moves_while_the_bills_can_not_be_attached_to_the_image(made: Made) -> None:
+def test_no_alias_moves_while_the_image_can_not_be_signed(made: Made) -> None:
     made.image = {"pushed": True, "reference": f"127.0.0.1:9/slipway/demo-gptq@{DIGEST}"}
     release = seal(made, made.artifacts())
     for _ in range(2):  # the second time as the first: they are not forgotten

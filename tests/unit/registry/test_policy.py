@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from registry import verify
-from registry.errors import TrustPolicyError
+from registry.errors import TrustPolicyError, VerificationError
 from registry.policy import Policy
 from registry.signing import SigningKey
 
@@ -23,9 +23,22 @@ def test_what_a_policy_says_is_read(tmp_path: Path, signing_key: SigningKey) -> 
     text = (
         '[signers]\nkeys = ["release.pub"]\nsigned_moves = true\n'
         '[gates]\nrequired = ["scan"]\n[evidence]\nmaximum_age_days = 1.5\n'
+        "maximum_scan_age_days = 2\n"
     )
     found = policy(tmp_path, signing_key, text)
-    assert found == Policy((signing_key.public,), ("scan",), timedelta(hours=36), signed_moves=True)
+    assert found == Policy(
+        (signing_key.public,), ("scan",), timedelta(hours=36), signed_moves=True, maximum_scan_age=timedelta(days=2)
+    )
+
+
+def test_a_revoked_key_is_not_trusted_whatever_folder_it_is_in(
+    tmp_path: Path, signing_key: SigningKey, release: Path
+) -> None:
+    text = '[signers]\nkeys = ["release.pub"]\nrevoked = ["release.pub"]\n'
+    found = policy(tmp_path, signing_key, text)
+    assert (found.keys, found.revoked) == ((), (signing_key.public,))
+    with pytest.raises(VerificationError, match=f"signed by key {signing_key.public.keyid[:12]}, which is revoked"):
+        verify(release, found)
 
 
 @pytest.mark.parametrize(
