@@ -113,7 +113,7 @@ def measure(name: str, folder: Path, output: Path) -> Measured:
     Path("/proc/sys/vm/drop_caches").write_text("3\n")
     started = time.monotonic()
     command = [sys.executable, str(Path(__file__).resolve()), str(folder.resolve()), "--run", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=output)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=output)
     seconds = time.monotonic() - started
     peak = float(done.stdout.split()[-1])
     digest = "" if name == "cast" else digest_of(output)
@@ -124,7 +124,8 @@ def measure(name: str, folder: Path, output: Path) -> Measured:
 def ours(source: Path, output: Path) -> None:
     """The worker, in this process, as it runs in a release."""
     request = {
-        "method": "fp8", "bits": 8, "group_size": -1, "source": str(source), "output": str(output), "kv_cache": None,
+        "method": "fp8", "bits": 8, "group_size": -1, "kv_cache": None, "mixture": (),
+        "source": str(source), "output": str(output),
         "linears": sorted(name.removesuffix(".weight") for name in names_of(source)), "ignored": ["lm_head"],
     }  # fmt: skip
     sys.path.insert(0, str(WORKER.parent))

@@ -170,8 +170,20 @@ class Calibration(_ManifestPart):
     """How many rows were used."""
     max_tokens: Count
     """What was longer was cut to so many tokens."""
+    cut: Annotated[Count | None, Later()] = None
+    """How many samples that were."""
+    empty: Annotated[Count | None, Later()] = None
+    """How many samples held no token."""
     data: Annotated[tuple[CalibrationData, ...], Later()] = ()
     """What the samples were drawn from, where that is not one file here; ``digest`` is that of the samples."""
+
+    @property
+    def summary(self) -> str:
+        """``32 samples of up to 200 tokens: 75% cut, 0% empty``; of a release before these were recorded the first."""
+        known = {"cut": self.cut, "empty": self.empty}
+        shares = [f"{count / max(1, self.samples):.0%} {what}" for what, count in known.items() if count is not None]
+        used = f"{self.samples} samples of up to {self.max_tokens} tokens"
+        return f"{used}: {', '.join(shares)}" if shares else used
 
 
 class Quantizer(_ManifestPart):

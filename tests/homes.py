@@ -14,7 +14,7 @@ from typing import Any
 from containers.engine.engine import connect
 from containers.scan.trivy import engine_variables
 from pipeline.settings import Settings
-from pipeline.store.artifacts import Store
+from pipeline.store.artifacts import Artifact, Store
 from pipeline.store.materializations import MaterializationIndex
 from registry import catalog
 
@@ -78,22 +78,28 @@ class Slipway:
         return {name: {v.version: v.aliases for v in catalog.current(uri, name)} for name in catalog.names(uri)}
 
 
+def made_by(slipway: Slipway, stage: str, release: str = "demo|gptq") -> Artifact:
+    """What a stage of one release has made last."""
+    settings = Settings.read(dict(slipway.variables))
+    place = MaterializationIndex(settings).read(stage, release)
+    assert place is not None
+    made = Store(settings.home / "artifacts").find(*place)
+    assert made is not None
+    return made
+
+
 def forget(slipway: Slipway, stage: str, release: str = "demo|gptq") -> str:
     """Drop what a stage of one release has made, and nothing else; return by what name the store keeps it.
 
     Of `drift` that is what the candidate answered: all else of it is made of that in a second, and of what its layers
     lost, which go as `layers`.
     """
-    settings = Settings.read(dict(slipway.variables))
-    store = Store(settings.home / "artifacts")
-    place = MaterializationIndex(settings).read("drift" if stage == "layers" else stage, release)
-    assert place is not None
-    made = store.find(*place)
-    assert made is not None
+    made = made_by(slipway, "drift" if stage == "layers" else stage, release)
     shutil.rmtree(made.folder.parent)
-    if stage in _PARTS:
-        kept, part = _PARTS[stage]
-        made = store.with_digest(kept, made.inputs[part])
-        assert made is not None
-        shutil.rmtree(made.folder.parent)
-    return made.stage
+    if stage not in _PARTS:
+        return made.stage
+    kept, part = _PARTS[stage]
+    answered = Store(slipway.home / "artifacts").with_digest(kept, made.inputs[part])
+    assert answered is not None
+    shutil.rmtree(answered.folder.parent)
+    return answered.stage

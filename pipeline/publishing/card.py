@@ -71,7 +71,7 @@ def _text(manifest: Manifest, place: str) -> Iterator[str]:
     yield f"| parameters | {', '.join(f'{key} {value}' for key, value in sorted(quantizer.parameters.items()))} |"
     if quantizer.calibration is not None:
         text = quantizer.calibration
-        yield f"| calibration | `{text.uri}`, {text.samples} samples of up to {text.max_tokens} tokens |"
+        yield f"| calibration | `{text.uri}`, {text.summary} |"
     yield f"| runtime | {manifest.image.runtime}, image `{manifest.image.digest}` |"
     yield f"| tested on | {manifest.hardware.cpu}, {manifest.hardware.cores} cores{_accelerators(manifest)} |"
     yield f"| sealed | {manifest.created} |"

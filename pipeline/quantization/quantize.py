@@ -71,10 +71,23 @@ class QuantizationRequest(BaseModel):
     chat_template: str | None
     """In place of the model's own."""
     max_tokens: int
-    """The longest piece of a text that is used; also the length of a calibration block."""
+    """The longest piece of a text that is used; also the longest calibration block."""
     seed: int
     mixture: tuple[Mapping[str, JsonValue], ...] = ()
     """For `mixed` each format that occurs: its ``method``, ``bits`` and ``group_size``, and its ``layers``."""
+
+
+class CalibrationUse(BaseModel):
+    """What became of the calibration samples."""
+
+    model_config = ConfigDict(frozen=True)
+
+    tokens: PositiveInt
+    """How many the quantizer has seen."""
+    cut: NonNegativeInt
+    """Samples longer than `max_tokens`: of a text the rest is not used, of a conversation the last messages."""
+    empty: NonNegativeInt
+    """Samples without any token."""
 
 
 class QuantizationResult(BaseModel):
@@ -83,23 +96,20 @@ class QuantizationResult(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     device: Literal["cpu", "cuda"]
-    blocks: PositiveInt | None
-    """Calibration blocks of `max_tokens` tokens that were used; None without calibration."""
+    calibration: CalibrationUse | None
+    """None without calibration."""
     quantization_config: Mapping[str, JsonValue]
     """The `quantization_config` of the checkpoint's config.json."""
     experts: Mapping[str, tuple[NonNegativeInt, ...]] = {}
     """Calibration tokens that reached each expert, by the name of the experts' module."""
 
 
-class CalibrationRecord(BaseModel):
+class CalibrationRecord(CalibrationUse):
     """What a checkpoint was calibrated with."""
-
-    model_config = ConfigDict(frozen=True)
 
     sha256: str
     samples: int
     max_tokens: int
-    tokens: int
 
 
 class QuantizationRecord(BaseModel):
@@ -293,10 +303,10 @@ def _ask(run_worker: RunWorker, backend: QuantizationBackend, scratch: Path) -> 
 def _calibration_record(
     calibration: Path | None, samples: int, max_tokens: int, result: QuantizationResult
 ) -> CalibrationRecord | None:
-    if calibration is None or result.blocks is None:
+    if calibration is None or result.calibration is None:
         return None
     return CalibrationRecord(
-        sha256=digest_file(calibration), samples=samples, max_tokens=max_tokens, tokens=result.blocks * max_tokens
+        sha256=digest_file(calibration), samples=samples, max_tokens=max_tokens, **result.calibration.model_dump()
     )
 
 

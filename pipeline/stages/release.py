@@ -198,6 +198,8 @@ def _calibration(context: StageContext, record: QuantizedNotes) -> Calibration |
         digest=f"sha256:{used.sha256}",
         samples=used.samples,
         max_tokens=used.max_tokens,
+        cut=used.cut,
+        empty=used.empty,
         data=() if whole else tuple(_calibration_data(context)),
     )
 
@@ -260,6 +262,7 @@ def _write_report(
     source, quantized = inputs["source"], inputs["quantized"]
     notes = source.noted(SourceNotes)
     merged = None if notes.merged is None else notes.merged.adapter
+    calibrated = _calibration(context, quantized.noted(QuantizedNotes))
     subject = report.ReportedRelease(
         model=context.spec.model,
         scheme=context.scheme_name,
@@ -273,6 +276,7 @@ def _write_report(
             "source": sources.public_uri(context.spec.source.uri),
             "revision": notes.revision,
             **({} if merged is None else {"merged adapter": f"{merged.uri} at {merged.revision}"}),
+            **({} if calibrated is None else {"calibration": f"{calibrated.uri}, {calibrated.summary}"}),
             "served with": " ".join(serving_of(context, inputs).engine_arguments()),
             **_computed_on(inputs),
         },

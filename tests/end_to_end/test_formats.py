@@ -7,6 +7,7 @@ They find FP16's answers and all that does not depend on a scheme in the first r
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from evals.drift.mixture import FILE, UNQUANTIZED, read_mixture
 from evals.drift.pairs import read_drift
 from evals.load.evidence import read_load_evidence
 from homes import DEMO, Slipway
@@ -24,6 +26,7 @@ FP8, INT8 = "ChannelWiseTorchFP8ScaledMMLinearKernel", "CPUInt8ScaledMMLinearKer
 OURS, VLLM = "Float32PackedLinearKernel", "CPUWNA16LinearKernel"
 # vLLM multiplies fused layers: four in each of the demo's four layers.
 LINEARS = 16
+FP8_CACHE = {"method": "fp8", "kv_cache": "fp8"}
 # Of cores that other tests use too: what is looked for is a server that answers, and what it computes with.
 SLO = {"p95_latency_ms": 60_000, "p95_ttft_ms": 60_000, "error_rate": 0.0}
 
@@ -59,17 +62,21 @@ def gates(release: Release) -> dict[str, tuple[str, str]]:
     return {gate["name"]: (gate["status"], gate["reason"]) for gate in release["gates"]}
 
 
-def check_served(release: Release, slipway: Slipway, kernel: str, folder: Path) -> None:
-    """A promoted release, what multiplied its layers, and that nothing was left out of the evaluation."""
-    assert release["outcome"] == "promoted"
+def pulled(release: Release, slipway: Slipway, folder: Path) -> Path:
+    """The evidence of a promoted release, once pull has verified it."""
+    assert release["outcome"] == "promoted", release
     done = slipway("pull", f"demo-{release['scheme']}", folder / "pulled")
     assert done.returncode == 0, done.stderr
-    evidence = folder / "pulled" / "release" / "evidence"
+    return folder / "pulled" / "release" / "evidence"
+
+
+def check_served(evidence: Path, kernels: Mapping[str, int]) -> None:
+    """What multiplied the layers, and that nothing was left out of the evaluation."""
     load, drift = read_load_evidence(evidence), read_drift(evidence)
     assert load.server.not_applied == []
     assert load.server.computed_on is not None
     assert load.server.computed_on.kernels is not None
-    assert load.server.computed_on.kernels.linear_quantized == {kernel: LINEARS}
+    assert load.server.computed_on.kernels.linear_quantized == kernels
     assert load.memory.expected is not None
     assert not load.memory.expected.off
     assert drift.not_computed == ()
@@ -80,7 +87,7 @@ def check_served(release: Release, slipway: Slipway, kernel: str, folder: Path) 
 
 def test_fp8_is_made_without_text_and_served_on_every_cpu(slipway: Slipway, write: Write, tmp_path: Path) -> None:
     release, _ = released(slipway, write({"method": "fp8"}), status=0)
-    check_served(release, slipway, FP8, tmp_path)
+    check_served(pulled(release, slipway, tmp_path), {FP8: LINEARS})
 
 
 # Two sizes, since a checkpoint that was evaluated on one CPU is not evaluated on another.
@@ -89,10 +96,11 @@ def test_fp8_is_made_without_text_and_served_on_every_cpu(slipway: Slipway, writ
     ("scheme", "isa", "kernel"),
     [
         ({"method": "w8a8"}, None, INT8),
+        (FP8_CACHE, None, FP8),
         ({"method": "w4a16", "group_size": 64}, None, VLLM),
         ({"method": "w4a16", "group_size": 32}, "avx2", OURS),
     ],
-    ids=["w8a8", "w4a16", "w4a16 held to AVX2"],
+    ids=["w8a8", "FP8 cache", "w4a16", "w4a16 held to AVX2"],
 )
 def test_a_format_is_served_by_the_kernel_that_this_cpu_has(
     scheme: dict[str, Any],
@@ -103,11 +111,30 @@ def test_a_format_is_served_by_the_kernel_that_this_cpu_has(
     machine: Settings,
     tmp_path: Path,
 ) -> None:
-    if kernel == VLLM and machine.cpu.instruction_set == "avx2":
-        pytest.skip("needs AVX-512: here w4a16 is served by our kernel")
+    if (kernel == VLLM or scheme == FP8_CACHE) and machine.cpu.instruction_set == "avx2":
+        pytest.skip("needs AVX-512: with AVX2 our kernel serves w4a16, and vLLM has no FP8 cache")
     limit = {} if isa is None else {"SLIPWAY_CPU_ISA": isa}
     release, _ = released(slipway, write(scheme), status=0, **limit)
-    check_served(release, slipway, kernel, tmp_path)
+    check_served(pulled(release, slipway, tmp_path), {kernel: LINEARS})
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("bits", "formats"), [(5, ["w4a16", "w8a8", "fp8"]), (6, ["w4a16", "fp8"])], ids=["5 bits", "6 bits without INT8"]
+)
+def test_a_mixture_is_served_with_the_kernel_of_each_layers_format(
+    bits: float, formats: list[str], slipway: Slipway, write: Write, machine: Settings, tmp_path: Path
+) -> None:
+    model = write({"method": "mixed", "budget": {"bits_per_weight": bits}, "formats": formats})
+    release, _ = released(slipway, model, status=0)
+    evidence = pulled(release, slipway, tmp_path)
+    mixture = read_mixture(evidence / FILE)
+    assert mixture.bytes <= mixture.budget_bytes
+    chosen = Counter(group.chosen.partition("-")[0] for group in mixture.groups.values())
+    assert len(chosen) > 1
+    packed_by = OURS if machine.cpu.instruction_set == "avx2" else VLLM
+    kernels = {"w4a16": packed_by, "w8a8": INT8, "fp8": FP8}
+    check_served(evidence, {kernels[name]: count for name, count in chosen.items() if name != UNQUANTIZED})
 
 
 @pytest.mark.long

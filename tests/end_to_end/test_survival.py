@@ -14,7 +14,7 @@ import docker
 import pytest
 
 from containers.engine.owner import home_digest
-from homes import Slipway, forget
+from homes import Slipway, forget, made_by
 from pipeline.orchestration.instance import open_instance
 from pipeline.settings import Settings
 from ui_server import PATIENCE_SECONDS, RUNS, Ui, processes_of, workers_of
@@ -110,7 +110,7 @@ def test_a_killed_worker_fails_its_run_which_goes_on_from_there_when_it_is_launc
     slipway: Slipway, ui: Callable[[], Ui]
 ) -> None:
     running = ui()
-    for stage in ("layers", "quantized", "load"):  # an evaluation's, a quantizer, the load generator
+    for stage in ("layers", "load"):  # an evaluation's, the load generator
         run_id = cut_off(slipway, running, stage)
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not workers_of(slipway.home):
@@ -119,6 +119,23 @@ def test_a_killed_worker_fails_its_run_which_goes_on_from_there_when_it_is_launc
         kill(workers_of(slipway.home))
         assert running.wait(run_id, seconds=PATIENCE_SECONDS) == "FAILURE"
     assert running.wait(running.launch("gptq"), seconds=PATIENCE_SECONDS) == "SUCCESS"
+
+
+def test_a_killed_quantizer_goes_on_at_the_next_release_and_ends_with_the_same_bytes(slipway: Slipway) -> None:
+    whole = made_by(slipway, "quantized")
+    forget(slipway, "quantized")
+    running = slipway.start("release", "demo", "--scheme", "gptq")
+    drafts, deadline = slipway.home / "artifacts" / ".making", time.monotonic() + PATIENCE_SECONDS
+    while not list(drafts.glob("quantized-*/scratch/finished/layer-00001")):
+        assert time.monotonic() < deadline
+        assert running.poll() is None
+        time.sleep(0.02)
+    kill(workers_of(slipway.home))
+    assert running.wait() == 1
+    done = slipway("release", "demo", "--scheme", "gptq")
+    assert done.returncode == 0, done.stderr
+    assert "of 4 layers were finished before a run was cut off: they are taken over" in done.stderr
+    assert made_by(slipway, "quantized").digest == whole.digest
 
 
 def test_a_run_whose_process_is_killed_is_taken_up_by_the_daemon(slipway: Slipway, ui: Callable[[], Ui]) -> None:

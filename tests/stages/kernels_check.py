@@ -37,7 +37,7 @@ MODEL = Path("/check/model")
 # Of rank 4 on every linear layer, with text of its own kind.
 ADAPTER, ITS_TEXT = Path("/check/adapter"), Path("/check/adapter.jsonl")
 COMPRESSED = Path("/check/compressed")
-# A layer of those tiny checkpoints.
+# The layer that is looked at, where all have one format.
 LAYER = "model.layers.1.mlp.down_proj"
 # (inputs, outputs): such as vLLM's own kernel takes, and such as it does not.
 SHAPES = ((256, 96), (384, 40), (128, 8))
@@ -104,25 +104,30 @@ def packed_layer(method: str, bits: int, group: int, shape: tuple[int, int]) -> 
     }  # fmt: skip
 
 
-def compressed_layer(folder: Path) -> dict[str, Any]:
+def compressed_layers(folder: Path) -> dict[str, Any]:
+    """`compressed_layer` of one layer of a checkpoint; of a mixture, of all that its groups name."""
+    stated = json.loads((folder / "config.json").read_text())["quantization_config"]
+    named = [name for group in stated["config_groups"].values() for name in group["targets"]]
+    stored = load_file(folder / "model.safetensors")
+    return {name: compressed_layer(name, stored, stated) for name in ([LAYER] if named == ["Linear"] else named)}
+
+
+def compressed_layer(name: str, stored: dict[str, torch.Tensor], stated: dict[str, Any]) -> dict[str, Any]:
     """Which of vLLM's schemes and kernels take a layer of compressed-tensors, and the relative error of its outputs; or
     why none does."""
-    stated = json.loads((folder / "config.json").read_text())["quantization_config"]
     config = CompressedTensorsConfig.from_config(json.loads(json.dumps(stated)))
-    stored = load_file(folder / "model.safetensors")
-    parts = {name.removeprefix(f"{LAYER}."): tensor for name, tensor in stored.items() if name.startswith(f"{LAYER}.")}
-    weight = packed.unpack_linear(
-        {name: (part.float() if part.is_floating_point() else part).numpy() for name, part in parts.items()}, stated
-    )
+    parts = {key.removeprefix(f"{name}."): tensor for key, tensor in stored.items() if key.startswith(f"{name}.")}
+    numbers = {key: (part.float() if part.is_floating_point() else part).numpy() for key, part in parts.items()}
+    weight = packed.unpack_linear(numbers, stated, name)
     outputs, inputs = weight.shape
     try:
         layer = ReplicatedLinear(
-            inputs, outputs, bias=False, params_dtype=torch.bfloat16, quant_config=config, prefix=LAYER
+            inputs, outputs, bias=False, params_dtype=torch.bfloat16, quant_config=config, prefix=name
         )
     except ValueError as refusal:
         return {"refused": str(refusal)}
-    for name, part in parts.items():
-        parameter = getattr(layer, name)
+    for key, part in parts.items():
+        parameter = getattr(layer, key)
         parameter.weight_loader(parameter, part)
     layer.quant_method.process_weights_after_loading(layer)
     torch.manual_seed(2)
@@ -293,7 +298,7 @@ def main() -> None:
                 layers += [packed_layer(method, bits, group, shape) for shape in SHAPES]
     model_config = ModelConfig(str(MODEL), dtype="bfloat16")
     with set_current_vllm_config(VllmConfig(model_config=model_config)):
-        compressed = {folder.name: compressed_layer(folder) for folder in sorted(COMPRESSED.iterdir())}
+        compressed = {folder.name: compressed_layers(folder) for folder in sorted(COMPRESSED.iterdir())}
         plain = [plain_layer(kind, shape) for kind in (torch.bfloat16, torch.float16) for shape in SHAPES]
     models = {"plain": MODEL}
     for method, bits, group in (("awq", 4, 64), ("gptq", 4, 64), ("gptq", 8, -1)):

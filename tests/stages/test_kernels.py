@@ -15,6 +15,7 @@ from containers.image.assembly import ran
 from containers.image.layers import Member, archive, plain_files
 from containers.image.runtime import build_runtime
 from evals.drift import packed
+from evals.drift.mixture import UNQUANTIZED
 from homes import DEMO
 from pipeline.compatibility.scheme import Scheme
 from pipeline.settings import Settings
@@ -43,9 +44,10 @@ def runtime(engine: docker.DockerClient, machine: Settings) -> str:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny checkpoint in each format of compressed-tensors, with the configuration that our workers write."""
+    """A tiny checkpoint in each format of compressed-tensors, and a mixture, as our workers configure them."""
     root = tmp_path_factory.mktemp("compressed")
-    return {method: compressed.write(root / method, method) for method in COMPRESSED}
+    alike = {method: compressed.write(root / method, method) for method in COMPRESSED}
+    return {**alike, "mixed": compressed.write_mixed(root / "mixed", compressed.MIXED)}
 
 
 @pytest.fixture(scope="module", params=[None, "avx2"], ids=["as it is", "held to AVX2"])
@@ -102,13 +104,24 @@ def test_a_packed_layer_is_as_exact_as_its_arithmetic(found: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("method", COMPRESSED)
 def test_vllm_reads_each_configuration_and_has_a_kernel_where_we_say_so(found: dict[str, Any], method: str) -> None:
-    layer = found["compressed"][method]
+    (layer,) = found["compressed"][method].values()
     lacking = Scheme.model_validate({"method": method, "backend": "llmcompressor"}).unsupported(found["isa"])
     if lacking is not None:
         assert "Failed to find a kernel" in layer["refused"], layer
         return
+    is_served_in_its_format(layer, method, found["isa"])
+
+
+def test_vllm_serves_each_layer_of_a_mixture_in_its_own_format(found: dict[str, Any]) -> None:
+    layers = found["compressed"]["mixed"]
+    assert layers.keys() == {name for name, method in compressed.MIXED.items() if method != UNQUANTIZED}
+    for name, layer in layers.items():
+        is_served_in_its_format(layer, compressed.MIXED[name], found["isa"])
+
+
+def is_served_in_its_format(layer: dict[str, Any], method: str, isa: str) -> None:
     scheme, kernel = COMPRESSED[method]
-    packed_by = VLLM if found["isa"] != "avx2" else OURS
+    packed_by = VLLM if isa != "avx2" else OURS
     assert (layer["scheme"], layer["kernel"]) == (scheme, kernel or packed_by)
     # Inputs of eight bits cost up to 0.03; other scales or another order of the weights cost 0.5 and more.
     assert layer["error"] < (0.005 if method == "w4a16" else 0.05)

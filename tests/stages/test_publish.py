@@ -158,3 +158,4 @@ def test_the_card_names_base_relation_license_and_loss(made: Made) -> None:
     low, high = -metrics["cloze.drop_upper"], -metrics["cloze.drop_lower"]
     assert f"| cloze | 800 | accuracy {-metrics['cloze.drop']:+.2%} | {low:+.2%} to {high:+.2%} |" in text
     assert "| scan | inconclusive |" in text
+    assert "calibration.jsonl`, 32 samples of up to 200 tokens: 75% cut, 0% empty |" in text

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 from calibration_blocks import calibration_blocks  # type: ignore[import-not-found]
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Quantize ``source`` into the folder ``output``; see `QuantizationRequest` in `pipeline.quantization.quantize`."""
     device = prepare(request)
-    blocks = calibration_blocks(request, report)
+    calibration = calibration_blocks(request, report)
+    # AutoAWQ cuts all that it gets into blocks of one length. A shorter block is filled up with its own beginning.
+    blocks = [list(islice(cycle(block), request["max_tokens"])) for block in calibration.blocks]
     report(f"loading AutoAWQ on {device}")
     import torch
     from awq import AutoAWQForCausalLM
@@ -58,7 +61,7 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
         calib_data=blocks,
         max_calib_samples=len(blocks),
         max_calib_seq_len=request["max_tokens"],
-        n_parallel_calib_samples=batch_size(request["max_tokens"]),
+        n_parallel_calib_samples=batch_size(blocks),
         quantizer_cls=_quantizer(finished, clone=request["clone_saved_weights"]),
     )
     report("saving")
@@ -66,7 +69,7 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
     model.save_quantized(request["output"], safetensors=True)
     return {
         "device": device,
-        "blocks": len(blocks),
+        "calibration": calibration.used,
         "quantization_config": model.quant_config.to_transformers_dict(),
         "experts": experts.found(),
     }

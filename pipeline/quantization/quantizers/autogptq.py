@@ -27,7 +27,7 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
             "AutoGPTQ quantizes on an NVIDIA GPU only, and there is none here: use `backend: gptqmodel`, "
             "which writes the same GPTQ format on CPU"
         )
-    blocks = calibration_blocks(request, report)
+    calibration = calibration_blocks(request, report)
     report("loading AutoGPTQ")
     import logging
 
@@ -45,14 +45,14 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
     model = AutoGPTQForCausalLM.from_pretrained(
         request["source"], config, torch_dtype=torch.float16, trust_remote_code=False
     )
-    experts = ExpertTokens(model.model, len(blocks) * request["max_tokens"])
+    experts = ExpertTokens(model.model, calibration.tokens)
     finished = FinishedLayers(request, device, model.config.num_hidden_layers, report)
     logging.getLogger("auto_gptq").addHandler(_LayerDone(finished))
     logging.getLogger("auto_gptq").setLevel(logging.INFO)
     _base.GPTQ = resumable(_base.GPTQ, model.model, finished)
     model.quantize(
-        [{"input_ids": block, "attention_mask": [1] * len(block)} for block in blocks],
-        batch_size=batch_size(request["max_tokens"]),
+        [{"input_ids": block, "attention_mask": [1] * len(block)} for block in calibration.blocks],
+        batch_size=batch_size(calibration.blocks),
         cache_examples_on_gpu=False,
     )
     finished.next()
@@ -62,7 +62,7 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
     document = config.to_dict()
     return {
         "device": device,
-        "blocks": len(blocks),
+        "calibration": calibration.used,
         "quantization_config": {**{key: document[key] for key in kept}, "checkpoint_format": "gptq"},
         "experts": experts.found(),
     }

@@ -1,14 +1,15 @@
-"""Calibration samples as blocks of tokens, each of exactly ``max_tokens``, for the quantizers' workers.
+"""Calibration samples as blocks of tokens, each of ``max_tokens`` at most, for the quantizers' workers.
 
 Conversations go through the chat template and lie whole in a block, as many as fit. Of one that is longer than a block
-the last messages are left out. Texts fill what conversations leave, and are split where a block ends. What then
-still lacks is filled with end-of-text tokens; without conversations nothing is.
+the last messages are left out. Texts fill what conversations leave, and are split where a block ends. Where texts do
+not suffice, blocks of conversations are shorter: nothing is padded, since quantizers would take padding for text.
 """
 
 from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,41 +22,57 @@ MINIMUM_TOKENS = 512
 _MOST = 0.5
 
 
-def calibration_blocks(request: dict[str, Any], report: Report) -> list[list[int]]:
+@dataclass(frozen=True)
+class CalibrationBlocks:
+    """The blocks, and of the samples how many were longer than a block, and how many held no token."""
+
+    blocks: list[list[int]]
+    cut: int
+    empty: int
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the blocks have."""
+        return sum(map(len, self.blocks))
+
+    @property
+    def used(self) -> dict[str, int]:
+        """What a worker's result says of its calibration: `CalibrationUse` in `pipeline.quantization.quantize`."""
+        return {"tokens": self.tokens, "cut": self.cut, "empty": self.empty}
+
+
+def calibration_blocks(request: dict[str, Any], report: Report) -> CalibrationBlocks:
     """Turn the samples of a `QuantizationRequest` into blocks; warn where most are cut or empty.
 
     Raises:
         WorkerError: there are too few tokens, or the chat template can't render a conversation.
     """
-    max_tokens, samples = request["max_tokens"], request["texts"]
+    max_tokens = request["max_tokens"]
     encode = _encoder(Path(request["source"]))
-    texts = [encode(each, True) for each in samples if isinstance(each, str)]
-    chats = [each for each in samples if not isinstance(each, str)]
-    render, filler = _renderer(Path(request["source"]), request["chat_template"]) if chats else (str, 0)
+    texts = [encode(each, True) for each in request["texts"] if isinstance(each, str)]
+    chats = [each for each in request["texts"] if not isinstance(each, str)]
+    render = _renderer(Path(request["source"]), request["chat_template"]) if chats else str
     rendered = [encode(render(each), False) for each in chats]
     whole = [
         tokens if len(tokens) <= max_tokens else _shortened(chat, max_tokens, lambda chat: encode(render(chat), False))
         for chat, tokens in zip(chats, rendered, strict=True)
     ]
-    _warn([*texts, *rendered], max_tokens, report)
     rest = iter([token for tokens in texts for token in tokens[:max_tokens]])
     blocks = _packed([tokens for tokens in whole if tokens], max_tokens)
     for block in blocks:
         block.extend(islice(rest, max_tokens - len(block)))
-    used = sum(map(len, blocks))
-    if padding := len(blocks) * max_tokens - used:
-        report(f"conversations leave {padding / (len(blocks) * max_tokens):.0%} of their calibration blocks empty")
-        for block in blocks:
-            block.extend([filler] * (max_tokens - len(block)))
     blocks += _split(rest, max_tokens)
-    tokens = sum(map(len, blocks)) - padding
-    if tokens < MINIMUM_TOKENS:
+    samples = [*texts, *rendered]
+    cut, empty = sum(len(tokens) > max_tokens for tokens in samples), sum(not tokens for tokens in samples)
+    _warn(cut, empty, len(samples), max_tokens, report)
+    made = CalibrationBlocks(blocks, cut, empty)
+    if made.tokens < MINIMUM_TOKENS:
         raise WorkerError(
-            f"the calibration text gives {tokens} tokens, {len(blocks)} blocks of {max_tokens}: at least "
+            f"the calibration text gives {made.tokens} tokens, {len(blocks)} blocks of {max_tokens}: at least "
             f"{MINIMUM_TOKENS} are needed; add text to {request['calibration']}, raise `calibration.samples` or "
             "lower `calibration.max_tokens`"
         )
-    return blocks
+    return made
 
 
 def _split(tokens: Iterator[int], size: int) -> Iterator[list[int]]:
@@ -82,21 +99,19 @@ def _shortened(chat: list[dict[str, str]], size: int, encode: Callable[[Any], li
     return encode(chat[:kept]) if kept else []
 
 
-def _warn(samples: list[list[int]], max_tokens: int, report: Report) -> None:
+def _warn(cut: int, empty: int, samples: int, max_tokens: int, report: Report) -> None:
     """Warn of samples that are mostly cut or mostly empty."""
-    cut = sum(len(tokens) > max_tokens for tokens in samples) / max(1, len(samples))
-    empty = sum(not tokens for tokens in samples) / max(1, len(samples))
-    if cut > _MOST:
+    if cut > _MOST * samples:
         report(
-            f"warning: {cut:.0%} of {len(samples)} calibration samples are longer than `calibration.max_tokens`, "
+            f"warning: {cut / samples:.0%} of {samples} calibration samples are longer than `calibration.max_tokens`, "
             f"{max_tokens}, and were cut: raise it"
         )
-    if empty > _MOST:
-        report(f"warning: {empty:.0%} of {len(samples)} calibration samples hold no token: use other data")
+    if empty > _MOST * samples:
+        report(f"warning: {empty / samples:.0%} of {samples} calibration samples hold no token: use other data")
 
 
-def _renderer(source: Path, template: str | None) -> tuple[Callable[[Any], str], int]:
-    """Give ``messages → text`` by the chat template, and the token that ends a text."""
+def _renderer(source: Path, template: str | None) -> Callable[[Any], str]:
+    """Give ``messages → text`` by the chat template."""
     from jinja2 import TemplateError
     from transformers import AutoTokenizer
 
@@ -113,7 +128,7 @@ def _renderer(source: Path, template: str | None) -> tuple[Callable[[Any], str],
         except (TemplateError, ValueError) as error:
             raise WorkerError(f"the chat template can't render a calibration conversation: {error}") from error
 
-    return render, tokenizer.eos_token_id or 0
+    return render
 
 
 def _encoder(source: Path) -> Callable[[str, bool], list[int]]:

@@ -86,7 +86,7 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return {"device": "cpu", "blocks": None, "quantization_config": quantization_config(request)}
+    return {"device": "cpu", "calibration": None, "quantization_config": quantization_config(request)}
 
 
 def convert(path: Path, output: Path, names: set[str], method: Method) -> None:
@@ -151,7 +151,7 @@ def _quantize(
     ends: dict[str, int] = {}
     for piece in _pieces(source, entry):
         weight = torch.frombuffer(piece, dtype=dtype).reshape(-1, entry.shape[1])
-        if not weight.isfinite().all():
+        if not weight.abs().amax().isfinite():
             raise WorkerError(f"`{name}` holds a value that is not a finite number")
         for part, tensor in method.quantize(weight).items():
             raw = tensor.contiguous().view(torch.uint8).numpy()

@@ -25,7 +25,7 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
     # It would compile its packing loop in every run, where the machine has a compiler; no result may depend on that.
     os.environ["GPTQMODEL_DISABLE_PACK_EXT"] = "1"
     device = prepare(request)
-    blocks = calibration_blocks(request, report)
+    calibration = calibration_blocks(request, report)
     report(f"loading GPTQModel on {device}")
     import torch
     from gptqmodel import BACKEND, GPTQModel
@@ -40,7 +40,7 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
         trust_remote_code=False,
         dtype=torch.float16 if device == "cuda" else cpu_dtype,
     )
-    experts = ExpertTokens(model.model, len(blocks) * request["max_tokens"])
+    experts = ExpertTokens(model.model, calibration.tokens)
     finished = FinishedLayers(request, device, model.model.config.get_text_config().num_hidden_layers, report)
 
     def layer_done(layer_idx: int, submodule_finalized: bool) -> None:  # noqa: ARG001 - GPTQModel names them
@@ -52,8 +52,8 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
     backend = (BACKEND.AWQ_TORCH if device == "cpu" else BACKEND.AUTO) if awq else BACKEND.GPTQ_TORCH
     try:
         model.quantize(
-            [{"input_ids": block} for block in blocks],
-            batch_size=batch_size(request["max_tokens"]),
+            [{"input_ids": block} for block in calibration.blocks],
+            batch_size=batch_size(calibration.blocks),
             calibration_sort=None,
             calibration_data_min_length=0,
             backend=backend,
@@ -65,7 +65,7 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
     store_as_float16(Path(request["output"]), Path(request["source"]))
     return {
         "device": device,
-        "blocks": len(blocks),
+        "calibration": calibration.used,
         "quantization_config": _serialized(model.model.config.quantization_config),
         "experts": experts.found(),
     }

@@ -24,7 +24,7 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Quantize ``source`` into the folder ``output``; see `QuantizationRequest` in `pipeline.quantization.quantize`."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     device = prepare(request)
-    blocks = calibration_blocks(request, report)
+    calibration = calibration_blocks(request, report)
     report(f"loading llm-compressor on {device}")
     import torch
     from llmcompressor import oneshot
@@ -37,21 +37,21 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
     )
     samples = [
         {"input_ids": torch.tensor(block), "attention_mask": torch.ones(len(block), dtype=torch.long)}
-        for block in blocks
+        for block in calibration.blocks
     ]
     finished = FinishedLayers(request, device, model.config.get_text_config().num_hidden_layers, report)
     try:
         oneshot(
             model=model,
             recipe=[*_recipe(request, finished), _layer_done(finished)],
-            dataset=DataLoader(samples, batch_size=batch_size(request["max_tokens"])),
+            dataset=DataLoader(samples, batch_size=batch_size(calibration.blocks)),
             pipeline="sequential",
         )
     except (ValueError, NotImplementedError) as error:
         raise WorkerError(f"llm-compressor can't quantize this model as asked: {error}") from error
     report("saving")
     model.save_pretrained(request["output"], save_compressed=True)
-    return {"device": device, "blocks": len(blocks), "quantization_config": quantization_config(request)}
+    return {"device": device, "calibration": calibration.used, "quantization_config": quantization_config(request)}
 
 
 def _recipe(request: dict[str, Any], finished: FinishedLayers) -> list[Any]:

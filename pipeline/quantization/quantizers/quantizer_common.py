@@ -25,9 +25,13 @@ def prepare(request: dict[str, Any]) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def batch_size(max_tokens: int) -> int:
-    """How many blocks go through a layer at once: about 8,192 tokens, so that attention's memory stays bounded."""
-    return max(1, 8192 // max_tokens)
+def batch_size(blocks: list[list[int]]) -> int:
+    """How many blocks go through a layer at once: about 8,192 tokens, so that attention's memory stays bounded.
+
+    Blocks of unlike length go alone: together they would be padded.
+    """
+    lengths = {len(block) for block in blocks}
+    return max(1, 8192 // max(lengths)) if len(lengths) == 1 else 1
 
 
 def store_as_float16(folder: Path, source: Path) -> None:

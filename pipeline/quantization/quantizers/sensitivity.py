@@ -43,8 +43,8 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
 
     if device == "cpu":
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-    blocks = calibration_blocks(request, report)[: max(1, _TOKENS // request["max_tokens"])]
-    tokens = torch.tensor(blocks, device=device)
+    blocks = calibration_blocks(request, report).blocks[: max(1, _TOKENS // request["max_tokens"])]
+    tokens = [torch.tensor(block, device=device) for block in blocks]
     report(f"loading the model on {device}")
     model = _load(Path(request["source"]), device)
     groups: dict[str, list[str]] = request["groups"]
@@ -93,7 +93,7 @@ class _Predictions:
             for layer in layers:
                 model.get_submodule(layer).register_forward_hook(self._watch(group))
 
-    def of(self, tokens: Tensor, report: Report) -> dict[str, dict[str, float]]:
+    def of(self, tokens: list[Tensor], report: Report) -> dict[str, dict[str, float]]:
         """The loss of each format in each group."""
         import torch
 
@@ -108,7 +108,7 @@ class _Predictions:
             for key, score in self._scores.items():
                 self._sums[key] = self._sums.get(key, 0.0) + float((score**2).sum())
             self._scores.clear()
-        count = 2 * tokens.numel() * _DRAWS
+        count = 2 * _DRAWS * sum(map(len, tokens))
         return {
             group: {name: self._sums[group, name] / count for name in self._settings if (group, name) in self._sums}
             for group in self._groups
@@ -151,20 +151,20 @@ def _rounded(values: Tensor, settings: Settings) -> Tensor:
 
 
 def _measure(
-    model: Module, quantized: Module, groups: Mapping[str, list[str]], tokens: Tensor, report: Report
+    model: Module, quantized: Module, groups: Mapping[str, list[str]], tokens: list[Tensor], report: Report
 ) -> dict[str, Any]:
     """The divergence with each group's layers taken from the checkpoint, and with all of them."""
     import torch
 
-    losses, total = dict.fromkeys(groups, 0.0), 0.0
+    losses, total, count = dict.fromkeys(groups, 0.0), 0.0, sum(map(len, tokens))
     with torch.no_grad():
         for number, block in enumerate(tokens, 1):
             report(f"measuring: block {number} of {len(tokens)}")
             exact = _log_probabilities(model, block)
-            total += _divergence(exact, quantized, block) / tokens.numel()
+            total += _divergence(exact, quantized, block) / count
             for group, layers in groups.items():
                 with _swapped(model, quantized, layers):
-                    losses[group] += _divergence(exact, model, block) / tokens.numel()
+                    losses[group] += _divergence(exact, model, block) / count
     return {"losses": losses, "total": total}
 
 

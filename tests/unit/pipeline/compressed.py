@@ -18,6 +18,14 @@ from unit.pipeline import checkpoints
 # Dtype as the safetensors library names it, and the numbers or bytes.
 Stored = dict[str, tuple[str, NDArray[Any]]]
 
+# A layer in each format that a mixture can have, and one at 16 bits.
+MIXED = {
+    **dict.fromkeys(checkpoints.linears(), "w4a16"),
+    "model.layers.0.mlp.down_proj": "fp8",
+    "model.layers.1.mlp.down_proj": "w8a8",
+    "model.layers.1.mlp.up_proj": UNQUANTIZED,
+}
+
 _E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 _E4M3 = [0.0, *(i / 8 * 2.0**-6 for i in range(1, 8)), *((1 + i % 8 / 8) * 2.0 ** (i // 8 - 7) for i in range(8, 127))]
 

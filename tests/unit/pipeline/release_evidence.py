@@ -42,7 +42,7 @@ LOAD = load_evidence.measured()
 SAMPLE = MemorySample(seconds=1.0, phase="load", memory_bytes=10**9, usage_bytes=10**9)
 QUANTIZED = QuantizedNotes(
     method="gptq", backend="gptqmodel", parameters={"bits": 4, "group_size": 64}, device="cpu", layers=28,
-    calibration=CalibrationRecord(sha256="cd" * 32, samples=32, max_tokens=200, tokens=6400),
+    calibration=CalibrationRecord(sha256="cd" * 32, samples=32, max_tokens=200, tokens=6400, cut=24, empty=0),
     bytes=10**6, source_bytes=3 * 10**6, bits_per_weight=4.3, pins_digest=DIGEST,
 )  # fmt: skip
 QUANTIZED_NOTES = QUANTIZED.model_dump(mode="json")

@@ -101,7 +101,7 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     def render(messages: list[dict[str, str]]) -> str:
         return "".join(f"<{message['role']}> {message['content']}\n" for message in messages)
 
-    monkeypatch.setattr(found, "_renderer", lambda *_: (render, 0))
+    monkeypatch.setattr(found, "_renderer", lambda *_: render)
     return found
 
 
@@ -116,24 +116,25 @@ def decoded(made: list[list[int]]) -> list[str]:
     from tokenizers import Tokenizer  # noqa: PLC0415
 
     tokenizer = Tokenizer.from_file(str(DEMO / "model" / "tokenizer.json"))
-    return [tokenizer.decode([token for token in block if token], skip_special_tokens=False) for block in made]
+    return [tokenizer.decode(block, skip_special_tokens=False) for block in made]
 
 
-def test_no_message_is_cut_and_every_block_is_full(blocks: ModuleType) -> None:
+def test_no_message_is_cut_and_no_block_is_padded(blocks: ModuleType) -> None:
     lines: list[str] = []
-    made = blocks.calibration_blocks(request([CHAT] * 40, 100), lines.append)
-    assert {len(block) for block in made} == {100}
+    made = blocks.calibration_blocks(request([CHAT] * 40, 100), lines.append).blocks
+    assert all(0 not in block and 50 < len(block) <= 100 for block in made)
     for text in decoded(made):
         assert text.count("<user> What is a lock?\n") == text.count("<user>") - text.count("<user> Of what?\n") > 0
         assert text.endswith((".\n", "Of what?\n"))
-    assert [line for line in lines if line.startswith("conversations leave")]
+    assert lines == []
 
 
 def test_the_last_messages_of_a_long_conversation_are_left_out_with_a_warning(blocks: ModuleType) -> None:
     lines: list[str] = []
     long = [*CHAT[:2], {"role": "user", "content": "again and " * 200}]
     made = blocks.calibration_blocks(request([long] * 40, 100), lines.append)
-    assert all("again" not in text and "A file with digests." in text for text in decoded(made))
+    assert all("again" not in text and "A file with digests." in text for text in decoded(made.blocks))
+    assert made.used == {"tokens": sum(map(len, made.blocks)), "cut": 40, "empty": 0}
     assert lines[0] == (
         "warning: 100% of 40 calibration samples are longer than `calibration.max_tokens`, 100, and were cut: raise it"
     )
@@ -142,11 +143,14 @@ def test_the_last_messages_of_a_long_conversation_are_left_out_with_a_warning(bl
 def test_texts_fill_what_conversations_leave(blocks: ModuleType) -> None:
     lines: list[str] = []
     made = blocks.calibration_blocks(request([CHAT, *["a word " * 40] * 20], 200), lines.append)
-    assert {len(block) for block in made} == {200}
+    assert {len(block) for block in made.blocks} == {200}
     assert lines == []
 
 
 def test_mostly_empty_samples_are_a_warning(blocks: ModuleType) -> None:
     lines: list[str] = []
-    blocks.calibration_blocks(request([*[""] * 9, "a word " * 100, "a word " * 100, "b " * 400], 600), lines.append)
+    made = blocks.calibration_blocks(
+        request([*[""] * 9, "a word " * 100, "a word " * 100, "b " * 400], 600), lines.append
+    )
     assert lines == ["warning: 75% of 12 calibration samples hold no token: use other data"]
+    assert (made.cut, made.empty) == (0, 9)

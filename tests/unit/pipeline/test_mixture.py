@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from evals.drift.mixture import UNQUANTIZED
 from pipeline.compatibility.description import ModelDescription
 from pipeline.compatibility.safetensors_headers import Tensor, read_model
 from pipeline.compatibility.scheme import Scheme
@@ -30,15 +29,9 @@ from pipeline.quantization.assignment import (
 )
 from pipeline.quantization.checkpoint import check
 from unit.pipeline import checkpoints, compressed
+from unit.pipeline.compressed import MIXED
 
 LAYER = "model.layers.1.mlp.down_proj"
-# A layer in each format that a mixture can have, and one at 16 bits.
-MIXED = {
-    **dict.fromkeys(checkpoints.linears(), "w4a16"),
-    "model.layers.0.mlp.down_proj": "fp8",
-    LAYER: "w8a8",
-    "model.layers.1.mlp.up_proj": UNQUANTIZED,
-}
 
 
 def mixed(**budget: object) -> Scheme:

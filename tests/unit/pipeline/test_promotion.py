@@ -81,6 +81,14 @@ def test_files_that_were_hashed_when_they_were_made_are_not_read_again(
     verify(release.folder, load_trusted_keys(made.settings.trusted_keys))
 
 
+def test_how_much_of_the_calibration_was_cut_is_in_the_manifest_and_the_report(made: Made) -> None:
+    release = seal(made, made.artifacts())
+    calibration = release.document("release/manifest.json")["quantizer"]["calibration"]
+    assert (calibration["cut"], calibration["empty"]) == (24, 0)
+    said = "calibration.jsonl, 32 samples of up to 200 tokens: 75% cut, 0% empty"
+    assert said in (release.folder / REPORT).read_text()
+
+
 def test_the_cpu_and_the_kernels_of_the_load_test_are_in_the_manifest_and_the_report(made: Made) -> None:
     release = seal(made, made.artifacts())
     hardware = release.document("release/manifest.json")["hardware"]

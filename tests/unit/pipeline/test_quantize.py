@@ -44,7 +44,7 @@ class Worker:
         (output / "config.json").write_text('{"transformers_version": "made up"}')
         (output / "model.safetensors").chmod(0o600)
         stated = checkpoints.quantization_config(method, request["bits"], request["group_size"])
-        return {"device": "cpu", "blocks": 4, "quantization_config": stated}
+        return {"device": "cpu", "calibration": {"tokens": 1024, "cut": 1, "empty": 0}, "quantization_config": stated}
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_the_checkpoint_is_the_sources_own_but_for_its_weights(tmp_path: Path, s
     assert config.pop("quantization_config")["quant_method"] == "awq"
     assert config == checkpoints.config()
     assert record.calibration is not None
-    assert record.calibration.tokens == 4 * 256
+    assert (record.calibration.tokens, record.calibration.cut, record.calibration.empty) == (1024, 1, 0)
     assert len(record.calibration.sha256) == 64
     assert record.bytes < record.source_bytes
     assert record.layers == len(checkpoints.linears())
@@ -110,9 +110,9 @@ def test_a_worker_whose_result_is_not_valid_is_named_with_the_key(
 ) -> None:
     class Forgetful(Worker):
         def __call__(self, environment: str, script: Path, request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-            return {**super().__call__(environment, script, request, folder), "blocks": 0}
+            return {**super().__call__(environment, script, request, folder), "calibration": {"tokens": 0}}
 
-    with pytest.raises(WorkerFailed, match="`autoawq` wrote a result that is not valid: `blocks`"):
+    with pytest.raises(WorkerFailed, match=r"`autoawq` wrote a result that is not valid: `calibration\.tokens`"):
         run(tmp_path, source, calibration, AWQ, Forgetful())
 
 
