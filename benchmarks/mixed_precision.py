@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,13 @@ def main() -> None:
     for name, scheme in SCHEMES.items():
         if not (out / name / "checkpoint" / "config.json").exists():
             _make(out / name, scheme, workers)
-    place = out / "evaluated"
-    place.mkdir()
     limits = DriftLimits.model_validate({"suite": "demo", "engine": "hf"})
-    bench = StageContext(workers, place, limits, [])
+    with tempfile.TemporaryDirectory(dir=out) as place:
+        _evaluate(StageContext(workers, Path(place), limits, []), out)
+    _compare(read_mixture(out / "mixture, 5 bits" / FILE))
+
+
+def _evaluate(bench: StageContext, out: Path) -> None:
     baseline = bench.asked(DEMO / "model", again=200)
     print("| format | bytes | cloze | bits a byte | KL, nats a token | predicted | greedily | on calibration text |")
     print("|---|---|---|---|---|---|---|---|")
@@ -59,7 +63,6 @@ def main() -> None:
         print(
             f"| {name} | {size:,} | {judged} | {m['divergence.mean']:.5f} | {_losses(out / name / FILE)} |", flush=True
         )
-    _compare(read_mixture(out / "mixture, 5 bits" / FILE))
 
 
 def _make(folder: Path, scheme: Mapping[str, Any], workers: Workers) -> None:
