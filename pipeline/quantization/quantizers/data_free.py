@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from compressed_tensors_config import quantization_config  # type: ignore[import-not-found]  # beside this script
 from finished_layers import finished_folder, peak_memory, whole_file  # type: ignore[import-not-found]
+from quantizer_common import let_threads_sleep  # type: ignore[import-not-found]
 from slipway_counting import Count
 from slipway_worker import Report, WorkerError, main
 
@@ -57,6 +58,7 @@ class Method:
 
 def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Quantize ``source`` into the folder ``output``; see `QuantizationRequest` in `pipeline.quantization.quantize`."""
+    let_threads_sleep()
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
