@@ -31,8 +31,9 @@ class Api:
 
     The next ``busy`` requests are sent away for a second; as long as it is ``lost``, what is asked is done unanswered.
     The next ``forbidden`` looks at a job are answered as by a server that has not read its roles yet. ``pod`` is added
-    to a pod's status, ``events`` are what its warnings say; where there is ``no_log``, its node is gone. A deleted pod
-    leaves its job (``drained``). ``asked`` is every request, ``connections`` how many there were.
+    to a pod's status, ``events`` are what its warnings say; where there is ``no_log``, its node is gone. ``disrupted``
+    are pods that the cluster ends by itself: their jobs start new ones where their policies say so, as Kubernetes' job
+    controller does; ``attempts`` counts a job's pods. ``asked`` is every request, ``connections`` how many there were.
     """
 
     address: str
@@ -46,22 +47,37 @@ class Api:
     pod: dict[str, Any] = field(default_factory=dict)
     events: list[dict[str, str]] = field(default_factory=list)
     no_log: bool = False
-    drained: bool = False
+    disrupted: set[str] = field(default_factory=set)
+    attempts: dict[str, int] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     connections: set[int] = field(default_factory=set)
 
     def start(self, manifest: dict[str, Any]) -> None:
         kubernetes_validate.validate(manifest, "1.37", strict=True)
         name = manifest["metadata"]["name"]
-        (container,) = manifest["spec"]["template"]["spec"]["containers"]
+        self.jobs[name] = manifest
+        self._start_pod(name)
+
+    def _start_pod(self, name: str) -> None:
+        (container,) = self.jobs[name]["spec"]["template"]["spec"]["containers"]
         python, *arguments = container["command"]
         assert python == "python"
         environment = {each["name"]: each["value"] for each in container["env"]} | dict(self.variables)
-        self.jobs[name] = manifest
-        with (self.folder / name).open("wb") as log:
+        self.attempts[name] = self.attempts.get(name, 0) + 1
+        with (self.folder / self.pod_of(name)).open("wb") as log:
             self.processes[name] = subprocess.Popen(
                 [sys.executable, *arguments], cwd=CHECKOUT, env=environment, stdout=log, stderr=log
             )
+
+    def pod_of(self, name: str) -> str:
+        """The name of a job's newest pod."""
+        return f"{name}-x2b{self.attempts[name]}"
+
+    def disrupt(self, name: str) -> None:
+        """End a job's pod as a drain of its node does; the pod is gone until its replacement runs."""
+        self.disrupted.add(name)
+        self.processes[name].terminate()
+        self.processes[name].wait(30)
 
     def stop(self, name: str) -> None:
         process = self.processes.pop(name)
@@ -70,10 +86,20 @@ class Api:
 
     def condition(self, name: str) -> list[dict[str, str]]:
         status = self.processes[name].poll()
+        if status and name in self.disrupted and self._is_replaced(name):
+            self.disrupted.remove(name)
+            self._start_pod(name)
+            status = None
         if status is None:
             return []
         reason = {} if status == 0 else {"reason": "BackoffLimitExceeded", "message": "Job has reached the limit"}
         return [{"type": "Failed" if status else "Complete", "status": "True", **reason}]
+
+    def _is_replaced(self, name: str) -> bool:
+        """Whether a job's policy ignores pods that the cluster ended."""
+        rules = self.jobs[name]["spec"].get("podFailurePolicy", {}).get("rules", [])
+        disrupted = {"type": "DisruptionTarget", "status": "True"}
+        return any(rule["action"] == "Ignore" and disrupted in rule.get("onPodConditions", []) for rule in rules)
 
 
 @contextmanager
@@ -113,13 +139,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply({**api.jobs[name], "status": {"conditions": api.condition(name)}})
         elif url.path == _PODS:
             name = parse_qs(url.query)["labelSelector"][0].removeprefix("job-name=")
-            pod = {"metadata": {"name": f"{name}-x2b4c"}, "status": {"phase": "Running", **api.pod}}
-            self._reply({"items": [pod] if name in api.processes and not api.drained else []})
+            there = name in api.processes and name not in api.disrupted
+            self._reply({"items": [self._pod(name)] if there else []})
         elif url.path.endswith("/events"):
             self._reply({"items": api.events})
         elif url.path.endswith("/log") and api.no_log:
             self._reply({"kind": "Status", "message": "dial tcp 10.0.0.7:10250: no route to host", "code": 400}, 400)
-        elif found := re.fullmatch(rf"{_PODS}/(.+)-x2b4c/log", url.path):
+        elif found := re.fullmatch(rf"{_PODS}/(.+)/log", url.path):
             self._reply((api.folder / found[1]).read_bytes())
         else:
             self._reply({"message": "not found"}, 404)
@@ -145,6 +171,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self._api().stop(name)
         self._reply({})
+
+    def _pod(self, name: str) -> dict[str, Any]:
+        api = self._api()
+        return {"metadata": {"name": api.pod_of(name)}, "status": {"phase": "Running", **api.pod}}
 
     def _is_busy(self) -> bool:
         api = self._api()

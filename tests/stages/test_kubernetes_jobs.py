@@ -307,8 +307,10 @@ def test_an_eviction_is_told_although_the_log_is_gone(
     assert "its log can't be read" in str(raised.value)
 
 
-def test_a_drain_is_told_although_the_pod_is_gone(elsewhere: Elsewhere, script: Path, tmp_path: Path) -> None:
-    write(script, SLEEPS.format(began=str(tmp_path / "began"), seconds=600))
+def test_a_drained_pod_is_replaced_and_its_work_done_again(elsewhere: Elsewhere, script: Path, tmp_path: Path) -> None:
+    began = str(tmp_path / "began")
+    again = f"if Path({began!r}).exists():\n    return {{'again': True}}\n"
+    write(script, again + SLEEPS.format(began=began, seconds=600))
     told: list[str] = []
 
     def drain() -> None:
@@ -318,15 +320,53 @@ def test_a_drain_is_told_although_the_pod_is_gone(elsewhere: Elsewhere, script: 
         elsewhere.api.pod = {"conditions": [disrupted]}
         while not any("evicting" in line for line in told):
             pass
-        elsewhere.api.drained = True
-        (process,) = elsewhere.api.processes.values()
-        process.kill()
+        elsewhere.api.pod = {}
+        elsewhere.api.disrupt(*elsewhere.api.processes)
 
     with ThreadPoolExecutor(1) as beside:
         draining = beside.submit(drain)
-        with pytest.raises(WorkerFailed, match="EvictionByEvictionAPI: Eviction API: evicting"):
-            elsewhere.run(script, tmp_path, told.append)
+        assert elsewhere.run(script, tmp_path, told.append) == {"again": True}
         draining.result()
+    assert list(elsewhere.api.attempts.values()) == [2]
+    assert any("the cluster ended it and started it again" in line for line in told)
+
+
+def test_a_job_with_a_queue_waits_for_it(elsewhere: Elsewhere, script: Path, tmp_path: Path) -> None:
+    elsewhere.configure(
+        queue="nightly", labels={"team": "models", "app.kubernetes.io/name": "x"},
+        annotations={"karpenter.sh/do-not-disrupt": "true"},
+    )  # fmt: skip
+    assert elsewhere.run(write(script, "return {'n': 1}"), tmp_path) == {"n": 1}
+    (job,) = elsewhere.api.jobs.values()
+    assert job["spec"]["suspend"]
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "nightly"
+    pod = job["spec"]["template"]["metadata"]
+    for described in (job["metadata"], pod):
+        assert described["labels"]["team"] == "models"
+        assert described["labels"]["app.kubernetes.io/name"] == "slipway-worker"
+        assert described["annotations"] == {"karpenter.sh/do-not-disrupt": "true"}
+    assert "kueue.x-k8s.io/queue-name" not in pod["labels"]
+
+
+def test_a_label_that_kubernetes_would_refuse_is_named_at_once(elsewhere: Elsewhere) -> None:
+    elsewhere.configure(labels={"team": "a team"}, queue="Nightly")
+    with pytest.raises(SettingsError) as raised:
+        placement(elsewhere.file)
+    assert "labels.team" in str(raised.value)
+    assert "queue" in str(raised.value)
+
+
+@pytest.mark.parametrize("version", ["1.29", "1.31", "1.33", "1.35", "1.37"])
+def test_a_job_with_every_key_is_valid_in_every_version(elsewhere: Elsewhere, version: str) -> None:
+    elsewhere.configure(
+        queue="nightly", labels={"team": "models"}, annotations={"a/b": "c"}, gpus=1, secrets=["s3"],
+        image_pull_secrets=["registry"], runtime_class="nvidia", priority_class="batch", claim="environments",
+    )  # fmt: skip
+    where = placement(elsewhere.file)
+    assert isinstance(where, Kubernetes)
+    task = Task("aiperf", Path("s.py"), {}, Path(), {})
+    manifest = KubernetesCluster(where).manifest("a-job", FileRecord(sha256="a" * 64, size=3), task)
+    kubernetes_validate.validate(manifest, version, strict=True)
 
 
 def test_who_joins_a_job_and_is_stopped_leaves_it_to_who_started_it(

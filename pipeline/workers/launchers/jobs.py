@@ -16,7 +16,7 @@ import hashlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from pipeline.errors import UnansweredError, WorkerFailed
 from pipeline.workers.launchers.remote_job import is_message, outcome_in, receive, send
@@ -33,6 +33,16 @@ _PAUSE_SECONDS = 1.0
 _LOG_LINES = 20
 _STATES = 5
 T = TypeVar("T")
+
+
+class Log(NamedTuple):
+    """A job's output so far, and which of its attempts wrote it: a cluster may start a job again on another node."""
+
+    attempt: str
+    text: str
+
+
+NO_LOG = Log("", "")
 
 
 class Engine(Protocol):
@@ -65,8 +75,8 @@ class Engine(Protocol):
         """Why a job does not run, and its events, one line each, as the cluster states them."""
         ...
 
-    def log(self, job: str) -> str:
-        """The job's output so far."""
+    def log(self, job: str) -> Log:
+        """The output of the job's newest attempt; `NO_LOG` if there is none yet."""
         ...
 
     def why(self, job: str) -> str:
@@ -167,16 +177,20 @@ class Jobs:
         return outcome
 
     def _lines(self, job: str, task: Task) -> Iterator[str]:
-        """Yield the lines of a job's log as they arrive, until the job has ended."""
-        seen, ended = 0, False
+        """Yield the lines of a job's log as they arrive, until the job has ended; all of those of a new attempt."""
+        attempt, seen, ended = "", 0, False
         self._states = []
         while not ended:
             # Checked before the log is read, so that the last lines are read too.
             ended = not self._asked(lambda: self.engine.running(job), task, _PATIENCE_SECONDS)
             self._report_states(job, task)
             log = self._log(job, task, ended=ended)
-            whole = len(log) if ended else log.rfind("\n") + 1
-            yield from log[seen:whole].splitlines()
+            if log.attempt != attempt and log != NO_LOG:
+                if attempt:
+                    self.progress(f"{job}: the cluster ended it and started it again, as {log.attempt}")
+                attempt, seen = log.attempt, 0
+            whole = len(log.text) if ended else log.text.rfind("\n") + 1
+            yield from log.text[seen:whole].splitlines()
             seen = max(seen, whole)
             if not ended and task.stop.wait(self.engine.poll_seconds):
                 raise WorkerFailed(f"job {job} of {self.engine.name} was stopped")
@@ -188,7 +202,7 @@ class Jobs:
                 self._states.append(state)
                 self.progress(f"{job}: {state}")
 
-    def _log(self, job: str, task: Task, *, ended: bool) -> str:
+    def _log(self, job: str, task: Task, *, ended: bool) -> Log:
         """A job's log; empty if it can't be read now. The log of a job that has ended is retried for a while.
 
         Its node may be gone, and the job with it; the caller checks the job's state next.
@@ -200,7 +214,7 @@ class Jobs:
             if problem not in self._states:
                 self._states.append(problem)
                 self.progress(f"{job}: {problem}")
-            return ""
+            return NO_LOG
 
     def _asked(self, ask: Callable[[], T], task: Task, patience: float) -> T:
         """Call ``ask`` about a known job; retry for ``patience`` seconds if the cluster refuses or does not answer."""

@@ -1,8 +1,9 @@
 """A Kubernetes cluster as an engine of jobs, through its HTTP API.
 
-Each remote job is a Job of one pod. It is never started twice, and the cluster removes it in the end even if this
-process is killed. Dagster's own client (`PipesK8sClient`) starts bare pods, which stay when their starter is killed.
-The image has the checkout, and the environment of ``requirements/node.txt`` first on its ``PATH``.
+Each remote job is a Job of one pod at a time, which the cluster removes in the end even if this process is killed. A
+worker that fails is not started again; a pod that the cluster ends (a drain, a lost node, preemption) is replaced.
+Dagster's own client (`PipesK8sClient`) starts bare pods, which stay when their starter is killed. The image has the
+checkout, and the environment of ``requirements/node.txt`` first on its ``PATH``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import httpx
 from containers.hardware.cpu import NODE_TERMS
 from pipeline.errors import SettingsError, WorkerFailed
 from pipeline.workers.launchers.http import SYSTEM_AUTHORITIES, Interface, client
+from pipeline.workers.launchers.jobs import NO_LOG, Log
 from pipeline.workers.launchers.placement import Kubernetes
 from pipeline.workers.launchers.remote_job import node_command
 from pipeline.workers.launchers.task import Task
@@ -28,6 +30,11 @@ _POLL_SECONDS = 5.0
 _LONGEST_SAID = 500
 _HOME = "/var/lib/slipway"
 _UNPRIVILEGED = 65534
+# A pod that Kubernetes ends has this condition, and is replaced without counting as a failure of its job. One that
+# exceeds its own limits has not: https://kubernetes.io/docs/concepts/workloads/pods/disruptions/
+_DISRUPTED = {"type": "DisruptionTarget", "status": "True"}
+_REPLACE_DISRUPTED = {"rules": [{"action": "Ignore", "onPodConditions": [_DISRUPTED]}]}
+_QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 # A worker without a GPU needs a CPU with AVX2.
 _CPU_AFFINITY = {
     "nodeAffinity": {
@@ -78,13 +85,14 @@ class KubernetesCluster:
         """Whether a job was stopped: it is then deleted, while a job that ended by itself is kept for a day."""
         return self.asked.find(f"{self.jobs}/{job}") is None
 
-    def log(self, job: str) -> str:
-        """The output of the job's pod; empty before it starts."""
+    def log(self, job: str) -> Log:
+        """The output of the job's newest pod; empty before it starts."""
         pod = self._looked.get(job) or self._pod(job)
         if pod is None or _status(pod).get("phase") in {None, "Pending", "Unknown"}:
-            return ""
-        found = self.asked.find(f"{self.pods}/{pod['metadata']['name']}/log")
-        return "" if found is None else found.text
+            return NO_LOG
+        name = str(pod["metadata"]["name"])
+        found = self.asked.find(f"{self.pods}/{name}/log")
+        return NO_LOG if found is None else Log(name, found.text)
 
     def states(self, job: str) -> tuple[str, ...]:
         """Conditions, container states and warnings of the job and its pod; the pod is remembered for `log`."""
@@ -130,7 +138,13 @@ class KubernetesCluster:
     def manifest(self, job: str, remote_job: FileRecord, task: Task) -> dict[str, Any]:
         """The manifest of the job: hardened, with the configured nodes and resources."""
         where = self.where
-        labels = {"app.kubernetes.io/name": "slipway-worker", "slipway/environment": task.environment}
+        labels = {
+            **where.labels,
+            "app.kubernetes.io/name": "slipway-worker",
+            "slipway/environment": task.environment,
+        }
+        described = {"labels": labels, "annotations": dict(where.annotations)}
+        queued = {**described, "labels": {**labels, _QUEUE_LABEL: where.queue}} if where.queue else described
         resources = {"cpu": where.cpus, "memory": where.memory}
         if where.ephemeral_storage:
             resources["ephemeral-storage"] = where.ephemeral_storage
@@ -177,19 +191,23 @@ class KubernetesCluster:
         return {
             "apiVersion": "batch/v1",
             "kind": "Job",
-            "metadata": {"name": job, "namespace": where.namespace, "labels": labels},
+            "metadata": {"name": job, "namespace": where.namespace, **queued},
             "spec": {
+                "suspend": where.queue is not None,  # Kueue starts it
                 "backoffLimit": 0,
+                "podFailurePolicy": _REPLACE_DISRUPTED,
+                "podReplacementPolicy": "Failed",
                 "activeDeadlineSeconds": round(where.hours * 3600),
                 "ttlSecondsAfterFinished": _KEPT_SECONDS,
-                "template": {"metadata": {"labels": labels}, "spec": pod},
+                "template": {"metadata": described, "spec": pod},
             },
         }
 
     def _pod(self, job: str) -> dict[str, Any] | None:
+        """The job's newest pod; those before it were ended by the cluster."""
         found = self.asked.document(self.pods, labelSelector=f"job-name={job}")
         items = (found or {}).get("items")
-        return items[0] if items else None
+        return max(items, key=lambda pod: str(pod["metadata"].get("creationTimestamp"))) if items else None
 
     def _connect(self) -> httpx.Client:
         """Connect. The token is read for each request, because the cluster renews it."""

@@ -23,6 +23,12 @@ from pipeline.yaml_file import explain, keys, listed, read
 _Store = Annotated[str, Field(pattern=r"^s3://[a-z0-9.-]+(/[\w./-]+)?$")]
 # An amount as Kubernetes writes it; its own schema accepts any text.
 _Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|[MGTPE]|[KMGTPE]i)?$")]
+# Keys of labels and annotations, values of labels, and names of objects:
+# https://kubernetes.io/docs/concepts/overview/working-with-objects/labels/#syntax-and-character-set
+_NAME = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+_Key = Annotated[str, Field(pattern=rf"^([a-z0-9]([-a-z0-9.]{{0,251}}[a-z0-9])?/)?{_NAME}$")]
+_LabelValue = Annotated[str, Field(pattern=rf"^({_NAME})?$")]
+_ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
 
 
 class _Placement(BaseModel):
@@ -114,6 +120,12 @@ class Kubernetes(_Placement):
     """The runtime class, `nvidia` on nodes that need it for GPUs."""
     priority_class: str | None = None
     """The priority class of the pods."""
+    labels: Mapping[_Key, _LabelValue] = {}
+    """Further labels of jobs and pods, for example for the costs of a team."""
+    annotations: Mapping[_Key, str] = {}
+    """Annotations of jobs and pods, for example `karpenter.sh/do-not-disrupt`."""
+    queue: _ObjectName | None = None
+    """The Kueue queue (`LocalQueue`) of the namespace in which jobs wait for their turn."""
     claim: str | None = None
     """The volume claim for worker environments; without it each pod makes its own."""
     hours: float = Field(default=24, gt=0)

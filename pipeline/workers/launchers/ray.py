@@ -15,6 +15,7 @@ from pathlib import Path
 from pipeline.errors import WorkerFailed
 from pipeline.resources import IN_WHEEL, PACKAGES, REQUIREMENTS
 from pipeline.workers.launchers.http import SYSTEM_AUTHORITIES, Interface, client
+from pipeline.workers.launchers.jobs import NO_LOG, Log
 from pipeline.workers.launchers.placement import Ray
 from pipeline.workers.launchers.remote_job import node_command
 from pipeline.workers.launchers.task import Task
@@ -73,10 +74,10 @@ class RayCluster:
         found = self.asked.document(f"/api/jobs/{job}")
         return found is None or found.get("status") == "STOPPED"
 
-    def log(self, job: str) -> str:
+    def log(self, job: str) -> Log:
         """The job's output on its node."""
         found = self.asked.document(f"/api/jobs/{job}/logs")
-        return "" if found is None else str(found.get("logs", ""))
+        return NO_LOG if found is None else Log(job, str(found.get("logs", "")))
 
     def why(self, job: str) -> str:
         """Ray's message about the job."""
