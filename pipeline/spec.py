@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from containers.errors import ProfileError
 from containers.image import profile
 from containers.image.engine_options import find_problems, options_of, parser_problem
-from containers.image.serving import Adapter, Override, Serve, ServingConfiguration
+from containers.image.serving import Adapter, Override, Serve, ServingConfiguration, Speculative
 from containers.scan.policy import ScanPolicy
 from evals import builtin
 from evals.drift.limits import DriftLimits
@@ -32,7 +32,13 @@ _CALIBRATION = (("calibration", "uri"), ("calibration", "mixture", "*", "uri"))
 _BUILTIN = (*_CALIBRATION, ("evals", "tasks", "*", "data"), ("load", "prompts"))
 _DATA = (*_BUILTIN, ("evals", "adapters", "*", "tasks", "*", "data"), ("serve", "chat_template"))
 # Paths of the sections that name further weights.
-_PINNED: tuple[tuple[str, ...], ...] = (("source",), ("source", "adapter"), ("serve", "adapters", "*"))
+_PINNED: tuple[tuple[str, ...], ...] = (
+    ("source",),
+    ("source", "adapter"),
+    ("serve", "adapters", "*"),
+    *((*section, "speculative", "source") for section in (("serve",), ("serve", "variants", "*"))),
+    ("schemes", "*", "serve", "speculative", "source"),
+)
 BUILTIN, DATASETS = "builtin:", "hf://datasets/"
 # Keys of `serve` whose values the engine defines.
 _ASKED_OF_ENGINE = {"arguments", "tool_calls", "reasoning"}
@@ -217,6 +223,19 @@ class ModelSpec(_Section):
         """Whether any scheme is calibrated."""
         return any(scheme.needs_calibration for scheme in self.schemes.values())
 
+    @property
+    def serve_sections(self) -> dict[str, Override]:
+        """All sections that say how the model is served, by their paths."""
+        sections: dict[str, Override] = {"serve": self.serve}
+        sections |= {f"schemes.{name}.serve": scheme.serve for name, scheme in self.schemes.items()}
+        return sections | {f"serve.variants.{name}": variant for name, variant in self.serve.variants.items()}
+
+    @property
+    def drafting(self) -> dict[str, Speculative]:
+        """The sections in which a model drafts tokens, always the same one, by their paths."""
+        found = {f"{path}.speculative": section.speculative for path, section in self.serve_sections.items()}
+        return {path: each for path, each in found.items() if each is not None and each.asks_a_model}
+
     def scheme(self, name: str) -> ReleasedScheme:
         """Return one scheme.
 
@@ -288,7 +307,7 @@ def load(path: Path) -> ModelSpec:
     except UnicodeError:
         problems.append("it holds an invalid character (a lone surrogate, `\\uD800` to `\\uDFFF`)")
     else:
-        for find in (_not_served, _without_effect, _refused_by_engine, _odd_adapters):
+        for find in (_not_served, _without_effect, _refused_by_engine, _odd_adapters, _odd_draft_models):
             problems += find(spec)
         if not problems:
             return spec
@@ -306,18 +325,11 @@ def _not_served(spec: ModelSpec) -> Iterator[str]:
             )
 
 
-def _serve_sections(spec: ModelSpec) -> dict[str, Override]:
-    """All sections that say how the model is served, by their paths."""
-    sections: dict[str, Override] = {"serve": spec.serve}
-    sections |= {f"schemes.{name}.serve": scheme.serve for name, scheme in spec.schemes.items()}
-    return sections | {f"serve.variants.{name}": variant for name, variant in spec.serve.variants.items()}
-
-
 def _without_effect(spec: ModelSpec) -> Iterator[str]:
     """Keys of `serve` that a runtime for CPUs has no use for."""
     if profile.load(spec.runtime).minimum_driver is not None:
         return
-    for path, section in _serve_sections(spec).items():
+    for path, section in spec.serve_sections.items():
         if section.gpu_memory is not None:
             yield (
                 f"`{path}.gpu_memory`: `{spec.runtime}` serves on a CPU, whose memory `load.memory.limit_bytes` "
@@ -327,8 +339,8 @@ def _without_effect(spec: ModelSpec) -> Iterator[str]:
 
 def _refused_by_engine(spec: ModelSpec) -> Iterator[str]:
     """Keys of `serve` that the runtime's engine does not take."""
-    sections = _serve_sections(spec)
-    asked = {path: section for path, section in sections.items() if section.model_fields_set & _ASKED_OF_ENGINE}
+    sections = spec.serve_sections.items()
+    asked = {path: section for path, section in sections if section.model_fields_set & _ASKED_OF_ENGINE}
     if not asked:
         return
     try:
@@ -354,6 +366,22 @@ def _odd_adapters(spec: ModelSpec) -> Iterator[str]:
     for name in spec.evals.adapters:
         if name not in adapters:
             yield f"`evals.adapters.{name}`: `serve.adapters` has no such adapter{suggestion(name, adapters)}"
+
+
+def _odd_draft_models(spec: ModelSpec) -> Iterator[str]:
+    """Speculation without the model that it asks, or with one that it does not ask, or with more than one."""
+    for path, section in spec.serve_sections.items():
+        found, key = section.speculative, f"{path}.speculative.source"
+        if found is None or (found.source is not None) == found.asks_a_model:
+            continue
+        if found.asks_a_model:
+            yield f"`{key}`: `method: {found.method}` needs the model that drafts: add `source: {{uri: …}}`"
+        else:
+            yield f"`{key}`: `method: {found.method}` asks no model: remove it, or set `method: draft`"
+    (first, *others) = spec.drafting.items() or (None,)
+    for path, other in others:
+        if first is not None and (other.method, other.source) != (first[1].method, first[1].source):
+            yield f"`{path}`: an image has one draft model: name the same `method` and `source` as in `{first[0]}`"
 
 
 def _resolved(document: Mapping[str, Any], folder: Path, problems: list[str]) -> dict[str, Any]:

@@ -49,6 +49,7 @@ DOCUMENTS = (MANIFEST, SIGNATURE, PROVENANCE)
 """The files that a manifest does not list; releases signed by an Ed25519 key have no provenance."""
 EVIDENCE = "release/evidence"
 ADAPTERS = "adapters"
+DRAFT_MODEL = "draft_model"
 """The folder with a folder for each LoRA adapter."""
 REPORT = "release/report.html"
 BOUNDS = Bounds(bytes=16 << 20, values=30_000, depth=16)
@@ -284,6 +285,17 @@ class ReleasedAdapter(_ManifestPart):
     """By their path in the adapter's folder."""
 
 
+class ReleasedDraftModel(_ManifestPart):
+    """The model that drafts tokens for this one; its files are in the release's folder ``draft_model``."""
+
+    uri: Text
+    """As in the model file."""
+    revision: Text
+    """A commit, or the digest of the files; never a branch."""
+    files: Mapping[RelativePath, FileRecord] = Field(min_length=1)
+    """By their path in its folder."""
+
+
 class ServedConfiguration(_ManifestPart):
     """How a release may be served: a configuration in which it passed its gates."""
 
@@ -347,6 +359,8 @@ class Manifest(_ManifestPart):
     """The configurations in which it passed its gates, the main one first; the first releases do not list them."""
     adapters: Annotated[Mapping[Name, ReleasedAdapter], Later()] = {}
     """LoRA adapters by the names under which they are served."""
+    draft_model: Annotated[ReleasedDraftModel | None, Later()] = None
+    """The model that drafts tokens, if one does."""
     sbom: Sbom
     """The image's bill of materials."""
     mlbom: Annotated[Sbom | None, Later()] = None
@@ -435,6 +449,13 @@ class Manifest(_ManifestPart):
             for path, record in adapter.files.items():
                 if self.files.get(f"{ADAPTERS}/{name}/{path}") != record:
                     raise ValueError(f"`{path}` of the adapter `{name}` is not the same among `files`")
+        return self
+
+    @model_validator(mode="after")
+    def _the_draft_model_is_in_the_release(self) -> Self:
+        for path, record in ({} if self.draft_model is None else self.draft_model.files).items():
+            if self.files.get(f"{DRAFT_MODEL}/{path}") != record:
+                raise ValueError(f"`{path}` of the draft model is not the same among `files`")
         return self
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from registry.digests import canonical_json, digest_of
-from registry.manifest import ADAPTERS, MANIFEST, Manifest, MergedAdapter, Source
+from registry.manifest import ADAPTERS, DRAFT_MODEL, MANIFEST, Manifest, MergedAdapter, Source
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
@@ -22,9 +22,9 @@ BUILD = "urn:slipway:release:v1"
 def statement(manifest: Manifest) -> bytes:
     """Return the statement in canonical JSON.
 
-    Its subjects are the model's files, the image and the manifest; its dependencies the source, adapters, the
-    calibration, the image's base and the pins of both environments; its byproducts each gate's evidence, with the
-    verdict, and the SBOM.
+    Its subjects are the model's files, the image and the manifest; its dependencies the source, adapters, the draft
+    model, the calibration, the image's base and the pins of both environments; its byproducts each gate's evidence,
+    with the verdict, and the SBOM.
     """
     return canonical_json(
         {
@@ -96,6 +96,11 @@ def _dependencies(manifest: Manifest) -> Iterator[Mapping[str, Any]]:
         yield {"name": f"adapter {adapter}", "uri": released.uri, "annotations": {"revision": released.revision}}
         for name, record in sorted(released.files.items()):
             yield {"name": f"{ADAPTERS}/{adapter}/{name}", "digest": {"sha256": record.sha256}}
+    if manifest.draft_model is not None:
+        drafting = manifest.draft_model
+        yield {"name": "draft model", "uri": drafting.uri, "annotations": {"revision": drafting.revision}}
+        for name, record in sorted(drafting.files.items()):
+            yield {"name": f"{DRAFT_MODEL}/{name}", "digest": {"sha256": record.sha256}}
     if quantizer.calibration is not None:
         calibration = quantizer.calibration
         yield {"name": "calibration", "uri": calibration.uri, "digest": _digest(calibration.digest)}

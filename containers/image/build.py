@@ -28,7 +28,7 @@ from containers.image.layers import FileLayer, Member, plain_files
 from containers.image.oci import OciImage
 from containers.image.profile import RuntimeProfile
 from containers.image.runtime import PORT, Runtime, build_runtime
-from containers.image.serving import ADAPTERS, CHAT_TEMPLATE, DEFAULT, ServingConfiguration
+from containers.image.serving import CHAT_TEMPLATE, DEFAULT, DRAFT_MODEL, ServingConfiguration
 from registry.errors import first_problem
 from registry.progress import Progress
 
@@ -172,7 +172,10 @@ def build_image(
         "slipway.model.digest": model_digest,
         "slipway.model.name": served_name,
         SERVING: serving.document(),
-        MODEL_BYTES: str(sum(path.stat().st_size for path in checkpoint.rglob("*.safetensors"))),
+        MODEL_BYTES: str(
+            sum(path.stat().st_size for path in checkpoint.rglob("*.safetensors"))
+            + sum(layer.size for layer in beside if is_draft_model(_comment(layer)))
+        ),
         **(labels or {}),
     }
     progress(f"putting {name} together from {checkpoint}")
@@ -281,10 +284,14 @@ def model_layers(checkpoint: Path, sha256: Mapping[str, str]) -> list[FileLayer]
     return [FileLayer(tuple(group), known) for group in [*groups, rest] if group]
 
 
-def adapter_layers(folders: Mapping[str, Path], sha256: Mapping[Path, str]) -> list[FileLayer]:
-    """Return a layer for each LoRA adapter, by its name and its folder; ``sha256`` is what is known of their files."""
-    return [FileLayer(tuple(plain_files(path, f"{ADAPTERS.removeprefix('/')}/{name}")), sha256)
-            for name, path in folders.items()]  # fmt: skip
+def folder_layers(folders: Mapping[str, Path], sha256: Mapping[Path, str]) -> list[FileLayer]:
+    """Return a layer for each folder, by its place in the image; ``sha256`` is what is known of their files."""
+    return [FileLayer(tuple(plain_files(path, place.removeprefix("/"))), sha256) for place, path in folders.items()]
+
+
+def is_draft_model(holds: str) -> bool:
+    """Whether a layer is that of the model that drafts tokens, by what it holds (`LayerRecord`)."""
+    return holds.startswith(f"{DRAFT_MODEL.removeprefix('/')} ")
 
 
 def template_layer(chat_template: Path) -> FileLayer:

@@ -13,8 +13,9 @@ from containers.image.build import ImageRecord
 from containers.image.layers import FileLayer, write_chunks
 from containers.image.oci import documents, place
 
-# How the layers that are made of a release's own files are described: a checkpoint, adapters, a chat template.
-_OWN = ("model ", "adapters ", "serve ")
+# How the layers that are made of a release's own files are described: a checkpoint, adapters, a draft
+# model, a chat template.
+_OWN = ("model ", "adapters ", "draft_model ", "serve ")
 
 
 def has_layers(record: ImageRecord, home: Path) -> bool:

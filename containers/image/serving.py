@@ -26,12 +26,16 @@ CHAT_TEMPLATE = "/serve/chat_template.jinja"
 _FOR_THE_MODEL = frozenset({"adapters", "chat_template", "dtype", "variants"})
 ADAPTERS = "/adapters"
 """Where the image has a folder for each LoRA adapter."""
+DRAFT_MODEL = "/draft_model"
+"""Where the image has the model that drafts tokens, if there is one."""
 # The ranks that vLLM 0.32 has room for (`vllm/config/lora.py`): an adapter of another rank takes the next.
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # Keys that change no answer, but for the rounding that other batches bring.
 _SPEED_AND_MEMORY = ("gpu_memory", "max_sequences", "batched_tokens", "prefix_caching")
 # What FP16 is served with, whatever the file says.
 _AS_FP16: Mapping[str, Any] = {"kv_cache": "auto", "speculative": None}
+# What vLLM calls the methods of speculation.
+_METHODS = {"ngram": "ngram", "draft": "draft_model", "eagle3": "eagle3"}
 _BFLOAT16_SINCE = (8, 0)  # of a GPU's compute capability
 
 ServedName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+([.-][a-z0-9]+)*$", max_length=63)]
@@ -62,13 +66,31 @@ class ServedAdapter(_Section):
     """The last names of the layers that it changes, such as ``q_proj``."""
 
 
+class DraftModel(_Section):
+    """Where a model that drafts tokens comes from."""
+
+    uri: str
+    """As in `source`; a relative folder counts from the model file."""
+    revision: str | None = None
+    """A commit, a tag or a branch of a hub; default `main`."""
+
+
 class Speculative(_Section):
     """Tokens that are drafted cheaply, and accepted where the model would have generated them."""
 
-    method: Literal["ngram"]
-    """`ngram` repeats what the prompt has. Models that draft are not supported."""
+    method: Literal["ngram", "draft", "eagle3"]
+    """`ngram` repeats what the prompt has, `draft` asks a smaller model with the same vocabulary, `eagle3` a head that
+    was trained for this model.
+    """
+    source: DraftModel | None = Field(default=None, exclude=True)
+    """The smaller model or the head; one for the whole model file, since it is a folder of the image."""
     tokens: int = Field(ge=1, le=64)
     """How many tokens are drafted at once."""
+
+    @property
+    def asks_a_model(self) -> bool:
+        """Whether it takes a model of its own."""
+        return self.method != "ngram"
 
 
 class Override(_Section):
@@ -138,6 +160,11 @@ class ServingConfiguration(Override):
     """The adapters in the image, by name; empty until they have been pulled."""
 
     @property
+    def drafts(self) -> bool:
+        """Whether a model drafts tokens."""
+        return self.speculative is not None and self.speculative.asks_a_model
+
+    @property
     def gpus(self) -> int:
         """GPUs of one replica; on a CPU, the engine's processes."""
         return (self.tensor_parallel or 1) * self.pipeline_parallel
@@ -200,7 +227,9 @@ class ServingConfiguration(Override):
         if self.reasoning is not None:
             yield from ("--reasoning-parser", self.reasoning)
         if self.speculative is not None:
-            drafting = {"method": self.speculative.method, "num_speculative_tokens": self.speculative.tokens}
+            method, tokens = _METHODS[self.speculative.method], self.speculative.tokens
+            model = {"model": DRAFT_MODEL} if self.speculative.asks_a_model else {}
+            drafting = {"method": method, **model, "num_speculative_tokens": tokens}
             yield from ("--speculative-config", json.dumps(drafting, separators=(",", ":")))
         if self.adapters:
             yield from self._adapter_words()

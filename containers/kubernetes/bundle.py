@@ -23,10 +23,11 @@ from containers.kubernetes.cluster import Cluster
 from containers.kubernetes.dashboard import dashboard
 from containers.kubernetes.names import mebibytes, object_name, thousandths
 from containers.kubernetes.numbers import BundleEvidence, Number, numbers, progress_seconds, tested_cores
+from registry.manifest import ADAPTERS, DRAFT_MODEL
 
 TEMPLATES = Path(__file__).with_name("templates")
 NAMESPACE = "slipway"
-_MODEL_FOLDER, _ADAPTERS_FOLDER = "/model", "/adapters"
+_MODEL_FOLDER = "/model"
 _TOKENIZER = "/srv/tokenizer"
 # The image of the gateway's Redis; Valkey 8 is the newest line with a free licence.
 _REDIS = ("docker.io/valkey/valkey", "8-alpine")
@@ -135,7 +136,7 @@ def _values(
         "user": image.user, "port": image.port, "model_folder": _MODEL_FOLDER,
         "variant": None if evidence.variant is None else evidence.variant.variant,
         "arguments": list(evidence.serving.command) if evidence.serving else None,
-        "adapters_folder": _ADAPTERS_FOLDER if manifest.adapters else None,
+        "beside": [*([ADAPTERS] if manifest.adapters else []), *([DRAFT_MODEL] if manifest.draft_model else [])],
         "on_gpu": evidence.on_gpu, "cpu_terms": NODE_TERMS,
         "unbound_ranks": evidence.measured.ranks > 1 and not evidence.on_gpu,
         "driver": driver, "driver_major": major, "driver_minor": minor,

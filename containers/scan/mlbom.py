@@ -20,8 +20,8 @@ SPECIFICATION = "1.6"
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """A LoRA adapter that is served next to a model, or merged into it: its origin, and the sha256 of each file."""
+class Companion:
+    """What belongs to a model: an adapter, served or merged, or a draft model. Its origin, and each file's sha256."""
 
     uri: str
     revision: str
@@ -44,8 +44,9 @@ class Model:
     quantization: Mapping[str, object]
     files: Mapping[str, str]
     datasets: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    adapters: Mapping[str, Adapter] = field(default_factory=dict)
-    merged: Adapter | None = None
+    adapters: Mapping[str, Companion] = field(default_factory=dict)
+    merged: Companion | None = None
+    draft_model: Companion | None = None
 
 
 def document(model: Model, verdicts: Sequence[Verdict], image_digest: str) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def document(model: Model, verdicts: Sequence[Verdict], image_digest: str) -> di
     ]  # fmt: skip
     parents = [base]
     if model.merged is not None:
-        parents.append(_adapter("merged-adapter", model.merged, "LoRA adapter, merged into the weights"))
+        parents.append(_companion("merged-adapter", model.merged, "LoRA adapter, merged into the weights"))
     quantized = {
         "type": "machine-learning-model", "bom-ref": "model", "name": model.name, "version": model.version,
         **_licensed(model.licence),
@@ -87,29 +88,35 @@ def document(model: Model, verdicts: Sequence[Verdict], image_digest: str) -> di
         "components": _files(model.files),
     }  # fmt: skip
     adapters = [
-        _adapter(f"adapter-{name}", adapter, f"LoRA adapter, served as {name}")
+        _companion(f"adapter-{name}", adapter, f"LoRA adapter, served as {name}")
         for name, adapter in sorted(model.adapters.items())
     ]
+    drafting = (
+        []
+        if model.draft_model is None
+        else [_companion("draft-model", model.draft_model, "drafts tokens for the model")]
+    )
+    beside = [*adapters, *drafting, *data]
     told: dict[str, Any] = {
         "bomFormat": "CycloneDX", "specVersion": SPECIFICATION, "version": 1,
         "metadata": {
             "component": quantized, "tools": {"components": [{"type": "application", "name": "slipway"}]},
         },
-        "components": [*parents, *adapters, *data],
-        "dependencies": [{"ref": "model", "dependsOn": [part["bom-ref"] for part in [*parents, *adapters, *data]]}],
+        "components": [*parents, *beside],
+        "dependencies": [{"ref": "model", "dependsOn": [part["bom-ref"] for part in [*parents, *beside]]}],
     }  # fmt: skip
     content = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     return {**told, "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_OID, content)}"}
 
 
-def _adapter(reference: str, adapter: Adapter, description: str) -> dict[str, Any]:
+def _companion(reference: str, companion: Companion, description: str) -> dict[str, Any]:
     return {
         "type": "machine-learning-model",
         "bom-ref": reference,
-        "name": adapter.uri,
-        "version": adapter.revision,
+        "name": companion.uri,
+        "version": companion.revision,
         "description": description,
-        "components": _files(adapter.files),
+        "components": _files(companion.files),
     }
 
 

@@ -15,10 +15,10 @@ from pipeline.compatibility.backends import METHODS
 from pipeline.compatibility.description import ModelDescription
 from pipeline.compatibility.scheme import Scheme
 from pipeline.errors import PlanError, UnsupportedModelError
-from pipeline.planner import serving
+from pipeline.planner import draft_model, serving
 from pipeline.planner.document import MeasuredRelease
 from pipeline.planner.facts import ModelFacts, read_facts
-from pipeline.planner.memory import Workload
+from pipeline.planner.memory import Drafting, Workload
 from pipeline.planner.plan import Plan, make_plan
 from pipeline.planner.sources import Described, describe, describe_folder
 from pipeline.planner.weights import FP16, Weights, quantized, unquantized
@@ -58,7 +58,8 @@ def plan_source(
     schemes = usual_schemes(described.model) if isinstance(spec, str) else spec.schemes
     refused = refusals(described.model, schemes)
     try:
-        planned = plan_described(spec, described, schemes, gpus, workload, refused)
+        drafting = None if isinstance(spec, str) else drafting_of(spec, described.model, settings)
+        planned = plan_described(spec, described, schemes, gpus, workload, refused, drafting)
     except UnsupportedModelError:
         raise
     except PlanError as error:
@@ -77,6 +78,7 @@ def plan_described(
     gpus: Sequence[GpuModel],
     workload: Choose,
     refused: Mapping[str, Sequence[str]],
+    drafting: Drafting | None = None,
 ) -> Plan:
     """Plan a model that has been described, in its ``schemes`` but those ``refused``, each as its file has it served.
 
@@ -87,7 +89,7 @@ def plan_described(
     facts = read_facts(described.model.config)
     weights = [unquantized(described.model)]
     weights += [quantized(scheme, schemes[scheme], described.model) for scheme in schemes if scheme not in refused]
-    usual = usual_workload(facts)
+    usual = replace(usual_workload(facts), drafting=drafting)
     if isinstance(spec, str):
         wanted = workload(usual)
         return make_plan(spec, facts, weights, gpus, wanted, download_bytes=described.bytes, refused=refused)
@@ -100,6 +102,16 @@ def plan_described(
     return make_plan(
         spec.model, facts, weights, gpus, own[FP16], download_bytes=described.bytes, refused=refused, own=own
     )
+
+
+def drafting_of(spec: ModelSpec, model: ModelDescription, settings: Settings) -> Drafting | None:
+    """What the model takes that drafts tokens for this one; None where no model does.
+
+    Raises:
+        SourceError: it can't be reached, is refused, or can't draft tokens for the model.
+    """
+    resolved = draft_model.resolve(spec, settings)
+    return None if resolved is None else draft_model.check(spec, resolved, model)
 
 
 def describe_source(spec: ModelSpec | str, settings: Settings, pulled: Path | None = None) -> Described:

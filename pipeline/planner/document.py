@@ -16,6 +16,13 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
 
 
+class PlannedDrafting(_Part):
+    """What the model takes that drafts tokens: weights, and the cache of a token at 16 bits."""
+
+    weights_bytes: int
+    cache_bytes_per_token: int
+
+
 class PlannedWorkload(_Part):
     """What is served: ``concurrency`` requests at once of ``context`` tokens each, prompt and answer together.
 
@@ -30,6 +37,7 @@ class PlannedWorkload(_Part):
     pipeline_parallel: int
     batched_tokens: int | None
     max_sequences: int | None
+    drafting: PlannedDrafting | None
 
 
 class BytesPerGpu(_Part):

@@ -58,12 +58,21 @@ class Demand:
 
 
 @dataclass(frozen=True)
+class Drafting:
+    """What a draft model takes beside the model: weights, and for each token of a request a cache, at 16 bits."""
+
+    weights_bytes: int
+    cache_bytes_per_token: int
+
+
+@dataclass(frozen=True)
 class Workload:
     """What is served: ``concurrency`` requests at once of ``context`` tokens each, prompt and answer together.
 
     ``kv_number_bytes`` is 2 for a cache at 16 bits, 1 for FP8. ``headroom`` is the share of a GPU that stays free.
     ``tensor_parallel`` is None where the smallest group that fits is to be found. ``batched_tokens`` and
-    ``max_sequences`` are tokens of a step and sequences at once, None for vLLM's own.
+    ``max_sequences`` are tokens of a step and sequences at once, None for vLLM's own. ``drafting`` is of the model that
+    drafts tokens, which is divided among the GPUs like the model.
     """
 
     context: int
@@ -74,6 +83,7 @@ class Workload:
     pipeline_parallel: int = 1
     batched_tokens: int | None = None
     max_sequences: int | None = None
+    drafting: Drafting | None = None
 
 
 def batch(gpu: GpuModel, workload: Workload) -> tuple[int, int]:
@@ -98,7 +108,8 @@ def demand(facts: ModelFacts, weights: Weights, gpu: GpuModel, workload: Workloa
     return Demand(
         tensor_parallel=tensor_parallel,
         pipeline_parallel=workload.pipeline_parallel,
-        weights=math.ceil(weights.bytes / tensor_parallel * _largest_stage(facts, workload)),
+        weights=math.ceil(weights.bytes / tensor_parallel * _largest_stage(facts, workload))
+        + (0 if workload.drafting is None else math.ceil(workload.drafting.weights_bytes / tensor_parallel)),
         kv_cache=workload.concurrency * _kept(facts, gpu, workload, tensor_parallel),
         activations=activation_bytes(facts, tokens, requests, tensor_parallel),
         context=CONTEXT_BYTES + GRAPHS_BYTES + several,
@@ -114,7 +125,15 @@ def _kept(facts: ModelFacts, gpu: GpuModel, workload: Workload, tensor_parallel:
     """Bytes that one request of the workload's context keeps on each GPU."""
     tokens, _ = batch(gpu, workload)
     whole = facts.kv_bytes(workload.context, workload.kv_number_bytes, tensor_parallel, tokens)
-    return math.ceil(whole * _largest_stage(facts, workload))
+    return math.ceil(whole * _largest_stage(facts, workload)) + _drafted(workload, tensor_parallel)
+
+
+def _drafted(workload: Workload, tensor_parallel: int) -> int:
+    """Bytes that the draft model keeps for one request on each GPU."""
+    if workload.drafting is None:
+        return 0
+    numbers = workload.context * workload.drafting.cache_bytes_per_token // 2
+    return math.ceil(numbers * workload.kv_number_bytes / tensor_parallel)
 
 
 def usable_bytes(gpu: GpuModel, workload: Workload) -> int:

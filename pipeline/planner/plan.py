@@ -105,7 +105,7 @@ class SchemePlan:
             weights_bytes_on_cpu={name: self.weights.on_cpu(name) for name in INSTRUCTION_SETS if name != "none"},
             bits_per_weight=self.weights.bits_per_weight,
             parameters=self.weights.numbers,
-            workload=PlannedWorkload(**asdict(self.workload)),
+            workload=PlannedWorkload.model_validate(asdict(self.workload)),
             gpus=tuple(placement.document() for placement in self.placements),
         )
 
@@ -137,7 +137,7 @@ class Plan:
             attention=self.facts.attention,
             layers=len(self.facts.layers),
             longest_context=self.facts.context,
-            workload=PlannedWorkload(**asdict(work)),
+            workload=PlannedWorkload.model_validate(asdict(work)),
             kv_bytes_per_token=self.facts.kv_bytes_per_token(work.kv_number_bytes),
             kv_bytes_per_request=self.facts.kv_bytes(work.context, work.kv_number_bytes),
             download_bytes=self.download_bytes,

@@ -15,7 +15,7 @@ from pipeline.spec import ModelSpec
 
 
 def workload_of(serving: ServingConfiguration, usual: Workload) -> Workload:
-    """Return a workload as the file says it; what it leaves out stays as ``usual``."""
+    """Return a workload as the file says it; what it leaves out stays as ``usual``, whose drafting is the file's."""
     return replace(
         usual,
         context=serving.context or usual.context,
@@ -25,6 +25,7 @@ def workload_of(serving: ServingConfiguration, usual: Workload) -> Workload:
         pipeline_parallel=serving.pipeline_parallel,
         batched_tokens=serving.batched_tokens,
         max_sequences=serving.max_sequences,
+        drafting=usual.drafting if serving.drafts else None,
     )
 
 

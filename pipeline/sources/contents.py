@@ -99,10 +99,18 @@ def _weights(uri: str, names: list[str], index: Callable[[], bytes]) -> list[str
         raise SourceError(f"{uri}: {error}") from error
 
 
-def _require(uri: str, taken: list[str]) -> None:
-    """Check that there is a configuration, and a tokenizer in a form that every worker can read."""
+def _is_taken_to_draft(name: str, weights: Collection[str]) -> bool:
+    return name in {"config.json", INDEX} or (_PLAIN.fullmatch(name) is not None and name in weights)
+
+
+def _require_configuration(uri: str, taken: list[str]) -> None:
     if "config.json" not in taken:
         raise SourceError(f"{uri} has no config.json: it holds {listed(taken)}")
+
+
+def _require(uri: str, taken: list[str]) -> None:
+    """Check that there is a configuration, and a tokenizer in a form that every worker can read."""
+    _require_configuration(uri, taken)
     if any(all(name in taken for name in form) for form in _TOKENIZER_FORMS):
         return
     found = [name for name in taken if _TOKENIZER.fullmatch(name)]
@@ -153,6 +161,13 @@ def _check_content(folder: Path, progress: Progress) -> None:
         raise SourceError(f"the source can't be used: {'; '.join(problems)}")
 
 
+def _check_headers(folder: Path, _progress: Progress) -> None:
+    try:
+        read_model(folder)
+    except HeaderError as error:
+        raise SourceError(f"the source can't be used: {'; '.join(str(error).splitlines())}") from error
+
+
 def _is_tokenizer(document: object) -> bool:
     """Whether a tokenizer.json has the form that the library `tokenizers` can read."""
     model = document.get("model") if isinstance(document, dict) else None
@@ -161,3 +176,5 @@ def _is_tokenizer(document: object) -> bool:
 
 MODEL: Contents = Contents(_weights, _is_taken, _require, _check_content)
 """A model: weights, configuration and tokenizer."""
+DRAFT_MODEL = Contents(_weights, _is_taken_to_draft, _require_configuration, _check_headers)
+"""A model, or a head, that drafts tokens: weights and configuration. It reads the tokens of the model it drafts for."""

@@ -126,7 +126,9 @@ def touched(specs: Iterable[ModelSpec], settings: Settings) -> str:
         data = (*calibration, spec.load.prompts, *(task.data for task in spec.evals.all_tasks))
         places |= {path for path in data if path is not None}
         merged = [] if spec.source.adapter is None else [spec.source.adapter]
-        uris = (spec.source.uri, *(adapter.uri for adapter in (*merged, *spec.serve.adapters.values())))
+        drafting = [each.source.uri for each in spec.drafting.values() if each.source is not None]
+        adapters = (adapter.uri for adapter in (*merged, *spec.serve.adapters.values()))
+        uris = (spec.source.uri, *adapters, *drafting)
         places |= {Path(uri.removeprefix("file:")) for uri in uris if uri.startswith("file:")}
     seen = {}
     for place in places:

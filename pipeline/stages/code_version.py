@@ -60,6 +60,8 @@ _COVERED = {
     "pipeline.stages.baseline": ("pipeline.stages.canary",),
     # The server that answers is the image, and the arguments of FP16's server are a parameter.
     "pipeline.stages.answers": ("containers",),
+    # What a draft model holds is in the image's recipe, and it is checked whenever it is put into an image.
+    "pipeline.stages.draft_model": ("pipeline.sources", "pipeline.planner", "pipeline.compatibility"),
     # How the engine is told of adapters is in its arguments, which are a parameter.
     "pipeline.stages.pulled_adapters": ("containers",),
     "evals.drift.asking": ("containers", "evals.drift.divergence"),

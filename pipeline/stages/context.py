@@ -60,6 +60,8 @@ class StageContext:
     adapters: Mapping[str, ResolvedSource] = field(default_factory=dict)
     served_adapters: Mapping[str, ServedAdapter] = field(default_factory=dict)
     """The adapters that were pulled, where the stage takes them."""
+    draft_model: ResolvedSource | None = None
+    """The model that drafts tokens, if one does."""
     database: Database | None = None
     """The vulnerability database that a scan uses."""
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)

@@ -9,10 +9,11 @@ from containers.image import build as images
 from containers.image import gpu_compatibility
 from containers.image import profile as profiles
 from containers.image.layers import FileLayer
-from containers.image.serving import ServingConfiguration
+from containers.image.serving import ADAPTERS, DRAFT_MODEL, ServingConfiguration
 from pipeline.errors import PlanError
 from pipeline.planner.facts import read_facts
 from pipeline.sources.lock import read_lock
+from pipeline.stages import draft_model
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext
 from pipeline.stages.pulled_adapters import read_adapters
@@ -33,6 +34,7 @@ def recipe(context: StageContext, inputs: Inputs) -> Recipe:
             "registry": context.settings.image_registry,
             "serving": serving_of(context, inputs).model_dump(mode="json"),
             "labels": _labels(context, inputs),
+            **draft_model.parameters(context),
         },
         code=code_version(__name__),
         pins=profile.pins_digest(),
@@ -42,6 +44,12 @@ def recipe(context: StageContext, inputs: Inputs) -> Recipe:
 def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
     """Build the image; one is built at a time in a home."""
     quantized = inputs["quantized"]
+    drafting = draft_model.put(context, quantized, draft)
+    labels = _labels(context, inputs)
+    if drafting is not None and gpu_compatibility.CACHE_BYTES in labels:
+        serving = serving_of(context, inputs)
+        cache = (serving.context or 0) * drafting.cache_bytes_per_token * serving.cache_bytes // 2
+        labels[gpu_compatibility.CACHE_BYTES] = str(int(labels[gpu_compatibility.CACHE_BYTES]) + cache)
     alone = locked(context.settings.home / "image.lock")
     with context.cores(), context.engine() as client, alone, timed(draft.worker_seconds):
         record = images.build_image(
@@ -51,13 +59,13 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
             name=context.release_name,
             served_name=context.spec.model,
             serving=context.serving,
-            beside=beside(context, inputs),
+            beside=beside(context, inputs, draft.folder),
             model_digest=quantized.digest,
             home=context.settings.home,
             progress=context.progress,
             registry=context.settings.image_registry,
             sha256=quantized.sha256,
-            labels=_labels(context, inputs),
+            labels=labels,
         )
     (draft.folder / images.IMAGE_FILE).write_text(record.model_dump_json(indent=1))
 
@@ -74,12 +82,17 @@ def record_of(image: Artifact) -> images.ImageRecord:
     return images.read_image(image.folder)
 
 
-def beside(context: StageContext, inputs: Inputs) -> list[FileLayer]:
-    """The layers of an image that are neither of the runtime nor of the checkpoint: adapters, and a chat template."""
+def beside(context: StageContext, inputs: Inputs, image: Path) -> list[FileLayer]:
+    """The layers that are neither of the runtime nor of the checkpoint: adapters, a draft model, a chat template.
+
+    The draft model is in the folder of the ``image``'s artifact.
+    """
     pulled, template = inputs["adapters"], context.spec.serve.chat_template
     known = {pulled.folder / path: digest for path, digest in pulled.sha256.items()}
-    adapters = images.adapter_layers({name: pulled.folder / name for name in read_adapters(pulled)}, known)
-    return [*adapters, *([] if template is None else [images.template_layer(template)])]
+    folders = {f"{ADAPTERS}/{name}": pulled.folder / name for name in read_adapters(pulled)}
+    drafting = image / DRAFT_MODEL.removeprefix("/")
+    folders |= {DRAFT_MODEL: drafting} if drafting.is_dir() else {}
+    return [*images.folder_layers(folders, known), *([] if template is None else [images.template_layer(template)])]
 
 
 def serving_of(context: StageContext, inputs: Inputs) -> ServingConfiguration:

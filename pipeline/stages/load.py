@@ -8,7 +8,7 @@ from pathlib import Path
 
 from containers.errors import UnhealthyError
 from containers.image import profile as profiles
-from containers.image.build import ImageRecord, serving_arguments
+from containers.image.build import ImageRecord, is_draft_model, serving_arguments
 from containers.image.serving import ServingConfiguration
 from containers.sandbox import sandbox
 from containers.sandbox.engine_report import Requested
@@ -129,7 +129,7 @@ def measure(
                     progress=context.progress,
                     live=live,
                     expected=_expected_memory(context, record, checkpoint),
-                    requested=_requested(checkpoint, arguments(serving)),
+                    requested=_requested(checkpoint, serving, arguments(serving)),
                 )
                 if serving.speculative is None or not evidence.canary.ok or server.failed():
                     return evidence
@@ -155,13 +155,13 @@ def _variant(context: StageContext) -> dict[str, str]:
     return {} if context.variant is None else {"serving": context.serving.document()}
 
 
-def _requested(checkpoint: Artifact, arguments: tuple[str, ...]) -> Requested:
-    """What the engine is asked to apply to a checkpoint."""
+def _requested(checkpoint: Artifact, serving: ServingConfiguration, arguments: tuple[str, ...]) -> Requested:
+    """What the engine is asked to apply to a checkpoint; with a draft model a token's cache is that of both."""
     config = checkpoint.document("config.json")
     per_token = None
     with contextlib.suppress(PlanError):  # the planner does not know this architecture, so the size is unknown
         facts = read_facts(config)
-        if all(layer.window is None for layer in facts.layers):
+        if not serving.drafts and all(layer.window is None for layer in facts.layers):
             per_token = facts.kv_bytes_per_token()
     return Requested(arguments=arguments, weight_only=is_weight_only(config), cache_bytes_per_token=per_token)
 
@@ -170,4 +170,6 @@ def _expected_memory(context: StageContext, record: ImageRecord, checkpoint: Art
     """What the server should take: on a CPU, which may hold float32 copies of weights, by its instruction set."""
     weights = stored(describe_folder(checkpoint.folder).model)
     size = weights.bytes if record.minimum_driver else weights.on_cpu(context.settings.cpu.instruction_set)
+    if context.serving.drafts:
+        size += sum(layer.size for layer in record.layers if is_draft_model(layer.holds))
     return expect(size, record.runtime, profiles.load(record.runtime).full_environment, context.serving.gpus)

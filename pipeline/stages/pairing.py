@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from containers.hardware.cpu import INSTRUCTION_SETS, InstructionSet
 from containers.image import profile as profiles
-from pipeline.stages import baseline, candidate, image, quantized
+from pipeline.stages import baseline, candidate, draft_model, image, quantized
 from pipeline.stages.context import StageContext
 from pipeline.stages.stage import Inputs
 from pipeline.store.artifacts import Artifact, Recipe
@@ -52,7 +52,9 @@ def _paired_on(context: StageContext, inputs: Inputs, own: InstructionSet | None
 
     checkpoint = find(quantized.recipe(context, {"source": inputs["source"]}))
     adapters = {"adapters": inputs["adapters"]}
-    shipped = checkpoint and find(image.recipe(context, {"quantized": checkpoint, **adapters}))
+    shipped = checkpoint and find(
+        image.recipe(draft_model.prepare(context, inputs), {"quantized": checkpoint, **adapters})
+    )
     if checkpoint is None or shipped is None:
         return None
     for each in (own, *(other for other in INSTRUCTION_SETS if other != own)):

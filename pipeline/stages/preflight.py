@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from containers.hardware.gpu import Gpu, gpus
@@ -11,9 +12,10 @@ from containers.image import profile as profiles
 from evals.load.expected_memory import expect
 from pipeline.errors import PlanError, SourceError, SpecError, UnsupportedModelError
 from pipeline.planner import serving
-from pipeline.planner.asking import describe_source, refusals, sentences, usual_workload
+from pipeline.planner.asking import describe_source, drafting_of, refusals, sentences, usual_workload
 from pipeline.planner.data import check_data
 from pipeline.planner.facts import read_facts
+from pipeline.planner.memory import Drafting
 from pipeline.planner.plan import Plan, SchemePlan, make_plan
 from pipeline.planner.sources import Described, has_chat_template
 from pipeline.planner.weights import FP16, quantized, unquantized
@@ -62,10 +64,11 @@ def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Pr
         return None
     merged_source.check(merged, described.model)
     adapters.check(resolved, described.model)
+    drafting = drafting_of(spec, described.model, settings)
     if refused := refusals(described.model, {name: spec.scheme(name) for name in schemes}):
         raise UnsupportedModelError("; ".join(sentences(refused)))
     try:
-        planned = _planned(spec, described, [_model_of(gpu) for gpu in here[:1]])
+        planned = _planned(spec, described, [_model_of(gpu) for gpu in here[:1]], drafting)
     except UnsupportedModelError:
         raise
     except PlanError as error:
@@ -112,15 +115,18 @@ def not_served_here(spec: ModelSpec, schemes: Iterable[str], settings: Settings)
     return found
 
 
-def _planned(spec: ModelSpec, described: Described, machine: Sequence[GpuModel]) -> Plan:
+def _planned(
+    spec: ModelSpec, described: Described, machine: Sequence[GpuModel], drafting: Drafting | None = None
+) -> Plan:
     """Plan the model as it will be tested: each scheme with one request of the context that it serves."""
     facts, model = read_facts(described.model.config), described.model
     weights = [unquantized(model), *(quantized(name, spec.schemes[name], model) for name in spec.schemes)]
     if wrong := serving.problems(spec, facts, weights):
         raise UnsupportedModelError("; ".join(wrong))
+    usual = replace(usual_workload(facts), drafting=drafting)
     own = {
         each.scheme: serving.tested_workload(
-            spec.serving(None if each.scheme == FP16 else each.scheme), model, usual_workload(facts), _VLLM_LEAVES
+            spec.serving(None if each.scheme == FP16 else each.scheme), model, usual, _VLLM_LEAVES
         )
         for each in weights
     }
@@ -151,13 +157,15 @@ def _too_large_for_limit(scheme: SchemePlan, spec: ModelSpec, settings: Settings
     limit, weights, profile = int(spec.load.memory.limit_bytes), scheme.weights, profiles.load(spec.runtime)
     isa = settings.cpu.instruction_set
     held = weights.on_cpu(isa) if settings.engine_is_here else weights.bytes
+    drafted = 0 if scheme.workload.drafting is None else scheme.workload.drafting.weights_bytes
+    held += drafted
     ranks = spec.serving(weights.scheme).gpus
     expected = expect(held, profile.name, profile.full_environment, ranks)
     needed = held if expected is None else expected.total
     if needed <= limit:
         return []
     parts = f"{held / 2**30:.2f} GiB of weights"
-    parts += "" if held == weights.bytes else f", in float32 where a CPU with {isa} has no kernel for them"
+    parts += "" if held <= weights.bytes + drafted else f", in float32 where a CPU with {isa} has no kernel for them"
     if expected is not None:
         cache, runtime = expected.kv_cache_bytes / 2**30, expected.runtime_bytes / 2**30
         parts += f", {cache:.2f} GiB of KV cache for {ranks} rank{'s' * (ranks > 1)}, {runtime:.2f} GiB of the runtime"

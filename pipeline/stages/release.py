@@ -23,7 +23,7 @@ from evals.load.variants import FILE as VARIANTS
 from evals.load.variants import Variant, write_variants
 from pipeline.quantization.quantize import QuantizedNotes
 from pipeline.sources import source as sources
-from pipeline.stages import calibration
+from pipeline.stages import calibration, draft_model
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext, prepared
 from pipeline.stages.image import record_of, serving_of
@@ -38,6 +38,7 @@ from registry import seal
 from registry.digests import digest_file
 from registry.manifest import (
     ADAPTERS,
+    DRAFT_MODEL,
     EVIDENCE,
     REPORT,
     Accelerator,
@@ -49,6 +50,7 @@ from registry.manifest import (
     MergedAdapter,
     Quantizer,
     ReleasedAdapter,
+    ReleasedDraftModel,
     ServedConfiguration,
     Source,
     utc_now,
@@ -104,6 +106,9 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft, *, gates: 
     adapters = _adapters(inputs["adapters"])
     for name, adapter in adapters.items():
         files |= {f"{ADAPTERS}/{name}/{file}": (inputs["adapters"], f"{name}/{file}") for file in adapter.files}
+    drafting = draft_model.released(inputs["image"])
+    if drafting is not None:
+        files |= {path: (inputs["image"], path) for path in (f"{DRAFT_MODEL}/{file}" for file in drafting.files)}
     files[SBOM] = (inputs["scan"], "sbom.cdx.json")
     files[f"{EVIDENCE}/image.json"] = (inputs["image"], "image.json")
     waived = scan_gate.waived(read_scan(inputs["scan"].folder), context.spec.scan)
@@ -134,6 +139,7 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft, *, gates: 
         ),
         serving=_serving(context, inputs, tested),
         adapters=adapters,
+        draft_model=drafting,
         sbom=SBOM,
         mlbom=MLBOM,
         hardware=_hardware(inputs["load"]),
@@ -263,6 +269,7 @@ def _write_report(
     notes = source.noted(SourceNotes)
     merged = None if notes.merged is None else notes.merged.adapter
     calibrated = _calibration(context, quantized.noted(QuantizedNotes))
+    drafting = draft_model.released(inputs["image"])
     subject = report.ReportedRelease(
         model=context.spec.model,
         scheme=context.scheme_name,
@@ -277,6 +284,7 @@ def _write_report(
             "revision": notes.revision,
             **({} if merged is None else {"merged adapter": f"{merged.uri} at {merged.revision}"}),
             **({} if calibrated is None else {"calibration": f"{calibrated.uri}, {calibrated.summary}"}),
+            **({} if drafting is None else {"draft model": f"{drafting.uri} at {drafting.revision}"}),
             "served with": " ".join(serving_of(context, inputs).engine_arguments()),
             **_computed_on(inputs),
         },
@@ -313,6 +321,7 @@ def _write_mlbom(context: StageContext, draft: ArtifactDraft, inputs: Inputs) ->
     """The model's bill of materials: its source, quantizer and data, and what was measured."""
     source, quantized, spec = inputs["source"], inputs["quantized"], context.spec
     record, notes = quantized.noted(QuantizedNotes), source.noted(SourceNotes)
+    drafting = draft_model.released(inputs["image"])
     data: dict[str, tuple[str, str]] = {}
     if context.calibration is not None:
         for each in _calibration_data(context):
@@ -332,15 +341,16 @@ def _write_mlbom(context: StageContext, draft: ArtifactDraft, inputs: Inputs) ->
         quantization={"method": record.method, "backend": record.backend, **record.parameters},
         files=quantized.sha256,
         datasets=data,
-        adapters={name: _listed_adapter(each) for name, each in _adapters(inputs["adapters"]).items()},
-        merged=None if notes.merged is None else _listed_adapter(notes.merged.adapter),
+        adapters={name: _companion(each) for name, each in _adapters(inputs["adapters"]).items()},
+        merged=None if notes.merged is None else _companion(notes.merged.adapter),
+        draft_model=None if drafting is None else _companion(drafting),
     )
     document = mlbom.document(model, list(context.verdicts.values()), record_of(inputs["image"]).digest)
     (draft.folder / MLBOM).write_text(json.dumps(document, indent=1, sort_keys=True, allow_nan=False))
 
 
-def _listed_adapter(adapter: ReleasedAdapter | MergedAdapter) -> mlbom.Adapter:
-    return mlbom.Adapter(adapter.uri, adapter.revision, {path: file.sha256 for path, file in adapter.files.items()})
+def _companion(part: ReleasedAdapter | MergedAdapter | ReleasedDraftModel) -> mlbom.Companion:
+    return mlbom.Companion(part.uri, part.revision, {path: file.sha256 for path, file in part.files.items()})
 
 
 def _in_words(item: scan_gate.Waived) -> str:

@@ -32,7 +32,7 @@ def recipe(context: StageContext, inputs: Inputs) -> Recipe:
 def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
     """Lay the image out in a folder, and scan that."""
     quantized, record, home = inputs["quantized"], record_of(inputs["image"]), context.settings.home
-    layers = [*model_layers(quantized.folder, quantized.sha256), *beside(context, inputs)]
+    layers = [*model_layers(quantized.folder, quantized.sha256), *beside(context, inputs, inputs["image"].folder)]
     folder = draft.scratch / record.tag.partition(":")[2]
     with context.cores(), timed(draft.worker_seconds):
         write_layout(record, layers, home, folder)

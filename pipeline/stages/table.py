@@ -10,6 +10,7 @@ from pipeline.stages import (
     baseline,
     calibration,
     candidate,
+    draft_model,
     drift,
     image,
     layers,
@@ -55,11 +56,13 @@ QUANTIZED = Stage(
 )
 IMAGE = Stage(
     "image",
-    "The container that ships: pinned base, pinned wheels, the checkpoint and the adapters inside.",
+    "The container that ships: pinned base, pinned wheels, the checkpoint, the adapters and a draft model inside.",
     inputs=("quantized", "adapters"),
     recipe=image.recipe,
     make=image.make,
+    prepare=draft_model.prepare,
     stale=image.stale,
+    accept=draft_model.accept,
     tool="docker",
 )
 BASELINE = Stage(

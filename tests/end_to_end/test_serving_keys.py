@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from bundle_evidence import engine_container
-from serving_keys import CHAT_TEMPLATE, NAMES, contains, read
+from serving_keys import CHAT_TEMPLATE, NAMES, contains, few_tool_calls, read
 
 from containers.image.build import SERVING
 from containers.image.serving import DEFAULT
@@ -39,6 +39,8 @@ class Keyed:
         tasks = {"cloze": {"items": 60, "max_drop": 0.3}, "perplexity": {"items": 40, "max_increase": 0.2}}
         for name, limits in tasks.items():
             spec["evals"]["tasks"][name] |= limits
+        if "tool_calls" in serve:
+            spec["evals"]["tasks"] |= few_tool_calls()
         spec["evals"] |= {"again": 0, "layers": False}
         # It can't call tools, and answers by chance in the worst case.
         spec["evals"]["accept_inconclusive"] = {"baseline-at-chance": "The demo can't call tools."}

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from bundle_evidence import engine_container
 from serve_command import serving
-from serving_keys import CHAT_TEMPLATE, ServingKey, contains, read
+from serving_keys import CHAT_TEMPLATE, ServingKey, contains, few_tool_calls, read
 
 from containers.image.build import SERVING
 from containers.image.serving import DEFAULT
@@ -24,7 +24,7 @@ GIB = 2**30
 # All that can be set at once and has a file in `tests/data/serve`, but for what takes another start of vLLM.
 KEYS = (
     "arguments", "batched_tokens", "chat_template", "context", "kv_cache", "max_sequences", "prefix_caching",
-    "reasoning", "tensor_parallel",
+    "reasoning", "tensor_parallel", "tool_calls",
 )  # fmt: skip
 
 
@@ -52,6 +52,8 @@ def divided(
     spec["load"] |= {"memory": {"limit_bytes": "6GiB"}, "slo": {"p95_latency_ms": 20_000, "error_rate": 0.0}}
     spec["evals"]["tasks"]["cloze"] |= {"items": 200, "max_drop": 0.1}
     spec["evals"]["tasks"]["perplexity"] |= {"items": 200, "max_increase": 0.1}
+    spec["evals"]["tasks"] |= few_tool_calls()
+    spec["evals"]["accept_inconclusive"] = {"baseline-at-chance": "The demo can't call tools."}
     shutil.copy(CHAT_TEMPLATE, folder)
     (folder / "demo.yaml").write_text(yaml.safe_dump(spec))
     done = slipway("release", folder / "demo.yaml", "--json")

@@ -183,7 +183,7 @@ def test_a_changed_adapter_changes_its_own_layer_alone(tmp_path: Path) -> None:
     def keys() -> list[str | None]:
         folders = {name: tmp_path / name for name in ("manual", "tests")}
         sha256 = {path: digest_file(path) for folder in folders.values() for path in folder.iterdir()}
-        return [layer.key for layer in build.adapter_layers(folders, sha256)]
+        return [layer.key for layer in build.folder_layers(folders, sha256)]
 
     for name in ("manual", "tests"):
         (tmp_path / name).mkdir()

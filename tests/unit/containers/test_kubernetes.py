@@ -294,6 +294,18 @@ def test_adapters_are_routed_and_mounted_where_the_image_has_them(tmp_path: Path
     }  # fmt: skip
 
 
+def test_a_draft_model_is_mounted_where_the_image_has_it(tmp_path: Path) -> None:
+    record = {"sha256": "ab" * 32, "size": 600}
+    drafting = {"uri": "file:draft", "revision": "0" * 40, "files": {"a.safetensors": record}}
+    released = manifest(draft_model=drafting, files={**files(3_800_000), "draft_model/a.safetensors": record})
+    written(evidence(manifest=released), tmp_path / "b")
+    patch = yaml.safe_load((tmp_path / "b/weights/pull.yaml").read_text())["spec"]["template"]["spec"]
+    (engine,) = patch["containers"]
+    assert engine["volumeMounts"][1:] == [
+        {"name": "weights", "mountPath": "/draft_model", "subPath": "model/draft_model", "readOnly": True}
+    ]
+
+
 def test_kustomize_puts_the_pull_before_all_else(folder: Path) -> None:
     overlay = folder / "overlays" / "pulled"
     overlay.mkdir()

@@ -22,10 +22,12 @@ from pipeline.quantization.quantize import CalibrationRecord, QuantizedNotes
 from pipeline.settings import Settings
 from pipeline.spec import load
 from pipeline.stages.context import StageContext
+from pipeline.stages.draft_model import PulledDraftModel
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, Store
 from pipeline.store.notes import MergedNotes, SourceNotes
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+DRAFT_MODEL_FILES = ("config.json", "model.safetensors")
 SCAN = ScanEvidence(
     image_id=DIGEST,
     os=OperatingSystem(family="debian", name="12.1"),
@@ -84,6 +86,7 @@ class Made:
     load: LoadEvidence = LOAD
     image: Mapping[str, object] = field(default_factory=dict)
     adapters: tuple[str, ...] = ()
+    draft_model: bool = False
     merged: MergedNotes | None = None
     told: list[str] = field(default_factory=list)
 
@@ -104,7 +107,9 @@ class Made:
         beside = {"adapters": adapters.digest}
         # An image is of its checkpoint, and so differs with it.
         record = image_record(model_digest=quantized.digest, **self.image)
-        image = self.put("image", {**of_checkpoint, **beside}, {"image.json": record.model_dump_json()})
+        image = self.put(
+            "image", {**of_checkpoint, **beside}, {"image.json": record.model_dump_json(), **self._drafting()}
+        )
         of_image = {"image": image.digest}
         paired = {"drift.json": drift_of(self.lost).model_dump_json(by_alias=True)}
         drift = self.put("drift", {"source": source.digest, **of_checkpoint, **beside, **of_image}, paired)
@@ -135,6 +140,14 @@ class Made:
         files = {"adapters.json": json.dumps({"adapters": found})}
         files |= {f"{name}/{file}": f"{name}'s {file}" for name in self.adapters for file in ADAPTER_FILES}
         return self.put("adapters", {"source": source.digest}, files)
+
+    def _drafting(self) -> dict[str, str]:
+        """The files of a draft model in the image's artifact, if there is one."""
+        if not self.draft_model:
+            return {}
+        record = PulledDraftModel(uri="file:draft", revision=DIGEST, cache_bytes_per_token=512)
+        files = {f"draft_model/{file}": f"the draft's {file}" for file in DRAFT_MODEL_FILES}
+        return {"draft_model.json": record.model_dump_json(), **files}
 
     def put(self, stage: str, inputs: Mapping[str, str], files: Mapping[str, str], **notes: Any) -> Artifact:  # noqa: ANN401
         """Make one artifact that holds these files."""

@@ -22,12 +22,13 @@ from pipeline.store.artifacts import Artifact
 from pipeline.store.notes import MergedNotes
 from pipeline.trust import trust_of
 from registry import seal as seals
-from registry.errors import PromotionError, SigningError, VerificationError
+from registry.digests import canonical_json
+from registry.errors import ManifestError, PromotionError, SigningError, VerificationError
 from registry.manifest import MANIFEST, REPORT, FileRecord, Manifest, MergedAdapter
 from registry.provenance import statement
 from registry.signing import load_trusted_keys
 from registry.verify import verify
-from unit.pipeline.release_evidence import ADAPTER_FILES, DIGEST, LOAD, Made, settings_of
+from unit.pipeline.release_evidence import ADAPTER_FILES, DIGEST, DRAFT_MODEL_FILES, LOAD, Made, settings_of
 
 
 @pytest.fixture
@@ -108,6 +109,26 @@ def test_load_evidence_from_before_kernels_were_told_is_sealed_without_them(
     made.load = changed(LOAD, {"server": {"computed_on": None}})
     hardware = seal(made, made.artifacts()).document("release/manifest.json")["hardware"]
     assert not {"instruction_set", "kernels"} & hardware.keys()
+
+
+def test_a_draft_model_is_in_the_manifest_the_provenance_and_the_bill_and_verified_like_weights(made: Made) -> None:
+    made.draft_model = True
+    release = seal(made, made.artifacts())
+    inside = [f"draft_model/{name}" for name in DRAFT_MODEL_FILES]
+    manifest = Manifest.parse((release.folder / MANIFEST).read_bytes())
+    assert manifest.draft_model is not None
+    assert manifest.draft_model.files == {name: manifest.files[f"draft_model/{name}"] for name in DRAFT_MODEL_FILES}
+    dependencies = json.loads(statement(manifest))["predicate"]["buildDefinition"]["resolvedDependencies"]
+    assert {*inside, "draft model"} <= {each["name"] for each in dependencies}
+    bill = release.document("release/evidence/mlbom.cdx.json")
+    (listed,) = (each for each in bill["components"] if each["bom-ref"] == "draft-model")
+    assert [file["name"] for file in listed["components"]] == list(DRAFT_MODEL_FILES)
+    assert "draft model" in (release.folder / "release" / "report.html").read_text()
+    verify(release.folder, load_trusted_keys(made.settings.trusted_keys))
+    document = manifest.model_dump(mode="json", by_alias=True)
+    document["draft_model"]["files"]["config.json"]["size"] += 1
+    with pytest.raises(ManifestError, match=r"`config\.json` of the draft model is not the same among `files`"):
+        Manifest.parse(canonical_json(document))
 
 
 def test_adapters_are_in_the_manifest_the_provenance_and_the_bill_and_verified_like_weights(made: Made) -> None:
