@@ -255,7 +255,8 @@ def _write_top(model: LM, texts: Sequence[str], wanted: Mapping[str, int], outpu
     import numpy as np
 
     model.asking = "distributions"
-    prompts = [[model.prefix_token_id, *model.tok_encode(text)[: wanted["max_tokens"]]] for text in texts]
+    longest = min(wanted["max_tokens"], model.max_length - 1)  # and the first token
+    prompts = [[model.prefix_token_id, *model.tok_encode(text)[:longest]] for text in texts]
     found = model.top(prompts, wanted["top"])
     places = [(number, place) for number, prompt in enumerate(found) for place in range(len(prompt))]
     np.savez_compressed(
