@@ -100,7 +100,15 @@ def plan_described(
         for scheme in (each.scheme for each in weights)
     }
     return make_plan(
-        spec.model, facts, weights, gpus, own[FP16], download_bytes=described.bytes, refused=refused, own=own
+        spec.model,
+        facts,
+        weights,
+        gpus,
+        own[FP16],
+        download_bytes=described.bytes,
+        merges=spec.source.adapter is not None,
+        refused=refused,
+        own=own,
     )
 
 

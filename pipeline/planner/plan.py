@@ -158,10 +158,14 @@ def make_plan(
     workload: Workload,
     *,
     download_bytes: int,
+    merges: bool = False,
     refused: Mapping[str, Sequence[str]] | None = None,
     own: Mapping[str, Workload] | None = None,
 ) -> Plan:
-    """Plan every scheme on every GPU without reading files or using the network; ``own`` are schemes' own workloads."""
+    """Plan every scheme on every GPU without reading files or using the network; ``own`` are schemes' own workloads.
+
+    Where the model ``merges`` an adapter, its source is kept twice: as it was pulled, and merged.
+    """
     packed = [each for each in weights if each.scheme != FP16]
     schemes = []
     for each in weights:
@@ -173,7 +177,7 @@ def make_plan(
         workload=workload,
         schemes=schemes,
         download_bytes=download_bytes,
-        disk_bytes=download_bytes + _COPIES * sum(each.bytes for each in packed),
+        disk_bytes=download_bytes * (1 + merges) + _COPIES * sum(each.bytes for each in packed),
         notes=list(_notes(facts, weights, workload)),
         refused=refused or {},
     )

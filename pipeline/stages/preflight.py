@@ -130,7 +130,10 @@ def _planned(
         )
         for each in weights
     }
-    return make_plan(spec.model, facts, weights, machine, own[FP16], download_bytes=described.bytes, own=own)
+    merges = spec.source.adapter is not None
+    return make_plan(
+        spec.model, facts, weights, machine, own[FP16], download_bytes=described.bytes, merges=merges, own=own
+    )
 
 
 def _too_large_for_gpus(scheme: SchemePlan, here: int) -> list[str]:
