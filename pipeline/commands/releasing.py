@@ -50,8 +50,11 @@ def release(model: str, schemes: Sequence[str], *, as_json: bool) -> None:
 
     def look_ahead() -> dict[str, list[RunEvent]]:
         from pipeline.orchestration.unchanged import unchanged  # noqa: PLC0415 - imports while the runs do
+        from pipeline.stages.locked_sources import describe_moved  # noqa: PLC0415 - as above
 
         sweep(settings)
+        for moved in describe_moved(spec, settings):
+            say(moved)
         found = ((scheme, unchanged(spec, scheme, settings)) for scheme in wanted)
         unchanged_releases = {scheme: events for scheme, events in found if events is not None}
         if len(unchanged_releases) < len(wanted):

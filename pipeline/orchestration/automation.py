@@ -45,7 +45,8 @@ from pipeline.orchestration.run_outcome import ending, findings
 from pipeline.orchestration.speed_job import speed_job
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec, load
-from pipeline.stages.affected import Affected, affected, moved_upstream, touched
+from pipeline.stages.affected import Affected, affected, touched
+from pipeline.stages.locked_sources import find_moved, locked_sources
 
 # Runs of the queue with a higher number start first; what a person launches has 0.
 _SECURITY, _CHANGE, _NIGHT, _LOAD = 10, 5, -5, -10
@@ -235,19 +236,22 @@ def _look(specs: list[ModelSpec], settings: Settings) -> tuple[list[Affected], d
 
 
 def _follow(context: ScheduleEvaluationContext, spec: ModelSpec, settings: Settings) -> dict[str, str]:
-    """Remove the lock of a branch that moved, if the model's file follows it; the next release writes a new one."""
-    try:
-        commit = moved_upstream(spec, settings)
-    except EXPECTED as error:
-        return {spec.model: str(error)}
-    if commit and spec.automation.upstream == "follow":
-        context.log.info("%s moved to %s: following", spec.source.uri, commit)
-        spec.lock.unlink(missing_ok=True)
-    elif commit:
-        return {
-            spec.model: f"{spec.source.uri} moved to {commit[:12]}, and {spec.lock.name} stays: delete it to follow"
-        }
-    return {}
+    """Remove the locks of sources that moved, if the model's file follows them; the next release writes new ones."""
+    troubles = []
+    for source in locked_sources(spec):
+        try:
+            moved = find_moved(source, settings)
+        except EXPECTED as error:
+            troubles.append(str(error))
+            continue
+        if moved is None:
+            continue
+        if spec.automation.upstream == "follow":
+            context.log.info("%s moved to %s: following", source.uri, moved.now)
+            source.lock.unlink(missing_ok=True)
+        else:
+            troubles.append(str(moved))
+    return {spec.model: "; ".join(troubles)} if troubles else {}
 
 
 def _request(

@@ -19,9 +19,6 @@ from containers.scan.evidence import read_scan
 from evals.drift import suite
 from pipeline.resources import REQUIREMENTS
 from pipeline.settings import Settings
-from pipeline.sources import source as sources
-from pipeline.sources.lock import read_lock
-from pipeline.sources.origin import Access, open_origin
 from pipeline.spec import ModelSpec
 from pipeline.stages.context import StageContext
 from pipeline.stages.dry_run import DryRun, Missing
@@ -98,21 +95,6 @@ def affected(spec: ModelSpec, scheme: str, settings: Settings) -> Affected | Non
     # A release can be asked for more than once, each time that the line has moved away from it.
     moves = len(audit_trail(context))
     return Affected(spec.model, scheme, "release", f"{found.key}-{moves}", f"release: signed, and {why}")
-
-
-def moved_upstream(spec: ModelSpec, settings: Settings) -> str | None:
-    """Return the revision that the model's source has now, where the lock holds it to another.
-
-    Raises:
-        SourceError: the source can't be asked.
-    """
-    lock = read_lock(spec.lock)
-    if lock is None or lock.revision is None:
-        return None
-    if open_origin(spec.source.uri, spec.source.revision, Access.of(settings)).pinned:
-        return None
-    now = sources.resolve(spec.source.uri, spec.source.revision, access=Access.of(settings)).revision
-    return None if now == lock.revision else now
 
 
 def touched(specs: Iterable[ModelSpec], settings: Settings) -> str:

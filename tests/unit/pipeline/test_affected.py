@@ -14,15 +14,14 @@ import pytest
 from containers.scan import scan_gate
 from containers.scan.evidence import DatabaseUsed
 from pipeline.errors import SourceError
-from pipeline.sources.lock import Lock, LockedFile, write_lock
 from pipeline.spec import ModelSpec
 from pipeline.stages import affected as looking
 from pipeline.stages import quantized, scan
-from pipeline.stages.affected import affected, moved_upstream, touched
+from pipeline.stages.affected import affected, touched
 from pipeline.store.artifacts import Artifact
 from registry.backend import Version
 from unit.pipeline.filled import _FILES, Models, instruction_set_of
-from unit.pipeline.hub_server import COMMIT, REPOSITORY, serving
+from unit.pipeline.hub_server import COMMIT
 from unit.pipeline.release_evidence import SCAN
 
 SCHEMES = {"gptq": {"method": "gptq", "backend": "gptqmodel", "bits": 4, "group_size": 64}}
@@ -213,22 +212,6 @@ def test_a_source_that_its_lock_does_not_allow_is_said_and_not_guessed(models: M
     elsewhere = models.write(source={"uri": "hf://org/tiny", "revision": COMMIT})
     with pytest.raises(SourceError, match="delete the lock file"):
         affected(elsewhere, "gptq", models.settings)
-
-
-@pytest.mark.parametrize(
-    ("revision", "locked", "expected"),
-    [("main", "f" * 40, COMMIT), ("main", COMMIT, None), (COMMIT, "f" * 40, None)],
-    ids=["a branch that moved", "a branch that did not", "a commit"],
-)
-def test_a_branch_that_moved_upstream_is_seen_behind_its_lock(
-    models: Models, revision: str, locked: str, expected: str | None
-) -> None:
-    spec = models.write(source={"uri": f"hf://{REPOSITORY}", "revision": revision})
-    file = LockedFile(size=2, sha256="0" * 64)
-    write_lock(Lock(path=spec.lock, uri=f"hf://{REPOSITORY}", revision=locked, files={"config.json": file}))
-    with serving({"config.json": b"{}", "model.safetensors": b"weights", "tokenizer.json": b"{}"}) as hub:
-        settings = replace(models.settings, hub_endpoint=hub.endpoint)
-        assert moved_upstream(spec, settings) == expected
 
 
 def test_touching_anything_a_release_is_made_from_is_noticed(models: Models, released: ModelSpec) -> None:
