@@ -52,8 +52,10 @@ class Source(_Section):
     """Where the weights come from."""
 
     uri: str
-    """`file:FOLDER`, `hf://ORG/NAME`, `s3://BUCKET/PREFIX`, `models:/NAME@ALIAS`, `runs:/RUN/PATH` or
-    `oci://HOST/NAME:TAG` (see *Sources*); a relative folder counts from the model file."""
+    """`file:FOLDER`, `hf://ORG/NAME`, `s3://BUCKET/PREFIX`, `gs://BUCKET/PREFIX`, `az://CONTAINER/PREFIX`,
+    `models:/NAME@ALIAS`, `runs:/RUN/PATH` or `oci://HOST/NAME:TAG` (see *Sources*); a relative folder counts from the
+    model file.
+    """
     revision: str | None = None
     """Of a hub: a commit, a tag or a branch; default `main`."""
     adapter: Adapter | None = None
@@ -152,7 +154,9 @@ class Automation(_Section):
     noticed. Inputs are the revision, calibration, suite, pins and limits.
     """
     upstream: Literal["locked", "follow"] = "locked"
-    """Whether the nightly run updates the lock to a branch's newer commit (`follow`) or only reports it (`locked`)."""
+    """Whether the nightly run updates the lock of a branch, tag or alias that moved (`follow`) or only reports it
+    (`locked`): of the source, of adapters and of calibration data.
+    """
     rescan: Literal["by-hand", "nightly"] = "by-hand"
     """Whether the champion is scanned again every night."""
     load: Literal["by-hand", "weekly"] = "by-hand"

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import boto3
 import mlflow
 from cutting_proxy import CuttingProxy, cutting
-from real_server import AWS, BUCKET, mlflow_server, s3_server
+from real_server import AWS, BUCKET, az_server, azurite_connection, gs_server, mlflow_server, s3_server
 
 from containers.image.distribution import Registry
 from containers.image.oci import EMPTY, MANIFEST
@@ -31,8 +31,10 @@ class Place(Protocol):
         access: how it is reached.
         environment: the standard variables for it.
         proxy: what is between it and its clients.
+        keeps_versions: whether files that were replaced can still be read.
     """
 
+    keeps_versions: bool
     uri: str
     access: Access
     environment: Mapping[str, str]
@@ -47,7 +49,7 @@ class S3Place:
     """moto's S3, in a bucket with or without versions."""
 
     def __init__(self, address: str, proxy: CuttingProxy, *, versions: bool) -> None:
-        self.bucket = "versions" if versions else BUCKET
+        self.bucket, self.keeps_versions = "versions" if versions else BUCKET, versions
         self.uri, self.access, self.proxy = f"s3://{self.bucket}/models/tiny", Access(), proxy
         self.environment: Mapping[str, str] = {**AWS, "AWS_ENDPOINT_URL": f"http://{proxy.address}"}
         self.client: Any = boto3.client(
@@ -65,8 +67,56 @@ class S3Place:
             self.client.put_object(Bucket=self.bucket, Key=f"models/tiny/{name}", Body=data)
 
 
+class GsPlace:
+    """An emulator of Google Cloud Storage, which keeps no generation but the last."""
+
+    keeps_versions = False
+
+    def __init__(self, address: str, proxy: CuttingProxy) -> None:
+        from gcsfs.core import GCSFileSystem  # noqa: PLC0415 - of an extra
+
+        self.uri, self.access, self.proxy = f"gs://{BUCKET}/models/tiny", Access(), proxy
+        # Without credentials the client goes on as nobody; it does not look for a server of Google's machines.
+        self.environment: Mapping[str, str] = {
+            "STORAGE_EMULATOR_HOST": f"http://{proxy.address}",
+            "NO_GCE_CHECK": "true",
+        }
+        self.client: Any = GCSFileSystem(endpoint_url=address, token="anon", use_listings_cache=False)  # noqa: S106 - nobody
+        self.client.call("POST", "b", json={"name": BUCKET})
+
+    def put(self, files: Mapping[str, bytes]) -> None:
+        for path in self.client.find(BUCKET):
+            self.client.rm_file(path)
+        for name, data in files.items():
+            self.client.pipe_file(f"{BUCKET}/models/tiny/{name}", data)
+
+
+class AzPlace:
+    """Azurite, whose containers have no versions."""
+
+    keeps_versions = False
+
+    def __init__(self, address: str, proxy: CuttingProxy) -> None:
+        from azure.storage.blob import BlobServiceClient  # noqa: PLC0415 - of an extra
+
+        self.uri, self.access, self.proxy = f"az://{BUCKET}/models/tiny", Access(), proxy
+        self.environment: Mapping[str, str] = {
+            "AZURE_STORAGE_CONNECTION_STRING": azurite_connection(f"http://{proxy.address}")
+        }
+        service = BlobServiceClient.from_connection_string(azurite_connection(address))
+        self.client: Any = service.create_container(BUCKET)
+
+    def put(self, files: Mapping[str, bytes]) -> None:
+        for name in self.client.list_blob_names():
+            self.client.delete_blob(name)
+        for name, data in files.items():
+            self.client.upload_blob(f"models/tiny/{name}", data)
+
+
 class MlflowPlace:
     """A server of MLflow, which hands the files out; each `put` is a new version, with the alias `chosen`."""
+
+    keeps_versions = True
 
     def __init__(self, address: str, folder: Path, proxy: CuttingProxy, *, flavour: bool) -> None:
         self.name = "flavoured" if flavour else "plain"
@@ -101,6 +151,8 @@ class MlflowPlace:
 
 class OciPlace:
     """Debian's docker-registry; the form of the artifact is that of ORAS, of ModelPack or of KServe's ModelCar."""
+
+    keeps_versions = True
 
     def __init__(self, address: str, proxy: CuttingProxy, form: str) -> None:
         self.address, self.proxy, self.form = address, proxy, form
@@ -141,7 +193,7 @@ class OciPlace:
 
 @contextmanager
 def open_places(server: str, folder: Path) -> Iterator[dict[str, Place]]:
-    """Start a server, `s3`, `mlflow` or `oci`, and yield the places in it, one for each form of its sources."""
+    """Start a server, `s3`, `gs`, `az`, `mlflow` or `oci`, and yield the places in it, one a form of its sources."""
     folder.mkdir(parents=True, exist_ok=True)
     if server == "s3":
         with s3_server(folder) as address, cutting(address.removeprefix("http://")) as proxy:
@@ -149,6 +201,12 @@ def open_places(server: str, folder: Path) -> Iterator[dict[str, Place]]:
                 "s3": S3Place(address, proxy, versions=False),
                 "s3-versions": S3Place(address, proxy, versions=True),
             }
+    elif server == "gs":
+        with gs_server(folder) as address, cutting(address.removeprefix("http://")) as proxy:
+            yield {"gs": GsPlace(address, proxy)}
+    elif server == "az":
+        with az_server(folder) as address, cutting(address.removeprefix("http://")) as proxy:
+            yield {"az": AzPlace(address, proxy)}
     elif server == "mlflow":
         options = ["--artifacts-destination", str(folder / "artifacts")]
         store = f"sqlite:///{folder}/mlflow.db"

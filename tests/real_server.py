@@ -12,14 +12,19 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from node_packages import install, node
+
 from containers.engine.engine import install_packages
+from registry.digests import digest_file
+from registry.file_locks import locked
 
 ADMIN, READER = ("admin", "an admin's password"), ("reader", "a reader's password")
 BUCKET = "releases"
+AZURITE = Path(__file__).with_name("azurite")
 AWS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
@@ -127,6 +132,51 @@ def s3_server(folder: Path) -> Iterator[str]:
         _wait_for(f"{address}/moto-api/", process, folder / "s3" / "log")
         urllib.request.urlopen(urllib.request.Request(f"{address}/{BUCKET}", method="PUT"), timeout=10).close()  # noqa: S310
         yield address
+
+
+@contextmanager
+def gs_server(folder: Path) -> Iterator[str]:
+    """An emulator of Google Cloud Storage, in memory; gives its address."""
+    port = free_port()
+    (folder / "gs").mkdir()
+    program = str(Path(sys.executable).with_name("gcp-storage-emulator"))
+    command = [program, "start", "--host", "127.0.0.1", "--port", str(port), "--in-memory"]
+    with _process(command, folder / "gs", {"PATH": os.environ["PATH"], "HOME": str(folder)}) as process:
+        address = f"http://127.0.0.1:{port}"
+        _wait_for(f"{address}/storage/v1/b", process, folder / "gs" / "log")
+        yield address
+
+
+@contextmanager
+def az_server(folder: Path) -> Iterator[str]:
+    """Azurite, npm's emulator of Azure's storage, in memory; gives its address."""
+    port = free_port()
+    (folder / "az").mkdir()
+    command = [node("node"), str(_azurite()), "--blobHost", "127.0.0.1", "--blobPort", str(port)]
+    command += ["--inMemoryPersistence", "--silent", "--skipApiVersionCheck", "--disableTelemetry"]
+    with _process(command, folder / "az", {"PATH": os.environ["PATH"], "HOME": str(folder)}) as process:
+        for _ in range(600):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            assert process.poll() is None, (folder / "az" / "log").read_text()
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+
+
+def _azurite() -> Path:
+    """The program, which npm installs once for each checkout."""
+    place = Path(sys.executable).parents[1] / f"azurite-{digest_file(AZURITE / 'package-lock.json')[:12]}"
+    with locked(place.with_suffix(".lock")):
+        if not (program := place / "node_modules" / ".bin" / "azurite-blob").exists():
+            install(AZURITE, place)
+    return program
+
+
+def azurite_connection(address: str) -> str:
+    """The connection string of Azurite's own account, whose key is the same everywhere."""
+    key = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+    account = "devstoreaccount1"
+    return f"DefaultEndpointsProtocol=http;AccountName={account};AccountKey={key};BlobEndpoint={address}/{account};"
 
 
 @contextmanager

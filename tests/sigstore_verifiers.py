@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
-import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from node_packages import install, node
 
 _PACKAGE = Path(__file__).parent / "sigstore"
 
@@ -27,10 +27,7 @@ class NpmVerifier:
     @classmethod
     def installed(cls, folder: Path) -> NpmVerifier:
         """Install both packages, whose digests the lock has."""
-        for path in _PACKAGE.iterdir():
-            shutil.copyfile(path, folder / path.name)
-        command = [_node("npm"), "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        install(_PACKAGE, folder)
         return cls(folder)
 
     def statement(self, bundle: bytes, key: Path) -> dict[str, Any]:
@@ -41,7 +38,7 @@ class NpmVerifier:
         """
         path = self.folder / "bundle.json"
         path.write_bytes(bundle)
-        command = [_node("node"), str(self.folder / "verify.mjs"), str(path), str(key)]
+        command = [node("node"), str(self.folder / "verify.mjs"), str(path), str(key)]
         done = subprocess.run(command, capture_output=True, check=False)
         if done.returncode:
             raise RefusedError(done.stderr.decode().strip())
@@ -57,7 +54,3 @@ def openssl_verifies(bundle: bytes, key: Path, folder: Path) -> bool:
     (folder / "sig").write_bytes(base64.b64decode(envelope["signatures"][0]["sig"]))
     command = ["openssl", "dgst", "-sha256", "-verify", str(key), "-signature", "sig", "signed"]
     return subprocess.run(command, cwd=folder, capture_output=True, check=False).returncode == 0
-
-
-def _node(name: str) -> str:
-    return str(Path(sys.executable).with_name(name))

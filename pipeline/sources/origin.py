@@ -29,6 +29,8 @@ _OWN = {
     "file": "pipeline.sources.folder:open_folder",
     "hf": "pipeline.sources.hub:open_model",
     "s3": "pipeline.sources.s3:open_prefix",
+    "gs": "pipeline.sources.cloud_storage:open_prefix",
+    "az": "pipeline.sources.cloud_storage:open_prefix",
     "models": "pipeline.sources.mlflow_models:open_artifacts",
     "runs": "pipeline.sources.mlflow_models:open_artifacts",
     "oci": "pipeline.sources.oci:open_artifact",

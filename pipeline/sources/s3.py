@@ -7,14 +7,14 @@ that it had when it was listed or, in a bucket without versions, to its ETag.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import ChangedSourceError, SourceError, UnreachableError
+from pipeline.errors import SourceError, UnreachableError
+from pipeline.sources import objects
 from pipeline.sources.origin import Access, Found, SourceFile
 from registry.download import Reader
 from registry.errors import RefusedError
@@ -23,10 +23,7 @@ from registry.stream import stream
 if TYPE_CHECKING:
     from botocore.exceptions import ClientError
 
-_URI = re.compile(r"s3://(?P<bucket>[A-Za-z0-9._-]{3,63})(?:/(?P<prefix>[^\x00-\x1f\x7f]*?))?/?")
 _ADDRESS_SECONDS = 12 * 3600
-# At the top level of a prefix; a model has some hundred files.
-_MOST_OBJECTS = 10_000
 _EXPIRED = ("ExpiredToken", "ExpiredTokenException", "RequestExpired")
 _ABSENT = ("NoSuchKey", "NoSuchVersion", "NoSuchBucket", "404")
 
@@ -48,13 +45,7 @@ class Prefix:
     def find(self) -> Found:
         """List the objects with their versions; ``SourceError`` if the list changes meanwhile."""
         with self._explained():
-            listed = self._listed()
-            files = tuple(self._file(name, *entry) for name, entry in listed.items())
-            if self._listed() != listed:
-                raise self._changed("its list of objects changed while it was read")
-        if not files:
-            raise SourceError(f"{self.uri} holds no objects: check the bucket and the prefix")
-        return Found(None, files)
+            return objects.find(self.uri, self._listed, self._file)
 
     @contextmanager
     def open(
@@ -82,21 +73,17 @@ class Prefix:
         """Size and ETag of the objects at the top level, by name."""
         start = f"{self.prefix}/" if self.prefix else ""
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=start, Delimiter="/")
-        objects = list(islice((each for page in pages for each in page.get("Contents", ())), _MOST_OBJECTS + 1))
-        if len(objects) > _MOST_OBJECTS:
-            raise SourceError(f"{self.uri} holds more than {_MOST_OBJECTS} objects: it is not a model")
-        named = {str(each["Key"]).removeprefix(start): each for each in objects}
+        found = islice((each for page in pages for each in page.get("Contents", ())), objects.MOST_OBJECTS + 2)
+        named = {str(each["Key"]).removeprefix(start): each for each in found}
         return {name: (int(each["Size"]), str(each["ETag"])) for name, each in named.items() if name}
 
-    def _file(self, name: str, size: int, etag: str) -> SourceFile:
+    def _file(self, name: str, entry: tuple[int, str]) -> SourceFile:
+        size, etag = entry
         told = self.client.head_object(**self._where(name))
         if (told["ContentLength"], told["ETag"]) != (size, etag):
-            raise self._changed(f"{name} changed while the objects were listed")
+            raise objects.changed(self.uri, f"{name} changed while the objects were listed")
         version = told.get("VersionId", "null")
         return SourceFile(name, size, version=f"etag:{etag}" if version == "null" else f"version:{version}")
-
-    def _changed(self, what: str) -> SourceError:
-        return SourceError(f"{self.uri}: {what}: run again when nobody writes to it")
 
     @contextmanager
     def _explained(self, name: str = "") -> Iterator[None]:
@@ -130,10 +117,7 @@ class Prefix:
         if code in _EXPIRED:
             return SourceError(f"{what}: the AWS credentials have expired: renew them and run again")
         if status == 412:
-            return ChangedSourceError(
-                f"{what} was overwritten after it was listed or locked: restore it, or delete the model's lock file "
-                "and run again"
-            )
+            return objects.overwritten(what)
         if code in _ABSENT or status == 404:
             return SourceError(f"{what} does not exist")
         kind = UnreachableError if status == 429 or status >= 500 else SourceError
@@ -151,15 +135,10 @@ def _line(error: Exception) -> str:
 
 def open_prefix(uri: str, revision: str | None, _access: Access) -> Prefix:
     """Open ``s3://BUCKET/PREFIX``."""
-    match = _URI.fullmatch(uri)
-    if match is None or ".." in uri.split("/"):
-        raise SourceError(f"can't pull from `{uri}`: expected s3://BUCKET/PREFIX")
-    if revision is not None:
-        raise SourceError(f"`revision` does not apply to {uri}: its objects are locked by their versions; remove it")
+    placed = Prefix(None, *objects.split(uri, revision))
     import boto3  # noqa: PLC0415 - it takes a fifth of a second
     from botocore.config import Config  # noqa: PLC0415 - the same
 
-    placed = Prefix(None, match["bucket"], match["prefix"] or "")
     with placed._explained():  # noqa: SLF001 - of this module
         client = boto3.Session().client("s3", config=Config(signature_version="s3v4", retries={"mode": "standard"}))
     return Prefix(client, placed.bucket, placed.prefix)
