@@ -132,7 +132,7 @@ def container_reader(container: Container, gpus: Sequence[str] = ()) -> tuple[Re
     found = _cgroup_reader(container.attrs["State"]["Pid"], container.id)
     read, source = found or (_stats_reader(container), "docker")
     pids = lambda: _pids(container)  # noqa: E731
-    devices = [] if not gpus else _gpu_readers(gpus, pids)
+    devices = [] if not gpus else gpu_readers(gpus, pids)
     more = [*devices, *([] if found is None else [_worker_reader(pids)])]
 
     def all_of_them() -> Mapping[str, int] | None:
@@ -225,7 +225,7 @@ def _worker_reader(pids: Callable[[], set[int]]) -> Callable[[], Mapping[str, in
     return read
 
 
-def _gpu_readers(gpus: Sequence[str], pids: Callable[[], set[int]]) -> list[Callable[[], Mapping[str, int]]]:
+def gpu_readers(gpus: Sequence[str], pids: Callable[[], set[int]]) -> list[Callable[[], Mapping[str, int]]]:
     """Return readers of the memory in use on devices (by index or UUID) and by processes; none if NVML lacks one."""
     import pynvml  # noqa: PLC0415 - needed only with a GPU
 

@@ -12,8 +12,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from uv import find_uv_bin
-
 from pipeline.errors import WorkerFailed
 from pipeline.resources import PACKAGES, REQUIREMENTS
 from pipeline.settings import Settings
@@ -68,6 +66,15 @@ def ensure_environment(environment: str, settings: Settings, progress: Progress)
     return folder
 
 
+def install_harness(environment: str, site: Path) -> None:
+    """Copy what every worker script imports into an environment's folder of packages."""
+    for name, path in _HARNESS.items():
+        shutil.copyfile(path, site / name)
+    if _needs_torch(environment):
+        shutil.copyfile(_EXACT, site / _EXACT.name)
+        (site / _EXACT.with_suffix(".pth").name).write_text(f"import {_EXACT.stem}\n")
+
+
 def _pins(environment: str) -> list[Path]:
     """The files that determine what is installed."""
     pins = [REQUIREMENTS / f"{environment}.txt", REQUIREMENTS / "build.txt", *_HARNESS.values()]
@@ -79,6 +86,8 @@ def _needs_torch(environment: str) -> bool:
 
 
 def _install(environment: str, folder: Path, settings: Settings) -> None:
+    from uv import find_uv_bin  # noqa: PLC0415 - a machine whose environments are there needs no installer
+
     beside = folder.with_name(folder.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
     python = str(beside / "bin" / "python")
@@ -101,9 +110,5 @@ def _install(environment: str, folder: Path, settings: Settings) -> None:
             tail = "\n".join(done.stderr.splitlines()[-_TAIL_LINES:])
             raise WorkerFailed(f"can't make the {environment} environment (uv {step[0]} failed):\n{tail}")
     (site,) = beside.glob("lib/python*/site-packages")
-    for name, path in _HARNESS.items():
-        shutil.copyfile(path, site / name)
-    if _needs_torch(environment):
-        shutil.copyfile(_EXACT, site / _EXACT.name)
-        (site / _EXACT.with_suffix(".pth").name).write_text(f"import {_EXACT.stem}\n")
+    install_harness(environment, site)
     beside.rename(folder)

@@ -196,7 +196,7 @@ def test_without_a_gpu_there_is_nothing_to_reserve(machine: Path, tmp_path: Path
 def test_the_memory_of_each_gpu_is_read_and_a_containers_own_is_told_from_its_neighbours(machine: Path) -> None:
     changed(machine, 4, used=10 * GIB, processes=((7, 3 * GIB), (8, GIB), (9, 5 * GIB), (10, None)))
     changed(machine, 5, used=2 * GIB)
-    readers = memory._gpu_readers(["GPU-4", "GPU-5"], lambda: {7, 8, 10})
+    readers = memory.gpu_readers(["GPU-4", "GPU-5"], lambda: {7, 8, 10})
     read = {name: value for reader in readers for name, value in reader().items()}
     assert read == {
         "gpu_0_memory_bytes": 10 * GIB, "gpu_0_process_bytes": 4 * GIB, "gpu_1_memory_bytes": 2 * GIB,
