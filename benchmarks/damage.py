@@ -78,13 +78,11 @@ class StageContext:
     def asked(self, checkpoint: Path, again: int = 0) -> tuple[Answers, Path]:
         """Let a checkpoint answer the suite."""
         output = self.folder("answers")
-        run: dict[str, Any] = {
-            "run_worker": self.workers,
-            "scratch": self.folder("scratch"),
-            "progress": lambda _: None,
-        }
-        more = {"divergence": self.limits.divergence, "again": again}
-        return ask(checkpoint, self.limits, output, device="cpu", **run, **more), output
+        answers = ask(
+            checkpoint, self.limits, output, device="cpu", run_worker=self.workers, scratch=self.folder("scratch"),
+            progress=lambda _: None, divergence=self.limits.divergence, again=again,
+        )  # fmt: skip
+        return answers, output
 
     def verdict(self, baseline: tuple[Answers, Path], candidate: tuple[Answers, Path]) -> Verdict:
         """Judge a candidate against FP16."""

@@ -56,16 +56,17 @@ def main() -> None:
     spec = load(find("demo", settings.models))
     context = StageContext(spec, "awq", settings, lambda _: None)
     _forget(context.store, "answers", "layers", "drift")
-    source = run_until("source", context)["source"]
-    baseline, ours = _timed(lambda: run(BASELINE, context, {"source": source}))
+    sources = run_until("adapters", context)
+    baseline, ours = _timed(lambda: run(BASELINE, context, sources))
     seconds = {"fp16": ours}
-    models: dict[str, tuple[Artifact, Serve]] = {"fp16": (source, lambda: serve_source(context, source))}
+    source, adapters = sources["source"], sources["adapters"]
+    models: dict[str, tuple[Artifact, Serve]] = {"fp16": (source, lambda: serve_source(context, source, adapters))}
     for scheme in spec.schemes:
         of_scheme = StageContext(spec, scheme, settings, lambda _: None)
         made = {**run_until("image", of_scheme), "baseline": baseline}
         _, seconds[scheme] = _timed(partial(run, DRIFT, of_scheme, made))
         image_id = ImageRecord.model_validate(made["image"].document("image.json")).image_id
-        models[scheme] = (made["quantized"], _serve(context, image_id))
+        models[scheme] = (made["quantized"], _serve(of_scheme, image_id, made["quantized"]))
     _told("slipway", seconds)
     with tempfile.TemporaryDirectory() as place, _client(settings, Path(place)) as client:
         _write_tasks(spec, Path(place))
@@ -88,8 +89,8 @@ def _timed(stage: Callable[[], Artifact]) -> tuple[Artifact, float]:
     return stage(), time.monotonic() - started
 
 
-def _serve(context: StageContext, image_id: str) -> Serve:
-    return lambda: serve_image(context, image_id)
+def _serve(context: StageContext, image_id: str, checkpoint: Artifact) -> Serve:
+    return lambda: serve_image(context, image_id, checkpoint)
 
 
 def _told(what: str, seconds: dict[str, float]) -> None:

@@ -33,6 +33,7 @@ sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests")]
 
 from release_folder import FILES, make_release  # noqa: E402
 
+from benchmarks.random_files import write_random  # noqa: E402
 from registry.connect import open_backend  # noqa: E402
 from registry.promote import promote  # noqa: E402
 from registry.pull import CONNECTIONS  # noqa: E402
@@ -57,7 +58,7 @@ def main(gigabytes: float, keep: Path | None) -> None:
     with tempfile.TemporaryDirectory(dir=keep) as name:
         folder = Path(name)
         key = load_or_create_key(folder / "keys" / "release.pem")
-        weights = [_random(folder / f"weights-{number}", int(gigabytes * 1e9 / 8)) for number in range(8)]
+        weights = [write_random(folder / f"weights-{number}", int(gigabytes * 1e9 / 8)) for number in range(8)]
         release = _release(folder / "release", weights, key)
         with _server(folder) as uri:
             promote(release, uri, [key.public])
@@ -117,20 +118,12 @@ def main(gigabytes: float, keep: Path | None) -> None:
             print(f"peak memory of pull: {max(peaks):.0f} MB")
             cache = str(folder / "cache")
             _run([sys.executable, "-c", PULL, "demo-awq", str(folder / "first"), uri, public, cache])
-            weights[3] = _random(folder / "other", int(gigabytes * 1e9 / 8))
+            weights[3] = write_random(folder / "other", int(gigabytes * 1e9 / 8))
             promote(_release(folder / "second-release", weights, key, "2026-11-25T00:00:00Z"), uri, [key.public])
             done = json.loads(
                 _run([sys.executable, "-c", PULL, "demo-awq", str(folder / "second"), uri, public, cache])
             )
             print(f"moved when one of eight changed: {done['moved'] / 1e6:.1f} MB in {done['inside']:.1f} s")
-
-
-def _random(path: Path, size: int) -> Path:
-    block = os.urandom(1 << 20)
-    with path.open("wb") as file:
-        for number in range(size // len(block)):
-            file.write(number.to_bytes(8, "big") + block[8:])
-    return path
 
 
 def _release(folder: Path, weights: list[Path], key: object, created: str = "2026-11-24T00:00:00Z") -> Path:

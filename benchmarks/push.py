@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "stages")]
-SETTINGS = {"Labels": {}, "Env": []}
+sys.path[:1] = [str(ROOT), str(ROOT / "tests")]  # not this folder, whose `stages` is another
+SETTINGS: dict[str, object] = {"Labels": {}, "Env": []}
 
 
 def make(folder: Path, gigabytes: float, shards: int) -> dict[str, str]:
@@ -122,7 +122,7 @@ def docker(folder: Path, registry: str) -> tuple[float, float]:
 
 def main() -> None:
     """Measure and print."""
-    from loopback_registry import serving
+    from stages.loopback_registry import serving
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=4.0)

@@ -31,6 +31,7 @@ sys.path[:1] = [str(CHECKOUT), str(CHECKOUT / "tests")]  # not this folder, whos
 import mlflow  # noqa: E402
 from real_server import AWS, BUCKET, mlflow_server, s3_server  # noqa: E402
 
+from benchmarks.random_files import write_random  # noqa: E402
 from containers.image.distribution import Registry  # noqa: E402
 from containers.image.oci import EMPTY, MANIFEST  # noqa: E402
 from registry.digests import canonical_json, digest_file  # noqa: E402
@@ -72,7 +73,9 @@ def main(gigabytes: float) -> None:
     """Run all of it and print one line a figure."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        files = [_random(folder / f"model-{n + 1:05}-of-00004.safetensors", int(gigabytes * 1e9 / 4)) for n in range(4)]
+        files = [
+            write_random(folder / f"model-{n + 1:05}-of-00004.safetensors", int(gigabytes * 1e9 / 4)) for n in range(4)
+        ]
         for compare in (_s3, _mlflow, _oci):
             place = folder / compare.__name__
             place.mkdir()
@@ -166,14 +169,6 @@ def _compare(
         if way != "slipway":
             print(f"{name}: slipway / {way}: {best['slipway'] / seconds:.2f}", flush=True)
     print(json.dumps({"source": name, "gigabytes": gigabytes, "peak_mb": round(max(peaks), 1)}), flush=True)
-
-
-def _random(path: Path, size: int) -> Path:
-    block = os.urandom(1 << 20)
-    with path.open("wb") as file:
-        for number in range(size // len(block)):
-            file.write(number.to_bytes(8, "big") + block[8:])
-    return path
 
 
 def _run(command: list[str]) -> str:
