@@ -118,7 +118,11 @@ def aliases_by_version(line: Line) -> defaultdict[str, tuple[str, ...]]:
 
 
 def only_version(backend: RegistryBackend, name: str, number: str) -> Version:
-    """Return the version with this number; ``TrackingError`` names those that there are."""
+    """Return the version with this number.
+
+    Raises:
+        TrackingError: There is none; the message lists the line's versions.
+    """
     versions = backend.versions(name)
     for version in versions:
         if version.version == number:

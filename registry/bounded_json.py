@@ -57,7 +57,11 @@ def read_json(data: bytes, bounds: Bounds, pairs_hook: Callable[[list[tuple[str,
 
 
 def check_bounds(data: bytes, bounds: Bounds) -> None:
-    """Raise ``DocumentError`` where ``data`` is more than is read; it need not be JSON."""
+    """Check the size, the depth and the number of values of ``data``, which need not be valid JSON.
+
+    Raises:
+        DocumentError: One of them exceeds ``bounds``.
+    """
     if len(data) > bounds.bytes:
         raise DocumentError(f"{len(data)} bytes, of which at most {bounds.bytes} are read")
     openings = data.count(b"[") + data.count(b"{")

@@ -45,7 +45,11 @@ def current(tracking_uri: str, name: str) -> list[Version]:
 
 
 def names(tracking_uri: str) -> list[str]:
-    """Return the names of all release lines; ``TrackingError`` as `current`."""
+    """Return the names of all release lines.
+
+    Raises:
+        TrackingError: The store can't be reached or read.
+    """
     path = database_path(tracking_uri)
     if path is not None and not path.exists():
         return []
@@ -90,7 +94,11 @@ def line(tracking_uri: str, name: str) -> Line | None:
 
 
 def artifact_root(tracking_uri: str) -> str | None:
-    """Return where uploaded releases are stored; None before the first upload. ``TrackingError`` as `current`."""
+    """Return where uploaded releases are stored; None before the first upload.
+
+    Raises:
+        TrackingError: The store can't be reached or read.
+    """
     path = database_path(tracking_uri)
     if path is not None and not path.exists():
         return None

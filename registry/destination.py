@@ -63,8 +63,12 @@ def take_place(part: Path, destination: Path, *, replace: bool) -> None:
     """Rename the finished folder to the destination, atomically.
 
     With ``replace`` it changes places with what is there, in one step where the file system can (Linux,
-    ``RENAME_EXCHANGE``), and that is then removed; a process that has it open keeps what it has. Of a symlink the link
-    goes, and what it points at stays.
+    ``RENAME_EXCHANGE``), and that is then removed; a process that has it open keeps what it has. A symlink is replaced,
+    what it points to is kept.
+
+    Raises:
+        PullError: Without ``replace``, the destination appeared meanwhile.
+        OSError: A folder can't be renamed.
     """
     if replace and os.path.lexists(destination):
         if not _exchange(part, destination):

@@ -112,7 +112,11 @@ def fill(name: str, descriptor: int, held: int, size: int, open_at: Open, moved:
 
 
 def keep(pace: Pace, name: str, count: int) -> None:
-    """Count bytes of a file; ``TrackingError`` where they come too slowly."""
+    """Count bytes of a file.
+
+    Raises:
+        TrackingError: They arrive too slowly.
+    """
     try:
         pace.add(count)
     except NetworkSettingError as error:
@@ -120,7 +124,11 @@ def keep(pace: Pace, name: str, count: int) -> None:
 
 
 def pause(name: str, attempt: int, why: str) -> None:
-    """Wait before the next attempt to read on; ``TrackingError`` where there were enough without a byte of progress."""
+    """Wait before the next attempt to read on, longer each time.
+
+    Raises:
+        TrackingError: There were enough attempts without a byte of progress; ``why`` is in the message.
+    """
     if attempt > _ATTEMPTS:
         raise TrackingError(f"`{name}` can't be fetched: {why}")
     time.sleep(_FIRST_PAUSE * 2**attempt * random.uniform(0.5, 1.0))  # noqa: S311 - spreads those who wait
@@ -146,7 +154,12 @@ def _write(descriptor: int, data: memoryview, at: int) -> None:
 
 @contextmanager
 def local(path: Path, start: int) -> Iterator[tuple[Reader, int]]:
-    """Open a file of this machine as an `Open`; ``PullError`` where it is a link, ``TrackingError`` if unreadable."""
+    """Open a file of this machine, at byte ``start``, as an `Open`.
+
+    Raises:
+        PullError: It is a symlink.
+        TrackingError: It can't be read.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:

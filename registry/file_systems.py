@@ -15,7 +15,11 @@ _UNSUPPORTED = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EN
 
 
 def sync_folder(folder: Path) -> None:
-    """Push a folder's list of names to the disk, where its file system can."""
+    """Write a folder's list of names to the disk, where its file system can.
+
+    Raises:
+        OSError: The disk refuses.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -27,7 +31,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def set_mode(file: Path | int, mode: int) -> None:
-    """Change a file's mode, where its file system has modes; for what no secret depends on."""
+    """Change a file's mode, where its file system has modes and this user may; for what no secret depends on.
+
+    Raises:
+        OSError: It fails for another reason.
+    """
     try:
         os.chmod(file, mode)  # noqa: PTH101 - a descriptor, too
     except OSError as error:

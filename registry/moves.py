@@ -106,8 +106,11 @@ def rollback(
 ) -> Moved:
     """Swap ``champion`` and ``previous`` after verifying the new champion; doing it twice changes nothing.
 
-    A killed rollback is finished, not repeated. Arguments and errors are those of `promote_version`;
-    a line without ``previous`` is a ``PromotionError``.
+    A killed rollback is finished, not repeated. Arguments are those of `promote_version`.
+
+    Raises:
+        PromotionError: The line has no ``previous``.
+        RegistryError: As `promote_version`.
     """
     policy = policy_of(trusted_keys, required_gates)
     with _opened(name, tracking_uri, policy, progress) as (held, backend, line, finished):
@@ -140,8 +143,12 @@ def canary(
 ) -> Moved:
     """Send ``weight`` percent of the traffic to this version and the rest to the champion; 0 ends the canary.
 
-    ``canary`` names the version, so that it can be pulled; `registry.resolve.traffic` reads the split. Other
-    arguments and errors are those of `promote_version`.
+    The alias ``canary`` names the version, so that it can be pulled; `registry.resolve.traffic` reads the split. Other
+    arguments are those of `promote_version`.
+
+    Raises:
+        PromotionError: ``weight`` is not in 0 to 100, the version is champion, or with 0 it is not the canary.
+        RegistryError: As `promote_version`.
     """
     if not 0 <= weight <= 100:
         raise PromotionError(f"the weight {weight} is not a percentage: expected 0 to 100")

@@ -158,9 +158,10 @@ def same_origin(one: str, other: str) -> bool:
 
 
 def refuse_encoding(content_encoding: str) -> None:
-    """Raise ``NetworkSettingError`` for a ``Content-Encoding`` under which a body is not as it is stored.
+    """Refuse a ``Content-Encoding`` with which a body differs from what is stored.
 
-    The message goes on after the name of who sent it.
+    Raises:
+        NetworkSettingError: The body is encoded. The message continues a sentence that begins with the sender.
     """
     if content_encoding.strip().lower() not in {"", "identity"}:
         raise NetworkSettingError("sent a compressed answer, which was not asked for")

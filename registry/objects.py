@@ -34,7 +34,11 @@ class ObjectStore:
 
     @classmethod
     def opened(cls, uri: str) -> ObjectStore:
-        """Open ``s3://BUCKET/PREFIX``; ``TrackingError`` where that is none, or boto3 is absent."""
+        """Open the store at ``s3://BUCKET/PREFIX``.
+
+        Raises:
+            TrackingError: The URI is not of that form, or boto3 is not installed.
+        """
         if _STORE.fullmatch(uri) is None:
             raise TrackingError(f"`{uri}` is not an object store: expected s3://BUCKET/PREFIX")
         try:
@@ -48,12 +52,20 @@ class ObjectStore:
         return self._place(f"sha256/{sha256}")
 
     def note(self, name: str, text: str) -> None:
-        """Write a note, in place of one that is there; ``TrackingError`` where the store refuses."""
+        """Write a note, or replace it.
+
+        Raises:
+            TrackingError: The store refuses.
+        """
         bucket, key = self._place(name)
         self._asked(lambda: self.client.put_object(Bucket=bucket, Key=key, Body=text.encode()))
 
     def noted(self, name: str) -> str | None:
-        """Return the note under a name; None where there is none, ``TrackingError`` where the store can't be asked."""
+        """Return the note under a name; None if there is none.
+
+        Raises:
+            TrackingError: The store can't be reached.
+        """
         bucket, key = self._place(name)
         text: str | None = self._asked(lambda: self._text(bucket, key))
         return text
@@ -83,7 +95,11 @@ class ObjectStore:
             )
 
     def get(self, record: FileRecord, target: Path) -> None:
-        """Fetch a file to ``target``, whole and with its digest, or raise ``TrackingError`` and leave nothing."""
+        """Fetch a file to ``target``, which is complete and has its digest, or is not there.
+
+        Raises:
+            TrackingError: The store can't be reached, or what it holds is damaged.
+        """
         bucket, key = self.place(record.sha256)
         part = target.with_name(target.name + ".part")
         try:
@@ -141,7 +157,11 @@ class ObjectStore:
 
 
 def digest_local(path: Path) -> str:
-    """Sha256 of a file's bytes, as 64 hex digits; ``TrackingError`` where it can't be read."""
+    """Return the SHA-256 of a file's bytes, as 64 hex digits.
+
+    Raises:
+        TrackingError: It can't be read.
+    """
     try:
         return digest_file(path)
     except OSError as error:

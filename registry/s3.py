@@ -25,7 +25,11 @@ class S3Artifacts:
     @classmethod
     @contextmanager
     def opened(cls, bucket: str, root: str) -> Iterator[Self]:
-        """Open the bucket; ``TrackingError`` where boto3 is absent, or S3 refuses."""
+        """Open the bucket during the block.
+
+        Raises:
+            TrackingError: boto3 is not installed, or S3 refuses a request.
+        """
         try:
             import boto3  # noqa: PLC0415 - for those who have S3
             from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415
@@ -43,7 +47,11 @@ class S3Artifacts:
         return self._client
 
     def names(self) -> list[str]:
-        """List every file."""
+        """Return the names of all files, sorted.
+
+        Raises:
+            TrackingError: There are more than a release has.
+        """
         pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=f"{self._root}/")
         keys = [item["Key"] for item in islice(_contents(pages), _MOST_ENTRIES + 1)]
         if len(keys) > _MOST_ENTRIES:

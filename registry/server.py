@@ -121,7 +121,11 @@ class MlflowServer:
             return Line(name, aliases, _tags(model))
 
     def versions(self, name: str) -> list[Version]:
-        """Its versions, newest first."""
+        """Return its versions, newest first; none if the line does not exist.
+
+        Raises:
+            TrackingError: The server can't be reached, or answers with a version of another line.
+        """
         line = self.line(name)
         if line is None:
             return []
@@ -135,7 +139,11 @@ class MlflowServer:
         return sorted(found, key=lambda version: -int(version.version))
 
     def version(self, name: str, number: str) -> Version | None:
-        """One version without its aliases, or None."""
+        """Return one version, without its aliases; None if it does not exist.
+
+        Raises:
+            TrackingError: The server can't be reached, or answers with another version.
+        """
         query = {"name": name, "version": number}
         found = self._ask("GET", "model-versions/get", query, absent="RESOURCE_DOES_NOT_EXIST")
         if found is None:

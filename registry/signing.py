@@ -67,7 +67,11 @@ class Signature(BaseModel):
 
     @classmethod
     def parse(cls, data: bytes) -> Signature:
-        """Read the file's bytes; ``SigningError`` if they are not a signature."""
+        """Read a signature from its file's bytes.
+
+        Raises:
+            SigningError: They are not a signature.
+        """
         try:
             check_bounds(data, BOUNDS)
             return cls.model_validate_json(data)
@@ -199,7 +203,11 @@ def load_or_create_key(path: Path) -> SigningKey:
 
 
 def load_key(path: Path) -> SigningKey:
-    """Return the private key at ``path``; ``SigningError`` where it is unreadable, exposed or none."""
+    """Return the private key at ``path``.
+
+    Raises:
+        SigningError: It can't be read, others may read it, or it is not a key that can sign.
+    """
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
         data = path.read_bytes()
@@ -233,7 +241,11 @@ def with_certificates(key: SigningKey, path: Path) -> SigningKey:
 
 
 def load_certificates(path: Path) -> tuple[bytes, ...]:
-    """Return the certificates in the PEM file ``path``, in DER; ``SigningError`` where there is none."""
+    """Return the certificates in the PEM file ``path``, each in DER.
+
+    Raises:
+        SigningError: The file can't be read, or holds none.
+    """
     try:
         found = x509.load_pem_x509_certificates(path.read_bytes())
     except OSError as error:
@@ -244,7 +256,11 @@ def load_certificates(path: Path) -> tuple[bytes, ...]:
 
 
 def load_public_key(path: Path) -> PublicKey:
-    """Return the public key in the PEM file ``path``; ``SigningError`` where there is none."""
+    """Return the public key in the PEM file ``path``.
+
+    Raises:
+        SigningError: The file can't be read, or is not the key of a signer.
+    """
     try:
         key = load_pem_public_key(path.read_bytes())
     except OSError as error:

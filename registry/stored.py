@@ -53,7 +53,13 @@ def differences(stored: Artifacts, expected: Mapping[str, str]) -> list[Problem]
 
 
 def fetch_documents(stored: Artifacts, folder: Path, version: Version, policy: Policy) -> VerificationReport:
-    """Fetch manifest and signature, and believe what they say only as it was signed and registered, by this name."""
+    """Fetch manifest, signature and provenance into ``folder``, and check them against the policy and the registry.
+
+    Raises:
+        PullError: The version has no signed manifest, is of another name, or holds other files than were signed.
+        VerificationError: The documents fail a check; lists every problem.
+        TrackingError: The version's files can't be read.
+    """
     if version.manifest_digest is None:
         raise PullError(
             f"version {version.version} of `{version.name}` was not registered by Slipway: it has no signed manifest"
@@ -87,7 +93,11 @@ def open_version(version: Version, tracking_uri: str) -> Iterator[Artifacts]:
 
 @contextmanager
 def naming_version(version: Version) -> Iterator[None]:
-    """Name the version, not the folder it was fetched into, in what verification finds."""
+    """Let a failed verification name the version, not the folder that it was fetched into.
+
+    Raises:
+        VerificationError: The one that was raised in the block, with that name.
+    """
     try:
         yield
     except VerificationError as error:

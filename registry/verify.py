@@ -102,7 +102,11 @@ def hash_files(folder: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def plain_files(folder: Path) -> dict[str, int]:
-    """Return the files that a manifest covers (path → size); ``VerificationError`` where one is not a plain file."""
+    """Return the files that a manifest covers: each one's path within the folder, and its size in bytes.
+
+    Raises:
+        VerificationError: The folder holds symlinks or special files; lists all.
+    """
     found, problems = _walk(folder)
     if problems:
         raise VerificationError(folder, _ordered(problems))
@@ -213,7 +217,11 @@ def _ordered(problems: Sequence[Problem]) -> list[Problem]:
 
 
 def check_documents(folder: Path, policy: Policy, expected_digest: str | None) -> VerificationReport:
-    """Check manifest, signature and policy, before anything large is fetched; ``VerificationError`` as `verify`."""
+    """Check manifest, signature and policy, before anything large is fetched.
+
+    Raises:
+        VerificationError: A check failed, or the manifest's digest is not ``expected_digest``; lists every problem.
+    """
     document, problems = _signed_document(folder, policy)
     if document is not None:
         if document.keyid is not None:

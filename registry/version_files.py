@@ -75,7 +75,11 @@ def open_artifacts(location: str, tracking_uri: str) -> Iterator[Artifacts]:
 
 
 def fetch(stored: Artifacts, name: str, folder: Path, limit: int) -> Path:
-    """Write a small file to ``folder / name`` and return that; ``TrackingError`` where it is larger than ``limit``."""
+    """Write a small file to ``folder / name`` and return that path.
+
+    Raises:
+        TrackingError: It can't be read, or has more than ``limit`` bytes.
+    """
     data = bytearray()
     for chunk in _chunks(stored, name):
         data += chunk
