@@ -117,7 +117,7 @@ class Override(_Section):
     reasoning: ParserName | None = None
     """The engine's parser that separates reasoning from the answer."""
     speculative: Speculative | None = None
-    """Speculative decoding."""
+    """Speculative decoding: by ngrams, by a draft model, or by a head of EAGLE-3."""
     arguments: tuple[Word, ...] = ()
     """Further arguments of the engine, of those that are allowed and have no key."""
 

@@ -217,6 +217,12 @@ def _notes(facts: ModelFacts, weights: Sequence[Weights], workload: Workload) ->
         notes.append(f"the context of {workload.context:,} tokens is longer than the model's own, {facts.context:,}")
     if facts.latent:
         notes.append("the latent cache is whole on every GPU: tensor parallelism divides the weights, not the cache")
+    if workload.drafting is not None:
+        drafted = workload.drafting
+        notes.append(
+            f"the draft model's {drafted.weights_bytes / 1e6:,.1f} MB of weights and {drafted.cache_bytes_per_token:,} "
+            "bytes of cache a token are counted; the speeds are without it"
+        )
     if facts.experts:
         notes.append(
             f"{facts.experts_per_token} of {facts.experts} experts answer for a token: memory holds all of them, speed "

@@ -226,6 +226,7 @@ def test_the_plan_counts_its_weights_and_its_cache(tmp_path: Path, settings: Set
     weights = sum(each.nbytes for each in load_file(DEMO / "model" / "model.safetensors").values())
     assert drafted.weights - needed.weights == weights
     assert drafted.kv_cache == 2 * needed.kv_cache  # it has the layers of the model itself
+    assert any("the draft model's 8.4 MB of weights and 2,048 bytes of cache a token" in note for note in with_it.notes)
 
 
 def test_the_preflight_counts_it_against_the_memory_limit(tmp_path: Path, settings: Settings) -> None:
