@@ -25,9 +25,11 @@ def serving() -> str:
     )
     after = (
         "A change of any key but `variants` makes another image, because its command and its label "
-        "`slipway.serving` say how it is served. The image is evaluated, scanned and load-tested again; the model is "
-        "not quantized again. FP16's answers are kept where the last column says no. They depend on the keys of the "
-        "model, and not on those of a scheme or a variant. A variant is evaluated and load-tested for itself."
+        "`slipway.serving` say how it is served; so does a variant's draft model, which is a layer of the image. The "
+        "image is evaluated, scanned and load-tested again; the model is quantized again only for another "
+        "`chat_template` by which conversations of the calibration are rendered. FP16's answers are kept where the "
+        "last column says no. They depend on the keys of the model, and not on those of a scheme or a variant. A "
+        "variant is evaluated and load-tested for itself."
     )
     allowed = (
         "## Options that `arguments` may set\n\n"
