@@ -89,7 +89,7 @@ def main() -> None:
 
 
 for _command in (
-    *(initial.init, planning.plan, releasing.release, publishing.publish),
+    *(initial.init, planning.plan, releasing.release, publishing.publish, publishing.push),
     *(registered.status, registered.pull, registered.verify, registered.report),
     *(aliases.promote, aliases.rollback, aliases.canary, aliases.history, aliases.gc),
     *(loading.load, loading.compare, bundling.bundle, bundling.metrics),

@@ -94,10 +94,14 @@ class Verdicts(BaseModel):
 
 @dataclass(frozen=True)
 class Attachment:
-    """A bundle that is attached, and the type of predicate that the registry announces for it."""
+    """A bundle that is attached, and the type of predicate that the registry announces for it.
+
+    ``lost`` says why the bundle could not be read.
+    """
 
     announced: str
     bundle: bytes
+    lost: str = ""
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,9 @@ def _opened(
     found: dict[str, list[_Statement]] = {}
     refused: list[tuple[str, str]] = []
     for each in attached:
+        if each.lost:
+            refused.append((each.announced, each.lost))
+            continue
         try:
             signer, payload = open_bundle(each.bundle, policy.keys, policy.authorities, policy.revoked)
             kind, predicate = _read(payload, digest, each.announced)

@@ -121,11 +121,18 @@ def pull(
 
 
 def pull_from(
-    stored: Artifacts, place: str, destination: Path, *, trusted_keys: Trust, progress: Progress = silent
+    stored: Artifacts,
+    place: str,
+    destination: Path,
+    *,
+    trusted_keys: Trust,
+    expected: str | None = None,
+    progress: Progress = silent,
 ) -> Pulled:
     """Fetch the release whose files are ``stored`` at a ``place`` outside of the registry, as `pull` does.
 
-    No registry says which release it is: the signature alone does.
+    No registry says which release it is: the signature alone does, or what was signed about the place, which
+    ``expected`` the release with this manifest's digest.
 
     Raises:
         PullError, VerificationError, TrackingError: As `pull`; ``destination`` is as it was.
@@ -134,6 +141,8 @@ def pull_from(
     destination = Path(os.path.abspath(destination))  # noqa: PTH100 - as above
     version = _version_at(stored, place)
     digest = version.manifest_digest or ""
+    if expected not in {None, digest}:
+        raise PullError(f"{place} holds the release {digest}, and was signed as {expected}")
     if os.path.lexists(destination) and not is_empty(destination):
         report = _verified_destination(destination, version, policy)
         return Pulled(version.name, place, "", destination, True, report)
@@ -176,8 +185,12 @@ class ReleaseMetadata:
     files: Mapping[str, bytes]
 
 
-def read_metadata(reference: str, names: Collection[str], *, tracking_uri: str, trusted_keys: Trust) -> ReleaseMetadata:
+def read_metadata(
+    reference: str, names: Collection[str] | None, *, tracking_uri: str, trusted_keys: Trust
+) -> ReleaseMetadata:
     """Read the manifest of the release that ``NAME@ALIAS`` names, and those of ``names`` that it has, all verified.
+
+    Without ``names``, all files of its folder ``release/`` are read, the signed documents too.
 
     Raises:
         PullError, VerificationError, TrackingError: As `pull`.
@@ -191,10 +204,13 @@ def read_metadata(reference: str, names: Collection[str], *, tracking_uri: str, 
     ):
         part = Path(folder)
         manifest = fetch_documents(stored, part, version, policy).manifest
+        wanted = names if names is not None else [name for name in manifest.files if name.startswith("release/")]
         files = {}
-        for name in sorted(set(names) & manifest.files.keys()):
+        for name in sorted(set(wanted) & manifest.files.keys()):
             download(name, part / name, manifest.files[name], partial(stored.open, name), ByteCount())
             files[name] = (part / name).read_bytes()
+        if names is None:
+            files |= {name: (part / name).read_bytes() for name in DOCUMENTS if (part / name).exists()}
     return ReleaseMetadata(version.version, manifest, files)
 
 

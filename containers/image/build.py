@@ -1,7 +1,7 @@
 """The image of a release: a base, a runtime shared by every model, and one checkpoint under ``/model``.
 
-No command runs: the checkpoint's files become layers on top of the runtime's, streamed from their folder. Each shard of
-weights is a layer. Configuration and tokenizer are the last layer, so that changing them transfers only kilobytes.
+No command runs: the checkpoint's files become layers on top of the runtime's, streamed from their folder. Each file is
+a layer, the weights before the configuration and the tokenizer, so that changing these transfers only kilobytes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RELEASE_REPOSITORY = "slipway"
 SERVING = "slipway.serving"
 """The label with the configuration that the image serves, as JSON."""
 # Overlay file systems allow 128 layers. The base, the runtime and later additions need some of them.
-MOST_SHARDS = 100
+MOST_MODEL_LAYERS = 100
 # Concurrent uploads to a registry. Each has at most a megabyte in memory.
 UPLOADS = 4
 # Only weights, tokenizer and their configuration go into an image.
@@ -271,17 +271,17 @@ def place_image(
 
 
 def model_layers(checkpoint: Path, sha256: Mapping[str, str]) -> list[FileLayer]:
-    """Return the checkpoint's layers: one per shard of weights (groups if there are very many), then the other files.
+    """Return the checkpoint's layers: one per file (groups if there are very many), the shards of weights first.
 
     ``sha256`` has the known digests of its files, by path.
     """
     known = {checkpoint / name: digest for name, digest in sha256.items()}
     members = plain_files(checkpoint, "model")
     shards = [member for member in members if member.name.endswith(".safetensors")]
-    together = -(-len(shards) // MOST_SHARDS) or 1
-    groups = [shards[start : start + together] for start in range(0, len(shards), together)]
     rest = [member for member in members if not member.name.endswith(".safetensors")]
-    return [FileLayer(tuple(group), known) for group in [*groups, rest] if group]
+    together = -(-len(members) // (MOST_MODEL_LAYERS - 1)) or 1
+    groups = [part[start : start + together] for part in (shards, rest) for start in range(0, len(part), together)]
+    return [FileLayer(tuple(group), known) for group in groups]
 
 
 def folder_layers(folders: Mapping[str, Path], sha256: Mapping[Path, str]) -> list[FileLayer]:

@@ -33,11 +33,15 @@ _KEPT_PAX = "SCHILY.xattr.security.capability"
 
 @dataclass(frozen=True)
 class Member:
-    """A file of an image: its path without the leading slash, and the source of its content."""
+    """A file of an image: its path without the leading slash, and the source of its content.
+
+    With a ``target`` it is a symbolic link, without content.
+    """
 
     name: str
-    content: Path | bytes
+    content: Path | bytes = b""
     mode: int = 0o644
+    target: str | None = None
 
     @property
     def size(self) -> int:
@@ -73,7 +77,8 @@ class FileLayer:
                 digest = self.sha256.get(member.content)
             if digest is None:
                 return None
-            known.append([member.name, member.mode, member.size, digest])
+            link = [] if member.target is None else [member.target]
+            known.append([member.name, member.mode, member.size, digest, *link])
         return hashlib.sha256(json.dumps([FORMAT, EPOCH, known]).encode()).hexdigest()
 
     def chunks(self) -> Iterator[bytes]:
@@ -256,6 +261,8 @@ def _content(path: Path, sha256: str | None) -> Iterator[bytes]:
 def _header(member: Member) -> bytes:
     info = tarfile.TarInfo(member.name)
     info.size, info.mode = member.size, member.mode
+    if member.target is not None:
+        info.type, info.linkname, info.mode = tarfile.SYMTYPE, member.target, 0o777
     return _bytes(info)
 
 

@@ -1,4 +1,4 @@
-"""``slipway publish``: a release on a model hub, in a bucket, or in a container registry."""
+"""``slipway publish`` and ``push``: a release on a model hub, in a bucket, or in a container registry."""
 
 from __future__ import annotations
 
@@ -37,3 +37,23 @@ def publish(name: str, place: str, *, dry_run: bool, as_json: bool) -> None:
         results.print(escape("\n".join(done.files)))
     verb = "would be written" if dry_run else "published"
     results.print(escape(f"{verb} to {place}: {what}, {len(done.files)} files, {done.bytes / 1e6:.1f} MB"))
+
+
+@click.command()
+@click.argument("name")
+@click.argument("registry", required=False)
+@as_json
+def push(name: str, registry: str | None, *, as_json: bool) -> None:
+    """Push the image and the weights of release NAME[@ALIAS] (default @champion), and sign them.
+
+    REGISTRY is HOST/PREFIX; the default is the one that the release was pushed to. What is there is not sent again, so
+    that after a change of the signing key only its signatures are added. `slipway verify oci://...` checks the result.
+    """
+    from pipeline.publishing.push import push as write  # noqa: PLC0415
+
+    pushed = write(name, registry, Settings.read(), say)
+    if as_json:
+        print_json(pushed)
+        return
+    for what, reference in pushed.items():
+        results.print(escape(f"{what} {reference}"))

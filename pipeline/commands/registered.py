@@ -93,12 +93,18 @@ def pull(
 
 
 def _pull_from(place: str, destination: Path, settings: Settings, *, as_json: bool) -> None:
-    from pipeline.publishing.places import ReleaseFiles, opened  # noqa: PLC0415
+    from pipeline.publishing.attested import verify_attached_to  # noqa: PLC0415
+    from pipeline.publishing.places import ReleaseFiles, WeightsPlace, opened  # noqa: PLC0415
     from pipeline.trust import trust_of  # noqa: PLC0415
     from registry.pull import pull_from  # noqa: PLC0415
 
+    trust = trust_of(settings)
     with opened(place, settings) as there:
-        pulled = pull_from(ReleaseFiles(there), place, destination, trusted_keys=trust_of(settings), progress=say)
+        expected = None
+        if isinstance(there, WeightsPlace):
+            attested = verify_attached_to(there.registry, there.repository, there.digest, trust)
+            expected = attested.verdicts.manifest_digest
+        pulled = pull_from(ReleaseFiles(there), place, destination, trusted_keys=trust, expected=expected, progress=say)
     if as_json:
         print_json({"name": pulled.name, "place": place, "manifest_digest": pulled.manifest.digest})
     else:
@@ -107,19 +113,19 @@ def _pull_from(place: str, destination: Path, settings: Settings, *, as_json: bo
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("release")
 @as_json
-def verify(folder: Path, *, as_json: bool) -> None:
-    """Verify a pulled release offline.
+def verify(release: str, *, as_json: bool) -> None:
+    """Verify RELEASE: the folder of a pulled one, or oci://HOST/NAME[:TAG][@sha256:...] in a container registry.
 
-    Checks its signature, the digest of every file, that there are no other files, and that it passed all gates.
+    Of a folder, offline: its signature, the digest of every file, that there are no other files, and that it passed all
+    gates. Of an image or artifact: the digest of every layer, the attached signature, and what else is attached.
     """
-    from pipeline.trust import trust_of  # noqa: PLC0415
+    from pipeline.publishing.places import is_place  # noqa: PLC0415
     from registry import VerificationError  # noqa: PLC0415
-    from registry import verify as check  # noqa: PLC0415
 
     try:
-        manifest = check(folder, trust_of(Settings.read())).manifest
+        document, said = _verified_in_registry(release) if is_place(release) else _verified_folder(Path(release))
     except VerificationError as error:
         problems = [{"name": problem.what, "why": problem.why} for problem in error.problems]
         if as_json:
@@ -129,10 +135,40 @@ def verify(folder: Path, *, as_json: bool) -> None:
                 results.print(f"[red]{escape(problem['name'])}[/]: {escape(problem['why'])}")
         sys.exit(FAILED)
     if as_json:
-        print_json({"verified": True, "manifest_digest": manifest.digest, "problems": []})
+        print_json({"verified": True, **document, "problems": []})
     else:
-        where = escape(str(folder))
-        results.print(f"{where} is {manifest.name}, {manifest.digest}: signature, files and gates verified")
+        results.print(escape(said))
+
+
+def _verified_folder(folder: Path) -> tuple[dict[str, object], str]:
+    from pipeline.trust import trust_of  # noqa: PLC0415
+    from registry import verify as check  # noqa: PLC0415
+
+    if not folder.is_dir():
+        raise click.UsageError(f"`{folder}` is not a folder: give one, or oci://HOST/NAME@sha256:...")
+    manifest = check(folder, trust_of(Settings.read())).manifest
+    said = f"{folder} is {manifest.name}, {manifest.digest}: signature, files and gates verified"
+    return {"manifest_digest": manifest.digest}, said
+
+
+def _verified_in_registry(uri: str) -> tuple[dict[str, object], str]:
+    from pipeline.publishing.attested import verify_in_registry  # noqa: PLC0415
+    from pipeline.trust import trust_of  # noqa: PLC0415
+
+    found = verify_in_registry(uri, trust_of(Settings.read()), say)
+    verdicts = found.attested.verdicts
+    said = (
+        f"{found.reference} is of {verdicts.release}, {verdicts.manifest_digest}, scanned {verdicts.scan.at}: "
+        f"signature, {len(verdicts.statements)} statements, gates and {found.blobs} blobs verified"
+    )
+    return {
+        "reference": found.reference,
+        "signer": found.attested.signer,
+        "manifest_digest": verdicts.manifest_digest,
+        "scanned": verdicts.scan.at,
+        "blobs": found.blobs,
+        "bytes": found.bytes,
+    }, said
 
 
 @click.command()

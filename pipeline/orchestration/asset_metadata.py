@@ -170,6 +170,7 @@ def describe_promotion(context: StageContext, made: Artifact, promoted: Promoted
         else MetadataValue.path(made.folder / REPORT),
         "MLflow": MetadataValue.url(f"{address}/#/models/{promoted.name}/versions/{version.version}"),
         "image": version.image,
+        **version.weights,
         **_figures(version.measured),
     }
 

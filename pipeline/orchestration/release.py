@@ -107,6 +107,7 @@ class _Run:
             ),
             measured=(released.measured if released else None) or self._measured(),
             variants=released.variants if released else {},
+            weights=released.weights if released else {},
             error=ending.error,
         )
 

@@ -94,6 +94,7 @@ class SchemeResult(_Document):
     gates: tuple[GateSummary, ...]
     measured: Mapping[str, float]
     variants: Mapping[str, str] = {}
+    weights: Mapping[str, str] = {}
     error: str | None
 
 

@@ -16,9 +16,11 @@ from typing import Any, Protocol
 from containers.image.distribution import Registry
 from containers.image.oci import EMPTY
 from containers.image.oci import MANIFEST as OCI_MANIFEST
+from containers.image.weights import RELEASE_DIGEST
 from pipeline.errors import PublishError
 from pipeline.publishing.card import NAME as CARD
 from pipeline.settings import Settings
+from pipeline.sources.oci import OciArtifact
 from pipeline.sources.origin import Access, Chunks, Origin, SourceFile, open_origin
 from registry.bounded_json import Bounds, DocumentError, read_json
 from registry.counting import Counter
@@ -35,7 +37,10 @@ _CHUNK = 1 << 20
 _DOCUMENT = Bounds(bytes=4 << 20, values=200_000)
 _HUB = re.compile(r"hf://(?P<repository>[^/@]+/[^/@]+)(?:@(?P<branch>[^@]+))?")
 _BUCKET = re.compile(r"s3://(?P<bucket>[a-z0-9.-]+)/(?P<prefix>[^\s]+?)/?")
-_OCI = re.compile(r"oci://(?P<host>[^/@]+)/(?P<repository>[a-z0-9._/-]+?)(?::(?P<tag>[\w.-]+))?")
+OCI = re.compile(
+    r"oci://(?P<host>[^/@]+)/(?P<repository>[a-z0-9._/-]+?)(?::(?P<tag>[\w.-]+))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?"
+)
+"""An image or artifact in a container registry."""
 # What a hub makes with a repository; neither this nor the card is part of the release.
 BESIDE = frozenset({".gitattributes", CARD})
 
@@ -83,7 +88,7 @@ def opened(uri: str, settings: Settings) -> Iterator[Place]:
     Raises:
         PublishError: it is not a valid place, does not exist, or refuses.
     """
-    hub, bucket, oci = (pattern.fullmatch(uri) for pattern in (_HUB, _BUCKET, _OCI))
+    hub, bucket, oci = (pattern.fullmatch(uri) for pattern in (_HUB, _BUCKET, OCI))
     if hub:
         access, branch = Access.of(settings), hub["branch"] or "main"
         yield _HubPlace(hub["repository"], branch, access, open_origin(f"hf://{hub['repository']}", branch, access))
@@ -92,7 +97,7 @@ def opened(uri: str, settings: Settings) -> Iterator[Place]:
             yield _BucketPlace(bucket["bucket"], bucket["prefix"], stored)
     elif oci:
         with Registry(oci["host"]) as registry:
-            yield _OciPlace(registry, oci["repository"], oci["tag"] or "latest")
+            yield _oci_place(registry, oci["repository"], oci["tag"] or "latest", oci["digest"])
     else:
         raise PublishError(
             f"can't publish to `{uri}`: expected hf://ORG/NAME[@BRANCH], s3://BUCKET/PREFIX or oci://HOST/NAME[:TAG]"
@@ -188,35 +193,40 @@ class _BucketPlace:
                     )
 
 
-class _OciPlace:
-    """A tag in a container registry: a layer for each file, as `oras pull` expects them; the manifest is the last."""
+class OciPlace:
+    """A tag in a container registry: a layer for each file, as `oras pull` expects them; the manifest is the last.
 
-    def __init__(self, registry: Registry, repository: str, tag: str) -> None:
-        self._registry, self._repository, self._tag = registry, repository, tag
-        self._layers: dict[str, Mapping[str, Any]] = {}
-        found = registry.manifest(repository, tag)
-        if found is not None:
-            self._layers = self._listed(found[0])
+    ``digest`` is that of the manifest, once there is one.
+    """
+
+    def __init__(self, registry: Registry, repository: str, tag: str, found: bytes | None) -> None:
+        self.registry, self.repository = registry, repository
+        self.digest = None if found is None else digest_of(found)
+        self._tag = tag
+        self._layers = {} if found is None else self._listed(found)
 
     def names(self) -> list[str]:
+        """List every file."""
         return sorted(self._layers)
 
     @contextmanager
     def open(self, name: str, start: int = 0) -> Iterator[tuple[Reader, int]]:  # noqa: ARG002 - it begins at the first byte
+        """Read a file."""
         layer = self._layers[name]
-        yield Chunks(self._registry.blob(self._repository, layer["digest"], layer["size"])), 0
+        yield Chunks(self.registry.blob(self.repository, layer["digest"], layer["size"])), 0
 
     def write(self, files: Mapping[str, Path], progress: Progress) -> None:
+        """Publish these files (path in the release → where it is)."""
         layers = []
         with _counter(files, progress) as sent:
             for name, path in sorted(files.items()):
                 digest, size = f"sha256:{digest_file(path)}", path.stat().st_size
-                if not self._registry.has(self._repository, digest):
-                    self._registry.upload(self._repository, _chunks(path), size, digest)
+                if not self.registry.has(self.repository, digest):
+                    self.registry.upload(self.repository, _chunks(path), size, digest)
                 sent.add(size / 1e6, name)
                 layers.append({"mediaType": _FILE, "digest": digest, "size": size, "annotations": {_TITLE: name}})
             empty = b"{}"
-            self._registry.put_blob(self._repository, empty)
+            self.registry.put_blob(self.repository, empty)
             manifest = {
                 "schemaVersion": 2,
                 "mediaType": OCI_MANIFEST,
@@ -224,20 +234,56 @@ class _OciPlace:
                 "config": {"mediaType": EMPTY, "digest": digest_of(empty), "size": len(empty)},
                 "layers": layers,
             }
-            self._registry.put_manifest(self._repository, self._tag, canonical_json(manifest))
+            self.digest = self.registry.put_manifest(self.repository, self._tag, canonical_json(manifest))
 
     def _listed(self, raw: bytes) -> dict[str, Mapping[str, Any]]:
-        where = f"oci://{self._registry.host}/{self._repository}:{self._tag}"
+        where = f"oci://{self.registry.host}/{self.repository}:{self._tag}"
         try:
             document = read_json(raw, _DOCUMENT)
-            if document["artifactType"] != KIND:
-                raise PublishError(f"{where} is not a release: it is of {document['artifactType']!r}")
+            if document.get("artifactType") != KIND:
+                raise PublishError(f"{where} is not a release: it is of {document.get('artifactType')!r}")
             found = {layer["annotations"][_TITLE]: layer for layer in document["layers"]}
             if all(type(each["size"]) is int and isinstance(each["digest"], str) for each in found.values()):
                 return found
         except (DocumentError, KeyError, TypeError) as error:
             raise PublishError(f"{where} holds something that is not a release") from error
         raise PublishError(f"{where} holds something that is not a release")
+
+
+class WeightsPlace:
+    """A release's weights in a container registry, as an artifact or as a volume (`containers.image.weights`)."""
+
+    def __init__(self, registry: Registry, repository: str, digest: str) -> None:
+        self.registry, self.repository, self.digest = registry, repository, digest
+        self._artifact = OciArtifact(registry.host, repository, None, digest)
+        self._files = {file.path.removeprefix("model/"): file for file in self._artifact.find().files}
+
+    def names(self) -> list[str]:
+        """List the files of the release."""
+        return sorted(self._files)
+
+    def open(self, name: str, start: int = 0) -> Any:  # noqa: ANN401 - as `Place` has it
+        """Read a file from a byte on."""
+        return self._artifact.open(None, self._files[name], start)
+
+    def write(self, _files: Mapping[str, Path], _progress: Progress) -> None:
+        """Refuse: what `slipway release` pushed stays as it is."""
+        raise PublishError(f"oci://{self.registry.host}/{self.repository}@{self.digest} is not a place to publish to")
+
+
+def _oci_place(registry: Registry, repository: str, tag: str, digest: str | None) -> OciPlace | WeightsPlace:
+    found = registry.manifest(repository, digest or tag)
+    if found is None and digest is not None:
+        raise PublishError(f"{registry.host}/{repository} has no {digest}")
+    if found is None:
+        return OciPlace(registry, repository, tag, None)
+    try:
+        notes = read_json(found[0], _DOCUMENT).get("annotations") or {}
+    except (DocumentError, AttributeError):
+        notes = {}
+    if RELEASE_DIGEST in notes:
+        return WeightsPlace(registry, repository, digest_of(found[0]))
+    return OciPlace(registry, repository, tag, found[0])
 
 
 def _counter(files: Mapping[str, Path], progress: Progress) -> Counter:

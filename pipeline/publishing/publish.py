@@ -7,16 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import PublishError
+from pipeline.publishing.attest import ARTIFACT, StatedRelease, attach
 from pipeline.publishing.card import NAME as CARD
 from pipeline.publishing.card import card
-from pipeline.publishing.places import BESIDE, Place, opened
+from pipeline.publishing.places import BESIDE, OciPlace, Place, opened
 from pipeline.settings import Settings
 from pipeline.store.artifacts import require_room
-from pipeline.trust import trust_of
+from pipeline.trust import signing_key_if_any, trust_of
 from registry.errors import ManifestError
 from registry.manifest import BOUNDS, DOCUMENTS, EVIDENCE, MANIFEST, Manifest
 from registry.progress import Progress
-from registry.pull import pull, read_metadata
+from registry.pull import ReleaseMetadata, pull, read_metadata
+from registry.signing import SigningKey
 from registry.version_files import fetch
 
 _BILL = f"{EVIDENCE}/mlbom.cdx.json"
@@ -42,12 +44,15 @@ def publish(reference: str, uri: str, settings: Settings, progress: Progress, *,
         PublishError: the place holds something else, or refuses.
         RegistryError: there is no such release, its signature does not verify, or a gate did not pass.
     """
-    trust = trust_of(settings)
-    release = read_metadata(reference, (_BILL,), tracking_uri=settings.tracking_uri, trusted_keys=trust)
+    trust, key = trust_of(settings), signing_key_if_any(settings)
+    wanted = None if uri.startswith("oci://") else (_BILL,)
+    release = read_metadata(reference, wanted, tracking_uri=settings.tracking_uri, trusted_keys=trust)
     manifest = release.manifest
     found = Published(manifest.name, release.version, uri, manifest.digest)
     with opened(uri, settings) as place:
         if _is_there(place, manifest, uri):
+            if not dry_run:
+                _attest(place, release, key, progress)
             return found
         text = card(manifest, release.files.get(_BILL), uri)
         if dry_run:
@@ -63,7 +68,17 @@ def publish(reference: str, uri: str, settings: Settings, progress: Progress, *,
             beside.write_text(text)
             names = (*manifest.files, *(name for name in DOCUMENTS if (folder / name).exists()))
             place.write({CARD: beside, **{name: folder / name for name in names}}, progress)
+            _attest(place, release, key, progress)
         return replace(found, files=(CARD, *sorted(names)), bytes=manifest.size_bytes, card=text)
+
+
+def _attest(place: Place, release: ReleaseMetadata, key: SigningKey | None, progress: Progress) -> None:
+    """Sign what is published in a container registry, and attach what is known of it, where there is a key to sign."""
+    if isinstance(place, OciPlace) and place.digest is not None and key is not None:
+        stated = StatedRelease(release.manifest, release.files)
+        new = attach(place.registry, place.repository, place.digest, stated, stated.stated(ARTIFACT), key)
+        if new:
+            progress(f"attached to {place.registry.host}/{place.repository}@{place.digest}: {', '.join(new)}")
 
 
 def _is_there(place: Place, manifest: Manifest, uri: str) -> bool:

@@ -28,6 +28,8 @@ class ReleasedVersion(BaseModel):
     measured: Mapping[str, float]
     variants: Mapping[str, str] = {}
     """Of each serving variant, whether it passed, or why it is not listed."""
+    weights: Mapping[str, str] = {}
+    """The references of the weights without the runtime, an artifact and a volume, in the registry of the image."""
 
 
 class GateResult(BaseModel):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from containers.image.build import read_image
 from evals.load.variants import read_variants
-from pipeline.publishing.attest import StatedRelease, attest_image
+from pipeline.publishing.attest import IMAGE, StatedRelease, attest
 from pipeline.stages.context import StageContext
 from pipeline.stages.metadata import ReleasedVersion, figures
 from pipeline.store.artifacts import Artifact
@@ -44,7 +44,7 @@ def promote(context: StageContext, release: Artifact, *, candidate_only: bool = 
     champion = _champion(context, release, candidate_only=candidate_only)
     before = {each.version: each.aliases for each in catalog.current(settings.tracking_uri, context.release_name)}
     key = signing_key(settings)
-    _attach(context, release, key)
+    signed = _attest(context, release, key)
     promotion = promote_folder(
         release.folder,
         settings.tracking_uri,
@@ -54,7 +54,7 @@ def promote(context: StageContext, release: Artifact, *, candidate_only: bool = 
         progress=context.progress,
     )
     stood = before.get(promotion.version) == promotion.aliases
-    return _described(release, promotion, "up-to-date" if stood else "promoted")
+    return _described(release, promotion, "up-to-date" if stood else "promoted", signed)
 
 
 def already_promoted(context: StageContext, release: Artifact) -> PromotedRelease | None:
@@ -77,8 +77,7 @@ def already_promoted(context: StageContext, release: Artifact) -> PromotedReleas
     )
     if promotion is None:
         return None
-    _attach(context, release, key)
-    return _described(release, promotion, "up-to-date")
+    return _described(release, promotion, "up-to-date", _attest(context, release, key))
 
 
 def manifest_digest(release: Artifact) -> str:
@@ -135,7 +134,10 @@ def measured(manifest: Manifest) -> dict[str, float]:
 
 
 def _described(
-    release: Artifact, promotion: PromotedVersion, outcome: Literal["promoted", "up-to-date"]
+    release: Artifact,
+    promotion: PromotedVersion,
+    outcome: Literal["promoted", "up-to-date"],
+    signed: Mapping[str, str],
 ) -> PromotedRelease:
     manifest = Manifest.parse((release.folder / MANIFEST).read_bytes())
     return PromotedRelease(
@@ -146,6 +148,7 @@ def _described(
             aliases=promotion.aliases,
             manifest_digest=promotion.manifest_digest,
             image=manifest.image.reference,
+            weights={about: reference for about, reference in signed.items() if about != IMAGE},
             measured=measured(manifest),
             variants={each.name: str(each) for each in read_variants(release.folder / EVIDENCE)},
         ),
@@ -153,7 +156,8 @@ def _described(
     )
 
 
-def _attach(context: StageContext, release: Artifact, key: SigningKey | None) -> None:
-    """Sign the image in its registry, and attach what is known of it, if it was pushed to one."""
-    if key is not None and read_image(release.folder / EVIDENCE).pushed:
-        attest_image(StatedRelease.read(release.folder, trust_of(context.settings)), key, context.progress)
+def _attest(context: StageContext, release: Artifact, key: SigningKey | None) -> dict[str, str]:
+    """Sign the release in the registry of its image, if that was pushed; return the references of what is signed."""
+    if key is None or not read_image(release.folder / EVIDENCE).pushed:
+        return {}
+    return attest(StatedRelease.read(release.folder, trust_of(context.settings)), key, context.progress)

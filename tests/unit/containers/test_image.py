@@ -91,21 +91,23 @@ def test_apt_sources_of_the_suite_are_taken_and_no_third_partys(tmp_path: Path) 
     assert [path.name for path in base.sources_of("bookworm", paths)] == ["debian.sources"]
 
 
-def test_a_shard_is_a_layer_and_the_tokenizer_is_the_last(tmp_path: Path) -> None:
+def test_a_file_is_a_layer_and_weights_come_first(tmp_path: Path) -> None:
     checkpoint(tmp_path)
     (tmp_path / "model-2.safetensors").write_bytes(b"more")
     (tmp_path / "tokenizer.json").write_text("{}")
     names = [[member.name for member in layer.members] for layer in build.model_layers(tmp_path, {})]
-    assert names == [["model/model-2.safetensors"], ["model/model.safetensors"],
-                     ["model/config.json", "model/tokenizer.json"]]  # fmt: skip
+    assert names == [
+        ["model/model-2.safetensors"], ["model/model.safetensors"], ["model/config.json"], ["model/tokenizer.json"],
+    ]  # fmt: skip
 
 
-def test_very_many_shards_share_layers_so_that_engines_can_stack_them(tmp_path: Path) -> None:
+def test_very_many_files_share_layers_so_that_engines_can_stack_them(tmp_path: Path) -> None:
     for number in range(250):
         (tmp_path / f"model-{number:05}.safetensors").touch()
+    (tmp_path / "tokenizer.json").touch()
     layers = build.model_layers(tmp_path, {})
-    assert len(layers) <= build.MOST_SHARDS
-    assert sum(len(layer.members) for layer in layers) == 250
+    assert len(layers) <= build.MOST_MODEL_LAYERS
+    assert sum(len(layer.members) for layer in layers) == 251
 
 
 @pytest.fixture

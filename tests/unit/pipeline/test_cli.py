@@ -24,7 +24,7 @@ from registry.signing import load_or_create_key
 Slipway = Callable[..., subprocess.CompletedProcess[str]]
 COMMANDS = ["init", "plan", "release", "status", "pull", "verify", "report", "promote", "rollback", "canary", "history"]
 COMMANDS += ["load", "compare", "bundle", "metrics", "image", "lock", "rescan", "doctor", "ui", "stop"]
-COMMANDS += ["gc", "serve", "keys", "publish"]
+COMMANDS += ["gc", "serve", "keys", "publish", "push"]
 
 
 @pytest.fixture

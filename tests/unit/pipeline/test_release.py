@@ -64,7 +64,7 @@ def test_endings_are_gathered_in_the_order_asked_for(tmp_path: Path, settings: S
         "scheme": "awq", "outcome": "promoted", "version": "3", "aliases": ["candidate", "champion"],
         "manifest_digest": "sha256:ab", "image": "x@sha256:cd",
         "stages": [{"name": "source", "seconds": 1.5, "cached": False, "worker_seconds": 1.0}],
-        "gates": [], "measured": {"size_ratio": 0.4}, "variants": {}, "error": None,
+        "gates": [], "measured": {"size_ratio": 0.4}, "variants": {}, "weights": {}, "error": None,
     }  # fmt: skip
     # Side by side: the quick one's events came first.
     assert [scheme for scheme, _ in heard.events] == ["gptq", "gptq", "awq", "awq"]
