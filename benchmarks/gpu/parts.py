@@ -30,6 +30,7 @@ from containers.image import gpu_compatibility, profile
 from containers.image.gpu_compatibility import Needs
 from containers.sandbox.memory import MemorySampler, gpu_readers
 from pipeline.compatibility.scheme import Scheme
+from pipeline.errors import WorkerFailed
 from pipeline.quantization.quantize import backend_of, quantize
 from pipeline.settings import Settings
 from pipeline.workers.environments import environment_folder, install_harness
@@ -224,6 +225,7 @@ def quantized(context: Context, scheme: str) -> Quantized:
     """Quantize the demo as a release does, and check the checkpoint.
 
     Raises:
+        PartSkipped: the backend needs a GPU, and this is a dry run.
         PartFailed: it was not done on the device that this run is for.
     """
     folder = context.folder(scheme)
@@ -231,17 +233,22 @@ def quantized(context: Context, scheme: str) -> Quantized:
     output, scratch = folder / "checkpoint", folder / "scratch"
     for each in (output, scratch):
         each.mkdir(parents=True)
-    record = quantize(
-        MODELS / "model",
-        MODELS / "calibration.jsonl",
-        SAMPLES,
-        TOKENS,
-        Scheme.model_validate(SCHEMES[scheme]),
-        output,
-        Workers(context.settings, _progress),
-        scratch,
-        _progress,
-    )
+    try:
+        record = quantize(
+            MODELS / "model",
+            MODELS / "calibration.jsonl",
+            SAMPLES,
+            TOKENS,
+            Scheme.model_validate(SCHEMES[scheme]),
+            output,
+            Workers(context.settings, _progress),
+            scratch,
+            _progress,
+        )
+    except WorkerFailed as error:
+        if context.dry_run and SCHEMES[scheme]["backend"] == "autogptq":
+            raise PartSkipped(str(error)) from error
+        raise
     shutil.rmtree(scratch)
     found = Quantized(record=record, sha256=digest_file(output / "model.safetensors"))
     if record.device != context.device:
