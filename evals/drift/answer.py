@@ -83,7 +83,7 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
 
 
 def _prepare(hub: Mapping[str, str] | None) -> None:
-    """Set what must be set before the libraries are imported; only lm-eval's own tasks need the hub."""
+    """Set the variables that the libraries read when they are imported; only lm-eval's own tasks need the hub."""
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "0" if hub else "1"}
     if hub:
         os.environ |= {"HF_ENDPOINT": hub["endpoint"], "HF_HOME": hub["cache"]}
@@ -113,10 +113,10 @@ def _model(request: dict[str, Any], report: Report) -> tuple[LM, dict[str, Any]]
 
 
 def _rows(name: str, task: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
-    """Read a task's data: the rows to ask, in whatever parts, and the sha256 of the whole file.
+    """Read a task's data: the rows to ask, and the SHA-256 of the whole file.
 
-    They are spread evenly over the file and asked in an order that no file's order shows through, so that any first
-    part of them stands for all.
+    The rows are spread evenly over the file and sorted by the digest of their ids, so that any first part of them
+    represents all.
     """
     path = Path(task["data"])
     try:
@@ -146,9 +146,9 @@ def _ask(
     ours: tuple[list[dict[str, Any]], str] | None,
     report: Report,
 ) -> tuple[dict[str, Any], list[list[str]], list[str]]:
-    """Return a task's answers, what of each item counts for overlap, and the texts of a likelihood task.
+    """Return a task's answers, the texts of each item that are compared for overlap, and those of a likelihood task.
 
-    Those are all that the task has, whichever part of it is asked: what is kept of them is then of the same documents.
+    The last are all texts of the task, whichever part of it is asked, so that the same documents are kept.
     """
     began = time.monotonic()
     rows = _cut(ours[0], request.get("part")) if ours else None
@@ -202,7 +202,7 @@ def _ask_tool_calls(
 
 
 def _output_type(task: Mapping[str, Any]) -> str | None:
-    """How a task of ours is asked."""
+    """Return the kind of request, in lm-eval's terms, of one of our own tasks."""
     kind = graded.configuration(TASKS / f"{task['task']}.yaml").get("output_type")
     return None if kind is None else str(kind)
 

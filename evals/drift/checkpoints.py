@@ -1,4 +1,4 @@
-"""A checkpoint in lm-eval's HF backend, packed layers unpacked: beside the worker, for what no server answers."""
+"""Loads a checkpoint, packed layers unpacked, into lm-eval's HF backend, for workers that ask no server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedModel
 
-# What each quantized layer has, and no other: of AWQ and GPTQ, and of compressed-tensors.
+# A tensor that each quantized layer has and no other: of AWQ and GPTQ, and of compressed-tensors.
 _MARKS = ("qweight", "weight_scale")
 _PARTS = (
     *("qweight", "qzeros", "scales", "g_idx"),
@@ -128,7 +128,7 @@ def _unpacked(folder: Path, quantization: dict[str, Any]) -> PreTrainedModel:
 
 
 def _backend(report: Callable[[str], None]) -> type[HFLM]:
-    """Return lm-eval's HF backend with what the divergence asks for; it reports how far it is."""
+    """Return lm-eval's HF backend with the method that the divergence needs; it reports its progress."""
     import torch
     from lm_eval.models import huggingface
     from lm_eval.models.huggingface import HFLM
@@ -136,7 +136,7 @@ def _backend(report: Callable[[str], None]) -> type[HFLM]:
     huggingface.tqdm = _bars(report)
 
     class Backend(HFLM):  # type: ignore[misc]  # lm-eval's classes are untyped here
-        """Lm-eval's own, able to tell the likeliest tokens."""
+        """Lm-eval's HF backend, which also returns the likeliest tokens."""
 
         def top(self, prompts: Sequence[list[int]], count: int) -> list[list[tuple[list[int], list[float]]]]:
             """Return for each prompt, at each place but the first, the likeliest tokens and their log-probabilities."""
@@ -151,7 +151,7 @@ def _backend(report: Callable[[str], None]) -> type[HFLM]:
 
 
 def _bars(report: Callable[[str], None]) -> type[Any]:
-    """Return what lm-eval takes for `tqdm`'s bars, and reports a count now and then."""
+    """Return a class in place of `tqdm`'s progress bars that reports a count now and then."""
     from slipway_counting import Counter
 
     class Bar:

@@ -1,4 +1,4 @@
-"""Lm-eval's samples as the answers that are kept: beside the worker, and with lm-eval's own scores."""
+"""Turns lm-eval's samples, with its own scores, into the answers that are kept; imported by the worker."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def item(kind: str, sample: Sample, task: dict[str, Any], row: dict[str, Any] | 
 
 
 def again(first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Compare two askings of the same items by the same model."""
+    """Compare what one model answered when it was asked the same items twice."""
     known = {answer["id"]: answer for answer in first}
     pairs = [(known[answer["id"]], answer) for answer in second if answer["id"] in known]
     differences = [
@@ -158,10 +158,10 @@ def _answer(target: Any, choices: Sequence[str]) -> int:  # noqa: ANN401 - as th
 
 
 def _digest(arguments: Sequence[Any]) -> str:
-    """Return what tells one prompt, with its examples and choices, from another."""
+    """Return a digest of a prompt with its examples and choices."""
     return hashlib.sha256(json.dumps(arguments, default=str).encode()).hexdigest()[:16]
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no NaN: what is not a finite number is no answer."""
+    """Return None for a number that is not finite: JSON has no NaN."""
     return float(value) if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""Worker: where it went wrong, each quantized linear layer's relative output error on calibration text.
+"""Worker: measures the relative output error of each quantized linear layer on calibration text.
 
 Request: as `LayersRequest` of `layer_errors` describes it. Result: `layers`, each with its `name` and its
 `error`: || Y - Y' s || / || Y || in the Frobenius norm, Y the layer's output in FP16, Y' that of the unpacked weights.
@@ -25,15 +25,15 @@ Report = Callable[[str], None]
 
 
 class Sums:
-    """Sums over tokens of each output channel's squares and products, in FP16 and in few bits."""
+    """Sums over tokens of each output channel's squares and products, of FP16 and of the quantized layer."""
 
     def __init__(self) -> None:
-        """Start at nothing."""
+        """Begin with sums of zero."""
         self.wanted: torch.Tensor | None = None
         self.total: list[torch.Tensor | float] = [0.0, 0.0, 0.0]
 
     def add(self, found: torch.Tensor) -> None:
-        """Count the quantized layer's output beside FP16's, which came before."""
+        """Add a quantized layer's output, paired with FP16's, which came before."""
         assert self.wanted is not None  # noqa: S101 - FP16's block runs first
         ours, theirs = self.wanted.double().flatten(0, -2), found.double().flatten(0, -2)
         for number, product in enumerate((ours * ours, ours * theirs, theirs * theirs)):
@@ -41,7 +41,7 @@ class Sums:
         self.wanted = None
 
     def error(self) -> float:
-        """What no scale of the channels explains, relative to FP16's output."""
+        """Return the part of the error that no scale per channel explains, relative to FP16's output."""
         import torch
 
         own, both, other = (torch.as_tensor(value) for value in self.total)
@@ -99,7 +99,7 @@ def _rendered(messages: list[dict[str, str]], tokenizer: Any, template: str | No
 
 
 def _watch(sums: Mapping[str, Sums], ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    """Have each block of the one run after that of the other, on the same input, and both layers' outputs counted."""
+    """Run each quantized block after FP16's, on the same input, and add up the outputs of both layers."""
 
     def keep(name: str) -> Callable[..., None]:
         return lambda _module, _inputs, output: setattr(sums[name], "wanted", output)

@@ -32,7 +32,7 @@ Scored = tuple[float, bool]
 
 
 class ServerError(Exception):
-    """The server refused a request or went away; one line."""
+    """The server refused a request or stopped; the message is one line."""
 
 
 def wait_for_address(path: Path, patience: float = 3600.0) -> str:
@@ -88,7 +88,7 @@ def model(
 
         @cached_property
         def max_length(self) -> int:
-            """Tokens of a prompt, as the server has it; one of its own is to be written even where none is wanted."""
+            """The most tokens of a prompt: the served context less one, since the server always generates a token."""
             # Adapters are listed too, without a length of their own.
             served = next(card for card in self._ask("/v1/models")["data"] if card["max_model_len"])
             return int(served["max_model_len"]) - 1
@@ -144,7 +144,7 @@ def model(
         def _counted(
             self, prompts: Sequence[tuple[list[int], int]], ask: Callable[..., list[Any]], items: Sequence[Any]
         ) -> list[Any]:
-            """Ask `_in_order`, and report how many of the items that the prompts are of are answered."""
+            """Ask `_in_order`, and report how many of the prompts' items are answered."""
             with Counter(report, self.asking, len(set(items)), "items") as counter:
                 return _in_order(prompts, ask, Whole(items, counter.add))
 
@@ -255,10 +255,10 @@ _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class Whole:
-    """Says how many items become whole when prompts are answered: each prompt is of one, each has one or more."""
+    """Counts the items whose prompts are all answered; an item has one or more prompts."""
 
     def __init__(self, items: Sequence[Any], add: Callable[[int], None]) -> None:
-        """Know the item that each prompt is of, by the prompt's number, and who is told."""
+        """``items`` has the item of each prompt; ``add`` is called with the number of items that were completed."""
         self._items = items
         self._left = Counts(items)
         self._add = add

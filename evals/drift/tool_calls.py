@@ -1,4 +1,4 @@
-"""Requests that a model answers by calling a tool: beside the worker that asks them through a server's chat API.
+"""Requests that a model answers by calling a tool; imported by the worker, which asks them through a server's chat API.
 
 A call is right if it is the only one, of the expected tool, with arguments that fit the tool's JSON schema and have the
 expected values; texts are compared without case and surrounding space.
@@ -37,7 +37,7 @@ def answers(rows: Sequence[Row], chat: Chat, answered: Callable[[], None]) -> li
 
 
 def request(row: Row) -> dict[str, Any]:
-    """Return the body that asks a row: greedy, and free to call a tool or not."""
+    """Return the request body of a row: greedy, and the model may call a tool or not."""
     return {
         "messages": [{"role": "user", "content": row["prompt"]}],
         "tools": [{"type": "function", "function": tool} for tool in row["tools"]],

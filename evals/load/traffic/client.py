@@ -1,14 +1,13 @@
-"""Worker: send a schedule of requests to a completions server with aiperf, and write what became of each.
+"""Worker: sends a schedule of requests to a completions server with aiperf, and writes the outcome of each.
 
-Open loop: every request has its due time and goes out then, whatever became of those before it. Latency counts from
-the due time, so that a stall of the server, or of the client, is not left out (no coordinated omission).
+Open loop: every request is sent at its due time, whether earlier ones are answered or not. Latency counts from the due
+time, so that a stall of the server or of the client is included (no coordinated omission).
 
 Request: ``url``, ``models`` (the names that requests go to in turn), ``tokenizer`` (folder), ``prompts`` (JSON lines
 with ``text``), ``schedule`` (`Schedule` as JSON: ``requests``, ``warmup``, ``prefix_tokens``), ``skip`` (how many
-prompts of the text went out before),
-``request_timeout_s``, ``seed``, ``output`` (an empty folder, receives ``requests.jsonl``). While it works,
-``progress.json`` in the working folder says how it goes. Result: ``aiperf_version``, ``exit_status``,
-``is_complete``, ``warmup_errors``, ``prompts_used`` and ``client``: what driving the load cost.
+prompts of the text were sent before), ``request_timeout_s``, ``seed``, ``output`` (an empty folder, receives
+``requests.jsonl``). Meanwhile ``progress.json`` in the working folder has the progress. Result: ``aiperf_version``,
+``exit_status``, ``is_complete``, ``warmup_errors``, ``prompts_used`` and ``client``, the processor time of the client.
 """
 
 from __future__ import annotations
@@ -35,11 +34,11 @@ from typing import Any
 from slipway_counting import Count
 from slipway_worker import Report, WorkerError, main
 
-# What aiperf takes beyond the traffic itself before it is taken for hung: start, tokenizer, exports.
+# How long aiperf may take beyond the traffic itself (start, tokenizer, exports) before it counts as hung.
 _OVERHEAD_SECONDS = 90.0
 _POLL_SECONDS = 0.5
 _REPORT_SECONDS = 5.0
-# About ten times the weight of what runs at 0.
+# About ten times the processor share of a process at 0.
 _NICENESS = -10
 # Text beyond this is not read: it holds more different prompts than any test sends.
 _ENOUGH_CHARACTERS = 16_000_000
@@ -79,12 +78,11 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
 
 
 class Deck:
-    """Different stretches of a text, dealt one after the other: no two begin at the same token.
+    """Gives different pieces of a text as prompts: no two begin at the same token.
 
-    So no request finds another's prompt in the server's prefix cache. They overlap where the text is short. The order
-    is a walk in steps of about 0.618 of the text, coprime to its length: it comes everywhere before it comes anywhere
-    twice. It is one walk, whatever the lengths: a deck that is told to ``skip`` what another dealt of that text with
-    that seed goes on where that one ended.
+    So no request finds another's prompt in the server's prefix cache. They overlap where the text is short. The starts
+    follow steps of about 0.618 of the text, coprime to its length, which reach every token before any token twice. They
+    do not depend on the lengths: a deck with ``skip`` continues where another one of that text and seed ended.
     """
 
     def __init__(self, prompts: Path, tokenizer: Path, seed: int, skip: int) -> None:
@@ -98,7 +96,7 @@ class Deck:
         self._dealt: set[str] = set()
 
     def cut(self, lengths: Sequence[int]) -> list[str]:
-        """Deal a stretch of each length, in tokens."""
+        """Return a piece of each length, in tokens."""
         return [self._next(length, lengths) for length in lengths]
 
     def _next(self, length: int, lengths: Sequence[int]) -> str:
@@ -150,7 +148,7 @@ def _texts(path: Path) -> Iterator[str]:
             try:
                 text = str(json.loads(line)["text"])
             except (ValueError, KeyError, TypeError) as error:
-                raise WorkerError(f'{path}:{number} is no `{{"text": …}}`') from error
+                raise WorkerError(f'{path}:{number} is not `{{"text": …}}`') from error
             yield text
             read += len(text)
             if read > _ENOUGH_CHARACTERS:
@@ -159,7 +157,7 @@ def _texts(path: Path) -> Iterator[str]:
 
 @dataclass
 class Watch:
-    """Says in ``progress.json`` how the run goes, and adds up what the client itself costs."""
+    """Writes the progress to ``progress.json``, and adds up the processor time of the client itself."""
 
     file: Path
     total: int
@@ -173,7 +171,7 @@ class Watch:
     _first: float | None = None
 
     def tell(self, phase: str) -> None:
-        """Write the file anew, whole."""
+        """Rewrite the file, atomically."""
         now = time.time()
         elapsed = 0.0 if self._first is None else now - self._first
         document = {
@@ -187,7 +185,7 @@ class Watch:
         beside.rename(self.file)
 
     def look(self, export: Path) -> None:
-        """Take in the records that came since the last look, and the processor time until now."""
+        """Read the records since the last call, and the processor time until now."""
         self.cpu.append((time.time(), _session_cpu_seconds()))
         if not export.exists():
             return
@@ -214,7 +212,7 @@ class Watch:
         self.tokens += int(_value(metrics, "output_sequence_length") or 0)
 
     def cost(self, start: float, rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-        """What the client took: all of its processor time, and how many cores while requests were under way.
+        """The client's processor time: all of it, and the cores in use while requests were in flight.
 
         ``start`` is when the schedule began, in seconds since the epoch.
         """
@@ -229,7 +227,7 @@ class Watch:
 
 
 def _quantile(values: Sequence[float], share: float) -> float | None:
-    """Nearest rank, as everywhere."""
+    """A percentile by nearest rank, as in all reports."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share / 100 * len(ordered)) - 1)] if ordered else None
 
@@ -248,7 +246,7 @@ def _session_cpu_seconds() -> float:
 
 
 def _warm_up(request: Mapping[str, Any], prompts: Sequence[str], tokens: Iterable[int]) -> list[str]:
-    """Send the prompts four at a time, throw the answers away, and return what went wrong.
+    """Send the prompts four at a time, discard the answers, and return the errors.
 
     A server that refuses them will refuse the traffic too, and is judged on that.
     """
@@ -291,7 +289,7 @@ def _name(number: int) -> str:
 def _run_aiperf(
     request: Mapping[str, Any], dataset: Path, folder: Path, last_ms: int, watch: Watch, report: Report
 ) -> int:
-    """Run aiperf to its end, reporting how it goes; return its exit status, which proves nothing."""
+    """Run aiperf to its end and report its progress; return its exit status, which is 0 even if the server died."""
     command = [
         *("setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "aiperf", "profile"),
         *("--model", request["models"][0], "--url", request["url"], "--endpoint-type", "completions", "--streaming"),
@@ -326,7 +324,7 @@ def _run_aiperf(
 
 
 def _go_first() -> None:
-    """Let this process and what it starts have the processor when they need it, where that is allowed (as root).
+    """Raise the priority of this process and its children, where that is allowed (as root).
 
     A server that fills the machine's cores kept aiperf, which needs little, waiting for over a second, so that requests
     went out late. Users' requests come from elsewhere and wait for nothing. Linux weighs sessions against each other
@@ -338,7 +336,7 @@ def _go_first() -> None:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """What aiperf sees: times in UTC, caches under ``folder``, and no hub.
+    """The environment variables of aiperf: times in UTC, caches under ``folder``, and no hub.
 
     HF_HUB_OFFLINE makes aiperf 0.13 fail with a local tokenizer, so the hub's address is one where nobody listens.
     """
@@ -380,7 +378,7 @@ def _rows(folder: Path, due: Sequence[int]) -> tuple[list[dict[str, Any]], dict[
 
 
 def _row(number: int, due_ms: int, start_ms: float, record: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What became of one request, in milliseconds since the schedule's start; ``error`` is null where it succeeded."""
+    """The outcome of one request, in milliseconds since the schedule's start; ``error`` is null where it succeeded."""
     if record is None:
         return {"number": number, "due_ms": due_ms, "error": "no record: it was never sent or never came back"}
     metadata, metrics = record["metadata"], record["metrics"]

@@ -16,9 +16,9 @@ from typing import Any
 
 from slipway_worker import Report, WorkerError
 
-# Fewer tokens than this say nothing about what a layer sees.
+# With fewer tokens, statistics of a layer's inputs are meaningless.
 MINIMUM_TOKENS = 512
-# From this share on, samples that are cut or empty are worth a warning.
+# The share of cut or empty samples from which on there is a warning.
 _MOST = 0.5
 
 

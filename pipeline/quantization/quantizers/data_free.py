@@ -203,7 +203,7 @@ def _fp8_block(weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def _e4m3_scale(largest: torch.Tensor) -> torch.Tensor:
-    """The scale that maps the largest number to FP8's largest; of zeros any, and llm-compressor takes this one."""
+    """The scale that maps the largest number to FP8's largest; for zeros, llm-compressor's, as any would do."""
     import torch
 
     scale = largest / _E4M3_LARGEST

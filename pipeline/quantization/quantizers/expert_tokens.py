@@ -39,7 +39,7 @@ class ExpertTokens:
                 expert.register_forward_pre_hook(self._sent(name, number), with_kwargs=True)
 
     def found(self) -> dict[str, list[int]]:
-        """Tokens for each expert, by the name of their module; only of those that were seen at work."""
+        """Tokens for each expert, by the name of the experts' module; modules that were never called are left out."""
         return {name: counts for name, counts in self._counts.items() if any(counts)}
 
     def _counting(self, name: str) -> bool:

@@ -1,9 +1,9 @@
-"""What a quantizer has found for each finished layer, kept in the worker's folder until the whole model is done.
+"""Keeps a quantizer's results for each finished layer in the worker's folder until the whole model is done.
 
-The law: what is found for a layer follows from its weights and its inputs, and its inputs from the layers before. So a
-run that takes the finds of finished layers from files, and computes the layers' inputs anew, writes the same bytes as a
-run that was never cut off. It skips the searches and Hessians, which take most of the time, not the forward passes.
-Files count only for the same request, device, library and arithmetic, and only if they are whole.
+The law: a layer's results follow from its weights and its inputs, and its inputs from the layers before. So a run that
+reads the results of finished layers from files, and computes the layers' inputs anew, writes the same bytes as a run
+that was never interrupted. It skips the searches and Hessians, which take most of the time, not the forward passes.
+Files are used only for the same request, device, library and arithmetic, and only if they are complete.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class FinishedLayers:
-    """Keeps a model's layers, in their order: `kept` for what is found in a layer, then `next`, which saves it.
+    """Keeps a model's layers in their order: `kept` for each result within a layer, then `next`, which saves the layer.
 
     Each layer is one file: the sha256 of the rest, and the tensors as safetensors. Each finished layer is reported.
     """

@@ -1,4 +1,4 @@
-"""Worker: what each group of layers costs in each format, for `method: mixed`; and afterwards what it did cost.
+"""Worker: measures the loss of each group of layers in each format, for `method: mixed`, and later that of the result.
 
 The loss of a format is the divergence KL(p || q) of the next-token distributions p of the source and q of the model
 with only these layers quantized, in nats a token, to second order: half the Fisher information of the change,
