@@ -1,4 +1,4 @@
-"""``slipway publish`` and ``push``: a release on a model hub, in a bucket, or in a container registry."""
+"""``slipway publish`` and ``push``: a release on a model hub, in a bucket, in a container registry or in a folder."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from pipeline.settings import Settings
 def publish(name: str, place: str, *, dry_run: bool, as_json: bool) -> None:
     """Publish release NAME[@ALIAS] (default @champion) with a model card.
 
-    PLACE is hf://ORG/NAME[@BRANCH], s3://BUCKET/PREFIX or oci://HOST/NAME[:TAG]. It must be empty: nothing is
-    overwritten, and the same release is not written again. `slipway pull PLACE FOLDER` fetches and verifies it.
+    PLACE is hf://ORG/NAME[@BRANCH], s3://BUCKET/PREFIX, oci://HOST/NAME[:TAG] or file:FOLDER. It must be empty: nothing
+    is overwritten, and the same release is not written again. `slipway pull PLACE FOLDER` fetches and verifies it.
     """
     from pipeline.publishing.publish import publish as write  # noqa: PLC0415
 

@@ -65,11 +65,11 @@ def pull(
     run: str | None,
     as_json: bool,
 ) -> None:
-    """Fetch and verify release NAME[@ALIAS] (default @champion), or one that was published at hf://, s3:// or oci://.
+    """Fetch and verify release NAME[@ALIAS] (default @champion), or one that was published at a place.
 
     DESTINATION appears only after the release is verified. NAME@v3 is version 3. An interrupted pull continues where it
-    stopped. Exit status: 0 done, 1 failed for now (server unreachable, disk full), 3 refused (does not match its
-    signature), 4 no such release, 5 unchanged.
+    stopped. Places are hf://, s3://, oci:// and file:, as of `slipway publish`. Exit status: 0 done, 1 failed for now
+    (server unreachable, disk full), 3 refused (does not match its signature), 4 no such release, 5 unchanged.
     """
     from pipeline.publishing.places import is_place  # noqa: PLC0415
     from registry.__main__ import main as light  # noqa: PLC0415

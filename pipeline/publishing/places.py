@@ -1,4 +1,4 @@
-"""Places where a release can be published: a model hub, a bucket, a container registry.
+"""Places where a release can be published: a model hub, a bucket, a container registry, a folder.
 
 Each lists and reads what is there like a registered version (`registry.version_files.Artifacts`), and writes a release
 so that its manifest appears last or together with all else: what was cancelled is not a release.
@@ -7,6 +7,7 @@ so that its manifest appears last or together with all else: what was cancelled 
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from pipeline.publishing.card import NAME as CARD
 from pipeline.settings import Settings
 from pipeline.sources.oci import OciArtifact
 from pipeline.sources.origin import Access, Chunks, Origin, SourceFile, open_origin
+from registry import seal
 from registry.bounded_json import Bounds, DocumentError, read_json
 from registry.counting import Counter
 from registry.digests import canonical_json, digest_file, digest_of
@@ -29,6 +31,7 @@ from registry.download import Reader
 from registry.manifest import MANIFEST
 from registry.progress import Progress
 from registry.s3 import S3Artifacts
+from registry.version_files import LocalArtifacts
 
 KIND = "application/vnd.slipway.release.v1"
 _TITLE = "org.opencontainers.image.title"
@@ -78,7 +81,7 @@ class ReleaseFiles:
 
 def is_place(reference: str) -> bool:
     """Whether a reference is the URI of a place, and not the name of a release."""
-    return reference.startswith(("hf://", "s3://", "oci://"))
+    return reference.startswith(("hf://", "s3://", "oci://", "file:"))
 
 
 @contextmanager
@@ -98,10 +101,38 @@ def opened(uri: str, settings: Settings) -> Iterator[Place]:
     elif oci:
         with Registry(oci["host"]) as registry:
             yield _oci_place(registry, oci["repository"], oci["tag"] or "latest", oci["digest"])
+    elif uri.startswith("file:") and (folder := Path(uri.removeprefix("file:")).absolute()).name:
+        yield _FolderPlace(folder)
     else:
         raise PublishError(
-            f"can't publish to `{uri}`: expected hf://ORG/NAME[@BRANCH], s3://BUCKET/PREFIX or oci://HOST/NAME[:TAG]"
+            f"can't publish to `{uri}`: expected hf://ORG/NAME[@BRANCH], s3://BUCKET/PREFIX, oci://HOST/NAME[:TAG] or "
+            "file:FOLDER"
         )
+
+
+class _FolderPlace:
+    """A folder of this machine, or of a file system that others share: it appears when it is whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._stored = folder, LocalArtifacts(folder)
+
+    def names(self) -> list[str]:
+        return self._stored.names()
+
+    def open(self, name: str, start: int = 0) -> Any:  # noqa: ANN401
+        return self._stored.open(name, start)
+
+    def write(self, files: Mapping[str, Path], progress: Progress) -> None:
+        progress(f"writing {len(files)} files")
+        try:
+            self._folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".publish-", dir=self._folder.parent) as temporary:
+                whole = Path(temporary) / self._folder.name
+                whole.mkdir()
+                seal.place(files, whole)
+                whole.rename(self._folder)
+        except OSError as error:
+            raise PublishError(f"file:{self._folder} can't be written: {error.strerror}") from error
 
 
 class _HubPlace:

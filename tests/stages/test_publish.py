@@ -10,18 +10,21 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from real_server import BUCKET, s3_server
 
+from containers.image.distribution import Registry
 from pipeline.cli import main
 from pipeline.errors import PublishError
 from pipeline.publishing.card import card
 from pipeline.publishing.places import _BucketPlace
 from pipeline.publishing.publish import publish
+from pipeline.settings import Settings
 from pipeline.stages import promotion
 from pipeline.stages.run import run
 from pipeline.stages.table import RELEASE
 from pipeline.trust import trust_of
+from registry import seal
 from registry.manifest import MANIFEST, Manifest
 from registry.verify import verify
 from stages.loopback_registry import serving as serving_registry
@@ -73,10 +76,24 @@ def check_place(place: str, made: Made, tmp_path: Path, **variables: str) -> Non
     assert json.loads(shown.stdout)["manifest_digest"] == manifest.digest
 
 
+def cancel(owner: object, method: str, place: str, settings: Settings) -> None:
+    """Publish, and press Ctrl-C where ``method`` is called, which comes last."""
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, method, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            publish(NAME, place, settings, print)
+
+
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of huggingface_hub's upload
 def test_a_hub_gets_one_commit_with_the_card(made: Made, hub: hub_server.StandInHub, tmp_path: Path) -> None:
     hub.token = hub.writer = SECRET
     place = f"hf://{hub_server.REPOSITORY}"
+    cancel(HfApi, "create_commit", place, replace(made.settings, hub_endpoint=hub.endpoint, hub_token=SECRET))
+    assert hub.files == {".gitattributes": GIT}
     check_place(place, made, tmp_path, HF_ENDPOINT=hub.endpoint, HF_TOKEN=SECRET)
     assert len(hub.commits) == 1
     text = hub.files["README.md"].decode()
@@ -122,7 +139,18 @@ def test_a_bucket_gets_the_manifest_last(made: Made, tmp_path: Path, monkeypatch
 
 def test_a_container_registry_gets_an_artifact(made: Made, tmp_path: Path) -> None:
     with serving_registry(tmp_path / "registry") as address:
-        check_place(f"oci://{address}/releases/demo", made, tmp_path)
+        place = f"oci://{address}/releases/demo"
+        cancel(Registry, "put_manifest", place, made.settings)
+        pulled = Command(made)("pull", place, str(tmp_path / "nothing"))
+        assert (pulled.exit_code, "holds no release" in pulled.output) == (1, True)
+        check_place(place, made, tmp_path)
+
+
+def test_a_folder_appears_when_it_is_whole(made: Made, tmp_path: Path) -> None:
+    place = f"file:{tmp_path}/releases/demo"
+    cancel(seal, "place", place, made.settings)
+    assert list((tmp_path / "releases").iterdir()) == []
+    check_place(place, made, tmp_path)
 
 
 def test_something_else_is_never_overwritten(made: Made, hub: hub_server.StandInHub) -> None:
@@ -139,7 +167,7 @@ def test_something_else_is_never_overwritten(made: Made, hub: hub_server.StandIn
 
 
 def test_a_place_of_another_kind_is_refused(made: Made) -> None:
-    for place in ("https://example.org/x", "hf://only", "s3://bucket", "oci://host"):
+    for place in ("https://example.org/x", "hf://only", "s3://bucket", "oci://host", "file:/"):
         with pytest.raises(PublishError, match="expected hf://ORG/NAME"):
             publish(NAME, place, made.settings, print)
 

@@ -464,6 +464,16 @@ def test_pickles_and_other_files_beside_safetensors_are_left_on_the_hub(
     assert not [path for _, path, _, _ in hub.seen if "pytorch_model" in path]
 
 
+def test_a_model_of_gguf_files_alone_is_refused_with_the_reason(hub: hub_server.StandInHub) -> None:
+    del hub.files["model.safetensors"]
+    hub.files |= {"model-Q4_K_M.gguf": b"GGUF", "model-Q8_0.GGUF": b"GGUF"}
+    with pytest.raises(SourceError, match=r"only model-Q4_K_M\.gguf, model-Q8_0\.GGUF: .* quantized already") as error:
+        resolve(URI, access=Access(hub.endpoint))
+    assert "name the model that it was made from" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not any("/resolve/" in path for _, path, _, _ in hub.seen)  # not a byte of them was asked for
+
+
 def test_a_model_of_pickles_alone_is_refused_by_name(hub: hub_server.StandInHub) -> None:
     del hub.files["model.safetensors"]
     hub.files["pytorch_model.bin"] = b"\x80"
