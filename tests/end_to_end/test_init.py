@@ -12,8 +12,11 @@ from homes import Slipway, make_home
 from pipeline.settings import Settings
 from pipeline.workers.runner import Workers
 from shared import made_once
+from stages.trivy_db.make_trivy_db import write_database
 
 LONG = Path(__file__).parents[1] / "long"
+# Of a package that no image has.
+ADVISORY = {"id": "CVE-2099-0001", "target": "debian 12", "package": "none-such", "severity": "LOW"}
 FAMILIES = ("qwen2", "qwen3", "mistral", "smollm3", "phi3")
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(7200)]
@@ -21,8 +24,12 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(7200)]
 
 @pytest.fixture(scope="module")
 def slipway(tmp_path_factory: pytest.TempPathFactory, machine: Settings) -> Slipway:
+    """The command in a home with a vulnerability database, which what `init` writes asks for."""
     folder = tmp_path_factory.mktemp("init")
-    return Slipway({**make_home(folder / "home", machine), "SLIPWAY_MODELS": str(folder / "models")})
+    variables = make_home(folder / "home", machine)
+    (folder / "home" / "trivy").unlink()
+    write_database(folder / "home" / "trivy", [ADVISORY])
+    return Slipway({**variables, "SLIPWAY_MODELS": str(folder / "models")})
 
 
 @pytest.fixture(scope="module")
