@@ -107,6 +107,11 @@ class PublicKey:
         """Return the key as PEM."""
         return self._key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
+    @property
+    def is_elliptic(self) -> bool:
+        """Whether it is an elliptic curve key, which Sigstore's tools take."""
+        return not isinstance(self._key, Ed25519PublicKey)
+
     def signed(self, sig: bytes, data: bytes) -> bool:
         """Whether this key made the signature ``sig`` over ``data``."""
         key = self._key

@@ -18,6 +18,7 @@ from containers.errors import ContainerError
 from containers.gateway.config import Backend, GatewaySettings, ModelRoute, Routes
 from containers.hardware.cpu import NODE_TERMS
 from containers.image.build import ImageRecord
+from containers.kubernetes.admission import Admission
 from containers.kubernetes.alerts import Alert, alerts, healthy, recordings
 from containers.kubernetes.cluster import Cluster
 from containers.kubernetes.dashboard import dashboard
@@ -69,6 +70,7 @@ def write_bundle(
     cluster: Cluster | None = None,
     namespace: str = NAMESPACE,
     monitoring_namespace: str = "monitoring",
+    admission: Admission | None = None,
     more: Callable[[Mapping[str, Number]], Mapping[str, str]] = lambda _: {},
 ) -> WrittenBundle:
     """Write the bundle into ``folder``, which must be empty or absent; it is written completely or not at all.
@@ -81,6 +83,8 @@ def write_bundle(
         cluster: settings of the cluster.
         namespace: the namespace that it runs in.
         monitoring_namespace: Prometheus' namespace.
+        admission: what admission controllers check; without it, or for an image that was not pushed, the bundle has no
+            ``policies/``.
         more: returns further files by path, from the numbers.
 
     Raises:
@@ -97,6 +101,7 @@ def write_bundle(
         found["cpu_request"] = Number(thousandths(1000 * cluster.cpu_request), "the cluster's file: cpu_request")
     values = {**_values(evidence, image, images or Images(), found), **_of_the_cluster(cluster, evidence)}
     values |= {"namespace": namespace, "monitoring_namespace": monitoring_namespace}
+    values["admission"] = admission if values["pushed"] and admission and admission.keys else None
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -132,7 +137,7 @@ def _values(
     share = float(found["gpu_memory_share"].value)
     return {
         "name": name, "line": line, "version": evidence.version, "digest": manifest.digest, "n": found,
-        "image": f"{repository}@{digest}", "pushed": pushed or images.engine is not None,
+        "image": f"{repository}@{digest}", "repository": repository, "pushed": pushed or images.engine is not None,
         "user": image.user, "port": image.port, "model_folder": _MODEL_FOLDER,
         "variant": None if evidence.variant is None else evidence.variant.variant,
         "arguments": list(evidence.serving.command) if evidence.serving else None,
@@ -205,6 +210,8 @@ def _render(values: Mapping[str, Any]) -> dict[str, str]:
     """Render every template; its path, without `.j2`, is the path of the file."""
     environment = _environment()
     names = sorted(path.relative_to(TEMPLATES).as_posix() for path in TEMPLATES.rglob("*.j2"))
+    if values["admission"] is None:
+        names = [name for name in names if not name.startswith("policies/")]
     return {name.removesuffix(".j2"): environment.get_template(name).render(values) for name in names}
 
 

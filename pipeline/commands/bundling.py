@@ -27,6 +27,10 @@ from pipeline.settings import Settings
     "--cluster", "described", metavar="FILE", type=click.Path(path_type=Path),
     help="What is the cluster's own, in YAML; docs/reference/cluster-file.md has every key.",
 )  # fmt: skip
+@click.option(
+    "--scan-age", "scan_age_days", metavar="DAYS", type=click.IntRange(1, 3650), default=30, show_default=True,
+    help="The oldest scan that the admission policies in policies/ accept.",
+)  # fmt: skip
 @click.option("--variant", metavar="VARIANT", help="A serving variant that the release lists. Default: the main one.")
 @as_json
 def bundle(
@@ -37,6 +41,7 @@ def bundle(
     image: str | None,
     gateway_image: str | None,
     described: Path | None,
+    scan_age_days: int,
     variant: str | None,
     *,
     as_json: bool,
@@ -48,7 +53,7 @@ def bundle(
     promtool.
     """
     from containers.kubernetes.bundle import Images, write_bundle  # noqa: PLC0415
-    from pipeline.serving.deployment import cluster, gather, simulated  # noqa: PLC0415
+    from pipeline.serving.deployment import admission, cluster, gather, simulated  # noqa: PLC0415
     from pipeline.serving.gateway_process import pushed_image  # noqa: PLC0415
 
     settings = Settings.read()
@@ -62,6 +67,7 @@ def bundle(
         cluster=placed,
         namespace=namespace,
         monitoring_namespace=monitoring,
+        admission=admission(settings, scan_age_days),
         more=lambda found: simulated(evidence, found),
     )
     for warning in written.warnings:

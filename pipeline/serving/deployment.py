@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from containers.image.build import ImageRecord, parse_image
 from containers.image.serving import default_context
+from containers.kubernetes.admission import Admission
 from containers.kubernetes.cluster import Cluster
 from containers.kubernetes.numbers import AnsweredRequest, BundleEvidence, Number, ReplicaMeasurements
 from containers.sandbox.container import SHARED_MEMORY_BYTES
@@ -26,6 +27,7 @@ from pipeline.settings import Settings
 from pipeline.trust import trust_of
 from pipeline.yaml_file import explain, keys, listed, read
 from registry.manifest import EVIDENCE
+from registry.policy import policy_of
 from registry.pull import ReleaseMetadata, read_metadata
 
 _TESTED = ("load.json", "requests.jsonl")
@@ -71,6 +73,17 @@ def cluster(path: Path) -> Cluster:
     except ValidationError as error:
         problems = (explain(detail, keys(Cluster)) for detail in error.errors())
         raise SpecError(listed(f"{path} is not a valid description of a cluster:", problems)) from error
+
+
+def admission(settings: Settings, scan_age_days: int) -> Admission:
+    """What admission controllers shall check: the conditions under which this home trusts releases.
+
+    Raises:
+        RegistryError: the policy or a key can't be read.
+    """
+    policy = policy_of(trust_of(settings))
+    keys = tuple(key.pem().decode() for key in policy.keys if key.is_elliptic)
+    return Admission(keys, scan_age_days, policy.required_gates)
 
 
 def measurements(load: LoadEvidence, requests: Sequence[RequestRecord]) -> ReplicaMeasurements:
