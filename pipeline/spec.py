@@ -236,9 +236,9 @@ class ModelSpec(_Section):
 
     @property
     def drafting(self) -> dict[str, Speculative]:
-        """The sections in which a model drafts tokens, always the same one, by their paths."""
-        found = {f"{path}.speculative": section.speculative for path, section in self.serve_sections.items()}
-        return {path: each for path, each in found.items() if each is not None and each.asks_a_model}
+        """Where a model drafts tokens, by the keys that name it; it is the same everywhere."""
+        found = {f"{path}.speculative.source": section.speculative for path, section in self.serve_sections.items()}
+        return {key: each for key, each in found.items() if each is not None and each.asks_a_model}
 
     def scheme(self, name: str) -> ReleasedScheme:
         """Return one scheme.
@@ -382,10 +382,10 @@ def _odd_draft_models(spec: ModelSpec) -> Iterator[str]:
             yield f"`{key}`: `method: {found.method}` needs the model that drafts: add `source: {{uri: …}}`"
         else:
             yield f"`{key}`: `method: {found.method}` asks no model: remove it, or set `method: draft`"
-    (first, *others) = spec.drafting.items() or (None,)
-    for path, other in others:
-        if first is not None and (other.method, other.source) != (first[1].method, first[1].source):
-            yield f"`{path}`: an image has one draft model: name the same `method` and `source` as in `{first[0]}`"
+    drafting = list(spec.drafting.items())
+    for (first, one), (key, other) in itertools.product(drafting[:1], drafting[1:]):
+        if (other.method, other.source) != (one.method, one.source):
+            yield f"`{key}`: an image has one draft model: name the same one, and `method`, as in `{first}`"
 
 
 def _resolved(document: Mapping[str, Any], folder: Path, problems: list[str]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def resolve(spec: ModelSpec, settings: Settings) -> sources.ResolvedSource | Non
     """
     for key, drafting in spec.drafting.items():
         if drafting.source is not None:
-            with naming(f"{key}.source"):
+            with naming(key):
                 return sources.resolve(
                     drafting.source.uri,
                     drafting.source.revision,
@@ -53,7 +53,7 @@ def check(
         SourceError: it can't be read, can't draft tokens for the model, or its cache is not known; names the key.
     """
     key, drafting = next(iter(spec.drafting.items()))
-    with naming(f"{key}.source"):
+    with naming(key):
         try:
             draft = (describe(resolved) if pulled is None else describe_folder(pulled)).model
             if problems := find_problems(drafting.method, draft, model):

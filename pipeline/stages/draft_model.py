@@ -59,7 +59,7 @@ def put(context: StageContext, checkpoint: Artifact, draft: ArtifactDraft) -> Pu
         own.sha256.update(sources.pull(resolved, own.folder, settings.home / "downloads", context.progress))
 
     recipe = Recipe("draft_model", inputs={}, parameters=parameters(context), code=code_version(__name__))
-    with naming(f"{next(iter(context.spec.drafting))}.source"):
+    with naming(next(iter(context.spec.drafting))):
         pulled = context.store.obtain(recipe, make)
     model = ModelDescription(checkpoint.document("config.json"), {})
     drafting = check(context.spec, resolved, model, pulled.folder)
@@ -92,6 +92,6 @@ def accept(context: StageContext, image: Artifact) -> None:
     """
     lock, found = lock_of(context.spec.lock), released(image)
     if context.draft_model is not None and found is not None and (lock.exists() or not context.dry):
-        with naming(f"{next(iter(context.spec.drafting))}.source"):
+        with naming(next(iter(context.spec.drafting))):
             digests = {name: file.sha256 for name, file in found.files.items()}
             sources.hold_to_lock(lock, context.draft_model, digests)

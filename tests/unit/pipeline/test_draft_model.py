@@ -66,7 +66,7 @@ def write_draft(folder: Path, changes: dict[str, Any] | None = None) -> Path:
         ),
         (
             {"speculative": ITSELF, "variants": {"fast": {"speculative": HEAD}}},
-            "`serve.variants.fast.speculative`: an image has one draft model: name the same `method` and `source`",
+            "`serve.variants.fast.speculative.source`: an image has one draft model: name the same one, and `method`,",
         ),
     ],
 )
