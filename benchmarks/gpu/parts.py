@@ -13,7 +13,8 @@ import sys
 import sysconfig
 import time
 import venv
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.synchronize import Event
@@ -233,7 +234,7 @@ def quantized(context: Context, scheme: str) -> Quantized:
     output, scratch = folder / "checkpoint", folder / "scratch"
     for each in (output, scratch):
         each.mkdir(parents=True)
-    try:
+    with _skipped_without_gpu(context):
         record = quantize(
             MODELS / "model",
             MODELS / "calibration.jsonl",
@@ -245,10 +246,6 @@ def quantized(context: Context, scheme: str) -> Quantized:
             scratch,
             _progress,
         )
-    except WorkerFailed as error:
-        if context.dry_run and SCHEMES[scheme]["backend"] == "autogptq":
-            raise PartSkipped(str(error)) from error
-        raise
     shutil.rmtree(scratch)
     found = Quantized(record=record, sha256=digest_file(output / "model.safetensors"))
     if record.device != context.device:
@@ -277,13 +274,14 @@ def inference(context: Context, scheme: str) -> Inference:
     """Load a checkpoint with its own library, and compare its loss with that of the unpacked weights.
 
     Raises:
-        PartSkipped: there is no checkpoint.
+        PartSkipped: there is no checkpoint, or the library needs a GPU, and this is a dry run.
         PartFailed: it ran on another device, or its loss differs.
     """
     if context.found(scheme) is None:
         raise PartSkipped("it was not quantized")
     backend = backend_of(Scheme.model_validate(SCHEMES[scheme])).environment
-    answered = _infer(context, scheme, backend, backend)
+    with _skipped_without_gpu(context):
+        answered = _infer(context, scheme, backend, backend)
     unpacked = _infer(context, scheme, "llmcompressor", "unpacked")["loss"]
     found = Inference(**answered, unpacked_loss=unpacked)
     if found.device != context.device:
@@ -334,6 +332,17 @@ def _hold(size: int, held: Event, done: Event) -> None:
     held.set()
     done.wait()
     del kept
+
+
+@contextmanager
+def _skipped_without_gpu(context: Context) -> Iterator[None]:
+    """In a dry run, skip a part whose worker says that it needs a GPU."""
+    try:
+        yield
+    except WorkerFailed as error:
+        if context.dry_run and "GPU" in str(error).splitlines()[0]:
+            raise PartSkipped(str(error)) from error
+        raise
 
 
 def _infer(context: Context, scheme: str, environment: str, loader: str) -> dict[str, Any]:

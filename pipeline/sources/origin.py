@@ -137,7 +137,7 @@ def open_origin(uri: str, revision: str | None, access: Access) -> Origin:
         raise SourceError(f"can't pull from `{uri}`: expected a URI that begins with one of {known}")
     try:
         opener = added[scheme].load()
-    except Exception as error:
+    except Exception as error:  # another distribution's module may raise anything
         raise SourceError(f"the plugin for `{scheme}:` sources ({added[scheme].value}) fails: {error}") from error
     return cast("Origin", opener(uri, revision, access))
 

@@ -301,7 +301,7 @@ def _kept(folder: Path, revision: str) -> Iterator[Path]:
     kept.mkdir(parents=True, exist_ok=True)
     try:
         yield kept
-    except BaseException as error:
+    except BaseException as error:  # also of an interrupt; it is raised again
         for part in kept.iterdir():
             if isinstance(error, ChangedSourceError) or not part.stat().st_size:
                 part.unlink()
