@@ -22,11 +22,13 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import checkpoints  # type: ignore[import-not-found]  # beside this script
+import images  # type: ignore[import-not-found]
 import items as graded  # type: ignore[import-not-found]
 import json_lines  # type: ignore[import-not-found]
 import served  # type: ignore[import-not-found]
@@ -39,7 +41,9 @@ if TYPE_CHECKING:
 
 SCHEMA = "slipway.answers/2"
 TASKS = Path(__file__).resolve().parent / "tasks"
+_CONNECTIONS = 16  # to a server that is asked by chat
 Report = Callable[[str], None]
+AnswerRow = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
@@ -154,14 +158,15 @@ def _ask(
     rows = _cut(ours[0], request.get("part")) if ours else None
     report(f"{name}: {len(rows) if rows else task.get('items') or 'all'} items")
     model.asking = name
-    if rows and ours and _output_type(task) == tool_calls.TYPE:
-        called = _ask_tool_calls(model, name, rows, request, report)
+    if rows and ours and (asked := _by_chat(model, name, task, is_served=bool(request.get("server")))):
+        kind, question, answer = asked
+        found = {"kind": kind, "data_sha256": ours[1], **_ask_by_chat(name, rows, answer, request, report)}
         report(f"{name}: answered in {time.monotonic() - began:.1f} s")
-        return {**called, "data_sha256": ours[1]}, [[row["prompt"]] for row in rows], []
+        return found, [[row[question]] for row in rows], []
     samples, kind = _evaluate(model, name, task, request, rows)
     answered = graded.items(kind, samples, task, rows, model)
     digest = ours[1] if ours else hashlib.sha256("".join(s["doc_hash"] for _, s in samples).encode()).hexdigest()
-    found: dict[str, Any] = {"kind": kind, "data_sha256": digest, "items": answered}
+    found = {"kind": kind, "data_sha256": digest, "items": answered}
     again = request.get("again") or 0
     if again and kind != "text":
         # lm-eval's limit holds for each of a task's parts.
@@ -176,27 +181,41 @@ def _ask(
     return found, [graded.shown(kind, sample) for sample in samples], texts
 
 
-def _ask_tool_calls(
-    model: LM, name: str, rows: list[dict[str, Any]], request: dict[str, Any], report: Report
-) -> dict[str, Any]:
-    """Return the answers to a task of tool calls, which only a server is asked.
+def _by_chat(model: LM, name: str, task: dict[str, Any], *, is_served: bool) -> tuple[str, str, AnswerRow] | None:
+    """How a task that lm-eval does not have is asked: the kind of its answers, the key of its question, and by what.
 
     Raises:
-        WorkerError: no server answers.
+        WorkerError: it takes a server, and none answers.
     """
+    asked = _output_type(task)
+    if asked == images.TYPE:
+        return "choice", "question", lambda row: images.answer(row, model.score_letters)
+    if asked != tool_calls.TYPE:
+        return None
+    if not is_served:
+        raise WorkerError(f"`{name}` asks for tool calls, which a server answers: `evals: {{engine: served}}`")
+    return "generated", "prompt", lambda row: tool_calls.answer(row, model.chat)
+
+
+def _ask_by_chat(
+    name: str, rows: list[dict[str, Any]], answer: AnswerRow, request: dict[str, Any], report: Report
+) -> dict[str, Any]:
+    """Return the answers to a task that lm-eval does not have, several at once where a server answers."""
     from slipway_counting import Counter
 
-    if not request.get("server"):
-        raise WorkerError(f"`{name}` asks for tool calls, which a server answers: `evals: {{engine: served}}`")
-
     def asked(part: list[dict[str, Any]], words: str) -> list[dict[str, Any]]:
-        with Counter(report, words, len(part), "items") as counter:
-            answered: list[dict[str, Any]] = tool_calls.answers(part, model.chat, counter.add)
-            return answered
+        with (
+            ThreadPoolExecutor(_CONNECTIONS if request.get("server") else 1) as pool,
+            Counter(report, words, len(part), "items") as counter,
+        ):
+            answered = []
+            for each in pool.map(answer, part):
+                answered.append(each)
+                counter.add()
+        return answered
 
-    found: dict[str, Any] = {"kind": "generated", "items": asked(rows, name)}
-    again = request.get("again") or 0
-    if again:
+    found: dict[str, Any] = {"items": asked(rows, name)}
+    if again := request.get("again") or 0:
         found["again"] = graded.again(found["items"], asked(rows[:again], f"{name}, once more"))
     return found
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import images  # type: ignore[import-not-found]  # beside this script
 from packed import unpack_linear  # type: ignore[import-not-found]  # beside this script
 from slipway_worker import WorkerError
 
@@ -49,7 +53,7 @@ def load(folder: Path, request: dict[str, Any], report: Callable[[str], None]) -
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise WorkerError(f"the checkpoint in {folder} cannot be loaded: {error}") from error
     batch_size = request.get("batch_size") or BATCH_SIZE
-    model = _backend(report)(pretrained=network, tokenizer=tokenizer, batch_size=batch_size, device=device)
+    model = _backend(report, folder)(pretrained=network, tokenizer=tokenizer, batch_size=batch_size, device=device)
     # Two machines' answers are paired only where the same kernels computed them.
     processor = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
     engine = {"name": "hf", "device": device, "processor": processor, "dtype": dtype, "batch_size": batch_size}
@@ -68,7 +72,9 @@ def read(folder: Path, dtype: str = "float32") -> PreTrainedModel:
     configuration = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "quantization_config" in configuration:
         return _unpacked(folder, configuration["quantization_config"])
-    found: PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
+    sees = "vision_config" in configuration
+    kind = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+    found: PreTrainedModel = kind.from_pretrained(
         folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True
     )
     return found
@@ -127,16 +133,48 @@ def _unpacked(folder: Path, quantization: dict[str, Any]) -> PreTrainedModel:
     return network
 
 
-def _backend(report: Callable[[str], None]) -> type[HFLM]:
-    """Return lm-eval's HF backend with the method that the divergence needs; it reports its progress."""
+def _backend(report: Callable[[str], None], folder: Path) -> type[HFLM]:
+    """Return lm-eval's HF backend with the methods that divergence and images need; it reports its progress.
+
+    ``folder`` is the checkpoint's, with the processor of its images.
+    """
     import torch
+    import transformers
     from lm_eval.models import huggingface
     from lm_eval.models.huggingface import HFLM
 
     huggingface.tqdm = _bars(report)
 
     class Backend(HFLM):  # type: ignore[misc]  # lm-eval's classes are untyped here
-        """Lm-eval's HF backend, which also returns the likeliest tokens."""
+        """Lm-eval's HF backend, which also returns the likeliest tokens, and takes images."""
+
+        @cached_property
+        def processor(self) -> Any:  # noqa: ANN401 - one of transformers' many
+            """What turns a conversation with images into the network's input."""
+            try:
+                return transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+            except (OSError, ValueError, ImportError) as error:
+                told = " ".join(str(error).split())[:300]
+                raise WorkerError(f"the processor of images in {folder} cannot be loaded: {told}") from error
+
+        def score_letters(self, image: str, text: str, letters: Sequence[str]) -> list[float]:
+            """Return each letter's log-probability as the first token of the reply to an image and a text."""
+            from PIL import Image
+
+            shown = Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB")
+            parts = [{"type": "image", "image": shown}, {"type": "text", "text": text}]
+            try:
+                wanted = images.tokens(self.tokenizer, letters)
+                inputs = self.processor.apply_chat_template(
+                    [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True,
+                    return_tensors="pt",
+                )  # fmt: skip
+            except ValueError as error:
+                raise WorkerError(f"{folder.name} can't be shown an image: {error}") from error
+            with torch.no_grad():
+                logits = self.model(**inputs.to(self.device, self.model.dtype)).logits[0, -1]
+            scores: list[float] = torch.log_softmax(logits.float(), dim=-1)[wanted].tolist()
+            return scores
 
         def top(self, prompts: Sequence[list[int]], count: int) -> list[list[tuple[list[int], list[float]]]]:
             """Return for each prompt, at each place but the first, the likeliest tokens and their log-probabilities."""

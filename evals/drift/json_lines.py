@@ -7,6 +7,7 @@ what is wrong is told with file and line. Standard library only: it runs in work
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
@@ -20,6 +21,9 @@ Shape = Mapping[str, Callable[[Any, Row], str | None]]
 Shapes = Shape | Callable[[Row], Shape]
 _SHOWN = 60
 _MARK = b"\xef\xbb\xbf"
+_LETTERS = 26
+_PNG, _PNG_HEAD = b"\x89PNG\r\n\x1a\n", 32  # its first bytes; the characters that hold it and the image's size
+_PIXELS = 4096
 
 
 class JsonLinesError(ValueError):
@@ -98,6 +102,10 @@ def _choices(value: object, _row: Row) -> str | None:
     return None if whole else "must be a list of at least two texts"
 
 
+def _lettered(value: object, row: Row) -> str | None:
+    return _choices(value, row) or (None if len(row["choices"]) <= _LETTERS else f"must be at most {_LETTERS} texts")
+
+
 def _tools(value: object, _row: Row) -> str | None:
     whole = isinstance(value, list) and all(
         isinstance(tool, dict) and isinstance(tool.get("name"), str) and isinstance(tool.get("parameters"), dict)
@@ -119,6 +127,17 @@ def _answer(value: object, row: Row) -> str | None:
     return None if whole else "must be the place of a choice, from 0 on"
 
 
+def _png(value: object, _row: Row) -> str | None:
+    """Only the start is decoded: what a PNG begins with, and how large the image is."""
+    try:
+        head = base64.b64decode(str(value)[:_PNG_HEAD], validate=True)
+    except ValueError:
+        head = b""
+    width, height = (int.from_bytes(head[place : place + 4], "big") for place in (16, 20))
+    fits = head.startswith(_PNG) and 0 < width <= _PIXELS and 0 < height <= _PIXELS
+    return None if fits else f"must be a PNG in base64, of at most {_PIXELS} pixels a side"
+
+
 def _messages(value: object, _row: Row) -> str | None:
     whole = isinstance(value, list) and all(
         isinstance(each, dict) and isinstance(each.get("role"), str) and isinstance(each.get("content"), str)
@@ -132,11 +151,13 @@ CONVERSATIONS: Shape = {"messages": _messages}
 DOCUMENTS: Shape = {"id": _text, "text": _text}
 CHOICES: Shape = {"id": _text, "context": _string, "choices": _choices, "answer": _answer}
 NAMED: Shape = {"id": _text}
+IMAGES: Shape = {"id": _text, "image": _png, "question": _text, "choices": _lettered, "answer": _answer}
 CALLS: Shape = {"id": _text, "prompt": _text, "tools": _tools, "name": _tool, "arguments": _object}
-# By the `output_type` of a task of ours (lm-eval's word, but for tool calls, which it does not ask).
+# By the `output_type` of a task of ours (lm-eval's word, but for what it does not ask: tool calls, images).
 SHAPES: Mapping[str, Shape] = {
     "multiple_choice": CHOICES,
     "loglikelihood_rolling": DOCUMENTS,
     "generate_until": NAMED,
     "tool_calls": CALLS,
+    "image_choice": IMAGES,
 }

@@ -99,6 +99,17 @@ class DriftLimits(AskedTasks):
         return self.model_copy(update={"tasks": {**self.tasks, TOOL_CALLS: _TOOL_CALLS}})
 
     @property
+    def image_tasks(self) -> list[str]:
+        """The tasks that ask about images, by their keys in a model file; adapters' among them."""
+        own = {f"evals.adapters.{name}": asked.tasks for name, asked in self.adapters.items()}
+        return [
+            f"{place}.tasks.{name}"
+            for place, tasks in {"evals": self.tasks, **own}.items()
+            for name, task in tasks.items()
+            if task.shows_images(name)
+        ]
+
+    @property
     def all_tasks(self) -> tuple[TaskLimits, ...]:
         """The model's tasks, and those of adapters that have their own."""
         own = (task for asked in self.adapters.values() for task in asked.tasks.values())

@@ -10,7 +10,7 @@ from typing import Any
 
 from evals.drift import json_lines
 from evals.drift.limits import DriftLimits
-from evals.drift.suite import Kind, TaskLimits
+from evals.drift.suite import IMAGES, TOOL_CALLS, Kind, TaskLimits
 from evals.errors import SuiteError
 from evals.statistics import paired
 
@@ -24,7 +24,9 @@ POWER = 0.8
 _SHAPES: Mapping[Kind, json_lines.Shape] = {
     "choice": json_lines.CHOICES, "text": json_lines.DOCUMENTS, "generated": json_lines.NAMED,
 }  # fmt: skip
+_OWN_SHAPES = {TOOL_CALLS: json_lines.CALLS, IMAGES: json_lines.IMAGES}
 _BYTES_A_TOKEN = 4  # English and code under common tokenizers; a plan needs no tokenizer
+_IMAGE_TOKENS = 256  # of an image of 896 pixels a side in Gemma 3; other models take some tens to thousands
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def _theirs(name: str, task: TaskLimits) -> tuple[int, int]:
 
 
 def _ours(name: str, task: TaskLimits, data: Path) -> tuple[int, int]:
-    shape = json_lines.CALLS if task.asks_for_tool_calls(name) else _SHAPES[_kind(name, task)]
+    shape = _OWN_SHAPES.get(task.task or name) or _SHAPES[_kind(name, task)]
     try:
         rows = json_lines.read_rows(data, shape)
     except json_lines.JsonLinesError as error:
@@ -108,13 +110,15 @@ def _ours(name: str, task: TaskLimits, data: Path) -> tuple[int, int]:
     items = task.items or len(rows)
     if items > len(rows):
         raise SuiteError(f"`evals.tasks.{name}` asks for {items} items; {data.name} has {len(rows)}")
-    asked = sum(len(text.encode()) for row in rows for text in _prompts(row))
-    return items, asked * items // len(rows) // _BYTES_A_TOKEN
+    asked = sum(len(text.encode()) for row in rows for text in _prompts(row)) * items // len(rows) // _BYTES_A_TOKEN
+    return items, asked + (items * _IMAGE_TOKENS if task.shows_images(name) else 0)
 
 
 def _prompts(row: dict[str, Any]) -> Iterator[str]:
-    """Yield what one row sends: a document, or the context with each of its choices."""
-    if "choices" in row:
+    """Yield the texts that one row sends: a document, a context with each of its choices, or what follows an image."""
+    if "image" in row:
+        yield "\n".join([row["question"], *row["choices"]])
+    elif "choices" in row:
         yield from (row["context"] + choice for choice in row["choices"])
     elif "text" in row:
         yield row["text"]

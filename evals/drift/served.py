@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 PROMPTS = 32  # a request
 CONNECTIONS = 4
 TIMEOUT_SECONDS = 600.0
+_LIKELIEST = 20  # log-probabilities of a place that vLLM tells by default, at most
 _CLAMPED = -9999.0  # how vLLM writes a log-probability that is no finite number
 
 Scored = tuple[float, bool]
@@ -67,6 +68,7 @@ def model(
     Raises:
         OSError, ValueError: the folder holds no tokenizer, or the template can't be read.
     """
+    import images  # type: ignore[import-not-found]  # beside this script
     import transformers
     from lm_eval import utils
     from lm_eval.api.model import TemplateLM
@@ -203,6 +205,26 @@ def model(
             reply = self._ask("/v1/chat/completions", body)
             self._needs(int((reply.get("usage") or {}).get("prompt_tokens") or 0) + int(body["max_tokens"]))
             return reply
+
+        def score_letters(self, image: str, text: str, letters: Sequence[str]) -> list[float]:
+            """Return each letter's log-probability as the first token of the reply to an image and a text.
+
+            A vLLM without `logprob_token_ids` (`vllm-cuda12`'s) tells the likeliest tokens alone; another is NaN.
+            """
+            wanted = images.tokens(self.tokenizer, letters)
+            parts = [
+                {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}},
+                {"type": "text", "text": text},
+            ]
+            body = {
+                "messages": [{"role": "user", "content": parts}], "max_tokens": 1, "temperature": 0, "seed": 1234,
+                "logprobs": True, "top_logprobs": _LIKELIEST, "logprob_token_ids": wanted,
+                "return_tokens_as_token_ids": True,
+            }  # fmt: skip
+            (first,) = self.chat(body)["choices"][0]["logprobs"]["content"]
+            told = {each["token"]: each["logprob"] for each in first["top_logprobs"]}
+            scores = [told.get(f"token_id:{token}", _CLAMPED) for token in wanted]
+            return [score if score > _CLAMPED else float("nan") for score in scores]
 
         def top(self, prompts: Sequence[list[int]], count: int) -> list[list[tuple[list[int], list[float]]]]:
             """Return for each prompt, at each place but the first, the likeliest tokens and their log-probabilities."""

@@ -22,6 +22,8 @@ TASKS = Path(__file__).with_name("tasks")
 SUITES = Path(__file__).with_name("suites")
 TOOL_CALLS = "tool_calls"
 """Our task that a server with a parser of tool calls is asked; `tool_calls.jsonl` beside it has our own requests."""
+IMAGES = "images"
+"""Our task of questions about images; `builtin:images` has our own."""
 
 # How a failed or inconclusive task affects the release; see `evals.drift.drift_gate`.
 Tier = Literal["critical", "supporting", "advisory"]
@@ -49,9 +51,13 @@ class TaskLimits(_Frozen):
     """One task: what it asks, how, its tier, and the loss that is allowed."""
 
     task: str | None = None
-    """The task's name in lm-eval, or one of ours (`cloze`, `perplexity`); the key where it is left out."""
+    """The task's name in lm-eval, or one of ours (`cloze`, `images`, `perplexity`, `tool_calls`); the key where it is
+    left out.
+    """
     data: Path | None = None
-    """The file that one of our tasks asks, as `file:PATH`; `builtin:cloze` and `builtin:heldout` come with Slipway."""
+    """The file that one of our tasks asks, as `file:PATH`; `builtin:cloze`, `builtin:heldout` and `builtin:images` come
+    with Slipway.
+    """
     items: Annotated[int, Field(gt=0)] | None = None
     """How many items are asked: of our tasks spread over the file, of lm-eval's the first of each part."""
     metric: str | None = None
@@ -94,6 +100,10 @@ class TaskLimits(_Frozen):
     def asks_for_tool_calls(self, name: str) -> bool:
         """Whether the task is ours that offers tools."""
         return (self.task or name) == TOOL_CALLS
+
+    def shows_images(self, name: str) -> bool:
+        """Whether the task is ours with images."""
+        return (self.task or name) == IMAGES
 
     def question(self, name: str) -> Question:
         """Return what determines the question."""

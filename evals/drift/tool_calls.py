@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -17,23 +16,30 @@ Chat = Callable[[dict[str, Any]], dict[str, Any]]
 
 TYPE = "tool_calls"
 _TOKENS = 256
-_CONNECTIONS = 16
 _QUESTION, _SAID = 500, 200  # characters that are kept for a person to read
 
 
-def answers(rows: Sequence[Row], chat: Chat, answered: Callable[[], None]) -> list[dict[str, Any]]:
-    """Ask every row and return its answer, as `evals.drift.answers.GeneratedAnswer` has it.
+def answer(row: Row, chat: Chat) -> dict[str, Any]:
+    """Ask a row and return its answer, as `evals.drift.answers.GeneratedAnswer` has it.
 
-    ``chat`` sends a body to ``/v1/chat/completions`` and returns the reply; ``answered`` is called after each.
+    ``chat`` sends a body to ``/v1/chat/completions`` and returns the reply.
     """
-
-    def ask(row: Row) -> dict[str, Any]:
-        reply = chat(request(row))
-        answered()
-        return _answer(row, reply)
-
-    with ThreadPoolExecutor(_CONNECTIONS) as pool:
-        return list(pool.map(ask, rows))
+    body = request(row)
+    reply = chat(body)
+    message = reply["choices"][0]["message"]
+    calls = message.get("tool_calls") or []
+    problem = wrong(row, calls)
+    said = [f"{call['function'].get('name')}({call['function'].get('arguments')})" for call in calls]
+    text = "; ".join(said) or str(message.get("content") or "")
+    return {
+        "id": row["id"],
+        "asked": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16],
+        "group": "",
+        "question": row["prompt"][-_QUESTION:],
+        "right": problem is None,
+        "tokens": int((reply.get("usage") or {}).get("completion_tokens") or 0),
+        "said": (text if problem is None else f"{text} ({problem})")[:_SAID],
+    }
 
 
 def request(row: Row) -> dict[str, Any]:
@@ -80,20 +86,3 @@ def _other_value(arguments: Mapping[str, Any], expected: Mapping[str, Any]) -> s
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 - JSON
     return value.strip().casefold() if isinstance(value, str) else value
-
-
-def _answer(row: Row, reply: Mapping[str, Any]) -> dict[str, Any]:
-    message = reply["choices"][0]["message"]
-    calls = message.get("tool_calls") or []
-    problem = wrong(row, calls)
-    said = [f"{call['function'].get('name')}({call['function'].get('arguments')})" for call in calls]
-    text = "; ".join(said) or str(message.get("content") or "")
-    return {
-        "id": row["id"],
-        "asked": hashlib.sha256(json.dumps(request(row), sort_keys=True).encode()).hexdigest()[:16],
-        "group": "",
-        "question": row["prompt"][-_QUESTION:],
-        "right": problem is None,
-        "tokens": int((reply.get("usage") or {}).get("completion_tokens") or 0),
-        "said": (text if problem is None else f"{text} ({problem})")[:_SAID],
-    }

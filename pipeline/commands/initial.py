@@ -67,14 +67,9 @@ def init(
     if path.exists() and not force and not dry_run:
         raise SpecError(f"{path} exists: choose another --name, or overwrite it with --force")
     target = _target(gpu or _ask("What will serve it (H100, L4, …, cpu)", _own_device(), is_asked), settings)
-    proposal = propose(
-        model,
-        uri,
-        revision,
-        described.model,
-        kind or _ask_kind(kind_of(uri, has_chat_template=has_chat_template(source)), is_asked),
-        target,
-    )
+    chats = has_chat_template(source)
+    kind = kind or _ask_kind(kind_of(uri, has_chat_template=chats), is_asked)
+    proposal = propose(model, uri, revision, described.model, kind, target, has_chat_template=chats)
     text, spec, plan = _checked(proposal, described, settings)
     if not dry_run:
         from registry.atomic_write import write_atomically  # noqa: PLC0415

@@ -79,6 +79,7 @@ _DRAFTING = re.compile(r"(^|\.)mtp[^.]*\.")
 _DECAY = re.compile(r"\.A_log$")
 # Masks and counters that older checkpoints store beside the weights, as integers.
 _BUFFER = re.compile(r"\.(bias|masked_bias|position_ids|num_batches_tracked)$")
+_IMAGE_TOKENS = ("image_token_id", "image_token_index")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
@@ -99,6 +100,12 @@ class ModelDescription:
     def text_config(self) -> Mapping[str, Any]:
         """The part of config.json that describes the decoder: of a multimodal model its ``text_config``."""
         return text_config(self.config)
+
+    @property
+    def accepts_images(self) -> bool:
+        """Whether config.json describes a vision tower, or names a token that stands for an image."""
+        tower = isinstance(self.config.get("vision_config"), Mapping)
+        return tower or any(isinstance(self.config.get(key), int) for key in _IMAGE_TOKENS)
 
     @cached_property
     def roles(self) -> Mapping[str, Role]:

@@ -17,6 +17,7 @@ from pipeline.compatibility.scheme import Scheme
 from pipeline.errors import PlanError, UnsupportedModelError
 from pipeline.planner import draft_model, serving
 from pipeline.planner.document import MeasuredRelease
+from pipeline.planner.evaluation import check_images
 from pipeline.planner.facts import ModelFacts, read_facts
 from pipeline.planner.memory import Drafting, Workload
 from pipeline.planner.plan import Plan, make_plan
@@ -86,6 +87,8 @@ def plan_described(
         PlanError: its configuration can't be read.
         UnsupportedModelError: the model does not allow what its file says of serving it.
     """
+    if not isinstance(spec, str):
+        check_images(spec, described.model)
     facts = read_facts(described.model.config)
     weights = [unquantized(described.model)]
     weights += [quantized(scheme, schemes[scheme], described.model) for scheme in schemes if scheme not in refused]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from evals.drift import planning
+from pipeline.compatibility.description import ModelDescription
+from pipeline.errors import UnsupportedModelError
 from pipeline.planner.document import EvaluatedTask, PlannedEvaluation
 from pipeline.spec import ModelSpec
 
@@ -37,3 +39,18 @@ def evaluation(spec: ModelSpec) -> PlannedEvaluation:
             for task in tasks
         ),
     )
+
+
+def check_images(spec: ModelSpec, model: ModelDescription) -> None:
+    """Check that a model that is asked about images accepts them.
+
+    Raises:
+        UnsupportedModelError: it does not; the message names the task's key.
+    """
+    if model.accepts_images:
+        return
+    if shown := spec.evals.image_tasks:
+        raise UnsupportedModelError(
+            f"`{shown[0]}` asks about images, and the model accepts none: its config.json ({model.architecture}) has "
+            "neither `vision_config` nor a token for images: leave the task out"
+        )

@@ -15,6 +15,7 @@ from registry.bounded_json import Bounds, DocumentError, read_json
 
 _AT_ONCE = 8
 _TOKENIZER = "tokenizer_config.json"
+_PROCESSOR_TEMPLATE = "chat_template.json"  # of older models that accept images
 _CONFIG = Bounds(bytes=1 << 20, values=100_000)
 # Gemma 3's takes 1.2 MB: the template stands behind a long list of added tokens.
 _TOKENIZER_BYTES = 4 << 20
@@ -71,7 +72,7 @@ def has_chat_template(resolved: ResolvedSource) -> bool:
         SourceError: the hub does not answer.
     """
     names = {file.path for file in resolved.files}
-    if any(name.endswith(".jinja") for name in names):
+    if any(name.endswith(".jinja") or name == _PROCESSOR_TEMPLATE for name in names):
         return True
     if _TOKENIZER not in names:
         return False

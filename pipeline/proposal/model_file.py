@@ -7,9 +7,10 @@ import re
 import textwrap
 from collections.abc import Iterator
 
+from evals.drift.suite import IMAGES
 from pipeline.compatibility.scheme import Scheme
 from pipeline.proposal.cost import size
-from pipeline.proposal.propose import SUITES, Proposal
+from pipeline.proposal.propose import Proposal
 from pipeline.proposal.schemes import MEANINGS
 
 _WIDTH = 120
@@ -71,7 +72,7 @@ def _evals(proposal: Proposal) -> Iterator[str]:
     yield "evals:"
     yield from _comment(
         f"What FP16 and each scheme are asked; it comes with Slipway. Stronger evidence, with downloads and hours: "
-        f"`suite: {SUITES[proposal.kind]}` in place of `tasks`.",
+        f"`suite: {proposal.suite}` in place of `tasks`.",
         "  ",
     )
     yield "  tasks:"
@@ -86,6 +87,13 @@ def _evals(proposal: Proposal) -> Iterator[str]:
         "    ",
     )
     yield (f"    perplexity: {{data: builtin:heldout, items: {proposal.documents}, kind: text, max_increase: 0.02}}")
+    if proposal.shows_images:
+        yield from _comment(
+            "Questions about images, which see a damaged vision tower. What 240 items show to be lost fails; what they "
+            "can't decide does not block.",
+            "    ",
+        )
+        yield f"    {IMAGES}: {{data: builtin:{IMAGES}, tier: supporting, max_drop: 0.05}}"
     if not proposal.compares_layers:
         yield "  layers: false # both networks would have to fit into memory"
 

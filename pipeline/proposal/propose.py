@@ -31,7 +31,8 @@ from pipeline.proposal.schemes import Choice, choose
 Kind = Literal["base", "chat", "code"]
 KINDS: tuple[Kind, ...] = ("base", "chat", "code")
 SUITES: Mapping[Kind, str] = {"base": "standard", "chat": "support-chat", "code": "code"}
-"""The suite of lm-eval's tasks for each kind."""
+"""The suite for each kind."""
+_WITH_IMAGES = "vision"
 
 # Requests at once, each of the whole context.
 _CONCURRENT, _CONCURRENT_ON_CPU = 16, 4
@@ -102,11 +103,18 @@ class Proposal:
     traffic: Traffic
     memory_bytes: int
     start_timeout_s: int | None
+    shows_images: bool
+    """Whether the model is asked about images."""
 
     @property
     def fp16(self) -> Weights:
         """The unquantized weights."""
         return self.weights[FP16]
+
+    @property
+    def suite(self) -> str:
+        """The suite that gives stronger evidence than built-in data: with images where the model accepts them."""
+        return _WITH_IMAGES if self.shows_images else SUITES[self.kind]
 
     @property
     def active(self) -> float:
@@ -141,9 +149,16 @@ def kind_of(uri: str, *, has_chat_template: bool) -> Kind:
 
 
 def propose(
-    model: str, uri: str, revision: str | None, description: ModelDescription, kind: Kind, target: Target
+    model: str,
+    uri: str,
+    revision: str | None,
+    description: ModelDescription,
+    kind: Kind,
+    target: Target,
+    *,
+    has_chat_template: bool,
 ) -> Proposal:
-    """Choose what a first model file says.
+    """Choose what a first model file says; without a chat template a model can't be shown images.
 
     Raises:
         UnsupportedModelError: nothing can be made of the model.
@@ -182,6 +197,7 @@ def propose(
         traffic=_on_a_cpu(active, weights) if target.gpu is None else _chat(facts, weights, target.gpu, context),
         memory_bytes=_memory(weights, target.runtime, max(groups.values(), default=1)),
         start_timeout_s=1800 if weights[FP16].bytes > _LARGE else None,
+        shows_images=description.accepts_images and has_chat_template,
     )
 
 

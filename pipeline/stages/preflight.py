@@ -14,6 +14,7 @@ from pipeline.errors import PlanError, SourceError, SpecError, UnsupportedModelE
 from pipeline.planner import serving
 from pipeline.planner.asking import describe_source, drafting_of, refusals, sentences, usual_workload
 from pipeline.planner.data import check_data
+from pipeline.planner.evaluation import check_images
 from pipeline.planner.facts import read_facts
 from pipeline.planner.memory import Drafting
 from pipeline.planner.plan import Plan, SchemePlan, make_plan
@@ -62,6 +63,7 @@ def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Pr
     except PlanError as error:
         say(f"no plan: {error}")
         return None
+    check_images(spec, described.model)
     merged_source.check(merged, described.model)
     adapters.check(resolved, described.model)
     drafting = drafting_of(spec, described.model, settings)
@@ -98,6 +100,8 @@ def _chats(spec: ModelSpec, *, has_conversations: bool) -> str | None:
         return "`calibration`: its data holds conversations"
     if spec.serve.tool_calls is not None:
         return "`serve.tool_calls`: the model is asked for calls by chat"
+    if shown := spec.evals.image_tasks:
+        return f"`{shown[0]}`: the model is shown images by chat"
     return None
 
 

@@ -16,7 +16,7 @@ from containers.errors import SandboxError
 from containers.sandbox.engine_log import Failure
 from containers.sandbox.memory import MemorySampler
 from containers.sandbox.sandbox import Server
-from evals.drift import served
+from evals.drift import images, served
 from evals.drift.answers import Answers
 from evals.drift.asking import RUNS, in_looks, while_serving
 from evals.drift.overlap import runs
@@ -176,6 +176,7 @@ def test_items_of_a_groups_tasks_are_counted_apart(tmp_path: Path, monkeypatch: 
         return [(0.0, True)] * 8
 
     tokenizers = SimpleNamespace(from_pretrained=lambda *_, **__: None)
+    monkeypatch.setitem(sys.modules, "images", images)
     monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(AutoTokenizer=tokenizers))
     monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(utils=None))
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", SimpleNamespace(TemplateLM=TemplateLM))
@@ -195,6 +196,7 @@ def test_chat_is_put_into_the_template_that_is_served(tmp_path: Path, monkeypatc
     template = tmp_path / "chat.jinja"
     template.write_text("the model file's")
     tokenizers = SimpleNamespace(from_pretrained=from_pretrained)
+    monkeypatch.setitem(sys.modules, "images", images)
     monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(AutoTokenizer=tokenizers))
     monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(utils=None))
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", SimpleNamespace(TemplateLM=object))

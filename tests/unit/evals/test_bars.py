@@ -14,9 +14,10 @@ from registry import counting
 @pytest.fixture
 def checkpoints(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module as the worker has it, with the harness under its own names; nothing is too quick to be told."""
-    from evals.drift import packed  # noqa: PLC0415 - beside it in the worker
+    from evals.drift import images, packed  # noqa: PLC0415 - beside it in the worker
 
     monkeypatch.setattr(counting, "FIRST_SECONDS", 0.0)
+    monkeypatch.setitem(sys.modules, "images", images)
     monkeypatch.setitem(sys.modules, "packed", packed)
     monkeypatch.setitem(sys.modules, "slipway_worker", slipway_worker)
     monkeypatch.setitem(sys.modules, "slipway_counting", counting)

@@ -308,6 +308,48 @@ def test_plan_refuses_what_it_can_neither_plan_nor_make(tmp_path: Path, monkeypa
     assert "`schemes.gptq`: GPTQModel can't quantize `qwen3_5_text`" in refused.stderr
 
 
+def with_images(path: Path) -> Path:
+    """The model file with a task that shows images."""
+    document = yaml.safe_load(path.read_text())
+    document["evals"].setdefault("tasks", {})["shapes"] = {
+        "task": "images", "data": "builtin:images", "max_drop": 0.05
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_accepts_images_if_its_configuration_says_so(name: str) -> None:
+    assert ModelDescription(FAMILIES[name]["config"], {}).accepts_images == (name in {"qwen3_vl", "gemma3"})
+
+
+def test_images_are_refused_for_a_model_of_text_in_the_first_second(tmp_path: Path) -> None:
+    path = with_images(write_model_file(tmp_path, write_family(tmp_path / "source", "llama"), MINISTRAL))
+    (tmp_path / "source" / "chat_template.jinja").write_text("{{ messages }}")
+    settings = Settings.read({"SLIPWAY_HOME": str(tmp_path / "home")})
+    reason = (
+        r"^`evals\.tasks\.shapes` asks about images, and the model accepts none: its config\.json \(llama\) has neither"
+    )
+    with pytest.raises(UnsupportedModelError, match=reason):
+        foresee(load(path), ["awq"], settings, print)
+    planned = CliRunner().invoke(main, ["plan", str(path), "--gpu", "L4"], env={"SLIPWAY_HOME": str(tmp_path / "home")})
+    assert planned.exit_code == USAGE
+    assert "`evals.tasks.shapes` asks about images" in planned.stderr
+
+
+@pytest.mark.parametrize("template", ["chat_template.jinja", "chat_template.json"])
+def test_images_need_a_chat_template(template: str, tmp_path: Path) -> None:
+    source, fp8 = write_family(tmp_path / "source", "gemma3"), {"method": "fp8", "backend": "llmcompressor"}
+    path = with_images(write_model_file(tmp_path, source, {"fp8": fp8}))
+    settings = Settings.read({"SLIPWAY_HOME": str(tmp_path / "home")})
+    with pytest.raises(
+        SpecError, match=r"^`evals\.tasks\.shapes`: the model is shown images by chat, and .* no chat template"
+    ):
+        foresee(load(path), ["fp8"], settings, print)
+    (source / template).write_text("{{ messages }}")
+    foresee(load(path), ["fp8"], settings, print)
+
+
 @pytest.mark.parametrize("key", ["calibration", "serve.tool_calls"])
 def test_chats_without_a_chat_template_are_refused_before_a_release_begins(tmp_path: Path, key: str) -> None:
     source = write_family(tmp_path / "source", "llama")

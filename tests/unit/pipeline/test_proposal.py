@@ -72,7 +72,7 @@ def family(name: str) -> ModelDescription:
 
 
 def proposed(model: ModelDescription, device: str, kind: Kind = "base", uri: str = "hf://org/name") -> Proposal:
-    return propose("name", uri, None, model, kind, target(device))
+    return propose("name", uri, None, model, kind, target(device), has_chat_template=True)
 
 
 def read_back(proposal: Proposal, folder: Path) -> ModelSpec:
@@ -184,6 +184,18 @@ def test_a_uri_that_yaml_would_read_otherwise_is_quoted(tmp_path: Path) -> None:
     assert read_back(proposed(family("llama"), "cpu", uri=uri), tmp_path).source.uri == uri
 
 
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl", "voxtral", "llama"])
+def test_a_model_that_accepts_images_is_asked_about_some(name: str, tmp_path: Path) -> None:
+    sees = name in {"gemma3", "qwen3_vl"}
+    asked = {task.name: task for task in evaluation(read_back(proposed(family(name), "H100"), tmp_path)).tasks}
+    assert ("images" in asked) == sees
+    assert ("`suite: vision` in place of" in write(proposed(family(name), "H100"))) == sees
+    if sees:
+        assert (asked["images"].items, asked["images"].tier) == (240, "supporting")
+        silent = propose("name", MODEL, None, family(name), "base", target("H100"), has_chat_template=False)
+        assert "images" not in {task.name for task in evaluation(read_back(silent, tmp_path)).tasks}
+
+
 # The command
 
 
@@ -252,7 +264,15 @@ def test_by_default_it_is_for_the_machine_s_own_gpus_and_their_driver(
 def test_a_machine_with_too_few_gpus_is_refused() -> None:
     machine = replace(target("H100"), machine_gpus=2)
     with pytest.raises(PlanError, match="fp16 needs 4 H100, and this machine has 2"):
-        propose("name", "hf://org/name", None, published_models.model("llama-3.3-70b"), "chat", machine)
+        propose(
+            "name",
+            "hf://org/name",
+            None,
+            published_models.model("llama-3.3-70b"),
+            "chat",
+            machine,
+            has_chat_template=True,
+        )
 
 
 def test_a_dry_run_prints_the_file_and_writes_nothing(variables: dict[str, str], tmp_path: Path) -> None:
