@@ -7,9 +7,9 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from containers.errors import ProfileError
 from containers.image import profile
@@ -17,10 +17,10 @@ from containers.image.engine_options import find_problems, options_of, parser_pr
 from containers.image.serving import Adapter, Override, Serve, ServingConfiguration, Speculative
 from containers.scan.policy import ScanPolicy
 from evals import builtin
-from evals.drift.limits import DriftLimits
+from evals.drift.limits import NO_BASELINE, DriftLimits
 from evals.load.cost import CostPlan
 from evals.load.load_test import LoadPlan
-from pipeline.compatibility.scheme import Scheme
+from pipeline.compatibility.scheme import AS_IS, Scheme
 from pipeline.errors import SpecError
 from pipeline.yaml_file import explain, keys, listed, read
 from registry.digests import digest_file
@@ -34,6 +34,7 @@ _DATA = (*_BUILTIN, ("evals", "adapters", "*", "tasks", "*", "data"), ("serve", 
 # Paths of the sections that name further weights.
 _PINNED: tuple[tuple[str, ...], ...] = (
     ("source",),
+    ("baseline",),
     ("source", "adapter"),
     ("serve", "adapters", "*"),
     *((*section, "speculative", "source") for section in (("serve",), ("serve", "variants", "*"))),
@@ -60,6 +61,20 @@ class Source(_Section):
     """Of a hub: a commit, a tag or a branch; default `main`."""
     adapter: Adapter | None = None
     """A LoRA or DoRA adapter that is merged into the weights: the model is released as one of its own."""
+
+
+class Baseline(_Section):
+    """The 16-bit original of a source that is quantized already."""
+
+    uri: str
+    """As `source.uri`."""
+    revision: str | None = None
+    """Of a hub: a commit, a tag or a branch; default `main`."""
+
+
+def _section(given: object) -> object:
+    """A URI alone as the section that has it."""
+    return {"uri": given} if isinstance(given, str) else given
 
 
 class ReleasedScheme(Scheme):
@@ -172,6 +187,11 @@ class ModelSpec(_Section):
     """The model's name: lower-case letters, digits, `-` and `.`."""
     source: Source
     """Where the weights come from."""
+    baseline: Annotated[Baseline | None, BeforeValidator(_section, json_schema_input_type=Baseline | str | None)] = None
+    """For `method: as-is`: the 16-bit original of the source, which the release is compared with; a URI, or `{uri:
+    hf://ORG/NAME, revision: R}`. It is locked like the source. Without one, `evals.accept_inconclusive` must give a
+    reason for `no-baseline`.
+    """
     license: str | None = None
     """The license of the weights, for the image's labels and the bill of materials."""
     calibration: Calibration = Calibration()
@@ -221,6 +241,26 @@ class ModelSpec(_Section):
     def lock(self) -> Path:
         """The file beside this one that pins what the source resolved to."""
         return self.path.with_suffix(".lock.json")
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the source is quantized already, and taken as it is."""
+        return any(scheme.method == AS_IS for scheme in self.schemes.values())
+
+    @property
+    def lacks_baseline(self) -> bool:
+        """Whether there are no 16-bit weights to compare a release with."""
+        return self.is_published and self.baseline is None
+
+    @property
+    def original(self) -> Source:
+        """Where the 16-bit weights come from; of a quantized source without a baseline, it is that source itself."""
+        return self.source if self.baseline is None else Source(**self.baseline.model_dump())
+
+    @property
+    def original_lock(self) -> Path:
+        """The lock of `original`. No model's name has an underscore, so it is not the lock of another model."""
+        return self.lock if self.baseline is None else self.path.with_suffix(".baseline_source.lock.json")
 
     @property
     def calibrates(self) -> bool:
@@ -311,11 +351,43 @@ def load(path: Path) -> ModelSpec:
     except UnicodeError:
         problems.append("it holds an invalid character (a lone surrogate, `\\uD800` to `\\uDFFF`)")
     else:
-        for find in (_not_served, _without_effect, _refused_by_engine, _odd_adapters, _odd_draft_models):
+        for find in (
+            *(_published, _not_served, _without_effect, _refused_by_engine, _odd_adapters, _odd_draft_models),
+        ):
             problems += find(spec)
         if not problems:
             return spec
     raise SpecError(listed(f"{path} is not a valid model file:", itertools.chain(problems, wrong)))
+
+
+def _published(spec: ModelSpec) -> Iterator[str]:
+    """What does not go with a source that is quantized already; and what that alone may have."""
+    if not spec.is_published:
+        if spec.baseline is not None:
+            yield "`baseline`: it is for `method: as-is` alone, others are compared with `source`: remove it"
+        return
+    for name, scheme in spec.schemes.items():
+        if scheme.method != AS_IS:
+            yield (
+                f"`schemes.{name}`: another scheme takes the source as it is, so that it is quantized already: to "
+                "quantize its original, write a file of its own with that as `source`"
+            )
+    if spec.source.adapter is not None:
+        yield "`source.adapter`: an adapter can't be merged into weights that are quantized already: remove it"
+    if spec.baseline is not None:
+        if NO_BASELINE in spec.evals.accept_inconclusive:
+            yield f"`evals.accept_inconclusive.{NO_BASELINE}`: there is a `baseline`: remove one of them"
+        return
+    if NO_BASELINE not in spec.evals.accept_inconclusive:
+        yield (
+            "`baseline`: a source that is quantized already is compared with its 16-bit original: name it, as "
+            f"`baseline: hf://ORG/NAME`, or say why there is none: `evals: {{accept_inconclusive: {{{NO_BASELINE}: "
+            "REASON}}`"
+        )
+    if spec.load.canary is None:
+        yield "`load.canary`: without a `baseline` no 16-bit model gives one: write `{prompt: TEXT, expect: TEXT}`"
+    if spec.serve.adapters:
+        yield "`serve.adapters`: adapters are compared with those of a `baseline`, and there is none"
 
 
 def _not_served(spec: ModelSpec) -> Iterator[str]:
@@ -415,6 +487,7 @@ def _resolved(document: Mapping[str, Any], folder: Path, problems: list[str]) ->
     scan = made.get("scan")
     if isinstance(scan, dict) and isinstance(scan.get("vex"), list):
         scan["vex"] = [folder / str(uri).removeprefix("file:") for uri in scan["vex"]]
+    made["baseline"] = _section(made.get("baseline"))
     for section in _PINNED:
         for place, holder in _matching(made, section):
             pinned = holder[place[-1]]

@@ -191,17 +191,17 @@ class Quantizer(_ManifestPart):
     """What made the weights smaller; ``pins_digest`` is that of the locked environment it ran in."""
 
     backend: Name
-    """The program."""
+    """The program; `none` where the source was quantized already."""
     version: Text
-    """Its version."""
+    """Its version; `as published` where there is none."""
     method: Name
     """The format of the weights."""
     parameters: Mapping[str, Scalar]
     """Of the scheme."""
     calibration: Calibration | None
     """The text that it looked at."""
-    pins_digest: Digest
-    """Of the locked environment that it ran in."""
+    pins_digest: Digest | None
+    """Of the locked environment that it ran in; null where the source was quantized already."""
 
 
 class GateRecord(_ManifestPart):
@@ -349,6 +349,8 @@ class Manifest(_ManifestPart):
     """The scheme's name."""
     source: Source
     """Where the weights came from."""
+    baseline: Annotated[Source | None, Later()] = None
+    """The 16-bit original that it was compared with, where the source was quantized already."""
     quantizer: Quantizer
     """What quantized them."""
     gates: tuple[GateRecord, ...]

@@ -62,6 +62,8 @@ def _parameters(manifest: Manifest) -> dict[str, Any]:
         },
         "runtime": manifest.image.runtime,
     }
+    if manifest.baseline is not None:
+        parameters["baseline"] = _origin(manifest.baseline)
     if manifest.source.adapter is not None:
         parameters["adapter"] = _origin(manifest.source.adapter)
     if manifest.serving:
@@ -83,9 +85,9 @@ def _subjects(manifest: Manifest) -> Iterator[Mapping[str, Any]]:
 
 def _dependencies(manifest: Manifest) -> Iterator[Mapping[str, Any]]:
     source, quantizer, image = manifest.source, manifest.quantizer, manifest.image
-    yield {"name": "source", "uri": source.uri, "annotations": {"revision": source.revision}}
-    for name, record in sorted(source.files.items()):
-        yield {"name": f"source/{name}", "digest": {"sha256": record.sha256}}
+    yield from _pulled("source", source)
+    if manifest.baseline is not None:
+        yield from _pulled("baseline", manifest.baseline)
     if source.adapter is not None:
         merged = source.adapter
         yield {"name": "merged adapter", "uri": merged.uri, "annotations": {"revision": merged.revision}}
@@ -109,9 +111,16 @@ def _dependencies(manifest: Manifest) -> Iterator[Mapping[str, Any]]:
             yield {"name": "calibration data", "uri": data.uri, "annotations": annotations}
             for name, digest in sorted(data.files.items()):
                 yield {"name": f"calibration data/{name}", "digest": _digest(digest)}
-    yield {"name": "quantizer's pins", "digest": _digest(quantizer.pins_digest)}
+    if quantizer.pins_digest is not None:
+        yield {"name": "quantizer's pins", "digest": _digest(quantizer.pins_digest)}
     yield {"name": "image's base", "digest": _digest(image.base_digest)}
     yield {"name": "image's pins", "digest": _digest(image.pins_digest)}
+
+
+def _pulled(what: str, source: Source) -> Iterator[Mapping[str, Any]]:
+    yield {"name": what, "uri": source.uri, "annotations": {"revision": source.revision}}
+    for name, record in sorted(source.files.items()):
+        yield {"name": f"{what}/{name}", "digest": {"sha256": record.sha256}}
 
 
 def _byproducts(manifest: Manifest) -> Iterator[Mapping[str, Any]]:

@@ -91,6 +91,7 @@ def describe(
     model: str,
     scheme: str,
     source: Source,
+    baseline: Source | None = None,
     quantizer: Quantizer,
     gates: Sequence[tuple[Verdict, Sequence[str]]],
     image: Image,
@@ -125,6 +126,7 @@ def describe(
         model=model,
         scheme=scheme,
         source=source,
+        baseline=baseline,
         quantizer=quantizer,
         gates=tuple(
             GateRecord(verdict=verdict, evidence={name: digests[name] for name in names}) for verdict, names in gates

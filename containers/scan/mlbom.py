@@ -47,6 +47,8 @@ class Model:
     adapters: Mapping[str, Companion] = field(default_factory=dict)
     merged: Companion | None = None
     draft_model: Companion | None = None
+    original: tuple[str, str] | None = None
+    """URI and revision of the 16-bit original, where the model was quantized before."""
 
 
 def document(model: Model, verdicts: Sequence[Verdict], image_digest: str) -> dict[str, Any]:
@@ -66,6 +68,9 @@ def document(model: Model, verdicts: Sequence[Verdict], image_digest: str) -> di
         for name, (use, digest) in sorted(model.datasets.items())
     ]  # fmt: skip
     parents = [base]
+    if model.original is not None:
+        name, version = model.original
+        parents.append({**base, "bom-ref": "original", "name": name, "version": version})
     if model.merged is not None:
         parents.append(_companion("merged-adapter", model.merged, "LoRA adapter, merged into the weights"))
     quantized = {

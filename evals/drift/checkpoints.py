@@ -12,19 +12,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import images  # type: ignore[import-not-found]  # beside this script
-from packed import unpack_linear  # type: ignore[import-not-found]  # beside this script
+from packed import unpack_experts, unpack_linear  # type: ignore[import-not-found]  # beside this script
 from slipway_worker import WorkerError
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedModel
 
-# A tensor that each quantized layer has and no other: of AWQ and GPTQ, and of compressed-tensors.
-_MARKS = ("qweight", "weight_scale")
+# A tensor that each quantized layer has and no other: of AWQ and GPTQ, of compressed-tensors, and of DeepSeek V3.
+_MARKS = ("qweight", "weight_scale", "weight_scale_inv")
 _PARTS = (
     *("qweight", "qzeros", "scales", "g_idx"),
-    *("weight", "weight_packed", "weight_scale", "weight_shape", "weight_global_scale", "input_global_scale"),
+    *("weight", "weight_packed", "weight_scale", "weight_scale_inv", "weight_shape"),
+    *("weight_global_scale", "input_global_scale"),
 )
+# The end of the name of experts that are fused into one tensor, as GPT-OSS has them.
+_BLOCKS = "_blocks"
 _CACHE_SCALES = (".k_scale", ".v_scale")
 BATCH_SIZE = 64
 # On a CPU float32 is both exact and the fastest; a GPU holds large models in half precision only.
@@ -105,8 +108,8 @@ def _unpacked_weights(folder: Path, quantization: dict[str, Any]) -> dict[str, A
     tensors = {
         name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()
     }
-    packed = packed_layers(folder)
-    if not packed:
+    packed, fused = packed_layers(folder), [name for name in tensors if name.endswith(_BLOCKS)]
+    if not packed and not fused:
         raise WorkerError(f"{folder} says that it is quantized, but no packed layer is in it")
     for layer in sorted(packed):
         parts = {part: tensors.pop(f"{layer}.{part}", None) for part in _PARTS}
@@ -116,6 +119,10 @@ def _unpacked_weights(folder: Path, quantization: dict[str, Any]) -> dict[str, A
             if tensor is not None
         }
         tensors[f"{layer}.weight"] = torch.from_numpy(unpack_linear(arrays, quantization, layer))
+    for name in fused:
+        experts = name.removesuffix(_BLOCKS)
+        blocks, scales = tensors.pop(name), tensors.pop(f"{experts}_scales")
+        tensors[experts] = torch.from_numpy(unpack_experts(blocks.numpy(), scales.numpy()))
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(_CACHE_SCALES)}
 
 

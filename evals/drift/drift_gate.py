@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from evals.drift.limits import DriftLimits
+from evals.drift.limits import NO_BASELINE, DriftLimits
 from evals.drift.pairs import ChoicePairs, Comparison, Divergence, Drift, TextPairs, counted
 from evals.drift.wording import accuracy_metrics, accuracy_words, likelihood_metrics, likelihood_words, remedy
 from evals.statistics import paired, sequential
@@ -57,8 +57,13 @@ def judge(drift: Drift, limits: DriftLimits, adapters: Iterable[str] = ()) -> Ve
     ``not-answered`` (a task without answers), ``baseline-incomplete``, ``baseline-at-chance``, ``too-few-items``,
     ``stopped-early``, ``suspicious`` (much better than FP16), ``calibration-overlap``; several are joined by ``+``,
     sorted, so that accepting one accepts no other. A candidate without a finite answer to an item that the baseline
-    answered fails. One that this machine can't serve is inconclusive (``unsupported``), which can't be accepted.
+    answered fails. One that this machine can't serve is inconclusive (``unsupported``), which can't be accepted. Where
+    there is no 16-bit original to compare with, that is the only cause (``no-baseline``).
     """
+    if drift.uncompared is not None:
+        named, told = _limits(limits), drift.uncompared
+        nothing = Verdict(gate=GATE, status="inconclusive", cause=NO_BASELINE, reason=told, limits=named)
+        return nothing.accepting(limits.accept_inconclusive)
     if drift.lacking is not None:
         return Verdict(
             gate=GATE, status="inconclusive", cause="unsupported", reason=drift.lacking, limits=_limits(limits)

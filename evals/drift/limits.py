@@ -9,11 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from evals.drift.suite import TASKS, TOOL_CALLS, AskedTasks, TaskLimits
 
+NO_BASELINE = "no-baseline"
 # Why a drift verdict can be inconclusive; `evals.drift.drift_gate.judge` says when.
 CAUSES = frozenset(
     {
-        *("baseline-at-chance", "baseline-incomplete", "calibration-overlap", "engine-differs", "not-answered"),
-        *("stopped-early", "suite-changed", "suspicious", "too-few-items"),
+        *("baseline-at-chance", "baseline-incomplete", "calibration-overlap", "engine-differs", NO_BASELINE),
+        *("not-answered", "stopped-early", "suite-changed", "suspicious", "too-few-items"),
     }
 )
 

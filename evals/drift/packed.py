@@ -1,5 +1,6 @@
-"""Weights out of quantized checkpoints: GPTQ (2, 3, 4, 8 bits), AWQ's GEMM layout, and what compressed-tensors stores.
+"""Weights out of quantized checkpoints: AWQ, GPTQ, compressed-tensors, DeepSeek V3's FP8, GPT-OSS's MXFP4.
 
+GPTQ has 2, 3, 4 or 8 bits, AWQ its GEMM layout.
 Written against the formats that vLLM and transformers read and not against the quantizers' own code, so that a
 checkpoint which only its maker can read does not pass. NumPy only; the worker turns results into its tensors.
 """
@@ -56,7 +57,17 @@ def unpack_linear(
         if len(own) != 1:
             raise FormatError(f"compressed-tensors with {len(own)} groups of settings for `{layer}` is not read here")
         return _compressed(parts, str(own[0].get("format") or quantization.get("format")), own[0]["weights"])
-    raise FormatError(f"quantization by `{method}` is not read here: `awq`, `gptq` and `compressed-tensors` are")
+    if method == "fp8" and quantization.get("weight_block_size"):
+        return _scaled(parts["weight"], parts["weight_scale_inv"], *quantization["weight_block_size"])
+    raise FormatError(
+        f"quantization by `{method}` is not read here: `awq`, `gptq`, `compressed-tensors` and `fp8` in blocks are"
+    )
+
+
+def unpack_experts(blocks: NDArray[Any], scales: NDArray[Any]) -> NDArray[np.float32]:
+    """Return GPT-OSS's experts, E by in by out, from ``blocks`` [E, out, in/32, 16] and ``scales`` [E, out, in/32]."""
+    values = _fp4(blocks.reshape(-1, blocks.shape[-1])) * _powers(scales.reshape(-1, 1))
+    return np.ascontiguousarray(values.reshape(*blocks.shape[:2], -1).transpose(0, 2, 1), np.float32)
 
 
 def unpack_words(words: NDArray[np.int32], bits: int) -> NDArray[np.int32]:
@@ -101,14 +112,24 @@ def _compressed(parts: Mapping[str, NDArray[Any]], stored_as: str, settings: Map
             scales = parts["weight_scale"] / parts["weight_global_scale"].astype(np.float32)
         case "mxfp4-pack-quantized":
             values = _fp4(parts["weight_packed"])
-            scales = np.ldexp(np.float32(1), parts["weight_scale"].astype(np.int32) - _E8M0_BIAS, dtype=np.float32)
+            scales = _powers(parts["weight_scale"])
         case _:
             raise FormatError(f"compressed-tensors' format `{stored_as}` is not read here")
     rows, columns = (-(-mine // theirs) for mine, theirs in zip(values.shape, scales.shape, strict=True))
     if settings["strategy"] == "block":
         rows, columns = settings["block_structure"]
-    spread = scales.repeat(rows, axis=0).repeat(columns, axis=1)
+    return _scaled(values, scales, rows, columns)
+
+
+def _scaled(values: NDArray[Any], scales: NDArray[Any], rows: int, columns: int) -> NDArray[np.float32]:
+    """Each number times the scale of its rectangle."""
+    spread = scales.astype(np.float32).repeat(rows, axis=0).repeat(columns, axis=1)
     return np.ascontiguousarray(values * spread[: values.shape[0], : values.shape[1]], np.float32)
+
+
+def _powers(exponents: NDArray[Any]) -> NDArray[np.float32]:
+    """Bytes of E8M0 as numbers."""
+    return np.ldexp(np.float32(1), exponents.astype(np.int32) - _E8M0_BIAS, dtype=np.float32)
 
 
 def _fp4(packed: NDArray[Any]) -> NDArray[np.float32]:

@@ -226,11 +226,18 @@ class Drift(Comparison):
     """What vLLM quantizes while it runs, and the engine that answered here did not: the loss is that of the weights."""
     lacking: str | None = None
     """Why the candidate was not evaluated, if this machine lacks what its configuration needs."""
+    uncompared: str | None = None
+    """Why there is nothing to compare the candidate with, if there is no 16-bit model of it."""
 
 
 def not_asked(lacking: str) -> Drift:
     """Return the evidence of a candidate that this machine can't serve."""
     return Drift(engine={}, engine_differences=(), tasks={}, lacking=lacking)
+
+
+def not_compared(reason: str) -> Drift:
+    """Return the evidence of a candidate without a 16-bit original."""
+    return Drift(engine={}, engine_differences=(), tasks={}, uncompared=reason)
 
 
 def compare(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pipeline.planner.plan import Plan
     from pipeline.planner.sources import Described
     from pipeline.proposal.cost import ProposedFile
-    from pipeline.proposal.propose import Kind, Proposal, Target
+    from pipeline.proposal.propose import AsIs, Kind, Proposal, Target
     from pipeline.spec import ModelSpec
 
 _CPU = "cpu"
@@ -29,6 +29,8 @@ _CPU = "cpu"
 @click.option("--kind", type=click.Choice(["base", "chat", "code"]), help="What it is for. Default: by its name.")
 @click.option("--name", metavar="NAME", help="The model's name. Default: by the URI.")
 @click.option("--revision", metavar="R", help="A commit, tag or branch of the source. Default: main.")
+@click.option("--baseline", metavar="URI", help="The 16-bit original of a model that is quantized already.")
+@click.option("--no-baseline", metavar="REASON", help="Why a model that is quantized already has no such original.")
 @click.option("--dry-run", is_flag=True, help="Print the file, and write nothing.")
 @click.option("--force", is_flag=True, help="Overwrite a file that is there.")
 @as_json
@@ -38,6 +40,8 @@ def init(
     kind: Kind | None,
     name: str | None,
     revision: str | None,
+    baseline: str | None,
+    no_baseline: str | None,
     *,
     dry_run: bool,
     force: bool,
@@ -60,7 +64,7 @@ def init(
     settings = Settings.read()
     uri = _absolute(uri)
     source = resolve(uri, revision, access=Access.of(settings))
-    described = describe(source)
+    described, as_is = _as_is(describe(source), uri, baseline, no_baseline, settings)
     is_asked = sys.stdin.isatty() and sys.stderr.isatty()
     model = name or _ask("Name", name_of(uri), is_asked)
     path = settings.models / f"{model}.yaml"
@@ -69,7 +73,9 @@ def init(
     target = _target(gpu or _ask("What will serve it (H100, L4, …, cpu)", _own_device(), is_asked), settings)
     chats = has_chat_template(source)
     kind = kind or _ask_kind(kind_of(uri, has_chat_template=chats), is_asked)
-    proposal = propose(model, uri, revision, described.model, kind, target, has_chat_template=chats)
+    proposal = propose(
+        model, uri, revision, described.model, kind, target, has_chat_template=chats, as_is=as_is
+    )
     text, spec, plan = _checked(proposal, described, settings)
     if not dry_run:
         from registry.atomic_write import write_atomically  # noqa: PLC0415
@@ -88,6 +94,39 @@ def init(
         print_json(found.model_dump(mode="json"))
     else:
         _show(found)
+
+
+def _as_is(
+    described: Described, uri: str, baseline: str | None, reason: str | None, settings: Settings
+) -> tuple[Described, AsIs | None]:
+    """The model at 16 bits, and how a source that is quantized already is taken.
+
+    Raises:
+        SpecError: it is, and nothing says what it is to be compared with; or it is not, and something does.
+    """
+    from pipeline.errors import SpecError  # noqa: PLC0415
+    from pipeline.planner.sources import describe, with_published  # noqa: PLC0415
+    from pipeline.proposal.propose import AsIs  # noqa: PLC0415
+    from pipeline.sources.origin import Access  # noqa: PLC0415
+    from pipeline.sources.source import resolve  # noqa: PLC0415
+
+    given = [name for name, value in (("--baseline", baseline), ("--no-baseline", reason)) if value is not None]
+    if "quantization_config" not in described.model.config:
+        if given:
+            raise SpecError(f"{given[0]} is for a source that is quantized already, and {uri} is not: leave it out")
+        return described, None
+    if len(given) != 1:
+        raise SpecError(
+            f"{uri} is quantized already: name its 16-bit original with --baseline URI, or say with --no-baseline "
+            "REASON why there is none"
+        )
+    original = None
+    if baseline is not None:
+        baseline = _absolute(baseline)
+        original = describe(resolve(baseline, None, access=Access.of(settings)))
+    whole = with_published(described, original)
+    assert whole.published is not None  # noqa: S101 - what it was described with
+    return whole, AsIs(whole.published, baseline, reason)
 
 
 def _absolute(uri: str) -> str:

@@ -79,7 +79,7 @@ def plan(
 
     found, release = _asked(model, settings, wanted, workload)
     spec = _model_file(model, settings)
-    gates = [*_gate(_needs(spec, release), wanted, driver), *_not_served(spec, settings)]
+    gates = [*_gate(_needs(spec, release), wanted, driver), *_not_served(spec, settings, found)]
     found = replace(found, notes=[*found.notes, *gates])
     measurements = None if release is None else measured(release)
     asked = None if spec is None else evaluation(spec)
@@ -174,11 +174,11 @@ def _needs(spec: ModelSpec | None, release: ReleaseMetadata | None) -> Needs | N
     return gpu_compatibility.needs_of({**gpu_compatibility.labels_of(runtime), gpu_compatibility.RUNTIME: runtime.name})
 
 
-def _not_served(spec: ModelSpec | None, settings: Settings) -> list[str]:
+def _not_served(spec: ModelSpec | None, settings: Settings, found: Plan) -> list[str]:
     """The schemes that this machine's CPU can't serve, where the model's runtime is one for CPUs."""
     from pipeline.stages.preflight import not_served_here  # noqa: PLC0415
 
-    return [] if spec is None else not_served_here(spec, spec.schemes, settings)
+    return [] if spec is None else not_served_here(spec, spec.schemes, settings, found.published)
 
 
 def _gate(needs: Needs | None, gpus: Sequence[GpuModel], driver: str | None) -> list[str]:

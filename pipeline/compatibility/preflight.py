@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from pipeline.compatibility import backends
 from pipeline.compatibility.description import ModelDescription, in_layer
-from pipeline.compatibility.scheme import Scheme, either
+from pipeline.compatibility.scheme import AS_IS, Scheme, either
 from pipeline.errors import QuantizeError, UnsupportedModelError
 
 _NAMES = {"autoawq": "AutoAWQ", "gptqmodel": "GPTQModel", "autogptq": "AutoGPTQ", "llmcompressor": "llm-compressor"}
@@ -44,6 +44,8 @@ def check(model: ModelDescription, scheme: Scheme) -> None:
 
 def find_problems(model: ModelDescription, scheme: Scheme) -> list[str]:
     """Return why ``scheme`` can't be applied to ``model``, each with what to do; empty if it can."""
+    if scheme.method == AS_IS:  # what it takes is checked by `quantization.published`
+        return []
     stored = list(_stored(model))
     if stored:
         return stored
@@ -59,7 +61,8 @@ def _stored(model: ModelDescription) -> Iterator[str]:
     """Problems that no backend can solve."""
     if found := model.quantized_dtypes:
         name, dtype = next(iter(found.items()))
-        yield f"the source is already quantized (`{name}` is {dtype}): use the original model"
+        remedy = "release it by `method: as-is`, or use the original model"
+        yield f"the source is already quantized (`{name}` is {dtype}): {remedy}"
     elif model.architecture in _TRANSPOSED:
         yield f"`{model.architecture}` stores its linear layers transposed, which no packed format supports"
     elif not model.linears and not model.fused_experts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
 
@@ -12,9 +12,13 @@ from pipeline.compatibility.backends import BITS, GROUP_SIZES, WITHOUT_MODEL
 if TYPE_CHECKING:
     from containers.hardware.cpu import InstructionSet
 
-Method = Literal["awq", "gptq", "fp8", "fp8-block", "w8a8", "w4a16", "nvfp4", "mxfp4", "mixed"]
+Method = Literal["awq", "gptq", "fp8", "fp8-block", "w8a8", "w4a16", "nvfp4", "mxfp4", "mixed", "as-is"]
+AS_IS: Method = "as-is"
+# Of checkpoints that were quantized elsewhere, and that no backend here writes.
+PublishedFormat = Literal["fp8-scale-inv", "mxfp4-experts"]
+Format = Method | PublishedFormat
 MixedFormat = Literal["w4a16", "w8a8", "fp8"]
-BackendName = Literal["autoawq", "gptqmodel", "autogptq", "llmcompressor"]
+BackendName = Literal["autoawq", "gptqmodel", "autogptq", "llmcompressor", "none"]
 
 GPTQ_ONLY = ("symmetric", "desc_act")
 # What a method prescribes, or uses if the scheme doesn't say: bits and group size.
@@ -35,10 +39,13 @@ _MIXED_FORMATS: tuple[MixedFormat, ...] = ("w4a16", "w8a8", "fp8")
 _INPUTS: Mapping[str, str] = {
     "fp8": "inputs in FP8, a scale for each token",
     "fp8-block": "inputs in FP8, a scale for each 128",
+    "fp8-scale-inv": "inputs in FP8, a scale for each 128",
     "w8a8": "inputs in INT8, a scale for each token",
     "nvfp4": "inputs in FP4, a scale for each 16",
     "mxfp4": "inputs in FP4, a scale for each 32",
 }
+# Keys of a scheme that quantizes.
+_CHOSEN = frozenset({"bits", "group_size", *GPTQ_ONLY, "clone_saved_weights", "kv_cache", "budget", "formats"})
 # The bits of GPTQ that vLLM 0.32 loads on any device (`auto_gptq.py`, `gptq_utils.py`).
 _SERVED_BITS = (4, 8)
 
@@ -70,10 +77,12 @@ class Scheme(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: Method
-    """The format of the quantized weights."""
-    backend: BackendName
+    """The format of the quantized weights; `as-is` takes a source that is quantized already, in the format that its
+    config.json names.
+    """
+    backend: BackendName = "none"
     """The program that quantizes; AWQ by `autoawq` or `gptqmodel`, GPTQ by `gptqmodel` or `autogptq`, all others by
-    `llmcompressor`.
+    `llmcompressor`. Only `as-is` has none.
     """
     bits: int = 4
     """Bits per weight: AWQ 4; GPTQ 2, 3, 4 or 8; otherwise what the method's name says."""
@@ -104,16 +113,21 @@ class Scheme(BaseModel):
     def _sized(cls, given: Any) -> Any:  # noqa: ANN401 - whatever the file says; pydantic validates it afterwards
         if not isinstance(given, Mapping) or not isinstance(given.get("method"), str):
             return given
+        if given["method"] == AS_IS:
+            return given
         bits, group_size = _SIZES.get(given["method"], (4, 128))
         formats = {"formats": _MIXED_FORMATS} if given["method"] == "mixed" else {}
         return {"bits": bits, "group_size": group_size, **formats, **given}
 
     @model_validator(mode="after")
-    def _supported(self) -> Scheme:
+    def _supported(self) -> Self:
+        if self.method == AS_IS:
+            return self._unchanged()
         bits = BITS.get((self.method, self.backend))
         if bits is None:
             able = sorted(backend for method, backend in BITS if method == self.method)
-            raise ValueError(f"backend `{self.backend}` can't write {self.method}: use {either(able)}")
+            wrong = "`backend` is missing" if self.backend == "none" else f"`{self.backend}` can't write {self.method}"
+            raise ValueError(f"{wrong}: use {either(able)}")
         if self.bits not in bits:
             raise ValueError(f"`{self.backend}` writes {self.method} with {either(bits)} `bits`, not {self.bits}")
         if self.group_size not in GROUP_SIZES[self.method]:
@@ -137,10 +151,24 @@ class Scheme(BaseModel):
             raise ValueError("`clone_saved_weights` applies only to the backend `autoawq`: remove it")
         return self
 
+    def _unchanged(self) -> Self:
+        """A scheme that takes what it finds has nothing to choose."""
+        if self.backend != "none" or (extra := self.model_fields_set & _CHOSEN):
+            key = "backend" if self.backend != "none" else min(extra)
+            raise ValueError(
+                f"`{key}` does not apply to as-is, which takes what the source's config.json says: remove it"
+            )
+        return self
+
+    @property
+    def format(self) -> Format:
+        """The format of the quantized weights; of `as-is` the source says it (`PublishedScheme`)."""
+        return self.method
+
     @property
     def needs_calibration(self) -> bool:
         """Whether the backend needs text."""
-        return self.method not in WITHOUT_MODEL or self.kv_cache is not None
+        return self.method != AS_IS and (self.method not in WITHOUT_MODEL or self.kv_cache is not None)
 
     @property
     def mixed_schemes(self) -> dict[str, Scheme]:
@@ -154,14 +182,14 @@ class Scheme(BaseModel):
     @property
     def parameters(self) -> dict[str, str | bool | int | float | None]:
         """What a release records beside method and backend."""
-        left_out = {"method", "backend", "budget", "formats", *(GPTQ_ONLY if self.method != "gptq" else ())}
+        left_out = {"method", "backend", "budget", "formats", *(GPTQ_ONLY if self.format != "gptq" else ())}
         mixed = {} if self.budget is None else {"budget": str(self.budget), "formats": ", ".join(self.formats)}
         return self.model_dump(exclude=left_out) | mixed
 
     @property
     def not_served(self) -> str | None:
         """The key whose value vLLM refuses on every device, or None if vLLM serves the scheme."""
-        if self.method != "gptq":
+        if self.format != "gptq":
             return None
         if self.bits not in _SERVED_BITS:
             return "bits"
@@ -172,17 +200,39 @@ class Scheme(BaseModel):
 
     def unsupported(self, instruction_set: InstructionSet) -> str | None:
         """Say why vLLM can't serve the scheme on such a CPU; None if it can. Read in its `kernels/linear`, 0.32."""
-        if self.method in {"nvfp4", "mxfp4"}:
-            return f"vLLM has no kernel for `method: {self.method}` on CPUs"
-        if self.method == "fp8-block" and instruction_set != "amx":
-            return f"vLLM's kernel for `method: fp8-block` on CPUs needs AMX, and this one has {instruction_set}"
+        named = f"`method: {self.method}`" if self.method == self.format else f"the format `{self.format}`"
+        if self.format in {"nvfp4", "mxfp4", "mxfp4-experts"}:
+            return f"vLLM has no kernel for {named} on CPUs"
+        if self.format in {"fp8-block", "fp8-scale-inv"} and instruction_set != "amx":
+            return f"vLLM's kernel for {named} on CPUs needs AMX, and this one has {instruction_set}"
         return None
 
     @property
     def quantized_at_run_time(self) -> tuple[str, ...]:
         """What vLLM quantizes beside the stored weights, in words; an engine that only unpacks weights does not."""
-        inputs = [_INPUTS[name] for name in (self.formats or (self.method,)) if name in _INPUTS]
+        inputs = [_INPUTS[name] for name in (self.formats or (self.format,)) if name in _INPUTS]
         return (*inputs, *(["keys and values in FP8"] if self.kv_cache else []))
+
+
+class PublishedScheme(Scheme):
+    """`as-is`, with what the source's config.json says of the quantized weights."""
+
+    published: Format
+    """The format."""
+
+    @model_validator(mode="after")
+    def _supported(self) -> Self:
+        return self
+
+    @property
+    def format(self) -> Format:
+        """The format of the quantized weights."""
+        return self.published
+
+    @property
+    def parameters(self) -> dict[str, str | bool | int | float | None]:
+        """What a release records beside method and backend."""
+        return {key: value for key, value in super().parameters.items() if key != "published"}
 
 
 def either(choices: Sequence[object]) -> str:

@@ -21,14 +21,14 @@ from pipeline.planner.evaluation import check_images
 from pipeline.planner.facts import ModelFacts, read_facts
 from pipeline.planner.memory import Drafting, Workload
 from pipeline.planner.plan import Plan, make_plan
-from pipeline.planner.sources import Described, describe, describe_folder
-from pipeline.planner.weights import FP16, Weights, quantized, unquantized
+from pipeline.planner.sources import Described, describe, describe_folder, with_published
+from pipeline.planner.weights import Weights, quantized, taken, unquantized
 from pipeline.quantization import mixture
 from pipeline.settings import Settings
 from pipeline.sources import source as sources
-from pipeline.sources.lock import Lock, read_lock
+from pipeline.sources.lock import read_lock
 from pipeline.sources.origin import Access
-from pipeline.spec import ModelSpec
+from pipeline.spec import ModelSpec, Source
 from pipeline.trust import trust_of
 from registry.manifest import EVIDENCE, Manifest
 from registry.pull import ReleaseMetadata, read_metadata
@@ -90,8 +90,7 @@ def plan_described(
     if not isinstance(spec, str):
         check_images(spec, described.model)
     facts = read_facts(described.model.config)
-    weights = [unquantized(described.model)]
-    weights += [quantized(scheme, schemes[scheme], described.model) for scheme in schemes if scheme not in refused]
+    weights = weights_of(described, {name: scheme for name, scheme in schemes.items() if name not in refused})
     usual = replace(usual_workload(facts), drafting=drafting)
     if isinstance(spec, str):
         wanted = workload(usual)
@@ -102,17 +101,27 @@ def plan_described(
         scheme: workload(serving.workload_of(spec.serving(scheme if scheme in spec.schemes else None), usual))
         for scheme in (each.scheme for each in weights)
     }
-    return make_plan(
+    planned = make_plan(
         spec.model,
         facts,
         weights,
         gpus,
-        own[FP16],
+        next(iter(own.values())),
         download_bytes=described.bytes,
         merges=spec.source.adapter is not None,
         refused=refused,
         own=own,
     )
+    return replace(planned, published=None if described.published is None else described.published.scheme)
+
+
+def weights_of(described: Described, schemes: Mapping[str, Scheme]) -> list[Weights]:
+    """The weights at 16 bits, where there are any, and in each scheme."""
+    found = described.published
+    at_16_bits = [unquantized(described.model)] if described.is_compared else []
+    if found is not None:
+        return [*at_16_bits, *(taken(name, found) for name in schemes)]
+    return [*at_16_bits, *(quantized(name, scheme, described.model) for name, scheme in schemes.items())]
 
 
 def drafting_of(spec: ModelSpec, model: ModelDescription, settings: Settings) -> Drafting | None:
@@ -224,14 +233,19 @@ def usual_workload(facts: ModelFacts) -> Workload:
 
 
 def _described(spec: ModelSpec | str, settings: Settings) -> Described:
-    uri, revision, lock = _wanted(spec)
-    return describe(sources.resolve(uri, revision, access=Access.of(settings), lock=lock))
-
-
-def _wanted(spec: ModelSpec | str) -> tuple[str, str | None, Lock | None]:
     if isinstance(spec, str):
-        return spec, None, None
-    return spec.source.uri, spec.source.revision, read_lock(spec.lock)
+        return describe(sources.resolve(spec, None, access=Access.of(settings)))
+    original = _of_source(spec.original, spec.original_lock, settings)
+    if not spec.is_published:
+        return original
+    if spec.baseline is None:
+        return with_published(original, None)
+    return with_published(_of_source(spec.source, spec.lock, settings), original)
+
+
+def _of_source(source: Source, lock: Path, settings: Settings) -> Described:
+    access = Access.of(settings)
+    return describe(sources.resolve(source.uri, source.revision, access=access, lock=read_lock(lock)))
 
 
 def _released_weights(manifest: Manifest, facts: ModelFacts) -> Weights:

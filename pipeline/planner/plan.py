@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 from containers.hardware.cpu import INSTRUCTION_SETS
 from containers.hardware.gpu_models import GpuModel, price_source
+from pipeline.compatibility.scheme import PublishedScheme
 from pipeline.planner.document import (
     BytesPerGpu,
     MeasuredRelease,
@@ -125,6 +126,8 @@ class Plan:
     disk_bytes: int
     notes: Sequence[str] = field(default_factory=tuple)
     refused: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    published: PublishedScheme | None = None
+    """What `method: as-is` takes."""
 
     def document(
         self, measured: MeasuredRelease | None = None, evaluation: PlannedEvaluation | None = None

@@ -71,8 +71,8 @@ def unfitting(spec: ModelSpec, planned: Plan) -> dict[str, list[str]]:
 
 def _configurations(spec: ModelSpec, schemes: Mapping[str, Weights]) -> Iterator[tuple[str | None, str | None]]:
     """Yield each scheme and variant that is served; no scheme is FP16, which all are compared with."""
-    for scheme in (None, *(name for name in schemes if name != FP16)):
-        yield scheme, None
+    for scheme in schemes:
+        yield None if scheme == FP16 else scheme, None
     for variant in spec.serve.variants:
         for scheme in schemes:
             if scheme != FP16:

@@ -9,7 +9,9 @@ from typing import Any
 
 from pipeline.compatibility.description import ModelDescription
 from pipeline.compatibility.safetensors_headers import HeaderError, Tensor, read_model
-from pipeline.errors import PlanError
+from pipeline.errors import PlanError, UnsupportedModelError
+from pipeline.quantization import published
+from pipeline.quantization.published import Published
 from pipeline.sources.source import ResolvedSource, read_header, read_range
 from registry.bounded_json import Bounds, DocumentError, read_json
 
@@ -23,10 +25,20 @@ _TOKENIZER_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Described:
-    """A model as its files describe it, and the size of all files to pull."""
+    """A model at 16 bits as its files describe it, and the size of all files to pull.
+
+    ``published`` is the checkpoint of it that is taken as it is, if there is one; without a baseline, ``model`` is what
+    that stands for.
+    """
 
     model: ModelDescription
     bytes: int
+    published: Published | None = None
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether there are weights at 16 bits."""
+        return self.published is None or self.model is not self.published.original
 
 
 def describe(resolved: ResolvedSource) -> Described:
@@ -48,6 +60,20 @@ def describe(resolved: ResolvedSource) -> Described:
         except HeaderError as error:
             raise PlanError(f"{resolved.uri}: {error}") from error
     return Described(ModelDescription(_document(config, resolved.uri), tensors), resolved.bytes)
+
+
+def with_published(checkpoint: Described, baseline: Described | None) -> Described:
+    """Describe a ``checkpoint`` that is taken as it is, together with the ``baseline`` that it is compared with.
+
+    Raises:
+        UnsupportedModelError: it is not quantized, or not as it says, or the baseline is not its original.
+    """
+    found = published.read(checkpoint.model)
+    if problems := published.find_problems(found, None if baseline is None else baseline.model):
+        raise UnsupportedModelError("; ".join(problems))
+    if baseline is None:
+        return Described(found.original, checkpoint.bytes, found)
+    return Described(baseline.model, checkpoint.bytes + baseline.bytes, found)
 
 
 def describe_folder(folder: Path) -> Described:

@@ -26,7 +26,8 @@ from pipeline.compatibility.safetensors_headers import Tensor
 from pipeline.compatibility.scheme import Scheme
 from pipeline.planner.facts import ModelFacts
 from pipeline.quantization import mixture
-from pipeline.quantization.formats import compressed_tensors
+from pipeline.quantization.formats import compressed_tensors, mxfp4_experts
+from pipeline.quantization.published import Published
 
 FP16 = "fp16"
 _FLOAT32_BYTES = 4
@@ -34,10 +35,13 @@ _SCALE_BYTES = 2  # of a scale of an FP8 cache
 _PACKED_BITS = 4  # of vLLM's kernel on CPUs
 _PACKED_PARTS = (
     *("qweight", "qzeros", "scales", "g_idx"),
-    *("weight_packed", "weight_scale", "weight_shape", "weight_global_scale", "input_global_scale"),
+    *("weight_packed", "weight_scale", "weight_scale_inv", "weight_shape", "weight_global_scale", "input_global_scale"),
 )
 # Weights of 8 bits that any CPU multiplies as they are stored (`torch._scaled_mm`, oneDNN), and schemes that have them.
 _MULTIPLIED_AS_STORED, _EIGHT_BITS = ("F8_E4M3", "I8"), ("fp8", "fp8-block", "w8a8")
+_IN_SQUARES = ("fp8-block", "fp8-scale-inv")
+# Of a `quant_method` that implies them.
+_BITS = {"fp8": 8, "mxfp4": 4}
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
@@ -99,18 +103,27 @@ def quantized(name: str, scheme: Scheme, model: ModelDescription) -> Weights:
     weights = sum(math.prod(tensor.shape) for tensor in linears.values())
     return Weights(
         name, packed + rest, packed, _numbers(model.tensors), weights, scheme.bits, scheme.group_size, weights,
-        _head(model.tensors), scheme.method in _EIGHT_BITS, scheme.method == "fp8-block",
+        _head(model.tensors), scheme.method in _EIGHT_BITS, scheme.method in _IN_SQUARES,
     )  # fmt: skip
 
 
+def taken(name: str, found: Published) -> Weights:
+    """The weights of a checkpoint that is released as it is."""
+    scheme = found.scheme
+    size, squares = scheme.group_size, scheme.format in _IN_SQUARES
+    return replace(stored(found.checkpoint), scheme=name, group_size=size, squares=squares)
+
+
 def stored(model: ModelDescription) -> Weights:
-    """The weights of a checkpoint as they lie there, packed or not."""
-    packed = {name: tensor for name, tensor in model.tensors.items() if _is_packed(name, tensor)}
+    """The weights of a checkpoint as they lie there, packed or not, without layers that only draft tokens."""
+    drafting = set(model.drafting)
+    packed = {name: each for name, each in model.tensors.items() if _is_packed(name, each) and name not in drafting}
     rest = unquantized(replace(model, tensors={name: model.tensors[name] for name in model.tensors.keys() - packed}))
     if not packed:
         return rest
     bits, size = _stored_bits(model.config["quantization_config"]), sum(tensor.bytes for tensor in packed.values())
-    values = [tensor for name, tensor in packed.items() if name.endswith((".qweight", ".weight_packed", ".weight"))]
+    ends = (".qweight", ".weight_packed", ".weight", mxfp4_experts.BLOCKS)
+    values = [tensor for name, tensor in packed.items() if name.endswith(ends)]
     numbers = sum(tensor.bytes * 8 // (8 if tensor.dtype in _MULTIPLIED_AS_STORED else bits) for tensor in values)
     return replace(
         rest, scheme="", bytes=rest.bytes + size, packed=size, numbers=rest.numbers + numbers, quantized=numbers,
@@ -120,11 +133,15 @@ def stored(model: ModelDescription) -> Weights:
 
 def _is_packed(name: str, tensor: Tensor) -> bool:
     last = name.rpartition(".")[2]
+    if name.endswith((mxfp4_experts.BLOCKS, mxfp4_experts.SCALES)):
+        return True
     return last in _PACKED_PARTS or (last == "weight" and tensor.dtype in _MULTIPLIED_AS_STORED)
 
 
 def _stored_bits(quantization: Mapping[str, Any]) -> int:
     """The bits of a quantized weight: of AWQ and GPTQ, or of compressed-tensors; of a mixture the least."""
+    if (method := quantization.get("quant_method")) in _BITS:
+        return _BITS[method]
     groups = list((quantization.get("config_groups") or {}).values())
     return min(int(group["weights"]["num_bits"]) for group in groups) if groups else int(quantization["bits"])
 
@@ -170,9 +187,9 @@ def _head(tensors: Mapping[str, Tensor]) -> int:
 def _numbers(tensors: Mapping[str, Tensor]) -> int:
     """Count weights: scales are none, and a byte of an MXFP4 block holds two."""
     return sum(
-        math.prod(tensor.shape) * (2 if name.endswith("_blocks") else 1)
+        math.prod(tensor.shape) * (2 if name.endswith(mxfp4_experts.BLOCKS) else 1)
         for name, tensor in tensors.items()
-        if not name.endswith(("_scale_inv", "_scales"))
+        if not name.endswith(("_scale_inv", mxfp4_experts.SCALES))
     )
 
 

@@ -80,6 +80,8 @@ def _on_gpu() -> dict[str, str]:
 
 
 def _quantizing(proposal: Proposal, name: str) -> float:
+    if proposal.as_is is not None:
+        return 0
     numbers, scheme = proposal.fp16.numbers, proposal.choice.schemes[name]
     if proposal.target.gpu is not None:
         return (_GPU_CALIBRATED_S if scheme.needs_calibration else _GPU_DATA_FREE_S) * numbers / _GPU_WEIGHTS
@@ -89,6 +91,8 @@ def _quantizing(proposal: Proposal, name: str) -> float:
 
 
 def _evaluating(proposal: Proposal, plan: Plan, evaluation: PlannedEvaluation) -> float:
+    if proposal.is_alone:
+        return 0
     models = 1 + len(proposal.choice.schemes)
     if proposal.target.gpu is None:
         return models * (evaluation.tokens * 2 * proposal.active / CPU_FLOPS + _CPU_START_S)

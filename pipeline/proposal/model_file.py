@@ -7,8 +7,9 @@ import re
 import textwrap
 from collections.abc import Iterator
 
+from evals.drift.limits import NO_BASELINE
 from evals.drift.suite import IMAGES
-from pipeline.compatibility.scheme import Scheme
+from pipeline.compatibility.scheme import AS_IS, Scheme
 from pipeline.proposal.cost import size
 from pipeline.proposal.propose import Proposal
 from pipeline.proposal.schemes import MEANINGS
@@ -39,6 +40,9 @@ def _head(proposal: Proposal) -> Iterator[str]:
     revision = "" if proposal.revision is None else f", revision: {_text(proposal.revision)}"
     yield "# The first release locks its files: commit the lock."
     yield f"source: {{uri: {_text(proposal.uri)}{revision}}}"
+    if proposal.as_is is not None and proposal.as_is.baseline is not None:
+        yield "# Its original at 16 bits, which it is compared with; locked too."
+        yield f"baseline: {_text(proposal.as_is.baseline)}"
     yield "# license: of the weights, as `apache-2.0`, for the image's labels and the bill of materials"
 
 
@@ -49,7 +53,7 @@ def _schemes(proposal: Proposal) -> Iterator[str]:
     for name, scheme in proposal.choice.schemes.items():
         gpus = proposal.tensor_parallel.get(name, 1)
         own = f", serve: {{tensor_parallel: {gpus}}}" if gpus != widest else ""
-        yield f"  # {MEANINGS[name]}"
+        yield f"  # {MEANINGS[name] if proposal.as_is is None else _published(scheme)}"
         yield f"  {name}: {{{_keys(scheme)}{own}}}"
     for name, reason in proposal.choice.left_out.items():
         yield from _comment(f"`{name}` is left out: {reason}", "  ")
@@ -61,7 +65,14 @@ def _schemes(proposal: Proposal) -> Iterator[str]:
         )
 
 
+def _published(scheme: Scheme) -> str:
+    groups = "" if scheme.group_size == -1 else f", groups of {scheme.group_size}"
+    return f"As it is published: {scheme.format}, {scheme.bits} bits{groups}"
+
+
 def _keys(scheme: Scheme) -> str:
+    if scheme.method == AS_IS:
+        return f"method: {AS_IS}"
     keys = f"method: {scheme.method}, backend: {scheme.backend}"
     return keys + (f", bits: {scheme.bits}" if scheme.method == "gptq" else "") + (
         f", group_size: {scheme.group_size}" if scheme.method in {"awq", "gptq", "w4a16"} else ""
@@ -94,7 +105,10 @@ def _evals(proposal: Proposal) -> Iterator[str]:
             "    ",
         )
         yield f"    {IMAGES}: {{data: builtin:{IMAGES}, tier: supporting, max_drop: 0.05}}"
-    if not proposal.compares_layers:
+    if proposal.as_is is not None and proposal.as_is.reason is not None:
+        yield "  # There is no 16-bit model to compare with, so that nothing is asked; the reason stands in the report."
+        yield f"  accept_inconclusive: {{{NO_BASELINE}: {_text(proposal.as_is.reason)}}}"
+    elif not proposal.compares_layers:
         yield "  layers: false # both networks would have to fit into memory"
 
 
@@ -117,9 +131,13 @@ def _load(proposal: Proposal) -> Iterator[str]:
         yield "  # So few requests that the server keeps up, computed for 40 GFLOP/s and 10 GB/s."
     for key, value in traffic.changes.items():
         yield f"  {key}: {value:g}"
-    yield from _comment(
-        "No canary: the first release takes a token that FP16 prefers clearly, and writes it to the lock.", "  "
-    )
+    if proposal.is_alone:
+        yield "  # What the model must answer before traffic is sent: a guess, so ask it, and correct this."
+        yield '  canary: {prompt: "The capital of France is", expect: " Paris"}'
+    else:
+        yield from _comment(
+            "No canary: the first release takes a token that FP16 prefers clearly, and writes it to the lock.", "  "
+        )
     how = (
         "ten times what such a request takes at 40 GFLOP/s and 10 GB/s"
         if on_cpu

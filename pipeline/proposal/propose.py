@@ -21,12 +21,13 @@ from evals.load.expected_memory import expect
 from evals.load.traffic.profile import read_profile
 from evals.statistics import paired
 from pipeline.compatibility.description import ModelDescription
-from pipeline.errors import PlanError, SpecError
+from pipeline.errors import PlanError, SpecError, UnsupportedModelError
 from pipeline.planner.facts import ModelFacts, read_facts
 from pipeline.planner.memory import CONTEXT_STEP, GIB, LARGEST, Workload
 from pipeline.planner.plan import Placement, place
-from pipeline.planner.weights import FP16, Weights, active_numbers, quantized, unquantized
+from pipeline.planner.weights import FP16, Weights, active_numbers, quantized, taken, unquantized
 from pipeline.proposal.schemes import Choice, choose
+from pipeline.quantization.published import Published
 
 Kind = Literal["base", "chat", "code"]
 KINDS: tuple[Kind, ...] = ("base", "chat", "code")
@@ -47,6 +48,8 @@ _LEAST_ITEMS, _LEAST_DOCUMENTS = 200, 32
 _BUSY, _REQUESTS, _SLOWER = 0.3, 12, 10
 # Above this size FP16 does not fit beside its quantized copy where layers are compared, and takes minutes to load.
 _LARGE = 40 * 10**9
+# Names of schemes for formats that only published checkpoints have.
+_SHORT = {"fp8-scale-inv": "fp8", "mxfp4-experts": "mxfp4"}
 _WORDS: Sequence[tuple[Kind, re.Pattern[str]]] = (
     ("code", re.compile(r"code|coder|codestral|devstral", re.IGNORECASE)),
     ("chat", re.compile(r"instruct|chat|assistant|(?:^|[-_])it(?:[-_]|$)|gpt-oss", re.IGNORECASE)),
@@ -79,6 +82,15 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class AsIs:
+    """A source that is quantized already, and the URI of its original, or else the ``reason`` why there is none."""
+
+    published: Published
+    baseline: str | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
 class Proposal:
     """All that a first model file says."""
 
@@ -105,6 +117,7 @@ class Proposal:
     start_timeout_s: int | None
     shows_images: bool
     """Whether the model is asked about images."""
+    as_is: AsIs | None = None
 
     @property
     def fp16(self) -> Weights:
@@ -123,8 +136,13 @@ class Proposal:
 
     @property
     def compares_layers(self) -> bool:
-        """Whether FP16 is small enough to stand in memory beside its quantized copy."""
-        return self.fp16.bytes <= _LARGE
+        """Whether FP16 is there, and small enough to stand in memory beside its quantized copy."""
+        return self.fp16.bytes <= _LARGE and not self.is_alone
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no 16-bit model to compare with."""
+        return self.as_is is not None and self.as_is.baseline is None
 
 
 def name_of(uri: str) -> str:
@@ -157,22 +175,31 @@ def propose(
     target: Target,
     *,
     has_chat_template: bool,
+    as_is: AsIs | None = None,
 ) -> Proposal:
     """Choose what a first model file says; without a chat template a model can't be shown images.
+
+    ``description`` is of the model at 16 bits, also of a source that is quantized already.
 
     Raises:
         UnsupportedModelError: nothing can be made of the model.
         PlanError: the planner does not know the architecture, or the target can't hold the model.
     """
     facts = read_facts(description.config)
-    choice = choose(description, target.gpu, target.instruction_set)
     weights = {FP16: unquantized(description)}
-    weights |= {name: quantized(name, scheme, description) for name, scheme in choice.schemes.items()}
+    if as_is is None:
+        choice = choose(description, target.gpu, target.instruction_set)
+        weights |= {name: quantized(name, scheme, description) for name, scheme in choice.schemes.items()}
+    else:
+        choice = _as_is(as_is, target)
+        weights |= {name: taken(name, as_is.published) for name in choice.schemes}
     groups: dict[str, int] = {}
     if target.gpu is None:
         context = _context_on_cpu(facts, target.runtime)
     else:
-        context, groups = _on_gpus(facts, weights, target.gpu, target.machine_gpus)
+        has_fp16 = as_is is None or as_is.baseline is not None
+        served = {name: each for name, each in weights.items() if name != FP16 or has_fp16}
+        context, groups = _on_gpus(facts, served, target.gpu, target.machine_gpus)
     active = active_numbers(weights[FP16], facts)
     on_cpu = target.gpu is None
     items, documents = _questions(active) if on_cpu else (_size("cloze"), _size("heldout"))
@@ -198,7 +225,20 @@ def propose(
         memory_bytes=_memory(weights, target.runtime, max(groups.values(), default=1)),
         start_timeout_s=1800 if weights[FP16].bytes > _LARGE else None,
         shows_images=description.accepts_images and has_chat_template,
+        as_is=as_is,
     )
+
+
+def _as_is(as_is: AsIs, target: Target) -> Choice:
+    """The one scheme of a source that is quantized already.
+
+    Raises:
+        UnsupportedModelError: the target can't serve its format.
+    """
+    scheme = as_is.published.scheme
+    if target.gpu is None and (lacking := scheme.unsupported(target.instruction_set)):
+        raise UnsupportedModelError(f"{lacking}: choose what will serve it with --gpu")
+    return Choice({_SHORT.get(scheme.format, scheme.format): scheme}, {})
 
 
 def _on_gpus(

@@ -63,9 +63,14 @@ def _text(manifest: Manifest, place: str) -> Iterator[str]:
     source, quantizer = manifest.source, manifest.quantizer
     yield from (f"# {manifest.name}", "")
     merged = "" if source.adapter is None else f" with the adapter `{source.adapter.uri}` merged into it"
-    yield f"`{source.uri}`{merged}, quantized by {quantizer.backend} {quantizer.version} ({quantizer.method})."
+    how = f"quantized by {quantizer.backend} {quantizer.version}"
+    if quantizer.backend == "none":
+        how = "quantized already, and released as it was published"
+    yield f"`{source.uri}`{merged}, {how} ({quantizer.method})."
     yield from ("", "| | |", "|---|---|")
     yield f"| base | `{source.uri}` at `{source.revision}` |"
+    if manifest.baseline is not None:
+        yield f"| compared with | `{manifest.baseline.uri}` at `{manifest.baseline.revision}` |"
     if source.adapter is not None:
         yield f"| adapter | `{source.adapter.uri}` at `{source.adapter.revision}` |"
     yield f"| parameters | {', '.join(f'{key} {value}' for key, value in sorted(quantizer.parameters.items()))} |"

@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 
 from pipeline.compatibility.description import FLOATS, ModelDescription, layer_of
 from pipeline.compatibility.safetensors_headers import HeaderError, Tensor, read_model
-from pipeline.compatibility.safetensors_values import equal, read_columns, read_rows
+from pipeline.compatibility.safetensors_values import equal, read_rows
 from pipeline.compatibility.scheme import Scheme
 from pipeline.errors import CheckpointError
-from pipeline.quantization import mixture
+from pipeline.quantization import mixture, published
 from pipeline.quantization.formats import compressed_tensors, mixed
 from pipeline.quantization.formats.checkpoint_format import LayerFormat, PackedLayer, scale_problems
 from pipeline.quantization.formats.table import format_of, layer_format
+from pipeline.quantization.published import Published
 from registry.bounded_json import Bounds, DocumentError, read_json
 
 # Weights that are decoded of each layer, about, in spans of so many rows or columns.
@@ -63,7 +64,11 @@ def check(folder: Path, source: Path, scheme: Scheme) -> Found:
     Raises:
         CheckpointError: listing every problem found.
     """
-    problems = [*_file_problems(folder, source), *_config_problems(folder, source, scheme)]
+    problems = [
+        *_file_problems(folder),
+        *_carried_problems(folder, source),
+        *_config_problems(folder, source, scheme),
+    ]
     before, after = _read(source, "the source", problems), _read(folder, "the checkpoint", problems)
     if not before or not after:
         _refuse(folder, problems)
@@ -77,8 +82,7 @@ def check(folder: Path, source: Path, scheme: Scheme) -> Found:
     norms = _changed_norms(model, after, scheme)
     quantized = {name: linears[name] for name in linears if name in schemes}
     for name, weight in quantized.items():
-        near = [norm for norm in norms.get(layer_of(name), []) if len(norm) == weight.shape[1]]
-        problems += _layer_problems(name, weight, after, schemes[name], near)
+        problems += _layer_problems(name, weight, after, schemes[name], norms)
     problems += _other_problems(model, after, scheme, schemes)
     read = {tensor.file for tensor in after.values()}
     problems += [f"{path.name} is not named by the index" for path in folder.glob("*.safetensors") if path not in read]
@@ -92,6 +96,60 @@ def check(folder: Path, source: Path, scheme: Scheme) -> Found:
         source_bytes=sum(path.stat().st_size for path in source.glob("*.safetensors")),
         bits_per_weight=8 * packed / sum(math.prod(weight.shape) for weight in linears.values()),
     )
+
+
+def check_published(folder: Path, baseline: Path | None) -> Found:
+    """Check a checkpoint that was quantized elsewhere: as it is, and against the ``baseline`` that it was made from.
+
+    Which layers are quantized and how, its own config.json says. Its tokenizer and the rest of its configuration are
+    its own too.
+
+    Raises:
+        CheckpointError: listing every problem found.
+        UnsupportedModelError: it is not quantized, or in no format that is checked here.
+    """
+    problems = list(_file_problems(folder))
+    after = _read(folder, "the checkpoint", problems)
+    before = {} if baseline is None else _read(baseline, "the baseline", problems)
+    if problems:
+        _refuse(folder, problems)
+    found = published.read(ModelDescription(_json(folder / "config.json"), after))
+    original = None if baseline is None else ModelDescription(_json(baseline / "config.json"), before)
+    if problems := published.find_problems(found, original):
+        _refuse(folder, problems)
+    for layer in found.packed():
+        problems += _stored_problems(layer, found.scheme)
+    if original is not None and not problems:
+        norms = _changed_norms(original, after, found.scheme)
+        for layer in found.packed(original):
+            problems += _value_problems(layer, found.scheme, _near(layer, norms))
+        problems += _kept_problems(found, original)
+    _refuse(folder, problems)
+    layers = list(found.packed())
+    weights = sum(math.prod(layer.weight.shape) for layer in layers)
+    return Found(
+        layers=len(layers),
+        bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        source_bytes=2 * sum(math.prod(tensor.shape) for tensor in found.original.tensors.values()),
+        bits_per_weight=8 * sum(part.bytes for layer in layers for part in layer.parts.values()) / weights,
+    )
+
+
+def _kept_problems(found: Published, original: ModelDescription) -> Iterator[str]:
+    """Where a published checkpoint keeps other numbers than its original has, in dtypes that can be compared."""
+    form, after = format_of(found.scheme), found.checkpoint.tensors
+    for name, tensor in original.tensors.items():
+        kept = after.get(name)
+        moved = tensor.dtype in FLOATS and form.rescales(found.scheme) and original.is_in_decoder(name)
+        if kept is None or moved or name.removesuffix(".weight") in found.layers:
+            continue
+        if kept.dtype in {tensor.dtype, "F16"} and not equal(tensor, kept):
+            yield f"`{name}` differs from the baseline's"
+
+
+def _near(layer: PackedLayer, norms: Mapping[str, list[NDArray[np.float32]]]) -> list[NDArray[np.float32]]:
+    """The norms of a layer's place in the decoder that may stand in front of it."""
+    return [norm for norm in norms.get(layer_of(layer.name), []) if len(norm) == layer.weight.shape[1]]
 
 
 def _schemes(folder: Path, model: ModelDescription, scheme: Scheme) -> Mapping[str, Scheme]:
@@ -124,8 +182,8 @@ def _json(path: Path) -> dict[str, Any]:
     return document if isinstance(document, dict) else {}
 
 
-def _file_problems(folder: Path, source: Path) -> Iterator[str]:
-    """File modes, pickles, and the source's configuration and tokenizer files."""
+def _file_problems(folder: Path) -> Iterator[str]:
+    """File modes, and pickles."""
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             yield f"{path.name} is not a regular file"
@@ -133,6 +191,10 @@ def _file_problems(folder: Path, source: Path) -> Iterator[str]:
             yield f"{path.name} has mode {path.stat().st_mode & 0o777:04o}: an unprivileged container can't read it"
         if path.suffix in _PICKLES:
             yield f"{path.name} is a pickle"
+
+
+def _carried_problems(folder: Path, source: Path) -> Iterator[str]:
+    """The source's configuration and tokenizer files."""
     for path in sorted(source.iterdir()):
         if not path.is_file() or ".safetensors" in path.name or path.name == "config.json":
             continue
@@ -163,36 +225,45 @@ def _config_problems(folder: Path, source: Path, scheme: Scheme) -> Iterator[str
 
 
 def _layer_problems(
-    name: str, weight: Tensor, after: Mapping[str, Tensor], scheme: Scheme, norms: Sequence[NDArray[np.float32]]
+    name: str,
+    weight: Tensor,
+    after: Mapping[str, Tensor],
+    scheme: Scheme,
+    norms: Mapping[str, list[NDArray[np.float32]]],
 ) -> Iterator[str]:
-    form = layer_format(scheme)
-    layout = form.layout(weight, scheme)
+    layout = layer_format(scheme).layout(weight, scheme)
     unquantized = after.get(f"{name}.weight")
     if unquantized is not None and ("weight" not in layout or unquantized.dtype in FLOATS):
         yield f"{name} is not quantized: `{name}.weight` is still there"
         return
+    parts = {part: after[f"{name}.{part}"] for part in layout if f"{name}.{part}" in after}
+    layer = PackedLayer(name, weight, parts)
+    problems = list(_stored_problems(layer, scheme))
+    yield from problems or _value_problems(layer, scheme, _near(layer, norms))
+
+
+def _stored_problems(layer: PackedLayer, scheme: Scheme) -> Iterator[str]:
+    """Whether a layer's tensors have the dtypes and shapes of its format, and scales and indices that can be right."""
+    form, weight = layer_format(scheme), layer.weight
     sound = True
-    for part, (dtype, shape) in ((part, (stored.dtype, stored.shape)) for part, stored in layout.items()):
-        tensor = after.get(f"{name}.{part}")
+    for part, stored in form.layout(weight, scheme).items():
+        tensor = layer.parts.get(part)
         if tensor is None:
-            yield f"{name} lacks `{part}`"
-        elif (tensor.dtype, tensor.shape) != (dtype, shape):
+            yield f"{layer.name} lacks `{part}`"
+        elif (tensor.dtype, tensor.shape) != (stored.dtype, stored.shape):
             yield (
-                f"{name}.{part} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)} for a weight "
-                f"of {list(weight.shape)} at {scheme.bits} bits in groups of {scheme.group_size}"
+                f"{layer.name}.{part} is {tensor.dtype} {list(tensor.shape)}, expected {stored.dtype} "
+                f"{list(stored.shape)} for a weight of {list(weight.shape)} at {scheme.bits} bits in groups of "
+                f"{scheme.group_size}"
             )
         else:
             continue
         sound = False
     if sound:
-        layer = PackedLayer(name, weight, {part: after[f"{name}.{part}"] for part in layout})
-        problems = list(form.layer_problems(layer, scheme))
-        yield from problems or _value_problems(layer, form, scheme, norms)
+        yield from form.layer_problems(layer, scheme)
 
 
-def _value_problems(
-    layer: PackedLayer, form: LayerFormat, scheme: Scheme, norms: Sequence[NDArray[np.float32]]
-) -> Iterator[str]:
+def _value_problems(layer: PackedLayer, scheme: Scheme, norms: Sequence[NDArray[np.float32]]) -> Iterator[str]:
     """Whether a sample of a layer decodes to about the source's weights.
 
     Two figures over the sampled weights w and what they decode to, q: the cosine <q, w> / |q||w|, which is near 0 for
@@ -201,6 +272,7 @@ def _value_problems(
     only where one of ``norms`` (each input's factor, as the norms of this layer of the decoder have changed) explains
     what has happened to the inputs, and the outputs are as they were.
     """
+    form = layer_format(scheme)
     sample = _sample(layer, form, scheme)
     decoded, weights = sample.decoded, sample.weights
     if not weights.any():
@@ -262,11 +334,10 @@ def _sample(layer: PackedLayer, form: LayerFormat, scheme: Scheme) -> _Sample:
     taken = max(1, min(spans, _SAMPLED // (_SPAN * across)))
     starts = [number * spans // taken * _SPAN for number in range(taken)]
     chosen = [slice(start, min(length, start + _SPAN)) for start in starts]
-    read = read_rows if form.AXIS == 0 else read_columns
     along = np.concatenate([np.arange(span.start, span.stop) for span in chosen])
     return _Sample(
         np.concatenate([form.decode(layer, span, scheme) for span in chosen], form.AXIS),
-        np.concatenate([read(layer.weight, span) for span in chosen], form.AXIS),
+        np.concatenate([layer.original(span, form.AXIS) for span in chosen], form.AXIS),
         np.arange(across) if form.AXIS == 0 else along,
     )
 

@@ -24,7 +24,7 @@ from pipeline.compatibility import preflight
 from pipeline.compatibility.backends import older_config
 from pipeline.compatibility.description import ModelDescription
 from pipeline.compatibility.safetensors_headers import HeaderError, read_model
-from pipeline.compatibility.scheme import BackendName, Method, Scheme
+from pipeline.compatibility.scheme import BackendName, Format, Method, Scheme
 from pipeline.errors import QuantizeError, WorkerFailed
 from pipeline.quantization import calibration_data, checkpoint, expert_coverage, mixture
 from pipeline.quantization.formats.table import format_of
@@ -117,10 +117,11 @@ class QuantizationRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    method: Method
+    method: Format
     backend: BackendName
     parameters: Mapping[str, str | bool | int | float | None]
-    device: Literal["cpu", "cuda"]
+    device: Literal["cpu", "cuda"] | None
+    """What computed; None where nothing was computed, since the source was quantized already."""
     calibration: CalibrationRecord | None
     layers: int
     """How many linear layers were quantized."""
@@ -135,9 +136,13 @@ class QuantizationRecord(BaseModel):
 
 
 class QuantizedNotes(QuantizationRecord):
-    """What is noted about the artifact of `quantized`: ``pins_digest`` is that of the worker's environment."""
+    """What is noted about the artifact of `quantized`: ``pins_digest`` is that of the worker's environment.
 
-    pins_digest: str
+    A checkpoint that is taken as it is has a ``revision`` in its place.
+    """
+
+    pins_digest: str | None
+    revision: str | None = None
 
 
 @dataclass(frozen=True)

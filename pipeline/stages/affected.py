@@ -110,7 +110,7 @@ def touched(specs: Iterable[ModelSpec], settings: Settings) -> str:
         merged = [] if spec.source.adapter is None else [spec.source.adapter]
         drafting = [each.source.uri for each in spec.drafting.values() if each.source is not None]
         adapters = (adapter.uri for adapter in (*merged, *spec.serve.adapters.values()))
-        uris = (spec.source.uri, *adapters, *drafting)
+        uris = (spec.source.uri, spec.original.uri, *adapters, *drafting)
         places |= {Path(uri.removeprefix("file:")) for uri in uris if uri.startswith("file:")}
     seen = {}
     for place in places:

@@ -20,6 +20,8 @@ from pipeline.store.notes import AnswersNotes
 def recipe(context: StageContext, inputs: Inputs) -> Recipe:
     """The checkpoint, its image where that is asked, and the questions."""
     limits, quantized = context.evals, inputs["quantized"]
+    if context.spec.lacks_baseline:
+        return Recipe("answers", {"quantized": quantized.digest}, {"asked": None}, code=code_version(__name__))
     taken = {"quantized": quantized.digest, "adapters": inputs["adapters"].digest}
     if limits.engine == "served":
         taken["image"] = inputs["image"].digest
@@ -32,7 +34,12 @@ def recipe(context: StageContext, inputs: Inputs) -> Recipe:
 
 
 def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
-    """Ask the candidate, in looks where the model's file says so; not at all where this machine can't serve it."""
+    """Ask the candidate, in looks where the model's file says so.
+
+    It is not asked where this machine can't serve it, or where there is nothing to compare its answers with.
+    """
+    if context.spec.lacks_baseline:
+        return
     if context.unsupported and context.evals.engine == "served":
         draft.note(AnswersNotes(unsupported=context.unsupported))
         return

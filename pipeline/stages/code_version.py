@@ -48,12 +48,20 @@ _COVERED = {
     ),
     # So are the module of its format and, of a mixture, how that is chosen, with the script that measures losses.
     "pipeline.quantization.checkpoint": (
+        "pipeline.quantization.published",
         "pipeline.quantization.formats.table",
         "pipeline.quantization.formats.mixed",
         "pipeline.quantization.mixture",
     ),
     "pipeline.quantization.mixture": ("pipeline.quantization.formats.table", "pipeline.quantization.quantizers"),
-    "pipeline.stages.quantized": ("pipeline.quantization.formats.table", "pipeline.quantization.mixture"),
+    # A source that is taken as it is has a recipe of its own.
+    "pipeline.stages.quantized": (
+        "pipeline.quantization.formats.table",
+        "pipeline.quantization.mixture",
+        "pipeline.stages.published",
+    ),
+    # What a checkpoint stands for is planned with; the stage that takes one follows this itself.
+    "pipeline.planner.sources": ("pipeline.quantization.published",),
     # What a data set holds is in the recipe, and its rows are checked where they are read.
     "pipeline.stages.calibration": ("pipeline.sources",),
     # The prompts for a canary are a parameter, and it is locked after the stage.

@@ -22,7 +22,7 @@ from containers.image.layout import has_layers
 from containers.image.serving import ServedAdapter, ServingConfiguration
 from containers.scan.trivy_db import Database
 from evals.drift.limits import DriftLimits
-from pipeline.compatibility.scheme import Scheme
+from pipeline.compatibility.scheme import PublishedScheme, Scheme
 from pipeline.settings import Settings
 from pipeline.sources.source import ResolvedSource
 from pipeline.spec import Calibration, ModelSpec
@@ -57,6 +57,10 @@ class StageContext:
     source: ResolvedSource | None = None
     merged_adapter: ResolvedSource | None = None
     """The adapter that is merged into the source, if there is one."""
+    published: ResolvedSource | None = None
+    """The source that is taken as it is, where its original is another one."""
+    published_scheme: PublishedScheme | None = None
+    """The scheme that such a source follows, where the stage takes it."""
     adapters: Mapping[str, ResolvedSource] = field(default_factory=dict)
     served_adapters: Mapping[str, ServedAdapter] = field(default_factory=dict)
     """The adapters that were pulled, where the stage takes them."""
@@ -71,7 +75,7 @@ class StageContext:
     @property
     def scheme(self) -> Scheme:
         """The scheme that is being released."""
-        return self.spec.scheme(self.scheme_name)
+        return self.published_scheme or self.spec.scheme(self.scheme_name)
 
     @property
     def calibration(self) -> Calibration | None:

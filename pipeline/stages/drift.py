@@ -10,7 +10,7 @@ from containers.sandbox.kernels import ComputedOn
 from evals.drift import asking, drift_gate
 from evals.drift.answers import read_answers
 from evals.drift.divergence import read_top
-from evals.drift.pairs import Drift, compare, not_asked, read_drift, read_layers, write_drift
+from evals.drift.pairs import Drift, compare, not_asked, not_compared, read_drift, read_layers, write_drift
 from evals.errors import AnswersError
 from pipeline.quantization import calibration_data
 from pipeline.stages import calibration
@@ -36,6 +36,9 @@ def recipe(context: StageContext, inputs: Inputs) -> Recipe:
 
 def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
     """Pair the answers."""
+    if context.spec.lacks_baseline:
+        write_drift(not_compared("the model file names no `baseline` to compare the source with"), draft.folder)
+        return
     baseline, candidate = inputs["baseline"], inputs["candidate"]
     lacking = candidate.noted(AnswersNotes).unsupported
     if lacking is not None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from pipeline.stages.context import StageContext
+from pipeline.stages.published import with_published
 from pipeline.stages.pulled_adapters import with_adapters
 from pipeline.stages.stage import Gate, Inputs, Stage
 from pipeline.stages.table import STAGES
@@ -59,7 +60,7 @@ class DryRun:
 
     def look_up(self, stage: Stage, inputs: Inputs, context: StageContext) -> Artifact | Missing:
         """Return a stage's artifact, or what is missing of it or of its parts."""
-        context = stage.prepare(with_adapters(context, inputs), inputs)
+        context = stage.prepare(with_published(with_adapters(context, inputs), inputs), inputs)
         taken = dict(inputs)
         for part in (part for lane in stage.parts for part in lane):
             found = self.look_up(part, {name: taken[name] for name in part.inputs}, context)

@@ -29,7 +29,7 @@ def recipe(context: StageContext, inputs: Inputs) -> Recipe:
             "chat_template": context.serving.chat_template,
             "samples": text.samples,
             "max_tokens": text.max_tokens,
-            "measured": context.spec.evals.layers,
+            "measured": _is_measured(context),
         },
         code=code_version(__name__),
         pins=pins_digest(layer_errors.ENVIRONMENT),
@@ -39,7 +39,7 @@ def recipe(context: StageContext, inputs: Inputs) -> Recipe:
 def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
     """Measure, unless the model's file switches it off."""
     found = []
-    if context.spec.evals.layers:
+    if _is_measured(context):
         found = layer_errors.measure_layers(
             inputs["source"].folder,
             inputs["quantized"].folder,
@@ -50,6 +50,10 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
             scratch=draft.scratch,
         )
     write_layers(found, draft.folder)
+
+
+def _is_measured(context: StageContext) -> bool:
+    return context.spec.evals.layers and not context.spec.lacks_baseline
 
 
 def _text(context: StageContext) -> Calibration:

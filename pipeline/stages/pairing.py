@@ -50,7 +50,8 @@ def _paired_on(context: StageContext, inputs: Inputs, own: InstructionSet | None
     def find(recipe: Recipe) -> Artifact | None:
         return context.store.find(recipe.stage, recipe.key)
 
-    checkpoint = find(quantized.recipe(context, {"source": inputs["source"]}))
+    made_of = {"source": inputs["source"]}
+    checkpoint = find(quantized.recipe(quantized.prepare(context, made_of), made_of))
     adapters = {"adapters": inputs["adapters"]}
     shipped = checkpoint and find(
         image.recipe(draft_model.prepare(context, inputs), {"quantized": checkpoint, **adapters})

@@ -10,16 +10,24 @@ from containers.hardware.gpu import Gpu, gpus
 from containers.hardware.gpu_models import GpuDataError, GpuModel, find_gpu
 from containers.image import profile as profiles
 from evals.load.expected_memory import expect
+from pipeline.compatibility.scheme import PublishedScheme
 from pipeline.errors import PlanError, SourceError, SpecError, UnsupportedModelError
 from pipeline.planner import serving
-from pipeline.planner.asking import describe_source, drafting_of, refusals, sentences, usual_workload
+from pipeline.planner.asking import (
+    describe_source,
+    drafting_of,
+    refusals,
+    sentences,
+    usual_workload,
+    weights_of,
+)
 from pipeline.planner.data import check_data
 from pipeline.planner.evaluation import check_images
 from pipeline.planner.facts import read_facts
 from pipeline.planner.memory import Drafting
 from pipeline.planner.plan import Plan, SchemePlan, make_plan
 from pipeline.planner.sources import Described, has_chat_template
-from pipeline.planner.weights import FP16, quantized, unquantized
+from pipeline.planner.weights import FP16
 from pipeline.settings import Settings
 from pipeline.sources.source import ResolvedSource
 from pipeline.spec import ModelSpec
@@ -43,15 +51,13 @@ def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Pr
         SpecError: calibration text, prompts or a task's data are not what they should be.
     """
     has_conversations = check_data(spec)
-    for problem in not_served_here(spec, schemes, settings):
-        say(problem)
     here = gpus()
     resolved, merged = adapters.resolve(spec, settings), merged_source.resolve_adapter(spec, settings)
     if spec.calibrates:
         calibration.resolve(spec, settings)
     try:
         source = resolve(spec, settings)
-        pulled = _pulled(source, merged, settings)
+        pulled = None if spec.is_published else _pulled(source, merged, settings)
         described = describe_source(spec, settings, pulled)
         chats = _chats(spec, has_conversations=has_conversations)
         if chats and spec.serve.chat_template is None and not has_chat_template(source):
@@ -63,6 +69,9 @@ def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Pr
     except PlanError as error:
         say(f"no plan: {error}")
         return None
+    published = None if described.published is None else described.published.scheme
+    for problem in not_served_here(spec, schemes, settings, published):
+        say(problem)
     check_images(spec, described.model)
     merged_source.check(merged, described.model)
     adapters.check(resolved, described.model)
@@ -105,11 +114,17 @@ def _chats(spec: ModelSpec, *, has_conversations: bool) -> str | None:
     return None
 
 
-def not_served_here(spec: ModelSpec, schemes: Iterable[str], settings: Settings) -> list[str]:
-    """Say which schemes this machine's CPU can't serve, why, and what that means for their gates."""
+def not_served_here(
+    spec: ModelSpec, schemes: Iterable[str], settings: Settings, published: PublishedScheme | None = None
+) -> list[str]:
+    """Say which schemes this machine's CPU can't serve, why, and what that means for their gates.
+
+    ``published`` is the scheme of a source that is taken as it is.
+    """
     found = []
     for name in schemes:
-        lacking = StageContext(spec, name, settings, progress=lambda _: None).unsupported
+        context = StageContext(spec, name, settings, progress=lambda _: None, published_scheme=published)
+        lacking = context.unsupported
         if lacking is None:
             continue
         gates = "`load` will be inconclusive"
@@ -124,7 +139,7 @@ def _planned(
 ) -> Plan:
     """Plan the model as it will be tested: each scheme with one request of the context that it serves."""
     facts, model = read_facts(described.model.config), described.model
-    weights = [unquantized(model), *(quantized(name, spec.schemes[name], model) for name in spec.schemes)]
+    weights = weights_of(described, spec.schemes)
     if wrong := serving.problems(spec, facts, weights):
         raise UnsupportedModelError("; ".join(wrong))
     usual = replace(usual_workload(facts), drafting=drafting)
@@ -136,7 +151,14 @@ def _planned(
     }
     merges = spec.source.adapter is not None
     return make_plan(
-        spec.model, facts, weights, machine, own[FP16], download_bytes=described.bytes, merges=merges, own=own
+        spec.model,
+        facts,
+        weights,
+        machine,
+        next(iter(own.values())),
+        download_bytes=described.bytes,
+        merges=merges,
+        own=own,
     )
 
 

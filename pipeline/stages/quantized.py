@@ -1,19 +1,28 @@
-"""The stage `quantized`: the weights in few bits, checked without the quantizer's help."""
+"""The stage `quantized`: the weights in few bits, checked without the quantizer's help.
+
+Of a source that is quantized already it takes those weights (`pipeline.stages.published`).
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.compatibility.scheme import AS_IS
 from pipeline.quantization import calibration_data, mixture, quantize
 from pipeline.quantization.formats.table import format_of
 from pipeline.spec import Calibration
-from pipeline.stages import calibration
+from pipeline.stages import calibration, published
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext
 from pipeline.stages.stage import Inputs, digests
-from pipeline.store.artifacts import FINISHED, ArtifactDraft, Recipe, require_room
+from pipeline.store.artifacts import FINISHED, Artifact, ArtifactDraft, Recipe, require_room
 from pipeline.workers.environments import pins_digest
 from pipeline.workers.launchers.configured import have_gpus
+
+
+def prepare(context: StageContext, inputs: Inputs) -> StageContext:
+    """Resolve the revision of a source that is taken as it is."""
+    return published.prepare(context, inputs) if context.scheme.method == AS_IS else context
 
 
 def recipe(context: StageContext, inputs: Inputs) -> Recipe:
@@ -21,6 +30,8 @@ def recipe(context: StageContext, inputs: Inputs) -> Recipe:
 
     The chat template is part of it only where conversations are rendered by it.
     """
+    if context.scheme.method == AS_IS:
+        return published.recipe(context, inputs)
     text = context.calibration
     template = None if text is None else context.serving.chat_template
     if template is not None and not calibration.may_hold_conversations(context):
@@ -52,6 +63,9 @@ def _mixture() -> dict[str, str]:
 
 def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
     """Quantize in the backend's worker; it continues with the layers that a run which was cut off has finished."""
+    if context.scheme.method == AS_IS:
+        published.make(context, inputs, draft)
+        return
     text = context.calibration
     finished = sum(path.stat().st_size for path in (draft.scratch / FINISHED).glob("*"))
     room = max(0, quantize.backend_of(context.scheme).room * inputs["source"].size_bytes - finished)
@@ -72,6 +86,11 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
         )
     pins = pins_digest(quantize.backend_of(context.scheme).environment)
     draft.note(quantize.QuantizedNotes(**record.model_dump(), pins_digest=pins))
+
+
+def accept(context: StageContext, quantized: Artifact) -> None:
+    """Hold calibration data, or a source that is taken as it is, to its lock."""
+    (published if context.scheme.method == AS_IS else calibration).accept(context, quantized)
 
 
 def _parameters(text: Calibration) -> dict[str, object]:

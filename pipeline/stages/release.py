@@ -126,7 +126,8 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft, *, gates: 
         draft.folder,
         model=context.spec.model,
         scheme=context.scheme_name,
-        source=_source(context, source),
+        source=_source(context, inputs),
+        baseline=_baseline(context, source),
         quantizer=_quantizer(context, quantized),
         gates=[(context.verdicts[name], _cited(name, gate)) for name, gate in gates.items()],
         image=Image(
@@ -154,11 +155,24 @@ def _cited(name: str, gate: Gate) -> list[str]:
     return [f"{EVIDENCE}/{file}" for file in (*gate.evidence, *(["waived.json"] if name == "scan" else []))]
 
 
-def _source(context: StageContext, source: Artifact) -> Source:
-    notes, uri = source.noted(SourceNotes), sources.public_uri(context.spec.source.uri)
+def _source(context: StageContext, inputs: Inputs) -> Source:
+    """Where the weights came from that were quantized, or that were published so."""
+    source, quantized, uri = inputs["source"], inputs["quantized"], sources.public_uri(context.spec.source.uri)
+    if (revision := quantized.noted(QuantizedNotes).revision) is not None:
+        return Source(uri=uri, revision=revision, files=quantized.files)
+    notes = source.noted(SourceNotes)
     if notes.merged is None:
         return Source(uri=uri, revision=notes.revision, files=source.files)
     return Source(uri=uri, revision=notes.revision, files=notes.merged.base, adapter=notes.merged.adapter)
+
+
+def _baseline(context: StageContext, source: Artifact) -> Source | None:
+    """The 16-bit original, where the weights were published in few bits."""
+    wanted = context.spec.baseline
+    if wanted is None:
+        return None
+    revision = source.noted(SourceNotes).revision
+    return Source(uri=sources.public_uri(wanted.uri), revision=revision, files=source.files)
 
 
 def _serving(context: StageContext, inputs: Inputs, tested: Sequence[Variant]) -> tuple[ServedConfiguration, ...]:
@@ -186,7 +200,7 @@ def _quantizer(context: StageContext, quantized: Artifact) -> Quantizer:
     record = quantized.noted(QuantizedNotes)
     return Quantizer(
         backend=record.backend,
-        version=pinned_version(record.backend),
+        version="as published" if record.backend == "none" else pinned_version(record.backend),
         method=record.method,
         parameters=record.parameters,
         calibration=_calibration(context, record),
@@ -266,7 +280,8 @@ def _write_report(
     from evals.report.pictures import StageTime  # noqa: PLC0415
 
     source, quantized = inputs["source"], inputs["quantized"]
-    notes = source.noted(SourceNotes)
+    notes, origin = source.noted(SourceNotes), _source(context, inputs)
+    baseline = _baseline(context, source)
     merged = None if notes.merged is None else notes.merged.adapter
     calibrated = _calibration(context, quantized.noted(QuantizedNotes))
     drafting = draft_model.released(inputs["image"])
@@ -280,8 +295,9 @@ def _write_report(
             StageTime(name, each.seconds, each.worker_seconds, cached=each.cached) for name, each in inputs.items()
         ],
         facts={
-            "source": sources.public_uri(context.spec.source.uri),
-            "revision": notes.revision,
+            "source": origin.uri,
+            "revision": origin.revision,
+            **({} if baseline is None else {"compared with": f"{baseline.uri} at {baseline.revision}"}),
             **({} if merged is None else {"merged adapter": f"{merged.uri} at {merged.revision}"}),
             **({} if calibrated is None else {"calibration": f"{calibrated.uri}, {calibrated.summary}"}),
             **({} if drafting is None else {"draft model": f"{drafting.uri} at {drafting.revision}"}),
@@ -322,6 +338,7 @@ def _write_mlbom(context: StageContext, draft: ArtifactDraft, inputs: Inputs) ->
     source, quantized, spec = inputs["source"], inputs["quantized"], context.spec
     record, notes = quantized.noted(QuantizedNotes), source.noted(SourceNotes)
     drafting = draft_model.released(inputs["image"])
+    origin, baseline = _source(context, inputs), _baseline(context, source)
     data: dict[str, tuple[str, str]] = {}
     if context.calibration is not None:
         for each in _calibration_data(context):
@@ -334,8 +351,8 @@ def _write_mlbom(context: StageContext, draft: ArtifactDraft, inputs: Inputs) ->
     model = mlbom.Model(
         name=context.release_name,
         version=quantized.digest,
-        base=sources.public_uri(spec.source.uri),
-        base_revision=notes.revision,
+        base=origin.uri,
+        base_revision=origin.revision,
         licence=spec.license,
         architecture=(quantized.document("config.json").get("architectures") or ["unknown"])[0],
         quantization={"method": record.method, "backend": record.backend, **record.parameters},
@@ -344,6 +361,7 @@ def _write_mlbom(context: StageContext, draft: ArtifactDraft, inputs: Inputs) ->
         adapters={name: _companion(each) for name, each in _adapters(inputs["adapters"]).items()},
         merged=None if notes.merged is None else _companion(notes.merged.adapter),
         draft_model=None if drafting is None else _companion(drafting),
+        original=None if baseline is None else (baseline.uri, baseline.revision),
     )
     document = mlbom.document(model, list(context.verdicts.values()), record_of(inputs["image"]).digest)
     (draft.folder / MLBOM).write_text(json.dumps(document, indent=1, sort_keys=True, allow_nan=False))

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from pipeline.errors import StoreError
 from pipeline.stages.context import StageContext
+from pipeline.stages.published import with_published
 from pipeline.stages.pulled_adapters import with_adapters
 from pipeline.stages.stage import Inputs, Stage
 from pipeline.stages.table import BY_NAME
@@ -22,7 +23,7 @@ def run(stage: Stage, context: StageContext, inputs: Inputs, *, anew: bool = Fal
         SlipwayError, ContainerError, EvaluationError, RegistryError: the stage fails.
     """
     check_lineage(inputs)
-    context = stage.prepare(with_adapters(context, inputs), inputs)
+    context = stage.prepare(with_published(with_adapters(context, inputs), inputs), inputs)
     parts = _run_parts(stage, context, inputs) if stage.parts else []
     inputs = {**inputs, **{name: part for lane in parts for name, part in lane.items()}}
     recipe = stage.recipe(context, inputs)

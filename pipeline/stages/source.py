@@ -17,16 +17,16 @@ from pipeline.store.notes import SourceNotes
 
 
 def resolve(spec: ModelSpec, settings: Settings) -> sources.ResolvedSource:
-    """Find out what the model's source holds, without pulling it; the digests of a folder's files are remembered.
+    """Find out what the model's 16-bit source holds, without pulling it; a folder's digests are remembered.
 
     Raises:
         SourceError: it can't be reached, holds what is refused, or is not what the lock pins.
     """
     return sources.resolve(
-        spec.source.uri,
-        spec.source.revision,
+        spec.original.uri,
+        spec.original.revision,
         access=Access.of(settings),
-        lock=read_lock(spec.lock),
+        lock=read_lock(spec.original_lock),
         memory=settings.home / sources.DIGESTS,
     )
 
@@ -61,5 +61,6 @@ def accept(context: StageContext, source: Artifact) -> None:
     Raises:
         SourceError: a file is not what the lock pins.
     """
-    if context.spec.lock.exists() or not context.dry:
-        sources.hold_to_lock(context.spec.lock, prepared(context.source), source.sha256)
+    lock = context.spec.original_lock
+    if lock.exists() or not context.dry:
+        sources.hold_to_lock(lock, prepared(context.source), source.sha256)

@@ -8,7 +8,6 @@ from functools import partial
 from pipeline.stages import (
     adapters,
     baseline,
-    calibration,
     candidate,
     draft_model,
     drift,
@@ -46,11 +45,12 @@ ADAPTERS = Stage(
 )
 QUANTIZED = Stage(
     "quantized",
-    "The weights in few bits, made by AutoAWQ, GPTQModel or AutoGPTQ, and checked without their help.",
+    "The weights in few bits, made by a quantizer or published so, and checked without a quantizer's help.",
     inputs=("source",),
     recipe=quantized.recipe,
     make=quantized.make,
-    accept=calibration.accept,
+    prepare=quantized.prepare,
+    accept=quantized.accept,
     device=True,
     tool="pytorch",
 )

@@ -178,10 +178,12 @@ def test_every_example_in_yaml_is_read_by_what_reads_it(block: Block, tmp_path: 
     elif block.title.startswith(("a model file's", "models/")):
         whole = block.title.endswith(".yaml")
         demo = yaml.safe_load(DEMO.read_text())
-        others = (
-            {} if whole else {key: section for key, section in document.items() if key not in {"evals", "calibration"}}
-        )
-        sections = {key: {**demo.get(key, {}), **section} for key, section in others.items()}
+        replaced = {"evals", "calibration", "schemes"}
+        others = {} if whole else {key: section for key, section in document.items() if key not in replaced}
+        sections = {
+            key: {**demo.get(key, {}), **section} if isinstance(section, dict) else section
+            for key, section in others.items()
+        }
         check_model(document if whole else {**demo, **document, **sections}, tmp_path)
 
 

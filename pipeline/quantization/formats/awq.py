@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 REST_DTYPE: str | None = "F16"
 AXIS = 1
+MARK = "qweight"
 _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where each of eight outputs lies
 
 
@@ -45,6 +46,12 @@ def layout(weight: Tensor, scheme: Scheme) -> dict[str, Stored]:
         "qzeros": Stored("I32", (groups, packed)),
         "scales": Stored("F16", (groups, out)),
     }
+
+
+def weight_shape(stored: Tensor, scheme: Scheme) -> tuple[int, ...]:
+    """See `LayerFormat`."""
+    inputs, packed = stored.shape
+    return (packed * 32 // scheme.bits, inputs)
 
 
 def config_problems(stated: Mapping[str, Any], scheme: Scheme) -> Iterator[str]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.compatibility.safetensors_headers import BITS, Tensor
-from pipeline.compatibility.safetensors_values import read_rows
+from pipeline.compatibility.safetensors_values import read_columns, read_rows
 
 if TYPE_CHECKING:
     from pipeline.compatibility.scheme import Scheme
@@ -41,10 +41,19 @@ class PackedLayer:
     name: str
     weight: Tensor
     parts: Mapping[str, Tensor]
+    transposed: bool = False
+    """Whether the source stores the weight as [in, out]."""
 
     def read(self, part: str, rows: slice = slice(None)) -> NDArray[Any]:
         """Values of one tensor, or only some of its rows; floating-point numbers come as float32."""
         return read_rows(self.parts[part], rows)
+
+    def original(self, span: slice, axis: int) -> NDArray[Any]:
+        """The source's weights, some of them along an axis, as [out, in]."""
+        if self.transposed:
+            flipped = replace(self.weight, shape=self.weight.shape[::-1])
+            return np.asarray((read_columns if axis == 0 else read_rows)(flipped, span).T)
+        return (read_rows if axis == 0 else read_columns)(self.weight, span)
 
 
 class CheckpointFormat(Protocol):
@@ -68,9 +77,15 @@ class LayerFormat(CheckpointFormat, Protocol):
 
     AXIS: int
     """The axis of the weight [out, in] that the stored tensors' rows run along, so that a few rows can be decoded."""
+    MARK: str
+    """The stored tensor that says how large the weight is."""
 
     def layout(self, weight: Tensor, scheme: Scheme) -> dict[str, Stored]:
         """The stored tensors of a layer whose source has this ``weight``, by their last name."""
+        ...
+
+    def weight_shape(self, stored: Tensor, scheme: Scheme) -> tuple[int, ...]:
+        """The shape [out, in] of the weight that is stored under the name `MARK`: the inverse of `layout`."""
         ...
 
     def layer_problems(self, layer: PackedLayer, scheme: Scheme) -> Iterator[str]:
@@ -95,6 +110,15 @@ def scale_problems(name: str, scales: NDArray[Any]) -> Iterator[str]:
         yield f"{name} holds a value that is not finite"
     elif (scales <= 0).any():
         yield f"{name} holds {int((scales <= 0).sum())} values that are not above zero"
+
+
+def decode_squares(layer: PackedLayer, scales: str, span: slice, size: int) -> NDArray[np.float32]:
+    """The weights of numbers that are stored one by one, each times the scale of its square; of some rows."""
+    values = layer.read("weight", span)
+    squares = layer.read(scales, slice(span.start // size, groups_of(span.stop, size)))
+    rows, columns = np.arange(values.shape[0]) // size, np.arange(values.shape[1]) // size
+    decoded: NDArray[np.float32] = values * squares[rows][:, columns]
+    return decoded
 
 
 def groups_of(inputs: int, group_size: int) -> int:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 REST_DTYPE: str | None = None
 AXIS = 0
+MARK = "weight"
 
 
 def layout(weight: Tensor, scheme: Scheme) -> dict[str, Stored]:  # noqa: ARG001 - the Protocol's
@@ -32,6 +33,11 @@ def layout(weight: Tensor, scheme: Scheme) -> dict[str, Stored]:  # noqa: ARG001
         "weight": Stored("F8_E4M3", weight.shape),
         "weight_scale": Stored(weight.dtype, (weight.shape[0], 1)),
     }
+
+
+def weight_shape(stored: Tensor, scheme: Scheme) -> tuple[int, ...]:  # noqa: ARG001 - the Protocol's
+    """See `LayerFormat`."""
+    return stored.shape
 
 
 def config_problems(stated: Mapping[str, Any], scheme: Scheme) -> Iterator[str]:  # noqa: ARG001 - the Protocol's

@@ -17,13 +17,20 @@ from numpy.typing import NDArray
 
 from pipeline.compatibility.safetensors_headers import Tensor
 from pipeline.quantization.formats import compressed_tensors
-from pipeline.quantization.formats.checkpoint_format import PackedLayer, Stored, groups_of, scale_problems
+from pipeline.quantization.formats.checkpoint_format import (
+    PackedLayer,
+    Stored,
+    decode_squares,
+    groups_of,
+    scale_problems,
+)
 
 if TYPE_CHECKING:
     from pipeline.compatibility.scheme import Scheme
 
 REST_DTYPE: str | None = None
 AXIS = 0
+MARK = "weight"
 
 
 def layout(weight: Tensor, scheme: Scheme) -> dict[str, Stored]:
@@ -31,6 +38,11 @@ def layout(weight: Tensor, scheme: Scheme) -> dict[str, Stored]:
     out, inputs = weight.shape
     squares = (groups_of(out, scheme.group_size), groups_of(inputs, scheme.group_size))
     return {"weight": Stored("F8_E4M3", weight.shape), "weight_scale": Stored(weight.dtype, squares)}
+
+
+def weight_shape(stored: Tensor, scheme: Scheme) -> tuple[int, ...]:  # noqa: ARG001 - the Protocol's
+    """See `LayerFormat`."""
+    return stored.shape
 
 
 def config_problems(stated: Mapping[str, Any], scheme: Scheme) -> Iterator[str]:
@@ -51,11 +63,7 @@ def layer_problems(layer: PackedLayer, scheme: Scheme) -> Iterator[str]:  # noqa
 
 def decode(layer: PackedLayer, span: slice, scheme: Scheme) -> NDArray[np.float32]:
     """See `CheckpointFormat`."""
-    size, values = scheme.group_size, layer.read("weight", span)
-    squares = layer.read("weight_scale", slice(span.start // size, groups_of(span.stop, size)))
-    rows, columns = np.arange(values.shape[0]) // size, np.arange(values.shape[1]) // size
-    decoded: NDArray[np.float32] = values * squares[rows][:, columns]
-    return decoded
+    return decode_squares(layer, "weight_scale", span, scheme.group_size)
 
 
 def rescales(scheme: Scheme) -> bool:  # noqa: ARG001 - the Protocol's

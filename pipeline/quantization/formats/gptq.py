@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 REST_DTYPE: str | None = "F16"
 AXIS = 1
+MARK = "qweight"
 
 
 def layout(weight: Tensor, scheme: Scheme) -> dict[str, Stored]:
@@ -45,6 +46,12 @@ def layout(weight: Tensor, scheme: Scheme) -> dict[str, Stored]:
         "scales": Stored("F16", (groups, out)),
         "g_idx": Stored("I32", (inputs,)),
     }
+
+
+def weight_shape(stored: Tensor, scheme: Scheme) -> tuple[int, ...]:
+    """See `LayerFormat`."""
+    packed, out = stored.shape
+    return (out, packed * 32 // scheme.bits)
 
 
 def config_problems(stated: Mapping[str, Any], scheme: Scheme) -> Iterator[str]:

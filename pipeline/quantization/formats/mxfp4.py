@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 REST_DTYPE: str | None = None
 AXIS = 0
+MARK = "weight_packed"
 _BIAS, _NOT_A_NUMBER = 127, 255
 
 
@@ -35,6 +36,12 @@ def layout(weight: Tensor, scheme: Scheme) -> dict[str, Stored]:
         "weight_packed": Stored("U8", (out, inputs // 2)),
         "weight_scale": Stored("U8", (out, inputs // scheme.group_size)),
     }
+
+
+def weight_shape(stored: Tensor, scheme: Scheme) -> tuple[int, ...]:  # noqa: ARG001 - the Protocol's
+    """See `LayerFormat`."""
+    out, packed = stored.shape
+    return (out, 2 * packed)
 
 
 def config_problems(stated: Mapping[str, Any], scheme: Scheme) -> Iterator[str]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 REST_DTYPE: str | None = None
 AXIS = 0
+MARK = "weight_packed"
 
 
 def layout(weight: Tensor, scheme: Scheme) -> dict[str, Stored]:
@@ -38,6 +39,12 @@ def layout(weight: Tensor, scheme: Scheme) -> dict[str, Stored]:
         "weight_global_scale": Stored("F32", (1,)),
         "input_global_scale": Stored("F32", (1,)),
     }
+
+
+def weight_shape(stored: Tensor, scheme: Scheme) -> tuple[int, ...]:  # noqa: ARG001 - the Protocol's
+    """See `LayerFormat`."""
+    out, packed = stored.shape
+    return (out, 2 * packed)
 
 
 def config_problems(stated: Mapping[str, Any], scheme: Scheme) -> Iterator[str]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 REST_DTYPE: str | None = None
 AXIS = 0
+MARK = "weight_packed"
 
 
 def layout(weight: Tensor, scheme: Scheme) -> dict[str, Stored]:
@@ -35,6 +36,12 @@ def layout(weight: Tensor, scheme: Scheme) -> dict[str, Stored]:
         "weight_scale": Stored(weight.dtype, (out, groups_of(inputs, scheme.group_size))),
         "weight_shape": Stored("I64", (2,)),
     }
+
+
+def weight_shape(stored: Tensor, scheme: Scheme) -> tuple[int, ...]:
+    """See `LayerFormat`."""
+    out, packed = stored.shape
+    return (out, packed * 32 // scheme.bits)
 
 
 def config_problems(stated: Mapping[str, Any], scheme: Scheme) -> Iterator[str]:

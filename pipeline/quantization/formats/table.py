@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from pipeline.quantization.formats import awq, fp8, fp8_block, gptq, int8, mixed, mxfp4, nvfp4, pack_quantized
+from pipeline.quantization.formats import (
+    awq,
+    fp8,
+    fp8_block,
+    fp8_scale_inv,
+    gptq,
+    int8,
+    mixed,
+    mxfp4,
+    mxfp4_experts,
+    nvfp4,
+    pack_quantized,
+)
 from pipeline.quantization.formats.checkpoint_format import CheckpointFormat, LayerFormat
 
 if TYPE_CHECKING:
@@ -20,14 +32,16 @@ _FORMATS: Mapping[str, LayerFormat] = {
     "w4a16": pack_quantized,
     "nvfp4": nvfp4,
     "mxfp4": mxfp4,
+    "fp8-scale-inv": fp8_scale_inv,
+    "mxfp4-experts": mxfp4_experts,
 }
 
 
 def format_of(scheme: Scheme) -> CheckpointFormat:
     """The format of a scheme's checkpoint."""
-    return mixed if scheme.method == "mixed" else _FORMATS[scheme.method]
+    return mixed if scheme.format == "mixed" else _FORMATS[scheme.format]
 
 
 def layer_format(scheme: Scheme) -> LayerFormat:
     """The format of a layer; of a mixture each layer has a scheme of its own."""
-    return _FORMATS[scheme.method]
+    return _FORMATS[scheme.format]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evals.drift.packed import FormatError, unpack_linear, unpack_words
+from evals.drift.packed import FormatError, unpack_experts, unpack_linear, unpack_words
 from pipeline.quantization.quantizers.compressed_tensors_config import quantization_config
 from unit.pipeline import compressed
 
@@ -102,3 +102,21 @@ def test_another_format_of_compressed_tensors_is_refused() -> None:
     }
     with pytest.raises(FormatError, match="`marlin-24` is not read here"):
         unpack_linear({}, stated)
+
+
+def test_squares_as_deepseek_publishes_them_give_back_about_the_weights() -> None:
+    weight = np.random.default_rng(3).standard_normal((96, 200)).astype(np.float32)
+    stored = compressed.encode_squares(weight, 64)
+    parts = {name: compressed.decoded(each) for name, each in stored.items()}
+    found = unpack_linear(parts, {"quant_method": "fp8", "weight_block_size": [64, 64]})
+    assert np.sqrt(np.square(found - weight).mean()) < 0.03
+
+
+def test_experts_as_gpt_oss_publishes_them_give_back_about_the_weights() -> None:
+    experts = np.random.default_rng(4).standard_normal((3, 64, 40)).astype(np.float32)
+    each = [compressed.encode("mxfp4", expert.T) for expert in experts]
+    scales = np.stack([one["weight_scale"][1] for one in each])
+    blocks = np.stack([one["weight_packed"][1] for one in each]).reshape(*scales.shape, 16)
+    found = unpack_experts(blocks, scales)
+    assert found.shape == experts.shape
+    assert np.sqrt(np.square(found - experts).mean()) < 0.2

@@ -72,7 +72,12 @@ def mixed_tensors(formats: Mapping[str, str]) -> Stored:
 
 
 def _write(folder: Path, quantization: Mapping[str, Any], tensors: Stored) -> Path:
-    checkpoints.write(folder, {}, checkpoints.config() | {"quantization_config": dict(quantization)})
+    return write_stored(folder, checkpoints.config() | {"quantization_config": dict(quantization)}, tensors)
+
+
+def write_stored(folder: Path, config: dict[str, Any], tensors: Stored) -> Path:
+    """Write a model's folder with tensors of any dtype."""
+    checkpoints.write(folder, {}, config)
     stored = {name: (dtype, np.ascontiguousarray(values)) for name, (dtype, values) in tensors.items()}
     described = {
         name: safetensors.TensorSpec(
@@ -136,6 +141,17 @@ def encode(method: str, weight: NDArray[np.float32]) -> Stored:
                 "weight_scale": ("uint8", (power + 127).astype(np.uint8)),
             }
     raise AssertionError(method)
+
+
+def encode_squares(weight: NDArray[np.float32], size: int = 128) -> Stored:
+    """One layer [out, in] in FP8 as DeepSeek publishes it, with a scale for each square; borders are cut."""
+    starts = [range(0, length, size) for length in weight.shape]
+    scale = np.array(
+        [[np.abs(weight[row : row + size, at : at + size]).max() / 448 for at in starts[1]] for row in starts[0]],
+        np.float32,
+    )
+    spread = scale.repeat(size, 0).repeat(size, 1)[: weight.shape[0], : weight.shape[1]]
+    return {"weight": ("float8_e4m3fn", _e4m3(weight / spread)), "weight_scale_inv": ("float32", scale)}
 
 
 def decoded(stored: tuple[str, NDArray[Any]]) -> NDArray[Any]:

@@ -14,7 +14,7 @@ from containers.hardware.gpu_models import find_gpu
 from pipeline.planner.asking import plan_described, refusals
 from pipeline.planner.data import check_data
 from pipeline.planner.evaluation import evaluation
-from pipeline.planner.sources import Described
+from pipeline.planner.sources import Described, with_published
 from pipeline.spec import load
 from unit.pipeline import published_models
 
@@ -23,6 +23,7 @@ EXAMPLES = sorted((CHECKOUT / "examples").glob("*.yaml"))
 OF = {
     "fine-tuned-s3": ("llama-3.1-8b", "L40S"),
     "gemma-3-27b": ("gemma-3-27b", "H100"),
+    "gpt-oss-20b": ("gpt-oss-20b", "H100"),
     "llama-3.1-8b-lora": ("llama-3.1-8b", "L40S"),
     "llama-3.3-70b": ("llama-3.3-70b", "H100"),
     "mistral-small-24b": ("mistral-small-24b", "L40S"),
@@ -39,8 +40,11 @@ def test_an_example_is_valid_and_its_model_fits(path: Path) -> None:
     spec = load(path)
     check_data(spec)
     described = Described(published_models.model(planned), 0)
+    if spec.is_published:
+        described = with_published(described, None)
     assert refusals(described.model, spec.schemes) == {}
     plan = plan_described(spec, described, spec.schemes, [find_gpu(gpu)], lambda usual: usual, {})
-    assert {scheme.weights.scheme for scheme in plan.schemes} == {"fp16", *spec.schemes}
+    at_16_bits = ["fp16"] if described.is_compared else []
+    assert [scheme.weights.scheme for scheme in plan.schemes] == [*at_16_bits, *spec.schemes]
     assert all(placement.fits for scheme in plan.schemes for placement in scheme.placements)
     assert all(task.can_decide for task in evaluation(spec).tasks)
