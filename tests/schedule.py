@@ -16,7 +16,7 @@ _TESTS = Path(__file__).parent
 # thing, and two at once would disturb each other or make it twice: two Ray clusters take ports from each other.
 GROUPS: dict[str, tuple[str, ...]] = {
     "release": ("end_to_end/test_release.py", "end_to_end/test_tensor_parallel.py"),
-    "checkpoints": ("stages/test_quantize.py", "stages/test_drift.py"),
+    "checkpoints": ("stages/test_quantize.py", "stages/test_drift.py", "stages/test_published.py"),
     "ui": ("end_to_end/test_survival.py", "end_to_end/test_ui.py", "end_to_end/test_automation.py"),
     "elsewhere": ("end_to_end/test_elsewhere.py", "stages/test_ray.py"),
     "instruction-sets": (
