@@ -73,9 +73,7 @@ def init(
     target = _target(gpu or _ask("What will serve it (H100, L4, …, cpu)", _own_device(), is_asked), settings)
     chats = has_chat_template(source)
     kind = kind or _ask_kind(kind_of(uri, has_chat_template=chats), is_asked)
-    proposal = propose(
-        model, uri, revision, described.model, kind, target, has_chat_template=chats, as_is=as_is
-    )
+    proposal = propose(model, uri, revision, described.model, kind, target, has_chat_template=chats, as_is=as_is)
     text, spec, plan = _checked(proposal, described, settings)
     if not dry_run:
         from registry.atomic_write import write_atomically  # noqa: PLC0415

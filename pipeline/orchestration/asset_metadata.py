@@ -62,8 +62,10 @@ def quantized(context: StageContext, made: Artifact) -> dict[str, Any]:
     return {**shown, "tokens of experts": MetadataValue.table(rows, TableSchema(columns))}
 
 
-def answers(_context: StageContext, made: Artifact) -> dict[str, Any]:
-    """How many items of each task were answered, and by what."""
+def answers(context: StageContext, made: Artifact) -> dict[str, Any]:
+    """How many items of each task were answered, and by what; nothing where there is no 16-bit model to ask."""
+    if context.spec.lacks_baseline:
+        return {}
     found = read_answers(made.folder)
     return {
         **{f"items of {name}": len(task.items) for name, task in found.tasks.items()},

@@ -45,9 +45,11 @@ class Moved:
 
 
 def locked_sources(spec: ModelSpec) -> Iterator[LockedSource]:
-    """Yield the model's source, its adapters and the data sets of its calibration; not files of this machine."""
+    """Yield the model's source, baseline, adapters and the data sets of its calibration; not files of this machine."""
     source = spec.source
     yield LockedSource("source", source.uri, source.revision, spec.lock, MODEL)
+    if (baseline := spec.baseline) is not None:
+        yield LockedSource("baseline", baseline.uri, baseline.revision, spec.original_lock, MODEL)
     if (merged := source.adapter) is not None:
         lock = adapter.merged_lock_of(spec.lock)
         yield LockedSource("source.adapter", merged.uri, merged.revision, lock, adapter.MERGED)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
+from pipeline.errors import naming
 from pipeline.settings import Settings
 from pipeline.sources import source as sources
 from pipeline.sources.lock import read_lock
@@ -22,13 +24,14 @@ def resolve(spec: ModelSpec, settings: Settings) -> sources.ResolvedSource:
     Raises:
         SourceError: it can't be reached, holds what is refused, or is not what the lock pins.
     """
-    return sources.resolve(
-        spec.original.uri,
-        spec.original.revision,
-        access=Access.of(settings),
-        lock=read_lock(spec.original_lock),
-        memory=settings.home / sources.DIGESTS,
-    )
+    with contextlib.nullcontext() if spec.baseline is None else naming("baseline"):
+        return sources.resolve(
+            spec.original.uri,
+            spec.original.revision,
+            access=Access.of(settings),
+            lock=read_lock(spec.original_lock),
+            memory=settings.home / sources.DIGESTS,
+        )
 
 
 def prepare(context: StageContext, _inputs: Inputs) -> StageContext:

@@ -28,6 +28,7 @@ from pipeline.quantization.quantize import QuantizedNotes
 from pipeline.settings import Settings
 from pipeline.spec import load
 from pipeline.stages.context import StageContext
+from pipeline.stages.locked_sources import locked_sources
 from pipeline.stages.preflight import foresee
 from pipeline.stages.run import run_until
 from unit.pipeline import checkpoints, compressed, published_models
@@ -431,6 +432,10 @@ def test_both_sources_are_pulled_locked_and_recorded(tmp_path: Path) -> None:
     assert notes.revision.startswith("sha256:")
     locks = {each.name for each in tmp_path.glob("*.lock.json")}
     assert locks == {"taken.lock.json", "taken.baseline_source.lock.json"}
+    assert {each.key: each.lock.name for each in locked_sources(load(path))} == {
+        "source": "taken.lock.json",
+        "baseline": "taken.baseline_source.lock.json",
+    }
     again = run_until("quantized", context_of(path))
     assert all(artifact.cached for artifact in again.values())
     with (folder / "tokenizer.json").open("a") as file:
