@@ -2,7 +2,7 @@
 
 The law: a layer's results follow from its weights and its inputs, and its inputs from the layers before. So a run that
 reads the results of finished layers from files, and computes the layers' inputs anew, writes the same bytes as a run
-that was never interrupted. It skips the searches and Hessians, which take most of the time, not the forward passes.
+that was never interrupted. It skips the searches and Hessians, not the forward passes.
 Files are used only for the same request, device, library and arithmetic, and only if they are complete.
 """
 
