@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 import yaml
@@ -22,12 +22,14 @@ from containers.kubernetes.admission import Admission
 from containers.kubernetes.alerts import Alert, alerts, healthy, recordings
 from containers.kubernetes.cluster import Cluster
 from containers.kubernetes.dashboard import dashboard
+from containers.kubernetes.helm import chart, with_placeholders
 from containers.kubernetes.names import mebibytes, object_name, thousandths
 from containers.kubernetes.numbers import BundleEvidence, Number, numbers, progress_seconds, tested_cores
 from registry.manifest import ADAPTERS, DRAFT_MODEL
 
 TEMPLATES = Path(__file__).with_name("templates")
 NAMESPACE = "slipway"
+Form = Literal["kustomize", "helm"]
 _MODEL_FOLDER = "/model"
 _TOKENIZER = "/srv/tokenizer"
 # The image of the gateway's Redis; Valkey 8 is the newest line with a free licence.
@@ -53,8 +55,12 @@ class Images:
 
 @dataclass(frozen=True)
 class WrittenBundle:
-    """A bundle on disk; ``warnings`` say what must be done before it can be applied."""
+    """A bundle on disk.
 
+    ``name`` begins its objects' names; ``warnings`` say what must be done before it can be applied.
+    """
+
+    name: str
     folder: Path
     files: tuple[str, ...]
     numbers: Mapping[str, Number]
@@ -71,6 +77,7 @@ def write_bundle(
     namespace: str = NAMESPACE,
     monitoring_namespace: str = "monitoring",
     admission: Admission | None = None,
+    form: Form = "kustomize",
     more: Callable[[Mapping[str, Number]], Mapping[str, str]] = lambda _: {},
 ) -> WrittenBundle:
     """Write the bundle into ``folder``, which must be empty or absent; it is written completely or not at all.
@@ -85,7 +92,8 @@ def write_bundle(
         monitoring_namespace: Prometheus' namespace.
         admission: what admission controllers check; without it, or for an image that was not pushed, the bundle has no
             ``policies/``.
-        more: returns further files by path, from the numbers.
+        form: Kustomize files, or a Helm chart of the same objects.
+        more: returns further files of a Kustomize bundle by path, from the numbers.
 
     Raises:
         BundleError: the folder is not empty, or the evidence is incomplete.
@@ -105,9 +113,9 @@ def write_bundle(
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        files = _render(values)
+        files = _render(values if form == "kustomize" else with_placeholders(values))
         files |= _documents(evidence, values, found, files["monitoring/rules.yaml"])
-        files |= more(found)
+        files = chart(files, values) if form == "helm" else {**files, **more(found)}
         for name, text in files.items():
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             (part / name).write_text(text, encoding="utf-8")
@@ -118,7 +126,7 @@ def write_bundle(
     except BaseException:  # also after Ctrl-C no half-written bundle stays
         shutil.rmtree(part, ignore_errors=True)
         raise
-    return WrittenBundle(folder, tuple(sorted(files)), found, tuple(_warnings(values)))
+    return WrittenBundle(str(values["name"]), folder, tuple(sorted(files)), found, tuple(_warnings(values)))
 
 
 def _values(
@@ -137,7 +145,8 @@ def _values(
     share = float(found["gpu_memory_share"].value)
     return {
         "name": name, "line": line, "version": evidence.version, "digest": manifest.digest, "n": found,
-        "image": f"{repository}@{digest}", "repository": repository, "pushed": pushed or images.engine is not None,
+        "image": f"{repository}@{digest}", "repository": repository, "image_digest": digest,
+        "pushed": pushed or images.engine is not None,
         "user": image.user, "port": image.port, "model_folder": _MODEL_FOLDER,
         "variant": None if evidence.variant is None else evidence.variant.variant,
         "arguments": list(evidence.serving.command) if evidence.serving else None,

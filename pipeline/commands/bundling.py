@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.markup import escape
@@ -11,10 +12,17 @@ from rich.markup import escape
 from pipeline.commands.show import as_json, print_json, print_table, progress, results
 from pipeline.settings import Settings
 
+if TYPE_CHECKING:
+    from containers.kubernetes.bundle import Form
+
 
 @click.command()
 @click.argument("name")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to write: empty or new.")
+@click.option(
+    "--format", "form", type=click.Choice(["kustomize", "helm"]), default="kustomize", show_default=True,
+    help="Kustomize files, or a Helm chart of the same objects.",
+)  # fmt: skip
 @click.option("--namespace", default="slipway", show_default=True, help="The namespace that the release runs in.")
 @click.option("--monitoring", default="monitoring", show_default=True, help="The namespace that Prometheus runs in.")
 @click.option(
@@ -36,6 +44,7 @@ from pipeline.settings import Settings
 def bundle(
     name: str,
     out: Path,
+    form: Form,
     namespace: str,
     monitoring: str,
     image: str | None,
@@ -48,9 +57,9 @@ def bundle(
 ) -> None:
     """Write Kubernetes manifests for release NAME[@ALIAS].
 
-    The folder is a Kustomize base with overlays. Requests, limits, probes, autoscaling and alerts are derived from the
-    release's own measurements; a comment beside each number names its evidence. The alerts come with tests for
-    promtool.
+    The folder is a Kustomize base with overlays, or a Helm chart. Requests, limits, probes, autoscaling and alerts are
+    derived from the release's own measurements; a comment beside each number names its evidence. The alerts come with
+    tests for promtool.
     """
     from containers.kubernetes.bundle import Images, write_bundle  # noqa: PLC0415
     from pipeline.serving.deployment import admission, cluster, gather, simulated  # noqa: PLC0415
@@ -68,6 +77,7 @@ def bundle(
         namespace=namespace,
         monitoring_namespace=monitoring,
         admission=admission(settings, scan_age_days),
+        form=form,
         more=lambda found: simulated(evidence, found),
     )
     for warning in written.warnings:
@@ -81,9 +91,8 @@ def bundle(
         return
     rows = [(key.replace("_", " "), str(number), escape(number.why)) for key, number in written.numbers.items()]
     print_table(("number", "value", "where it comes from"), rows)
-    results.print(
-        f"\n{len(written.files)} files in {escape(str(out))}: kubectl apply -k {escape(str(out))}/overlays/small"
-    )
+    apply = {"kustomize": f"kubectl apply -k {out}/overlays/small", "helm": f"helm install {written.name} {out}"}
+    results.print(f"\n{len(written.files)} files in {escape(str(out))}: {escape(apply[form])}")
 
 
 @click.command()

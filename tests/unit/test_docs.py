@@ -47,8 +47,8 @@ DEMO = CHECKOUT / "models" / "demo.yaml"
 SCHEMA = json.loads((DOCS / "model.schema.json").read_text())
 # What the pages call beside ours.
 OTHERS = {
-    "base64", "bash", "cat", "cd", "cosign", "curl", "docker", "git", "jq", "kubectl", "model_signing", "openssl",
-    "printf", "python", "python3", "rm", "uv",
+    "base64", "bash", "cat", "cd", "cosign", "curl", "docker", "git", "helm", "jq", "kubectl", "model_signing",
+    "openssl", "printf", "python", "python3", "rm", "uv",
 }  # fmt: skip
 
 
