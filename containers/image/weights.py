@@ -38,50 +38,57 @@ _SHARED = re.compile(r"(?P<folder>model|adapters|draft_model) (?P<first>.+?)(?P<
 
 
 @dataclass(frozen=True)
-class PushedWeights:
-    """The digests of the model artifact and of the volume."""
+class Weights:
+    """A manifest of a release's weights, with its configuration, its tag, and the one layer that the image has not."""
 
-    artifact: str
-    volume: str
+    tag: str
+    config: bytes
+    manifest: bytes
+    layer: bytes
 
+    @property
+    def digest(self) -> str:
+        """``sha256:…`` of the manifest."""
+        return digest_of(self.manifest)
 
-def push_weights(
-    registry: Registry, repository: str, record: ImageRecord, manifest: Manifest, documents: Mapping[str, bytes]
-) -> PushedWeights:
-    """Write a release's model artifact and volume into the repository that has its image, unless they are there.
+    def push(self, registry: Registry, repository: str) -> None:
+        """Write it into the repository that has the image, unless its tag names it there.
 
-    Their tags are the first twelve digits of the release's digest, with ``-weights`` and ``-volume``.
-
-    Args:
-        registry: the registry that the image was pushed to.
-        repository: the image's repository.
-        record: the image.
-        manifest: the release's manifest.
-        documents: the release's files in its folder ``release/``, by path.
-
-    Raises:
-        DistributionError: the registry refuses, or no longer has a layer.
-    """
-    shared = [layer for layer in record.layers if _SHARED.fullmatch(layer.holds)]
-    release = archive(
-        [*(Member(f"model/{name}", data) for name, data in documents.items()), Member("models", target="model")]
-    )
-    tar = b"".join(release.chunks())
-    own = LayerRecord(digest=digest_of(tar), size=len(tar), holds="release")
-    version = manifest.digest.removeprefix("sha256:")[:12]
-    parts = {
-        f"{version}-weights": _artifact(shared, own, manifest),
-        f"{version}-volume": _volume(shared, own, manifest),
-    }
-    digests: list[str] = []
-    for tag, (config, document) in parts.items():
-        digests.append(digest_of(document))
-        there = registry.manifest(repository, tag)
-        if there is None or digest_of(there[0]) != digests[-1]:
-            for blob in (tar, config):
+        Raises:
+            DistributionError: the registry refuses, or no longer has a layer.
+        """
+        there = registry.manifest(repository, self.tag)
+        if there is None or digest_of(there[0]) != self.digest:
+            for blob in (self.layer, self.config):
                 registry.put_blob(repository, blob)
-            registry.put_manifest(repository, tag, document)
-    return PushedWeights(*digests)
+            registry.put_manifest(repository, self.tag, self.manifest)
+
+
+def model_artifact(image: ImageRecord, manifest: Manifest, documents: Mapping[str, bytes]) -> Weights:
+    """Return a release's model artifact, whose tag is the first twelve digits of the release's digest and ``-weights``.
+
+    ``documents`` are the release's files in its folder ``release/``, by path.
+    """
+    shared, own, layer = _layers(image, documents)
+    return Weights(f"{_version(manifest)}-weights", *_artifact(shared, own, manifest), layer)
+
+
+def volume(image: ImageRecord, manifest: Manifest, documents: Mapping[str, bytes]) -> Weights:
+    """Return a release's volume, whose tag ends in ``-volume``; arguments as `model_artifact`."""
+    shared, own, layer = _layers(image, documents)
+    return Weights(f"{_version(manifest)}-volume", *_volume(shared, own, manifest), layer)
+
+
+def _layers(image: ImageRecord, documents: Mapping[str, bytes]) -> tuple[list[LayerRecord], LayerRecord, bytes]:
+    """The image's layers that both have, and the layer of the documents with its content."""
+    members = [Member(f"model/{name}", data) for name, data in documents.items()]
+    tar = b"".join(archive([*members, Member("models", target="model")]).chunks())
+    shared = [layer for layer in image.layers if _SHARED.fullmatch(layer.holds)]
+    return shared, LayerRecord(digest=digest_of(tar), size=len(tar), holds="release"), tar
+
+
+def _version(manifest: Manifest) -> str:
+    return manifest.digest.removeprefix("sha256:")[:12]
 
 
 def _artifact(shared: Sequence[LayerRecord], own: LayerRecord, manifest: Manifest) -> tuple[bytes, bytes]:
@@ -149,7 +156,10 @@ def _descriptor(layer: LayerRecord, kind: str) -> dict[str, Any]:
 
 
 def _kind(layer: LayerRecord) -> str:
-    return _WEIGHTS if ".safetensors" in layer.holds else _SETTINGS
+    """A layer of several files, an adapter or a draft model, has weights among them."""
+    found = _SHARED.fullmatch(layer.holds)
+    several = found is not None and found["others"] is not None
+    return _WEIGHTS if several or layer.holds.endswith(".safetensors") else _SETTINGS
 
 
 def _path(layer: LayerRecord) -> Mapping[str, Any]:

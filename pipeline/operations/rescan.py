@@ -17,13 +17,14 @@ import docker
 import requests
 
 from containers.engine.engine import connect
-from containers.errors import ContainerError, ScanError
+from containers.errors import ContainerError, ImageError, ScanError
 from containers.image.build import read_image
 from containers.scan import scan as scans
 from containers.scan import scan_gate
 from containers.scan.evidence import ScanEvidence, read_scan
 from containers.scan.policy import ScanPolicy
 from pipeline.errors import SlipwayError, SpecError
+from pipeline.publishing.attest import Rescan, StatedRelease, attest
 from pipeline.settings import Settings
 from pipeline.spec import find, load
 from pipeline.trust import signing_key_if_any, trust_of
@@ -35,7 +36,7 @@ from registry.manifest import EVIDENCE
 from registry.moves import rollback
 from registry.policy import policy_of as trust_policy
 from registry.progress import Progress
-from registry.pull import fetch_file
+from registry.pull import fetch_file, read_metadata
 from registry.resolve import CHAMPION, PREVIOUS, resolve
 from registry.suggestions import suggestion
 from registry.verdict import Verdict
@@ -131,6 +132,7 @@ def _rescanned(settings: Settings, version: Version, progress: Progress) -> Resc
     for line in scan_gate.warnings(evidence, policy):
         progress(f"warning: {line}")
     _mark(settings, version, verdict, evidence)
+    _attest(settings, version, Rescan(evidence, scan_gate.waived(evidence, policy), verdict), progress)
     action, why = ("none", "") if not verdict.blocks else ("marked", f"tag `{TAG}`")
     if verdict.status == "fail" and policy.rescan == "rollback":
         action, why = _roll_back(settings, version, policy, verdict, progress)
@@ -200,6 +202,22 @@ def _mark(settings: Settings, version: Version, verdict: Verdict, evidence: Scan
     }  # fmt: skip
     with open_backend(settings.tracking_uri) as backend:
         backend.set_version_tag(version.name, version.version, TAG, json.dumps(mark))
+
+
+def _attest(settings: Settings, version: Version, rescan: Rescan, progress: Progress) -> None:
+    """State the result about the image in its registry, if it was pushed, so that what is admitted there is current."""
+    key = signing_key_if_any(settings)
+    if key is None:
+        return
+    reference = f"{version.name}@v{version.version}"
+    found = read_metadata(reference, None, tracking_uri=settings.tracking_uri, trusted_keys=trust_of(settings))
+    release = StatedRelease(found.manifest, found.files, rescan)
+    if not release.image.pushed:
+        return
+    try:
+        attest(release, key, progress)
+    except ImageError as error:
+        progress(f"warning: the result could not be attached to {release.manifest.image.reference}: {error}")
 
 
 def _roll_back(

@@ -8,17 +8,19 @@ statements.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC
 from pathlib import Path
 from typing import Any
 
 from containers.image import referrers
 from containers.image.build import ImageRecord, parse_image
 from containers.image.distribution import Registry, parse
-from containers.image.weights import push_weights
+from containers.image.weights import Weights, model_artifact, volume
 from containers.scan import mlbom, vex_document
-from containers.scan.evidence import parse_scan
+from containers.scan.evidence import ScanEvidence, parse_scan
+from containers.scan.scan_gate import Waived
 from registry import attestation, provenance
 from registry.attestation import Scanned, Verdicts
 from registry.digests import digest_json, digest_of
@@ -28,25 +30,43 @@ from registry.policy import Trust, policy_of
 from registry.progress import Progress
 from registry.signing import SigningKey
 from registry.sigstore_bundle import MEDIA_TYPE, sign_statement
+from registry.verdict import Verdict
 from registry.verify import check_documents
 
 CONTENT, PREDICATE_TYPE = "dev.sigstore.bundle.content", "dev.sigstore.bundle.predicateType"
 """The annotations by which Sigstore's clients find a bundle."""
+CREATED = "org.opencontainers.image.created"
+"""The annotation with the time of what a bundle states: of the scan, or when the release was sealed."""
 IMAGE, ARTIFACT, VOLUME = "image", "weights", "volume"
 """What of a release is in a container registry: see `containers.image.weights`."""
 _SBOM, _MLBOM, _SCAN, _WAIVED, _IMAGE = (
     f"{EVIDENCE}/{name}" for name in ("sbom.cdx.json", "mlbom.cdx.json", "scan.json", "waived.json", "image.json")
 )
+# What a later scan states anew.
+_DATED_BY_SCAN = ("vex", "verdicts")
 Stated = tuple[str, Mapping[str, Any]]
 """The type of a predicate, and the predicate."""
 
 
 @dataclass(frozen=True)
+class Rescan:
+    """A later scan of a release's image: what it found, what of that is allowed, and the verdict."""
+
+    evidence: ScanEvidence
+    waived: Sequence[Waived]
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
 class StatedRelease:
-    """A release of which something is stated: its manifest, and the verified bytes of its folder ``release/``."""
+    """A release of which something is stated: its manifest, and the verified bytes of its folder ``release/``.
+
+    A ``rescan`` stands in place of the scan in its evidence.
+    """
 
     manifest: Manifest
     documents: Mapping[str, bytes]
+    rescan: Rescan | None = None
 
     @classmethod
     def read(cls, folder: Path, trust: Trust) -> StatedRelease:
@@ -71,6 +91,27 @@ class StatedRelease:
         """The image's record; ``ImageError`` where it is not valid."""
         return parse_image(self.documents[_IMAGE], _IMAGE)
 
+    @property
+    def scan(self) -> ScanEvidence:
+        """The latest scan; ``ScanError`` where it is not valid."""
+        return self.rescan.evidence if self.rescan else parse_scan(self.documents[_SCAN], _SCAN)
+
+    @property
+    def scanned_at(self) -> str:
+        """When it was scanned, UTC."""
+        return f"{self.scan.scanned_at.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+    @property
+    def weights(self) -> dict[str, Weights]:
+        """The weights without the runtime, as an artifact and as a volume."""
+        arguments = (self.image, self.manifest, self.documents)
+        return {ARTIFACT: model_artifact(*arguments), VOLUME: volume(*arguments)}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The digest of each manifest that is signed, by what it is."""
+        return {IMAGE: self.manifest.image.digest, **{about: each.digest for about, each in self.weights.items()}}
+
     def stated(self, about: str) -> dict[str, Stated]:
         """The statements about the image, or about the weights where they are without it, by title."""
         found: dict[str, Stated] = {
@@ -80,23 +121,25 @@ class StatedRelease:
             found["mlbom"] = (attestation.CYCLONEDX, json.loads(self.documents[_MLBOM]))
         if about == IMAGE:
             found["sbom"] = (attestation.CYCLONEDX, json.loads(self.documents[_SBOM]))
-            scan, waived = parse_scan(self.documents[_SCAN], _SCAN), vex_document.read_waived(self.documents[_WAIVED])
-            vex = vex_document.document(scan, waived, scan.purl or self.manifest.image.digest)
+            waived = self.rescan.waived if self.rescan else vex_document.read_waived(self.documents[_WAIVED])
+            vex = vex_document.document(self.scan, waived, self.scan.purl or self.manifest.image.digest)
             if vex is not None:
                 found["vex"] = (attestation.OPENVEX, vex)
         return found
 
     def verdicts(self, stated: Mapping[str, Stated]) -> Verdicts:
         """The verdicts, which name all else that is ``stated``."""
-        scan, verdicts = parse_scan(self.documents[_SCAN], _SCAN), [record.verdict for record in self.manifest.gates]
+        gates = {record.verdict.gate: record.verdict for record in self.manifest.gates}
+        if self.rescan is not None:
+            gates[self.rescan.verdict.gate] = self.rescan.verdict
         return Verdicts(
             release=self.manifest.name,
             manifest_digest=self.manifest.digest,
             image_digest=self.manifest.image.digest,
             sealed=self.manifest.created,
-            passed=not any(verdict.blocks for verdict in verdicts),
-            gates={verdict.gate: verdict for verdict in verdicts},
-            scan=Scanned(at=f"{scan.scanned_at:%Y-%m-%dT%H:%M:%SZ}", database_updated_at=scan.database.updated_at),
+            passed=not any(verdict.blocks for verdict in gates.values()),
+            gates=gates,
+            scan=Scanned(at=self.scanned_at, database_updated_at=self.scan.database.updated_at),
             statements={title: digest_json(predicate) for title, (_, predicate) in stated.items()},
         )
 
@@ -122,25 +165,20 @@ def attest(release: StatedRelease, key: SigningKey, progress: Progress, *, place
                 referrers.attach(
                     registry, repository, subject, mlbom.KIND, release.documents[name], title=f"{title}.cdx.json"
                 )
-        pushed = push_weights(registry, repository, release.image, release.manifest, release.documents)
-        signed = {IMAGE: digest, ARTIFACT: pushed.artifact, VOLUME: pushed.volume}
-        for about, each in signed.items():
-            new = attach(registry, repository, each, release, release.stated(about), key)
+        for each in release.weights.values():
+            each.push(registry, repository)
+        for about, signed in release.digests.items():
+            new = attach(registry, repository, signed, release, about, key)
             if new:
-                progress(f"attached to the {about} {host}/{repository}@{each}: {', '.join(new)}")
-    return {about: f"{host}/{repository}@{each}" for about, each in signed.items()}
+                progress(f"attached to the {about} {host}/{repository}@{signed}: {', '.join(new)}")
+    return {about: f"{host}/{repository}@{signed}" for about, signed in release.digests.items()}
 
 
 def attach(
-    registry: Registry,
-    repository: str,
-    digest: str,
-    release: StatedRelease,
-    stated: Mapping[str, Stated],
-    key: SigningKey,
+    registry: Registry, repository: str, digest: str, release: StatedRelease, about: str, key: SigningKey
 ) -> list[str]:
-    """Attach signed statements about a manifest, the verdicts and at last a signature; return what was new."""
-    subject = referrers.subject_of(registry, repository, digest)
+    """Attach what is stated ``about`` a manifest, the verdicts and at last a signature; return what was new."""
+    subject, stated = referrers.subject_of(registry, repository, digest), release.stated(about)
     every: dict[str, Stated] = {
         **stated,
         "verdicts": (attestation.VERDICTS, release.verdicts(stated).predicate()),
@@ -151,7 +189,12 @@ def attach(
         payload = attestation.statement(digest, release.manifest.name, kind, predicate)
         attached = referrers.attach(
             registry, repository, subject, MEDIA_TYPE, sign_statement(payload, key, with_chain=False),
-            title=f"{title}.sigstore.json", annotations={CONTENT: "dsse-envelope", PREDICATE_TYPE: kind},
+            title=f"{title}.sigstore.json",
+            annotations={
+                CONTENT: "dsse-envelope",
+                PREDICATE_TYPE: kind,
+                CREATED: release.scanned_at if title in _DATED_BY_SCAN else release.manifest.created,
+            },
         )  # fmt: skip
         new += [title] * attached.is_new
     return new

@@ -11,7 +11,7 @@ from containers.image import referrers
 from containers.image.distribution import DistributionError, NoAnswerError, Registry
 from containers.image.pulled import Descriptor, ImageManifest, read_manifest
 from pipeline.errors import PublishError
-from pipeline.publishing.attest import PREDICATE_TYPE
+from pipeline.publishing.attest import CREATED, PREDICATE_TYPE
 from pipeline.publishing.places import OCI
 from registry.attestation import Attachment, AttestedManifest, verify_attached
 from registry.digests import digest_of
@@ -21,7 +21,7 @@ from registry.progress import Progress
 
 # Every version of Sigstore's bundle begins so.
 _BUNDLE = "application/vnd.dev.sigstore.bundle"
-_MOST_ATTACHED = 500
+_MOST_OF_A_KIND = 50
 _READERS = 4
 
 
@@ -72,20 +72,20 @@ def verify_attached_to(registry: Registry, repository: str, digest: str, trust: 
 
 
 def _attachments(registry: Registry, repository: str, digest: str) -> Iterator[Attachment]:
-    listed = [each for each in referrers.referrers(registry, repository, digest) if each.kind.startswith(_BUNDLE)]
-    if len(listed) > _MOST_ATTACHED:
-        raise DistributionError(
-            f"{registry.host}/{repository}@{digest} has {len(listed)} bundles attached, more than the {_MOST_ATTACHED} "
-            "that are read"
-        )
-    for each in listed:
-        announced = each.annotations.get(PREDICATE_TYPE, "")
-        try:
-            yield Attachment(announced, referrers.document(registry, repository, each))
-        except NoAnswerError:
-            raise
-        except DistributionError as error:
-            yield Attachment(announced, b"", lost=str(error))
+    """What is attached; of each kind the latest, since every scan adds its verdicts."""
+    kinds: dict[str, list[referrers.Referrer]] = {}
+    for each in referrers.referrers(registry, repository, digest):
+        if each.kind.startswith(_BUNDLE):
+            kinds.setdefault(each.annotations.get(PREDICATE_TYPE, ""), []).append(each)
+    for announced, found in kinds.items():
+        latest = sorted(found, key=lambda each: each.annotations.get(CREATED, ""), reverse=True)
+        for each in latest[:_MOST_OF_A_KIND]:
+            try:
+                yield Attachment(announced, referrers.document(registry, repository, each))
+            except NoAnswerError:
+                raise
+            except DistributionError as error:
+                yield Attachment(announced, b"", lost=str(error))
 
 
 def _problem(registry: Registry, repository: str, blob: Descriptor) -> Problem | None:

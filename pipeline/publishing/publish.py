@@ -76,7 +76,7 @@ def _attest(place: Place, release: ReleaseMetadata, key: SigningKey | None, prog
     """Sign what is published in a container registry, and attach what is known of it, where there is a key to sign."""
     if isinstance(place, OciPlace) and place.digest is not None and key is not None:
         stated = StatedRelease(release.manifest, release.files)
-        new = attach(place.registry, place.repository, place.digest, stated, stated.stated(ARTIFACT), key)
+        new = attach(place.registry, place.repository, place.digest, stated, ARTIFACT, key)
         if new:
             progress(f"attached to {place.registry.host}/{place.repository}@{place.digest}: {', '.join(new)}")
 

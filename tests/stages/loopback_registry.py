@@ -1,4 +1,4 @@
-"""Debian's docker-registry on a free port of loopback."""
+"""Debian's docker-registry on loopback."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from containers.engine.engine import install_packages
 
 
 @contextlib.contextmanager
-def serving(folder: Path) -> Iterator[str]:
-    """Serve a registry that keeps its blobs in ``folder``; give its address."""
+def serving(folder: Path, port: int = 0) -> Iterator[str]:
+    """Serve a registry that keeps its blobs in ``folder``, on a free port if none is given; give its address."""
     if shutil.which("docker-registry") is None:
         install_packages(["docker-registry"], print)
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.bind(("127.0.0.1", port))
         port = free.getsockname()[1]
     settings = {
         "version": 0.1,

@@ -6,9 +6,11 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import jsonschema_rs
 import pytest
 from certificates import Signers
 from click.testing import CliRunner, Result
@@ -19,14 +21,16 @@ from containers.image.blobs import BlobStore
 from containers.image.build import model_layers, push_layers
 from containers.image.distribution import Registry, parse
 from containers.image.oci import INDEX, OciImage
+from containers.scan.evidence import Vulnerability
 from pipeline.cli import main
+from pipeline.operations import rescan as rescans
 from pipeline.publishing.attest import ARTIFACT, CONTENT, IMAGE, PREDICATE_TYPE, VOLUME, StatedRelease, attach, attest
 from pipeline.stages import promotion
 from pipeline.stages.run import run
 from pipeline.stages.table import RELEASE
 from pipeline.store.artifacts import Artifact
 from pipeline.trust import signing_key, trust_of
-from registry.attestation import CYCLONEDX, SIGNED, VERDICTS, Verdicts, statement
+from registry.attestation import CYCLONEDX, OPENVEX, SIGNED, VERDICTS, Verdicts, statement
 from registry.manifest import MANIFEST, Manifest
 from registry.provenance import PREDICATE as PROVENANCE
 from registry.signing import SigningKey, load_or_create_key
@@ -34,8 +38,9 @@ from registry.sigstore_bundle import MEDIA_TYPE, sign_statement
 from registry.verify import verify
 from stages.loopback_registry import serving
 from stages.referrers_api import with_referrers_api
-from unit.pipeline.release_evidence import Made, settings_of
+from unit.pipeline.release_evidence import SCAN, Made, settings_of
 
+DOCS = Path(__file__).parents[2] / "docs"
 REPOSITORY = "slipway/demo-gptq"
 REQUIRED = (SIGNED, PROVENANCE, CYCLONEDX, VERDICTS)
 
@@ -47,6 +52,7 @@ class Champion:
     made: Made
     release: Artifact
     folder: Path
+    image: str
     signed: dict[str, str]
 
     @property
@@ -89,7 +95,7 @@ def champion(tmp_path_factory: pytest.TempPathFactory) -> Champion:
         references = {IMAGE: promoted.image, **promoted.weights}
         signed = {about: parse(reference)[2] for about, reference in references.items()}
         assert set(signed) == {IMAGE, ARTIFACT, VOLUME}
-    return Champion(made, release, folder / "registry", signed)
+    return Champion(made, release, folder / "registry", promoted.image, signed)
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,8 @@ def test_all_verifiers_accept_what_is_signed(copied: Copy, about: str, tmp_path:
     counts = {SIGNED: 1, PROVENANCE: 1, VERDICTS: 1, CYCLONEDX: 2 if about == IMAGE else 1}
     assert {kind: len(predicates) for kind, predicates in found.items()} == counts
     assert all(openssl_verifies(bundle, champion.key, tmp_path) for bundle in copied.attached(about).values())
+    schema = json.loads((DOCS / "schemas" / "verdicts.schema.json").read_text())
+    jsonschema_rs.validator_for(schema).validate(found[VERDICTS][0])
     verdicts = Verdicts.model_validate(found[VERDICTS][0])
     manifest = Manifest.parse((champion.release.folder / MANIFEST).read_bytes())
     assert (verdicts.manifest_digest, verdicts.image_digest) == (manifest.digest, champion.signed[IMAGE])
@@ -226,6 +234,33 @@ def test_an_image_is_pushed_whole_to_another_registry(copied: Copy, tmp_path: Pa
         assert copied.slipway("verify", f"oci://{address}/elsewhere/demo-gptq@{found[VOLUME][2]}").exit_code == 0
 
 
+def test_a_rescan_states_what_it_found_and_the_latest_counts(
+    champion: Champion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, (address, _, digest) = champion.made.settings, parse(champion.image)
+    found = Vulnerability(id="CVE-2026-0001", package="zlib", installed="1", severity="CRITICAL", fixed="2")
+    scans = [SCAN.model_copy(update={"scanned_at": SCAN.scanned_at + timedelta(days=days)}) for days in (1, 2)]
+    scans[0] = scans[0].model_copy(update={"vulnerabilities": (found,), "purl": f"pkg:oci/demo-gptq@{digest}"})
+    shutil.copytree(champion.folder, tmp_path / "registry")
+    seen = []
+    with serving(tmp_path / "registry", int(address.rpartition(":")[2])):
+        for scan in scans:
+            monkeypatch.setattr(rescans, "scan_release", lambda *_, scan=scan: (scan, "sbom"))
+            rescans.rescan(settings, ["demo-gptq"], champion.made.told.append)
+            done = CliRunner().invoke(
+                main, ["verify", f"oci://{champion.image}", "--json"], env={"SLIPWAY_HOME": str(settings.home)}
+            )
+            seen.append((done.exit_code, json.loads(done.stdout)))
+        with Registry(address) as registry:
+            attached = referrers.referrers(registry, REPOSITORY, digest)
+    kinds = [each.annotations.get(PREDICATE_TYPE) for each in attached]
+    assert (kinds.count(VERDICTS), kinds.count(OPENVEX), kinds.count(SIGNED)) == (3, 1, 1)
+    (refused, problems), (accepted, document) = seen
+    assert (refused, accepted) == (1, 0)
+    assert "CVE-2026-0001 CRITICAL in zlib" in problems["problems"][0]["why"]
+    assert document["scanned"] == "2026-11-26T00:00:00Z"
+
+
 def stranger(folder: Path) -> SigningKey:
     return load_or_create_key(folder / "stranger.pem")
 
@@ -255,7 +290,7 @@ def expired_certificate(copied: Copy, folder: Path) -> dict[str, Any]:
     copied.keep(lambda each: each.kind != MEDIA_TYPE)
     release = copied.release()
     attach(
-        copied.registry, REPOSITORY, copied.champion.signed[IMAGE], release, release.stated(IMAGE),
+        copied.registry, REPOSITORY, copied.champion.signed[IMAGE], release, IMAGE,
         signers.signer(days=(-4, -1)),
     )  # fmt: skip
     return {

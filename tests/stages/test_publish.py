@@ -144,6 +144,11 @@ def test_a_container_registry_gets_an_artifact(made: Made, tmp_path: Path) -> No
         pulled = Command(made)("pull", place, str(tmp_path / "nothing"))
         assert (pulled.exit_code, "holds no release" in pulled.output) == (1, True)
         check_place(place, made, tmp_path)
+        verified = Command(made)("verify", place, "--json")  # what was attached when it was published
+        assert verified.exit_code == 0, verified.output
+        digest = json.loads(verified.stdout)["reference"].partition("@")[2]
+        pinned = Command(made)("pull", f"{place}@{digest}", str(tmp_path / "pinned"))
+        assert pinned.exit_code == 0, pinned.output
 
 
 def test_a_folder_appears_when_it_is_whole(made: Made, tmp_path: Path) -> None:
