@@ -159,7 +159,8 @@ def _plain(name: str, unit: str) -> Callable[[Mapping[str, float]], str]:
 def _size(measured: Mapping[str, float]) -> str:
     if "size_bytes" not in measured:
         return "-"
-    return f"{measured['size_bytes'] / 1e6:,.1f} MB, {measured['size_ratio']:.0%} of FP16"
+    of_fp16 = f", {measured['size_ratio']:.0%} of FP16" if "size_ratio" in measured else ""
+    return f"{measured['size_bytes'] / 1e6:,.1f} MB{of_fp16}"
 
 
 _FIGURES: tuple[tuple[str, Callable[[Mapping[str, float]], str]], ...] = (

@@ -97,6 +97,9 @@ def _text(manifest: Manifest, place: str) -> Iterator[str]:
 
 def _losses(metrics: Mapping[str, float]) -> Iterator[str]:
     """A row for each task: the change against FP16 with its interval, which the drift gate judged."""
+    if not metrics:
+        yield "Nothing was compared: the verdict of the gate says why."
+        return
     yield from ("| task | items | change against FP16 | interval |", "|---|---|---|---|")
     for key in sorted(metrics):
         task, _, kind = key.rpartition(".")

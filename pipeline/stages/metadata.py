@@ -50,12 +50,12 @@ class GateResult(BaseModel):
 def figures(metrics: Mapping[str, float], source_bytes: float, checkpoint_bytes: float) -> dict[str, float]:
     """Return what one line about a release shows, of the gates' ``metrics`` and the sizes, as far as they are known.
 
-    A size of 0 means that the artifact was not made.
+    A size of 0 means that the artifact was not made. Both are the same where there is no 16-bit model.
     """
     found: dict[str, float] = {}
     if checkpoint_bytes:
         found["size_bytes"] = float(checkpoint_bytes)
-    if checkpoint_bytes and source_bytes:
+    if checkpoint_bytes and source_bytes not in {0, checkpoint_bytes}:
         found["size_ratio"] = checkpoint_bytes / source_bytes
     if drops := [value for name, value in metrics.items() if name.endswith(".drop")]:
         found["accuracy_change"] = -max(drops)

@@ -289,7 +289,7 @@ def _write_report(
         model=context.spec.model,
         scheme=context.scheme_name,
         created=utc_now(),
-        source_bytes=source.size_bytes,
+        source_bytes=None if context.spec.lacks_baseline else source.size_bytes,
         released_bytes=quantized.size_bytes,
         stages=[
             StageTime(name, each.seconds, each.worker_seconds, cached=each.cached) for name, each in inputs.items()

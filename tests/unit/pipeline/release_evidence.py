@@ -26,6 +26,7 @@ from pipeline.stages.draft_model import PulledDraftModel
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe, Store
 from pipeline.store.notes import MergedNotes, SourceNotes
 
+FILE = DEMO.with_suffix(".yaml")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 DRAFT_MODEL_FILES = ("config.json", "model.safetensors")
 SCAN = ScanEvidence(
@@ -55,7 +56,7 @@ def drift_of(lost: int) -> Drift:
     return Drift(
         engine={"transformers": "5"},
         engine_differences=(),
-        suite=AskedSuite(name="demo", digest=load(DEMO.with_suffix(".yaml")).evals.digest, lm_eval="0.4.13"),
+        suite=AskedSuite(name="demo", digest=load(FILE).evals.digest, lm_eval="0.4.13"),
         divergence=Divergence(
             top=20, documents=((0.2, 100), (0.3, 100), (0.25, 100)), mean=0.0025, p99=0.02, agreement=0.97, covered=0.8,
             buckets=(), curve=(),
@@ -88,20 +89,26 @@ class Made:
     adapters: tuple[str, ...] = ()
     draft_model: bool = False
     merged: MergedNotes | None = None
+    model: Path = FILE
+    scheme: str = "gptq"
+    quantized: QuantizedNotes = QUANTIZED
+    config: str = "{}"
+    drift: Drift | None = None
     told: list[str] = field(default_factory=list)
 
     @property
     def context(self) -> StageContext:
-        """Where the demo's gptq scheme is released."""
-        return StageContext(load(DEMO.with_suffix(".yaml")), "gptq", self.settings, self.told.append)
+        """Where the scheme is released: the demo's gptq, unless another is named."""
+        return StageContext(load(self.model), self.scheme, self.settings, self.told.append)
 
     def artifacts(self, weights: bytes = b"packed") -> dict[str, Artifact]:
         """What comes before the release, each from the ones before, by stage."""
         source = self.put(
             "source", {}, {"model.safetensors": "weights" * 10, "config.json": "{}"}, **self._source_notes()
         )
-        checkpoint = {"model.safetensors": weights.decode(), "config.json": "{}"}
-        quantized = self.put("quantized", {"source": source.digest}, checkpoint, **QUANTIZED_NOTES)
+        checkpoint = {"model.safetensors": weights.decode(), "config.json": self.config}
+        notes = self.quantized.model_dump(mode="json")
+        quantized = self.put("quantized", {"source": source.digest}, checkpoint, **notes)
         adapters = self._put_adapters(source)
         of_checkpoint = {"quantized": quantized.digest}
         beside = {"adapters": adapters.digest}
@@ -111,7 +118,7 @@ class Made:
             "image", {**of_checkpoint, **beside}, {"image.json": record.model_dump_json(), **self._drafting()}
         )
         of_image = {"image": image.digest}
-        paired = {"drift.json": drift_of(self.lost).model_dump_json(by_alias=True)}
+        paired = {"drift.json": (self.drift or drift_of(self.lost)).model_dump_json(by_alias=True)}
         drift = self.put("drift", {"source": source.digest, **of_checkpoint, **beside, **of_image}, paired)
         scan = self.put(
             "scan",

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 
 from evals.drift.drift_gate import judge
-from evals.drift.pairs import not_compared
+from evals.drift.pairs import Drift, not_compared
 from homes import DEMO
 from pipeline.cli import main
 from pipeline.commands.show import USAGE
@@ -23,6 +23,7 @@ from pipeline.compatibility.scheme import Scheme
 from pipeline.errors import CheckpointError, SourceError, SpecError, UnsupportedModelError
 from pipeline.planner.sources import Described, describe_folder, with_published
 from pipeline.planner.weights import taken, unquantized
+from pipeline.publishing.card import card
 from pipeline.quantization.checkpoint import check_published
 from pipeline.quantization.quantize import QuantizedNotes
 from pipeline.settings import Settings
@@ -30,8 +31,15 @@ from pipeline.spec import load
 from pipeline.stages.context import StageContext
 from pipeline.stages.locked_sources import locked_sources
 from pipeline.stages.preflight import foresee
-from pipeline.stages.run import run_until
+from pipeline.stages.release import MLBOM
+from pipeline.stages.run import run, run_until
+from pipeline.stages.table import RELEASE
+from registry.manifest import MANIFEST, REPORT, Manifest
+from registry.provenance import statement
+from registry.signing import load_trusted_keys
+from registry.verify import verify
 from unit.pipeline import checkpoints, compressed, published_models
+from unit.pipeline.release_evidence import Made
 from unit.pipeline.test_compatibility import FAMILIES, write_family
 
 COMPRESSED = ("fp8", "fp8-block", "w8a8", "w4a16", "nvfp4", "mxfp4")
@@ -459,3 +467,50 @@ def test_without_a_baseline_drift_is_inconclusive_and_let_through_with_the_file_
     assert (verdict.status, verdict.cause, verdict.accepted_because) == ("inconclusive", "no-baseline", REASON)
     assert not verdict.blocks
     assert judge(not_compared("there is nothing"), limits.model_copy(update={"accept_inconclusive": {}})).blocks
+
+
+# The release
+
+TAKEN = QuantizedNotes(
+    method="fp8", backend="none", parameters={"bits": 8, "group_size": -1}, device=None, calibration=None, layers=28,
+    bytes=10**6, source_bytes=2 * 10**6, bits_per_weight=8.2, pins_digest=None, revision="1" * 40,
+)  # fmt: skip
+
+
+def sealed(folder: Path, drift: Drift | None = None, **more: object) -> tuple[Manifest, dict[str, Any], str]:
+    """A release of a source as it is: its manifest, the bill of materials and the report."""
+    config = (compressed.write(folder / "published", "fp8") / "config.json").read_text()
+    file = write_file(folder, folder / "published", **more)
+    settings = Settings.read({"SLIPWAY_HOME": str(folder / "home")})
+    made = Made(settings, model=file, scheme="fp8", quantized=TAKEN, config=config, drift=drift)
+    release = run(RELEASE, made.context, made.artifacts())
+    verify(release.folder, load_trusted_keys(settings.trusted_keys))
+    report = (release.folder / REPORT).read_text()
+    return Manifest.parse((release.folder / MANIFEST).read_bytes()), release.document(MLBOM), report
+
+
+def test_a_release_says_where_it_was_published_and_what_it_was_compared_with(tmp_path: Path) -> None:
+    manifest, bill, report = sealed(tmp_path, baseline=f"file:{tmp_path}/original")
+    assert (manifest.source.uri, manifest.source.revision) == ("file:published", "1" * 40)
+    assert manifest.baseline is not None
+    assert (manifest.baseline.uri, manifest.baseline.revision) == ("file:original", "0" * 40)
+    quantizer = manifest.quantizer
+    assert (quantizer.backend, quantizer.version, quantizer.method) == ("none", "as published", "fp8")
+    dependencies = json.loads(statement(manifest))["predicate"]["buildDefinition"]["resolvedDependencies"]
+    names = {each["name"] for each in dependencies}
+    assert names >= {"source", "source/model.safetensors", "baseline", "baseline/model.safetensors"}
+    assert "quantizer's pins" not in names
+    ancestors = [each["name"] for each in bill["metadata"]["component"]["pedigree"]["ancestors"]]
+    assert ancestors == ["file:published", "file:original"]
+    assert f"file:original at {'0' * 40}" in report
+    text = card(manifest, None, "hf://org/name")
+    assert "quantized already, and released as it was published (fp8)" in text
+    assert f"| compared with | `file:original` at `{'0' * 40}` |" in text
+
+
+def test_a_release_without_a_baseline_gives_the_file_s_reason(tmp_path: Path) -> None:
+    manifest, bill, report = sealed(tmp_path, not_compared("there is nothing"), **without_baseline())
+    assert manifest.baseline is None
+    assert [each["name"] for each in bill["metadata"]["component"]["pedigree"]["ancestors"]] == ["file:published"]
+    assert REASON in report
+    assert f"there is nothing Accepted: {REASON}" in card(manifest, None, "hf://org/name")
