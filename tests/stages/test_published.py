@@ -15,15 +15,21 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
+from evals.drift import layer_errors
 from homes import DEMO
 from pipeline.errors import CheckpointError
+from pipeline.planner.sources import describe_folder
+from pipeline.quantization import published
+from pipeline.quantization.formats import mxfp4_experts
 from pipeline.quantization.quantize import QuantizedNotes
 from pipeline.settings import Settings
 from pipeline.spec import load
 from pipeline.stages.context import StageContext
 from pipeline.stages.run import run_until
+from pipeline.workers.runner import Workers
 from stages.demo_checkpoints import Checkpoint
 from stages.test_quantize import AWQ, GPTQ
+from unit.pipeline.test_published import publish
 
 FP8 = {"method": "fp8", "backend": "llmcompressor"}
 
@@ -58,3 +64,21 @@ def test_a_damaged_layer_is_refused(checkpoint: Callable[[dict[str, Any]], Check
     (tmp_path / "model.safetensors").replace(folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"layers.1.mlp.down_proj decodes to .* times the source's weights"):
         run_until("quantized", context_of(folder, tmp_path))
+
+
+def test_the_experts_of_gpt_oss_are_what_transformers_reads(machine: Settings, tmp_path: Path) -> None:
+    folder = publish("mxfp4-experts", tmp_path / "published")
+    found = published.read(describe_folder(folder).model)
+    experts: dict[str, list[Any]] = {}
+    for layer in found.packed():
+        whole = slice(0, layer.weight.shape[0])
+        experts.setdefault(layer.name.partition("[")[0], []).append(mxfp4_experts.decode(layer, whole, found.scheme).T)
+    save_file(
+        {name: np.ascontiguousarray(np.stack(each)) for name, each in experts.items()},
+        tmp_path / "expected.safetensors",
+    )
+    request = {"checkpoint": str(folder), "expected": str(tmp_path / "expected.safetensors")}
+    (tmp_path / "scratch").mkdir()
+    script = Path(__file__).with_name("fused_experts.py")
+    told = Workers(machine, print)(layer_errors.ENVIRONMENT, script, request, tmp_path / "scratch")
+    assert told["differences"] == dict.fromkeys(experts, 0.0)
