@@ -1,6 +1,6 @@
 """Runs the parts one after the other, each in a process with a time limit, and writes the document after each.
 
-bash benchmarks/gpu.sh [--dry-run] [--out FILE]
+`benchmarks/gpu.sh` starts it.
 """
 
 from __future__ import annotations
@@ -32,20 +32,22 @@ TAIL_BYTES = 2000
 
 
 def main() -> None:
-    """Run all parts, or the one that is named."""
+    """Run all parts or those that are named; as ``part`` do the one that is named in this process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["run", "part"])
-    parser.add_argument("name", nargs="?", choices=PARTS, metavar="PART")
+    parser.add_argument("names", nargs="*", metavar="PART", help=f"all if none is named: {', '.join(PARTS)}")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU: what needs a GPU is skipped")
     parser.add_argument("--out", type=Path, default=FOLDER / "gpu.json", help="the document (default: .gpu/gpu.json)")
     arguments = parser.parse_args()
+    if unknown := set(arguments.names) - PARTS.keys():
+        parser.error(f"there is no part `{min(unknown)}`")
     if arguments.command == "part":
-        part(arguments.name, arguments.out)
+        part(arguments.names[0], arguments.out)
     else:
-        sys.exit(0 if run(arguments.out, dry_run=arguments.dry_run) else 1)
+        sys.exit(0 if run(arguments.out, dry_run=arguments.dry_run, names=arguments.names or list(PARTS)) else 1)
 
 
-def run(out: Path, *, dry_run: bool, names: Sequence[str] = tuple(PARTS)) -> bool:
+def run(out: Path, *, dry_run: bool, names: Sequence[str]) -> bool:
     """Run parts and write the document; returns whether none failed."""
     started, factor = time.monotonic(), DRY_RUN_FACTOR if dry_run else 1
     document = GpuRun(

@@ -104,9 +104,12 @@ def _gptqmodel(folder: Path, device: str, _: Mapping[str, Any]) -> Any:  # noqa:
 
 
 def _llmcompressor(folder: Path, device: str, _: Mapping[str, Any]) -> Any:  # noqa: ANN401 - as above
+    import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).to(device).eval()
+    # NVFP4 is unpacked to bfloat16 whatever the model's dtype.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
+    return model.to(device).eval()
 
 
 def _unpacked(folder: Path, _: str, request: Mapping[str, Any]) -> Any:  # noqa: ANN401 - as above
