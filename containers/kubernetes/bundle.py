@@ -23,13 +23,14 @@ from containers.kubernetes.alerts import Alert, alerts, healthy, recordings
 from containers.kubernetes.cluster import Cluster
 from containers.kubernetes.dashboard import dashboard
 from containers.kubernetes.helm import chart, with_placeholders
+from containers.kubernetes.kserve import inference_service
 from containers.kubernetes.names import mebibytes, object_name, thousandths
 from containers.kubernetes.numbers import BundleEvidence, Number, numbers, progress_seconds, tested_cores
 from registry.manifest import ADAPTERS, DRAFT_MODEL
 
 TEMPLATES = Path(__file__).with_name("templates")
 NAMESPACE = "slipway"
-Form = Literal["kustomize", "helm"]
+Form = Literal["kustomize", "helm", "kserve"]
 _MODEL_FOLDER = "/model"
 _TOKENIZER = "/srv/tokenizer"
 # The image of the gateway's Redis; Valkey 8 is the newest line with a free licence.
@@ -92,7 +93,7 @@ def write_bundle(
         monitoring_namespace: Prometheus' namespace.
         admission: what admission controllers check; without it, or for an image that was not pushed, the bundle has no
             ``policies/``.
-        form: Kustomize files, or a Helm chart of the same objects.
+        form: Kustomize files, a Helm chart of the same objects, or an InferenceService of KServe for the engine alone.
         more: returns further files of a Kustomize bundle by path, from the numbers.
 
     Raises:
@@ -113,9 +114,15 @@ def write_bundle(
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        files = _render(values if form == "kustomize" else with_placeholders(values))
+        files = _render(values if form != "helm" else with_placeholders(values))
         files |= _documents(evidence, values, found, files["monitoring/rules.yaml"])
-        files = chart(files, values) if form == "helm" else {**files, **more(found)}
+        if form == "helm":
+            files = chart(files, values)
+        elif form == "kserve":
+            policies = {name: text for name, text in files.items() if name.startswith("policies/")}
+            files = {"inferenceservice.yaml": inference_service(files["base/engine.yaml"], values), **policies}
+        else:
+            files |= more(found)
         for name, text in files.items():
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             (part / name).write_text(text, encoding="utf-8")

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 @click.argument("name")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to write: empty or new.")
 @click.option(
-    "--format", "form", type=click.Choice(["kustomize", "helm"]), default="kustomize", show_default=True,
-    help="Kustomize files, or a Helm chart of the same objects.",
+    "--format", "form", type=click.Choice(["kustomize", "helm", "kserve"]), default="kustomize", show_default=True,
+    help="Kustomize files, a Helm chart of the same objects, or the engine as KServe's InferenceService.",
 )  # fmt: skip
 @click.option("--namespace", default="slipway", show_default=True, help="The namespace that the release runs in.")
 @click.option("--monitoring", default="monitoring", show_default=True, help="The namespace that Prometheus runs in.")
@@ -57,9 +57,9 @@ def bundle(
 ) -> None:
     """Write Kubernetes manifests for release NAME[@ALIAS].
 
-    The folder is a Kustomize base with overlays, or a Helm chart. Requests, limits, probes, autoscaling and alerts are
-    derived from the release's own measurements; a comment beside each number names its evidence. The alerts come with
-    tests for promtool.
+    The folder is a Kustomize base with overlays, a Helm chart, or an InferenceService of KServe. Requests, limits,
+    probes, autoscaling and alerts are derived from the release's own measurements; a comment beside each number names
+    its evidence. The alerts come with tests for promtool.
     """
     from containers.kubernetes.bundle import Images, write_bundle  # noqa: PLC0415
     from pipeline.serving.deployment import admission, cluster, gather, simulated  # noqa: PLC0415
@@ -91,7 +91,11 @@ def bundle(
         return
     rows = [(key.replace("_", " "), str(number), escape(number.why)) for key, number in written.numbers.items()]
     print_table(("number", "value", "where it comes from"), rows)
-    apply = {"kustomize": f"kubectl apply -k {out}/overlays/small", "helm": f"helm install {written.name} {out}"}
+    apply = {
+        "kustomize": f"kubectl apply -k {out}/overlays/small",
+        "helm": f"helm install {written.name} {out}",
+        "kserve": f"kubectl apply -f {out}/inferenceservice.yaml",
+    }
     results.print(f"\n{len(written.files)} files in {escape(str(out))}: {escape(apply[form])}")
 
 

@@ -342,6 +342,21 @@ def test_kustomize_builds_it_where_kustomize_is(folder: Path, overlay: str) -> N
     assert images == {GATEWAY}
 
 
+def test_argo_cd_starts_the_gateway_after_the_engine(folder: Path) -> None:
+    overlay = folder / "overlays" / "argocd"
+    overlay.mkdir()
+    (overlay / "kustomization.yaml").write_text(
+        "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources: [../../base]\n"
+        "components: [../../argocd]\n"
+    )
+    waves = {
+        each["metadata"]["name"]: each["metadata"]["annotations"]["argocd.argoproj.io/sync-wave"]
+        for each in kustomized(overlay)
+        if each["kind"] == "Deployment"
+    }
+    assert waves == {"demo-awq-redis": "-1", "demo-awq-engine": "0", "demo-awq-gateway": "1"}
+
+
 def test_every_number_says_where_it_comes_from(folder: Path) -> None:
     number = re.compile(r'[:,\[ ]\s*"?-?\d+(\.\d+)?(m|s|Mi|Gi)?"?\s*([,}\]].*)?$')
     bare = []
