@@ -20,6 +20,7 @@ from slipway_worker import WorkerError, main
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 Report = Callable[[str], None]
 
@@ -71,10 +72,11 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise WorkerError(f"{checkpoint} cannot be held against {source}: {error}") from error
     ours, theirs = dict(first.named_modules()), dict(second.named_modules())
-    absent = sorted(packed - ours.keys())
+    stored = {name if name in ours else _in_decoder(name, first): name for name in packed}
+    absent = sorted(stored[name] for name in stored.keys() - ours.keys())
     if absent:
         raise WorkerError(f"{checkpoint} holds layers that {source} has not: {', '.join(absent[:3])}")
-    sums = {name: Sums() for name in ours if name in packed}
+    sums = {name: Sums() for name in ours if name in stored}
     _watch(sums, ours, theirs)
     with torch.inference_mode(), Counter(report, "layers' errors", len(request["samples"]), "texts") as counter:
         for sample in request["samples"]:
@@ -85,7 +87,7 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
             if tokens["input_ids"].shape[1]:
                 first(input_ids=tokens["input_ids"], use_cache=False)
             counter.add()
-    return {"layers": [{"name": name, "error": each.error()} for name, each in sums.items()]}
+    return {"layers": [{"name": stored[name], "error": each.error()} for name, each in sums.items()]}
 
 
 def _rendered(messages: list[dict[str, str]], tokenizer: Any, template: str | None) -> str:  # noqa: ANN401 - transformers'
@@ -115,6 +117,15 @@ def _watch(sums: Mapping[str, Sums], ours: Mapping[str, Any], theirs: Mapping[st
         theirs[name].register_forward_hook(count(name))
     for name in {_block(name) for name in sums}:
         ours[name].register_forward_hook(follow(name), with_kwargs=True)
+
+
+def _in_decoder(stored: str, network: PreTrainedModel) -> str:
+    """Return the module of a layer that is stored under another name, as those of Gemma 3's decoder are."""
+    decoder = network.get_decoder()
+    name = next(name for name, module in network.named_modules() if module is decoder)
+    parts = stored.split(".")
+    number = next((place for place, part in enumerate(parts) if part.isdecimal()), len(parts))
+    return ".".join([name, *parts[number - 1 :]])
 
 
 def _block(name: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from model_families import make_families
 
+from evals.drift.layer_errors import measure_layers
 from homes import DEMO
 from pipeline.compatibility import backends, preflight
 from pipeline.compatibility.description import ModelDescription
@@ -64,6 +65,10 @@ def made(
     )  # fmt: skip
 
 
+def described(folder: Path) -> ModelDescription:
+    return ModelDescription(json.loads((folder / "config.json").read_text()), read_model(folder))
+
+
 def test_the_tokens_that_reach_each_expert_are_counted(family: Family, machine: Settings, tmp_path: Path) -> None:
     scheme = scheme_of("gptq", "gptqmodel")
     with pytest.raises(QuantizeError, match=r"`calibration.min_expert_tokens` is 100000, but 8 of 8 experts") as caught:
@@ -90,13 +95,28 @@ def test_a_mixture_is_measured_chosen_and_measured_again(family: Family, machine
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl"])
+def test_layers_beside_a_tower_are_measured_by_their_stored_names(
+    name: str, family: Family, machine: Settings, tmp_path: Path
+) -> None:
+    """Transformers stores Gemma 3's decoder under other names than those of its modules."""
+    made(family(name), scheme_of("fp8", "llmcompressor"), machine, tmp_path)
+    layers = measure_layers(
+        family(name), tmp_path / "output", ["def add(a, b):\n    return a + b\n"],
+        max_tokens=TOKENS, run_worker=Workers(machine, print), scratch=tmp_path / "scratch",
+    )  # fmt: skip
+    assert {layer.name for layer in layers} == set(described(family(name)).linears)
+    assert all(0 < layer.error < 0.2 for layer in layers)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(("method", "backend"), PAIRS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_is_quantized_or_refused_in_the_first_second(
     name: str, method: str, backend: str, family: Family, machine: Settings, tmp_path: Path
 ) -> None:
     folder, scheme = family(name), scheme_of(method, backend)
-    model = ModelDescription(json.loads((folder / "config.json").read_text()), read_model(folder))
+    model = described(folder)
     started = time.monotonic()
     problems = preflight.find_problems(model, scheme)
     assert time.monotonic() - started < 1
