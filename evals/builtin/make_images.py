@@ -62,7 +62,7 @@ class Item:
 def main() -> None:
     """Write the file, and its digest among the others."""
     path = HERE / "images.jsonl"
-    path.write_text("".join(json.dumps(_row(item)) + "\n" for item in items()), encoding="utf-8")
+    path.write_text("".join(json.dumps(row(item)) + "\n" for item in items()), encoding="utf-8")
     digests = json.loads((HERE / "digests.json").read_text(encoding="utf-8"))
     digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     (HERE / "digests.json").write_text(json.dumps(digests, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -104,7 +104,8 @@ def _draw_shape(pen: ImageDraw.ImageDraw, shape: Shape) -> None:
         pen.rectangle((left, top + third, right, bottom - third), fill)
 
 
-def _row(item: Item) -> dict[str, object]:
+def row(item: Item) -> dict[str, object]:
+    """Return the item as a line of data, its picture as a PNG."""
     data = io.BytesIO()
     draw(item.shapes).save(data, "PNG", optimize=True, bits=4)
     image = base64.b64encode(data.getvalue()).decode()
