@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="PART", help=f"all if none is named: {', '.join(PARTS)}")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU: what needs a GPU is skipped")
     parser.add_argument("--out", type=Path, default=FOLDER / "gpu.json", help="the document (default: .gpu/gpu.json)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if unknown := set(arguments.names) - PARTS.keys():
         parser.error(f"there is no part `{min(unknown)}`")
     if arguments.command == "part":

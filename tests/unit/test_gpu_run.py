@@ -13,7 +13,7 @@ import stand_in_nvml
 from stand_in_nvml import StandInGpu
 
 from benchmarks.gpu import wheels
-from benchmarks.gpu.__main__ import run
+from benchmarks.gpu.__main__ import main, run
 from benchmarks.gpu.document import Gate, GpuRun, Part
 from benchmarks.gpu.parts import PARTS, Context, PartFailed, PartSkipped, gate
 from containers.image import gpu_compatibility
@@ -102,3 +102,14 @@ def test_a_folder_is_left_out_of_a_wheel(tmp_path: Path) -> None:
     wheels.cut(wheel, ("gekko/bin/",))
     assert zipfile.ZipFile(wheel).namelist() == ["gekko/gekko.py"]
     assert list(tmp_path.iterdir()) == [wheel]
+
+
+def test_parts_are_named_after_the_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "gpu.json"
+    monkeypatch.setattr("sys.argv", ["gpu", "run", "--dry-run", "--out", str(out), "vllm", "compiled kernels"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    document = GpuRun.model_validate_json(out.read_text())
+    assert document.dry_run
+    assert [each.part for each in document.parts] == ["vllm", "compiled kernels"]
