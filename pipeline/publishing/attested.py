@@ -13,7 +13,7 @@ from containers.image.pulled import Descriptor, ImageManifest, read_manifest
 from pipeline.errors import PublishError
 from pipeline.publishing.attest import CREATED, PREDICATE_TYPE
 from pipeline.publishing.places import OCI
-from registry.attestation import Attachment, AttestedManifest, verify_attached
+from registry.attestation import KINDS, Attachment, AttestedManifest, verify_attached
 from registry.digests import digest_of
 from registry.errors import Problem, VerificationError
 from registry.policy import Trust, policy_of
@@ -72,11 +72,11 @@ def verify_attached_to(registry: Registry, repository: str, digest: str, trust: 
 
 
 def _attachments(registry: Registry, repository: str, digest: str) -> Iterator[Attachment]:
-    """What is attached; of each kind the latest, since every scan adds its verdicts."""
-    kinds: dict[str, list[referrers.Referrer]] = {}
+    """What is attached; of each kind that is known the latest, since every scan adds its verdicts."""
+    kinds: dict[str, list[referrers.Referrer]] = {announced: [] for announced in ("", *KINDS)}
     for each in referrers.referrers(registry, repository, digest):
         if each.kind.startswith(_BUNDLE):
-            kinds.setdefault(each.annotations.get(PREDICATE_TYPE, ""), []).append(each)
+            kinds.get(each.annotations.get(PREDICATE_TYPE, ""), []).append(each)
     for announced, found in kinds.items():
         latest = sorted(found, key=lambda each: each.annotations.get(CREATED, ""), reverse=True)
         for each in latest[:_MOST_OF_A_KIND]:

@@ -18,7 +18,6 @@ from registry.errors import ManifestError
 from registry.manifest import BOUNDS, DOCUMENTS, EVIDENCE, MANIFEST, Manifest
 from registry.progress import Progress
 from registry.pull import ReleaseMetadata, pull, read_metadata
-from registry.signing import SigningKey
 from registry.version_files import fetch
 
 _BILL = f"{EVIDENCE}/mlbom.cdx.json"
@@ -44,7 +43,7 @@ def publish(reference: str, uri: str, settings: Settings, progress: Progress, *,
         PublishError: the place holds something else, or refuses.
         RegistryError: there is no such release, its signature does not verify, or a gate did not pass.
     """
-    trust, key = trust_of(settings), signing_key_if_any(settings)
+    trust = trust_of(settings)
     wanted = None if uri.startswith("oci://") else (_BILL,)
     release = read_metadata(reference, wanted, tracking_uri=settings.tracking_uri, trusted_keys=trust)
     manifest = release.manifest
@@ -52,7 +51,7 @@ def publish(reference: str, uri: str, settings: Settings, progress: Progress, *,
     with opened(uri, settings) as place:
         if _is_there(place, manifest, uri):
             if not dry_run:
-                _attest(place, release, key, progress)
+                _attest(place, release, settings, progress)
             return found
         text = card(manifest, release.files.get(_BILL), uri)
         if dry_run:
@@ -68,13 +67,16 @@ def publish(reference: str, uri: str, settings: Settings, progress: Progress, *,
             beside.write_text(text)
             names = (*manifest.files, *(name for name in DOCUMENTS if (folder / name).exists()))
             place.write({CARD: beside, **{name: folder / name for name in names}}, progress)
-            _attest(place, release, key, progress)
+            _attest(place, release, settings, progress)
         return replace(found, files=(CARD, *sorted(names)), bytes=manifest.size_bytes, card=text)
 
 
-def _attest(place: Place, release: ReleaseMetadata, key: SigningKey | None, progress: Progress) -> None:
+def _attest(place: Place, release: ReleaseMetadata, settings: Settings, progress: Progress) -> None:
     """Sign what is published in a container registry, and attach what is known of it, where there is a key to sign."""
-    if isinstance(place, OciPlace) and place.digest is not None and key is not None:
+    if not isinstance(place, OciPlace) or place.digest is None:
+        return
+    key = signing_key_if_any(settings)
+    if key is not None:
         stated = StatedRelease(release.manifest, release.files)
         new = attach(place.registry, place.repository, place.digest, stated, ARTIFACT, key)
         if new:

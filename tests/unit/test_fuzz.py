@@ -35,8 +35,9 @@ from pipeline.compatibility.safetensors_headers import HeaderError, parse_header
 from pipeline.errors import PlanError, SourceError, SpecError
 from pipeline.planner import sources
 from pipeline.sources.hub import Hub
+from registry import attestation
 from registry.certificates import Authority
-from registry.errors import ManifestError, SigningError
+from registry.errors import ManifestError, SigningError, VerificationError
 from registry.manifest import Manifest
 from registry.signing import load_certificates, load_trusted_keys
 from registry.sigstore_bundle import files_of, is_bundle, open_bundle, payload_of
@@ -96,6 +97,12 @@ JSON_TYPE = {b"content-type": b"application/json"}
 KEYS = load_trusted_keys([COMPAT / "5-mlbom" / "release.pub"])
 AUTHORITIES = [Authority(certificate) for certificate in load_certificates(COMPAT / "4-certificate" / "root.pem")]
 BUNDLE = (COMPAT / "5-mlbom" / "release" / "release" / "signature.json").read_bytes()
+VERDICTS = {
+    "schema": "slipway.verdicts/v1", "release": "demo-awq", "manifest_digest": DIGEST, "image_digest": DIGEST,
+    "sealed": "2026-11-28T01:00:00Z", "passed": True, "statements": {"sbom": DIGEST},
+    "gates": {"scan": {"gate": "scan", "status": "pass", "reason": "nothing found", "metrics": {"found": 0.0}}},
+    "scan": {"at": "2026-11-28T00:00:00Z", "database_updated_at": None},
+}  # fmt: skip
 VEX = {
     "@context": "https://openvex.dev/ns/v0.2.0", "@id": "https://example.org/vex/1", "author": "Example",
     "timestamp": NOW.isoformat(), "version": 1,
@@ -133,6 +140,11 @@ def signed(data: bytes, _: Path) -> object:
     return open_bundle(data, KEYS, AUTHORITIES)
 
 
+def stated(data: bytes, _: Path) -> object:
+    kind, predicate = attestation._read(data, DIGEST, "")
+    return kind, attestation._verdicts(predicate, "an image")
+
+
 def case(document: object, read: Read, *errors: type[Exception]) -> Case:
     raw = document if isinstance(document, bytes) else json.dumps(document).encode()
     tree = yaml.safe_load(raw) if raw is MODEL else json.loads(raw)
@@ -151,6 +163,9 @@ CASES = {
     ),
     "statement": case(
         base64.b64decode(json.loads(BUNDLE)["dsseEnvelope"]["payload"]), lambda data, _: files_of(data), SigningError
+    ),
+    "statement-of-verdicts": case(
+        attestation.statement(DIGEST, "demo", attestation.VERDICTS, VERDICTS), stated, SigningError, VerificationError
     ),
     "safetensors": case(
         HEADER, lambda data, _: parse_header(data, Path("a"), SIZE + len(data) - len(HEADER)), HeaderError
