@@ -31,7 +31,7 @@ _KEPT = ("ignore", "modules_to_not_convert", "ignored_layers")
 # Stored by some, and computed by others when a model is loaded.
 _DERIVED = re.compile(r"\.inv_freq$")
 # Expressions that take linear time on a name, or nearly: literals, and at most so many `.*`.
-_PLAIN_EXPRESSION, _MOST_WILDCARDS = re.compile(r"(?:[\w^$|()-]|\\[.d]\+?|\.\*?)*"), 4
+_PLAIN_EXPRESSION, _MOST_WILDCARDS, _MOST_EXPRESSIONS = re.compile(r"(?:[\w^$|()-]|\\[.d]\+?|\.\*?)*"), 4, 100
 _QUANTIZED_ROLES = LINEAR_ROLES | {Role.DRAFTING, Role.FUSED_EXPERTS}
 _MATRIX = 2
 # How many names a message gives.
@@ -228,6 +228,8 @@ class _Kept:
         """
         names = [str(each) for key in _KEPT if isinstance(stated.get(key), list) for each in stated[key]]
         is_pattern = {name: name.startswith("re:") or "*" in name for name in names}
+        if sum(is_pattern.values()) > _MOST_EXPRESSIONS:
+            raise UnsupportedModelError(f"`source`: config.json names layers by more than {_MOST_EXPRESSIONS} patterns")
         plain = frozenset(name.removesuffix(".weight") for name in names if not is_pattern[name])
         return cls(plain, tuple(_expression(name) for name in names if is_pattern[name]))
 

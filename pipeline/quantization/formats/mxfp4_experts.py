@@ -10,7 +10,6 @@ An expert's share of both is a matrix [out, in] in the layout of `mxfp4`, the fi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -39,7 +38,7 @@ def config_problems(stated: Mapping[str, Any], scheme: Scheme) -> Iterator[str]:
 
 def fused_shape(blocks: Tensor) -> tuple[int, ...] | None:
     """The shape at 16 bits, [E, in, out], of experts with such ``blocks``; None if these are no blocks."""
-    if len(blocks.shape) != _DIMENSIONS or blocks.shape[3] != _BLOCK_BYTES:
+    if len(blocks.shape) != _DIMENSIONS or blocks.shape[3] != _BLOCK_BYTES or not all(blocks.shape):
         return None
     experts, out, groups, _ = blocks.shape
     return (experts, 2 * groups * _BLOCK_BYTES, out)
@@ -48,8 +47,10 @@ def fused_shape(blocks: Tensor) -> tuple[int, ...] | None:
 def expert_layers(name: str, tensors: Mapping[str, Tensor], fused: Tensor) -> Iterator[PackedLayer]:
     """Each expert of the fused tensor ``name`` as a layer of its own; ``fused`` is its 16-bit tensor [E, in, out]."""
     experts, inputs, out = fused.shape
-    parts = {"weight_packed": f"{name}{BLOCKS}", "weight_scale": f"{name}{SCALES}"}
-    shares = {part: _shares(tensors[stored], experts, (out, -1)) for part, stored in parts.items() if stored in tensors}
+    blocks, scales = tensors[f"{name}{BLOCKS}"], tensors.get(f"{name}{SCALES}")
+    shares = {"weight_packed": _shares(blocks, experts, (out, inputs // 2))}
+    if scales is not None and scales.shape == blocks.shape[:-1]:
+        shares["weight_scale"] = _shares(scales, experts, (out, blocks.shape[2]))
     weights = _shares(fused, experts, (inputs, out))
     for number in range(experts):
         yield PackedLayer(
@@ -61,11 +62,9 @@ def expert_layers(name: str, tensors: Mapping[str, Tensor], fused: Tensor) -> It
 
 
 def _shares(tensor: Tensor, experts: int, shape: tuple[int, int]) -> list[Tensor]:
-    """The part of a tensor's bytes that belongs to each expert, as a matrix; -1 is what is left."""
-    rows, columns = shape
-    numbers, size = math.prod(tensor.shape) // experts, tensor.bytes // experts
-    matrix = (rows, numbers // rows if columns == -1 else columns)
+    """The part of a tensor's bytes that belongs to each expert, as a matrix."""
+    size = tensor.bytes // experts
     return [
-        replace(tensor, shape=matrix, start=tensor.start + number * size, end=tensor.start + (number + 1) * size)
+        replace(tensor, shape=shape, start=tensor.start + number * size, end=tensor.start + (number + 1) * size)
         for number in range(experts)
     ]
