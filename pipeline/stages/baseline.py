@@ -15,10 +15,10 @@ from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe
 def recipe(context: StageContext, inputs: Inputs) -> Recipe:
     """The source and the questions, some of which are asked twice, and the prompts for a canary."""
     source, adapters = inputs["source"], inputs["adapters"]
-    if context.spec.lacks_baseline:
-        return Recipe("answers", {"source": source.digest}, {"asked": None}, code=code_version(__name__))
-    again = {"again": context.evals.again, "canary": canary.prompts(context.spec)}
     taken = {"source": source.digest, "adapters": adapters.digest}
+    if context.spec.lacks_baseline:
+        return Recipe("answers", taken, {"asked": None}, code=code_version(__name__))
+    again = {"again": context.evals.again, "canary": canary.prompts(context.spec)}
     return answers.recipe_of(context, source, answers.reference(context), taken, again, code_version(__name__))
 
 

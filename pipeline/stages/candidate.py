@@ -20,9 +20,9 @@ from pipeline.store.notes import AnswersNotes
 def recipe(context: StageContext, inputs: Inputs) -> Recipe:
     """The checkpoint, its image where that is asked, and the questions."""
     limits, quantized = context.evals, inputs["quantized"]
-    if context.spec.lacks_baseline:
-        return Recipe("answers", {"quantized": quantized.digest}, {"asked": None}, code=code_version(__name__))
     taken = {"quantized": quantized.digest, "adapters": inputs["adapters"].digest}
+    if context.spec.lacks_baseline:
+        return Recipe("answers", taken, {"asked": None}, code=code_version(__name__))
     if limits.engine == "served":
         taken["image"] = inputs["image"].digest
     judged = {}

@@ -14,13 +14,15 @@ from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 
 from evals.drift.drift_gate import judge
-from evals.drift.pairs import Drift, not_compared
+from evals.drift.pairs import Drift, not_compared, read_drift
 from homes import DEMO
 from pipeline.cli import main
 from pipeline.commands.show import USAGE
 from pipeline.compatibility import preflight
 from pipeline.compatibility.scheme import Scheme
 from pipeline.errors import CheckpointError, SourceError, SpecError, UnsupportedModelError
+from pipeline.orchestration.asset_metadata import answers as answers_shown
+from pipeline.orchestration.asset_metadata import drift as drift_shown
 from pipeline.planner.sources import Described, describe_folder, with_published
 from pipeline.planner.weights import taken, unquantized
 from pipeline.publishing.card import card
@@ -33,7 +35,7 @@ from pipeline.stages.locked_sources import locked_sources
 from pipeline.stages.preflight import foresee
 from pipeline.stages.release import MLBOM
 from pipeline.stages.run import run, run_until
-from pipeline.stages.table import RELEASE
+from pipeline.stages.table import BASELINE, DRIFT, RELEASE
 from registry.manifest import MANIFEST, REPORT, Manifest
 from registry.provenance import statement
 from registry.signing import load_trusted_keys
@@ -477,14 +479,19 @@ TAKEN = QuantizedNotes(
 )  # fmt: skip
 
 
-def sealed(folder: Path, drift: Drift | None = None, **more: object) -> tuple[Manifest, dict[str, Any], str]:
-    """A release of a source as it is: its manifest, the bill of materials and the report."""
+def made_of(folder: Path, drift: Drift | None = None, **more: object) -> Made:
+    """What makes the artifacts of a source that is taken as it is."""
     config = (compressed.write(folder / "published", "fp8") / "config.json").read_text()
     file = write_file(folder, folder / "published", **more)
     settings = Settings.read({"SLIPWAY_HOME": str(folder / "home")})
-    made = Made(settings, model=file, scheme="fp8", quantized=TAKEN, config=config, drift=drift)
+    return Made(settings, model=file, scheme="fp8", quantized=TAKEN, config=config, drift=drift)
+
+
+def sealed(folder: Path, drift: Drift | None = None, **more: object) -> tuple[Manifest, dict[str, Any], str]:
+    """A release of a source as it is: its manifest, the bill of materials and the report."""
+    made = made_of(folder, drift, **more)
     release = run(RELEASE, made.context, made.artifacts())
-    verify(release.folder, load_trusted_keys(settings.trusted_keys))
+    verify(release.folder, load_trusted_keys(made.settings.trusted_keys))
     report = (release.folder / REPORT).read_text()
     return Manifest.parse((release.folder / MANIFEST).read_bytes()), release.document(MLBOM), report
 
@@ -514,3 +521,15 @@ def test_a_release_without_a_baseline_gives_the_file_s_reason(tmp_path: Path) ->
     assert [each["name"] for each in bill["metadata"]["component"]["pedigree"]["ancestors"]] == ["file:published"]
     assert REASON in report
     assert f"there is nothing Accepted: {REASON}" in card(manifest, None, "hf://org/name")
+
+
+def test_without_a_baseline_nothing_is_asked(tmp_path: Path) -> None:
+    made = made_of(tmp_path, **without_baseline())
+    artifacts = made.artifacts()
+    inputs = {name: artifacts[name] for name in BASELINE.inputs}
+    artifacts["baseline"] = run(BASELINE, made.context, inputs)
+    assert answers_shown(made.context, artifacts["baseline"]) == {}
+    drift = run(DRIFT, made.context, {name: artifacts[name] for name in DRIFT.inputs})
+    verdict = judge(read_drift(drift.folder), made.context.evals)
+    assert (verdict.cause, verdict.accepted_because) == ("no-baseline", REASON)
+    assert drift_shown(made.context, drift)
