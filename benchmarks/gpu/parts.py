@@ -98,11 +98,11 @@ class Context:
 Work = Callable[[Context], Found | None]
 
 
-def machine(_: Context) -> Machine:
+def machine(context: Context) -> Machine:
     """Describe the machine twice: as torch sees it, and as NVML does.
 
     Raises:
-        PartFailed: the two disagree.
+        PartFailed: the two disagree, or there is no GPU and this is no dry run.
     """
     import torch
 
@@ -124,6 +124,8 @@ def machine(_: Context) -> Machine:
     )
     if described.torch_capability != described.nvml_capability:
         raise PartFailed("torch and NVML name different compute capabilities", described)
+    if not (there or context.dry_run):
+        raise PartFailed("torch sees no GPU: `--dry-run` is for a machine without one", described)
     return described
 
 
