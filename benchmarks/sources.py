@@ -1,13 +1,13 @@
-"""How fast models come from S3, MLflow and a container registry, against each one's own client and ``sha256sum``.
+"""How fast models come from each remote kind of source, against the usual client of each and ``sha256sum``.
 
-``ORAS_PYTHON=… python benchmarks/sources.py [GIGABYTES]`` keeps a model of four files (4 GB together, if not told
-otherwise) on loopback in moto's S3, in an MLflow server and in Debian's docker-registry, and fetches it in turns, three
-times each:
+``ORAS_PYTHON=… python benchmarks/sources.py [GIGABYTES [KIND]…]`` keeps a model of four files (4 GB together, if not
+told otherwise) on loopback in moto's S3 (``s3``), in emulators of Google's and Azure's storage (``gs``, ``az``), in an
+MLflow server (``mlflow``) and in Debian's docker-registry (``oci``), and fetches it in turns, three times each:
 
 - ``slipway``: `pipeline.sources.source.pull`, in a process of its own, every byte hashed while it streams;
-- ``boto3`` (``download_file`` of each object), ``mlflow artifacts download`` or the pull of ``oras``, followed by
-  ``sha256sum`` of each file. ``oras`` is PyPI's package, in the environment whose Python is ``ORAS_PYTHON``; without
-  that variable it is left out.
+- ``boto3`` (``download_file`` of each object), ``get`` of ``gcsfs`` or ``adlfs``, ``mlflow artifacts download`` or the
+  pull of ``oras``, followed by ``sha256sum`` of each file. ``oras`` is PyPI's package, in the environment whose Python
+  is ``ORAS_PYTHON``; without that variable it is left out.
 
 It prints the best of three of each, their ratio, the greatest memory of ``slipway``, and how fast the same server
 sends the bytes to ``curl``, which discards them: what is close to that can't be faster.
@@ -22,14 +22,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path[:1] = [str(CHECKOUT), str(CHECKOUT / "tests")]  # not this folder, whose `stages` is another
 
 import mlflow  # noqa: E402
-from real_server import AWS, BUCKET, mlflow_server, s3_server  # noqa: E402
+from real_server import (  # noqa: E402
+    AWS,
+    BUCKET,
+    az_server,
+    azurite_connection,
+    gs_server,
+    mlflow_server,
+    s3_server,
+)
 
 from benchmarks.random_files import write_random  # noqa: E402
 from containers.image.distribution import Registry  # noqa: E402
@@ -61,6 +69,13 @@ Path(target).mkdir()
 for each in client.list_objects_v2(Bucket=bucket, Prefix=prefix)["Contents"]:
     client.download_file(bucket, each["Key"], f"{target}/{Path(each['Key']).name}")
 """
+FSSPEC = """
+import sys
+import fsspec
+_, scheme, place, target = sys.argv
+client = fsspec.filesystem(scheme)
+client.get(place, target, recursive=True)
+"""
 ORAS = """
 import sys
 from oras.client import OrasClient
@@ -69,17 +84,18 @@ OrasClient(insecure=True).pull(target=target, outdir=outdir)
 """
 
 
-def main(gigabytes: float) -> None:
-    """Run all of it and print one line a figure."""
+def main(gigabytes: float, kinds: Sequence[str]) -> None:
+    """Run all of it, or these ``kinds``, and print one line a figure."""
+    compared = {"s3": _s3, "gs": _gs, "az": _az, "mlflow": _mlflow, "oci": _oci}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files = [
             write_random(folder / f"model-{n + 1:05}-of-00004.safetensors", int(gigabytes * 1e9 / 4)) for n in range(4)
         ]
-        for compare in (_s3, _mlflow, _oci):
-            place = folder / compare.__name__
+        for kind in kinds or compared:
+            place = folder / kind
             place.mkdir()
-            compare(files, place, gigabytes)
+            compared[kind](files, place, gigabytes)
             shutil.rmtree(place)
 
 
@@ -97,6 +113,37 @@ def _s3(files: list[Path], folder: Path, gigabytes: float) -> None:
         ]
         theirs = [sys.executable, "-c", BOTO3, BUCKET, "model/"]
         _compare("s3", f"s3://{BUCKET}/model", "", ("boto3", theirs), addresses, folder, gigabytes)
+
+
+def _gs(files: list[Path], folder: Path, gigabytes: float) -> None:
+    from gcsfs.core import GCSFileSystem
+
+    with gs_server(folder) as address:
+        os.environ.update({"STORAGE_EMULATOR_HOST": address, "NO_GCE_CHECK": "true"})
+        os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # it asks the emulator over gRPC, for a minute
+        client = GCSFileSystem(token="anon")  # noqa: S106 - nobody
+        client.call("POST", "b", json={"name": BUCKET})
+        for path in files:
+            client.put_file(str(path), f"{BUCKET}/model/{path.name}")
+        addresses = [client.url(f"{BUCKET}/model/{path.name}") for path in files]
+        theirs = [sys.executable, "-c", FSSPEC, "gs", f"{BUCKET}/model"]
+        _compare("gs", f"gs://{BUCKET}/model", "", ("gcsfs", theirs), addresses, folder, gigabytes)
+
+
+def _az(files: list[Path], folder: Path, gigabytes: float) -> None:
+    from adlfs import AzureBlobFileSystem
+
+    with az_server(folder) as address:
+        os.environ["AZURE_STORAGE_CONNECTION_STRING"] = azurite_connection(address)
+        client = AzureBlobFileSystem()
+        client.mkdir(BUCKET)
+        for path in files:
+            client.put_file(str(path), f"{BUCKET}/model/{path.name}")
+        account = f"{address}/devstoreaccount1/{BUCKET}/model"
+        signed = {path.name: client.url(f"{BUCKET}/model/{path.name}", expires=86_400) for path in files}
+        addresses = [f"{account}/{name}?{url.partition('?')[2]}" for name, url in signed.items()]
+        theirs = [sys.executable, "-c", FSSPEC, "az", f"{BUCKET}/model"]
+        _compare("az", f"az://{BUCKET}/model", "", ("adlfs", theirs), addresses, folder, gigabytes)
 
 
 def _mlflow(files: list[Path], folder: Path, gigabytes: float) -> None:
@@ -177,4 +224,4 @@ def _run(command: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]) if len(sys.argv) > 1 else 4.0)
+    main(float(sys.argv[1]) if len(sys.argv) > 1 else 4.0, sys.argv[2:])

@@ -90,7 +90,7 @@ class CloudPrefix:
         with opened:
             opened.seek(start)
             yield _Body(opened, lambda: self._explained(file.path, opened=True)), start
-        with self._explained(file.path, opened=True):
+        with self._explained(file.path):  # no second try: all bytes may be here
             self._refuse_other(path, file)
 
     def _listed(self) -> dict[str, SourceFile]:
