@@ -166,18 +166,19 @@ def _backend(report: Callable[[str], None], folder: Path) -> type[HFLM]:
 
         def score_letters(self, image: str, text: str, letters: Sequence[str]) -> list[float]:
             """Return each letter's log-probability as the first token of the reply to an image and a text."""
+            from jinja2 import TemplateError
             from PIL import Image
 
-            shown = Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB")
-            parts = [{"type": "image", "image": shown}, {"type": "text", "text": text}]
             try:
+                shown = Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB")
+                parts = [{"type": "image", "image": shown}, {"type": "text", "text": text}]
                 wanted = images.tokens(self.tokenizer, letters)
                 inputs = self.processor.apply_chat_template(
                     [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True,
                     return_tensors="pt",
                 )  # fmt: skip
-            except ValueError as error:
-                raise WorkerError(f"{folder.name} can't be shown an image: {error}") from error
+            except (OSError, ValueError, TypeError, TemplateError) as error:
+                raise WorkerError(f"the model in {folder} can't be shown an image: {error}") from error
             with torch.no_grad():
                 logits = self.model(**inputs.to(self.device, self.model.dtype)).logits[0, -1]
             scores: list[float] = torch.log_softmax(logits.float(), dim=-1)[wanted].tolist()

@@ -18,6 +18,7 @@ Row = Mapping[str, Any]
 Score = Callable[[str, str, Sequence[str]], Sequence[float]]
 
 TYPE = "image_choice"
+_QUESTION, _CHOICE = 500, 200  # characters that are kept for a person to read
 
 
 def answer(row: Row, score: Score) -> dict[str, Any]:
@@ -29,8 +30,8 @@ def answer(row: Row, score: Score) -> dict[str, Any]:
         "answer": row["answer"],
         "log_likelihoods": [each if math.isfinite(each) else None for each in score(row["image"], text, letters)],
         "right": None,
-        "question": row["question"],
-        "choices": row["choices"],
+        "question": row["question"][-_QUESTION:],
+        "choices": [choice[:_CHOICE] for choice in row["choices"]],
     }
 
 

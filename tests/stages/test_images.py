@@ -34,6 +34,7 @@ from evals.drift.pairs import ChoicePairs, compare
 from evals.drift.suite import IMAGES, TaskLimits
 from homes import DEMO, make_home
 from pipeline.compatibility.scheme import Scheme
+from pipeline.errors import WorkerFailed
 from pipeline.quantization.quantize import quantize
 from pipeline.settings import Settings
 from pipeline.spec import load
@@ -221,6 +222,18 @@ def test_a_server_is_shown_the_images_by_chat(machine: Settings, tmp_path: Path)
     assert [item.hit for item in answered.items] == [True] * 240
     assert {item.id for item in answered.items} == {row["id"] for row in ROWS}
     assert found.longest == 301  # 300 tokens of prompt, and one of answer
+
+
+@pytest.mark.long
+def test_an_image_that_cannot_be_decoded_is_one_clear_line(
+    tiny: Path, limits: DriftLimits, machine: Settings, tmp_path: Path
+) -> None:
+    whole = base64.b64decode(ROWS[0]["image"])
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text(json.dumps({**ROWS[0], "image": base64.b64encode(whole[:200]).decode()}) + "\n")
+    tasks = {"colors": limits.tasks["colors"].model_copy(update={"data": cut})}
+    with pytest.raises(WorkerFailed, match="can't be shown an image: image file is truncated"):
+        asked(tiny, machine, tmp_path, limits.model_copy(update={"tasks": tasks}))
 
 
 @pytest.mark.long
