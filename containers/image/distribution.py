@@ -43,6 +43,8 @@ _TIMEOUT = httpx.Timeout(30.0, read=600.0, write=600.0)
 DOCUMENT = Bounds(bytes=4 << 20, values=200_000)
 _TOKEN = Bounds(bytes=1 << 20, values=1000, depth=8)
 _LONGEST_SHOWN = 200
+# Pages of a list of what is attached.
+_MOST_PAGES = 100
 # The key, in a request's extensions, for the largest size of the blob.
 _SIZE = "slipway.size"
 
@@ -224,19 +226,37 @@ class Registry:
         self.traffic.add(sent=len(data))
         return "OCI-Subject" in answer.headers
 
-    def referrers(self, repository: str, digest: str) -> bytes | None:
-        """Return the index of what refers to a manifest; None if the registry has no referrers API."""
-        answer = self._ask("GET", f"{repository}/referrers/{digest}", missing=True)
-        return answer.content if answer.status_code == httpx.codes.OK else None
+    def referrers(self, repository: str, digest: str) -> list[bytes] | None:
+        """Return the pages of the index of what refers to a manifest; None if the registry has no referrers API.
+
+        Raises:
+            DistributionError: there are more pages than are read, or the next one is at another host.
+        """
+        pages: list[bytes] = []
+        where: str | httpx.URL = f"{repository}/referrers/{digest}"
+        while len(pages) < _MOST_PAGES:
+            answer = self._ask("GET", where, missing=True)
+            if answer.status_code != httpx.codes.OK:
+                return pages or None
+            pages.append(answer.content)
+            following = answer.links.get("next", {}).get("url")
+            if following is None:
+                return pages
+            where = self._at(answer, following, "a list")
+        raise DistributionError(f"the registry {self.host} lists what is attached on more than {_MOST_PAGES} pages")
 
     def _location(self, answer: httpx.Response) -> httpx.URL:
         """Return the address at which to continue an upload, which must be at this registry."""
         if "Location" not in answer.headers:
             raise DistributionError(f"the registry {self.host} sent no `Location` for an upload")
-        there = self._there(answer)
+        return self._at(answer, answer.headers["Location"], "an upload")
+
+    def _at(self, answer: httpx.Response, location: str, what: str) -> httpx.URL:
+        """Return the address at which to continue, which must be at this registry."""
+        there = self._joined(answer, location)
         if not network.same_origin(self._base, str(there)):
             where = f"another host, {there.host}" if there.host != httpx.URL(self._base).host else f"{there}"[:200]
-            raise DistributionError(f"the registry {self.host} redirects an upload to {where}: refused")
+            raise DistributionError(f"the registry {self.host} redirects {what} to {where}: refused")
         return there
 
     def _bound(self, answer: httpx.Response) -> None:
@@ -257,8 +277,11 @@ class Registry:
         raise self._refusal(answer, str(path))
 
     def _there(self, answer: httpx.Response) -> httpx.URL:
+        return self._joined(answer, answer.headers["Location"])
+
+    def _joined(self, answer: httpx.Response, location: str) -> httpx.URL:
         try:
-            there = answer.url.join(answer.headers["Location"])
+            there = answer.url.join(location)
             _ = there.host  # decoding fails if it is not a valid name
         except (httpx.InvalidURL, ValueError) as error:
             raise DistributionError(f"the registry {self.host} redirects to a malformed address: refused") from error

@@ -140,9 +140,10 @@ def read_index(data: bytes, host: str) -> dict[str, Any]:
 
 def _index(registry: Registry, repository: str, digest: str) -> dict[str, Any]:
     """The index of what refers to a manifest, from the API or from the fallback's tag."""
-    data = registry.referrers(repository, digest)
-    if data is not None:
-        return read_index(data, registry.host)
+    pages = registry.referrers(repository, digest)
+    if pages is not None:
+        indexes = [read_index(page, registry.host) for page in pages]
+        return {**indexes[0], "manifests": [entry for index in indexes for entry in index["manifests"]]}
     found = registry.manifest(repository, _fallback_tag(digest))
     if found is None:
         return {"schemaVersion": 2, "mediaType": INDEX, "manifests": []}

@@ -63,9 +63,24 @@ for (const descriptor of [manifest.config, ...manifest.layers]) {
   const found = await blobDigest(descriptor);
   if (found !== descriptor.digest) problems.push(`${descriptor.digest}: has the digest ${found}`);
 }
-const index = (await get(`referrers/${digest}`)) ?? (await get(`manifests/${digest.replace(":", "-")}`));
+// The pages of the referrers API, or else the specification's fallback, a tag.
+async function attached() {
+  const entries = [];
+  let where = new URL(`http://${host}/v2/${repository}/referrers/${digest}`);
+  for (;;) {
+    const answer = await fetch(where);
+    if (!answer.ok) break;
+    entries.push(...(await answer.json()).manifests);
+    const next = /<([^>]+)>; rel="next"/.exec(answer.headers.get("link") ?? "");
+    if (next === null) return entries;
+    where = new URL(next[1], where);
+  }
+  const index = await get(`manifests/${digest.replace(":", "-")}`);
+  return index === null ? [] : JSON.parse(index).manifests;
+}
+
 const verified = {};
-for (const entry of index === null ? [] : JSON.parse(index).manifests) {
+for (const entry of await attached()) {
   if (!entry.artifactType.startsWith("application/vnd.dev.sigstore.bundle")) continue;
   const announced = entry.annotations["dev.sigstore.bundle.predicateType"];
   try {

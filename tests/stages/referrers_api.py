@@ -16,7 +16,9 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-_REFERRERS = re.compile(r"/v2/.+/referrers/(?P<digest>sha256:[0-9a-f]{64})")
+_REFERRERS = re.compile(r"(?P<path>/v2/.+/referrers/(?P<digest>sha256:[0-9a-f]{64}))(\?from=(?P<start>\d+))?")
+# What a page has; a list of more has several.
+_PAGE = 4
 _INDEX = "application/vnd.oci.image.index.v1+json"
 _MANIFEST = re.compile(r"/v2/.+/manifests/.+")
 
@@ -32,8 +34,11 @@ def with_referrers_api(upstream: str) -> Iterator[str]:
         def handle_any(self) -> None:
             asked = _REFERRERS.fullmatch(self.path)
             if asked and self.command == "GET":
-                listed = {"schemaVersion": 2, "mediaType": _INDEX, "manifests": attached[asked["digest"]]}
-                self.reply(200, {"Content-Type": _INDEX}, json.dumps(listed).encode())
+                every, start = attached[asked["digest"]], int(asked["start"] or 0)
+                listed = {"schemaVersion": 2, "mediaType": _INDEX, "manifests": every[start : start + _PAGE]}
+                end = start + _PAGE
+                more = {"Link": f'<{asked["path"]}?from={end}>; rel="next"'} if end < len(every) else {}
+                self.reply(200, {"Content-Type": _INDEX, **more}, json.dumps(listed).encode())
                 return
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             server = http.client.HTTPConnection(upstream)

@@ -129,6 +129,28 @@ def test_what_others_attached_stays_as_it_was(address: str, tmp_path: Path) -> N
     assert document["annotations"] == {"by": "others"}
 
 
+def test_a_list_that_another_client_overwrote_is_completed_again(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, _ = pushed(address, BlobStore(tmp_path / "images"), "demo", *checkpoint(tmp_path / "one", b"a"))
+    theirs = {"mediaType": MANIFEST, "digest": image.digest, "size": 1, "artifactType": "theirs"}
+    index = json.dumps({"schemaVersion": 2, "mediaType": INDEX, "manifests": [theirs]}).encode()
+    put, overwritten = Registry.put_manifest, list[str]()
+
+    def race(self: Registry, repository: str, name: str, data: bytes, media_type: str = MANIFEST) -> str:
+        digest = put(self, repository, name, data, media_type)
+        if not overwritten:
+            overwritten.append(put(self, repository, name, index, INDEX))
+        return digest
+
+    monkeypatch.setattr(Registry, "put_manifest", race)
+    with Registry(address) as registry:
+        subject = referrers.subject_of(registry, "demo", image.digest)
+        ours = referrers.attach(registry, "demo", subject, KIND, b"{}", title="a.json")
+        found = {each.digest for each in referrers.referrers(registry, "demo", image.digest)}
+    assert (len(overwritten), found) == (1, {image.digest, ours.digest})
+
+
 def test_nothing_is_attached_to_an_image_that_its_registry_has_not(address: str) -> None:
     absent = f"sha256:{'0' * 64}"
     with Registry(address) as registry, pytest.raises(DistributionError, match=f"has no image demo@{absent}"):

@@ -154,6 +154,18 @@ def test_a_list_of_what_is_attached_has_its_form_or_is_refused(hostile: Recordin
     assert "lists what is attached" in refusal(hostile, ASKED["referrers"], Answer(body=body))
 
 
+@pytest.mark.parametrize(
+    ("following", "why"),
+    [
+        ("http://elsewhere.example/v2/", "redirects a list to another host, elsewhere.example: refused"),
+        ("/v2/demo/referrers/again", "lists what is attached on more than 100 pages"),
+    ],
+)
+def test_a_list_goes_on_at_the_registry_alone_and_has_an_end(hostile: Recording, following: str, why: str) -> None:
+    page = Answer(headers={"Link": f'<{following}>; rel="next"'}, body=b'{"manifests": []}')
+    assert why in refusal(hostile, ASKED["referrers"], page)
+
+
 def a_manifest(**changes: object) -> bytes:
     config = {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": DIGEST, "size": 2}
     return json.dumps({"config": config, "layers": [LAYER], **changes}).encode()
