@@ -6,7 +6,6 @@ import base64
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +47,7 @@ def load(folder: Path, request: dict[str, Any], report: Callable[[str], None]) -
         torch.set_num_threads(request["threads"])
     torch.manual_seed(0)
     device = request.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    image_processor = _processor(folder) if images.are_asked(request["tasks"]) else None
     report("loading the checkpoint")
     dtype = DTYPES[device]
     try:
@@ -56,7 +56,8 @@ def load(folder: Path, request: dict[str, Any], report: Callable[[str], None]) -
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise WorkerError(f"the checkpoint in {folder} cannot be loaded: {error}") from error
     batch_size = request.get("batch_size") or BATCH_SIZE
-    model = _backend(report, folder)(pretrained=network, tokenizer=tokenizer, batch_size=batch_size, device=device)
+    model = _backend(report)(pretrained=network, tokenizer=tokenizer, batch_size=batch_size, device=device)
+    model.processor = image_processor
     # Two machines' answers are paired only where the same kernels computed them.
     processor = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
     engine = {"name": "hf", "device": device, "processor": processor, "dtype": dtype, "batch_size": batch_size}
@@ -140,13 +141,24 @@ def _unpacked(folder: Path, quantization: dict[str, Any]) -> PreTrainedModel:
     return network
 
 
-def _backend(report: Callable[[str], None], folder: Path) -> type[HFLM]:
-    """Return lm-eval's HF backend with the methods that divergence and images need; it reports its progress.
+def _processor(folder: Path) -> Any:  # noqa: ANN401 - one of transformers' many
+    """Return what turns a conversation with images into the network's input.
 
-    ``folder`` is the checkpoint's, with the processor of its images.
+    Raises:
+        WorkerError: there is none that works in this environment.
     """
-    import torch
     import transformers
+
+    try:
+        return transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError, AttributeError) as error:
+        told = " ".join(str(error).split())[:300]
+        raise WorkerError(f"the processor of images in {folder} cannot be loaded: {told}") from error
+
+
+def _backend(report: Callable[[str], None]) -> type[HFLM]:
+    """Return lm-eval's HF backend with the methods that divergence and images need; it reports its progress."""
+    import torch
     from lm_eval.models import huggingface
     from lm_eval.models.huggingface import HFLM
 
@@ -155,14 +167,7 @@ def _backend(report: Callable[[str], None], folder: Path) -> type[HFLM]:
     class Backend(HFLM):  # type: ignore[misc]  # lm-eval's classes are untyped here
         """Lm-eval's HF backend, which also returns the likeliest tokens, and takes images."""
 
-        @cached_property
-        def processor(self) -> Any:  # noqa: ANN401 - one of transformers' many
-            """What turns a conversation with images into the network's input."""
-            try:
-                return transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
-            except (OSError, ValueError, ImportError) as error:
-                told = " ".join(str(error).split())[:300]
-                raise WorkerError(f"the processor of images in {folder} cannot be loaded: {told}") from error
+        processor: Any = None
 
         def score_letters(self, image: str, text: str, letters: Sequence[str]) -> list[float]:
             """Return each letter's log-probability as the first token of the reply to an image and a text."""
@@ -178,7 +183,7 @@ def _backend(report: Callable[[str], None], folder: Path) -> type[HFLM]:
                     return_tensors="pt",
                 )  # fmt: skip
             except (OSError, ValueError, TypeError, TemplateError) as error:
-                raise WorkerError(f"the model in {folder} can't be shown an image: {error}") from error
+                raise WorkerError(f"the model can't be shown an image: {error}") from error
             with torch.no_grad():
                 logits = self.model(**inputs.to(self.device, self.model.dtype)).logits[0, -1]
             scores: list[float] = torch.log_softmax(logits.float(), dim=-1)[wanted].tolist()

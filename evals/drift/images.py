@@ -21,6 +21,11 @@ TYPE = "image_choice"
 _QUESTION, _CHOICE = 500, 200  # characters that are kept for a person to read
 
 
+def are_asked(tasks: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether one of a request's tasks shows images."""
+    return any(task["ours"] and task["task"] == "images" for task in tasks.values())
+
+
 def answer(row: Row, score: Score) -> dict[str, Any]:
     """Ask a row and return its answer, as `evals.drift.answers.ChoiceAnswer` has it."""
     letters, text = ascii_uppercase[: len(row["choices"])], prompt(row)

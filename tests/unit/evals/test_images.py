@@ -120,6 +120,12 @@ def test_another_image_under_the_same_question_is_another_item(rows: list[dict[s
     assert images.answer(one, score)["asked"] != images.answer(other, score)["asked"]
 
 
+def test_only_our_own_task_shows_images() -> None:
+    ours, theirs = {"ours": True, "task": "images"}, {"ours": False, "task": "mmlu"}
+    assert images.are_asked({"shapes": ours, "mmlu": theirs})
+    assert not images.are_asked({"images": {**ours, "task": "cloze"}, "mmlu": theirs})
+
+
 class Tokenizer:
     """Has a token for each letter but X."""
 
