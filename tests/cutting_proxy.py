@@ -43,6 +43,7 @@ def cutting(upstream: str) -> Iterator[CuttingProxy]:
             with contextlib.suppress(OSError):
                 while data := self.request.recv(65536):
                     there.sendall(data)
+                there.shutdown(socket.SHUT_WR)  # or a server that takes one at a time would wait for more
 
         def finish(self) -> None:
             with contextlib.suppress(OSError):
