@@ -20,6 +20,7 @@ from checkout import CHECKOUT
 from homes import DEMO, Slipway, forget
 from pipeline.orchestration.instance import open_instance
 from pipeline.settings import Settings
+from pipeline.stages.table import STAGES
 from ui_server import PATIENCE_SECONDS, RUNS, TERMINATE, Ui, processes_of, two_free_ports, workers_of
 
 
@@ -88,7 +89,7 @@ def test_a_person_launches_watches_reads_and_backfills_in_a_browser(
     assert httpx.get(f"http://127.0.0.1:{ui.port + 1}/health", timeout=10, trust_env=False).status_code == 200
     with chromium(f"http://127.0.0.1:{ui.port}", machine.home / "test-artifacts" / "ui") as browser:
         browser.open("/asset-groups")
-        browser.sees("source", "adapters", "quantized", "image", "baseline", "drift", "scan", "load", "release")
+        browser.sees(*(stage.name for stage in STAGES))
         browser.picture("1-graph", documented="graph")
 
         # One partition, with something to do for as long as a page takes to open, and something new in the end, but
