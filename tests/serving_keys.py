@@ -45,9 +45,12 @@ def read(name: str) -> ServingKey:
 
 
 def few_tool_calls() -> dict[str, Any]:
-    """A task of a model file's `evals` that asks a few of our own requests for tool calls, to save time."""
+    """A task of a model file's `evals` that asks a few of our own requests for tool calls, to save time.
+
+    It is advisory, for the demo calls none.
+    """
     data = TASKS / f"{TOOL_CALLS}.jsonl"
-    limits = {"kind": "generated", "tier": "supporting", "max_drop": 0.05}
+    limits = {"kind": "generated", "tier": "advisory", "max_drop": 0.05}
     return {TOOL_CALLS: {"task": TOOL_CALLS, "data": f"file:{data}", "items": 8, **limits}}
 
 

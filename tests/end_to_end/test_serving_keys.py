@@ -42,8 +42,6 @@ class Keyed:
         if "tool_calls" in serve:
             spec["evals"]["tasks"] |= few_tool_calls()
         spec["evals"] |= {"again": 0, "layers": False}
-        # It can't call tools, and answers by chance in the worst case.
-        spec["evals"]["accept_inconclusive"] = {"baseline-at-chance": "The demo can't call tools."}
         spec["load"] |= {"memory": {"limit_bytes": "6GiB"}, "slo": {"p95_latency_ms": 60_000, "error_rate": 0.0}}
         spec |= {"model": "keyed", "schemes": {"gptq": spec["schemes"]["gptq"]}, "serve": serve}
         self.file.write_text(yaml.safe_dump(spec))
