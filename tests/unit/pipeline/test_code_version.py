@@ -157,7 +157,7 @@ def test_a_file_is_in_the_versions_of_the_stages_that_it_shapes(file: str, stage
 def test_costly_stages_depend_on_few_modules(stage: str, apart: tuple[str, ...]) -> None:
     assert not [file for file in files_of(EVERY[stage]) if file.startswith(apart)]
     assert len(files_of(EVERY["quantized"])) < 22
-    assert len(files_of(EVERY["baseline"])) < 22
+    assert len(files_of(EVERY["baseline"])) < 23
 
 
 def test_every_exception_still_leaves_something_out() -> None:
