@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from homes import DEMO
+from homes import DEMO, Slipway
 from pipeline.settings import Settings
 from pipeline.sources.lock import Lock, LockedFile, write_lock
 from pipeline.spec import ModelSpec, load
@@ -106,3 +107,16 @@ def test_a_folder_and_a_source_without_a_lock_can_t_move(hub: StandInHub, tmp_pa
     for source in (f"file:{DEMO}/model", f"hf://{REPOSITORY}"):
         spec = write(tmp_path, source={"uri": source})
         assert [find_moved(each, settings_of(hub, tmp_path)) for each in locked_sources(spec)] == [None]
+
+
+def test_a_release_says_what_moved_and_is_refused_where_the_locked_bytes_are_gone(
+    hub: StandInHub, tmp_path: Path
+) -> None:
+    spec = write(tmp_path, source={"uri": f"hf://{REPOSITORY}", "revision": "main"})
+    lock_all(spec, "f" * 40)
+    home = {"SLIPWAY_HOME": str(tmp_path / "home"), "SLIPWAY_LOCKS": str(tmp_path), "HF_ENDPOINT": hub.endpoint}
+    done = Slipway({**os.environ, **home})("release", spec.path)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if "`source`: hf://org/tiny is at" in line]
+    assert f"`rm {spec.lock}` and release again" in line
+    assert "does not exist" in done.stderr + done.stdout
