@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,19 @@ def test_where_rules_can_not_be_set_the_evidence_says_so(
     with start() as server:
         assert server.network == isolation.UNSEALED
         assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_a_network_is_removed_as_soon_as_its_last_container_has_left(
+    engine: docker.DockerClient, start: Callable[..., Any], tmp_path: Path
+) -> None:
+    with start() as server, ThreadPoolExecutor(1) as beside:
+        (network,) = networks(engine, tmp_path)
+        removing = beside.submit(isolation.remove, network)
+        with pytest.raises(TimeoutError):
+            removing.result(timeout=1)
+        network.disconnect(server.container, force=True)
+        removing.result()
+        assert networks(engine, tmp_path) == []
 
 
 def test_a_server_that_was_killed_starts_again(start: Callable[..., Any]) -> None:
