@@ -115,6 +115,6 @@ def accept(context: StageContext, quantized: Artifact) -> None:
 
 def with_published(context: StageContext, inputs: Inputs) -> StageContext:
     """Let a stage that takes the checkpoint know the scheme that it follows."""
-    if context.scheme.method != AS_IS or "quantized" not in inputs:
+    if not context.spec.is_published or "quantized" not in inputs:
         return context
     return replace(context, published_scheme=published.scheme_of(inputs["quantized"].document("config.json")))
