@@ -11,14 +11,13 @@ import json
 import random
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_server import chat_server
 from safetensors.numpy import load_file, save_file
 
 from checkout import CHECKOUT
@@ -165,45 +164,22 @@ def serving() -> Iterator[str]:
     """A server that answers right by the image that it is shown."""
     right = {row["image"]: row["answer"] for row in ROWS}
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.answer({"data": [{"id": "scripted", "max_model_len": 2048}]})
+    def choose(body: dict[str, Any]) -> dict[str, Any]:
+        (message,) = body["messages"]
+        image, text = message["content"]
+        kind, _, data = image["image_url"]["url"].partition(",")
+        assert kind == "data:image/png;base64"
+        assert base64.b64decode(data).startswith(b"\x89PNG")
+        assert text["text"].endswith("Answer with the letter only.")
+        likeliest = [
+            {"token": f"token_id:{token}", "logprob": -0.1 if place == right[data] else -3.0}
+            for place, token in enumerate(body["logprob_token_ids"])
+        ]
+        first = {"token": "token_id:0", "logprob": -0.05, "top_logprobs": likeliest}
+        return {"logprobs": {"content": [first]}}
 
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            (message,) = body["messages"]
-            image, text = message["content"]
-            kind, _, data = image["image_url"]["url"].partition(",")
-            assert kind == "data:image/png;base64"
-            assert base64.b64decode(data).startswith(b"\x89PNG")
-            assert text["text"].endswith("Answer with the letter only.")
-            likeliest = [
-                {"token": f"token_id:{token}", "logprob": -0.1 if place == right[data] else -3.0}
-                for place, token in enumerate(body["logprob_token_ids"])
-            ]
-            first = {"token": "token_id:0", "logprob": -0.05, "top_logprobs": likeliest}
-            usage = {"prompt_tokens": 300, "completion_tokens": 1}
-            self.answer({"choices": [{"logprobs": {"content": [first]}}], "usage": usage})
-
-        def answer(self, document: dict[str, Any]) -> None:
-            data = json.dumps(document).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_: object) -> None:
-            """Write nothing."""
-
-    class Server(ThreadingHTTPServer):
-        request_queue_size = 128  # the worker opens many connections at once
-
-    with Server(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
+    with chat_server(choose, tokens=1) as url:
+        yield url
 
 
 def test_a_server_is_shown_the_images_by_chat(machine: Settings, tmp_path: Path) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_server import chat_server
 
 from evals.drift.answers import Answers, GeneratedAnswers
 from evals.drift.asking import StartingServer, ask
@@ -31,38 +30,16 @@ def serving(silent_at: int) -> Iterator[str]:
     """A server that makes the right call, and answers the requests of the file from one on in text."""
     right = {row["prompt"]: row if number < silent_at else None for number, row in enumerate(ROWS)}
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.answer({"data": [{"id": "scripted", "max_model_len": 2048}]})
+    def choose(body: dict[str, Any]) -> dict[str, Any]:
+        row = right[body["messages"][0]["content"]]
+        message: dict[str, Any] = {"content": "I can't do that."}
+        if row is not None:
+            function = {"name": row["name"], "arguments": json.dumps(row["arguments"])}
+            message = {"content": None, "tool_calls": [{"type": "function", "function": function}]}
+        return {"message": message}
 
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            row = right[body["messages"][0]["content"]]
-            message: dict[str, Any] = {"content": "I can't do that."}
-            if row is not None:
-                function = {"name": row["name"], "arguments": json.dumps(row["arguments"])}
-                message = {"content": None, "tool_calls": [{"type": "function", "function": function}]}
-            self.answer({"choices": [{"message": message}], "usage": {"prompt_tokens": 300, "completion_tokens": 24}})
-
-        def answer(self, document: dict[str, Any]) -> None:
-            data = json.dumps(document).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_: object) -> None:
-            """Write nothing."""
-
-    class Server(ThreadingHTTPServer):
-        request_queue_size = 128  # the worker opens many connections at once
-
-    with Server(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
+    with chat_server(choose, tokens=24) as url:
+        yield url
 
 
 def asked(machine: Settings, folder: Path, silent_at: int) -> Answers:
