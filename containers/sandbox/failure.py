@@ -14,6 +14,10 @@ from containers.sandbox import engine_log, logs
 from containers.sandbox.container import explanation
 from containers.sandbox.engine_log import Failure
 
+# 128 and the number of the signal.
+_SIGKILLED = 137
+_LATE_EVENT_SECONDS = 0.3
+
 
 def stopped(container: Container, kept: Path | None) -> Failure | None:
     """Return how a container stopped, and why; None while it runs. Its log is saved in the folder ``kept``."""
@@ -29,10 +33,19 @@ def stopped(container: Container, kept: Path | None) -> Failure | None:
     if state["Running"]:
         return None
     status = state["ExitCode"]
-    if state.get("OOMKilled"):
+    if state.get("OOMKilled") or (status == _SIGKILLED and _was_killed_for_memory(container)):
         return with_error(container, f"{_out_of_memory(container)}, exit status {status})", kept, explained=True)
     ending, may_pass = engine_log.by_status(status)
     return with_error(container, ending, kept, may_pass=may_pass, calm=status == 0)
+
+
+def _was_killed_for_memory(container: Container) -> bool:
+    """Return whether memory ran out in a container that has ended; the engine can learn of that after the end."""
+    time.sleep(_LATE_EVENT_SECONDS)
+    try:
+        return _ran_out_of_memory(container)
+    except (docker.errors.APIError, requests.RequestException):
+        return False
 
 
 def failing(container: Container, kept: Path | None) -> Failure | None:
@@ -54,7 +67,7 @@ def _out_of_memory(container: Container) -> str:
 
 
 def _ran_out_of_memory(container: Container) -> bool:
-    """Return whether the kernel has killed a process of a running container for lack of memory since its start.
+    """Return whether the kernel has killed a process of a container for lack of memory since its start.
 
     The engine's state of a container says so only once the container has stopped.
     """

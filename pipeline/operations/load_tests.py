@@ -96,7 +96,7 @@ def measure_now(
 ) -> LoadTestResult:
     """Measure an image with the checkpoint that is in it."""
     name = context.release_name
-    folder = context.settings.home / "loads" / f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%S}"
+    folder = context.settings.home / "loads" / f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
     folder.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix="load-", dir=folder) as scratch:
         evidence = load.measure(context, plan, image, checkpoint, folder, Path(scratch), live)
