@@ -8,10 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, IPvAnyAddress
 
-# An object's name: a DNS-1123 subdomain.
-_Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
-_LabelKey = Annotated[str, Field(pattern=r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-\w.]{0,61}[A-Za-z0-9])?$")]
-_LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([-\w.]{0,61}[A-Za-z0-9])?)?$")]
+from containers.kubernetes.names import LabelValue, MetadataKey, ObjectName
+
 _ByDigest = Annotated[str, Field(pattern=r"^[a-z0-9.-]+(:[0-9]+)?(/[a-z0-9._-]+)+@sha256:[0-9a-f]{64}$")]
 
 
@@ -30,11 +28,11 @@ class Cluster(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    runtime_class: _Name | None = None
+    runtime_class: ObjectName | None = None
     """The RuntimeClass of engine pods: `nvidia`, for nodes that need it to give containers a GPU."""
-    image_pull_secrets: tuple[_Name, ...] = ()
+    image_pull_secrets: tuple[ObjectName, ...] = ()
     """Pull secrets of all pods; you create the secrets."""
-    priority_class: _Name | None = None
+    priority_class: ObjectName | None = None
     """The PriorityClass of all pods."""
     surge: bool = True
     """`false`: an update stops a replica before it starts the next one, for nodes without free room."""
@@ -44,7 +42,7 @@ class Cluster(BaseModel):
     """Set CPU limits on every container, for namespaces whose quota requires them."""
     ephemeral_storage: _Mebibytes | None = None
     """The engine's request and limit of disk space, like `8Gi`; all other containers get small limits."""
-    monitor_labels: Mapping[_LabelKey, _LabelValue] = {}
+    monitor_labels: Mapping[MetadataKey, LabelValue] = {}
     """Labels of monitors and rules, by which the Prometheus operator selects them."""
     redis_image: _ByDigest | None = None
     """The image of the Redis that gateways share limits in, `REPOSITORY@sha256:…`; by default the tag of Valkey 8."""

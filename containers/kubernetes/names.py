@@ -5,7 +5,18 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from typing import Annotated
 
+from pydantic import Field
+
+ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
+"""An object's name: a DNS-1123 subdomain."""
+# https://kubernetes.io/docs/concepts/overview/working-with-objects/labels/#syntax-and-character-set
+_NAME = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+MetadataKey = Annotated[str, Field(pattern=rf"^([a-z0-9]([-a-z0-9.]{{0,251}}[a-z0-9])?/)?{_NAME}$")]
+"""The key of a label or an annotation."""
+LabelValue = Annotated[str, Field(pattern=rf"^({_NAME})?$")]
+"""The value of a label."""
 # A Service's name is a DNS-1035 label, 63 characters at most, and so is a label's value; the longest suffix here is
 # `-tokenizer`.
 _LONGEST = 63 - len("-tokenizer")

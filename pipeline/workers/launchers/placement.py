@@ -17,18 +17,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError
 
+from containers.kubernetes.names import LabelValue, MetadataKey, ObjectName
 from pipeline.errors import SettingsError, SpecError
 from pipeline.yaml_file import explain, keys, listed, read
 
 _Store = Annotated[str, Field(pattern=r"^s3://[a-z0-9.-]+(/[\w./-]+)?$")]
 # An amount as Kubernetes writes it; its own schema accepts any text.
 _Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|[MGTPE]|[KMGTPE]i)?$")]
-# Keys of labels and annotations, values of labels, and names of objects:
-# https://kubernetes.io/docs/concepts/overview/working-with-objects/labels/#syntax-and-character-set
-_NAME = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
-_Key = Annotated[str, Field(pattern=rf"^([a-z0-9]([-a-z0-9.]{{0,251}}[a-z0-9])?/)?{_NAME}$")]
-_LabelValue = Annotated[str, Field(pattern=rf"^({_NAME})?$")]
-_ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
 
 
 class _Placement(BaseModel):
@@ -120,11 +115,11 @@ class Kubernetes(_Placement):
     """The runtime class, `nvidia` on nodes that need it for GPUs."""
     priority_class: str | None = None
     """The priority class of the pods."""
-    labels: Mapping[_Key, _LabelValue] = {}
+    labels: Mapping[MetadataKey, LabelValue] = {}
     """Further labels of jobs and pods, for example for the costs of a team."""
-    annotations: Mapping[_Key, str] = {}
+    annotations: Mapping[MetadataKey, str] = {}
     """Annotations of jobs and pods, for example `karpenter.sh/do-not-disrupt`."""
-    queue: _ObjectName | None = None
+    queue: ObjectName | None = None
     """The Kueue queue (`LocalQueue`) of the namespace in which jobs wait for their turn."""
     claim: str | None = None
     """The volume claim for worker environments; without it each pod makes its own."""
