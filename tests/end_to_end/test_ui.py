@@ -37,14 +37,14 @@ BEFORE = litter()
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the demo's file, for a test to change."""
     folder = tmp_path_factory.mktemp("models")
-    write_limit(folder, 2000)
+    write_demo(folder)
     return folder
 
 
-def write_limit(models: Path, p95_latency_ms: int) -> None:
-    """Write the demo's file with another limit; whatever was measured stands."""
+def write_demo(models: Path, **slo: float) -> None:
+    """Write the demo's file with some other limits; whatever was measured stands."""
     spec = yaml.safe_load(DEMO.with_suffix(".yaml").read_text().replace("file:demo/", f"file:{DEMO}/"))
-    spec["load"]["slo"]["p95_latency_ms"] = p95_latency_ms
+    spec["load"]["slo"] |= slo
     (models / "demo.yaml").write_text(yaml.safe_dump(spec))
 
 
@@ -110,7 +110,7 @@ def test_a_person_launches_watches_reads_and_backfills_in_a_browser(
         reads_what_was_made(browser)
 
         # The same evidence against a limit that can't be met: refused in seconds, and said so where one looks first.
-        write_limit(models, 1)
+        write_demo(models, p95_latency_ms=1)
         refused = browser.launch("gptq")
         assert ui.wait(refused.rpartition("/")[2], seconds=PATIENCE_SECONDS) == "FAILURE"
         browser.open(refused)
@@ -120,7 +120,7 @@ def test_a_person_launches_watches_reads_and_backfills_in_a_browser(
         browser.open("/assets/load?view=checks&checkDetail=load_gate")
         browser.sees("p95_latency_ms")
         browser.picture("5-refused-gate")
-        write_limit(models, 2000)
+        write_demo(models)
 
         backfill = browser.launch(None)
         browser.open(backfill)
