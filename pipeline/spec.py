@@ -170,7 +170,7 @@ class Automation(_Section):
     """
     upstream: Literal["locked", "follow"] = "locked"
     """Whether the nightly run updates the lock of a branch, tag or alias that moved (`follow`) or only reports it
-    (`locked`): of the source, of adapters and of calibration data.
+    (`locked`): of the source, of adapters, of a draft model and of calibration data.
     """
     rescan: Literal["by-hand", "nightly"] = "by-hand"
     """Whether the champion is scanned again every night."""

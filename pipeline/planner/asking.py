@@ -109,6 +109,7 @@ def plan_described(
         next(iter(own.values())),
         download_bytes=described.bytes,
         merges=spec.source.adapter is not None,
+        drafting=drafting,
         refused=refused,
         own=own,
     )

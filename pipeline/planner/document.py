@@ -17,10 +17,11 @@ class _Part(BaseModel):
 
 
 class PlannedDrafting(_Part):
-    """What the model takes that drafts tokens: weights, and the cache of a token at 16 bits."""
+    """What the model takes that drafts tokens: weights, and the cache of a token at 16 bits; and its files' size."""
 
     weights_bytes: int
     cache_bytes_per_token: int
+    download_bytes: int
 
 
 class PlannedWorkload(_Part):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from containers.image.serving import DraftModel
 from pipeline.compatibility.description import ModelDescription
 from pipeline.compatibility.draft_models import find_problems, layers_config
 from pipeline.errors import PlanError, SourceError, naming
@@ -24,24 +25,29 @@ def lock_of(model_lock: Path) -> Path:
     return model_lock.with_name(model_lock.name.replace(".lock.json", ".draft_model.lock.json"))
 
 
+def source_of(spec: ModelSpec) -> tuple[str, DraftModel] | None:
+    """The key that names the draft model, the first of them, and its source; None where no model drafts."""
+    return next(((key, each.source) for key, each in spec.drafting.items() if each.source is not None), None)
+
+
 def resolve(spec: ModelSpec, settings: Settings) -> sources.ResolvedSource | None:
     """Find out what the draft model's source holds, without pulling it; None where no model drafts.
 
     Raises:
         SourceError: it can't be reached, holds what is refused, or is not what its lock pins; names the key.
     """
-    for key, drafting in spec.drafting.items():
-        if drafting.source is not None:
-            with naming(key):
-                return sources.resolve(
-                    drafting.source.uri,
-                    drafting.source.revision,
-                    access=Access.of(settings),
-                    lock=read_lock(lock_of(spec.lock)),
-                    memory=settings.home / sources.DIGESTS,
-                    contents=DRAFT_MODEL,
-                )
-    return None
+    if (found := source_of(spec)) is None:
+        return None
+    key, drafting = found
+    with naming(key):
+        return sources.resolve(
+            drafting.uri,
+            drafting.revision,
+            access=Access.of(settings),
+            lock=read_lock(lock_of(spec.lock)),
+            memory=settings.home / sources.DIGESTS,
+            contents=DRAFT_MODEL,
+        )
 
 
 def check(
@@ -61,4 +67,4 @@ def check(
             cache = read_facts(layers_config(draft.config)).kv_bytes_per_token()
         except PlanError as error:
             raise SourceError(f"{resolved.uri} can't draft tokens: {error}") from error
-    return Drafting(unquantized(draft).bytes, cache)
+    return Drafting(unquantized(draft).bytes, cache, resolved.bytes)

@@ -59,10 +59,14 @@ class Demand:
 
 @dataclass(frozen=True)
 class Drafting:
-    """What a draft model takes beside the model: weights, and for each token of a request a cache, at 16 bits."""
+    """What a draft model takes beside the model: weights, and for each token of a request a cache, at 16 bits.
+
+    ``download_bytes`` is the size of its files, which every image that has it takes once more.
+    """
 
     weights_bytes: int
     cache_bytes_per_token: int
+    download_bytes: int
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from pipeline.planner.document import (
 from pipeline.planner.facts import ModelFacts
 from pipeline.planner.memory import (
     Demand,
+    Drafting,
     Workload,
     cache_bytes,
     longest_context,
@@ -33,6 +34,8 @@ from pipeline.planner.weights import FP16, Weights
 
 # What a scheme's checkpoint takes on disk: as an artifact, in its image, and in the registry.
 _COPIES = 3
+# A draft model is an artifact that all schemes share.
+_COPIES_OF_DRAFT_MODEL = 2
 
 
 @dataclass(frozen=True)
@@ -162,14 +165,18 @@ def make_plan(
     *,
     download_bytes: int,
     merges: bool = False,
+    drafting: Drafting | None = None,
     refused: Mapping[str, Sequence[str]] | None = None,
     own: Mapping[str, Workload] | None = None,
 ) -> Plan:
     """Plan every scheme on every GPU without reading files or using the network; ``own`` are schemes' own workloads.
 
-    Where the model ``merges`` an adapter, its source is kept twice: as it was pulled, and merged.
+    Where the model ``merges`` an adapter, its source is kept twice: as it was pulled, and merged. ``drafting`` is of
+    the draft model in the images, whether or not the workloads use it.
     """
     packed = [each for each in weights if each.scheme != FP16]
+    source, drafts = download_bytes * (1 + merges), 0 if drafting is None else drafting.download_bytes
+    made = sum(_COPIES * each.bytes + _COPIES_OF_DRAFT_MODEL * drafts for each in packed)
     schemes = []
     for each in weights:
         asked = (own or {}).get(each.scheme, workload)
@@ -179,8 +186,8 @@ def make_plan(
         facts=facts,
         workload=workload,
         schemes=schemes,
-        download_bytes=download_bytes,
-        disk_bytes=download_bytes * (1 + merges) + _COPIES * sum(each.bytes for each in packed),
+        download_bytes=download_bytes + drafts,
+        disk_bytes=source + drafts + made,
         notes=list(_notes(facts, weights, workload)),
         refused=refused or {},
     )

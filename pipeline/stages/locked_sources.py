@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import SourceError, UnreachableError, naming
+from pipeline.planner import draft_model
 from pipeline.settings import Settings
 from pipeline.sources import adapter, dataset
 from pipeline.sources import source as sources
-from pipeline.sources.contents import MODEL, Contents
+from pipeline.sources.contents import DRAFT_MODEL, MODEL, Contents
 from pipeline.sources.lock import read_lock
 from pipeline.sources.origin import Access, open_origin
 from pipeline.spec import ModelSpec
@@ -45,7 +46,7 @@ class Moved:
 
 
 def locked_sources(spec: ModelSpec) -> Iterator[LockedSource]:
-    """Yield the model's source, baseline, adapters and the data sets of its calibration; not files of this machine."""
+    """Yield the model's source, baseline, adapters, draft model and calibration data; not files of this machine."""
     source = spec.source
     yield LockedSource("source", source.uri, source.revision, spec.lock, MODEL)
     if (baseline := spec.baseline) is not None:
@@ -56,6 +57,9 @@ def locked_sources(spec: ModelSpec) -> Iterator[LockedSource]:
     for name, served in spec.serve.adapters.items():
         lock = adapter.lock_of(spec.lock, name)
         yield LockedSource(f"serve.adapters.{name}", served.uri, served.revision, lock, adapter.ADAPTER)
+    if (found := draft_model.source_of(spec)) is not None:
+        key, drafting = found
+        yield LockedSource(key, drafting.uri, drafting.revision, draft_model.lock_of(spec.lock), DRAFT_MODEL)
     for number, data in enumerate(spec.calibration.data):
         if not data.is_here:
             lock, contents = dataset.lock_of(spec.lock, number), dataset.dataset(data.files or "")

@@ -158,6 +158,7 @@ def _planned(
         next(iter(own.values())),
         download_bytes=described.bytes,
         merges=merges,
+        drafting=drafting,
         own=own,
     )
 

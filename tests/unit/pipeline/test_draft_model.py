@@ -229,6 +229,19 @@ def test_the_plan_counts_its_weights_and_its_cache(tmp_path: Path, settings: Set
     assert any("the draft model's 8.4 MB of weights and 2,048 bytes of cache a token" in note for note in with_it.notes)
 
 
+def test_the_plan_counts_its_files_once_and_again_in_each_image_and_in_the_registry(
+    tmp_path: Path, settings: Settings
+) -> None:
+    size = sum(path.stat().st_size for path in write_draft(tmp_path / "draft").iterdir())
+    schemes = yaml.safe_load(DEMO.with_suffix(".yaml").read_text())["schemes"]
+    # A variant alone drafts: its image has the model too.
+    spec = write_spec(tmp_path, {"variants": {"fast": {"speculative": ITSELF}}}, schemes=schemes)
+    with_it = plan_source(spec, settings, [])
+    without = plan_source(write_spec(tmp_path, {}, schemes=schemes), settings, [])
+    assert with_it.download_bytes - without.download_bytes == size
+    assert with_it.disk_bytes - without.disk_bytes == size * (1 + 2 * 2)
+
+
 def test_the_preflight_counts_it_against_the_memory_limit(tmp_path: Path, settings: Settings) -> None:
     write_draft(tmp_path / "draft")
     limits = yaml.safe_load(DEMO.with_suffix(".yaml").read_text())["load"] | {"prompts": f"file:{DEMO}/heldout.jsonl"}

@@ -1,4 +1,4 @@
-"""Branches that have moved away from their locks: of the source, of adapters and of calibration data."""
+"""Branches that have moved away from their locks: of the source, adapters, a draft model and calibration data."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ TASKS = {
     "perplexity": {"data": "builtin:heldout", "kind": "text", "max_increase": 0.02},
 }
 SERVED = {"engine": "served", "tasks": TASKS}
+DRAFTING = {"method": "draft", "tokens": 4, "source": {"uri": f"hf://{REPOSITORY}"}}
 DATA = {"train.jsonl": b'{"text": "a"}\n'}
 
 
@@ -76,12 +77,14 @@ def test_a_branch_that_moved_is_seen_behind_its_lock(
          ADAPTER, "source.adapter", "demo.merged_adapter.lock.json"),
         ({"serve": {"adapters": {"support": {"uri": f"hf://{REPOSITORY}"}}}, "evals": SERVED},
          ADAPTER, "serve.adapters.support", "demo.adapter_support.lock.json"),
+        ({"serve": {"variants": {"fast": {"speculative": DRAFTING}}}},
+         MODEL, "serve.variants.fast.speculative.source", "demo.draft_model.lock.json"),
         ({"calibration": {"uri": f"hf://datasets/{REPOSITORY}", "files": "*.jsonl"}},
          DATA, "calibration", "demo.calibration_0.lock.json"),
     ],
-    ids=["a merged adapter", "a served adapter", "calibration data"],
+    ids=["a merged adapter", "a served adapter", "a draft model", "calibration data"],
 )  # fmt: skip
-def test_adapters_and_data_sets_are_watched_too(
+def test_adapters_draft_models_and_data_sets_are_watched_too(
     hub: StandInHub, tmp_path: Path, sections: dict[str, object], files: dict[str, bytes], key: str, lock: str
 ) -> None:
     hub.files, hub.kind = files, "datasets" if key == "calibration" else "models"
