@@ -378,7 +378,7 @@ def command(profile: RuntimeProfile, served_name: str, serving: ServingConfigura
     """Return the arguments for vLLM with a resolved configuration: the image's and the profile's."""
     return (
         "--model", "/model", "--served-model-name", served_name, "--host", "0.0.0.0", "--port", str(PORT),  # noqa: S104 - its own network
-        *serving.engine_arguments(), *profile.arguments,
+        *serving.engine_arguments(profile), *profile.arguments,
     )  # fmt: skip
 
 

@@ -201,11 +201,11 @@ class ServingConfiguration(Override):
             "test it on another machine"
         )
 
-    def engine_arguments(self) -> tuple[str, ...]:
-        """The engine's arguments for all keys that differ from its defaults."""
-        return tuple(self._words())
+    def engine_arguments(self, profile: RuntimeProfile) -> tuple[str, ...]:
+        """The arguments of a runtime's engine for all keys that differ from its defaults."""
+        return tuple(self._words(profile))
 
-    def _words(self) -> Iterator[str]:
+    def _words(self, profile: RuntimeProfile) -> Iterator[str]:
         for flag, value, default in (
             ("--max-model-len", self.context, None),
             ("--dtype", self.dtype, None),
@@ -232,17 +232,20 @@ class ServingConfiguration(Override):
             drafting = {"method": method, **model, "num_speculative_tokens": tokens}
             yield from ("--speculative-config", json.dumps(drafting, separators=(",", ":")))
         if self.adapters:
-            yield from self._adapter_words()
+            yield from self._adapter_words(profile)
         yield from self.arguments
 
-    def _adapter_words(self) -> Iterator[str]:
+    def _adapter_words(self, profile: RuntimeProfile) -> Iterator[str]:
         """All adapters may be in one batch; none is loaded at run time.
 
         The layers are named because vLLM 0.32 would otherwise prepare every linear layer, the output head among them:
-        on a CPU that ends the engine when it is asked for the log-probabilities of several prompts.
+        on a CPU that ends the engine when it is asked for the log-probabilities of several prompts. There it also adds
+        what is in the last slot to requests for the model itself that share a batch with an adapter's
+        (vllm-project/vllm#48421), so that one slot more than there are adapters stays empty.
         """
         rank = max(adapter.rank for adapter in self.adapters.values())
-        yield from ("--enable-lora", "--max-loras", str(len(self.adapters)))
+        slots = len(self.adapters) + (profile.minimum_driver is None)
+        yield from ("--enable-lora", "--max-loras", str(slots))
         yield from ("--max-lora-rank", str(next(room for room in _RANKS if rank <= room)))
         modules = sorted({module for adapter in self.adapters.values() for module in adapter.modules})
         yield from ("--lora-target-modules", *modules)

@@ -285,6 +285,7 @@ def _write_report(
     merged = None if notes.merged is None else notes.merged.adapter
     calibrated = _calibration(context, quantized.noted(QuantizedNotes))
     drafting = draft_model.released(inputs["image"])
+    served_with = serving_of(context, inputs).engine_arguments(profiles.load(context.spec.runtime))
     subject = report.ReportedRelease(
         model=context.spec.model,
         scheme=context.scheme_name,
@@ -301,7 +302,7 @@ def _write_report(
             **({} if merged is None else {"merged adapter": f"{merged.uri} at {merged.revision}"}),
             **({} if calibrated is None else {"calibration": f"{calibrated.uri}, {calibrated.summary}"}),
             **({} if drafting is None else {"draft model": f"{drafting.uri} at {drafting.revision}"}),
-            "served with": " ".join(serving_of(context, inputs).engine_arguments()),
+            "served with": " ".join(served_with),
             **_computed_on(inputs),
         },
         digests=digests(inputs),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -114,19 +116,33 @@ def test_each_has_a_layer_of_its_own(pulled: Path) -> None:
     assert held == [f"adapters {name}/adapter_config.json and 1 more" for name in ADAPTERS]
 
 
+def nats(client: httpx.Client, model: str, name: str) -> float:
+    """What a token of an adapter's own kind of text costs a served model."""
+    rows = (DEMO / "adapters" / f"{name}.jsonl").read_text().splitlines()[:24]
+    body = {"model": model, "prompt": [json.loads(row)["text"] for row in rows], "max_tokens": 0, "echo": True}
+    answer = client.post("/v1/completions", json={**body, "logprobs": 1, "temperature": 0}).raise_for_status()
+    scores = [score for each in answer.json()["choices"] for score in each["logprobs"]["token_logprobs"][1:]]
+    return -sum(scores) / len(scores)
+
+
 def test_the_image_lists_them_and_each_answers_in_its_own_way(served: str) -> None:
     with httpx.Client(base_url=served, timeout=60, trust_env=False) as client:
         listed = client.get("/v1/models").raise_for_status().json()["data"]
         assert [each["id"] for each in listed] == ["adapted", *ADAPTERS]
 
-        def nats(model: str, name: str) -> float:
-            rows = (DEMO / "adapters" / f"{name}.jsonl").read_text().splitlines()[:24]
-            body = {"model": model, "prompt": [json.loads(row)["text"] for row in rows], "max_tokens": 0, "echo": True}
-            answer = client.post("/v1/completions", json={**body, "logprobs": 1, "temperature": 0}).raise_for_status()
-            scores = [score for each in answer.json()["choices"] for score in each["logprobs"]["token_logprobs"][1:]]
-            return -sum(scores) / len(scores)
-
         for name in ADAPTERS:
-            assert nats(name, name) < 0.99 * nats("adapted", name)
+            assert nats(client, name, name) < 0.99 * nats(client, "adapted", name)
         refused = client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "/adapters/tests"})
         assert refused.status_code == 404
+
+
+def test_the_model_itself_answers_beside_an_adapters_requests_as_it_does_alone(served: str) -> None:
+    long = {"model": "manual", "prompt": "def ", "n": 4, "seed": 0, "max_tokens": 600, "ignore_eos": True}
+    with httpx.Client(base_url=served, timeout=120, trust_env=False) as client, ThreadPoolExecutor(1) as beside:
+        alone = nats(client, "adapted", "tests")
+        generated = beside.submit(client.post, "/v1/completions", json=long)
+        time.sleep(0.5)  # each of its steps takes one of the model's prompts too
+        together = nats(client, "adapted", "tests")
+        assert not generated.done()
+        assert generated.result().raise_for_status().json()["model"] == "manual"
+    assert together == pytest.approx(alone, rel=0.001)

@@ -166,16 +166,19 @@ def test_pips_hash_mismatch_names_the_wheel() -> None:
     assert "`one==1.0` does not have the hash that the lock names (Got        bbb)" in wheels._reason(output)
 
 
-def test_all_adapters_may_be_in_one_batch_and_only_the_layers_that_they_change_are_prepared(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("runtime", "slots"), [("vllm-cpu", "3"), ("vllm-cuda13", "2")])
+def test_all_adapters_may_be_in_one_batch_and_only_the_layers_that_they_change_are_prepared(
+    tmp_path: Path, runtime: str, slots: str
+) -> None:
     adapters = {
         "manual": ServedAdapter(digest="sha256:1", rank=4, modules=("q_proj", "v_proj")),
         "tests": ServedAdapter(digest="sha256:2", rank=20, modules=("down_proj", "q_proj")),
     }
     serving = ServingConfiguration(adapters=adapters)
-    words = build.serving_arguments(profile.load("vllm-cpu"), checkpoint(tmp_path), "demo", serving)
-    added = words[words.index("--enable-lora") : words.index("--enforce-eager")]
-    assert added == (
-        "--enable-lora", "--max-loras", "2", "--max-lora-rank", "32",
+    words = build.serving_arguments(profile.load(runtime), checkpoint(tmp_path), "demo", serving)
+    first = words.index("--enable-lora")
+    assert words[first : first + 12] == (
+        "--enable-lora", "--max-loras", slots, "--max-lora-rank", "32",
         "--lora-target-modules", "down_proj", "q_proj", "v_proj",
         "--lora-modules", "manual=/adapters/manual", "tests=/adapters/tests",
     )  # fmt: skip

@@ -12,6 +12,7 @@ from draft_models import Tensors, head_weights, write_head
 from safetensors.numpy import load_file, save_file
 
 from containers.hardware.gpu_models import find_gpu
+from containers.image import profile
 from evals.load.expected_memory import RUNTIME_BYTES
 from homes import DEMO
 from pipeline.errors import PlanError, SourceError, SpecError
@@ -80,12 +81,12 @@ def test_speculation_without_its_model_or_with_another_is_refused_by_its_key(
 
 def test_the_engine_is_given_the_draft_model_where_the_image_has_it_and_fp16_never_is(tmp_path: Path) -> None:
     spec = write_spec(tmp_path, {"variants": {"four": {"speculative": ITSELF}, "two": {"speculative": HEAD | ITSELF}}})
-    serving = spec.serving("gptq", "four")
-    flag, given = serving.engine_arguments()[-2:]
+    serving, runtime = spec.serving("gptq", "four"), profile.load("vllm-cpu")
+    flag, given = serving.engine_arguments(runtime)[-2:]
     assert flag == "--speculative-config"
     assert json.loads(given) == {"method": "draft_model", "model": "/draft_model", "num_speculative_tokens": 4}
-    assert "--speculative-config" not in spec.serving("gptq").engine_arguments()
-    assert "--speculative-config" not in serving.reference().engine_arguments()
+    assert "--speculative-config" not in spec.serving("gptq").engine_arguments(runtime)
+    assert "--speculative-config" not in serving.reference().engine_arguments(runtime)
     assert "uri" not in serving.document()  # a label of the image, where no path of this machine may be
 
 
