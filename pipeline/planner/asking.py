@@ -26,7 +26,6 @@ from pipeline.planner.weights import Weights, quantized, taken, unquantized
 from pipeline.quantization import mixture
 from pipeline.settings import Settings
 from pipeline.sources import source as sources
-from pipeline.sources.lock import read_lock
 from pipeline.sources.origin import Access
 from pipeline.spec import ModelSpec, Source
 from pipeline.trust import trust_of
@@ -245,8 +244,7 @@ def _described(spec: ModelSpec | str, settings: Settings) -> Described:
 
 
 def _of_source(source: Source, lock: Path, settings: Settings) -> Described:
-    access = Access.of(settings)
-    return describe(sources.resolve(source.uri, source.revision, access=access, lock=read_lock(lock)))
+    return describe(sources.resolve_locked(source.uri, source.revision, lock, settings))
 
 
 def _released_weights(manifest: Manifest, facts: ModelFacts) -> Weights:

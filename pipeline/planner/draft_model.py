@@ -15,8 +15,6 @@ from pipeline.planner.weights import unquantized
 from pipeline.settings import Settings
 from pipeline.sources import source as sources
 from pipeline.sources.contents import DRAFT_MODEL
-from pipeline.sources.lock import read_lock
-from pipeline.sources.origin import Access
 from pipeline.spec import ModelSpec
 
 
@@ -40,14 +38,7 @@ def resolve(spec: ModelSpec, settings: Settings) -> sources.ResolvedSource | Non
         return None
     key, drafting = found
     with naming(key):
-        return sources.resolve(
-            drafting.uri,
-            drafting.revision,
-            access=Access.of(settings),
-            lock=read_lock(lock_of(spec.lock)),
-            memory=settings.home / sources.DIGESTS,
-            contents=DRAFT_MODEL,
-        )
+        return sources.resolve_locked(drafting.uri, drafting.revision, lock_of(spec.lock), settings, DRAFT_MODEL)
 
 
 def check(

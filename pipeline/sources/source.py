@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.compatibility.safetensors_headers import (
     INDEX,
@@ -37,9 +38,11 @@ from registry.download import Reader, fill
 from registry.file_systems import set_mode
 from registry.progress import Progress
 
-# The file of a home in which digests of folders' files are remembered.
-DIGESTS = "digests.json"
+if TYPE_CHECKING:
+    from pipeline.settings import Settings
 
+# The file of a home in which digests of folders' files are remembered.
+_DIGESTS = "digests.json"
 _CHUNK = 4 * 1024 * 1024
 # One request reads most headers completely: a file of 5 GB has some hundred tensors, described in ten kilobytes.
 _FIRST_READ = 128 * 1024
@@ -113,7 +116,7 @@ def resolve(
     if lock is not None:
         lock.refuse_other(origin.uri, origin.pinned)
         if not isinstance(origin, Folder):
-            return _resolve_locked(origin, lock, contents)
+            return _as_locked(origin, lock, contents)
     with origins.explained(origin.uri):
         found = origin.find()
     if found.revision is not None and _REVISION.fullmatch(found.revision) is None:
@@ -141,6 +144,24 @@ def resolve(
         left_out=tuple(name for name in names if name not in taken and not is_hidden(Path(name))),
         lock=lock,
         memory=memory,
+        contents=contents,
+    )
+
+
+def resolve_locked(
+    uri: str, revision: str | None, lock: Path, settings: Settings, contents: Contents = MODEL
+) -> ResolvedSource:
+    """Resolve a source that a model's file names, under the ``lock`` file if it exists, as `resolve` does.
+
+    Raises:
+        SourceError: as `resolve`; or the lock file is not valid.
+    """
+    return resolve(
+        uri,
+        revision,
+        access=Access.of(settings),
+        lock=read_lock(lock),
+        memory=settings.home / _DIGESTS,
         contents=contents,
     )
 
@@ -230,7 +251,7 @@ def _revision(origin: Origin, files: tuple[SourceFile, ...]) -> str | None:
     return digest_json({file.path: [file.size, file.version] for file in files})
 
 
-def _resolve_locked(origin: Origin, lock: Lock, contents: Contents) -> ResolvedSource:
+def _as_locked(origin: Origin, lock: Lock, contents: Contents) -> ResolvedSource:
     if lock.revision is None:
         raise SourceError(f"{lock.path} has no revision: delete it to lock {origin.uri} again")
     files = tuple(

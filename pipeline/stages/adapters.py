@@ -12,8 +12,6 @@ from pipeline.planner.sources import describe_folder
 from pipeline.settings import Settings
 from pipeline.sources import adapter as adapters
 from pipeline.sources import source as sources
-from pipeline.sources.lock import read_lock
-from pipeline.sources.origin import Access
 from pipeline.spec import ModelSpec
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext
@@ -31,14 +29,8 @@ def resolve(spec: ModelSpec, settings: Settings) -> dict[str, sources.ResolvedSo
     found = {}
     for name, wanted in spec.serve.adapters.items():
         with naming(f"serve.adapters.{name}"):
-            found[name] = sources.resolve(
-                wanted.uri,
-                wanted.revision,
-                access=Access.of(settings),
-                lock=read_lock(adapters.lock_of(spec.lock, name)),
-                memory=settings.home / sources.DIGESTS,
-                contents=adapters.ADAPTER,
-            )
+            lock = adapters.lock_of(spec.lock, name)
+            found[name] = sources.resolve_locked(wanted.uri, wanted.revision, lock, settings, adapters.ADAPTER)
     return found
 
 

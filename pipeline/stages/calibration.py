@@ -11,8 +11,6 @@ from pipeline.quantization import calibration_data
 from pipeline.settings import Settings
 from pipeline.sources import source as sources
 from pipeline.sources.dataset import MOST_BYTES, dataset, lock_of
-from pipeline.sources.lock import read_lock
-from pipeline.sources.origin import Access
 from pipeline.spec import Calibration, ModelSpec
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext
@@ -31,13 +29,8 @@ def resolve(spec: ModelSpec, settings: Settings) -> dict[int, sources.ResolvedSo
         if source.is_here:
             continue
         with _named(spec.calibration, number):
-            resolved = sources.resolve(
-                source.uri,
-                source.revision,
-                access=Access.of(settings),
-                lock=read_lock(lock_of(spec.lock, number)),
-                contents=dataset(source.files or ""),
-            )
+            lock, contents = lock_of(spec.lock, number), dataset(source.files or "")
+            resolved = sources.resolve_locked(source.uri, source.revision, lock, settings, contents)
             if resolved.bytes > MOST_BYTES:
                 raise SourceError(
                     f"`files` name {resolved.bytes / 2**30:.1f} GiB, and {MOST_BYTES >> 30} are the most: name fewer"

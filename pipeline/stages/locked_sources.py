@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import SourceError, UnreachableError, naming
+from pipeline.errors import SourceError, naming
 from pipeline.planner import draft_model
 from pipeline.settings import Settings
 from pipeline.sources import adapter, dataset
@@ -83,14 +83,12 @@ def find_moved(source: LockedSource, settings: Settings) -> Moved | None:
 
 
 def describe_moved(spec: ModelSpec, settings: Settings) -> Iterator[str]:
-    """Yield a line for each source that has moved; none where it can't be reached: its locked bytes may be here."""
+    """Yield a line for each source that has moved, or that does not say: its locked bytes may be here all the same."""
     for source in locked_sources(spec):
         try:
             moved = find_moved(source, settings)
-        except UnreachableError:
-            continue
         except SourceError as error:
-            yield f"can't tell whether a source has changed: {error}"
+            yield f"can't tell whether a source has changed, and goes on with what is locked: {error}"
             continue
         if moved is not None:
             yield str(moved)

@@ -17,8 +17,6 @@ from pipeline.settings import Settings
 from pipeline.sources import adapter as adapters
 from pipeline.sources import merge as merging
 from pipeline.sources import source as sources
-from pipeline.sources.lock import read_lock
-from pipeline.sources.origin import Access
 from pipeline.spec import ModelSpec
 from pipeline.stages import source
 from pipeline.stages.code_version import code_version
@@ -42,14 +40,8 @@ def resolve_adapter(spec: ModelSpec, settings: Settings) -> sources.ResolvedSour
     if wanted is None:
         return None
     with naming(_KEY):
-        return sources.resolve(
-            wanted.uri,
-            wanted.revision,
-            access=Access.of(settings),
-            lock=read_lock(adapters.merged_lock_of(spec.lock)),
-            memory=settings.home / sources.DIGESTS,
-            contents=adapters.MERGED,
-        )
+        lock = adapters.merged_lock_of(spec.lock)
+        return sources.resolve_locked(wanted.uri, wanted.revision, lock, settings, adapters.MERGED)
 
 
 def check(adapter: sources.ResolvedSource | None, model: ModelDescription) -> None:

@@ -14,8 +14,6 @@ from pipeline.quantization import checkpoint, published
 from pipeline.quantization.quantize import QuantizedNotes
 from pipeline.settings import Settings
 from pipeline.sources import source as sources
-from pipeline.sources.lock import read_lock
-from pipeline.sources.origin import Access
 from pipeline.spec import ModelSpec
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext
@@ -31,13 +29,7 @@ def resolve(spec: ModelSpec, settings: Settings) -> sources.ResolvedSource:
     Raises:
         SourceError: it can't be reached, holds what is refused, or is not what the lock pins.
     """
-    return sources.resolve(
-        spec.source.uri,
-        spec.source.revision,
-        access=Access.of(settings),
-        lock=read_lock(spec.lock),
-        memory=settings.home / sources.DIGESTS,
-    )
+    return sources.resolve_locked(spec.source.uri, spec.source.revision, spec.lock, settings)
 
 
 def prepare(context: StageContext, _inputs: Inputs) -> StageContext:

@@ -8,8 +8,6 @@ from dataclasses import replace
 from pipeline.errors import naming
 from pipeline.settings import Settings
 from pipeline.sources import source as sources
-from pipeline.sources.lock import read_lock
-from pipeline.sources.origin import Access
 from pipeline.spec import ModelSpec
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext, prepared
@@ -25,13 +23,7 @@ def resolve(spec: ModelSpec, settings: Settings) -> sources.ResolvedSource:
         SourceError: it can't be reached, holds what is refused, or is not what the lock pins.
     """
     with contextlib.nullcontext() if spec.baseline is None else naming("baseline"):
-        return sources.resolve(
-            spec.original.uri,
-            spec.original.revision,
-            access=Access.of(settings),
-            lock=read_lock(spec.original_lock),
-            memory=settings.home / sources.DIGESTS,
-        )
+        return sources.resolve_locked(spec.original.uri, spec.original.revision, spec.original_lock, settings)
 
 
 def prepare(context: StageContext, _inputs: Inputs) -> StageContext:
