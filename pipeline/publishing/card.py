@@ -13,12 +13,22 @@ from collections.abc import Iterator, Mapping
 from registry.manifest import Manifest
 
 NAME = "README.md"
-# Licenses by the identifiers that the hub knows; any other is `other`, with its name beside it.
-_LICENSES = (
-    *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc0-1.0"),
-    *("gpl-3.0", "lgpl-3.0", "agpl-3.0", "mpl-2.0", "openrail", "gemma", "llama2", "llama3", "llama3.1", "llama3.2"),
-    *("llama3.3", "llama4", "unlicense"),
-)
+# Licenses by the identifiers that the hub documents (https://huggingface.co/docs/hub/repositories-licenses, August
+# 2026); any other is `other`, with its name beside it.
+_LICENSES = frozenset({
+    "afl-3.0", "agpl-3.0", "apache-2.0", "apple-amlr", "apple-ascl", "artistic-2.0", "bigcode-openrail-m",
+    "bigscience-bloom-rail-1.0", "bigscience-openrail-m", "bsd", "bsd-2-clause", "bsd-3-clause",
+    "bsd-3-clause-clear", "bsl-1.0", "c-uda", "cc", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0",
+    "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0",
+    "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "cc-by-nd-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc0-1.0",
+    "cdla-permissive-1.0", "cdla-permissive-2.0", "cdla-sharing-1.0", "creativeml-openrail-m",
+    "deepfloyd-if-license", "ecl-2.0", "epl-1.0", "epl-2.0", "etalab-2.0", "eupl-1.1", "eupl-1.2",
+    "fair-noncommercial-research-license", "gemma", "gfdl", "gpl", "gpl-2.0", "gpl-3.0", "grok2-community",
+    "h-research", "intel-research", "isc", "lgpl", "lgpl-2.1", "lgpl-3.0", "lgpl-lr", "llama2", "llama3",
+    "llama3.1", "llama3.2", "llama3.3", "llama4", "lppl-1.3c", "mit", "mpl-2.0", "ms-pl", "ncsa", "odbl", "odc-by",
+    "ofl-1.1", "openmdw-1.0", "openmdw-1.1", "openrail", "openrail++", "osl-3.0", "pddl", "postgresql", "unknown",
+    "unlicense", "wtfpl", "zlib",
+})  # fmt: skip
 _HUB = re.compile(r"hf://(?P<repository>[^/@]+/[^/@]+)")
 # The drift gate's figures: what each is of, and its sign.
 _CHANGES = {"increase": ("bits per byte", 1), "drop": ("accuracy", -1)}
@@ -41,9 +51,9 @@ def _metadata(manifest: Manifest, named: str | None) -> dict[str, object]:
     origins = [manifest.source.uri, *([] if adapter is None else [adapter.uri])]
     bases = [match["repository"] for match in map(_HUB.match, origins) if match]
     found: dict[str, object] = {
-        "library_name": "vllm",
+        "library_name": "transformers",  # whose form checkpoints have; the hub knows no vLLM among its libraries
         "pipeline_tag": "text-generation",
-        "tags": ["slipway", "quantized", manifest.quantizer.method],
+        "tags": ["slipway", "vllm", "quantized", manifest.quantizer.method],
     }
     if bases:
         found |= {"base_model": bases[0] if len(bases) == 1 else bases, "base_model_relation": "quantized"}

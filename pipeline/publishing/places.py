@@ -155,6 +155,7 @@ class _HubPlace:
         from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
         from huggingface_hub.utils import disable_progress_bars  # noqa: PLC0415
 
+        self._check_card(files[CARD].read_text(), progress)
         disable_progress_bars()
         # Xet's client knows neither our proxies nor our certificates; a hub takes large files over HTTP too.
         constants.HF_HUB_DISABLE_XET = True
@@ -184,6 +185,17 @@ class _HubPlace:
             raise PublishError(
                 f"hf://{self._repository} can't be written: {type(error).__name__}; run again"
             ) from error
+
+    def _check_card(self, card: str, progress: Progress) -> None:
+        """Let the hub check the card's metadata before gigabytes are uploaded; its client does so after that."""
+        from pipeline.sources.hub import Hub  # noqa: PLC0415 - as above
+
+        hub = Hub(self._access.hub_endpoint, self._access.hub_token)
+        errors, warnings = hub.check_card(self._repository, self._branch, card)
+        for warning in warnings:
+            progress(f"the hub says of the model card: {warning}")
+        if errors:
+            raise PublishError(f"the hub refuses the model card for hf://{self._repository}: {'; '.join(errors)}")
 
 
 class _BucketPlace:

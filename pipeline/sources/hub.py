@@ -44,6 +44,11 @@ _TIMEOUT = 10
 # A file of a revision takes some 300 bytes and a dozen values; the largest revisions have some ten thousand files.
 _REVISION = Bounds(bytes=32 << 20, values=1_000_000)
 _DOCUMENT_SECONDS = network.ANSWER_SECONDS
+# The hub's findings about a model card, of which the first few are shown.
+_FINDINGS = Bounds(bytes=1 << 20, values=10_000)
+_MOST_FINDINGS, _FINDING_LENGTH = 5, 300
+# Marks a request of which the answer's body is read whatever its status.
+_READ_REFUSAL = {"slipway.read_refusal": True}
 _REPOSITORY = re.compile(r"hf://(?P<datasets>datasets/)?(?P<repository>[^/@]+/[^/@]+)(?:@(?P<revision>.+))?")
 
 
@@ -71,7 +76,7 @@ def _check(answer: httpx2.Response) -> None:
     problem = network.answer_problem(answer.request.method, str(answer.url), there, encoding)
     if problem is not None:
         raise SourceError(f"the hub at {answer.url.host} {problem}")
-    if not answer.is_success:
+    if not answer.is_success and not answer.request.extensions.keys() & _READ_REFUSAL.keys():
         answer.stream = _NoBody(cast("httpx2.SyncByteStream", answer.stream))
     # `huggingface_hub` would print it.
     answer.headers.pop("X-HF-Warning", None)
@@ -154,6 +159,37 @@ class Hub:
             begun = start if answer.status_code == httpx2.codes.PARTIAL_CONTENT else 0
             yield Chunks(self._pieces(answer)), begun
 
+    def check_card(self, repository: str, branch: str, card: str) -> tuple[list[str], list[str]]:
+        """Let the hub check the metadata of a model card; return its errors, and its warnings.
+
+        Raises:
+            SourceError: the hub refuses, or does not answer.
+        """
+        with (
+            self._explained(repository, branch),
+            get_session().stream(
+                "POST",
+                f"{self.endpoint}/api/validate-yaml",
+                json={"content": card, "repoType": "model"},
+                headers=build_hf_headers(token=self.token or False),
+                timeout=_TIMEOUT,
+                extensions=_READ_REFUSAL,
+            ) as answer,
+        ):
+            is_refused = answer.status_code == httpx2.codes.BAD_REQUEST
+            if not is_refused:
+                hf_raise_for_status(answer)
+            body = b"".join(network.within(answer.iter_raw(), _FINDINGS.bytes, _DOCUMENT_SECONDS))
+            found = self._document(body, _FINDINGS)
+        errors, warnings = (self._messages(found.get(kind)) for kind in ("errors", "warnings"))
+        return errors or ["it gives no reason"] * is_refused, warnings
+
+    def _messages(self, findings: object) -> list[str]:
+        if not isinstance(findings, list):
+            raise self._strange("it does not list its findings about the model card")
+        messages = (str(each.get("message") if isinstance(each, dict) else each) for each in findings[:_MOST_FINDINGS])
+        return [" ".join(message.split())[:_FINDING_LENGTH] for message in messages]
+
     def _pieces(self, answer: httpx2.Response) -> Iterator[bytes]:
         """The body as it arrives: chunks of a fixed size would hide a slow connection."""
         with self._resumable():
@@ -176,9 +212,9 @@ class Hub:
             hf_raise_for_status(answer)
             yield answer
 
-    def _document(self, data: bytes) -> Mapping[str, Any]:
+    def _document(self, data: bytes, bounds: Bounds = _REVISION) -> Mapping[str, Any]:
         try:
-            found = read_json(data, _REVISION)
+            found = read_json(data, bounds)
         except DocumentError as error:
             raise self._strange(str(error)) from error
         if not isinstance(found, dict):

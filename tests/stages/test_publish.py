@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import hub_cards
 import pytest
 from click.testing import CliRunner, Result
 from huggingface_hub import HfApi, ModelCard
@@ -25,7 +26,7 @@ from pipeline.stages.run import run
 from pipeline.stages.table import RELEASE
 from pipeline.trust import trust_of
 from registry import seal
-from registry.manifest import MANIFEST, Manifest
+from registry.manifest import MANIFEST, Manifest, MergedAdapter
 from registry.verify import verify
 from stages.loopback_registry import serving as serving_registry
 from unit.pipeline import hub_server
@@ -98,8 +99,7 @@ def test_a_hub_gets_one_commit_with_the_card(made: Made, hub: hub_server.StandIn
     assert len(hub.commits) == 1
     text = hub.files["README.md"].decode()
     assert f"slipway pull {place} FOLDER" in text
-    found = ModelCard(text, ignore_metadata_errors=False)
-    assert found.data.tags == ["slipway", "quantized", "gptq"]
+    assert metadata_of(text)["tags"] == ["slipway", "vllm", "quantized", "gptq"]
 
 
 def test_what_a_hub_refuses_is_one_line_without_the_token(made: Made, hub: hub_server.StandInHub) -> None:
@@ -109,6 +109,17 @@ def test_what_a_hub_refuses_is_one_line_without_the_token(made: Made, hub: hub_s
         publish(NAME, f"hf://{hub_server.REPOSITORY}", settings, print)
     assert OTHER not in str(error.value)
     assert set(hub.files) == {".gitattributes"}
+
+
+def test_a_card_that_the_hub_refuses_is_one_line_and_nothing_is_uploaded(
+    made: Made, hub: hub_server.StandInHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.publishing.publish.card", lambda *_: "---\nlicense: none-such\n---\n\n# Mine\n")
+    settings = replace(made.settings, hub_endpoint=hub.endpoint)
+    with pytest.raises(PublishError, match=r"the hub refuses the model card for hf://org/tiny: .*none-such") as error:
+        publish(NAME, f"hf://{hub_server.REPOSITORY}", settings, print)
+    assert "\n" not in str(error.value)
+    assert (hub.uploads, set(hub.files)) == ({}, {".gitattributes"})
 
 
 def test_a_bucket_gets_the_manifest_last(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,13 +188,62 @@ def test_a_place_of_another_kind_is_refused(made: Made) -> None:
             publish(NAME, place, made.settings, print)
 
 
+def license_bill(name: str) -> bytes:
+    """A bill of materials that states a license."""
+    return json.dumps({"metadata": {"component": {"licenses": [{"license": {"name": name}}]}}}).encode()
+
+
+def manifest_of(made: Made, uri: str, adapter: str | None = None) -> Manifest:
+    """The release's manifest, as if the model had come from there, perhaps with an adapter merged."""
+    manifest = Manifest.parse((run(RELEASE, made.context, made.artifacts()).folder / MANIFEST).read_bytes())
+    source = manifest.source.model_copy(update={"uri": uri})
+    if adapter is not None:
+        merged = MergedAdapter(
+            uri=adapter, revision=source.revision, rank=8, modules=("q_proj",), files=source.files,
+            pins_digest=manifest.digest,
+        )  # fmt: skip
+        source = source.model_copy(update={"adapter": merged})
+    return manifest.model_copy(update={"source": source})
+
+
+def metadata_of(text: str) -> dict[str, Any]:
+    """A card's metadata, which have the form that the hub documents."""
+    assert hub_cards.problems(text) == []
+    found: dict[str, Any] = ModelCard(text, ignore_metadata_errors=False).data.to_dict()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("named", "stated"),
+    [
+        ("Apache-2.0", {"license": "apache-2.0"}),
+        ("CC-BY-NC-SA-4.0", {"license": "cc-by-nc-sa-4.0"}),
+        ("Our own license, 1.0", {"license": "other", "license_name": "our-own-license-1.0"}),
+    ],
+)
+def test_a_license_is_one_of_the_hubs_or_has_a_name(made: Made, named: str, stated: dict[str, str]) -> None:
+    found = metadata_of(card(manifest_of(made, "file:mine"), license_bill(named), "hf://me/mine"))
+    assert {key: value for key, value in found.items() if key.startswith("license")} == stated
+
+
+@pytest.mark.parametrize(
+    ("origins", "base"),
+    [
+        (["file:mine"], None),
+        (["s3://bucket/mine", "hf://org/adapter"], "org/adapter"),
+        (["hf://org/base", "hf://org/adapter"], ["org/base", "org/adapter"]),
+    ],
+    ids=["a folder", "an adapter on a hub", "a base and an adapter on a hub"],
+)
+def test_bases_are_those_on_a_hub(made: Made, origins: list[str], base: object) -> None:
+    found = metadata_of(card(manifest_of(made, *origins), None, "hf://me/mine"))
+    assert (found.get("base_model"), "base_model_relation" in found) == (base, base is not None)
+
+
 def test_the_card_names_base_relation_license_and_loss(made: Made) -> None:
-    release = run(RELEASE, made.context, made.artifacts())
-    manifest = Manifest.parse((release.folder / MANIFEST).read_bytes())
-    manifest = manifest.model_copy(update={"source": manifest.source.model_copy(update={"uri": "hf://org/base"})})
-    bill = json.dumps({"metadata": {"component": {"licenses": [{"license": {"name": "Apache-2.0"}}]}}}).encode()
-    text = card(manifest, bill, "hf://me/mine")
-    data = ModelCard(text, ignore_metadata_errors=False).data.to_dict()
+    manifest = manifest_of(made, "hf://org/base")
+    text = card(manifest, license_bill("Apache-2.0"), "hf://me/mine")
+    data = metadata_of(text)
     assert data["base_model"] == "org/base"
     assert data["base_model_relation"] == "quantized"
     assert data["license"] == "apache-2.0"

@@ -12,6 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+import hub_cards
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "org/tiny"
 
@@ -19,9 +21,10 @@ REPOSITORY = "org/tiny"
 class StandInHub:
     """Serves ``files`` (path → bytes) of one model, or data set, at one commit; safetensors are told with their sha256.
 
-    It takes commits, with large files beforehand. The ``token`` may read, and ``writer`` write; None is anybody's.
-    ``branches`` name the ``commit``. The next ``cuts`` downloads break off in the middle; ``served`` replaces what is
-    sent for a file, not what is told of it. ``seen`` has every request: method, path, Range, Authorization.
+    It takes commits, with large files beforehand, and checks model cards by what the real hub documents. The ``token``
+    may read, and ``writer`` write; None is anybody's. ``branches`` name the ``commit``. The next ``cuts`` downloads
+    break off in the middle; ``served`` replaces what is sent for a file, not what is told of it. ``seen`` has every
+    request: method, path, Range, Authorization.
     """
 
     def __init__(self, files: dict[str, bytes]) -> None:
@@ -87,7 +90,8 @@ def serving(files: dict[str, bytes]) -> Iterator[StandInHub]:
             path, body = unquote(urlparse(self.path).path), self.rfile.read(int(self.headers["Content-Length"]))
             hub.seen.append((self.command, path, None, self.headers.get("Authorization")))
             if path == "/api/validate-yaml":
-                self.answer({"errors": [], "warnings": []})
+                found = [{"message": problem} for problem in hub_cards.problems(json.loads(body)["content"])]
+                self.answer({"errors": found, "warnings": []}, 400 if found else 200)
             elif hub.writer and self.headers.get("Authorization") != f"Bearer {hub.writer}":
                 self.refuse(403, "Forbidden")
             elif path.startswith(f"/api/models/{REPOSITORY}/preupload/"):
@@ -127,9 +131,9 @@ def serving(files: dict[str, bytes]) -> Iterator[StandInHub]:
             hub.commit = hub.branches["main"] = hashlib.sha1(str(hub.files).encode(), usedforsecurity=False).hexdigest()
             self.answer({"commitUrl": f"{hub.endpoint}/{REPOSITORY}/commit/{hub.commit}", "commitOid": hub.commit})
 
-        def answer(self, document: dict[str, Any]) -> None:
+        def answer(self, document: dict[str, Any], status: int = 200) -> None:
             body = json.dumps(document).encode()
-            self.send_response(200)
+            self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
