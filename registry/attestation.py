@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -87,7 +87,7 @@ class Verdicts(BaseModel):
             raise ValueError("`passed` contradicts the verdicts")
         return self
 
-    def predicate(self) -> dict[str, Any]:
+    def predicate(self) -> dict[str, object]:
         """Return it as JSON values."""
         return self.model_dump(mode="json", by_alias=True)
 
@@ -113,7 +113,7 @@ class AttestedManifest:
     verdicts: Verdicts
 
 
-def statement(digest: str, name: str, kind: str, predicate: Mapping[str, Any]) -> bytes:
+def statement(digest: str, name: str, kind: str, predicate: Mapping[str, object]) -> bytes:
     """Return the statement about the manifest with this digest, with a predicate of this ``kind``."""
     algorithm, _, value = digest.partition(":")
     return canonical_json(
@@ -158,7 +158,7 @@ def verify_attached(
 @dataclass(frozen=True)
 class _Statement:
     signer: str
-    predicate: Mapping[str, Any]
+    predicate: Mapping[str, object]
 
 
 def _opened(
@@ -181,7 +181,7 @@ def _opened(
     return found, refused
 
 
-def _read(payload: bytes, digest: str, announced: str) -> tuple[str, Mapping[str, Any]]:
+def _read(payload: bytes, digest: str, announced: str) -> tuple[str, Mapping[str, object]]:
     """The kind and the predicate of a statement about the manifest with this digest."""
     try:
         document = read_json(payload, _BOUNDS)
@@ -213,7 +213,7 @@ def _why_missing(kind: str, refused: Sequence[tuple[str, str]]) -> str:
     return "; ".join(reasons[:_MOST_SHOWN]) or "none is attached: it was never signed, or was removed"
 
 
-def _verdicts(predicate: Mapping[str, Any], where: str) -> Verdicts:
+def _verdicts(predicate: Mapping[str, object], where: str) -> Verdicts:
     try:
         return Verdicts.model_validate(predicate)
     except ValidationError as error:

@@ -9,7 +9,6 @@ The function is frozen, since what was signed must be made again to the byte: an
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from registry.digests import canonical_json, digest_of
 from registry.manifest import ADAPTERS, DRAFT_MODEL, MANIFEST, Manifest, MergedAdapter, Source
@@ -48,9 +47,9 @@ def statement(manifest: Manifest) -> bytes:
     )
 
 
-def _parameters(manifest: Manifest) -> dict[str, Any]:
+def _parameters(manifest: Manifest) -> dict[str, object]:
     """What the release was asked to be; the first releases do not list the configurations that may be served."""
-    parameters: dict[str, Any] = {
+    parameters: dict[str, object] = {
         "model": manifest.model,
         "scheme": manifest.scheme,
         "source": _origin(manifest.source),
@@ -75,7 +74,7 @@ def _origin(part: Source | MergedAdapter) -> Mapping[str, str]:
     return {"uri": part.uri, "revision": part.revision}
 
 
-def _subjects(manifest: Manifest) -> Iterator[Mapping[str, Any]]:
+def _subjects(manifest: Manifest) -> Iterator[Mapping[str, object]]:
     for name, record in sorted(manifest.files.items()):
         if not name.startswith("release/"):
             yield {"name": name, "digest": {"sha256": record.sha256}}
@@ -83,7 +82,7 @@ def _subjects(manifest: Manifest) -> Iterator[Mapping[str, Any]]:
     yield {"name": MANIFEST, "digest": _digest(digest_of(manifest.canonical()))}
 
 
-def _dependencies(manifest: Manifest) -> Iterator[Mapping[str, Any]]:
+def _dependencies(manifest: Manifest) -> Iterator[Mapping[str, object]]:
     source, quantizer, image = manifest.source, manifest.quantizer, manifest.image
     yield from _pulled("source", source)
     if manifest.baseline is not None:
@@ -117,13 +116,13 @@ def _dependencies(manifest: Manifest) -> Iterator[Mapping[str, Any]]:
     yield {"name": "image's pins", "digest": _digest(image.pins_digest)}
 
 
-def _pulled(what: str, source: Source) -> Iterator[Mapping[str, Any]]:
+def _pulled(what: str, source: Source) -> Iterator[Mapping[str, object]]:
     yield {"name": what, "uri": source.uri, "annotations": {"revision": source.revision}}
     for name, record in sorted(source.files.items()):
         yield {"name": f"{what}/{name}", "digest": {"sha256": record.sha256}}
 
 
-def _byproducts(manifest: Manifest) -> Iterator[Mapping[str, Any]]:
+def _byproducts(manifest: Manifest) -> Iterator[Mapping[str, object]]:
     for gate in manifest.gates:
         verdict = gate.verdict
         annotations = {"gate": verdict.gate, "status": verdict.status, "reason": verdict.reason}

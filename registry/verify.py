@@ -228,7 +228,7 @@ def check_documents(folder: Path, policy: Policy, expected_digest: str | None) -
             problems += policy.judge(document.manifest)
         digest = document.manifest.digest
         if digest != expected_digest:
-            problems.append(Problem(MANIFEST, f"its digest is {digest}, not {expected_digest} as registered"))
+            problems.append(Problem(MANIFEST, f"its digest is {digest}, not {expected_digest} as expected"))
     if document is None or problems or document.keyid is None:
         raise VerificationError(folder, _ordered(problems))
     manifest = document.manifest

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
 
 from containers.errors import ContainerError
 
@@ -41,14 +40,11 @@ class Refusal(Exception):
         self.retry_after = retry_after
         self.close = close
 
-    def document(self) -> dict[str, Any]:
-        """Return the error in OpenAI's format."""
-        kind = "server_error" if self.status >= 500 else _KINDS.get(self.status, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.parameter, "code": self.code}}
-
     def body(self) -> bytes:
-        """Return the error as JSON."""
-        return json.dumps(self.document()).encode()
+        """Return the error as JSON, in OpenAI's format."""
+        kind = "server_error" if self.status >= 500 else _KINDS.get(self.status, "invalid_request_error")
+        error = {"message": self.message, "type": kind, "param": self.parameter, "code": self.code}
+        return json.dumps({"error": error}).encode()
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Return the answer's headers, without content type and length."""

@@ -23,7 +23,7 @@ from containers.gateway.sse import StreamError, StreamMeter
 from containers.gateway.upstream import Call, Opened, metered
 
 if TYPE_CHECKING:
-    from starlette.types import Receive, Scope, Send
+    from starlette.types import Message, Receive, Scope, Send
 
     from containers.gateway.gateway import Gateway
     from containers.gateway.keys import Key
@@ -189,7 +189,7 @@ class Exchange(Response):
     async def _write(self, body: bytes, *, more: bool = True) -> None:
         await self._put({"type": "http.response.body", "body": body, "more_body": more})
 
-    async def _put(self, message: dict[str, Any]) -> None:
+    async def _put(self, message: Message) -> None:
         """Send a part once the client has read the earlier ones. A client that stops reading counts as disconnected."""
         try:
             async with asyncio.timeout(self._gateway.settings.stall_timeout_s):

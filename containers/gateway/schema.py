@@ -270,7 +270,7 @@ class ChatRequest(_Request):
         """Maximum number of tokens of an answer. The key's newer name takes precedence, as at OpenAI."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
-    def plain_messages(self) -> list[dict[str, Any]]:
+    def plain_messages(self) -> list[dict[str, object]]:
         """The conversation for a chat template; text parts are joined."""
         found = []
         for message in self.messages:
@@ -280,7 +280,7 @@ class ChatRequest(_Request):
             found.append({"content": "", **plain})
         return found
 
-    def plain_tools(self) -> list[dict[str, Any]] | None:
+    def plain_tools(self) -> list[dict[str, object]] | None:
         """The tools for a chat template."""
         return None if self.tools is None else [tool.model_dump(exclude_none=True) for tool in self.tools]
 
@@ -333,7 +333,7 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
-def forwarded(request: _Request, changes: Mapping[str, Any]) -> dict[str, Any]:
+def forwarded(request: _Request, changes: Mapping[str, object]) -> dict[str, object]:
     """Return the document for the engine: the keys set by the client, with these changes. None removes a key."""
     document = {**request.model_dump(mode="json", exclude_unset=True), **changes}
     return {name: value for name, value in document.items() if value is not None or name not in changes}

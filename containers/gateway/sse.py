@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 DONE = b"data: [DONE]"
 _LONGEST_EVENT = 1024 * 1024
@@ -68,13 +67,13 @@ class StreamMeter:
         renamed = self.renamed(document)
         return event if renamed is None else b"data: " + renamed
 
-    def renamed(self, document: Mapping[str, Any]) -> bytes | None:
+    def renamed(self, document: Mapping[str, object]) -> bytes | None:
         """An event or a complete answer with the client's name of the model; None where it has that already."""
         if document.get("model", self.model) == self.model:
             return None
         return json.dumps({**document, "model": self.model}, separators=(",", ":")).encode()
 
-    def read(self, document: Mapping[str, Any]) -> None:
+    def read(self, document: Mapping[str, object]) -> None:
         """Read the usage from an event or a complete answer."""
         choices = document.get("choices")
         self.pieces += len(choices) if isinstance(choices, list) else 0

@@ -46,9 +46,9 @@ class PromptCounter:
 
     async def chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
-        options: Mapping[str, Any],
+        messages: Sequence[Mapping[str, object]],
+        tools: Sequence[Mapping[str, object]] | None,
+        options: Mapping[str, object],
         most: int,
     ) -> int:
         """Count a conversation as rendered by the template, including the prompt for the assistant's answer."""

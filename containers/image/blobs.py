@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 from containers.errors import ImageError
 from containers.image.layers import FileLayer, read_file, write_chunks
@@ -23,6 +24,16 @@ from registry.file_systems import set_mode
 PLAIN = "application/vnd.oci.image.layer.v1.tar"
 GZIP = "application/vnd.oci.image.layer.v1.tar+gzip"
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+class WrittenDescriptor(TypedDict):
+    """A descriptor of the OCI Image Specification 1.1, as it is written: a blob or a manifest, by its digest."""
+
+    mediaType: str
+    digest: str
+    size: int
+    artifactType: NotRequired[str]
+    annotations: NotRequired[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,7 @@ class Blob:
     chunks: Callable[[], Iterator[bytes]]
 
     @property
-    def descriptor(self) -> dict[str, object]:
+    def descriptor(self) -> WrittenDescriptor:
         """The blob's descriptor in a manifest."""
         return {"mediaType": self.media_type, "digest": self.digest, "size": self.size}
 

@@ -233,7 +233,7 @@ def place_image(
     client: docker.DockerClient,
     runtime: Runtime,
     layers: Sequence[FileLayer],
-    changes: Mapping[str, Any],
+    changes: Mapping[str, object],
     *,
     name: str,
     version: str,
@@ -347,7 +347,7 @@ def _push(registry: Registry, repository: str, blob: Blob, store: BlobStore) -> 
 
 
 def _assembled(
-    runtime: Runtime, blobs: Sequence[Blob], layers: Sequence[FileLayer], changes: Mapping[str, Any],
+    runtime: Runtime, blobs: Sequence[Blob], layers: Sequence[FileLayer], changes: Mapping[str, object],
     labels: Mapping[str, str],
 ) -> OciImage:  # fmt: skip
     settings = {**runtime.image.settings, **changes, "Labels": {**runtime.labels, **labels}}

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
 
 import docker
 
@@ -38,7 +37,7 @@ class View:
     """An image prepared for comparison: its id, its settings, and each layer's digest and files."""
 
     image_id: str
-    settings: Mapping[str, Any]
+    settings: Mapping[str, object]
     layers: tuple[tuple[str, Mapping[str, Entry]], ...]
 
 
@@ -83,7 +82,7 @@ def compare(one: View, other: View) -> list[Difference]:
     return found
 
 
-def _settings(one: Mapping[str, Any], other: Mapping[str, Any], above: str = "") -> Iterator[Difference]:
+def _settings(one: Mapping[str, object], other: Mapping[str, object], above: str = "") -> Iterator[Difference]:
     for key in sorted(one.keys() | other.keys()):
         left, right = one.get(key), other.get(key)
         if isinstance(left, dict) and isinstance(right, dict):

@@ -7,7 +7,6 @@ user with a read-only root file system. Its settings are in ``/etc/slipway/gatew
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import docker
 from pydantic import BaseModel, ConfigDict
@@ -103,7 +102,7 @@ def _profile(requirements: Path) -> RuntimeProfile:
     )
 
 
-def _settings(profile: RuntimeProfile) -> dict[str, Any]:
+def _settings(profile: RuntimeProfile) -> dict[str, object]:
     return {
         "Cmd": list(profile.arguments),
         "WorkingDir": f"/{_FOLDER}",

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from containers.image.blobs import WrittenDescriptor
 from containers.image.distribution import DOCUMENT, DistributionError, Registry
 from containers.image.oci import EMPTY, INDEX, MANIFEST
 from registry.bounded_json import DocumentError, read_json
@@ -42,7 +43,7 @@ class Attached:
     is_new: bool
 
 
-def subject_of(registry: Registry, repository: str, digest: str) -> dict[str, Any]:
+def subject_of(registry: Registry, repository: str, digest: str) -> WrittenDescriptor:
     """Return the descriptor of a manifest, for what is attached to it.
 
     Raises:
@@ -66,7 +67,7 @@ def referrers(registry: Registry, repository: str, digest: str) -> list[Referrer
 def attach(
     registry: Registry,
     repository: str,
-    subject: Mapping[str, Any],
+    subject: WrittenDescriptor,
     kind: str,
     data: bytes,
     *,
@@ -90,13 +91,13 @@ def attach(
             **({"annotations": dict(annotations)} if annotations else {}),
         }
     )
-    digest, attached_to = digest_of(manifest), str(subject["digest"])
+    digest, attached_to = digest_of(manifest), subject["digest"]
     if digest in {each.digest for each in referrers(registry, repository, attached_to)}:
         return Attached(digest, is_new=False)
     registry.put_blob(repository, empty)
     registry.put_blob(repository, data)
     if not registry.put_referrer(repository, manifest):
-        entry = {"mediaType": MANIFEST, "digest": digest, "size": len(manifest), "artifactType": kind}
+        entry = WrittenDescriptor(mediaType=MANIFEST, digest=digest, size=len(manifest), artifactType=kind)
         if annotations:
             entry["annotations"] = dict(annotations)
         _list_in_index(registry, repository, attached_to, entry)
@@ -156,7 +157,7 @@ def _referrer(entry: Mapping[str, Any]) -> Referrer:
     return Referrer(entry["digest"], str(entry.get("artifactType", "")), annotations)
 
 
-def _list_in_index(registry: Registry, repository: str, subject: str, entry: dict[str, Any]) -> None:
+def _list_in_index(registry: Registry, repository: str, subject: str, entry: WrittenDescriptor) -> None:
     """Add an entry to the fallback's index, and keep all others."""
     for _ in range(_TRIES):
         index = _index(registry, repository, subject)

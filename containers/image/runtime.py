@@ -101,7 +101,7 @@ def render(profile: RuntimeProfile) -> dict[str, str]:
     return {"assemble.sh": script, **others}
 
 
-def health_check(port: int, start_seconds: int) -> dict[str, Any]:
+def health_check(port: int, start_seconds: int) -> dict[str, object]:
     """Return an image's health check: ``/health`` on its port. It may fail during the start period."""
     return {
         "Test": ["CMD", "/opt/venv/bin/python", "-I", "-S", "-c", _HEALTHY.format(port=port)],

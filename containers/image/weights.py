@@ -15,9 +15,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from containers.image.blobs import PLAIN
+from containers.image.blobs import PLAIN, WrittenDescriptor
 from containers.image.build import ImageRecord, LayerRecord
 from containers.image.distribution import Registry
 from containers.image.layers import EPOCH_TEXT, Member, archive
@@ -133,7 +132,7 @@ def _volume(shared: Sequence[LayerRecord], own: LayerRecord, manifest: Manifest)
 
 
 def _manifest(
-    config: bytes, kind: str, layers: Sequence[Mapping[str, Any]], manifest: Manifest, rest: Mapping[str, str]
+    config: bytes, kind: str, layers: Sequence[Mapping[str, object]], manifest: Manifest, rest: Mapping[str, str]
 ) -> bytes:
     return canonical_json(
         {
@@ -151,7 +150,7 @@ def _manifest(
     )
 
 
-def _descriptor(layer: LayerRecord, kind: str) -> dict[str, Any]:
+def _descriptor(layer: LayerRecord, kind: str) -> WrittenDescriptor:
     return {"mediaType": kind, "digest": layer.digest, "size": layer.size}
 
 
@@ -162,7 +161,7 @@ def _kind(layer: LayerRecord) -> str:
     return _WEIGHTS if several or layer.holds.endswith(".safetensors") else _SETTINGS
 
 
-def _path(layer: LayerRecord) -> Mapping[str, Any]:
+def _path(layer: LayerRecord) -> Mapping[str, object]:
     """The path of a layer's file, where it has one alone."""
     found = _SHARED.fullmatch(layer.holds)
     if found is None or found["others"]:

@@ -8,8 +8,9 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jinja2
 import yaml
@@ -19,13 +20,14 @@ from containers.gateway.config import Backend, GatewaySettings, ModelRoute, Rout
 from containers.hardware.cpu import NODE_TERMS
 from containers.image.build import ImageRecord
 from containers.kubernetes.admission import Admission
-from containers.kubernetes.alerts import Alert, alerts, healthy, recordings
+from containers.kubernetes.alerts import alerts, healthy, recordings
 from containers.kubernetes.cluster import Cluster
 from containers.kubernetes.dashboard import dashboard
 from containers.kubernetes.helm import chart, with_placeholders
 from containers.kubernetes.kserve import inference_service
 from containers.kubernetes.names import mebibytes, object_name, thousandths
 from containers.kubernetes.numbers import BundleEvidence, Number, numbers, progress_seconds, tested_cores
+from containers.kubernetes.values import TemplateValues
 from registry.manifest import ADAPTERS, DRAFT_MODEL
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -108,9 +110,16 @@ def write_bundle(
     if cluster.cpu_request is not None:
         _check_request(cluster, tested_cores(evidence)[0])
         found["cpu_request"] = Number(thousandths(1000 * cluster.cpu_request), "the cluster's file: cpu_request")
-    values = {**_values(evidence, image, images or Images(), found), **_of_the_cluster(cluster, evidence)}
-    values |= {"namespace": namespace, "monitoring_namespace": monitoring_namespace}
-    values["admission"] = admission if values["pushed"] and admission and admission.keys else None
+    values = _values(
+        evidence,
+        image,
+        images or Images(),
+        found,
+        cluster,
+        admission,
+        namespace=namespace,
+        monitoring_namespace=monitoring_namespace,
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -133,61 +142,83 @@ def write_bundle(
     except BaseException:  # also after Ctrl-C no half-written bundle stays
         shutil.rmtree(part, ignore_errors=True)
         raise
-    return WrittenBundle(str(values["name"]), folder, tuple(sorted(files)), found, tuple(_warnings(values)))
+    return WrittenBundle(values.name, folder, tuple(sorted(files)), found, tuple(_warnings(values)))
 
 
 def _values(
-    evidence: BundleEvidence, image: ImageRecord, images: Images, found: Mapping[str, Number]
-) -> dict[str, Any]:
-    """Return the templates' values, without the namespaces and those of the cluster."""
+    evidence: BundleEvidence,
+    image: ImageRecord,
+    images: Images,
+    found: Mapping[str, Number],
+    cluster: Cluster,
+    admission: Admission | None,
+    *,
+    namespace: str,
+    monitoring_namespace: str,
+) -> TemplateValues:
     manifest = evidence.manifest
     line = manifest.name
     name = object_name(line)
     reference, digest = manifest.image.reference, manifest.image.digest
-    pushed = "@" in reference
-    repository = images.engine or (reference.partition("@")[0] if pushed else f"registry.invalid/{name}")
+    in_registry = "@" in reference
+    pushed = in_registry or images.engine is not None
+    repository = images.engine or (reference.partition("@")[0] if in_registry else f"registry.invalid/{name}")
     gateway, _, gateway_digest = (images.gateway or "registry.invalid/slipway-gateway").partition("@")
+    redis, _, redis_digest = (cluster.redis_image or _REDIS[0]).partition("@")
     driver = manifest.image.minimum_driver or "0.0"
     major, minor = [*(int(part) for part in driver.split(".")[:2]), 0][:2]
     share = float(found["gpu_memory_share"].value)
-    return {
-        "name": name, "line": line, "version": evidence.version, "digest": manifest.digest, "n": found,
-        "image": f"{repository}@{digest}", "repository": repository, "image_digest": digest,
-        "pushed": pushed or images.engine is not None,
-        "user": image.user, "port": image.port, "model_folder": _MODEL_FOLDER,
-        "variant": None if evidence.variant is None else evidence.variant.variant,
-        "arguments": list(evidence.serving.command) if evidence.serving else None,
-        "beside": [*([ADAPTERS] if manifest.adapters else []), *([DRAFT_MODEL] if manifest.draft_model else [])],
-        "on_gpu": evidence.on_gpu, "cpu_terms": NODE_TERMS,
-        "unbound_ranks": evidence.measured.ranks > 1 and not evidence.on_gpu,
-        "driver": driver, "driver_major": major, "driver_minor": minor,
-        "gateway_name": gateway, "gateway_digest": gateway_digest, "gateway_known": bool(gateway_digest),
-        "gpu_target": thousandths(math.ceil(1000 * (share + (1 - share) / 2))),
-        "weights_limit": mebibytes(_weights_mebibytes(evidence)),
-        "searched": evidence.searched, "recordings": recordings(name),
-        "alerts": [_Shown(each) for each in alerts(name, found)],
-    }  # fmt: skip
-
-
-def _of_the_cluster(cluster: Cluster, evidence: BundleEvidence) -> dict[str, Any]:
-    """Return the templates' values that depend on the cluster's settings."""
-    redis, _, redis_digest = (cluster.redis_image or _REDIS[0]).partition("@")
     storage, weights = cluster.ephemeral_storage, _weights_mebibytes(evidence)
+    return TemplateValues(
+        name=name,
+        line=line,
+        version=evidence.version,
+        digest=manifest.digest,
+        n=found,
+        namespace=namespace,
+        monitoring_namespace=monitoring_namespace,
+        cluster=cluster,
+        admission=admission if pushed and admission and admission.keys else None,
+        image=f"{repository}@{digest}",
+        repository=repository,
+        image_digest=digest,
+        pushed=pushed,
+        user=image.user,
+        port=image.port,
+        model_folder=_MODEL_FOLDER,
+        variant=None if evidence.variant is None else evidence.variant.variant,
+        arguments=list(evidence.serving.command) if evidence.serving else None,
+        beside=[*([ADAPTERS] if manifest.adapters else []), *([DRAFT_MODEL] if manifest.draft_model else [])],
+        on_gpu=evidence.on_gpu,
+        cpu_terms=NODE_TERMS,
+        unbound_ranks=evidence.measured.ranks > 1 and not evidence.on_gpu,
+        driver=driver,
+        driver_major=major,
+        driver_minor=minor,
+        gpu_target=thousandths(math.ceil(1000 * (share + (1 - share) / 2))),
+        gateway_name=gateway,
+        gateway_digest=gateway_digest,
+        gateway_known=bool(gateway_digest),
+        redis_name=redis,
+        redis_digest=redis_digest,
+        redis_tag=_REDIS[1],
+        weights_limit=mebibytes(weights),
+        storage=mebibytes(storage) if storage else None,
+        storage_with_weights=mebibytes(storage + weights) if storage else None,
+        gateway_storage=mebibytes(_GATEWAY_MEBIBYTES),
+        gateway_storage_with_weights=mebibytes(_GATEWAY_MEBIBYTES + weights),
+        searched=evidence.searched,
+        recordings=recordings(name),
+        alerts=alerts(name, found),
+        more=partial(_further_limits, cluster),
+    )
 
-    def more(cpu: str, storage: str) -> str:
-        """Return further limits of a small container, to write after its memory limit."""
-        told = [*([f'cpu: "{cpu}"'] if cluster.cpu_limits else []),
-                *([f"ephemeral-storage: {storage}"] if cluster.ephemeral_storage else [])]  # fmt: skip
-        return "".join(f", {each}" for each in told)
 
-    return {
-        "cluster": cluster, "more": more,
-        "redis_name": redis, "redis_digest": redis_digest, "redis_tag": _REDIS[1],
-        "storage": mebibytes(storage) if storage else None,
-        "storage_with_weights": mebibytes(storage + weights) if storage else None,
-        "gateway_storage": mebibytes(_GATEWAY_MEBIBYTES),
-        "gateway_storage_with_weights": mebibytes(_GATEWAY_MEBIBYTES + weights),
-    }  # fmt: skip
+def _further_limits(cluster: Cluster, cpu: str, storage: str) -> str:
+    """Return further limits of a small container, to write after its memory limit."""
+    told = [*([f'cpu: "{cpu}"'] if cluster.cpu_limits else []),
+            *([f"ephemeral-storage: {storage}"] if cluster.ephemeral_storage else [])]  # fmt: skip
+    return "".join(f", {each}" for each in told)
 
 
 def _check_request(cluster: Cluster, cores: float) -> None:
@@ -204,15 +235,6 @@ def _weights_mebibytes(evidence: BundleEvidence) -> float:
     return 2 * sum(file.size for file in evidence.manifest.files.values()) / 2**20
 
 
-class _Shown:
-    """An alert with the template's comment on its wait."""
-
-    def __init__(self, alert: Alert) -> None:
-        self.name, self.expr, self.wait, self.severity = alert.name, alert.expr, alert.wait, alert.severity
-        self.summary, self.why = alert.summary, alert.why
-        self.wait_why = "at once" if alert.wait == "0m" else "ignores short spikes"
-
-
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True,
@@ -222,25 +244,25 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _render(values: Mapping[str, Any]) -> dict[str, str]:
+def _render(values: TemplateValues) -> dict[str, str]:
     """Render every template; its path, without `.j2`, is the path of the file."""
     environment = _environment()
     names = sorted(path.relative_to(TEMPLATES).as_posix() for path in TEMPLATES.rglob("*.j2"))
-    if values["admission"] is None:
+    if values.admission is None:
         names = [name for name in names if not name.startswith("policies/")]
-    return {name.removesuffix(".j2"): environment.get_template(name).render(values) for name in names}
+    return {name.removesuffix(".j2"): environment.get_template(name).render(vars(values)) for name in names}
 
 
 def _documents(
-    evidence: BundleEvidence, values: Mapping[str, Any], found: Mapping[str, Number], rules: str
+    evidence: BundleEvidence, values: TemplateValues, found: Mapping[str, Number], rules: str
 ) -> dict[str, str]:
     """Return the files that no template makes: gateway settings and routes, rules and their tests, the dashboard."""
-    name = str(values["name"])
+    name = values.name
     return {
         "base/gateway.json": _gateway(name, found) + "\n",
-        "base/routes.json": _routes(evidence, str(values["line"]), found) + "\n",
+        "base/routes.json": _routes(evidence, values.line, found) + "\n",
         "base/discover.py": Path(__file__).with_name("discover.py").read_text(encoding="utf-8"),
-        "monitoring/prometheusrule.yaml": _prometheus_rule(name, rules, values["cluster"].monitor_labels),
+        "monitoring/prometheusrule.yaml": _prometheus_rule(name, rules, values.cluster.monitor_labels),
         "monitoring/rules_test.yaml": _rule_tests(name, found),
         "monitoring/dashboard.json": dashboard(name, evidence.version, found),
     }
@@ -297,7 +319,7 @@ def _rule_tests(name: str, found: Mapping[str, Number]) -> str:
             ("slipway:requests_waiting", 1), ("slipway:requests_outstanding", 4), ("slipway:kv_cache_used", 0.3),
         )
     ]  # fmt: skip
-    tests: list[dict[str, Any]] = [
+    tests: list[dict[str, object]] = [
         {"name": "a healthy day", "interval": "1m", "input_series": inputs({}), "alert_rule_test": quiet,
          "promql_expr_test": signals},
     ]  # fmt: skip
@@ -317,15 +339,15 @@ def _rule_tests(name: str, found: Mapping[str, Number]) -> str:
     return head + str(yaml.safe_dump(document, sort_keys=False, width=1000))
 
 
-def _warnings(values: Mapping[str, Any]) -> list[str]:
+def _warnings(values: TemplateValues) -> list[str]:
     told = []
-    if not values["pushed"]:
+    if not values.pushed:
         told.append("the release's image was not pushed: set SLIPWAY_IMAGE_REGISTRY and release again, or pass --image")
-    if not values["searched"]:
+    if not values.searched:
         told.append(
             "the load test did not measure the capacity (`load.capacity`): scaling assumes the load test's traffic"
         )
-    if not values["gateway_known"]:
+    if not values.gateway_known:
         told.append(
             "the gateway's image is unknown: set SLIPWAY_IMAGE_REGISTRY and run `slipway image gateway`, or pass "
             "--gateway-image REPOSITORY@sha256:…"

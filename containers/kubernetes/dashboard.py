@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from containers.kubernetes.numbers import Number
 
@@ -55,9 +54,9 @@ def dashboard(name: str, version: str, numbers: Mapping[str, Number]) -> str:
     return json.dumps(document, indent=1) + "\n"
 
 
-def _panel(title: str, unit: str, lines: list[tuple[str, str]], limit: Number | None = None) -> dict[str, Any]:
+def _panel(title: str, unit: str, lines: list[tuple[str, str]], limit: Number | None = None) -> dict[str, object]:
     """Return a chart; a limit is a dashed line, and its source is the panel's description."""
-    steps: list[dict[str, Any]] = [{"color": "green", "value": None}]
+    steps: list[dict[str, object]] = [{"color": "green", "value": None}]
     if limit is not None:
         steps.append({"color": "red", "value": float(limit.value)})
     source = {"type": "prometheus", "uid": "${source}"}

@@ -12,7 +12,19 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
+
+
+class RoutedModel(TypedDict):
+    """One model of the routes: where its requests go. Its other keys are kept."""
+
+    backends: list[dict[str, object]]
+
+
+class RoutesFile(TypedDict):
+    """The gateway's routes; other keys are kept."""
+
+    models: dict[str, RoutedModel]
 
 
 def addresses(service: str, port: int) -> list[str] | None:
@@ -25,21 +37,21 @@ def addresses(service: str, port: int) -> list[str] | None:
     return sorted({str(entry[4][0]) for entry in found})
 
 
-def routes(template: dict[str, Any], found: list[str], port: int) -> dict[str, Any]:
+def routes(template: RoutesFile, found: list[str], port: int) -> RoutesFile:
     """Return the template with these replicas in every backend of every model."""
     replicas = [
         {"name": address.replace(":", "-"), "url": f"http://[{address}]:{port}" if ":" in address else
          f"http://{address}:{port}"}
         for address in found
     ]  # fmt: skip
-    models = {
+    models: dict[str, RoutedModel] = {
         name: {**model, "backends": [{**backend, "replicas": replicas} for backend in model["backends"]]}
         for name, model in template["models"].items()
     }
     return {**template, "models": models}
 
 
-def write(path: Path, document: dict[str, Any]) -> None:
+def write(path: Path, document: RoutesFile) -> None:
     """Replace the file atomically."""
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(document, indent=1))

@@ -10,11 +10,12 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import yaml
 
 from containers.kubernetes.numbers import Number
+from containers.kubernetes.objects import KubernetesObject
+from containers.kubernetes.values import TemplateValues
 
 # The values by the placeholder that stands for each while objects are made, and how a template writes it.
 _VALUES = {
@@ -46,25 +47,25 @@ def _placeholder(name: str) -> str:
     return f"__{name}__"
 
 
-def with_placeholders(values: Mapping[str, Any]) -> dict[str, Any]:
+def with_placeholders(values: TemplateValues) -> TemplateValues:
     """Return the templates' values with placeholders for those of the chart."""
-    numbers = {key: replace(values["n"][key], value=_placeholder(key)) for key in _NUMBERS}
-    return {
-        **values,
-        "n": {**values["n"], **numbers},
-        "image": f"{_placeholder('repository')}@{values['image_digest']}",
-        "monitoring_namespace": _placeholder("monitoring_namespace"),
-    }
+    numbers = {key: replace(values.n[key], value=_placeholder(key)) for key in _NUMBERS}
+    return replace(
+        values,
+        n={**values.n, **numbers},
+        image=f"{_placeholder('repository')}@{values.image_digest}",
+        monitoring_namespace=_placeholder("monitoring_namespace"),
+    )
 
 
-def chart(files: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, str]:
+def chart(files: Mapping[str, str], values: TemplateValues) -> dict[str, str]:
     """Return the chart's files by path, from the Kustomize files that were made with placeholders.
 
     Args:
         files: the files of a Kustomize bundle by path, made from `with_placeholders`.
         values: the templates' values themselves.
     """
-    name = str(values["name"])
+    name = values.name
     images = {"slipway-gateway": _placeholder("gateway_image"), "redis": _placeholder("redis_image")}
     made = {
         f"templates/{stem}.yaml": _template([_adapted(each, values, images) for each in _objects(files[path])], switch)
@@ -90,8 +91,8 @@ def chart(files: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, str]
         **{f"files/gateway/{each}": files[f"base/{each}"] for each in _GATEWAY_FILES},
         **{f"files/monitoring/{file}": files[f"monitoring/{file}"] for file, _ in shown.values()},
         "Chart.yaml": _dumped({
-            "apiVersion": "v2", "name": name, "type": "application", "version": f"{values['version']}.0.0",
-            "appVersion": str(values["version"]), "description": f"{values['line']}, {values['digest']}",
+            "apiVersion": "v2", "name": name, "type": "application", "version": f"{values.version}.0.0",
+            "appVersion": values.version, "description": f"{values.line}, {values.digest}",
         }),
         "values.yaml": _values_file(values),
         "values.schema.json": json.dumps(_schema(), indent=1) + "\n",
@@ -104,31 +105,31 @@ def _config(pattern: str) -> str:
     return f'(.Files.Glob "{pattern}").AsConfig'
 
 
-def _config_map(name: str, pattern: str, labels: Mapping[str, str], values: Mapping[str, Any]) -> str:
+def _config_map(name: str, pattern: str, labels: Mapping[str, str], values: TemplateValues) -> str:
     metadata = {"name": name, "labels": dict(labels)}
     head = _labelled({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata}, values)
     return f"{_dumped(head)}data:\n{{{{ {_config(pattern)} | indent 2 }}}}\n"
 
 
-def _objects(text: str) -> Iterator[dict[str, Any]]:
+def _objects(text: str) -> Iterator[KubernetesObject]:
     return iter(yaml.safe_load_all(text))
 
 
-def _labels(values: Mapping[str, Any]) -> dict[str, str]:
+def _labels(values: TemplateValues) -> dict[str, str]:
     """The labels of pods; those of objects have the version too (`labels/kustomization.yaml`)."""
     return {
-        "app.kubernetes.io/part-of": values["name"],
-        "app.kubernetes.io/instance": values["name"],
+        "app.kubernetes.io/part-of": values.name,
+        "app.kubernetes.io/instance": values.name,
         "app.kubernetes.io/managed-by": "Helm",
     }
 
 
-def _labelled(found: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    labels = {**found["metadata"].get("labels", {}), **_labels(values), "app.kubernetes.io/version": values["version"]}
+def _labelled(found: KubernetesObject, values: TemplateValues) -> KubernetesObject:
+    labels = {**found["metadata"].get("labels", {}), **_labels(values), "app.kubernetes.io/version": values.version}
     return {**found, "metadata": {**found["metadata"], "labels": labels}}
 
 
-def _adapted(found: dict[str, Any], values: Mapping[str, Any], images: Mapping[str, str]) -> dict[str, Any]:
+def _adapted(found: KubernetesObject, values: TemplateValues, images: Mapping[str, str]) -> KubernetesObject:
     """An object with what kustomize would add to it."""
     found = _labelled(found, values)
     if found["kind"] != "Deployment":
@@ -137,13 +138,13 @@ def _adapted(found: dict[str, Any], values: Mapping[str, Any], images: Mapping[s
     pod["metadata"]["labels"] |= _labels(values)
     for container in [*pod["spec"]["containers"], *pod["spec"].get("initContainers", ())]:
         container["image"] = images.get(container["image"], container["image"])
-    if found["metadata"]["name"] == f"{values['name']}-gateway":
+    if found["metadata"]["name"] == f"{values.name}-gateway":
         found["spec"]["replicas"] = _placeholder("gateway_replicas")
         pod["metadata"]["annotations"] = {"checksum/config": _placeholder(_CHECKSUM)}
     return found
 
 
-def _template(objects: list[dict[str, Any]], switch: str | None) -> str:
+def _template(objects: list[KubernetesObject], switch: str | None) -> str:
     text = "---\n".join(map(_dumped, objects))
     for name, expression in {**_VALUES, _CHECKSUM: f"{_config('files/gateway/*')} | sha256sum"}.items():
         text = text.replace(_placeholder(name), f"{{{{ {expression} }}}}")
@@ -160,22 +161,22 @@ def _switched(text: str, switch: str) -> str:
     return f"{{{{- if .Values.{switch}.enabled }}}}\n{text}{{{{- end }}}}\n"
 
 
-def _dumped(document: Mapping[str, Any]) -> str:
+def _dumped(document: Mapping[str, object]) -> str:
     return str(yaml.safe_dump(dict(document), sort_keys=False, width=1000, allow_unicode=True))
 
 
-def _values_file(values: Mapping[str, Any]) -> str:
+def _values_file(values: TemplateValues) -> str:
     def number(key: str, show: Callable[[object], str] = str) -> str:
-        found: Number = values["n"][key]
+        found: Number = values.n[key]
         return f"{show(found.value)} # {found.why}"
 
-    redis = f"@{values['redis_digest']}" if values["redis_digest"] else f":{values['redis_tag']}"
-    gateway = f"{values['gateway_name']}@{values['gateway_digest']}" if values["gateway_known"] else ""
+    redis = f"@{values.redis_digest}" if values.redis_digest else f":{values.redis_tag}"
+    gateway = f"{values.gateway_name}@{values.gateway_digest}" if values.gateway_known else ""
     return f"""\
-# {values["line"]} version {values["version"]}, {values["digest"]}
+# {values.line} version {values.version}, {values.digest}
 # Written by `slipway bundle --format helm`. What was measured with this release is no value.
 image:
-  repository: {values["repository"]} # a copy is as good: the digest is part of the release
+  repository: {values.repository} # a copy is as good: the digest is part of the release
 replicas: {number("replicas")}
 resources:
   cpu: {number("cpu_request", json.dumps)}
@@ -183,20 +184,20 @@ gateway:
   image: {json.dumps(gateway)} # REPOSITORY@sha256:…, as `slipway image gateway` pushed it
   replicas: 2 # a choice: one may fail
 redis:
-  image: {json.dumps(values["redis_name"] + redis)} # it keeps only limits
+  image: {json.dumps(values.redis_name + redis)} # it keeps only limits
 autoscaling:
   enabled: false # needs prometheus-adapter with the rule of adapter.yaml, in this folder
   maxReplicas: {number("most_replicas")}
 monitoring:
   enabled: false # needs the Prometheus operator
-  namespace: {values["monitoring_namespace"]} # Prometheus' own
+  namespace: {values.monitoring_namespace} # Prometheus' own
 """
 
 
-def _schema() -> dict[str, Any]:
+def _schema() -> dict[str, object]:
     """The JSON schema (draft 7, which Helm reads) of the values."""
 
-    def closed(**properties: object) -> dict[str, Any]:
+    def closed(**properties: object) -> dict[str, object]:
         return {
             "type": "object", "additionalProperties": False, "required": sorted(properties), "properties": properties,
         }  # fmt: skip
@@ -216,10 +217,10 @@ def _schema() -> dict[str, Any]:
     }
 
 
-def _notes(values: Mapping[str, Any]) -> str:
-    name = values["name"]
+def _notes(values: TemplateValues) -> str:
+    name = values.name
     return f"""\
-{values["line"]}, version {values["version"]}, starts as {name}-engine, behind {name}-gateway.
+{values.line}, version {values.version}, starts as {name}-engine, behind {name}-gateway.
 The gateway waits for its API keys (only hashes):
   kubectl -n {{{{ .Release.Namespace }}}} create secret generic {name}-keys --from-file=keys.json
 """

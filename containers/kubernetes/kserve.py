@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import yaml
 
+from containers.kubernetes.values import TemplateValues
 
-def inference_service(engine: str, values: Mapping[str, Any]) -> str:
+
+def inference_service(engine: str, values: TemplateValues) -> str:
     """Return an InferenceService whose predictor is the pod of the bundle's engine.
 
     It runs in KServe's mode for plain Deployments, with the number of replicas that the release needs and no
@@ -21,16 +20,16 @@ def inference_service(engine: str, values: Mapping[str, Any]) -> str:
     (deployment,) = (each for each in yaml.safe_load_all(engine) if each["kind"] == "Deployment")
     pod = deployment["spec"]["template"]
     (container,) = pod["spec"]["containers"]
-    numbers = values["n"]
+    numbers = values.n
     document = {
         "apiVersion": "serving.kserve.io/v1beta1",
         "kind": "InferenceService",
         "metadata": {
-            "name": values["name"],
+            "name": values.name,
             "labels": {
-                "app.kubernetes.io/part-of": values["name"],
+                "app.kubernetes.io/part-of": values.name,
                 "app.kubernetes.io/managed-by": "slipway",
-                "app.kubernetes.io/version": values["version"],
+                "app.kubernetes.io/version": values.version,
             },
             "annotations": {
                 **deployment["metadata"]["annotations"],
@@ -55,5 +54,5 @@ def inference_service(engine: str, values: Mapping[str, Any]) -> str:
         "automountServiceAccountToken": False,
     }  # fmt: skip
     why = "".join(f"# {key.replace('_', ' ')}: {number}, {number.why}\n" for key, number in numbers.items())
-    head = f"# {values['line']} version {values['version']}, {values['digest']}\n# Where its numbers come from:\n{why}"
+    head = f"# {values.line} version {values.version}, {values.digest}\n# Where its numbers come from:\n{why}"
     return head + "---\n".join(yaml.safe_dump(each, sort_keys=False, width=1000) for each in (account, document))

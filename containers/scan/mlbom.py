@@ -17,6 +17,8 @@ from registry.verdict import Verdict
 
 KIND = "application/vnd.cyclonedx+json"
 SPECIFICATION = "1.6"
+CycloneDX = dict[str, Any]
+"""An object of a CycloneDX document, by its schema."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Model:
     """URI and revision of the 16-bit original, where the model was quantized before."""
 
 
-def document(model: Model, verdicts: Sequence[Verdict], image_digest: str) -> dict[str, Any]:
+def document(model: Model, verdicts: Sequence[Verdict], image_digest: str) -> CycloneDX:
     """Return the document: the model with its model card, the original model, and the data sets used."""
     metrics = [
         {"type": f"{verdict.gate}.{name}", "value": repr(value)}
@@ -102,7 +104,7 @@ def document(model: Model, verdicts: Sequence[Verdict], image_digest: str) -> di
         else [_companion("draft-model", model.draft_model, "drafts tokens for the model")]
     )
     beside = [*adapters, *drafting, *data]
-    told: dict[str, Any] = {
+    told: CycloneDX = {
         "bomFormat": "CycloneDX", "specVersion": SPECIFICATION, "version": 1,
         "metadata": {
             "component": quantized, "tools": {"components": [{"type": "application", "name": "slipway"}]},
@@ -114,7 +116,7 @@ def document(model: Model, verdicts: Sequence[Verdict], image_digest: str) -> di
     return {**told, "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_OID, content)}"}
 
 
-def _companion(reference: str, companion: Companion, description: str) -> dict[str, Any]:
+def _companion(reference: str, companion: Companion, description: str) -> CycloneDX:
     return {
         "type": "machine-learning-model",
         "bom-ref": reference,
@@ -125,12 +127,12 @@ def _companion(reference: str, companion: Companion, description: str) -> dict[s
     }
 
 
-def _files(sha256: Mapping[str, str]) -> list[dict[str, Any]]:
+def _files(sha256: Mapping[str, str]) -> list[CycloneDX]:
     return [
         {"type": "file", "name": name, "hashes": [{"alg": "SHA-256", "content": digest}]}
         for name, digest in sorted(sha256.items())
     ]
 
 
-def _licensed(licence: str | None) -> dict[str, Any]:
+def _licensed(licence: str | None) -> CycloneDX:
     return {} if licence is None else {"licenses": [{"license": {"name": licence}}]}

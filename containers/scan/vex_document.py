@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -35,7 +34,7 @@ def read_waived(data: bytes) -> tuple[Waived, ...]:
         raise ScanError(f"waived.json: {first_problem(error)}") from error
 
 
-def document(evidence: ScanEvidence, waived: Sequence[Waived], image: str) -> dict[str, Any] | None:
+def document(evidence: ScanEvidence, waived: Sequence[Waived], image: str) -> dict[str, object] | None:
     """Return the document about the image with the purl ``image``; None if nothing was found, which OpenVEX can't say.
 
     ``waived`` are the findings that the scan gate let through.
@@ -58,7 +57,7 @@ def document(evidence: ScanEvidence, waived: Sequence[Waived], image: str) -> di
     return {**told, "@id": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_OID, digest_json(told))}"}
 
 
-def _package(found: Vulnerability) -> Mapping[str, Any]:
+def _package(found: Vulnerability) -> Mapping[str, object]:
     return {} if found.purl is None else {"subcomponents": [{"@id": found.purl}]}
 
 

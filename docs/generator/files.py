@@ -161,17 +161,13 @@ def suites() -> str:
     """The evaluation suites and traffic profiles that come with Slipway."""
     parts = []
     for name in suite_names():
-        document = load_suite(name)
-        parts += [f"## Suite `{name}`", one_line(document["about"])]
+        suite = load_suite(name)
+        parts += [f"## Suite `{name}`", one_line(suite.about)]
         rows = ["| task | tier | limit | items |", "|---|---|---|---|"]
-        for task, limits in document["tasks"].items():
-            limit = (
-                f"accuracy: {limits['max_drop']:g}"
-                if "max_drop" in limits
-                else f"bits per byte: {limits['max_increase']:.1%}"
-            )
-            items = limits.get("items", limits.get("size", "all"))
-            rows.append(f"| `{task}` | {limits.get('tier', 'critical')} | {limit} | {items} |")
+        for name_of_task, task in suite.tasks.items():
+            drop, increase = task.max_drop, task.max_increase
+            limit = f"bits per byte: {increase:.1%}" if drop is None else f"accuracy: {drop:g}"
+            rows.append(f"| `{name_of_task}` | {task.tier} | {limit} | {task.items or task.size or 'all'} |")
         parts.append("\n".join(rows))
     for name in traffic.names():
         profile = traffic.read_profile(name)

@@ -128,8 +128,8 @@ class Suite(_Frozen):
     tasks: Annotated[Mapping[str, TaskLimits], Field(min_length=1)]
 
 
-def load_suite(name: str) -> dict[str, Any]:
-    """Return a suite's document as in its file, its data's paths made absolute; `Suite` validates it.
+def load_suite(name: str) -> Suite:
+    """Return a suite, its data's paths made absolute.
 
     Raises:
         ValueError: there is no such suite.
@@ -137,12 +137,11 @@ def load_suite(name: str) -> dict[str, Any]:
     if name not in suite_names():
         raise ValueError(f"unknown suite `{name}`{suggestion(name, suite_names())}")
     path = SUITES / f"{name}.yaml"
-    document: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
     for task in document["tasks"].values():
         if "data" in task:
             task["data"] = (path.parent / task["data"].removeprefix("file:")).resolve()
-    Suite.model_validate(document)
-    return document
+    return Suite.model_validate(document)
 
 
 def suite_names() -> list[str]:
@@ -175,14 +174,14 @@ class AskedTasks(_Frozen):
     def _from_suite(cls, given: Any) -> Any:  # noqa: ANN401 - what the file holds, not yet checked
         if not isinstance(given, dict) or not isinstance(given.get("suite"), str):
             return given
-        document = load_suite(given["suite"])
-        tasks: dict[str, Any] = document["tasks"]
+        suite = load_suite(given["suite"])
+        tasks = {name: task.model_dump(exclude_unset=True) for name, task in suite.tasks.items()}
         changed = given.get("tasks")
         if changed is not None and not isinstance(changed, dict):
             return given
         for name, change in (changed or {}).items():
             tasks[name] = {**tasks.get(name, {}), **change} if isinstance(change, dict) else change
-        return {"seed": document.get("seed", 1234), **given, "tasks": tasks}
+        return {"seed": suite.seed, **given, "tasks": tasks}
 
     @field_validator("tasks")
     @classmethod

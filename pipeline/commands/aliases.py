@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import click
 from rich.markup import escape
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
     from pipeline.operations.retention import Leftover
     from registry.moves import Moved
+    from registry.policy import Trust
+    from registry.progress import Progress
     from registry.retention import Removal
+    from registry.signing import SigningKey
     from registry.tiers import TierMove
 
 _why = click.option("--why", default="by hand", show_default=True, help="The reason that the audit trail records.")
@@ -190,17 +193,25 @@ def _report_moves(moves: Sequence[TierMove], *, yes: bool, as_json: bool) -> Non
     progress.print(f"{len(moves)} files, {sum(one.bytes for one in moves) / 1e6:.1f} MB, {done}")
 
 
-def _common() -> dict[str, Any]:
+class _Common(TypedDict):
     """The arguments that every command of this module passes to the registry."""
+
+    tracking_uri: str
+    trusted_keys: Trust
+    key: SigningKey | None
+    progress: Progress
+
+
+def _common() -> _Common:
     from pipeline.trust import signing_key_if_any, trust_of  # noqa: PLC0415
 
     settings = Settings.read()
-    return {
-        "tracking_uri": settings.tracking_uri,
-        "trusted_keys": trust_of(settings),
-        "key": signing_key_if_any(settings),
-        "progress": say,
-    }
+    return _Common(
+        tracking_uri=settings.tracking_uri,
+        trusted_keys=trust_of(settings),
+        key=signing_key_if_any(settings),
+        progress=say,
+    )
 
 
 def _report(moved: Moved, what: str, *, as_json: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from dagster import MetadataValue, TableColumn, TableRecord, TableSchema
 
@@ -29,8 +29,13 @@ from pipeline.store.artifacts import Artifact
 from registry.manifest import REPORT
 from registry.verdict import Verdict
 
+if TYPE_CHECKING:
+    from dagster._core.definitions.metadata import RawMetadataValue
 
-def files(_context: StageContext, made: Artifact) -> dict[str, Any]:
+Metadata: TypeAlias = "dict[str, RawMetadataValue]"
+
+
+def files(_context: StageContext, made: Artifact) -> Metadata:
     """A table of a checkpoint's files."""
     return {
         "files": MetadataValue.table(
@@ -43,7 +48,7 @@ def files(_context: StageContext, made: Artifact) -> dict[str, Any]:
     }
 
 
-def quantized(context: StageContext, made: Artifact) -> dict[str, Any]:
+def quantized(context: StageContext, made: Artifact) -> Metadata:
     """A table of the checkpoint's files; the formats of a mixture; how many calibration tokens reached each expert."""
     record = QuantizationRecord.model_validate(made.notes)
     shown = files(context, made)
@@ -62,7 +67,7 @@ def quantized(context: StageContext, made: Artifact) -> dict[str, Any]:
     return {**shown, "tokens of experts": MetadataValue.table(rows, TableSchema(columns))}
 
 
-def answers(context: StageContext, made: Artifact) -> dict[str, Any]:
+def answers(context: StageContext, made: Artifact) -> Metadata:
     """How many items of each task were answered, and by what; nothing where there is no 16-bit model to ask."""
     if context.spec.lacks_baseline:
         return {}
@@ -73,7 +78,7 @@ def answers(context: StageContext, made: Artifact) -> dict[str, Any]:
     }
 
 
-def drift(context: StageContext, made: Artifact) -> dict[str, Any]:
+def drift(context: StageContext, made: Artifact) -> Metadata:
     """What was lost, against its limits and item by item, and every figure of the drift gate."""
     judged = drift_stage.judge(made, context)
     pairs = read_drift(made.folder)
@@ -90,7 +95,7 @@ def drift(context: StageContext, made: Artifact) -> dict[str, Any]:
     return {"judged": _judged(judged), **asked, **_pictures(*drawn), **_figures(judged.metrics)}
 
 
-def image(_context: StageContext, made: Artifact) -> dict[str, Any]:
+def image(_context: StageContext, made: Artifact) -> Metadata:
     """What the image is and stands on."""
     record = record_of(made)
     names = ("reference", "base", "base_digest", "pins_digest", "runtime", "minimum_driver")
@@ -100,7 +105,7 @@ def image(_context: StageContext, made: Artifact) -> dict[str, Any]:
     }
 
 
-def scan(context: StageContext, made: Artifact) -> dict[str, Any]:
+def scan(context: StageContext, made: Artifact) -> Metadata:
     """What was found, by severity, and with which database; no count where nothing could be found."""
     evidence = read_scan(made.folder)
     counts = {} if evidence.database.is_blind else evidence.counts
@@ -118,7 +123,7 @@ def scan(context: StageContext, made: Artifact) -> dict[str, Any]:
     }
 
 
-def load(context: StageContext, made: Artifact) -> dict[str, Any]:
+def load(context: StageContext, made: Artifact) -> Metadata:
     """How fast it answered, how much memory it took, and every figure of the load test."""
     evidence = read_load_evidence(made.folder)
     judged = load_stage.judge(made, context)
@@ -132,16 +137,16 @@ def load(context: StageContext, made: Artifact) -> dict[str, Any]:
     return {"judged": _judged(judged), **findings, **_pictures(*drawn), **_figures(evidence.metrics)}
 
 
-def variants(context: StageContext, made: Artifact) -> dict[str, Any]:
+def variants(context: StageContext, made: Artifact) -> Metadata:
     """Which serving variants are listed, why others are not, and every figure of their gates."""
-    described: dict[str, Any] = {}
+    described: Metadata = {}
     for variant in tested_variants.judged(made, context):
         described[variant.name] = str(variant)
         described |= {f"{variant.name}: {name}": value for name, value in _figures(variant.metrics).items()}
     return described
 
 
-_DESCRIBED: Mapping[str, Callable[[StageContext, Artifact], dict[str, Any]]] = {
+_DESCRIBED: Mapping[str, Callable[[StageContext, Artifact], Metadata]] = {
     "source": files,
     "quantized": quantized,
     "image": image,
@@ -153,13 +158,13 @@ _DESCRIBED: Mapping[str, Callable[[StageContext, Artifact], dict[str, Any]]] = {
 }
 
 
-def describe(stage: Stage, context: StageContext, made: Artifact) -> dict[str, Any]:
+def describe(stage: Stage, context: StageContext, made: Artifact) -> Metadata:
     """Return the metadata of a stage's artifact."""
     described = _DESCRIBED.get(stage.name)
     return {} if described is None else described(context, made)
 
 
-def describe_promotion(context: StageContext, made: Artifact, promoted: PromotedRelease) -> dict[str, Any]:
+def describe_promotion(context: StageContext, made: Artifact, promoted: PromotedRelease) -> Metadata:
     """Return where a promoted release's report, version and image are, and its figures as numbers to plot."""
     address, version = context.settings.mlflow_address, promoted.version
     return {
@@ -181,11 +186,11 @@ def _judged(verdict: Verdict) -> str:
     return f"{verdict.status}: {verdict.reason}"
 
 
-def _pictures(*drawn: str | None) -> dict[str, Any]:
+def _pictures(*drawn: str | None) -> Metadata:
     """One entry, for Dagster folds up markdown of more than 1,000 characters: a click shows all of an asset's."""
     shown = [as_markdown(svg) for svg in drawn if svg]
     return {"pictures": MetadataValue.md("\n\n".join(shown))} if shown else {}
 
 
-def _figures(metrics: Mapping[str, float]) -> dict[str, Any]:
+def _figures(metrics: Mapping[str, float]) -> Metadata:
     return {name: float(value) for name, value in metrics.items()}

@@ -9,7 +9,7 @@ requests by GET, which could change something, are always refused.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Guard:
             await send({"type": "http.response.start", "status": 403, "headers": headers})
             await send({"type": "http.response.body", "body": f"{REFUSED}: {why}\n".encode()})
 
-    def refusal(self, scope: Mapping[str, Any]) -> str | None:
+    def refusal(self, scope: Scope) -> str | None:
         """Return why a request is refused, or None."""
         host, origin = _header(scope, b"host"), _header(scope, b"origin")
         site, mode = _header(scope, b"sec-fetch-site"), _header(scope, b"sec-fetch-mode")
@@ -64,7 +64,7 @@ def origins_of(environment: Mapping[str, str]) -> list[str]:
     return [origin for origin in environment.get(ORIGINS, "").split(",") if origin]
 
 
-def _header(scope: Mapping[str, Any], name: bytes) -> str | None:
+def _header(scope: Scope, name: bytes) -> str | None:
     """The value of a header in lower case; values of a repeated header are joined and so match nothing."""
     found = [value for key, value in scope["headers"] if key == name]
     return b",".join(found).decode("latin-1").lower() if found else None

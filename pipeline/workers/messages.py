@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dagster import PipesMessageReader
 from dagster_pipes import PipesDefaultMessageWriter
@@ -19,6 +19,7 @@ from registry import untrusted
 
 if TYPE_CHECKING:
     from dagster._core.pipes.context import PipesMessageHandler
+    from dagster_pipes import PipesParams
 
 
 class WorkerMessages(PipesMessageReader):
@@ -33,7 +34,7 @@ class WorkerMessages(PipesMessageReader):
         self._folder = folder
 
     @contextmanager
-    def read_messages(self, handler: PipesMessageHandler) -> Iterator[dict[str, Any]]:
+    def read_messages(self, handler: PipesMessageHandler) -> Iterator[PipesParams]:
         """Pass messages on as they arrive, until the block ends; yield the parameters for the worker."""
         ended = Event()
         with untrusted.create_file(self._folder, MESSAGES) as stream:

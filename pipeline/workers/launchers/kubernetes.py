@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 
 from containers.hardware.cpu import NODE_TERMS
+from containers.kubernetes.objects import KubernetesObject
 from pipeline.errors import SettingsError, WorkerFailed
 from pipeline.workers.launchers.http import SYSTEM_AUTHORITIES, Interface, client
 from pipeline.workers.launchers.jobs import NO_LOG, Log
@@ -135,7 +136,7 @@ class KubernetesCluster:
         """Delete the job and its pod."""
         self.asked.end("DELETE", f"{self.jobs}/{job}", params={"propagationPolicy": "Background"})
 
-    def manifest(self, job: str, remote_job: FileRecord, task: Task) -> dict[str, Any]:
+    def manifest(self, job: str, remote_job: FileRecord, task: Task) -> KubernetesObject:
         """The manifest of the job: hardened, with the configured nodes and resources."""
         where = self.where
         labels = {
@@ -203,7 +204,7 @@ class KubernetesCluster:
             },
         }
 
-    def _pod(self, job: str) -> dict[str, Any] | None:
+    def _pod(self, job: str) -> KubernetesObject | None:
         """The job's newest pod; those before it were ended by the cluster."""
         found = self.asked.document(self.pods, labelSelector=f"job-name={job}")
         items = (found or {}).get("items")

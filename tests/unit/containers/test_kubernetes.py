@@ -796,14 +796,14 @@ def test_a_day_has_its_requests_and_the_same_seed_the_same_day() -> None:
 
 
 def test_the_routes_have_every_replica_that_the_service_names(tmp_path: Path) -> None:
-    backend = {"release": "demo-awq@v3", "weight": 100, "replicas": []}
-    template = {"models": {"demo": {"served_as": "demo", "backends": [backend]}}}
+    backend = '{"release": "demo-awq@v3", "weight": 100, "replicas": []}'
+    template = json.loads(f'{{"models": {{"demo": {{"served_as": "demo", "backends": [{backend}]}}}}}}')
     made = discover.routes(template, ["10.0.0.1", "fd00::1"], 8000)
     assert made["models"]["demo"]["backends"][0]["replicas"] == [
         {"name": "10.0.0.1", "url": "http://10.0.0.1:8000"},
         {"name": "fd00--1", "url": "http://[fd00::1]:8000"},
     ]
-    assert template["models"]["demo"]["backends"] == [backend]
+    assert template["models"]["demo"]["backends"] == [json.loads(backend)]
     discover.write(tmp_path / "routes.json", made)
     assert json.loads((tmp_path / "routes.json").read_text()) == made
     assert [path.name for path in tmp_path.iterdir()] == ["routes.json"]

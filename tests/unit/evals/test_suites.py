@@ -26,7 +26,7 @@ def test_every_suite_can_be_named_and_planned(name: str) -> None:
 
 def test_the_suites_are_those_that_the_docs_name() -> None:
     assert suite_names() == ["code", "demo", "long-context", "standard", "support-chat", "vision"]
-    asked = load_suite("standard")["tasks"]
+    asked = load_suite("standard").tasks
     assert list(asked) == [
         "mmlu", "hellaswag", "wikitext", "arc_challenge", "winogrande", "gsm8k", "truthfulqa", "ifeval",
     ]  # fmt: skip
