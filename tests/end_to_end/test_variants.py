@@ -1,6 +1,6 @@
-"""Two serving variants of the demo, whole: one is measured, listed and served, the other fails the load gate.
+"""Serving variants of the demo, whole: one is listed and served, one has a cache of 8 bits, one fails the load gate.
 
-The home has the first release's artifacts, so that only the variants are measured: six starts of vLLM.
+The home has the first release's artifacts, so that only the variants are measured: nine starts of vLLM.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import pytest
 import yaml
 from serve_command import serving
 
+from evals.drift.pairs import read_drift
 from evals.load.evidence import read_load_evidence
 from homes import DEMO, Slipway, make_home
 from pipeline.settings import Settings
@@ -25,6 +26,7 @@ CONTEXT = 512
 SERVE = {
     "variants": {
         "short": {"context": CONTEXT, "speculative": {"method": "ngram", "tokens": 4}},
+        "small": {"kv_cache": "fp8"},
         # Each rank has a KV cache of its own: 4.0 GB, of a limit of 4 GiB of which a fifth must stay free.
         "divided": {"tensor_parallel": 2},
     }
@@ -69,14 +71,38 @@ def pulled(released: dict[str, Any], slipway: Slipway) -> Path:
     return slipway.home / "pulled"
 
 
-def test_variants_alone_are_measured_and_the_one_that_passed_is_listed(released: dict[str, Any], pulled: Path) -> None:
+def test_variants_alone_are_measured_and_those_that_passed_are_listed(
+    released: dict[str, Any], pulled: Path, machine: Settings
+) -> None:
     made = {stage["name"] for stage in released["stages"] if not stage["cached"]}
     assert made <= {"variants", "release", "scan"}, released["stages"]
     assert released["variants"]["short"] == "variant `short` passed"
     assert released["variants"]["divided"].startswith("variant `divided` is not listed: load fail")
     assert "peak_memory_bytes" in released["variants"]["divided"]
     manifest = json.loads((pulled / "release/manifest.json").read_bytes())
-    assert [(each["variant"], each["context"]) for each in manifest["serving"]] == [(None, 1024), ("short", CONTEXT)]
+    small = [] if machine.cpu.instruction_set == "avx2" else [("small", 1024)]
+    assert [(each["variant"], each["context"]) for each in manifest["serving"]] == [
+        (None, 1024),
+        ("short", CONTEXT),
+        *small,
+    ]
+
+
+def test_a_cache_of_8_bits_is_measured_where_the_cpu_supports_it(
+    released: dict[str, Any], pulled: Path, machine: Settings
+) -> None:
+    if machine.cpu.instruction_set == "avx2":
+        assert released["variants"]["small"].startswith("variant `small` is not listed: drift inconclusive")
+        return
+    assert released["variants"]["small"] == "variant `small` passed"
+    server = read_load_evidence(pulled / "release/evidence/variants/small").server
+    assert server.report is not None
+    assert server.report.kv_cache == "fp8"
+    assert server.report.cache_bytes_per_token == 1024  # 2,048 at 16 bits
+    assert server.not_applied == []
+    drift = read_drift(pulled / "release/evidence/variants/small")
+    assert drift.divergence is not None
+    print(drift.divergence.mean)
 
 
 def test_speculation_changed_no_answer_and_its_speed_is_reported(pulled: Path) -> None:
@@ -112,6 +138,6 @@ def test_a_variant_whose_load_gate_failed_is_refused_by_name(
     done = slipway(command, "demo-gptq", "--variant", "divided", *options)
     assert done.returncode == 1
     assert (
-        "demo-gptq does not list the variant `divided`, so it did not pass its gates (it lists `short`)" in done.stderr
+        "demo-gptq does not list the variant `divided`, so it did not pass its gates (it lists `short`" in done.stderr
     )
     assert not (tmp_path / "bundle").exists()
