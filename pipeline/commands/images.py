@@ -1,9 +1,10 @@
-"""``slipway image``: compare two images, and build the gateway's image."""
+"""``slipway image``: compare two images, and build those of Slipway's own programs."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 from rich.markup import escape
@@ -11,10 +12,13 @@ from rich.markup import escape
 from pipeline.commands.show import FAILED, as_json, live, print_json, print_table, progress, results, say
 from pipeline.settings import Settings
 
+if TYPE_CHECKING:
+    from containers.image.program_image import ProgramImage
+
 
 @click.group()
 def image() -> None:
-    """Compare two images, or build the gateway's image."""
+    """Compare two images, or build those of Slipway's own programs."""
 
 
 @image.command()
@@ -60,7 +64,32 @@ def gateway(*, as_json: bool) -> None:
     """
     from pipeline.serving.gateway_process import build_image  # noqa: PLC0415
 
-    built = build_image(Settings.read(), say)
+    _show(build_image(Settings.read(), say), as_json=as_json)
+
+
+@image.command()
+@as_json
+def pipeline(*, as_json: bool) -> None:
+    """Build the image of this pipeline, push it if $SLIPWAY_IMAGE_REGISTRY is set, and print its reference.
+
+    In a cluster it runs Dagster's code location, runs and workers. The same code has the same digest wherever it is
+    built.
+    """
+    from importlib.metadata import version  # noqa: PLC0415
+
+    from containers.engine.engine import connect  # noqa: PLC0415
+    from containers.image.pipeline_image import pipeline_program  # noqa: PLC0415
+    from containers.image.program_image import build_program_image  # noqa: PLC0415
+    from pipeline.resources import IN_WHEEL, PACKAGES, RESOURCES  # noqa: PLC0415
+
+    settings = Settings.read()
+    program = pipeline_program(PACKAGES, RESOURCES, IN_WHEEL, version("slipway"))
+    client = connect(settings.docker_host, settings.home)
+    built = build_program_image(client, program, settings.home, say, registry=settings.image_registry)
+    _show(built, as_json=as_json)
+
+
+def _show(built: ProgramImage, *, as_json: bool) -> None:
     if as_json:
         print_json(built.model_dump())
         return

@@ -18,7 +18,8 @@ from containers.engine.engine import connect
 from containers.gateway import keys
 from containers.gateway.config import GatewaySettings, Routes
 from containers.gateway.state import GatewayPorts, GatewayState
-from containers.image.gateway_image import GatewayImage, build_gateway_image, contents
+from containers.image.gateway_image import gateway_program
+from containers.image.program_image import ProgramImage, build_program_image
 from containers.sandbox import engine_log
 from pipeline.errors import SlipwayError
 from pipeline.resources import PACKAGES, REQUIREMENTS
@@ -43,14 +44,15 @@ def key_file(home: Path) -> Path:
     return home / "gateway" / "keys.json"
 
 
-def build_image(settings: Settings, progress: Progress) -> GatewayImage:
+def build_image(settings: Settings, progress: Progress) -> ProgramImage:
     """Build the gateway's image, push it if the settings name a registry, and record it in the home.
 
     Raises:
         ContainerError: the image can't be built or pushed.
     """
     client = connect(settings.docker_host, settings.home)
-    built = build_gateway_image(client, REQUIREMENTS, settings.home, progress, registry=settings.image_registry)
+    program = gateway_program(REQUIREMENTS)
+    built = build_program_image(client, program, settings.home, progress, registry=settings.image_registry)
     _image_file(settings.home).parent.mkdir(exist_ok=True)
     write_atomically(_image_file(settings.home), built.model_dump_json(indent=1))
     return built
@@ -59,10 +61,10 @@ def build_image(settings: Settings, progress: Progress) -> GatewayImage:
 def pushed_image(home: Path) -> str | None:
     """``REPOSITORY@sha256:…`` of the gateway image that this home pushed last; None if the gateway changed since."""
     try:
-        built = GatewayImage.model_validate_json(_image_file(home).read_bytes())
+        built = ProgramImage.model_validate_json(_image_file(home).read_bytes())
     except (FileNotFoundError, ValidationError):  # not built yet, or built by another version of Slipway
         return None
-    return built.reference if built.pushed and built.contents == contents(REQUIREMENTS) else None
+    return built.reference if built.pushed and built.contents == gateway_program(REQUIREMENTS).contents else None
 
 
 def _image_file(home: Path) -> Path:

@@ -48,7 +48,7 @@ SCHEMA = json.loads((DOCS / "model.schema.json").read_text())
 # What the pages call beside ours.
 OTHERS = {
     "base64", "bash", "cat", "cd", "cosign", "curl", "docker", "git", "helm", "jq", "kubectl", "model_signing",
-    "openssl", "printf", "python", "python3", "rm", "uv",
+    "openssl", "printf", "python", "python3", "rm", "tar", "uv",
 }  # fmt: skip
 
 

@@ -92,7 +92,8 @@ class Kubernetes(_Placement):
     namespace: str = "default"
     """The namespace of the jobs."""
     image: str = Field(pattern=r"@sha256:[0-9a-f]{64}$")
-    """The image that runs workers, by digest: with the checkout, and `requirements/node.txt` first on its `PATH`."""
+    """The image that runs workers, by digest: that of `slipway image pipeline`, or one with the checkout, and
+    `requirements/node.txt` first on its `PATH`."""
     store: _Store
     """The object store through which files are exchanged."""
     cpus: _Quantity = "4"

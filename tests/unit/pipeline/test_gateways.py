@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from containers.image.gateway_image import GatewayImage, contents
+from containers.image.gateway_image import gateway_program
+from containers.image.program_image import ProgramImage
 from pipeline.resources import REQUIREMENTS
 from pipeline.serving.gateway_process import pushed_image
 
 DIGEST = "sha256:" + "ab" * 32
-BUILT = GatewayImage(
+BUILT = ProgramImage(
     reference=f"registry.example/gateway@{DIGEST}", pushed=True, digest=DIGEST, image_id=DIGEST,
-    contents=contents(REQUIREMENTS), size_bytes=1,
+    contents=gateway_program(REQUIREMENTS).contents, size_bytes=1,
 )  # fmt: skip
 
 
