@@ -11,6 +11,7 @@ from typing import Any
 import load_evidence
 import yaml
 from image_record import image_record
+from release_folder import serving
 
 from containers.kubernetes.bundle import Images, WrittenBundle, write_bundle
 from containers.kubernetes.cluster import Cluster
@@ -92,6 +93,18 @@ def on_gpu() -> BundleEvidence:
     hardware = {"machine": "x86_64", "cpu": "AMD EPYC", "cores": 16, "memory_bytes": 2**38, "accelerators": [gpu]}
     released = manifest(image=image(minimum_driver="580.65.06"), hardware=hardware)
     return evidence(manifest=released, measured=served, context=8192, hourly=[20.0] * 23 + [60.0])
+
+
+def on_four_gpus() -> BundleEvidence:
+    """As `on_gpu`, with the model divided among four GPUs."""
+    alone = on_gpu()
+    arguments = ("--model", "/model", "--tensor-parallel-size", "4")
+    served = serving(None, arguments).model_copy(update={"tensor_parallel": 4})
+    return replace(
+        alone,
+        manifest=alone.manifest.model_copy(update={"serving": (served,)}),
+        measured=replace(alone.measured, ranks=4, gpus=4, shared_memory_bytes=4 * 2**30),
+    )
 
 
 def cluster(**changes: object) -> Cluster:

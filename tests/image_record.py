@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 from containers.image.build import ImageRecord
 
 DIGEST = "sha256:" + "ab" * 32
+ENTRY_POINT = ["/opt/venv/bin/python", "-m", "vllm.entrypoints.openai.api_server"]
+ARGUMENTS = ["--model", "/model", "--served-model-name", "demo"]
 
 
 def image_record(**changes: object) -> ImageRecord:
@@ -14,6 +18,6 @@ def image_record(**changes: object) -> ImageRecord:
         "image_id": DIGEST, "base": "debian", "base_digest": DIGEST, "pins_digest": DIGEST, "wheels_digest": DIGEST,
         "model_digest": DIGEST, "runtime": "vllm-cpu", "runtime_image_id": DIGEST, "minimum_cuda": None,
         "minimum_driver": None, "size_bytes": 10**9, "model_bytes": 1000, "port": 8000, "user": 65534, "labels": {},
-        "manifest": "{}", "configuration": "{}",
+        "manifest": "{}", "configuration": json.dumps({"config": {"Entrypoint": ENTRY_POINT, "Cmd": ARGUMENTS}}),
     }  # fmt: skip
     return ImageRecord.model_validate({**document, **changes})

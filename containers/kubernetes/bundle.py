@@ -24,7 +24,7 @@ from containers.kubernetes.alerts import alerts, healthy, recordings
 from containers.kubernetes.cluster import Cluster
 from containers.kubernetes.dashboard import dashboard
 from containers.kubernetes.helm import chart, with_placeholders
-from containers.kubernetes.kserve import inference_service
+from containers.kubernetes.kserve import inference_service, llm_inference_service
 from containers.kubernetes.names import mebibytes, object_name, thousandths
 from containers.kubernetes.numbers import BundleEvidence, Number, numbers, progress_seconds, tested_cores
 from containers.kubernetes.values import TemplateValues
@@ -32,7 +32,7 @@ from registry.manifest import ADAPTERS, DRAFT_MODEL
 
 TEMPLATES = Path(__file__).with_name("templates")
 NAMESPACE = "slipway"
-Form = Literal["kustomize", "helm", "kserve"]
+Form = Literal["kustomize", "helm", "kserve", "llm-d"]
 _MODEL_FOLDER = "/model"
 _TOKENIZER = "/srv/tokenizer"
 # The image of the gateway's Redis; Valkey 8 is the newest line with a free licence.
@@ -95,7 +95,8 @@ def write_bundle(
         monitoring_namespace: Prometheus' namespace.
         admission: what admission controllers check; without it, or for an image that was not pushed, the bundle has no
             ``policies/``.
-        form: Kustomize files, a Helm chart of the same objects, or an InferenceService of KServe for the engine alone.
+        form: Kustomize files, a Helm chart of the same objects, or the engine alone: as KServe's InferenceService, or
+            as its LLMInferenceService with llm-d's scheduler.
         more: returns further files of a Kustomize bundle by path, from the numbers.
 
     Raises:
@@ -127,9 +128,13 @@ def write_bundle(
         files |= _documents(evidence, values, found, files["monitoring/rules.yaml"])
         if form == "helm":
             files = chart(files, values)
-        elif form == "kserve":
+        elif form in {"kserve", "llm-d"}:
+            engine = files["base/engine.yaml"]
             policies = {name: text for name, text in files.items() if name.startswith("policies/")}
-            files = {"inferenceservice.yaml": inference_service(files["base/engine.yaml"], values), **policies}
+            if form == "kserve":
+                files = {"inferenceservice.yaml": inference_service(engine, values), **policies}
+            else:
+                files = {"llminferenceservice.yaml": llm_inference_service(engine, values, image), **policies}
         else:
             files |= more(found)
         for name, text in files.items():
@@ -142,7 +147,7 @@ def write_bundle(
     except BaseException:  # also after Ctrl-C no half-written bundle stays
         shutil.rmtree(part, ignore_errors=True)
         raise
-    return WrittenBundle(values.name, folder, tuple(sorted(files)), found, tuple(_warnings(values)))
+    return WrittenBundle(values.name, folder, tuple(sorted(files)), found, tuple(_warnings(values, form)))
 
 
 def _values(
@@ -172,6 +177,7 @@ def _values(
     return TemplateValues(
         name=name,
         line=line,
+        model=manifest.model,
         version=evidence.version,
         digest=manifest.digest,
         n=found,
@@ -339,7 +345,7 @@ def _rule_tests(name: str, found: Mapping[str, Number]) -> str:
     return head + str(yaml.safe_dump(document, sort_keys=False, width=1000))
 
 
-def _warnings(values: TemplateValues) -> list[str]:
+def _warnings(values: TemplateValues, form: Form) -> list[str]:
     told = []
     if not values.pushed:
         told.append("the release's image was not pushed: set SLIPWAY_IMAGE_REGISTRY and release again, or pass --image")
@@ -347,7 +353,7 @@ def _warnings(values: TemplateValues) -> list[str]:
         told.append(
             "the load test did not measure the capacity (`load.capacity`): scaling assumes the load test's traffic"
         )
-    if not values.gateway_known:
+    if form in {"kustomize", "helm"} and not values.gateway_known:
         told.append(
             "the gateway's image is unknown: set SLIPWAY_IMAGE_REGISTRY and run `slipway image gateway`, or pass "
             "--gateway-image REPOSITORY@sha256:…"

@@ -21,6 +21,7 @@ class TemplateValues:
 
     name: str
     line: str
+    model: str
     version: str
     digest: str
     n: Mapping[str, Number]

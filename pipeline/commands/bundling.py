@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 @click.argument("name")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to write: empty or new.")
 @click.option(
-    "--format", "form", type=click.Choice(["kustomize", "helm", "kserve"]), default="kustomize", show_default=True,
-    help="Kustomize files, a Helm chart of the same objects, or the engine as KServe's InferenceService.",
+    "--format", "form", default="kustomize", show_default=True,
+    type=click.Choice(["kustomize", "helm", "kserve", "llm-d"]),
+    help="Kustomize files, a Helm chart of the same objects, or the engine alone: as KServe's InferenceService, or as "
+    "its LLMInferenceService with llm-d's scheduler.",
 )  # fmt: skip
 @click.option("--namespace", default="slipway", show_default=True, help="The namespace that the release runs in.")
 @click.option("--monitoring", default="monitoring", show_default=True, help="The namespace that Prometheus runs in.")
@@ -57,7 +59,7 @@ def bundle(
 ) -> None:
     """Write Kubernetes manifests for release NAME[@ALIAS].
 
-    The folder is a Kustomize base with overlays, a Helm chart, or an InferenceService of KServe. Requests, limits,
+    The folder is a Kustomize base with overlays, a Helm chart, or a service of KServe. Requests, limits,
     probes, autoscaling and alerts are derived from the release's own measurements; a comment beside each number names
     its evidence. The alerts come with tests for promtool.
     """
@@ -95,6 +97,7 @@ def bundle(
         "kustomize": f"kubectl apply -k {out}/overlays/small",
         "helm": f"helm install {written.name} {out}",
         "kserve": f"kubectl apply -f {out}/inferenceservice.yaml",
+        "llm-d": f"kubectl apply -f {out}/llminferenceservice.yaml",
     }
     results.print(f"\n{len(written.files)} files in {escape(str(out))}: {escape(apply[form])}")
 

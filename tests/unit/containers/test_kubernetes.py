@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from bundle_evidence import (
     load_gate,
     manifest,
     measured,
+    on_four_gpus,
     on_gpu,
     written,
 )
@@ -173,7 +173,7 @@ def test_a_release_on_cpu_has_no_gpu(tmp_path: Path) -> None:
 
 
 def test_a_replica_of_several_gpus_asks_for_all_of_them_and_more_shared_memory(tmp_path: Path) -> None:
-    four = replace(on_gpu(), measured=replace(on_gpu().measured, ranks=4, gpus=4, shared_memory_bytes=4 * 2**30))
+    four = on_four_gpus()
     written(four, tmp_path / "four")
     pod = one(tmp_path / "four", "Deployment", "demo-awq-engine")["spec"]["template"]["spec"]
     (engine,) = pod["containers"]
