@@ -21,6 +21,7 @@ from containers.image.oci import EMPTY, MANIFEST
 from pipeline.sources.origin import Access
 from registry.digests import canonical_json
 from stages import loopback_registry
+from unit.pipeline import hub_server
 
 SAFETENSORS = "model.safetensors"
 
@@ -117,14 +118,31 @@ class AzPlace:
             self.client.upload_blob(f"models/tiny/{name}", data)
 
 
+class HubPlace:
+    """The stand-in for a hub, at one commit, whatever is put there."""
+
+    keeps_versions = False
+
+    def __init__(self, hub: hub_server.StandInHub, proxy: CuttingProxy) -> None:
+        self.hub, self.proxy, self.uri = hub, proxy, f"hf://{hub_server.REPOSITORY}"
+        self.access = Access(hub_endpoint=f"http://{proxy.address}")
+        self.environment: Mapping[str, str] = {}
+
+    def put(self, files: Mapping[str, bytes]) -> None:
+        self.hub.files = dict(files)
+
+
 class MlflowPlace:
-    """A server of MLflow, which hands the files out; each `put` is a new version, with the alias `chosen`."""
+    """A server of MLflow, which hands the files out; each `put` is a new version, with the alias `chosen`.
+
+    The model is in the transformers flavour, or plain files; its URI is that of the alias, or of the last `run`.
+    """
 
     keeps_versions = True
 
-    def __init__(self, address: str, folder: Path, proxy: CuttingProxy, *, flavour: bool) -> None:
-        self.name = "flavoured" if flavour else "plain"
-        self.uri, self.proxy, self.flavour, self.folder = f"models:/{self.name}@chosen", proxy, flavour, folder
+    def __init__(self, address: str, folder: Path, proxy: CuttingProxy, kind: str) -> None:
+        self.name, self.proxy, self.folder = kind, proxy, folder
+        self.uri, self.flavour = f"models:/{kind}@chosen", kind == "flavoured"
         self.access = Access(tracking_uri=f"http://{proxy.address}")
         self.environment: Mapping[str, str] = {}
         self.client = mlflow.MlflowClient(address, address)
@@ -151,6 +169,8 @@ class MlflowPlace:
         source = f"{run.info.artifact_uri}/weights"
         version = self.client.create_model_version(self.name, source, self.run)
         self.client.set_registered_model_alias(self.name, "chosen", version.version)
+        if self.name == "run":
+            self.uri = f"runs:/{self.run}/weights"
 
 
 class OciPlace:
@@ -197,9 +217,12 @@ class OciPlace:
 
 @contextmanager
 def open_places(server: str, folder: Path) -> Iterator[dict[str, Place]]:
-    """Start a server, `s3`, `gs`, `az`, `mlflow` or `oci`, and yield the places in it, one a form of its sources."""
+    """Start a server, `hub`, `s3`, `gs`, `az`, `mlflow` or `oci`; yield the places in it, one a form of its sources."""
     folder.mkdir(parents=True, exist_ok=True)
-    if server == "s3":
+    if server == "hub":
+        with hub_server.serving({}) as hub, cutting(hub.endpoint.removeprefix("http://")) as proxy:
+            yield {"hub": HubPlace(hub, proxy)}
+    elif server == "s3":
         with s3_server(folder) as address, cutting(address.removeprefix("http://")) as proxy:
             yield {
                 "s3": S3Place(address, proxy, versions=False),
@@ -218,10 +241,8 @@ def open_places(server: str, folder: Path) -> Iterator[dict[str, Place]]:
             mlflow_server(folder / "server", store, options, {}) as address,
             cutting(address.removeprefix("http://")) as proxy,
         ):
-            yield {
-                "mlflow": MlflowPlace(address, folder / "plain", proxy, flavour=False),
-                "mlflow-flavour": MlflowPlace(address, folder / "flavoured", proxy, flavour=True),
-            }
+            kinds = {"mlflow": "plain", "mlflow-flavour": "flavoured", "mlflow-run": "run"}
+            yield {name: MlflowPlace(address, folder / kind, proxy, kind) for name, kind in kinds.items()}
     else:
         with loopback_registry.serving(folder) as address, cutting(address) as proxy:
             yield {form: OciPlace(address, proxy, form) for form in ("oras", "modelpack", "modelcar")}

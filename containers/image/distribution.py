@@ -302,7 +302,8 @@ class Registry:
         # Not `answer.text`, which decodes with the codec that the answer names, and zlib is a codec too.
         words = " ".join(answer.content.decode(errors="replace").split())[:_LONGEST_SHOWN] or answer.reason_phrase
         where = str(path).partition("?")[0]
-        return DistributionError(f"the registry {self.host} answers {answer.status_code} for {where}: {words}")
+        renew = f"; renew the credentials: `docker login {self.host}`" if answer.status_code == 401 else ""
+        return DistributionError(f"the registry {self.host} answers {answer.status_code} for {where}: {words}{renew}")
 
 
 class _Bounded(httpx.SyncByteStream):

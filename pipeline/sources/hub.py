@@ -276,7 +276,8 @@ class Hub:
         except HfHubHTTPError as error:
             status = error.response.status_code
             kind = UnreachableError if status == httpx2.codes.TOO_MANY_REQUESTS or status >= 500 else SourceError
-            raise kind(f"{self.endpoint} refused {what} with status {status}") from error
+            expired = ": HF_TOKEN is not valid, or has expired" if status == httpx2.codes.UNAUTHORIZED else ""
+            raise kind(f"{self.endpoint} refused {what} with status {status}{expired}") from error
         except HFValidationError as error:
             raise SourceError(
                 f"hf://{repository} is not a valid model name: expected hf://ORG/NAME ({self._shown(error)})"

@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from pipeline.errors import SourceError
 from pipeline.sources.folder import Folder
+from pipeline.sources.objects import changed
 from pipeline.sources.origin import Access, Found, Origin, SourceFile, open_origin
 from registry import catalog
 from registry.download import Reader
@@ -43,11 +44,13 @@ class ServedFolder:
         return f"mlflow-artifacts:/{self.root}"
 
     def find(self) -> Found:
-        """List the files at its top level."""
+        """List the files at its top level, and make sure that the list is still the same."""
         from registry.server import MlflowServer  # noqa: PLC0415 - for those who have a server
 
         with MlflowServer(self.tracking_uri) as server:
             listed = server.list_proxied(self.root)
+            if server.list_proxied(self.root) != listed:
+                raise changed(self.uri, "its list of files changed while it was read")
         return Found(None, tuple(SourceFile(each["path"], each["size"]) for each in listed if not each["is_dir"]))
 
     @contextmanager

@@ -22,19 +22,22 @@ from pipeline.planner.sources import describe
 from pipeline.settings import Settings
 from pipeline.sources import cloud_storage
 from pipeline.sources.lock import read_lock
+from pipeline.sources.origin import Access, open_origin
 from pipeline.sources.s3 import open_prefix
 from pipeline.sources.source import ResolvedSource, hold_to_lock, pull, resolve
 from pipeline.spec import load
 from pipeline.stages.context import StageContext
 from pipeline.stages.run import run_until
 from pipeline.store.artifacts import Artifact
+from registry.server import MlflowServer
 from unit.pipeline import checkpoints
 
 KINDS = {
     "s3": "s3", "s3-versions": "s3", "gs": "gs", "az": "az", "mlflow": "mlflow", "mlflow-flavour": "mlflow",
     "oras": "oci", "modelpack": "oci", "modelcar": "oci",
 }  # fmt: skip
-"""Each kind of source, and the server that keeps it."""
+"""Each kind of source, and the server that keeps it; the cases of hubs are in `unit/pipeline/test_source.py`."""
+RELEASED = {**KINDS, "mlflow-run": "mlflow", "hub": "hub"}
 BLOCK = 1 << 16  # what clients of other clouds read at once, so that the tiny model takes several
 
 
@@ -308,6 +311,51 @@ def test_credentials_that_expire_are_named_and_leave_nothing(
     assert list(tmp_path.joinpath("downloads").rglob("*")) == []
 
 
+@pytest.mark.parametrize(
+    ("kind", "renew"),
+    [("hub", "HF_TOKEN"), ("mlflow", "MLFLOW_TRACKING_TOKEN"), ("oras", "docker login"), ("modelcar", "docker login")],
+)
+def test_credentials_that_expire_elsewhere_are_named_and_leave_nothing(
+    kind: str, renew: str, servers: Callable[[str], dict[str, Place]], files: Mapping[str, bytes], tmp_path: Path
+) -> None:
+    place = servers(RELEASED[kind])[kind]
+    place.put(files)
+    resolved = resolve(place.uri, access=place.access)
+    with recording() as server:
+        server.answer = lambda _: Answer(401, {"X-Error-Message": "Invalid credentials in Authorization header"})
+
+        def refusing(address: str) -> str:
+            return address.replace(place.proxy.address, server.address.removeprefix("http://"))
+
+        uri, there = refusing(place.uri), place.access
+        access = Access(refusing(there.hub_endpoint), "hf_expired", refusing(there.tracking_uri))
+        assert renew in one_line(lambda: resolve(uri, access=access))
+        late = replace(resolved, origin=open_origin(uri, None, access))
+        (tmp_path / "new").mkdir()
+        said = one_line(lambda: pull(late, tmp_path / "new", tmp_path / "downloads", lambda _: None))
+        assert renew in said
+        assert "hf_expired" not in said
+    assert list(tmp_path.joinpath("downloads").rglob("*")) == []
+
+
+def test_a_list_that_changes_while_mlflow_gives_it_is_refused(
+    servers: Callable[[str], dict[str, Place]], files: Mapping[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = servers("mlflow")["mlflow"]
+    assert isinstance(place, MlflowPlace)
+    place.put(files)
+    listed = MlflowServer.list_proxied
+
+    def then_write(server: MlflowServer, path: str) -> object:
+        found = listed(server, path)
+        place.client.log_text(place.run, "{}", "weights/late.json")
+        return found
+
+    monkeypatch.setattr(MlflowServer, "list_proxied", then_write)
+    said = one_line(lambda: resolve(place.uri, access=place.access))
+    assert "its list of files changed while it was read: run again" in said
+
+
 def test_without_credentials_the_variables_are_named(bucket: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
@@ -358,7 +406,7 @@ def test_compressed_layers_are_refused_with_what_to_do(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RELEASED)
 def test_the_demo_from_every_kind_of_source_is_quantized_and_checked_and_then_downloads_nothing(
     kind: str,
     servers: Callable[[str], dict[str, Place]],
@@ -366,7 +414,7 @@ def test_the_demo_from_every_kind_of_source_is_quantized_and_checked_and_then_do
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    place = servers(KINDS[kind])[kind]
+    place = servers(RELEASED[kind])[kind]
     for name, value in place.environment.items():
         monkeypatch.setenv(name, value)
     place.put({path.name: path.read_bytes() for path in (DEMO / "model").iterdir()})
@@ -377,7 +425,11 @@ def test_the_demo_from_every_kind_of_source_is_quantized_and_checked_and_then_do
     model.write_text(yaml.safe_dump(document))
     variables = make_home(tmp_path / "home", machine)
     read = Settings.read(variables)
-    settings = replace(read, tracking_uri=place.access.tracking_uri or read.tracking_uri)
+    settings = replace(
+        read,
+        tracking_uri=place.access.tracking_uri or read.tracking_uri,
+        hub_endpoint=place.access.hub_endpoint,
+    )
 
     def release() -> dict[str, Artifact]:
         place.proxy.received = 0
