@@ -5,7 +5,7 @@ Request: `model` (a checkpoint's folder; its tokenizer alone where a server answ
 ours);
 optional: `server` (`address`, a file in which its URL appears; `name`; `image`; `engine`), `part` (from and to which
 share of each task), `divergence` (`documents`, `max_tokens`, `top`), `again` (items a task to ask twice), `canary`
-(prompts), `hub` (`endpoint`, `cache`), `device` (`cpu`, `cuda`), `batch_size`, `threads`. Writes `answers.json`
+(prompts), `hub` (`endpoint`, `cache`), `device` (`cpu`, `cuda`). Writes `answers.json`
 (`evals.drift.answers.Answers`), `runs.npz` (the hashed runs of words of every item, `evals.drift.overlap`) and, if
 asked, `top.npz` (`evals.drift.divergence.Top`) and `canary.json` (`evals.load.canary.TakenCanary`).
 
@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import checkpoints  # type: ignore[import-not-found]  # beside this script
 import images  # type: ignore[import-not-found]
@@ -39,14 +39,26 @@ from slipway_worker import WorkerError, main
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
+    from evals.drift.asking import AnswersRequest, DivergenceRequest, HubAccess, TaskRequest
+    from evals.drift.items import ItemAnswer, Repeated, Row, Sample
+
 SCHEMA = "slipway.answers/2"
 TASKS = Path(__file__).resolve().parent / "tasks"
 _CONNECTIONS = 16  # to a server that is asked by chat
 Report = Callable[[str], None]
-AnswerRow = Callable[[dict[str, Any]], dict[str, Any]]
+AnswerRow = Callable[["Row"], "ItemAnswer"]
 
 
-def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
+class TaskAnswers(TypedDict):
+    """The answers to one task, as `evals.drift.answers` reads them."""
+
+    kind: str
+    data_sha256: str
+    items: Sequence[ItemAnswer]
+    again: NotRequired[Repeated]
+
+
+def work(request: AnswersRequest, report: Report) -> dict[str, object]:
     """Answer every task of the request and write the answers; return a summary.
 
     Raises:
@@ -72,8 +84,9 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
     except served.ServerError as error:
         raise WorkerError(str(error)) from error
     suite = {"name": request["suite"]["name"], "digest": request["suite"]["digest"], "lm_eval": engine["lm-eval"]}
-    image = request["server"]["image"] if request.get("server") else None
-    longest = model.longest if request.get("server") else None
+    server = request.get("server")
+    image = server["image"] if server else None
+    longest = model.longest if server else None
     answers = {
         "schema": SCHEMA, "engine": engine, "image": image, "longest": longest, "suite": suite, "tasks": tasks,
     }  # fmt: skip
@@ -86,14 +99,14 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
     }
 
 
-def _prepare(hub: Mapping[str, str] | None) -> None:
+def _prepare(hub: HubAccess | None) -> None:
     """Set the variables that the libraries read when they are imported; only lm-eval's own tasks need the hub."""
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "0" if hub else "1"}
     if hub:
         os.environ |= {"HF_ENDPOINT": hub["endpoint"], "HF_HOME": hub["cache"]}
 
 
-def _model(request: dict[str, Any], report: Report) -> tuple[LM, dict[str, Any]]:
+def _model(request: AnswersRequest, report: Report) -> tuple[LM, dict[str, str | int]]:
     """Return the language model to ask, and what identifies the engine.
 
     Raises:
@@ -116,13 +129,13 @@ def _model(request: dict[str, Any], report: Report) -> tuple[LM, dict[str, Any]]
     return model, {**server["engine"], **lm_eval}
 
 
-def _rows(name: str, task: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+def _rows(name: str, task: TaskRequest) -> tuple[list[Row], str]:
     """Read a task's data: the rows to ask, and the SHA-256 of the whole file.
 
     The rows are spread evenly over the file and sorted by the digest of their ids, so that any first part of them
     represents all.
     """
-    path = Path(task["data"])
+    path = Path(str(task["data"]))
     try:
         content = path.read_bytes()
         rows = json_lines.parse_rows(content, path, json_lines.SHAPES.get(_output_type(task), json_lines.NAMED))
@@ -136,7 +149,7 @@ def _rows(name: str, task: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
     return chosen, hashlib.sha256(content).hexdigest()
 
 
-def _cut(rows: list[dict[str, Any]], part: Sequence[float] | None) -> list[dict[str, Any]]:
+def _cut(rows: list[Row], part: Sequence[float] | None) -> list[Row]:
     """Return the rows from one share of them to another, by `evals.statistics.sequential.prefixes`."""
     first, last = (max(1, round(len(rows) * share)) if share else 0 for share in part or (0.0, 1.0))
     return rows[first:last]
@@ -145,11 +158,11 @@ def _cut(rows: list[dict[str, Any]], part: Sequence[float] | None) -> list[dict[
 def _ask(
     model: LM,
     name: str,
-    task: dict[str, Any],
-    request: dict[str, Any],
-    ours: tuple[list[dict[str, Any]], str] | None,
+    task: TaskRequest,
+    request: AnswersRequest,
+    ours: tuple[list[Row], str] | None,
     report: Report,
-) -> tuple[dict[str, Any], list[list[str]], list[str]]:
+) -> tuple[TaskAnswers, list[list[str]], list[str]]:
     """Return a task's answers, the texts of each item that are compared for overlap, and those of a likelihood task.
 
     The last are all texts of the task, whichever part of it is asked, so that the same documents are kept.
@@ -160,7 +173,10 @@ def _ask(
     model.asking = name
     if rows and ours and (asked := _by_chat(model, name, task, is_served=bool(request.get("server")))):
         kind, question, answer = asked
-        found = {"kind": kind, "data_sha256": ours[1], **_ask_by_chat(name, rows, answer, request, report)}
+        answered, repeated = _ask_by_chat(name, rows, answer, request, report)
+        found: TaskAnswers = {"kind": kind, "data_sha256": ours[1], "items": answered}
+        if repeated is not None:
+            found["again"] = repeated
         report(f"{name}: answered in {time.monotonic() - began:.1f} s")
         return found, [[row[question]] for row in rows], []
     samples, kind = _evaluate(model, name, task, request, rows)
@@ -172,8 +188,8 @@ def _ask(
         # lm-eval's limit holds for each of a task's parts.
         limit = math.ceil(again / len({part for part, _ in samples}))
         model.asking = f"{name}, once more"
-        repeated, _ = _evaluate(model, name, task, request, rows[:again] if rows else None, limit=limit)
-        found["again"] = graded.again(answered, graded.items(kind, repeated, task, rows, model))
+        second, _ = _evaluate(model, name, task, request, rows[:again] if rows else None, limit=limit)
+        found["again"] = graded.again(answered, graded.items(kind, second, task, rows, model))
     report(f"{name}: answered in {time.monotonic() - began:.1f} s")
     texts = []
     if kind == "text":
@@ -181,7 +197,7 @@ def _ask(
     return found, [graded.shown(kind, sample) for sample in samples], texts
 
 
-def _by_chat(model: LM, name: str, task: dict[str, Any], *, is_served: bool) -> tuple[str, str, AnswerRow] | None:
+def _by_chat(model: LM, name: str, task: TaskRequest, *, is_served: bool) -> tuple[str, str, AnswerRow] | None:
     """How a task that lm-eval does not have is asked: the kind of its answers, the key of its question, and by what.
 
     Raises:
@@ -198,12 +214,15 @@ def _by_chat(model: LM, name: str, task: dict[str, Any], *, is_served: bool) -> 
 
 
 def _ask_by_chat(
-    name: str, rows: list[dict[str, Any]], answer: AnswerRow, request: dict[str, Any], report: Report
-) -> dict[str, Any]:
-    """Return the answers to a task that lm-eval does not have, several at once where a server answers."""
+    name: str, rows: list[Row], answer: AnswerRow, request: AnswersRequest, report: Report
+) -> tuple[list[ItemAnswer], Repeated | None]:
+    """Return the answers to a task that lm-eval does not have, several at once where a server answers.
+
+    Of the rows that are asked twice, also return what was answered otherwise.
+    """
     from slipway_counting import Counter
 
-    def asked(part: list[dict[str, Any]], words: str) -> list[dict[str, Any]]:
+    def asked(part: list[Row], words: str) -> list[ItemAnswer]:
         with (
             ThreadPoolExecutor(_CONNECTIONS if request.get("server") else 1) as pool,
             Counter(report, words, len(part), "items") as counter,
@@ -214,13 +233,11 @@ def _ask_by_chat(
                 counter.add()
         return answered
 
-    found: dict[str, Any] = {"items": asked(rows, name)}
-    if again := request.get("again") or 0:
-        found["again"] = graded.again(found["items"], asked(rows[:again], f"{name}, once more"))
-    return found
+    answered, again = asked(rows, name), request.get("again") or 0
+    return answered, graded.again(answered, asked(rows[:again], f"{name}, once more")) if again else None
 
 
-def _output_type(task: Mapping[str, Any]) -> str | None:
+def _output_type(task: TaskRequest) -> str | None:
     """Return the kind of request, in lm-eval's terms, of one of our own tasks."""
     kind = graded.configuration(TASKS / f"{task['task']}.yaml").get("output_type")
     return None if kind is None else str(kind)
@@ -229,11 +246,11 @@ def _output_type(task: Mapping[str, Any]) -> str | None:
 def _evaluate(
     model: LM,
     name: str,
-    task: dict[str, Any],
-    request: dict[str, Any],
-    rows: list[dict[str, Any]] | None,
+    task: TaskRequest,
+    request: AnswersRequest,
+    rows: list[Row] | None,
     limit: int | None = None,
-) -> tuple[list[tuple[str, dict[str, Any]]], str]:
+) -> tuple[list[Sample], str]:
     """Run lm-eval over one task; return its samples with the part that each is of, in order, and their kind.
 
     Raises:
@@ -265,11 +282,11 @@ def _evaluate(
             raise
         told = " ".join(str(error).split())[:300]
         raise WorkerError(f"`{name}` (lm-eval's `{task['task']}`) cannot be asked: {told}") from error
-    found: tuple[list[tuple[str, dict[str, Any]]], str] = graded.samples(results, task, name)
+    found: tuple[list[Sample], str] = graded.samples(results, task, name)
     return found
 
 
-def _write_top(model: LM, texts: Sequence[str], wanted: Mapping[str, int], output: Path) -> None:
+def _write_top(model: LM, texts: Sequence[str], wanted: DivergenceRequest, output: Path) -> None:
     """Write the likeliest tokens at every place of some texts."""
     import numpy as np
 

@@ -8,10 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from containers.sandbox.engine_log import Failure
 from containers.sandbox.sandbox import Server
@@ -34,11 +33,7 @@ _POLL_SECONDS = 0.5
 T = TypeVar("T")
 
 
-class _Request(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class StartingServer(_Request):
+class StartingServer(TypedDict):
     """A server that is being started: the file in which its URL appears, the model's name, its image and its engine.
 
     ``chat_template`` is the file of a template in place of the tokenizer's own.
@@ -48,17 +43,17 @@ class StartingServer(_Request):
     name: str
     image: str
     engine: Mapping[str, str | int]
-    chat_template: str | None = None
+    chat_template: str | None
 
 
-class HubAccess(_Request):
+class HubAccess(TypedDict):
     """The hub from which lm-eval's own tasks download their data, and the folder in which it is kept."""
 
     endpoint: str
     cache: str
 
 
-class SuiteRequest(_Request):
+class SuiteRequest(TypedDict):
     """The suite that is asked."""
 
     name: str
@@ -66,21 +61,37 @@ class SuiteRequest(_Request):
     seed: int
 
 
-class TaskRequest(Question):
-    """One task of the suite; ``data`` is the file of one of our tasks."""
+class TaskRequest(TypedDict):
+    """One task of the suite, as `evals.drift.suite.Question` has it; ``data`` is the file of one of our tasks."""
 
-    data: Path | None
+    task: str
+    ours: bool
+    items: int | None
+    metric: str | None
+    filter: str | None
+    fewshot: int | None
+    chat_template: bool
+    metadata: Mapping[str, str]
+    data: Path | str | None
 
 
-class AnswersRequest(_Request):
+class DivergenceRequest(TypedDict):
+    """Which next-token distributions are kept, as `evals.drift.limits.DivergenceLimits` has it."""
+
+    documents: int
+    max_tokens: int
+    top: int
+
+
+class AnswersRequest(TypedDict):
     """The request to the worker `evals.drift.answer`, which says what each key means."""
 
-    model: Path
-    output: Path
+    model: Path | str
+    output: Path | str
     suite: SuiteRequest
     tasks: Mapping[str, TaskRequest]
     part: tuple[float, float]
-    divergence: DivergenceLimits | None
+    divergence: DivergenceRequest | None
     again: int
     canary: Sequence[str]
     device: str | None
@@ -130,20 +141,35 @@ def ask(
         model=checkpoint,
         output=output,
         suite=SuiteRequest(name=asked.name, digest=asked.digest, seed=asked.seed),
-        tasks={
-            name: TaskRequest(**task.question(name).model_dump(), data=task.data)
-            for name, task in sorted(asked.tasks.items())
-        },
+        tasks={name: _task(task.question(name), task.data) for name, task in sorted(asked.tasks.items())},
         part=part,
-        divergence=divergence,
+        divergence=None if divergence is None else _distributions(divergence),
         again=again,
         canary=canary,
         device=device,
         hub=None if ours else hub,
         server=serving,
     )
-    run_worker(ENVIRONMENT, WORKER, request.model_dump(), scratch)
+    run_worker(ENVIRONMENT, WORKER, request, scratch)
     return read_answers(output)
+
+
+def _task(question: Question, data: Path | None) -> TaskRequest:
+    return TaskRequest(
+        task=question.task,
+        ours=question.ours,
+        items=question.items,
+        metric=question.metric,
+        filter=question.filter,
+        fewshot=question.fewshot,
+        chat_template=question.chat_template,
+        metadata=question.metadata,
+        data=data,
+    )
+
+
+def _distributions(wanted: DivergenceLimits) -> DivergenceRequest:
+    return DivergenceRequest(documents=wanted.documents, max_tokens=wanted.max_tokens, top=wanted.top)
 
 
 def while_serving(serve: Callable[[], AbstractContextManager[Server]], address: Path, asking: Callable[[], T]) -> T:

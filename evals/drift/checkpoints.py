@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedModel
 
+    from evals.drift.asking import AnswersRequest
+
 # A tensor that each quantized layer has and no other: of AWQ and GPTQ, of compressed-tensors, and of DeepSeek V3.
 _MARKS = ("qweight", "weight_scale", "weight_scale_inv")
 _PARTS = (
@@ -33,7 +35,7 @@ BATCH_SIZE = 64
 DTYPES = {"cpu": "float32", "cuda": "float16"}
 
 
-def load(folder: Path, request: dict[str, Any], report: Callable[[str], None]) -> tuple[HFLM, dict[str, Any]]:
+def load(folder: Path, request: AnswersRequest, report: Callable[[str], None]) -> tuple[HFLM, dict[str, str | int]]:
     """Load the checkpoint into lm-eval's HF backend; also return what identifies the engine.
 
     Raises:
@@ -43,8 +45,6 @@ def load(folder: Path, request: dict[str, Any], report: Callable[[str], None]) -
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    if request.get("threads"):
-        torch.set_num_threads(request["threads"])
     torch.manual_seed(0)
     device = request.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     image_processor = _processor(folder) if images.are_asked(request["tasks"]) else None
@@ -55,12 +55,11 @@ def load(folder: Path, request: dict[str, Any], report: Callable[[str], None]) -
         network = read(folder, dtype).to(device=device, dtype=getattr(torch, dtype)).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise WorkerError(f"the checkpoint in {folder} cannot be loaded: {error}") from error
-    batch_size = request.get("batch_size") or BATCH_SIZE
-    model = _backend(report)(pretrained=network, tokenizer=tokenizer, batch_size=batch_size, device=device)
+    model = _backend(report)(pretrained=network, tokenizer=tokenizer, batch_size=BATCH_SIZE, device=device)
     model.processor = image_processor
     # Two machines' answers are paired only where the same kernels computed them.
     processor = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
-    engine = {"name": "hf", "device": device, "processor": processor, "dtype": dtype, "batch_size": batch_size}
+    engine = {"name": "hf", "device": device, "processor": processor, "dtype": dtype, "batch_size": BATCH_SIZE}
     return model, {**engine, **{name: metadata.version(name) for name in ("transformers", "torch")}}
 
 

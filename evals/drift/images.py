@@ -11,7 +11,11 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from string import ascii_uppercase
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evals.drift.asking import TaskRequest
+    from evals.drift.items import ItemAnswer
 
 Row = Mapping[str, Any]
 # From an image (a PNG in base64), a text, and the letters to each letter's log-probability; NaN where there is none.
@@ -21,12 +25,12 @@ TYPE = "image_choice"
 _QUESTION, _CHOICE = 500, 200  # characters that are kept for a person to read
 
 
-def are_asked(tasks: Mapping[str, Mapping[str, Any]]) -> bool:
+def are_asked(tasks: Mapping[str, TaskRequest]) -> bool:
     """Whether one of a request's tasks shows images."""
     return any(task["ours"] and task["task"] == "images" for task in tasks.values())
 
 
-def answer(row: Row, score: Score) -> dict[str, Any]:
+def answer(row: Row, score: Score) -> ItemAnswer:
     """Ask a row and return its answer, as `evals.drift.answers.ChoiceAnswer` has it."""
     letters, text = ascii_uppercase[: len(row["choices"])], prompt(row)
     return {

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Required, TypedDict
 
 from slipway_worker import WorkerError
+
+if TYPE_CHECKING:
+    from evals.drift.asking import TaskRequest
 
 KINDS = {
     "multiple_choice": "choice",
@@ -20,7 +23,38 @@ _QUESTION, _ANSWER = 500, 200  # characters that are kept of an item for a perso
 _COUNTED = 2000  # characters of a context that count for overlap
 _JOINT = 400  # of them before a choice: more than any run of words that ends in it
 
-Sample = tuple[str, dict[str, Any]]  # the part of the task that it is of, and lm-eval's record
+Record = dict[str, Any]
+"""A sample as lm-eval records it, by lm-eval's keys."""
+Sample = tuple[str, Record]
+"""The part of the task that a sample is of, and its record."""
+Row = dict[str, Any]
+"""A line of a task's data: of ours, or what the model file's author wrote."""
+
+
+class ItemAnswer(TypedDict, total=False):
+    """An item's answer, as `evals.drift.answers` reads it."""
+
+    id: Required[str]
+    asked: Required[str]
+    bytes: int
+    log_likelihood: float | None
+    group: str
+    question: str
+    answer: int
+    log_likelihoods: Sequence[float | None]
+    right: bool | None
+    choices: Sequence[str]
+    tokens: int
+    said: str
+
+
+class Repeated(TypedDict):
+    """What a model answered otherwise when it was asked the same items twice, as `evals.drift.answers` reads it."""
+
+    items: int
+    flips: int
+    changed: int
+    largest: float
 
 
 def configuration(path: Path) -> dict[str, Any]:
@@ -38,7 +72,7 @@ def configuration(path: Path) -> dict[str, Any]:
     return found
 
 
-def samples(results: dict[str, Any], task: dict[str, Any], name: str) -> tuple[list[Sample], str]:
+def samples(results: Mapping[str, Any], task: TaskRequest, name: str) -> tuple[list[Sample], str]:
     """Return a task's samples of the wanted filter, part by part in order, and their kind.
 
     Raises:
@@ -81,37 +115,44 @@ def text(sample: Sample) -> str:
 def items(
     kind: str,
     found: Sequence[Sample],
-    task: dict[str, Any],
-    rows: Sequence[dict[str, Any]] | None,
+    task: TaskRequest,
+    rows: Sequence[Row] | None,
     model: Any,  # noqa: ANN401 - lm-eval's
-) -> list[dict[str, Any]]:
+) -> list[ItemAnswer]:
     """Return a task's answers, as `evals.drift.answers` has them; ``rows`` are its lines of data, where it is ours."""
     return [item(kind, sample, task, rows[at] if rows else None, model) for at, sample in enumerate(found)]
 
 
-def item(kind: str, sample: Sample, task: dict[str, Any], row: dict[str, Any] | None, model: Any) -> dict[str, Any]:  # noqa: ANN401 - lm-eval's
+def item(kind: str, sample: Sample, task: TaskRequest, row: Row | None, model: Any) -> ItemAnswer:  # noqa: ANN401 - lm-eval's
     """Return an item's answer, as `evals.drift.answers` has it; ``row`` is its line of data, where it is ours."""
     part, record = sample
-    named = {"id": row["id"] if row else f"{part}/{record['doc_id']}", "asked": _digest(record["arguments"])}
+    named: ItemAnswer = {
+        "id": row["id"] if row else f"{part}/{record['doc_id']}",
+        "asked": _digest(record["arguments"]),
+    }
     if kind == "text":
         response = record["resps"][0]
         score = response[0] if isinstance(response, list | tuple) else response
         document = row["text"] if row else text(sample)
         return {**named, "bytes": max(1, len(document.encode("utf-8"))), "log_likelihood": _finite(score)}
-    question = {"group": "" if row else part, "question": str(record["arguments"][0][0])[-_QUESTION:]}
+    question: ItemAnswer = {
+        **named,
+        "group": "" if row else part,
+        "question": str(record["arguments"][0][0])[-_QUESTION:],
+    }
     if kind == "choice":
         choices = [str(arguments[1]).strip()[:_ANSWER] for arguments in record["arguments"]]
         scores = [_finite(response[0][0]) for response in record["resps"]]
         right = None if row else _right(record, task.get("metric") or "acc")
         answer = row["answer"] if row else _answer(record["target"], choices)
-        return {**named, **question, "answer": answer, "log_likelihoods": scores, "right": right, "choices": choices}
+        return {**question, "answer": answer, "log_likelihoods": scores, "right": right, "choices": choices}
     said = str(record["resps"][0][0] if isinstance(record["resps"][0], list | tuple) else record["resps"][0])
     right = _right(record, task.get("metric") or "exact_match")
     tokens = len(model.tok_encode(said)) if said else 0
-    return {**named, **question, "right": right, "tokens": tokens, "said": said[:_ANSWER]}
+    return {**question, "right": right, "tokens": tokens, "said": said[:_ANSWER]}
 
 
-def again(first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def again(first: Sequence[ItemAnswer], second: Sequence[ItemAnswer]) -> Repeated:
     """Compare what one model answered when it was asked the same items twice."""
     known = {answer["id"]: answer for answer in first}
     pairs = [(known[answer["id"]], answer) for answer in second if answer["id"] in known]
@@ -129,20 +170,21 @@ def again(first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]]) -> 
     }
 
 
-def _said(answer: dict[str, Any]) -> Any:  # noqa: ANN401 - a number or text
+def _said(answer: ItemAnswer) -> Any:  # noqa: ANN401 - a number or text
     scores = answer.get("log_likelihoods")
     if scores is None:
         return answer["said"]
-    return None if None in scores else scores.index(max(scores))
+    known = [score for score in scores if score is not None]
+    return scores.index(max(known)) if len(known) == len(scores) else None
 
 
-def _hit(answer: dict[str, Any]) -> bool | None:
+def _hit(answer: ItemAnswer) -> bool | None:
     if answer["right"] is not None or "answer" not in answer:
-        return answer["right"]  # type: ignore[no-any-return]
+        return answer["right"]
     return bool(_said(answer) == answer["answer"])
 
 
-def _right(record: dict[str, Any], metric: str) -> bool:
+def _right(record: Record, metric: str) -> bool:
     value = record.get(metric)
     if value not in (0, 1):
         raise WorkerError(f"`{metric}` of an item is {value!r}: only what is right or wrong can be paired here")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypedDict
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -16,13 +17,11 @@ ENVIRONMENT = "lm-eval"
 WORKER = Path(__file__).with_name("layers.py")
 
 
-class LayersRequest(BaseModel):
+class LayersRequest(TypedDict):
     """The request to the worker `evals.drift.layers`."""
 
-    model_config = ConfigDict(frozen=True)
-
-    source: Path
-    checkpoint: Path
+    source: Path | str
+    checkpoint: Path | str
     samples: tuple[str | list[dict[str, str]], ...]
     """Each a text, or the messages of a conversation."""
     max_tokens: int
@@ -60,7 +59,7 @@ def measure_layers(
         max_tokens=max_tokens,
         chat_template=None if chat_template is None else chat_template.read_text(encoding="utf-8"),
     )
-    found = run_worker(ENVIRONMENT, WORKER, request.model_dump(), scratch)
+    found = run_worker(ENVIRONMENT, WORKER, request, scratch)
     try:
         return list(LayersResult.model_validate(found).layers)
     except ValidationError as error:

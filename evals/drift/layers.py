@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from evals.drift.layer_errors import LayersRequest
+
 Report = Callable[[str], None]
 
 
@@ -50,7 +52,7 @@ class Sums:
         return float((own - explained).clamp_min(0).sum().div(own.sum().clamp_min(1e-30)).sqrt())
 
 
-def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
+def work(request: LayersRequest, report: Report) -> dict[str, object]:
     """Measure every packed layer.
 
     Raises:
@@ -80,10 +82,9 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
     _watch(sums, ours, theirs)
     with torch.inference_mode(), Counter(report, "layers' errors", len(request["samples"]), "texts") as counter:
         for sample in request["samples"]:
-            said = isinstance(sample, str)
-            text = sample if said else _rendered(sample, tokenizer, request["chat_template"])
+            text = sample if isinstance(sample, str) else _rendered(sample, tokenizer, request["chat_template"])
             cut = {"truncation": True, "max_length": request["max_tokens"]}
-            tokens = tokenizer(text, return_tensors="pt", add_special_tokens=said, **cut)
+            tokens = tokenizer(text, return_tensors="pt", add_special_tokens=text is sample, **cut)
             if tokens["input_ids"].shape[1]:
                 first(input_ids=tokens["input_ids"], use_cache=False)
             counter.add()

@@ -9,7 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evals.drift.items import ItemAnswer
 
 Row = Mapping[str, Any]
 Chat = Callable[[dict[str, Any]], dict[str, Any]]
@@ -19,7 +22,7 @@ _TOKENS = 256
 _QUESTION, _SAID = 500, 200  # characters that are kept for a person to read
 
 
-def answer(row: Row, chat: Chat) -> dict[str, Any]:
+def answer(row: Row, chat: Chat) -> ItemAnswer:
     """Ask a row and return its answer, as `evals.drift.answers.GeneratedAnswer` has it.
 
     ``chat`` sends a body to ``/v1/chat/completions`` and returns the reply.

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict
 
 import httpx
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, ValidationError
@@ -46,7 +46,7 @@ from evals.load.requests import RequestRecord, parse_requests
 from evals.load.slo import PERCENTILES, Slo, percentile
 from evals.load.speculation import Speculation
 from evals.load.traffic.profile import TrafficProfile
-from evals.load.traffic.schedule import Schedule
+from evals.load.traffic.schedule import Planned, Schedule
 from evals.load.traffic.schedule import plan as schedule_of
 from evals.workers import RunWorker
 from registry import untrusted
@@ -110,20 +110,35 @@ class TrafficProgress(ClientProgress):
 Live = Callable[[TrafficProgress], None]
 
 
-class ClientRequest(BaseModel):
+class DueRequest(TypedDict):
+    """One request, as `evals.load.traffic.schedule.Planned` has it."""
+
+    due_ms: int
+    input_tokens: int
+    output_tokens: int
+    prefix: int | None
+
+
+class DueRequests(TypedDict):
+    """All requests, as `evals.load.traffic.schedule.Schedule` has them."""
+
+    requests: Sequence[DueRequest]
+    warmup: Sequence[DueRequest]
+    prefix_tokens: Sequence[int]
+
+
+class ClientRequest(TypedDict):
     """The request to the load generator (`evals.load.traffic.client`), which says what each key means."""
 
-    model_config = ConfigDict(frozen=True)
-
     url: str
-    models: tuple[str, ...]
-    tokenizer: Path
-    prompts: Path
-    schedule: Schedule
+    models: Sequence[str]
+    tokenizer: str
+    prompts: str
+    schedule: DueRequests
     skip: int
     request_timeout_s: float
     seed: int
-    output: Path
+    output: str
 
 
 class ClientResult(BaseModel):
@@ -172,12 +187,12 @@ class Tester:
         output = folder / "output"
         output.mkdir(parents=True)
         request = ClientRequest(
-            url=self.server.url, models=self.models, tokenizer=self.tokenizer.resolve(),
-            prompts=self.plan.prompts.resolve(), schedule=schedule_of(profile), skip=self.prompts_used,
-            request_timeout_s=self.plan.request_timeout_s, seed=self.plan.seed or 0, output=output.resolve(),
+            url=self.server.url, models=self.models, tokenizer=str(self.tokenizer.resolve()),
+            prompts=str(self.plan.prompts.resolve()), schedule=_due(schedule_of(profile)), skip=self.prompts_used,
+            request_timeout_s=self.plan.request_timeout_s, seed=self.plan.seed or 0, output=str(output.resolve()),
         )  # fmt: skip
         with self._watched(folder / "progress.json", purpose, profile.rate):
-            returned = self.run_worker("aiperf", CLIENT, request.model_dump(mode="json"), folder)
+            returned = self.run_worker("aiperf", CLIENT, request, folder)
         try:
             result = ClientResult.model_validate(returned)
         except ValidationError as error:
@@ -223,6 +238,20 @@ class Tester:
             ended.set()
             thread.join()
             self.server.memory.phase = "after"
+
+
+def _due(schedule: Schedule) -> DueRequests:
+    def each(planned: Sequence[Planned]) -> list[DueRequest]:
+        return [
+            DueRequest(
+                due_ms=one.due_ms, input_tokens=one.input_tokens, output_tokens=one.output_tokens, prefix=one.prefix
+            )
+            for one in planned
+        ]
+
+    return DueRequests(
+        requests=each(schedule.requests), warmup=each(schedule.warmup), prefix_tokens=schedule.prefix_tokens
+    )
 
 
 def measure(

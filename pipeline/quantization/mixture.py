@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypedDict, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from evals.drift.mixture import UNQUANTIZED, FormatCost, MixedGroup, Mixture
 from pipeline.compatibility.description import ModelDescription, Role, in_layer, layer_of
 from pipeline.compatibility.safetensors_headers import Tensor
-from pipeline.compatibility.scheme import Scheme
+from pipeline.compatibility.scheme import Method, Scheme
 from pipeline.errors import QuantizeError, WorkerFailed
 from pipeline.quantization.assignment import (
     Assignment,
@@ -46,7 +46,7 @@ _EXPERTS = re.compile(r"(?<=\.experts)\..*$")
 Result = TypeVar("Result", bound=BaseModel)
 
 # Runs the worker: its script, request and the name of a folder of its own → its result.
-Ask = Callable[[Mapping[str, object], str], Mapping[str, Any]]
+Ask = Callable[[Mapping[str, object], str], Mapping[str, object]]
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,32 @@ class LayerGroup:
     bytes: Mapping[str, int]
 
 
-class SensitivityRequest(BaseModel):
+class FormatSettings(TypedDict):
+    """A format, as a worker is told of it."""
+
+    method: Method
+    bits: int
+    group_size: int
+
+
+class FormatOfLayers(FormatSettings):
+    """A format, and the layers that have it."""
+
+    layers: list[str]
+
+
+class SensitivityRequest(TypedDict):
     """The request to the worker: to predict each format's losses, or to measure those of a finished checkpoint."""
 
-    model_config = ConfigDict(frozen=True)
-
-    source: Path
-    checkpoint: Path | None
+    source: Path | str
+    checkpoint: Path | str | None
     calibration: str
     texts: tuple[str | list[dict[str, str]], ...]
     chat_template: str | None
     max_tokens: int
     seed: int
-    groups: Mapping[str, tuple[str, ...]]
-    formats: Mapping[str, Mapping[str, str | int]]
+    groups: Mapping[str, Sequence[str]]
+    formats: Mapping[str, FormatSettings]
 
 
 class _Predicted(BaseModel):
@@ -168,7 +180,7 @@ class ChosenMixture:
     budget: int
 
     @cached_property
-    def formats(self) -> list[dict[str, Any]]:
+    def formats(self) -> list[FormatOfLayers]:
         """For the quantizer's worker: each format that occurs, with its layers."""
         found: dict[str, list[str]] = {}
         for group, name in self.chosen.items():
@@ -218,10 +230,13 @@ def choose(
     if problems := find_problems(model, scheme):
         raise QuantizeError("; ".join(problems))
     groups = groups_of(model, scheme)
-    named = {"groups": {name: group.layers for name, group in groups.items()}}
-    formats = {"formats": {name: _settings(each) for name, each in scheme.mixed_schemes.items()}}
+    request = {
+        **request,
+        "groups": {name: group.layers for name, group in groups.items()},
+        "formats": {name: _settings(each) for name, each in scheme.mixed_schemes.items()},
+    }
     progress(f"measuring {len(groups)} groups of layers in {len(scheme.mixed_schemes)} formats")
-    losses = _valid(_Predicted, ask(request.model_copy(update=named | formats).model_dump(), "sensitivity")).losses
+    losses = _valid(_Predicted, ask(request, "sensitivity")).losses
     options = {
         name: {
             key: Option(size, 0.0 if key == UNQUANTIZED else _known(losses, name, key))
@@ -244,9 +259,12 @@ def measure(
     Raises:
         WorkerFailed: the worker's result is not valid.
     """
-    named = {"groups": {name: each.layers for name, each in found.groups.items() if found.chosen[name] != UNQUANTIZED}}
-    update = {"checkpoint": checkpoint.absolute(), **named}
-    measured = _valid(_Measured, ask(request.model_copy(update=update).model_dump(), "measured"))
+    request = {
+        **request,
+        "checkpoint": checkpoint.absolute(),
+        "groups": {name: each.layers for name, each in found.groups.items() if found.chosen[name] != UNQUANTIZED},
+    }
+    measured = _valid(_Measured, ask(request, "measured"))
     progress(f"measured loss: {measured.total:.5f} nats a token")
     losses = {name: measured.losses.get(name, 0.0) for name in found.groups}
     return found.evidence(losses, measured.total)
@@ -277,8 +295,8 @@ def _sizes(weights: Sequence[Tensor], scheme: Scheme) -> dict[str, int]:
     return found
 
 
-def _settings(scheme: Scheme) -> dict[str, str | int]:
-    return {"method": scheme.method, "bits": scheme.bits, "group_size": scheme.group_size}
+def _settings(scheme: Scheme) -> FormatSettings:
+    return FormatSettings(method=scheme.method, bits=scheme.bits, group_size=scheme.group_size)
 
 
 def _known(losses: Mapping[str, Mapping[str, float]], group: str, name: str) -> float:
@@ -293,7 +311,7 @@ def _counted(chosen: Assignment) -> str:
     return ", ".join(f"{list(chosen.values()).count(name)} groups in {name}" for name in names)
 
 
-def _valid(kind: type[Result], written: Mapping[str, Any]) -> Result:
+def _valid(kind: type[Result], written: Mapping[str, object]) -> Result:
     try:
         return kind.model_validate(written)
     except ValidationError as error:

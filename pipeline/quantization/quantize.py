@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, NonNegativeInt, PositiveInt, ValidationError
 
@@ -41,13 +41,8 @@ _SEED = 0
 _LEFT_OUT = ("quantization_config", "auto_map")
 
 
-class QuantizationRequest(BaseModel):
-    """The request to a quantizer's worker script.
-
-    The script reads it as JSON in its own environment, which does not have this class.
-    """
-
-    model_config = ConfigDict(frozen=True)
+class QuantizationRequest(TypedDict):
+    """The request to a quantizer's worker script, which reads it as JSON."""
 
     method: Method
     bits: int
@@ -60,9 +55,9 @@ class QuantizationRequest(BaseModel):
     """The layers to quantize, for backends that don't choose them themselves."""
     ignored: tuple[str, ...]
     """The other layers, which compressed-tensors' configuration names."""
-    source: Path
+    source: Path | str
     """The model's folder, absolute."""
-    output: Path
+    output: Path | str
     """An empty folder, absolute, that receives the safetensors files."""
     calibration: str | None
     """The calibration file's path, for messages: `texts` holds its text. None where the method needs none."""
@@ -73,8 +68,8 @@ class QuantizationRequest(BaseModel):
     max_tokens: int
     """The longest piece of a text that is used; also the longest calibration block."""
     seed: int
-    mixture: tuple[Mapping[str, JsonValue], ...] = ()
-    """For `mixed` each format that occurs: its ``method``, ``bits`` and ``group_size``, and its ``layers``."""
+    mixture: Sequence[mixture.FormatOfLayers]
+    """For `mixed` each format that occurs."""
 
 
 class CalibrationUse(BaseModel):
@@ -251,6 +246,7 @@ def quantize(
         chat_template=None if chat_template is None else chat_template.read_text(encoding="utf-8"),
         max_tokens=max_tokens,
         seed=_SEED,
+        mixture=(),
     )
     groups = "whole rows" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
     size = f"{scheme.bits} bits, {groups}" if scheme.budget is None else str(scheme.budget)
@@ -259,9 +255,9 @@ def quantize(
     if scheme.method == "mixed":
         asked, ask = _sensitivity(request), _ask(run_worker, backend, scratch)
         chosen = mixture.choose(model, scheme, asked, ask, progress)
-        kept = tuple(sorted((*request.ignored, *chosen.unquantized)))
-        request = request.model_copy(update={"mixture": tuple(chosen.formats), "ignored": kept})
-    result = _result(run_worker(backend.environment, backend.script, request.model_dump(), scratch), scheme.backend)
+        kept = tuple(sorted((*request["ignored"], *chosen.unquantized)))
+        request = {**request, "mixture": chosen.formats, "ignored": kept}
+    result = _result(run_worker(backend.environment, backend.script, request, scratch), scheme.backend)
     expert_coverage.check(result.experts, samples, min_expert_tokens, progress)
     _assemble(written, source, config, result.quantization_config, output, format_of(scheme).REST_DTYPE)
     found = checkpoint.check(output, source, scheme)
@@ -284,20 +280,20 @@ def quantize(
 def _sensitivity(request: QuantizationRequest) -> mixture.SensitivityRequest:
     """What the worker that measures losses needs of a request."""
     return mixture.SensitivityRequest(
-        source=request.source,
+        source=request["source"],
         checkpoint=None,
-        calibration=str(request.calibration),
-        texts=request.texts,
-        chat_template=request.chat_template,
-        max_tokens=request.max_tokens,
-        seed=request.seed,
+        calibration=str(request["calibration"]),
+        texts=request["texts"],
+        chat_template=request["chat_template"],
+        max_tokens=request["max_tokens"],
+        seed=request["seed"],
         groups={},
         formats={},
     )
 
 
 def _ask(run_worker: RunWorker, backend: QuantizationBackend, scratch: Path) -> mixture.Ask:
-    def ask(request: Mapping[str, object], name: str) -> Mapping[str, Any]:
+    def ask(request: Mapping[str, object], name: str) -> Mapping[str, object]:
         folder = scratch / name
         folder.mkdir()
         return run_worker(backend.environment, mixture.SCRIPT, request, folder)

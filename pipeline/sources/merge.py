@@ -8,13 +8,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
-
-from pydantic import BaseModel, ConfigDict
+from typing import BinaryIO, TypedDict
 
 from evals.workers import RunWorker
 from pipeline.compatibility.description import ModelDescription
-from pipeline.compatibility.lora import WEIGHTS, AdaptedLayer, adapted_layers
+from pipeline.compatibility.lora import WEIGHTS, adapted_layers
 from pipeline.compatibility.safetensors_headers import read_header
 from pipeline.errors import SourceError
 from pipeline.sources.adapter import AdapterDescription
@@ -27,10 +25,8 @@ _CHUNK = 4 << 20
 _MOST_PROBLEMS = 5
 
 
-class MergeConfiguration(BaseModel):
+class MergeConfiguration(TypedDict):
     """What PEFT needs of an adapter's configuration, under its own names."""
-
-    model_config = ConfigDict(frozen=True)
 
     r: int
     lora_alpha: float
@@ -40,19 +36,24 @@ class MergeConfiguration(BaseModel):
     alpha_pattern: Mapping[str, float]
 
 
-class MergeRequest(BaseModel):
+class MergedLayer(TypedDict):
+    """A layer of the adapter, as `pipeline.compatibility.lora.AdaptedLayer` describes it."""
+
+    name: str
+    parts: Mapping[str, str]
+
+
+class MergeRequest(TypedDict):
     """The request to the worker script, which reads it as JSON."""
 
-    model_config = ConfigDict(frozen=True)
-
-    source: Path
+    source: Path | str
     """The base's folder, absolute."""
-    adapter: Path
+    adapter: Path | str
     """The adapter's safetensors file, absolute."""
-    output: Path
+    output: Path | str
     """An empty folder, absolute, that receives the files with merged weights."""
     configuration: MergeConfiguration
-    layers: Mapping[str, AdaptedLayer]
+    layers: Mapping[str, MergedLayer]
     """The adapter's layers by the names of the weights in the base."""
 
 
@@ -79,16 +80,23 @@ def merge(
     layers = adapted_layers(described.tensors, model)
     written = scratch / "merged"
     written.mkdir()
-    configuration = MergeConfiguration.model_validate(described.configuration, from_attributes=True)
+    configuration = described.configuration
     request = MergeRequest(
         source=base.absolute(),
         adapter=(adapter / WEIGHTS).absolute(),
         output=written.absolute(),
-        configuration=configuration,
-        layers=layers,
+        configuration=MergeConfiguration(
+            r=configuration.r,
+            lora_alpha=configuration.lora_alpha,
+            use_dora=configuration.use_dora,
+            use_rslora=configuration.use_rslora,
+            rank_pattern=configuration.rank_pattern,
+            alpha_pattern=configuration.alpha_pattern,
+        ),
+        layers={name: MergedLayer(name=layer.name, parts=layer.parts) for name, layer in layers.items()},
     )
-    progress(f"merging {len(layers)} layers of rank {described.configuration.rank}")
-    run_worker(ENVIRONMENT, SCRIPT, request.model_dump(), scratch)
+    progress(f"merging {len(layers)} layers of rank {configuration.rank}")
+    run_worker(ENVIRONMENT, SCRIPT, request, scratch)
     names = {path.name for path in base.iterdir() if path.is_file()}
     for name in untrusted.plain_files(written):
         if name not in names or not name.endswith(".safetensors"):

@@ -11,7 +11,7 @@ import os
 import shutil
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slipway_worker import Report, WorkerError, main
 
@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     import torch
     from peft import LoraConfig  # type: ignore[import-not-found]
 
+    from pipeline.sources.merge import MergeRequest
+
 _NAME = "merged"
 
 
-def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Merge ``adapter`` into ``source``, and write to the folder ``output``; see `MergeRequest` in `merge.py`."""
+def work(request: MergeRequest, report: Report) -> dict[str, object]:
+    """Merge ``adapter`` into ``source``, and write to the folder ``output``; see `MergeRequest`."""
     import torch
     from peft import LoraConfig
     from safetensors import safe_open

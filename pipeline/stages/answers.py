@@ -144,7 +144,7 @@ def answer(
             output = adapter_folder(draft.folder, name)
             output.mkdir(parents=True)
             context.progress(f"asking the adapter `{name}`")
-            asked = None if serving is None else serving.model_copy(update={"name": name})
+            asked: asking.StartingServer | None = None if serving is None else {**serving, "name": name}
             ask_for(limits.of_adapter(name), asked, (0.0, 1.0), output)
 
     @contextmanager

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -35,7 +34,7 @@ class ResultFile(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    result: dict[str, Any] | None = None
+    result: dict[str, object] | None = None
     error: str | None = None
     seconds: float | None = None
     max_rss_bytes: int | None = None
@@ -64,7 +63,9 @@ class Workers:
         self.launcher = launcher or Local(settings, progress)
         self.stop = threading.Event()
 
-    def __call__(self, environment: str, script: Path, request: Mapping[str, object], folder: Path) -> dict[str, Any]:
+    def __call__(
+        self, environment: str, script: Path, request: Mapping[str, object], folder: Path
+    ) -> dict[str, object]:
         """Run ``script`` in ``environment`` and return its result.
 
         A `Path` in the request names files: under the key ``output`` an empty folder that the worker fills, elsewhere

@@ -14,7 +14,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ class WorkerError(Exception):
     """What a person must know and can act on; shown as one line, without a traceback."""
 
 
-def main(work: Callable[[dict[str, Any], Report], dict[str, Any]]) -> None:
+def main(work: Callable[[Any, Report], Mapping[str, object]]) -> None:
     """Run ``work(request, report)`` for ``--request FILE --result FILE`` and exit.
 
     The result file holds ``{"result": …, "seconds": …, "max_rss_bytes": …}`` or ``{"error": …}`` and appears
@@ -43,7 +43,7 @@ def main(work: Callable[[dict[str, Any], Report], dict[str, Any]]) -> None:
     started = time.monotonic()
     with _reporting() as report:
         try:
-            outcome: dict[str, Any] = {"result": work(json.loads(arguments.request.read_text()), report)}
+            outcome: dict[str, object] = {"result": work(json.loads(arguments.request.read_text()), report)}
         except WorkerError as error:
             outcome = {"error": str(error)}
     outcome["seconds"] = time.monotonic() - started

@@ -187,7 +187,9 @@ def test_a_server_is_shown_the_images_by_chat(machine: Settings, tmp_path: Path)
     limits, address = DriftLimits.model_construct(tasks={IMAGES: task}, divergence=None), tmp_path / "address"
     with serving() as url:
         address.write_text(url)
-        server = StartingServer(address=str(address), name="scripted", image="fp16", engine={"name": "scripted"})
+        server = StartingServer(
+            address=str(address), name="scripted", image="fp16", engine={"name": "scripted"}, chat_template=None
+        )
         found = asked(DEMO / "model", machine, tmp_path, limits, serving=server)
     answered = found.tasks[IMAGES]
     assert isinstance(answered, ChoiceAnswers)

@@ -145,7 +145,7 @@ def test_prompts_are_unique_and_as_long_as_asked_for(run_worker: Workers, text: 
         "    return {'first': first, 'second': second, 'later': later.cut([48] * 150)}\n",
     )
     request = {"prompts": str(text / "prompts.jsonl"), "tokenizer": str(text)}
-    cut = run_worker("aiperf", probe, request, tmp_path)
+    cut: Any = run_worker("aiperf", probe, request, tmp_path)
     prompts = [*cut["first"], *cut["second"], *cut["later"]]
     assert len(set(prompts)) == 500
     assert {name: {len(prompt) for prompt in each} for name, each in cut.items()} == {

@@ -51,7 +51,7 @@ def loss(tmp_path: Path, run_worker: Workers) -> Callable[[Path], float]:
     def measure(folder: Path) -> float:
         scratch = Path(tempfile.mkdtemp(prefix="loss-", dir=tmp_path))
         request = {"checkpoint": str(folder), "model": str(DEMO / "model"), "text": str(DEMO / "heldout.jsonl")}
-        return float(run_worker("autoawq", HELD_OUT, request, scratch)["loss"])
+        return float(str(run_worker("autoawq", HELD_OUT, request, scratch)["loss"]))
 
     return measure
 
@@ -280,7 +280,8 @@ def test_autogptq_takes_over_what_was_found_for_a_layer_without_its_inputs(tmp_p
     script, folder = tmp_path / "taking_over.py", tmp_path / "folder"
     script.write_text(AUTOGPTQ.format(folder=str(QUANTIZERS)))
     folder.mkdir()
-    first, again = run_worker("autogptq", script, {}, folder)["found"]
+    found: Any = run_worker("autogptq", script, {}, folder)["found"]
+    first, again = found
     assert first == again
     assert len(first) == 4
 
@@ -292,7 +293,7 @@ def test_a_layer_is_taken_over_only_whole_and_for_the_same_request(tmp_path: Pat
 
     def found(value: int, request: dict[str, Any]) -> tuple[list[float], str]:
         (folder / "value").write_text(str(value))
-        result = run_worker("autoawq", script, request, folder)
+        result: Any = run_worker("autoawq", script, request, folder)
         return result["found"], (folder / "output.log").read_text()
 
     assert found(1, {"bits": 4})[0] == [1, 1]

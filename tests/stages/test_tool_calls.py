@@ -49,7 +49,9 @@ def asked(machine: Settings, folder: Path, silent_at: int) -> Answers:
         made.mkdir(parents=True)
     with serving(silent_at) as url:
         address.write_text(url)
-        server = StartingServer(address=str(address), name="scripted", image="fp16", engine={"name": "scripted"})
+        server = StartingServer(
+            address=str(address), name="scripted", image="fp16", engine={"name": "scripted"}, chat_template=None
+        )
         more: dict[str, Any] = {"run_worker": Workers(machine, print), "scratch": scratch, "progress": print}
         return ask(DEMO / "model", suite, output, serving=server, again=8, **more)
 

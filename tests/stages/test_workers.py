@@ -10,6 +10,7 @@ import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from worker_processes import of_script, wait_until_gone
@@ -46,7 +47,7 @@ def test_a_worker_sees_no_secret_and_not_our_packages(
     monkeypatch.setenv("PYTHONPATH", "/nowhere")
     settings = Settings.read({**home, "HF_TOKEN": "hf_secret", "AWS_SECRET_ACCESS_KEY": "aws_secret"})
     body = "import importlib.util as u\nreturn {'environment': dict(os.environ), 'ours': bool(u.find_spec('pipeline'))}"
-    seen = Workers(settings, print)(ENVIRONMENT, script(tmp_path, body), {}, tmp_path)
+    seen: Any = Workers(settings, print)(ENVIRONMENT, script(tmp_path, body), {}, tmp_path)
     assert not seen["ours"]
     assert "PYTHONPATH" not in seen["environment"]
     assert not [value for value in seen["environment"].values() if value in {"hf_secret", "aws_secret"}]
@@ -76,7 +77,7 @@ def test_a_killed_worker_is_said_to_be_killed_and_leaves_no_result(tmp_path: Pat
 
 def test_a_script_named_after_its_library_imports_the_library(tmp_path: Path, run_worker: Workers) -> None:
     path = script(tmp_path, "import aiperf\nreturn {'file': aiperf.__file__}").rename(tmp_path / "aiperf.py")
-    assert "site-packages" in run_worker(ENVIRONMENT, path, {}, tmp_path)["file"]
+    assert "site-packages" in str(run_worker(ENVIRONMENT, path, {}, tmp_path)["file"])
 
 
 def test_by_hand_it_reports_on_stderr(tmp_path: Path, settings: Settings) -> None:

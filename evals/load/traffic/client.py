@@ -29,10 +29,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Required, TypedDict
 
 from slipway_counting import Count
 from slipway_worker import Report, WorkerError, main
+
+if TYPE_CHECKING:
+    from evals.load.load_test import ClientRequest, DueRequest
 
 # How long aiperf may take beyond the traffic itself (start, tokenizer, exports) before it counts as hung.
 _OVERHEAD_SECONDS = 90.0
@@ -44,7 +47,24 @@ _NICENESS = -10
 _ENOUGH_CHARACTERS = 16_000_000
 
 
-def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
+class SentRequest(TypedDict, total=False):
+    """What became of a request, as `evals.load.requests.RequestRecord` reads it."""
+
+    number: Required[int]
+    due_ms: Required[int]
+    model: str
+    start_ms: float
+    late_ms: float
+    end_ms: float
+    latency_ms: float
+    ttft_ms: float
+    tpot_ms: float | None
+    input_tokens: float | None
+    output_tokens: float | None
+    error: str | None
+
+
+def work(request: ClientRequest, report: Report) -> dict[str, object]:
     """Cut prompts, warm the server up, run aiperf, and write one row a request."""
     output = Path(request["output"])
     planned, warmup = request["schedule"]["requests"], request["schedule"]["warmup"]
@@ -118,7 +138,7 @@ class Deck:
         )
 
 
-def _with_prefixes(planned: Sequence[Mapping[str, Any]], deck: Deck, shared: Sequence[str]) -> list[str]:
+def _with_prefixes(planned: Sequence[DueRequest], deck: Deck, shared: Sequence[str]) -> list[str]:
     own = deck.cut([each["input_tokens"] for each in planned])
     return [
         text if each["prefix"] is None else f"{shared[each['prefix']]}\n\n{text}"
@@ -211,7 +231,7 @@ class Watch:
         self.ttfts.append(_value(metrics, "time_to_first_token") or latency)
         self.tokens += int(_value(metrics, "output_sequence_length") or 0)
 
-    def cost(self, start: float, rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    def cost(self, start: float, rows: Sequence[SentRequest]) -> dict[str, float | None]:
         """The client's processor time: all of it, and the cores in use while requests were in flight.
 
         ``start`` is when the schedule began, in seconds since the epoch.
@@ -245,7 +265,7 @@ def _session_cpu_seconds() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def _warm_up(request: Mapping[str, Any], prompts: Sequence[str], tokens: Iterable[int]) -> list[str]:
+def _warm_up(request: ClientRequest, prompts: Sequence[str], tokens: Iterable[int]) -> list[str]:
     """Send the prompts four at a time, discard the answers, and return the errors.
 
     A server that refuses them will refuse the traffic too, and is judged on that.
@@ -267,7 +287,7 @@ def _warm_up(request: Mapping[str, Any], prompts: Sequence[str], tokens: Iterabl
         return [error for error in sent if error is not None]
 
 
-def _dataset(folder: Path, prompts: Sequence[str], planned: Sequence[Mapping[str, Any]], models: Sequence[str]) -> Path:
+def _dataset(folder: Path, prompts: Sequence[str], planned: Sequence[DueRequest], models: Sequence[str]) -> Path:
     """Write aiperf's input: one row a request, named by its number, with its due time and its model."""
     folder.mkdir()
     path = folder / "dataset.jsonl"
@@ -286,9 +306,7 @@ def _name(number: int) -> str:
     return f"request-{number:06d}"
 
 
-def _run_aiperf(
-    request: Mapping[str, Any], dataset: Path, folder: Path, last_ms: int, watch: Watch, report: Report
-) -> int:
+def _run_aiperf(request: ClientRequest, dataset: Path, folder: Path, last_ms: int, watch: Watch, report: Report) -> int:
     """Run aiperf to its end and report its progress; return its exit status, which is 0 even if the server died."""
     command = [
         *("setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "aiperf", "profile"),
@@ -363,7 +381,7 @@ def _how_it_goes(watch: Watch, seconds: float) -> str:
     return str(Count("load test", done, watch.total, "requests", seconds, detail=", ".join(told)))
 
 
-def _rows(folder: Path, due: Sequence[int]) -> tuple[list[dict[str, Any]], dict[str, Any], float]:
+def _rows(folder: Path, due: Sequence[int]) -> tuple[list[SentRequest], dict[str, Any], float]:
     """One row a request that was due, the lost ones too; aiperf's own summary; the schedule's start, ms since 1970."""
     export, summary_file = folder / "profile_export.jsonl", folder / "profile_export_aiperf.json"
     if not export.exists() or not summary_file.exists():
@@ -377,13 +395,13 @@ def _rows(folder: Path, due: Sequence[int]) -> tuple[list[dict[str, Any]], dict[
     return [_row(number, at, start, records.get(_name(number))) for number, at in enumerate(due)], summary, start
 
 
-def _row(number: int, due_ms: int, start_ms: float, record: Mapping[str, Any] | None) -> dict[str, Any]:
+def _row(number: int, due_ms: int, start_ms: float, record: Mapping[str, Any] | None) -> SentRequest:
     """The outcome of one request, in milliseconds since the schedule's start; ``error`` is null where it succeeded."""
     if record is None:
         return {"number": number, "due_ms": due_ms, "error": "no record: it was never sent or never came back"}
     metadata, metrics = record["metadata"], record["metrics"]
     begun = metadata["request_start_ns"] / 1e6 - start_ms
-    row: dict[str, Any] = {
+    row: SentRequest = {
         "number": number, "due_ms": due_ms, "start_ms": begun, "late_ms": begun - due_ms,
         "end_ms": metadata["request_end_ns"] / 1e6 - start_ms,
     }  # fmt: skip

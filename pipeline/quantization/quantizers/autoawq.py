@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import cycle, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from calibration_blocks import calibration_blocks  # type: ignore[import-not-found]
 from expert_tokens import ExpertTokens  # type: ignore[import-not-found]
@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
+    from pipeline.quantization.quantize import QuantizationRequest
 
-def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
+
+def work(request: QuantizationRequest, report: Report) -> dict[str, object]:
     """Quantize ``source`` into the folder ``output``; see `QuantizationRequest` in `pipeline.quantization.quantize`."""
     device = prepare(request)
     calibration = calibration_blocks(request, report)

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
+    from pipeline.quantization.quantize import QuantizationRequest
 
-def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
+
+def work(request: QuantizationRequest, report: Report) -> dict[str, object]:
     """Quantize ``source`` into the folder ``output``; see `QuantizationRequest` in `pipeline.quantization.quantize`.
 
     Raises:

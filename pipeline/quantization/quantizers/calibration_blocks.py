@@ -12,9 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slipway_worker import Report, WorkerError
+
+if TYPE_CHECKING:
+    from pipeline.quantization.mixture import SensitivityRequest
+    from pipeline.quantization.quantize import QuantizationRequest
 
 # With fewer tokens, statistics of a layer's inputs are meaningless.
 MINIMUM_TOKENS = 512
@@ -41,7 +45,7 @@ class CalibrationBlocks:
         return {"tokens": self.tokens, "cut": self.cut, "empty": self.empty}
 
 
-def calibration_blocks(request: dict[str, Any], report: Report) -> CalibrationBlocks:
+def calibration_blocks(request: QuantizationRequest | SensitivityRequest, report: Report) -> CalibrationBlocks:
     """Turn the samples of a `QuantizationRequest` into blocks; warn where most are cut or empty.
 
     Raises:

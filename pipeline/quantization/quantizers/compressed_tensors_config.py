@@ -5,7 +5,11 @@ It has only keys that two versions of compressed-tensors read: 0.17, which vLLM 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.quantization.mixture import FormatOfLayers
+    from pipeline.quantization.quantize import QuantizationRequest
 
 _FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True}
 _INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
@@ -14,9 +18,9 @@ _CHANNEL, _TOKEN = {"strategy": "channel", "dynamic": False}, {"strategy": "toke
 _E4M3, _E8M0 = {"scale_dtype": "torch.float8_e4m3fn"}, {"scale_dtype": "torch.uint8"}
 
 
-def quantization_config(request: dict[str, Any]) -> dict[str, Any]:
+def quantization_config(request: QuantizationRequest) -> dict[str, Any]:
     """Say how the layers of a `QuantizationRequest` are stored, and which are not quantized."""
-    formats = request["mixture"] or [{**request, "layers": ["Linear"]}]
+    formats = request["mixture"] or [_of_all_layers(request)]
     groups = [_group(each) for each in formats]
     return {
         "quant_method": "compressed-tensors",
@@ -25,6 +29,15 @@ def quantization_config(request: dict[str, Any]) -> dict[str, Any]:
         "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
         "ignore": request["ignored"],
         "kv_cache_scheme": cache_scheme() if request["kv_cache"] else None,
+    }
+
+
+def _of_all_layers(request: QuantizationRequest) -> FormatOfLayers:
+    return {
+        "method": request["method"],
+        "bits": request["bits"],
+        "group_size": request["group_size"],
+        "layers": ["Linear"],
     }
 
 
@@ -38,7 +51,7 @@ def layer_settings(method: str, bits: int, size: int) -> tuple[dict[str, Any], d
     return _settings(method, bits, size)[1:]
 
 
-def _group(each: dict[str, Any]) -> dict[str, Any]:
+def _group(each: FormatOfLayers) -> dict[str, Any]:
     stored_as, weights, inputs = _settings(each["method"], each["bits"], each["group_size"])
     return {"targets": each["layers"], "format": stored_as, "weights": weights, "input_activations": inputs}
 

@@ -26,6 +26,8 @@ from slipway_worker import Report, WorkerError, main
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.quantization.quantize import QuantizationRequest
+
 # Rows go through in pieces of about so many bytes: they stay in the processor's cache.
 _PIECE_BYTES = 4 << 20
 _COPIED_BYTES = 8 << 20
@@ -56,7 +58,7 @@ class Method:
     quantize: Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
 
 
-def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
+def work(request: QuantizationRequest, report: Report) -> dict[str, object]:
     """Quantize ``source`` into the folder ``output``; see `QuantizationRequest` in `pipeline.quantization.quantize`."""
     let_threads_sleep()
     import torch

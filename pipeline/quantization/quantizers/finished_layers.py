@@ -24,6 +24,8 @@ from slipway_worker import Report
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pipeline.quantization.quantize import QuantizationRequest
+
 # The folder below the worker's own that stays when the worker is killed: `pipeline.store.artifacts.FINISHED`.
 _FOLDER = "finished"
 _MADE_WITH = "made_with.json"
@@ -36,7 +38,7 @@ class FinishedLayers:
     Each layer is one file: the sha256 of the rest, and the tensors as safetensors. Each finished layer is reported.
     """
 
-    def __init__(self, request: dict[str, Any], device: str, layers: int, report: Report) -> None:
+    def __init__(self, request: QuantizationRequest, device: str, layers: int, report: Report) -> None:
         """Begin with the first layer; ``layers`` is how many there are."""
         self._folder = finished_folder(request, device, report)
         self._layers, self._report = layers, report
@@ -101,7 +103,7 @@ class FinishedLayers:
             path.write_bytes(hashlib.sha256(tensors).digest() + tensors)
 
 
-def finished_folder(request: dict[str, Any], device: str, report: Report) -> Path:
+def finished_folder(request: QuantizationRequest, device: str, report: Report) -> Path:
     """The folder of what earlier runs have finished; emptied if they had another request, device or arithmetic."""
     folder = Path.cwd() / _FOLDER
     folder.mkdir(exist_ok=True)
@@ -141,7 +143,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _made_with(request: dict[str, Any], device: str) -> dict[str, Any]:
+def _made_with(request: QuantizationRequest, device: str) -> dict[str, object]:
     """What must be the same for the same bytes. Slipway's artifact key covers the files and the pinned packages too."""
     import torch
 

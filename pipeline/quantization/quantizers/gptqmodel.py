@@ -16,8 +16,10 @@ from slipway_worker import Report, WorkerError, main
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pipeline.quantization.quantize import QuantizationRequest
 
-def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
+
+def work(request: QuantizationRequest, report: Report) -> dict[str, object]:
     """Quantize ``source`` into the folder ``output``; see `QuantizationRequest` in `pipeline.quantization.quantize`."""
     # Its default is half the processors: slower, for no gain in the result. With one it doesn't start.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, len(os.sched_getaffinity(0)))))
@@ -71,7 +73,7 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
     }
 
 
-def _config(request: dict[str, Any], device: str) -> Any:  # noqa: ANN401 - a class of a library without types
+def _config(request: QuantizationRequest, device: str) -> Any:  # noqa: ANN401 - a class of a library without types
     """GPTQModel's configuration for a request."""
     from gptqmodel.quantization import FORMAT, METHOD, QuantizeConfig
 

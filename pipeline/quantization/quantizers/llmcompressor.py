@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
+    from pipeline.quantization.quantize import QuantizationRequest
+
 # Of arXiv:2211.10438: how much of the inputs' range moves into the weights; llm-compressor's examples have 0.8 too.
 _SMOOTHING = 0.8
 _PRESETS = {"fp8": "FP8_DYNAMIC", "fp8-block": "FP8_BLOCK", "w8a8": "W8A8", "nvfp4": "NVFP4", "mxfp4": "MXFP4"}
 
 
-def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
+def work(request: QuantizationRequest, report: Report) -> dict[str, object]:
     """Quantize ``source`` into the folder ``output``; see `QuantizationRequest` in `pipeline.quantization.quantize`."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     device = prepare(request)
@@ -54,7 +56,7 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
     return {"device": device, "calibration": calibration.used, "quantization_config": quantization_config(request)}
 
 
-def _recipe(request: dict[str, Any], finished: FinishedLayers) -> list[Any]:
+def _recipe(request: QuantizationRequest, finished: FinishedLayers) -> list[Any]:
     """llm-compressor's modifiers for a method."""
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier

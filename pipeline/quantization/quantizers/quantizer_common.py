@@ -6,14 +6,18 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slipway_worker import WorkerError
+
+if TYPE_CHECKING:
+    from pipeline.quantization.mixture import SensitivityRequest
+    from pipeline.quantization.quantize import QuantizationRequest
 
 _NUMBERED = re.compile(r"(^|\.)\d+\.")
 
 
-def prepare(request: dict[str, Any]) -> str:
+def prepare(request: QuantizationRequest | SensitivityRequest) -> str:
     """Seed everything, ask for deterministic algorithms, and return the device: ``cuda`` or ``cpu``."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     let_threads_sleep()

@@ -15,7 +15,7 @@ better afterwards, in every format.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,13 +29,15 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
+    from pipeline.quantization.mixture import FormatSettings, SensitivityRequest
+
 # More text changes the losses little and costs time in proportion.
 _TOKENS, _DRAWS = 16_384, 8
 _E4M3_LARGEST = 448.0
 Settings = Mapping[str, Any]
 
 
-def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
+def work(request: SensitivityRequest, report: Report) -> dict[str, object]:
     """Give ``losses`` by group and format; or, of a finished ``checkpoint``, ``losses`` by group and the ``total``."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     device = prepare(request)
@@ -47,7 +49,7 @@ def work(request: dict[str, Any], report: Report) -> dict[str, Any]:
     tokens = [torch.tensor(block, device=device) for block in blocks]
     report(f"loading the model on {device}")
     model = _load(Path(request["source"]), device)
-    groups: dict[str, list[str]] = request["groups"]
+    groups = request["groups"]
     if request["checkpoint"] is None:
         return {"losses": _Predictions(model, groups, request["formats"]).of(tokens, report)}
     return _measure(model, _load(Path(request["checkpoint"]), device), groups, tokens, report)
@@ -80,7 +82,7 @@ class _Predictions:
     """Sums up, while gradients flow back, what each format would change in each group: a score for each draw of y."""
 
     def __init__(
-        self, model: Module, groups: Mapping[str, list[str]], formats: Mapping[str, Mapping[str, Any]]
+        self, model: Module, groups: Mapping[str, Sequence[str]], formats: Mapping[str, FormatSettings]
     ) -> None:
         self._model = model
         self._settings = {
@@ -151,8 +153,8 @@ def _rounded(values: Tensor, settings: Settings) -> Tensor:
 
 
 def _measure(
-    model: Module, quantized: Module, groups: Mapping[str, list[str]], tokens: list[Tensor], report: Report
-) -> dict[str, Any]:
+    model: Module, quantized: Module, groups: Mapping[str, Sequence[str]], tokens: list[Tensor], report: Report
+) -> dict[str, object]:
     """The divergence with each group's layers taken from the checkpoint, and with all of them."""
     import torch
 
@@ -169,7 +171,7 @@ def _measure(
 
 
 @contextmanager
-def _swapped(model: Module, quantized: Module, layers: list[str]) -> Iterator[None]:
+def _swapped(model: Module, quantized: Module, layers: Sequence[str]) -> Iterator[None]:
     """Let some layers of ``model`` be those of ``quantized`` for a while."""
     own = {name: model.get_submodule(name) for name in layers}
     for name in layers:

@@ -17,6 +17,7 @@ from evals import builtin
 from evals.builtin import make_images
 from evals.drift import images
 from evals.drift.answers import ChoiceAnswer
+from evals.drift.asking import TaskRequest
 from evals.drift.json_lines import IMAGES, JsonLinesError, parse_rows
 from evals.drift.limits import DriftLimits
 from evals.drift.planning import plan
@@ -121,9 +122,15 @@ def test_another_image_under_the_same_question_is_another_item(rows: list[dict[s
 
 
 def test_only_our_own_task_shows_images() -> None:
-    ours, theirs = {"ours": True, "task": "images"}, {"ours": False, "task": "mmlu"}
-    assert images.are_asked({"shapes": ours, "mmlu": theirs})
-    assert not images.are_asked({"images": {**ours, "task": "cloze"}, "mmlu": theirs})
+    def task(name: str, *, ours: bool) -> TaskRequest:
+        return TaskRequest(
+            task=name, ours=ours, items=None, metric=None, filter=None, fewshot=None, chat_template=False, metadata={},
+            data=None,
+        )  # fmt: skip
+
+    theirs = task("mmlu", ours=False)
+    assert images.are_asked({"shapes": task("images", ours=True), "mmlu": theirs})
+    assert not images.are_asked({"images": task("cloze", ours=True), "mmlu": theirs})
 
 
 class Tokenizer:

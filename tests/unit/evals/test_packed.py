@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -87,7 +89,8 @@ def test_an_unknown_format_is_refused_by_name(quantization: dict[str, object]) -
 def test_compressed_tensors_give_back_about_the_weights(method: str) -> None:
     weight = np.random.default_rng(1).standard_normal((64, 128)).astype(np.float32)
     scheme = compressed.scheme(method, **({"group_size": 32} if method == "w4a16" else {}))
-    stated = quantization_config({**scheme.model_dump(), "kv_cache": None, "ignored": [], "mixture": ()})
+    request: Any = {**scheme.model_dump(), "kv_cache": None, "ignored": [], "mixture": ()}
+    stated = quantization_config(request)
     parts = {part: compressed.decoded(stored) for part, stored in compressed.encode(method, weight).items()}
     found = unpack_linear(parts, stated)
     error = float(np.linalg.norm(found - weight) / np.linalg.norm(weight))

@@ -41,7 +41,7 @@ def _scheme(method: str) -> Scheme:
 def write(folder: Path, method: str, tensors: Stored | None = None, **stated: object) -> Path:
     """Write a checkpoint's folder, with ``tensors`` in place of sound ones, and keys of the configuration changed."""
     said = _scheme(method)
-    request = {**said.model_dump(), "kv_cache": None, "ignored": ["lm_head", "model.embed_tokens"], "mixture": ()}
+    request: Any = {**said.model_dump(), "kv_cache": None, "ignored": ["lm_head", "model.embed_tokens"], "mixture": ()}
     return _write(folder, quantization_config(request) | stated, tensors or quantized(method))
 
 
@@ -53,7 +53,7 @@ def write_mixed(
     groups = {method: sorted(name for name in said if said[name] == method) for method in sorted({*said.values()})}
     kept = groups.pop(UNQUANTIZED, [])
     mixture = [{**_scheme(method).model_dump(), "layers": layers} for method, layers in groups.items()]
-    request = {"kv_cache": None, "ignored": ["lm_head", "model.embed_tokens", *kept], "mixture": mixture}
+    request: Any = {"kv_cache": None, "ignored": ["lm_head", "model.embed_tokens", *kept], "mixture": mixture}
     return _write(folder, quantization_config(request), tensors or mixed_tensors(formats))
 
 

@@ -6,7 +6,6 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from dagster_pipes import PipesDefaultMessageWriter
@@ -23,7 +22,7 @@ from registry.errors import UntrustedFileError
 Leave = Callable[[Path], object]
 
 
-def run(tmp_path: Path, leave: Leave, status: int = 0) -> dict[str, Any]:
+def run(tmp_path: Path, leave: Leave, status: int = 0) -> dict[str, object]:
     """Run a worker that leaves in its folder what ``leave`` does."""
     folder, output = tmp_path / "folder", tmp_path / "output"
     folder.mkdir()
