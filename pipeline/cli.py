@@ -37,9 +37,9 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - as click has it
         """Run the command."""
-        from containers.errors import ContainerError  # noqa: PLC0415 - `--help` stays instant
-        from evals.errors import EvaluationError  # noqa: PLC0415
-        from registry.errors import FileSystemError, RegistryError  # noqa: PLC0415
+        from containers.errors import ContainerError
+        from evals.errors import EvaluationError
+        from registry.errors import FileSystemError, RegistryError
 
         try:
             with live:
@@ -61,11 +61,11 @@ class _Group(click.Group):
 
 def _sweep_what_was_left() -> None:
     """Remove containers that a killed run left; heavy modules are imported only if there are some."""
-    from containers.engine.owner import left_behind  # noqa: PLC0415
+    from containers.engine.owner import left_behind
 
     settings = Settings.read()
     if left_behind(settings.home):
-        from pipeline.orchestration.release import sweep  # noqa: PLC0415
+        from pipeline.orchestration.release import sweep
 
         sweep(settings)
 

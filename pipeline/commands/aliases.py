@@ -40,7 +40,7 @@ def promote(name: str, version: str, why: str, *, as_json: bool) -> None:
     The version is verified again first. The champion so far becomes `previous`. If N is the champion already, but the
     audit trail has no signed record of it, this command adds that record.
     """
-    from registry import promote_version  # noqa: PLC0415
+    from registry import promote_version
 
     moved = promote_version(name, version, why=why, **_common())
     _report(moved, f"version {moved.version} is champion", as_json=as_json)
@@ -56,7 +56,7 @@ def rollback(name: str, why: str, *, as_json: bool) -> None:
     The previous version is verified again first. A second rollback undoes the first. If a rollback was killed, the next
     one finishes it.
     """
-    from registry import rollback as go_back  # noqa: PLC0415
+    from registry import rollback as go_back
 
     moved = go_back(name, why=why, **_common())
     _report(moved, f"version {moved.version} is champion again", as_json=as_json)
@@ -74,7 +74,7 @@ def canary(name: str, version: str, weight: int, why: str, *, as_json: bool) -> 
     `NAME@canary` then names that version. `slipway serve` follows the split at once. Other deployments read it from the
     registered model's tag `slipway.canary`, for example {"version": "4", "weight": 10}.
     """
-    from registry import canary as split  # noqa: PLC0415
+    from registry import canary as split
 
     moved = split(name, version, weight, why=why, **_common())
     done = f"version {moved.version} gets {weight}% of the traffic" if weight else "the canary has ended"
@@ -89,11 +89,11 @@ def history(name: str, *, as_json: bool) -> None:
 
     It lists every move of an alias: who moved it, when, from which version to which, and why.
     """
-    from pipeline.trust import trust_of  # noqa: PLC0415
-    from registry.catalog import line, names  # noqa: PLC0415
-    from registry.journal import records  # noqa: PLC0415
-    from registry.policy import policy_of  # noqa: PLC0415
-    from registry.suggestions import suggestion  # noqa: PLC0415
+    from pipeline.trust import trust_of
+    from registry.catalog import line, names
+    from registry.journal import records
+    from registry.policy import policy_of
+    from registry.suggestions import suggestion
 
     settings = Settings.read()
     found = line(settings.tracking_uri, name)
@@ -153,11 +153,11 @@ def gc(keep: int, days: float, cache: Path | None, *, tier: bool, yes: bool, as_
     With --tier nothing is removed. Large files of versions without an alias that were not read for --older-than days
     move to object storage; files of versions with an alias come back. `slipway pull` reads them from either place.
     """
-    from pipeline.operations import retention  # noqa: PLC0415 - the engine's client, for those who ask
-    from registry.retention import plan, remove  # noqa: PLC0415
+    from pipeline.operations import retention
+    from registry.retention import plan, remove
 
     if tier:
-        from pipeline.operations.tiering import move  # noqa: PLC0415
+        from pipeline.operations.tiering import move
 
         _report_moves(move(Settings.read(), timedelta(days=days), say, yes=yes), yes=yes, as_json=as_json)
         return
@@ -203,7 +203,7 @@ class _Common(TypedDict):
 
 
 def _common() -> _Common:
-    from pipeline.trust import signing_key_if_any, trust_of  # noqa: PLC0415
+    from pipeline.trust import signing_key_if_any, trust_of
 
     settings = Settings.read()
     return _Common(

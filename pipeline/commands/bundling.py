@@ -63,9 +63,9 @@ def bundle(
     probes, autoscaling and alerts are derived from the release's own measurements; a comment beside each number names
     its evidence. The alerts come with tests for promtool.
     """
-    from containers.kubernetes.bundle import Images, write_bundle  # noqa: PLC0415
-    from pipeline.serving.deployment import admission, cluster, gather, simulated  # noqa: PLC0415
-    from pipeline.serving.gateway_process import pushed_image  # noqa: PLC0415
+    from containers.kubernetes.bundle import Images, write_bundle
+    from pipeline.serving.deployment import admission, cluster, gather, simulated
+    from pipeline.serving.gateway_process import pushed_image
 
     settings = Settings.read()
     placed = cluster(described) if described is not None else None
@@ -112,9 +112,9 @@ def metrics(out: Path | None, *, as_json: bool) -> None:
 
     They cover champions, rescans, runs, the queue, verdicts, stage durations and the size of the store.
     """
-    from pipeline.orchestration.instance import open_instance  # noqa: PLC0415
-    from pipeline.orchestration.metrics import exposition, look  # noqa: PLC0415
-    from registry.atomic_write import write_atomically  # noqa: PLC0415
+    from pipeline.orchestration.instance import open_instance
+    from pipeline.orchestration.metrics import exposition, look
+    from registry.atomic_write import write_atomically
 
     settings = Settings.read()
     with open_instance(settings) as instance:

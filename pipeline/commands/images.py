@@ -31,9 +31,9 @@ def diff(one: str, other: str, *, as_json: bool) -> None:
     Each is an image in the container engine (a tag or an id) or a file that `docker save` wrote. Settings are compared
     by key. In layers that differ, files are compared by kind, mode, owner, time, size and content.
     """
-    from containers.engine.engine import connect  # noqa: PLC0415
-    from containers.errors import EngineError  # noqa: PLC0415
-    from containers.image.difference import MOST_FILES, compare, view  # noqa: PLC0415
+    from containers.engine.engine import connect
+    from containers.errors import EngineError
+    from containers.image.difference import MOST_FILES, compare, view
 
     settings = Settings.read()
     try:
@@ -62,7 +62,7 @@ def gateway(*, as_json: bool) -> None:
 
     `slipway bundle` uses the image that was pushed last. The same gateway has the same digest wherever it is built.
     """
-    from pipeline.serving.gateway_process import build_image  # noqa: PLC0415
+    from pipeline.serving.gateway_process import build_image
 
     _show(build_image(Settings.read(), say), as_json=as_json)
 
@@ -75,12 +75,12 @@ def pipeline(*, as_json: bool) -> None:
     In a cluster it runs Dagster's code location, runs and workers. The same code has the same digest wherever it is
     built.
     """
-    from importlib.metadata import version  # noqa: PLC0415
+    from importlib.metadata import version
 
-    from containers.engine.engine import connect  # noqa: PLC0415
-    from containers.image.pipeline_image import pipeline_program  # noqa: PLC0415
-    from containers.image.program_image import build_program_image  # noqa: PLC0415
-    from pipeline.resources import IN_WHEEL, PACKAGES, RESOURCES  # noqa: PLC0415
+    from containers.engine.engine import connect
+    from containers.image.pipeline_image import pipeline_program
+    from containers.image.program_image import build_program_image
+    from pipeline.resources import IN_WHEEL, PACKAGES, RESOURCES
 
     settings = Settings.read()
     program = pipeline_program(PACKAGES, RESOURCES, IN_WHEEL, version("slipway"))

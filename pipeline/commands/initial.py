@@ -53,13 +53,13 @@ def init(
     are read. The file has schemes that suit the GPU and the model, limits with their reasons, and data that comes with
     Slipway. In a terminal, what no option answers is asked.
     """
-    from pipeline.errors import SpecError  # noqa: PLC0415
-    from pipeline.planner.evaluation import evaluation  # noqa: PLC0415
-    from pipeline.planner.sources import describe, has_chat_template  # noqa: PLC0415
-    from pipeline.proposal.cost import ProposedFile, estimate  # noqa: PLC0415
-    from pipeline.proposal.propose import kind_of, name_of, propose  # noqa: PLC0415
-    from pipeline.sources.origin import Access  # noqa: PLC0415
-    from pipeline.sources.source import resolve  # noqa: PLC0415
+    from pipeline.errors import SpecError
+    from pipeline.planner.evaluation import evaluation
+    from pipeline.planner.sources import describe, has_chat_template
+    from pipeline.proposal.cost import ProposedFile, estimate
+    from pipeline.proposal.propose import kind_of, name_of, propose
+    from pipeline.sources.origin import Access
+    from pipeline.sources.source import resolve
 
     settings = Settings.read()
     uri = _absolute(uri)
@@ -76,7 +76,7 @@ def init(
     proposal = propose(model, uri, revision, described.model, kind, target, has_chat_template=chats, as_is=as_is)
     text, spec, plan = _checked(proposal, described, settings)
     if not dry_run:
-        from registry.atomic_write import write_atomically  # noqa: PLC0415
+        from registry.atomic_write import write_atomically
 
         settings.models.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)
@@ -102,11 +102,11 @@ def _as_is(
     Raises:
         SpecError: it is, and nothing says what it is to be compared with; or it is not, and something does.
     """
-    from pipeline.errors import SpecError  # noqa: PLC0415
-    from pipeline.planner.sources import describe, with_published  # noqa: PLC0415
-    from pipeline.proposal.propose import AsIs  # noqa: PLC0415
-    from pipeline.sources.origin import Access  # noqa: PLC0415
-    from pipeline.sources.source import resolve  # noqa: PLC0415
+    from pipeline.errors import SpecError
+    from pipeline.planner.sources import describe, with_published
+    from pipeline.proposal.propose import AsIs
+    from pipeline.sources.origin import Access
+    from pipeline.sources.source import resolve
 
     given = [name for name, value in (("--baseline", baseline), ("--no-baseline", reason)) if value is not None]
     if "quantization_config" not in described.model.config:
@@ -137,7 +137,7 @@ def _ask(question: str, default: str, is_asked: bool) -> str:
 
 
 def _ask_kind(guessed: Kind, is_asked: bool) -> Kind:
-    from pipeline.proposal.propose import KINDS  # noqa: PLC0415
+    from pipeline.proposal.propose import KINDS
 
     if not is_asked:
         return guessed
@@ -146,7 +146,7 @@ def _ask_kind(guessed: Kind, is_asked: bool) -> Kind:
 
 
 def _own_device() -> str:
-    from containers.hardware.gpu import gpus  # noqa: PLC0415
+    from containers.hardware.gpu import gpus
 
     return next((gpu.name for gpu in gpus()), _CPU)
 
@@ -157,11 +157,11 @@ def _target(name: str, settings: Settings) -> Target:
     Raises:
         GpuDataError: there is no such GPU in the data file.
     """
-    from containers.hardware.gpu import gpus  # noqa: PLC0415
-    from containers.hardware.gpu_models import find_gpu  # noqa: PLC0415
-    from containers.image import profile  # noqa: PLC0415
-    from containers.image.gpu_compatibility import labels_of, needs_of, problems  # noqa: PLC0415
-    from pipeline.proposal.propose import Target  # noqa: PLC0415
+    from containers.hardware.gpu import gpus
+    from containers.hardware.gpu_models import find_gpu
+    from containers.image import profile
+    from containers.image.gpu_compatibility import labels_of, needs_of, problems
+    from pipeline.proposal.propose import Target
 
     isa = settings.cpu.instruction_set
     if name.lower() == _CPU:
@@ -176,10 +176,10 @@ def _target(name: str, settings: Settings) -> Target:
 
 def _checked(proposal: Proposal, described: Described, settings: Settings) -> tuple[str, ModelSpec, Plan]:
     """The file's text, read back, with its plan: what is written passes the checks that a release begins with."""
-    from pipeline.planner.asking import plan_described, refusals  # noqa: PLC0415
-    from pipeline.planner.data import check_data  # noqa: PLC0415
-    from pipeline.proposal.model_file import write  # noqa: PLC0415
-    from pipeline.spec import load  # noqa: PLC0415
+    from pipeline.planner.asking import plan_described, refusals
+    from pipeline.planner.data import check_data
+    from pipeline.proposal.model_file import write
+    from pipeline.spec import load
 
     has_schema = (settings.models.parent / "docs" / "model.schema.json").is_file()
     text = write(proposal, "../docs/model.schema.json" if has_schema else None)

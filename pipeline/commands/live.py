@@ -96,7 +96,7 @@ class LiveDisplay:
             self.clear()
 
     def _drawn(self) -> RenderableType:
-        from registry.terminal import printable  # noqa: PLC0415 - the command line starts without the registry
+        from registry.terminal import printable
 
         now = time.monotonic()
         table = Table.grid(padding=(0, 1))

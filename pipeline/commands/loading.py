@@ -68,9 +68,9 @@ def load(
         slipway load demo-awq --profile burst --rate 2 --seconds 60
         slipway load demo-gptq --capacity --faults
     """  # noqa: D301 - click's mark for a paragraph that is not rewrapped
-    from pipeline.operations import load_tests  # noqa: PLC0415
-    from pipeline.orchestration.release import sweep  # noqa: PLC0415
-    from pipeline.stages.context import StageContext  # noqa: PLC0415
+    from pipeline.operations import load_tests
+    from pipeline.orchestration.release import sweep
+    from pipeline.stages.context import StageContext
 
     settings = Settings.read()
     spec, scheme = load_tests.find(name, settings)
@@ -130,10 +130,10 @@ def compare(
     equal rate, capacity, and the cost of a million tokens. Earlier measurements under the same traffic are reused. Exit
     status 3 if one misses the limits in the model's file.
     """
-    from pipeline.operations import load_tests  # noqa: PLC0415
-    from pipeline.orchestration.release import sweep  # noqa: PLC0415
-    from pipeline.spec import find  # noqa: PLC0415
-    from pipeline.spec import load as load_spec  # noqa: PLC0415
+    from pipeline.operations import load_tests
+    from pipeline.orchestration.release import sweep
+    from pipeline.spec import find
+    from pipeline.spec import load as load_spec
 
     settings = Settings.read()
     spec = load_spec(find(model, settings.models))
@@ -212,7 +212,7 @@ def _figures(going: TrafficProgress) -> str:
 
 
 def _show(done: LoadTestResult) -> None:
-    from evals.report.load_report import fault_row, limit_row  # noqa: PLC0415
+    from evals.report.load_report import fault_row, limit_row
 
     rows = [limit_row(name, done.verdict) for name in done.verdict.limits]
     print_table(
@@ -231,6 +231,6 @@ def _show(done: LoadTestResult) -> None:
 
 
 def _show_comparison(rows: Sequence[ComparisonRow]) -> None:
-    from evals.report.load_report import lines  # noqa: PLC0415
+    from evals.report.load_report import lines
 
     print_table(("measure", *(row.name for row in rows)), [(label, *cells) for label, cells in lines(rows)])

@@ -24,8 +24,8 @@ def lock(profiles: Sequence[str], *, upgrade: bool, as_json: bool) -> None:
     lock was written, building the image fails. The options of a version of vLLM that is new here are read from its CPU
     build, which is installed in a temporary folder.
     """
-    from containers.image.locking import lock as resolve  # noqa: PLC0415
-    from containers.image.profile import names, stated  # noqa: PLC0415
+    from containers.image.locking import lock as resolve
+    from containers.image.profile import names, stated
 
     variables = Settings.read().installer_environment
     done = [resolve(stated(name), say, variables=variables, upgrade=upgrade) for name in profiles or names()]

@@ -21,8 +21,8 @@ def doctor(*, fix: bool, ray: bool, as_json: bool) -> None:
     Shows a remedy for each problem. Checks the container engine, CPU, GPU, Trivy and its database, disk, worker
     environments and MLflow. Exit status 1 if a part that every release needs is missing.
     """
-    from pipeline.operations import doctor as checks  # noqa: PLC0415
-    from pipeline.workers.environments import ENVIRONMENTS  # noqa: PLC0415
+    from pipeline.operations import doctor as checks
+    from pipeline.workers.environments import ENVIRONMENTS
 
     settings = Settings.read()
     if fix:
@@ -40,7 +40,7 @@ def doctor(*, fix: bool, ray: bool, as_json: bool) -> None:
 @click.option("--port", default=3000, show_default=True, help="Dagster's port on 127.0.0.1; MLflow uses the next port.")
 def ui(port: int) -> None:
     """Serve the web pages of Dagster and MLflow until Ctrl-C."""
-    from pipeline.serving.ui import serve  # noqa: PLC0415
+    from pipeline.serving.ui import serve
 
     serve(Settings.read(), port, progress.print)
 
@@ -48,7 +48,7 @@ def ui(port: int) -> None:
 @click.command()
 def stop() -> None:
     """Stop the container engine that `slipway doctor --fix` started."""
-    from containers.engine.engine import stop as stop_engine  # noqa: PLC0415
+    from containers.engine.engine import stop as stop_engine
 
     if not stop_engine(Settings.read().home, progress.print):
         progress.print("no private engine was running")

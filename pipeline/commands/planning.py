@@ -59,11 +59,11 @@ def plan(
     proposed for each GPU. Exit status 2 if a scheme in the model's file can't be applied to this model, or be served as
     the file says.
     """
-    from dataclasses import replace  # noqa: PLC0415
+    from dataclasses import replace
 
-    from containers.hardware.gpu_models import find_gpu, known_gpus  # noqa: PLC0415
-    from pipeline.planner.asking import measured  # noqa: PLC0415
-    from pipeline.planner.evaluation import evaluation  # noqa: PLC0415
+    from containers.hardware.gpu_models import find_gpu, known_gpus
+    from pipeline.planner.asking import measured
+    from pipeline.planner.evaluation import evaluation
 
     settings = Settings.read()
     wanted = [find_gpu(name) for name in gpus] or list(known_gpus())
@@ -96,10 +96,10 @@ def plan(
 
 def _asked(model: str, settings: Settings, gpus: Sequence[Any], workload: Any) -> tuple[Plan, ReleaseMetadata | None]:  # noqa: ANN401
     """Plan the model, source or release that ``model`` names; return the release too if it is one."""
-    from pipeline.errors import SpecError  # noqa: PLC0415
-    from pipeline.planner import asking  # noqa: PLC0415
-    from pipeline.planner.data import check_data  # noqa: PLC0415
-    from pipeline.spec import find, load  # noqa: PLC0415
+    from pipeline.errors import SpecError
+    from pipeline.planner import asking
+    from pipeline.planner.data import check_data
+    from pipeline.spec import find, load
 
     if _is_uri(model):
         return asking.plan_source(model, settings, gpus, workload), None
@@ -120,8 +120,8 @@ def _asked(model: str, settings: Settings, gpus: Sequence[Any], workload: Any) -
 
 def _model_file(model: str, settings: Settings) -> ModelSpec | None:
     """The model's file that ``model`` names; None if it is a source's URI or a release."""
-    from pipeline.errors import SpecError  # noqa: PLC0415
-    from pipeline.spec import find, load  # noqa: PLC0415
+    from pipeline.errors import SpecError
+    from pipeline.spec import find, load
 
     if _is_uri(model) or "@" in model:
         return None
@@ -159,10 +159,10 @@ def _show_evaluation(evaluation: PlannedEvaluation) -> None:
 
 def _needs(spec: ModelSpec | None, release: ReleaseMetadata | None) -> Needs | None:
     """The requirements on a host: of a release's image or of a model file's runtime; None for a source's URI."""
-    import json  # noqa: PLC0415
+    import json
 
-    from containers.image import gpu_compatibility, profile  # noqa: PLC0415
-    from pipeline.planner.asking import IMAGE  # noqa: PLC0415
+    from containers.image import gpu_compatibility, profile
+    from pipeline.planner.asking import IMAGE
 
     if release is not None:
         return (
@@ -176,15 +176,15 @@ def _needs(spec: ModelSpec | None, release: ReleaseMetadata | None) -> Needs | N
 
 def _not_served(spec: ModelSpec | None, settings: Settings, found: Plan) -> list[str]:
     """The schemes that this machine's CPU can't serve, where the model's runtime is one for CPUs."""
-    from pipeline.stages.preflight import not_served_here  # noqa: PLC0415
+    from pipeline.stages.preflight import not_served_here
 
     return [] if spec is None else not_served_here(spec, spec.schemes, settings, found.published)
 
 
 def _gate(needs: Needs | None, gpus: Sequence[GpuModel], driver: str | None) -> list[str]:
     """The host that the image requires (driver, CUDA, compute capability), and which of these GPUs do not meet it."""
-    from containers.hardware.gpu import Gpu  # noqa: PLC0415
-    from containers.image import gpu_compatibility  # noqa: PLC0415
+    from containers.hardware.gpu import Gpu
+    from containers.image import gpu_compatibility
 
     if needs is None:
         return []
@@ -203,14 +203,14 @@ def _is_uri(model: str) -> bool:
 
 
 def _is_released(name: str, settings: Settings) -> bool:
-    from registry import catalog  # noqa: PLC0415
+    from registry import catalog
 
     return name in catalog.names(settings.tracking_uri)
 
 
 def _show(found: Plan) -> None:
     """Print the plan for a person."""
-    from pipeline.planner.asking import sentences  # noqa: PLC0415
+    from pipeline.planner.asking import sentences
 
     facts, work = found.facts, found.workload
     results.print(

@@ -22,7 +22,7 @@ def publish(name: str, place: str, *, dry_run: bool, as_json: bool) -> None:
     PLACE is hf://ORG/NAME[@BRANCH], s3://BUCKET/PREFIX, oci://HOST/NAME[:TAG] or file:FOLDER. It must be empty: nothing
     is overwritten, and the same release is not written again. `slipway pull PLACE FOLDER` fetches and verifies it.
     """
-    from pipeline.publishing.publish import publish as write  # noqa: PLC0415
+    from pipeline.publishing.publish import publish as write
 
     done = write(name, place, Settings.read(), say, dry_run=dry_run)
     if as_json:
@@ -49,7 +49,7 @@ def push(name: str, registry: str | None, *, as_json: bool) -> None:
     REGISTRY is HOST/PREFIX; the default is the one that the release was pushed to. What is there is not sent again, so
     that after a change of the signing key only its signatures are added. `slipway verify oci://...` checks the result.
     """
-    from pipeline.publishing.push import push as write  # noqa: PLC0415
+    from pipeline.publishing.push import push as write
 
     pushed = write(name, registry, Settings.read(), say)
     if as_json:

@@ -17,8 +17,8 @@ from pipeline.settings import Settings
 @as_json
 def status(model: str | None, *, as_json: bool) -> None:
     """Show the versions and aliases of all release lines, or of MODEL."""
-    from registry import catalog  # noqa: PLC0415
-    from registry.suggestions import suggestion  # noqa: PLC0415
+    from registry import catalog
+    from registry.suggestions import suggestion
 
     uri = Settings.read().tracking_uri
     columns = ("name", "version", "aliases", "created", "manifest_digest")
@@ -71,8 +71,8 @@ def pull(
     stopped. Places are hf://, s3://, oci:// and file:, as of `slipway publish`. Exit status: 0 done, 1 failed for now
     (server unreachable, disk full), 3 refused (does not match its signature), 4 no such release, 5 unchanged.
     """
-    from pipeline.publishing.places import is_place  # noqa: PLC0415
-    from registry.__main__ import main as light  # noqa: PLC0415
+    from pipeline.publishing.places import is_place
+    from registry.__main__ import main as light
 
     settings = Settings.read()
     if is_place(name):
@@ -93,10 +93,10 @@ def pull(
 
 
 def _pull_from(place: str, destination: Path, settings: Settings, *, as_json: bool) -> None:
-    from pipeline.publishing.attested import verify_attached_to  # noqa: PLC0415
-    from pipeline.publishing.places import ReleaseFiles, WeightsPlace, opened  # noqa: PLC0415
-    from pipeline.trust import trust_of  # noqa: PLC0415
-    from registry.pull import pull_from  # noqa: PLC0415
+    from pipeline.publishing.attested import verify_attached_to
+    from pipeline.publishing.places import ReleaseFiles, WeightsPlace, opened
+    from pipeline.trust import trust_of
+    from registry.pull import pull_from
 
     trust = trust_of(settings)
     with opened(place, settings) as there:
@@ -121,8 +121,8 @@ def verify(release: str, *, as_json: bool) -> None:
     Of a folder, offline: its signature, the digest of every file, that there are no other files, and that it passed all
     gates. Of an image or artifact: the digest of every layer, the attached signature, and what else is attached.
     """
-    from pipeline.publishing.places import is_place  # noqa: PLC0415
-    from registry import VerificationError  # noqa: PLC0415
+    from pipeline.publishing.places import is_place
+    from registry import VerificationError
 
     try:
         document, said = _verified_in_registry(release) if is_place(release) else _verified_folder(Path(release))
@@ -141,8 +141,8 @@ def verify(release: str, *, as_json: bool) -> None:
 
 
 def _verified_folder(folder: Path) -> tuple[dict[str, object], str]:
-    from pipeline.trust import trust_of  # noqa: PLC0415
-    from registry import verify as check  # noqa: PLC0415
+    from pipeline.trust import trust_of
+    from registry import verify as check
 
     if not folder.is_dir():
         raise click.UsageError(f"`{folder}` is not a folder: give one, or oci://HOST/NAME@sha256:...")
@@ -152,8 +152,8 @@ def _verified_folder(folder: Path) -> tuple[dict[str, object], str]:
 
 
 def _verified_in_registry(uri: str) -> tuple[dict[str, object], str]:
-    from pipeline.publishing.attested import verify_in_registry  # noqa: PLC0415
-    from pipeline.trust import trust_of  # noqa: PLC0415
+    from pipeline.publishing.attested import verify_in_registry
+    from pipeline.trust import trust_of
 
     found = verify_in_registry(uri, trust_of(Settings.read()), say)
     verdicts = found.attested.verdicts
@@ -182,9 +182,9 @@ def report(name: str, out: Path | None, *, as_json: bool) -> None:
 
     The report shows accuracy, latency, memory and vulnerabilities, with charts.
     """
-    from pipeline.trust import trust_of  # noqa: PLC0415
-    from registry.manifest import REPORT  # noqa: PLC0415
-    from registry.pull import fetch_file  # noqa: PLC0415
+    from pipeline.trust import trust_of
+    from registry.manifest import REPORT
+    from registry.pull import fetch_file
 
     settings = Settings.read()
     path = out or settings.home / "reports" / f"{name.replace('@', '-')}.html"

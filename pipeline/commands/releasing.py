@@ -31,10 +31,10 @@ def release(model: str, schemes: Sequence[str], *, as_json: bool) -> None:
     changed run; the others reuse their artifacts. A scheme is promoted if it passes every gate. If nothing changed, the
     command reports `up-to-date` within seconds.
     """
-    from pipeline.orchestration.release import release as run  # noqa: PLC0415
-    from pipeline.orchestration.release import sweep  # noqa: PLC0415
-    from pipeline.orchestration.release_events import ReleaseResult, RunEvent  # noqa: PLC0415
-    from pipeline.spec import find, load  # noqa: PLC0415
+    from pipeline.orchestration.release import release as run
+    from pipeline.orchestration.release import sweep
+    from pipeline.orchestration.release_events import ReleaseResult, RunEvent
+    from pipeline.spec import find, load
 
     settings = Settings.read()
     spec = load(find(model, settings.models))
@@ -49,8 +49,8 @@ def release(model: str, schemes: Sequence[str], *, as_json: bool) -> None:
     wanted = list(dict.fromkeys(schemes)) or list(spec.schemes)
 
     def look_ahead() -> dict[str, list[RunEvent]]:
-        from pipeline.orchestration.unchanged import unchanged  # noqa: PLC0415 - imports while the runs do
-        from pipeline.stages.locked_sources import describe_moved  # noqa: PLC0415 - as above
+        from pipeline.orchestration.unchanged import unchanged
+        from pipeline.stages.locked_sources import describe_moved
 
         sweep(settings)
         for moved in describe_moved(spec, settings):
@@ -58,7 +58,7 @@ def release(model: str, schemes: Sequence[str], *, as_json: bool) -> None:
         found = ((scheme, unchanged(spec, scheme, settings)) for scheme in wanted)
         unchanged_releases = {scheme: events for scheme, events in found if events is not None}
         if len(unchanged_releases) < len(wanted):
-            from pipeline.stages.preflight import foresee  # noqa: PLC0415 - as above
+            from pipeline.stages.preflight import foresee
 
             if about_cpu:
                 say(about_cpu)
@@ -80,8 +80,8 @@ def check_cpu(spec: ModelSpec, settings: Settings) -> str | None:
     Raises:
         PlanError: this CPU can't serve the release; says what to do.
     """
-    from containers.image import profile  # noqa: PLC0415
-    from pipeline.errors import PlanError  # noqa: PLC0415
+    from containers.image import profile
+    from pipeline.errors import PlanError
 
     if profile.load(spec.runtime).minimum_driver is not None or not settings.engine_is_here:
         return None

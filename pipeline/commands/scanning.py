@@ -28,10 +28,10 @@ def rescan(names: Sequence[str], *, as_json: bool) -> None:
     is rolled back, unless the previous version has forbidden findings too. Exit status 3 if a champion is refused;
     otherwise 1 if one could not be scanned.
     """
-    from pipeline.operations.rescan import RescanError  # noqa: PLC0415
-    from pipeline.operations.rescan import rescan as look_again  # noqa: PLC0415
-    from pipeline.orchestration.instance import open_instance  # noqa: PLC0415
-    from pipeline.orchestration.rescan_check import report  # noqa: PLC0415
+    from pipeline.operations.rescan import RescanError
+    from pipeline.operations.rescan import rescan as look_again
+    from pipeline.orchestration.instance import open_instance
+    from pipeline.orchestration.rescan_check import report
 
     settings = Settings.read()
     failure = None

@@ -47,10 +47,10 @@ def serve(
     traffic. Make a key with `slipway keys add`. A variant is started only where the release's manifest lists it, which
     means that it passed drift and load.
     """
-    from containers.gateway import keys as api_keys  # noqa: PLC0415
-    from pipeline.serving import serve  # noqa: PLC0415
-    from pipeline.serving.gateway_process import key_file  # noqa: PLC0415
-    from registry.resolve import CHAMPION  # noqa: PLC0415
+    from containers.gateway import keys as api_keys
+    from pipeline.serving import serve
+    from pipeline.serving.gateway_process import key_file
+    from registry.resolve import CHAMPION
 
     settings = Settings.read()
     model, _, alias = name.partition("@")
@@ -99,8 +99,8 @@ def add(
     as_json: bool,
 ) -> None:
     """Make a key and print it. It can't be shown again: only its hash is kept."""
-    from containers.gateway import keys as api_keys  # noqa: PLC0415
-    from pipeline.serving.gateway_process import key_file  # noqa: PLC0415
+    from containers.gateway import keys as api_keys
+    from pipeline.serving.gateway_process import key_file
 
     limits = api_keys.Limits(
         requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute, parallel=parallel
@@ -118,8 +118,8 @@ def add(
 @as_json
 def show(*, as_json: bool) -> None:
     """Show the owner, limits and state of every key; the keys themselves are not kept."""
-    from containers.gateway import keys as api_keys  # noqa: PLC0415
-    from pipeline.serving.gateway_process import key_file  # noqa: PLC0415
+    from containers.gateway import keys as api_keys
+    from pipeline.serving.gateway_process import key_file
 
     found = api_keys.read(key_file(Settings.read().home))
     now = datetime.now(UTC)
@@ -146,8 +146,8 @@ def show(*, as_json: bool) -> None:
 @as_json
 def revoke(key_id: str, *, as_json: bool) -> None:
     """Revoke the key KEY_ID permanently."""
-    from containers.gateway import keys as api_keys  # noqa: PLC0415
-    from pipeline.serving.gateway_process import key_file  # noqa: PLC0415
+    from containers.gateway import keys as api_keys
+    from pipeline.serving.gateway_process import key_file
 
     revoked = api_keys.revoke(key_file(Settings.read().home), key_id)
     if as_json:

@@ -50,7 +50,7 @@ class Terminal(Console):
 
 def shown(text: str, *, lines: bool = False) -> str:
     """Return text with control characters escaped (`registry.terminal.printable`)."""
-    from registry.terminal import printable  # noqa: PLC0415 - the command line starts without the registry
+    from registry.terminal import printable
 
     return printable(text, lines=lines)
 
@@ -127,7 +127,7 @@ def _follow(scheme: str, event: RunEvent) -> bool:
 
 
 def _counted(line: str) -> tuple[str, float] | None:
-    from registry.counting import is_count  # noqa: PLC0415 - with its package, which `--help` does without
+    from registry.counting import is_count
 
     return is_count(line)
 
