@@ -18,8 +18,6 @@ FIRST_SECONDS = 2.0
 EVERY_SECONDS = 10.0
 _BEAT_SECONDS = 0.5
 _LINE = re.compile(r"(?P<what>.+): (?P<done>[\d,.]+) of (?P<total>[\d,.]+) (?P<unit>[A-Za-z]+) after \d")
-# What quantizers say of themselves.
-_LAYER = re.compile(r"(?P<what>layer) (?P<done>\d+) of (?P<total>\d+)$")
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Count:
 
 def is_count(line: str) -> tuple[str, float] | None:
     """Return what a line is about and how much of it is done, 0 to 1; None for a line that is no count."""
-    found = _LINE.match(line) or _LAYER.match(line)
+    found = _LINE.match(line)
     if found is None:
         return None
     try:

@@ -84,7 +84,6 @@ def test_every_count_is_known_again_by_its_text_and_nothing_else_is() -> None:
         assert share is not None
         assert share[0] == "wheels: of a"
         assert share[1] == pytest.approx(done / total if total else 1.0, abs=0.01)
-    assert is_count("layer 3 of 4") == ("layer", 0.75)
     for line in ("2 of 3 replicas are well", "cloze: 1 of , items after 2 s", "", "saving"):
         assert is_count(line) is None
 
