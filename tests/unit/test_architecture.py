@@ -1,4 +1,4 @@
-"""Which module may import which: one table of layers, no cycles, and Dagster in one place."""
+"""Which module may import which: one table of layers, no cycles, Dagster in one place; the types of requests."""
 
 from __future__ import annotations
 
@@ -181,3 +181,15 @@ def test_the_registry_is_imported_without_anything_heavy() -> None:
     program = f"import sys, registry; sys.exit(', '.join(set({heavy!r}) & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_worker_and_its_caller_have_one_type_for_the_request() -> None:
+    untyped = [
+        f"{module}: {ast.unparse(node.args)}"
+        for module, path in sorted(modules().items())
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef)
+        and node.name == "work"
+        and not ast.unparse(node.args).partition(",")[0].endswith("Request")
+    ]
+    assert untyped == []
