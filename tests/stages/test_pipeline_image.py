@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import docker
 import pytest
-import yaml
+from dagster import DagsterRunStatus
 from docker.models.containers import Container
 
 from checkout import CHECKOUT
 from containers.engine import private_engine
 from containers.engine.engine import DEFAULT_SOCKET
 from homes import Slipway, make_home
+from pipeline.orchestration.partitions import add_partitions
 from pipeline.settings import Settings
+from pipeline.spec import load
 from stages.test_gateway import wait_until
+from unit.pipeline.test_cluster import DEPLOYMENT, VALUES, cluster_instance, launched, object_named
 
 pytestmark = pytest.mark.long
 
-VALUES: dict[str, Any] = yaml.safe_load((CHECKOUT / "examples/cluster/values.yaml").read_text())
-(DEPLOYMENT,) = VALUES["dagster-user-deployments"]["deployments"]
-(CONFIG,) = [
-    each["data"]
-    for each in yaml.safe_load_all((CHECKOUT / "examples/cluster/objects.yaml").read_text())
-    if (each["kind"], each["metadata"]["name"]) == ("ConfigMap", "slipway")
-]
+CONFIG = object_named("ConfigMap", "slipway")["data"]
 PORT = str(DEPLOYMENT["port"])
 # The values' securityContext in the engine's words.
 HARDENED: dict[str, Any] = {"read_only": True, "security_opt": ["no-new-privileges"], "cap_drop": ["ALL"]}
@@ -102,3 +100,31 @@ def test_it_runs_runs_and_workers_of_kubernetes(code_location: Container) -> Non
     # Workers' environments are made from this Python.
     made = said(code_location, "uv", "venv", "--offline", "-q", "--python", "/usr/bin/python3.11", "/tmp/venv")  # noqa: S108 - as above
     assert made == (0, "")
+
+
+def test_a_run_of_the_launcher_is_executed_in_it(engine: docker.DockerClient, image: str, tmp_path: Path) -> None:
+    """The Job's container, with the instance's storage in a folder of both, pulls the demo's source."""
+    models, release = CHECKOUT / "models", {"dagster/partition/model": "demo", "dagster/partition/scheme": "gptq"}
+    with cluster_instance(tmp_path) as instance:
+        add_partitions(instance, load(models / "demo.yaml"))
+        run_id, job = launched(instance, "source", tags={"dagster/partition": "demo|gptq", **release})
+        for path in (tmp_path, *tmp_path.rglob("*")):
+            path.chmod(0o777)
+        (run,) = job["spec"]["template"]["spec"]["containers"]
+        own = {name: str(tmp_path) for name in ("SLIPWAY_HOME", "SLIPWAY_DAGSTER_STORAGE")}
+        given = {each["name"]: each["value"] for each in run["env"] if "value" in each}
+        place = {**own, "SLIPWAY_MODELS": "/models", "SLIPWAY_WORKERS": "", "MLFLOW_TRACKING_URI": ""}
+        output = engine.containers.run(
+            image,
+            run["args"],
+            environment={**CONFIG, **given, **place, "SLIPWAY_DAGSTER_POSTGRES": ""},
+            volumes={str(tmp_path): {"bind": str(tmp_path)}, str(models): {"bind": "/models", "mode": "ro"}},
+            tmpfs={"/tmp": "mode=1777"},  # noqa: S108 - inside the container
+            network_mode="none",
+            stderr=True,
+            remove=True,
+            **HARDENED,
+        )
+        ended = instance.get_run_by_id(run_id)
+        assert ended is not None
+        assert ended.status == DagsterRunStatus.SUCCESS, output.decode()

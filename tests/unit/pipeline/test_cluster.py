@@ -6,7 +6,8 @@ The chart itself is not here. `written` is what its templates make of the values
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import kubernetes
 import kubernetes_validate
 import pytest
 import yaml
-from dagster import DagsterInstance
+from dagster import AssetKey, DagsterInstance
 from dagster._core.code_pointer import ModuleCodePointer
 from dagster._core.launcher import LaunchRunContext, RunLauncher
 from dagster._core.origin import JobPythonOrigin, RepositoryPythonOrigin
@@ -87,10 +88,9 @@ def written(folder: Path) -> Values:
     }
 
 
-@pytest.fixture(scope="module")
-def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterInstance]:
-    """Dagster's instance of that file, and a cluster that nobody asks."""
-    folder = tmp_path_factory.mktemp("instance")
+@contextmanager
+def cluster_instance(folder: Path) -> Iterator[DagsterInstance]:
+    """Dagster's instance of that file in a folder, and a cluster that nobody asks."""
     (folder / "dagster.yaml").write_text(yaml.safe_dump(written(folder)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLIPWAY_HOME", str(folder))
@@ -100,9 +100,8 @@ def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterInstan
             yield opened
 
 
-@pytest.fixture(scope="module")
-def job(instance: DagsterInstance) -> Values:
-    """The Job that a run becomes."""
+def launched(instance: DagsterInstance, *assets: str, tags: Mapping[str, str]) -> tuple[str, Values]:
+    """Launch a run of these assets; return its id, and the Job that it becomes."""
     launcher: RunLauncher[Any] = instance.run_launcher
     sent: list[object] = []
     assert isinstance(launcher, K8sRunLauncher)
@@ -111,14 +110,29 @@ def job(instance: DagsterInstance) -> Values:
         code_pointer=ModuleCodePointer("pipeline.definitions", "defs"),
         container_image=image_of(DEPLOYMENT),
     )
-    origin = JobPythonOrigin(RELEASE_JOB, repository)
-    run = instance.create_run_for_job(defs.resolve_job_def(RELEASE_JOB), job_code_origin=origin)
+    run = instance.create_run_for_job(
+        defs.resolve_job_def(RELEASE_JOB),
+        tags=tags,
+        asset_selection=frozenset(map(AssetKey, assets)),
+        job_code_origin=JobPythonOrigin(RELEASE_JOB, repository),
+    )
     with pytest.MonkeyPatch.context() as patch:
         taken = lambda body, **_: sent.append(body)  # noqa: E731
         patch.setattr(launcher._api_client, "create_namespaced_job_with_retries", taken)
         launcher.launch_run(LaunchRunContext(run, None))
     (body,) = sent
-    return dict(kubernetes.client.ApiClient().sanitize_for_serialization(body))
+    return run.run_id, dict(kubernetes.client.ApiClient().sanitize_for_serialization(body))
+
+
+@pytest.fixture(scope="module")
+def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterInstance]:
+    with cluster_instance(tmp_path_factory.mktemp("instance")) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def job(instance: DagsterInstance) -> Values:
+    return launched(instance, "source", tags={})[1]
 
 
 def test_dagster_reads_the_same_of_it(instance: DagsterInstance) -> None:
