@@ -10,8 +10,6 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from evals.load import greedy
-
 FILE = "canary.json"
 """The file beside FP16's answers."""
 MARGIN = 0.5
@@ -63,4 +61,6 @@ class TakenCanary(Canary):
 
 def prompts(texts: Path) -> list[str]:
     """Return what FP16 is asked: ours, and the beginnings of some of the model's own texts (``load.prompts``)."""
+    from evals.load import greedy  # noqa: PLC0415 - it takes SciPy, which those who read a lock don't need
+
     return [*_PROMPTS, *(text[:_CHARACTERS] for text in greedy.read_prompts(texts))]
