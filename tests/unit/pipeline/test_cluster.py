@@ -5,6 +5,7 @@ The chart itself is not here. `written` is what its templates make of the values
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from dagster._core.code_pointer import ModuleCodePointer
 from dagster._core.launcher import LaunchRunContext, RunLauncher
 from dagster._core.origin import JobPythonOrigin, RepositoryPythonOrigin
 from dagster_k8s import K8sRunLauncher
+from helm_python import Chart
 
 from checkout import CHECKOUT
 from pipeline.definitions import defs
@@ -86,6 +88,16 @@ def written(folder: Path) -> Values:
         "storage": {"sqlite": {"base_dir": str(folder)}},
         "run_launcher": {"module": "dagster_k8s", "class": VALUES["runLauncher"]["type"], "config": config},
     }
+
+
+def test_helm_reads_the_same_values(tmp_path: Path) -> None:
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "Chart.yaml").write_text("{apiVersion: v2, name: a-chart, version: 1.0.0}")
+    (tmp_path / "values.yaml").write_bytes((CHECKOUT / "examples/cluster/values.yaml").read_bytes())
+    (tmp_path / "templates/all.yaml").write_text("{{ .Values | toJson }}")
+    with Chart.load(tmp_path) as chart:
+        (text,) = chart.render({}, name="dagster", namespace="slipway").values()
+    assert json.loads(text) == VALUES
 
 
 @contextmanager
