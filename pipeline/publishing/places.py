@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -168,13 +169,15 @@ class _HubPlace:
                 for addition in additions:  # large files first, which no commit names yet
                     api.preupload_lfs_files(self._repository, [addition], revision=self._branch)
                     sent.add(addition.upload_info.size / 1e6, addition.path_in_repo)
-                api.create_commit(
-                    self._repository,
-                    additions,
-                    commit_message="Publish a signed release",
-                    revision=self._branch,
-                    parent_commit=self._found.revision,
-                )
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "Warnings while validating metadata")  # shown by _check_card
+                    api.create_commit(
+                        self._repository,
+                        additions,
+                        commit_message="Publish a signed release",
+                        revision=self._branch,
+                        parent_commit=self._found.revision,
+                    )
         except HfHubHTTPError as error:
             status = error.response.status_code
             raise PublishError(
@@ -191,9 +194,9 @@ class _HubPlace:
         from pipeline.sources.hub import Hub  # noqa: PLC0415 - as above
 
         hub = Hub(self._access.hub_endpoint, self._access.hub_token)
-        errors, warnings = hub.check_card(self._repository, self._branch, card)
-        for warning in warnings:
-            progress(f"the hub says of the model card: {warning}")
+        errors, warned = hub.check_card(self._repository, self._branch, card)
+        for warning in warned:
+            progress(f"the hub warns of the model card: {warning}")
         if errors:
             raise PublishError(f"the hub refuses the model card for hf://{self._repository}: {'; '.join(errors)}")
 

@@ -111,6 +111,15 @@ def test_what_a_hub_refuses_is_one_line_without_the_token(made: Made, hub: hub_s
     assert set(hub.files) == {".gitattributes"}
 
 
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of huggingface_hub's upload
+def test_what_the_hub_warns_of_is_shown_once(made: Made, hub: hub_server.StandInHub) -> None:
+    hub.warnings = ["no language\nis stated"]
+    settings, lines = replace(made.settings, hub_endpoint=hub.endpoint), list[str]()
+    publish(NAME, f"hf://{hub_server.REPOSITORY}", settings, lines.append)
+    assert lines.count("the hub warns of the model card: no language is stated") == 1
+    assert len(hub.commits) == 1
+
+
 def test_a_card_that_the_hub_refuses_is_one_line_and_nothing_is_uploaded(
     made: Made, hub: hub_server.StandInHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

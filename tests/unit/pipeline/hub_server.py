@@ -21,10 +21,10 @@ REPOSITORY = "org/tiny"
 class StandInHub:
     """Serves ``files`` (path → bytes) of one model, or data set, at one commit; safetensors are told with their sha256.
 
-    It takes commits, with large files beforehand, and checks model cards by what the real hub documents. The ``token``
-    may read, and ``writer`` write; None is anybody's. ``branches`` name the ``commit``. The next ``cuts`` downloads
-    break off in the middle; ``served`` replaces what is sent for a file, not what is told of it. ``seen`` has every
-    request: method, path, Range, Authorization.
+    It takes commits, with large files beforehand, and checks model cards by what the real hub documents, with these
+    ``warnings``. The ``token`` may read, and ``writer`` write; None is anybody's. ``branches`` name the ``commit``. The
+    next ``cuts`` downloads break off in the middle; ``served`` replaces what is sent for a file, not what is told of
+    it. ``seen`` has every request: method, path, Range, Authorization.
     """
 
     def __init__(self, files: dict[str, bytes]) -> None:
@@ -39,6 +39,7 @@ class StandInHub:
         self.served: dict[str, bytes] = {}
         self.uploads: dict[str, bytes] = {}
         self.commits: list[str] = []
+        self.warnings: list[str] = []
         self.seen: list[tuple[str, str, str | None, str | None]] = []
         self.endpoint = ""
 
@@ -91,7 +92,8 @@ def serving(files: dict[str, bytes]) -> Iterator[StandInHub]:
             hub.seen.append((self.command, path, None, self.headers.get("Authorization")))
             if path == "/api/validate-yaml":
                 found = [{"message": problem} for problem in hub_cards.problems(json.loads(body)["content"])]
-                self.answer({"errors": found, "warnings": []}, 400 if found else 200)
+                warnings = [{"message": warning} for warning in hub.warnings]
+                self.answer({"errors": found, "warnings": warnings}, 400 if found else 200)
             elif hub.writer and self.headers.get("Authorization") != f"Bearer {hub.writer}":
                 self.refuse(403, "Forbidden")
             elif path.startswith(f"/api/models/{REPOSITORY}/preupload/"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -95,3 +96,10 @@ def test_a_list_that_no_model_has_is_refused(
     monkeypatch.setattr(hub.HubModel, "find", lambda _: Found(revision or "1" * 40, files))
     with pytest.raises(SourceError, match=reason):
         resolve("hf://org/tiny")
+
+
+def test_a_pull_loads_no_client_of_another_scheme() -> None:
+    heavy = {"scipy", "numpy", "mlflow", "boto3", "huggingface_hub", "fsspec"}
+    program = f"import sys, pipeline.sources.source; sys.exit(', '.join({heavy!r} & set(sys.modules)) or 0)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
