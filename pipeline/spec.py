@@ -351,9 +351,7 @@ def load(path: Path) -> ModelSpec:
     except UnicodeError:
         problems.append("it holds an invalid character (a lone surrogate, `\\uD800` to `\\uDFFF`)")
     else:
-        for find in (
-            *(_published, _not_served, _without_effect, _refused_by_engine, _odd_adapters, _odd_draft_models),
-        ):
+        for find in (*(_published, _not_served, _not_on_a_cpu, _refused_by_engine, _odd_adapters, _odd_draft_models),):
             problems += find(spec)
         if not problems:
             return spec
@@ -401,8 +399,8 @@ def _not_served(spec: ModelSpec) -> Iterator[str]:
             )
 
 
-def _without_effect(spec: ModelSpec) -> Iterator[str]:
-    """Keys of `serve` that a runtime for CPUs has no use for."""
+def _not_on_a_cpu(spec: ModelSpec) -> Iterator[str]:
+    """Keys of `serve` that a runtime for CPUs has no use for, or can't serve with."""
     if profile.load(spec.runtime).minimum_driver is not None:
         return
     for path, section in spec.serve_sections.items():
@@ -410,6 +408,11 @@ def _without_effect(spec: ModelSpec) -> Iterator[str]:
             yield (
                 f"`{path}.gpu_memory`: `{spec.runtime}` serves on a CPU, whose memory `load.memory.limit_bytes` "
                 f"limits: leave the key out (found {section.gpu_memory})"
+            )
+        if section.pipeline_parallel > 1:
+            yield (
+                f"`{path}.pipeline_parallel`: `{spec.runtime}` can't serve with it, since vLLM's engine for CPUs stops "
+                f"at the first request: set `tensor_parallel` instead (found {section.pipeline_parallel})"
             )
 
 

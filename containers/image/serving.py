@@ -101,7 +101,7 @@ class Override(_Section):
     tensor_parallel: PositiveInt | None = None
     """GPUs that share each layer; by default what the planner proposes."""
     pipeline_parallel: PositiveInt = 1
-    """Groups of GPUs that share the layers."""
+    """Groups of GPUs that share the layers; a runtime for CPUs takes no such key."""
     kv_cache: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] = "auto"
     """The KV cache's precision; `auto` is that of the model."""
     gpu_memory: float | None = Field(default=None, gt=0, le=1)

@@ -314,6 +314,7 @@ def test_what_vllm_serves_of_gptq_is_let_through(write: Write, changes: dict[str
         ("serve.gpu_memory", 1.2, "`serve.gpu_memory`: Input should be less than or equal to 1 (found 1.2)"),
         ("serve.gpu_memory", 0.8, "`serve.gpu_memory`: `vllm-cpu` serves on a CPU, whose memory"),
         ("serve.variants", {"full": {"gpu_memory": 1}}, "`serve.variants.full.gpu_memory`: `vllm-cpu` serves on a CPU"),
+        ("serve.pipeline_parallel", 2, "`serve.pipeline_parallel`: `vllm-cpu` can't serve with it"),
         ("serve.speculative", {"method": "eagle", "tokens": 2}, "`serve.speculative.method`: Input should be 'ngram'"),
         ("serve.kv_cache", "fp4", "`serve.kv_cache`: Input should be 'auto', 'fp8', 'fp8_e4m3' or 'fp8_e5m2'"),
         ("serve.speculative", {"method": "ngram"}, "`serve.speculative.tokens` is missing"),
