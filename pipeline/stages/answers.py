@@ -220,6 +220,7 @@ def _served(
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             gpus=devices,
             cores=context.server_cores(ranks=ranks),
+            cpu_limit=context.settings.cpu_limit,
             start_timeout_s=context.spec.load.start_timeout_s,
             progress=context.progress,
             **more,

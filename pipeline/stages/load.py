@@ -109,6 +109,7 @@ def measure(
                     command=command,
                     gpus=gpus,
                     cores=context.server_cores(plan.cpus, with_client=True, ranks=context.serving.gpus),
+                    cpu_limit=context.settings.cpu_limit,
                     start_timeout_s=plan.start_timeout_s,
                     lifetime_s=plan.lifetime_s,
                     labels={sandbox.STAGE_LABEL: "load"},

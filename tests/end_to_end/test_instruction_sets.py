@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 
+from evals.drift.pairs import read_drift
 from homes import DEMO, Slipway
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec, load
@@ -34,5 +35,8 @@ def test_a_cpu_without_avx512_answers_nearly_as_fp16_does(
     context = StageContext(spec, scheme, Settings.read({**slipway.variables, "SLIPWAY_CPU_ISA": "avx2"}), print)
     made = run_until("drift", context)
     assert made["baseline"].notes["instruction_set"] == "avx2"
+    for answers in read_drift(made["drift"].folder).computed_on.values():
+        assert answers.kernels is not None
+        assert answers.kernels.instruction_set == "avx2"
     # Of the release itself it is under 0.02 nats a token; of other weights it is more than 1.
     assert judge(made["drift"], context).metrics["divergence.mean"] < 0.1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ import yaml
 from click.testing import CliRunner
 from image_record import image_record
 
+from containers.errors import SandboxError, UnhealthyError
 from containers.hardware import gpu
+from containers.sandbox import sandbox
 from evals.load import load_test as loads
 from evals.load.comparison import ComparisonRow
 from evals.load.load_test import TrafficProgress
@@ -24,6 +28,7 @@ from pipeline.errors import SpecError
 from pipeline.operations import load_tests
 from pipeline.settings import Settings
 from pipeline.spec import load
+from pipeline.stages.answers import serve_image
 from pipeline.stages.context import StageContext
 from pipeline.stages.load import measure
 from pipeline.store.artifacts import Artifact
@@ -65,10 +70,10 @@ def test_an_unknown_line_is_answered_with_a_near_one_or_all(settings: Settings, 
 
 
 def test_another_profile_comes_as_it_is_and_keeps_the_models_limits() -> None:
-    plan = load_tests.changed(demo(request_rate=9, input_tokens=32), ["chat"], {})
-    (profile,) = plan.traffic
+    own = demo(request_rate=9, input_tokens=32)
+    (profile,) = load_tests.changed(own, ["chat"], {}).traffic
     assert (profile.name, profile.rate, profile.input_tokens.median) == ("chat", 4, 120)
-    assert (profile.slo.p95_latency_ms, profile.slo.p95_ttft_ms) == (2000, 1000)
+    assert (profile.slo.p95_latency_ms, profile.slo.p95_ttft_ms) == (own.slo.p95_latency_ms, own.slo.p95_ttft_ms)
 
 
 def test_the_models_own_profile_keeps_what_was_changed_of_it() -> None:
@@ -118,6 +123,28 @@ def test_an_image_that_needs_a_gpu_is_not_started_where_there_is_none(
     context = StageContext(spec, "awq", settings, print)
     found = measure(context, spec.load, record, checkpoint, tmp_path, tmp_path)
     assert loads.judge(found, spec.load).cause == "no-gpu"
+
+
+def test_load_tests_and_evaluations_hold_their_servers_to_the_cpu_of_the_settings(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = []
+
+    def serve(*_: object, cpu_limit: str | None = None, **more: object) -> None:
+        limits.append(cpu_limit)
+        raise UnhealthyError("not started here")
+
+    monkeypatch.setattr(sandbox, "serve", serve)
+    monkeypatch.setattr(StageContext, "engine", lambda _: contextlib.nullcontext())
+    settings.home.mkdir()
+    settings = replace(settings, cpu_limit="avx2", locks=tmp_path)
+    spec = load(DEMO.with_suffix(".yaml"))
+    checkpoint = Artifact("quantized", "0", "0", tmp_path, {}, {}, {}, 0.0, 0.0, "", cached=True)
+    context = StageContext(spec, "awq", settings, print)
+    measure(context, spec.load, image_record(), checkpoint, tmp_path, tmp_path)
+    with pytest.raises(SandboxError), serve_image(context, "sha256:1", checkpoint):
+        pass
+    assert limits == ["avx2", "avx2"]
 
 
 def test_the_price_is_the_models_own() -> None:
