@@ -22,6 +22,11 @@ _PASSED_ON = (
     "PATH", "LANG", "LC_ALL", "TZ", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE",
     "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "NVIDIA_VISIBLE_DEVICES", "SLIPWAY_CPU_ISA",
 )  # fmt: skip
+# Further variables for git: where its configuration, its helpers' and SSH's are, the agent, and proxies.
+_GIT_PREFIXES = (
+    "HOME", "XDG_CONFIG_HOME", "SSH_AUTH_SOCK", "GIT_SSH_COMMAND", "GIT_CONFIG_GLOBAL", "GIT_SSL_CAINFO", "HTTP_PROXY",
+    "HTTPS_PROXY", "NO_PROXY",
+)  # fmt: skip
 # Further variables for the package installer: indexes, certificates and caches.
 _INSTALLER_PREFIXES = ("PIP_", "UV_", "XDG_CACHE_HOME", "HOME", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 
@@ -94,9 +99,10 @@ class Settings:
     """The server that mails are sent through, `smtps://USER:PASSWORD@HOST:PORT` or `smtp://HOST:PORT`."""
     mail_to: tuple[str, ...] = field(metadata=_read("SLIPWAY_NOTIFY_MAIL", "none"))
     """Who is mailed failures and refusals, separated by commas."""
-    # The environments of workers and of the package installer.
+    # The environments of workers, of the package installer and of git.
     child_environment: Mapping[str, str]
     installer_environment: Mapping[str, str] = field(repr=False)
+    git_environment: Mapping[str, str] = field(repr=False)
 
     @property
     def mlflow_address(self) -> str:
@@ -161,6 +167,11 @@ class Settings:
                 name: value
                 for name, value in environment.items()
                 if name in _PASSED_ON or name.upper().startswith(_INSTALLER_PREFIXES)
+            },
+            git_environment={
+                name: value
+                for name, value in environment.items()
+                if name in _PASSED_ON or name.upper().startswith(_GIT_PREFIXES)
             },
             disk_floor=_bytes(environment.get("SLIPWAY_DISK_FLOOR"), "SLIPWAY_DISK_FLOOR", default=2 * 2**30),
             locks=_locks(environment.get("SLIPWAY_LOCKS")),

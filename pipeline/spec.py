@@ -9,7 +9,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from containers.errors import ProfileError
 from containers.image import profile
@@ -26,6 +35,12 @@ from pipeline.yaml_file import explain, keys, listed, read
 from registry.digests import digest_file
 from registry.suggestions import suggestion
 
+# No user information in https, so no token is in a file that is committed; `ext::` and options are no addresses.
+_REPOSITORY = re.compile(
+    r"https://[A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]+)?(/[A-Za-z0-9._~-]+)+|"
+    r"ssh://([A-Za-z0-9._]+@)?[A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]+)?(/[A-Za-z0-9._~-]+)+|(/[A-Za-z0-9._~ -]+)+"
+)
+_NO_PARTS = {".", "..", ".git"}
 _NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 # Paths of the keys that name data files, some of which may be built-in ones; ``*`` matches any key.
 _CALIBRATION = (("calibration", "uri"), ("calibration", "mixture", "*", "uri"))
@@ -152,11 +167,46 @@ class Calibration(CalibrationData):
         return self.mixture or (WeightedData(uri=self.uri, revision=self.revision, files=self.files),)
 
 
+class GitFile(_Section):
+    """A file in a Git repository that names the champion's image."""
+
+    repository: Annotated[str, StringConstraints(max_length=500)]
+    """`https://HOST/PATH`, `ssh://USER@HOST/PATH` or the absolute path of a bare repository. Credentials come from
+    git's helpers or the SSH agent.
+    """
+    branch: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._/-]*$", max_length=200)] = "main"
+    """The branch that is pushed to; it must exist."""
+    path: Annotated[str, StringConstraints(max_length=300)]
+    """The file, which belongs to Slipway alone; `{release}` in it is the release line, such as `demo-awq`."""
+    format: Literal["kustomize", "values"] = "kustomize"
+    """A Kustomize component with `images`, or values for a Helm chart with `image.repository` and `image.digest`."""
+
+    @field_validator("repository")
+    @classmethod
+    def _address(cls, address: str) -> str:
+        if not _REPOSITORY.fullmatch(address):
+            raise ValueError(
+                "expected `https://HOST/PATH`, `ssh://USER@HOST/PATH` or an absolute path, without a password; git's "
+                "credential helpers know passwords"
+            )
+        return address
+
+    @field_validator("path")
+    @classmethod
+    def _plain_path(cls, path: str) -> str:
+        parts = path.replace("{release}", "release").split("/")
+        if any(re.fullmatch(r"[A-Za-z0-9._-]+", part) is None or part.lower() in _NO_PARTS for part in parts):
+            raise ValueError(f"`{path}` is not a path in a repository: expected `clusters/prod/{{release}}.yaml`")
+        return path
+
+
 class Registry(_Section):
     """What happens to a release that passed all gates."""
 
     champion: Literal["automatic", "manual"] = "automatic"
     """`automatic` makes it the champion, `manual` leaves it a candidate until `slipway promote`."""
+    git: GitFile | None = None
+    """The file in a Git repository that is written whenever the champion changes, for Argo CD or Flux."""
     cold_aliases: bool = False
     """Whether `slipway gc --tier` may also move versions with an alias; a pull then fetches them from cold storage."""
 
@@ -229,6 +279,12 @@ class ModelSpec(_Section):
         for name in schemes:
             cls._plain(name)
         return schemes
+
+    @model_validator(mode="after")
+    def _one_file_each(self) -> Self:
+        if self.registry.git is not None and len(self.schemes) > 1 and "{release}" not in self.registry.git.path:
+            raise ValueError("`registry.git.path`: every scheme would write this file; put `{release}` into the path")
+        return self
 
     @field_validator("runtime")
     @classmethod

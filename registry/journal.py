@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from registry.backend import Line, RegistryBackend
 from registry.digests import canonical_json, digest_of
@@ -42,7 +42,9 @@ PAYLOAD_TYPE = "application/vnd.slipway.journal.v1+json"
 WEIGHT_TAG = "slipway.canary"
 START = digest_of(b"")
 """The ``prior`` of an entry with which a trail begins."""
-Action = Literal["promote", "rollback", "canary"]
+Text = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+Commit = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40,64}$")]
+Action = Literal["promote", "rollback", "canary", "git"]
 State = Literal["begun", "done", "abandoned"]
 
 
@@ -64,11 +66,23 @@ class AliasMove(BaseModel):
     digest: Digest | None = None
 
 
+class PushedFile(BaseModel):
+    """A file in a Git repository that names the champion, and the commit by which it does."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    repository: Text
+    branch: Text
+    path: Text
+    commit: Commit
+
+
 class JournalEntry(BaseModel):
     """One act. ``when`` is UTC with milliseconds; ``moves`` are in the order in which they are made.
 
     ``digest`` is the manifest's digest of the version that the act is about; ``weight`` the canary's, in percent;
-    ``prior`` the running digest of the trail before, None in entries of the first format.
+    ``prior`` the running digest of the trail before, None in entries of the first format. ``pushed`` is the file that
+    ``git`` wrote.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -84,6 +98,7 @@ class JournalEntry(BaseModel):
     when: str
     why: str
     prior: Digest | None = None
+    pushed: PushedFile | None = None
 
     @model_validator(mode="after")
     def _digests_are_signed(self) -> Self:
@@ -92,8 +107,10 @@ class JournalEntry(BaseModel):
         return self
 
     def payload(self) -> bytes:
-        """Return the bytes that are signed; of an entry of the first format those that it was signed with."""
+        """Return the bytes that are signed; of an entry of an earlier format those that it was signed with."""
         document = self.model_dump(mode="json")
+        if self.pushed is None:
+            del document["pushed"]
         if self.prior is None:
             del document["prior"]
             for move in document["moves"]:
@@ -245,6 +262,7 @@ def record_and_move(
     digest: str,
     moves: Mapping[str, Target | None],
     weight: int | None = None,
+    pushed: PushedFile | None = None,
     who: str | None,
     why: str,
     key: SigningKey | None,
@@ -286,6 +304,7 @@ def record_and_move(
         when=datetime.now(UTC).isoformat(timespec="milliseconds"),
         why=why,
         prior=START if damage is not None else trail_digest(journal, trusted),
+        pushed=pushed,
     )
     signature = None
     if key is not None:

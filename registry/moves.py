@@ -78,7 +78,7 @@ def promote_version(
         TrackingError: There is no such version, or MLflow can't be reached, or refused.
     """
     policy = policy_of(trusted_keys, required_gates)
-    with _opened(name, tracking_uri, policy, progress) as (held, backend, line, _):
+    with opened(name, tracking_uri, policy, progress) as (held, backend, line, _):
         chosen = only_version(backend, name, version)
         damage = journal.chain_break(journal.records(line), signers(policy, key))
         if damage is None:
@@ -113,7 +113,7 @@ def rollback(
         RegistryError: As `promote_version`.
     """
     policy = policy_of(trusted_keys, required_gates)
-    with _opened(name, tracking_uri, policy, progress) as (held, backend, line, finished):
+    with opened(name, tracking_uri, policy, progress) as (held, backend, line, finished):
         if finished is not None and finished.action == "rollback":
             return _result(tracking_uri, name, "rollback", finished.version, finished.digest, finished, finished=True)
         if PREVIOUS not in line.aliases:
@@ -153,7 +153,7 @@ def canary(
     if not 0 <= weight <= 100:
         raise PromotionError(f"the weight {weight} is not a percentage: expected 0 to 100")
     policy = policy_of(trusted_keys, required_gates)
-    with _opened(name, tracking_uri, policy, progress) as (held, backend, line, _):
+    with opened(name, tracking_uri, policy, progress) as (held, backend, line, _):
         chosen = only_version(backend, name, version)
         if weight and line.aliases.get(CHAMPION) == version:
             raise PromotionError(f"version {version} of `{name}` is champion and can't also be its canary")
@@ -282,7 +282,7 @@ def _why_not_finished(
 
 
 @contextmanager
-def _opened(
+def opened(
     name: str, tracking_uri: str, policy: Policy, progress: Progress
 ) -> Iterator[tuple[PromotionLock, RegistryBackend, Line, JournalEntry | None]]:
     """Give the lock, the backend, the line after recovery, and the entry that recovery finished, if any."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pipeline.operations.retention import Leftover
+    from registry.journal import JournalEntry
     from registry.moves import Moved
     from registry.policy import Trust
     from registry.progress import Progress
@@ -38,7 +39,8 @@ def promote(name: str, version: str, why: str, *, as_json: bool) -> None:
     """Make version N of release line NAME the champion.
 
     The version is verified again first. The champion so far becomes `previous`. If N is the champion already, but the
-    audit trail has no signed record of it, this command adds that record.
+    audit trail has no signed record of it, this command adds that record. The file in Git that the model file names
+    under `registry.git` is written; if it could not be pushed before, it is pushed now.
     """
     from registry import promote_version
 
@@ -115,7 +117,7 @@ def history(name: str, *, as_json: bool) -> None:
             record.entry.when[:19].replace("T", " "),
             record.entry.who,
             record.entry.action if record.state == "done" else f"{record.entry.action} ({record.state})",
-            ", ".join(f"{move.alias} {move.before or '-'} > {move.after or '-'}" for move in record.entry.moves),
+            _what(record.entry),
             "signed" if record.signed_by(trusted) else "-",
             record.entry.why,
         )
@@ -215,11 +217,21 @@ def _common() -> _Common:
 
 
 def _report(moved: Moved, what: str, *, as_json: bool) -> None:
+    from pipeline.publishing.promotion_file import follow_promotion
+
+    pushed = follow_promotion(moved.name, Settings.read(), say)
     if as_json:
-        print_json(json.loads(json.dumps(asdict(moved))))
+        print_json(json.loads(json.dumps({**asdict(moved), "git": None if pushed is None else asdict(pushed)})))
         return
     before = f"; it was version {moved.replaced} before" if moved.replaced else ""
     note = (
         " (nothing to do)" if moved.entry is None else " (finished what an earlier command had begun)" * moved.finished
     )
     results.print(escape(f"{moved.name}: {what}{before}{note}"))
+
+
+def _what(entry: JournalEntry) -> str:
+    """The aliases that an act moved, or the commit that it pushed."""
+    if entry.pushed is not None:
+        return f"{entry.pushed.path}: commit {entry.pushed.commit[:12]}"
+    return ", ".join(f"{move.alias} {move.before or '-'} > {move.after or '-'}" for move in entry.moves)

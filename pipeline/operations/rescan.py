@@ -25,6 +25,7 @@ from containers.scan.evidence import ScanEvidence, read_scan
 from containers.scan.policy import ScanPolicy
 from pipeline.errors import SlipwayError, SpecError
 from pipeline.publishing.attest import Rescan, StatedRelease, attest
+from pipeline.publishing.promotion_file import follow_promotion
 from pipeline.settings import Settings
 from pipeline.spec import find, load
 from pipeline.trust import signing_key_if_any, trust_of
@@ -244,4 +245,5 @@ def _roll_back(
         moved = rollback(version.name, settings.tracking_uri, trust_of(settings), why=why, key=key, progress=progress)
     except RegistryError as error:
         return "kept", f"the rollback failed: {error}"
+    follow_promotion(version.name, settings, progress)
     return "rolled back", f"version {moved.version} is champion again"

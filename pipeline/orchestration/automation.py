@@ -4,6 +4,7 @@ All of them are on, so a file that asks for something gets it within a minute. W
 files and says so. `pipeline.stages.affected` decides which releases a tick requests; nothing here makes an artifact.
 """
 
+import random
 import time
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -43,6 +44,7 @@ from pipeline.orchestration.metrics import champions
 from pipeline.orchestration.release import sweep
 from pipeline.orchestration.run_outcome import ending, findings
 from pipeline.orchestration.speed_job import speed_job
+from pipeline.publishing.promotion_file import is_behind, push_champion
 from pipeline.settings import Settings
 from pipeline.spec import ModelSpec, load
 from pipeline.stages.affected import Affected, affected, touched
@@ -50,6 +52,8 @@ from pipeline.stages.locked_sources import find_moved, locked_sources
 
 # Runs of the queue with a higher number start first; what a person launches has 0.
 _SECURITY, _CHANGE, _NIGHT, _LOAD = 10, 5, -5, -10
+# Within the minute that Dagster gives a tick.
+_PUSH_SECONDS = 40.0
 _UNDER_WAY = [
     DagsterRunStatus.QUEUED, DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING, DagsterRunStatus.STARTED,
 ]  # fmt: skip
@@ -206,7 +210,35 @@ def notification_sensor(settings: ResourceParam[Settings]) -> SkipReason:
     return SkipReason("; ".join(deliver(settings)) or "no notification is queued")
 
 
-SENSORS = [model_file_sensor, orphaned_run_sensor, failure_alert_sensor, rescan_alert_sensor, notification_sensor]
+@sensor(minimum_interval_seconds=60, default_status=_ON)
+def git_sensor(context: SensorEvaluationContext, settings: ResourceParam[Settings]) -> SkipReason:
+    """Push champions to their files in Git where that failed before; queue a notification where it fails again."""
+    specs, _ = _read_all(settings)
+    behind = [
+        (f"{spec.model}-{scheme}", spec.registry.git)
+        for spec in specs
+        if spec.registry.git is not None
+        for scheme in spec.schemes
+        if is_behind(f"{spec.model}-{scheme}", spec.registry.git, settings)
+    ]
+    if not behind:
+        return SkipReason("every file in Git names its champion")
+    # One a tick, so that a tick ends in time, and any of them, so that none waits behind one that always fails.
+    name, git = random.choice(behind)  # noqa: S311 - no secret
+    done = push_champion(name, git, settings, context.log.info, seconds=_PUSH_SECONDS)
+    # Each line once, until its file names the champion.
+    notified = set((context.cursor or "").split()) & {line for line, _ in behind}
+    if done.error and name not in notified:
+        subject = f"{name}: its file in Git does not name the champion"
+        enqueue(Notification(subject, done.error, f"{settings.ui_address}/automation"), settings)
+        notified.add(name)
+    context.update_cursor(" ".join(sorted(notified)))
+    return SkipReason(done.error or f"{done.file} names the champion of {name}")
+
+
+SENSORS = [
+    model_file_sensor, orphaned_run_sensor, failure_alert_sensor, rescan_alert_sensor, notification_sensor, git_sensor,
+]  # fmt: skip
 SCHEDULES = [nightly, nightly_rescan, weekly_load]
 
 

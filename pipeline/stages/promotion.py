@@ -9,6 +9,7 @@ from typing import Literal
 from containers.image.build import read_image
 from evals.load.variants import read_variants
 from pipeline.publishing.attest import IMAGE, StatedRelease, attest
+from pipeline.publishing.promotion_file import follow_promotion
 from pipeline.stages.context import StageContext
 from pipeline.stages.metadata import ReleasedVersion, figures
 from pipeline.store.artifacts import Artifact
@@ -34,7 +35,8 @@ def promote(context: StageContext, release: Artifact, *, candidate_only: bool = 
     """Register the signed release, and move ``candidate`` to it, and ``champion`` where the model's file says so.
 
     The champion stays with ``candidate_only``, and where a person has moved it away from this release. The image is
-    signed first, so whatever an alias names is (`pipeline.publishing.attest`).
+    signed first, so whatever an alias names is (`pipeline.publishing.attest`). The file in Git that names the champion
+    follows; where it can't be pushed, the promotion stands.
 
     Raises:
         DistributionError: the image's registry can't be reached, or has lost it. No alias moved.
@@ -53,6 +55,7 @@ def promote(context: StageContext, release: Artifact, *, candidate_only: bool = 
         key=key,
         progress=context.progress,
     )
+    follow_promotion(context.release_name, settings, context.progress, spec=context.spec)
     stood = before.get(promotion.version) == promotion.aliases
     return _described(release, promotion, "up-to-date" if stood else "promoted", signed)
 
@@ -60,7 +63,8 @@ def promote(context: StageContext, release: Artifact, *, candidate_only: bool = 
 def already_promoted(context: StageContext, release: Artifact) -> PromotedRelease | None:
     """Return what `promote` would, without moving an alias; None where one would move.
 
-    What is not attached to the image is attached. The release's bytes are not read again.
+    What is not attached to the image is attached, and a file in Git that is behind is pushed. The release's bytes are
+    not read again.
 
     Raises:
         DistributionError: the image's registry can't be reached, or has lost it.
@@ -77,6 +81,7 @@ def already_promoted(context: StageContext, release: Artifact) -> PromotedReleas
     )
     if promotion is None:
         return None
+    follow_promotion(context.release_name, settings, context.progress, spec=context.spec)
     return _described(release, promotion, "up-to-date", _attest(context, release, key))
 
 

@@ -378,3 +378,28 @@ def test_a_model_that_is_not_there_is_said_with_a_near_name(tmp_path: Path) -> N
 def test_a_scheme_that_is_not_there_is_said_with_a_near_name() -> None:
     with pytest.raises(SpecError, match="has no scheme `gtpq`: did you mean `gptq`"):
         load(DEMO.with_suffix(".yaml")).scheme("gtpq")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"repository": "https://ann:tok3n@git.example.com/models.git"}, "without a password"),
+        ({"repository": "https://ann@git.example.com/models.git"}, "without a password"),
+        ({"repository": "ext::sh -c id"}, "expected `https://HOST/PATH`"),
+        ({"repository": "--upload-pack=id"}, "expected `https://HOST/PATH`"),
+        ({"repository": "ssh://-oProxyCommand=id/models.git"}, "expected `https://HOST/PATH`"),
+        ({"branch": "--force"}, "`registry.git.branch`"),
+        ({"path": "../{release}.yaml"}, "is not a path in a repository"),
+        ({"path": "/etc/{release}.yaml"}, "is not a path in a repository"),
+        ({"path": ".GIT/{release}"}, "is not a path in a repository"),
+        ({"path": "prod/champion.yaml"}, "every scheme would write this file"),
+    ],
+)
+def test_a_file_in_git_is_at_a_plain_path_of_a_plain_repository(
+    write: Write, changes: dict[str, str], told: str
+) -> None:
+    whole = {"repository": "ssh://git@git.example.com:22/models.git", "path": "prod/{release}.yaml"}
+    git = load(write(put("registry", {"git": whole}))).registry.git
+    assert git is not None
+    assert (git.branch, git.format) == ("main", "kustomize")
+    assert told in refusal(write(put("registry", {"git": {**whole, **changes}})))
