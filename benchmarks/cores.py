@@ -30,6 +30,7 @@ from containers.engine.engine import connect
 from containers.hardware.core_pool import CoreRequest
 from containers.image import profile as profiles
 from containers.image.build import serving_arguments
+from containers.image.model_loader import with_list
 from containers.image.runtime import build_runtime
 from containers.sandbox import sandbox
 from pipeline.settings import Settings
@@ -113,9 +114,10 @@ def serving(count: int | None, settings: Settings) -> Iterator[str]:
     profile = profiles.load("vllm-cpu")
     client = connect(settings.docker_host, settings.home)
     runtime = build_runtime(client, profile, settings.home, print)
-    with tempfile.TemporaryDirectory() as locks, sandbox.serve(
+    mounts = {DEMO / "model": "/model"}
+    with tempfile.TemporaryDirectory() as locks, with_list(mounts, settings.home, {}) as listed, sandbox.serve(
         client, runtime.image_id, name="slipway-cores", home=settings.home, memory_bytes=6 * 2**30,
-        command=serving_arguments(profile, DEMO / "model", "demo"), mounts={DEMO / "model": "/model"},
+        command=serving_arguments(profile, DEMO / "model", "demo"), mounts=listed,
         cores=None if count is None else CoreRequest(Path(locks), count), cpu_limit=settings.cpu_limit,
         start_timeout_s=600, progress=print,
     ) as server:  # fmt: skip

@@ -76,22 +76,30 @@ def compare_files(
     folder: Path, expected: Mapping[str, FileRecord], found: Mapping[str, int], blamed: set[str] | None = None
 ) -> list[Problem]:
     """Compare the files ``found`` (path → size) with those ``expected``; what is in ``blamed`` was reported already."""
-    blamed = blamed or set()
-    extra = [Problem(name, "extra: not in the manifest") for name in found if name not in expected]
-    missing = [Problem(name, "missing") for name in expected if name not in found and name not in blamed]
-    resized = {
-        name: Problem(name, f"changed: {found[name]} bytes, {record.size} in the manifest")
-        for name, record in expected.items()
-        if name in found and found[name] != record.size
-    }
-    to_hash = [name for name in expected if name in found and name not in resized]
+    problems = compare_sizes(expected, found, blamed)
+    to_hash = [name for name, record in expected.items() if found.get(name) == record.size]
     digests = hash_files(folder, to_hash)
     changed = [
         Problem(name, "changed: another sha256 than in the manifest" if digests[name] else "can't be read")
         for name in to_hash
         if digests[name] != expected[name].sha256
     ]
-    return [*extra, *missing, *resized.values(), *changed]
+    return [*problems, *changed]
+
+
+def compare_sizes(
+    expected: Mapping[str, FileRecord], found: Mapping[str, int], blamed: set[str] | None = None
+) -> list[Problem]:
+    """Do the same without reading the files: name those that are extra, missing, or of another size."""
+    blamed = blamed or set()
+    extra = [Problem(name, "extra: not in the manifest") for name in found if name not in expected]
+    missing = [Problem(name, "missing") for name in expected if name not in found and name not in blamed]
+    resized = [
+        Problem(name, f"changed: {found[name]} bytes, {record.size} in the manifest")
+        for name, record in expected.items()
+        if name in found and found[name] != record.size
+    ]
+    return [*extra, *missing, *resized]
 
 
 def hash_files(folder: Path, names: Sequence[str]) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """The image of a release: a base, a runtime shared by every model, and one checkpoint under ``/model``.
 
 No command runs: the checkpoint's files become layers on top of the runtime's, streamed from their folder. Each file is
-a layer, the weights before the configuration and the tokenizer, so that changing these transfers only kilobytes.
+a layer, the weights before the configuration and the tokenizer, so that changing these transfers only kilobytes. The
+last layer is the list by which the runtime's loader knows all of these files.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from containers.image.blobs import Blob, BlobStore
 from containers.image.distribution import Registry, Traffic, parse
 from containers.image.gpu_compatibility import MODEL_BYTES
 from containers.image.layers import FileLayer, Member, plain_files
+from containers.image.model_loader import list_of_layers
 from containers.image.oci import OciImage
 from containers.image.profile import RuntimeProfile
 from containers.image.runtime import PORT, Runtime, build_runtime
@@ -161,7 +163,7 @@ def build_image(
     serving = serving.resolved(checkpoint_config(checkpoint), profile)
     _refuse_unwanted(checkpoint)
     runtime = build_runtime(client, profile, home, progress, base=base)
-    layers = [*model_layers(checkpoint, sha256 or {}), *beside]
+    layers = release_layers(checkpoint, sha256 or {}, beside)
     version = model_digest.removeprefix("sha256:")[:12]
     described = {
         "org.opencontainers.image.title": name,
@@ -268,6 +270,12 @@ def place_image(
     progress(f"{tag} is {image.digest}, assembled in {time.monotonic() - began:.1f} s")
     reference = f"{registry}/{name}@{image.digest}" if registry else str(loaded.id)
     return Placed(image, reference, tag, str(loaded.id), int(loaded.attrs["Size"]))
+
+
+def release_layers(checkpoint: Path, sha256: Mapping[str, str], beside: Sequence[FileLayer]) -> list[FileLayer]:
+    """Return all layers of a release's own: its checkpoint, what is served ``beside`` it, and the list of both."""
+    layers = [*model_layers(checkpoint, sha256), *beside]
+    return [*layers, list_of_layers(layers)]
 
 
 def model_layers(checkpoint: Path, sha256: Mapping[str, str]) -> list[FileLayer]:

@@ -14,8 +14,8 @@ from containers.image.layers import FileLayer, write_chunks
 from containers.image.oci import documents, place
 
 # How the layers that are made of a release's own files are described: a checkpoint, adapters, a draft
-# model, a chat template.
-_OWN = ("model ", "adapters ", "draft_model ", "serve ")
+# model, a chat template, and the list of all of them.
+_OWN = ("model ", "adapters ", "draft_model ", "serve ", "etc ")
 
 
 def has_layers(record: ImageRecord, home: Path) -> bool:

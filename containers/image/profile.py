@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from containers.errors import ProfileError
 from containers.image.layers import EPOCH, FORMAT
+from containers.image.model_loader import NAME, loader_layer
 from registry.suggestions import suggestion
 
 if TYPE_CHECKING:
@@ -116,6 +117,11 @@ class RuntimeProfile(_Strict):
         return self.folder / self.lock
 
     @property
+    def verifies(self) -> bool:
+        """Whether its entry point is the loader that verifies models."""
+        return NAME in self.entrypoint
+
+    @property
     def full_environment(self) -> dict[str, str]:
         """The image's environment variables: those of every runtime, the profile's, and the driver's constraint."""
         driver = {"NVIDIA_REQUIRE_CUDA": self.minimum_driver.requirement} if self.minimum_driver else {}
@@ -130,10 +136,11 @@ class RuntimeProfile(_Strict):
     def pins_digest(self) -> str:
         """Return ``sha256:…`` over everything that determines the runtime, except the base's content.
 
-        It covers every byte of the profile, its lock, the installer's lock and the assembly's scripts, and the version
-        of the layers' format.
+        It covers every byte of the profile, its lock, the installer's lock, the assembly's scripts and the loader, and
+        the version of the layers' format.
         """
-        return self._digest(self.model_dump(mode="json"))
+        loader = {"loader": loader_layer(self.python).key} if self.verifies else {}
+        return self._digest({**self.model_dump(mode="json"), **loader})
 
     def _digest(self, profile: Mapping[str, object]) -> str:
         covered = {

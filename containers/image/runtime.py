@@ -23,6 +23,7 @@ from containers.image.base import BaseImage, ensure_base, given_base, store_of
 from containers.image.blobs import Blob, BlobStore
 from containers.image.gpu_compatibility import labels_of
 from containers.image.layers import Member, archive, plain_files
+from containers.image.model_loader import loader_layer
 from containers.image.oci import OciImage
 from containers.image.profile import RUNTIMES, SCRIPTS, RuntimeProfile
 from containers.image.wheels import check_wheels, fetch_wheels, wheels_digest
@@ -53,7 +54,7 @@ class Runtime:
 
     @property
     def layers(self) -> tuple[Blob, ...]:
-        """The layers of the base and of the wheels."""
+        """The layers of the base, of the wheels, and of the loader that verifies models."""
         return self.image.layers
 
 
@@ -80,7 +81,8 @@ def build_runtime(
             if wheels is not None:
                 check_wheels(profile, folder)
             found = _assembled(client, profile, start, folder, home, progress)
-        image = _put_together(profile, start, *found)
+        loader = (store.plain(loader_layer(profile.python).chunks()),) if profile.verifies else ()
+        image = _put_together(profile, start, *found, loader)
         tag = f"{REPOSITORY}:{profile.name}-{profile.pins_digest().removeprefix('sha256:')[:12]}"
         loaded = loading.load(client, image, tag)
     return Runtime(str(loaded.id), image, image.comments)
@@ -144,7 +146,9 @@ def _place(profile: RuntimeProfile, start: BaseImage, store: BlobStore) -> Path:
     return store.root / "runtimes" / f"{key.removeprefix('sha256:')}.json"
 
 
-def _put_together(profile: RuntimeProfile, start: BaseImage, layer: Blob, wheels: str) -> OciImage:
+def _put_together(
+    profile: RuntimeProfile, start: BaseImage, layer: Blob, wheels: str, loader: tuple[Blob, ...]
+) -> OciImage:
     inherited = dict(variable.partition("=")[::2] for variable in start.settings.get("Env") or [])
     environment = {**inherited, **profile.full_environment}
     settings: dict[str, Any] = {
@@ -165,5 +169,5 @@ def _put_together(profile: RuntimeProfile, start: BaseImage, layer: Blob, wheels
             "slipway.wheels.digest": wheels,
         },
     }  # fmt: skip
-    comments = (*(f"base {start.name}" for _ in start.layers), f"runtime {profile.name}")
-    return OciImage(settings, (*start.layers, layer), comments, {})
+    comments = (*(f"base {start.name}" for _ in start.layers), f"runtime {profile.name}", *("loader" for _ in loader))
+    return OciImage(settings, (*start.layers, layer, *loader), comments, {})

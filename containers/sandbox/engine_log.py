@@ -14,6 +14,7 @@ from pathlib import Path
 
 from containers.sandbox.log_lines import PREFIX
 from containers.sandbox.logs import redacted
+from registry.served_files import REFUSAL, REFUSED
 
 # The length of a one-line message; longer errors contain configurations and tensors.
 MOST_CHARACTERS = 400
@@ -30,6 +31,7 @@ _DEAD = re.compile(
     r"EngineDeadError|EngineCore encountered a fatal error|(EngineCore|WorkerProc) failed to start|"
     r"Engine core initialization failed|engine core exited unexpectedly|Fatal Python error"
 )
+_REFUSED = re.compile(re.escape(REFUSAL) + r"(?P<why>.+)")
 _FATAL = re.compile(r"Fatal Python error: (?P<what>[\w ]+)")
 _UNEXPECTED = re.compile(r"engine core exited unexpectedly")
 # Left out of messages: what pydantic appends, and the package of an exception's class.
@@ -82,10 +84,14 @@ class Failure:
 def root_error(text: str) -> str | None:
     """Return the first error of a log, which caused the others, in one line; None if it has none.
 
-    That is the first traceback's exception that does not follow from another one; tracebacks of processes that compute
-    come first. Without a traceback it is the signal that ended a process, or the last line that mentions an error.
+    That is what the runtime's loader refused, if it did. Else it is the first traceback's exception that does not
+    follow from another one; tracebacks of processes that compute come first. Without a traceback it is the signal that
+    ended a process, or the last line that mentions an error.
     The text is not trusted: prompts are left out, control characters are escaped, and the length is limited.
     """
+    refused = _REFUSED.search(redacted(text))
+    if refused is not None:
+        return one_line(refused["why"])
     lines = redacted(text).splitlines()
     errors = list(_errors(lines))
     roots = [(process, error) for process, error in errors if not _CONSEQUENCE.search(error)]
@@ -117,6 +123,8 @@ def by_status(status: int) -> tuple[str, bool]:
 
     Shells and container engines report a process that a signal ended with 128 plus the signal's number.
     """
+    if status == REFUSED:
+        return f"ended with status {status} (refused to load what was not signed)", False
     try:
         number = signal.Signals(status - 128)
     except ValueError:

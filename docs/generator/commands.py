@@ -12,6 +12,7 @@ from fields import cell, page, row
 from pipeline.cli import main
 from pipeline.commands.show import EXIT_STATUSES
 from registry import __main__ as fetching
+from registry.served_files import REFUSED
 
 
 def command_line() -> str:
@@ -77,6 +78,9 @@ def exit_statuses() -> str:
     tables = {
         "`slipway`, every command but `pull`": EXIT_STATUSES,
         "`slipway pull` and `slipway-registry`": fetching.EXIT_STATUSES,
+        "A container of a release's image": {
+            REFUSED: "refused: what it was to load is not what was signed, or a setting goes round that check",
+        },
     }
     parts = []
     for title, statuses in tables.items():

@@ -14,7 +14,7 @@ from pathlib import Path
 from containers.errors import ImageError
 from containers.image.base import store_of
 from containers.image.blobs import Blob
-from containers.image.build import ImageRecord, LayerRecord, folder_layers, model_layers, push_layers
+from containers.image.build import ImageRecord, LayerRecord, folder_layers, push_layers, release_layers
 from containers.image.distribution import Registry, parse
 from pipeline.errors import PublishError
 from pipeline.publishing.attest import StatedRelease, attest
@@ -83,7 +83,7 @@ def _push_layers(
             known = {folder / name: record.sha256 for name, record in manifest.files.items()}
             beside = [f"{ADAPTERS}/{name}" for name in manifest.adapters] + [DRAFT_MODEL] * bool(manifest.draft_model)
             folders = {place: folder / place for place in beside}
-            own = [*model_layers(checkpoint, _sha256(manifest)), *folder_layers(folders, known)]
+            own = release_layers(checkpoint, _sha256(manifest), folder_layers(folders, known))
             made = {blob.digest: blob for blob in map(store.hashed, own)}
         for layer in lacking:
             if layer.digest not in made:

@@ -15,6 +15,7 @@ from containers.errors import SandboxError
 from containers.hardware.gpu import gpus
 from containers.image import build as images
 from containers.image import profile as profiles
+from containers.image.model_loader import with_list
 from containers.image.runtime import build_runtime
 from containers.image.serving import ADAPTERS, CHAT_TEMPLATE, ServingConfiguration
 from containers.sandbox import sandbox
@@ -177,7 +178,11 @@ def serve_source(context: StageContext, source: Artifact, adapters: Artifact) ->
             mounts[adapters.folder] = ADAPTERS
         if context.spec.serve.chat_template is not None:
             mounts[context.spec.serve.chat_template] = CHAT_TEMPLATE
-        with _served(context, client, runtime.image_id, serving.gpus, command=command, mounts=mounts) as server:
+        known = {made.folder / name: digest for made in (source, adapters) for name, digest in made.sha256.items()}
+        with (
+            with_list(mounts, context.settings.home, known) as listed,
+            _served(context, client, runtime.image_id, serving.gpus, command=command, mounts=listed) as server,
+        ):
             yield server
 
 

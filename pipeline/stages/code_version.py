@@ -93,6 +93,10 @@ _COVERED = {
     "evals.load.measurements": ("containers.sandbox.sandbox",),
     # The profile's pins are in the recipe.
     "containers.image.gpu_compatibility": ("containers.image.profile",),
+    # So is the loader's layer, in the pins.
+    "containers.image.model_loader": ("registry.served_files",),
+    # How the loader's refusals are read in a log.
+    "containers.sandbox.engine_log": ("registry.served_files",),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from containers.image.build import model_layers
+from containers.image.build import release_layers
 from containers.image.layout import write_layout
 from containers.scan import scan as scans
 from containers.scan import scan_gate, trivy
@@ -32,7 +32,8 @@ def recipe(context: StageContext, inputs: Inputs) -> Recipe:
 def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
     """Lay the image out in a folder, and scan that."""
     quantized, record, home = inputs["quantized"], record_of(inputs["image"]), context.settings.home
-    layers = [*model_layers(quantized.folder, quantized.sha256), *beside(context, inputs, inputs["image"].folder)]
+    own = beside(context, inputs, inputs["image"].folder)
+    layers = release_layers(quantized.folder, quantized.sha256, own)
     folder = draft.scratch / record.tag.partition(":")[2]
     with context.cores(), timed(draft.worker_seconds):
         write_layout(record, layers, home, folder)

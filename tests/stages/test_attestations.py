@@ -17,7 +17,7 @@ from sigstore_verifiers import NpmVerifier, RefusedError, openssl_verifies
 
 from containers.image import referrers
 from containers.image.blobs import BlobStore
-from containers.image.build import model_layers, push_layers
+from containers.image.build import push_layers, release_layers
 from containers.image.distribution import Registry, parse
 from containers.image.oci import OciImage
 from containers.scan.evidence import Vulnerability
@@ -73,7 +73,7 @@ def champion(tmp_path_factory: pytest.TempPathFactory) -> Champion:
     (checkpoint / "config.json").write_text("{}")
     with serving(folder / "registry") as address:
         with Registry(address) as registry:
-            layers = model_layers(checkpoint, {})
+            layers = release_layers(checkpoint, {}, ())
             blobs = push_layers(registry, REPOSITORY, (), layers, BlobStore(folder / "images"))
             image = OciImage({"Labels": {}}, tuple(blobs), tuple("model" for _ in blobs), {})
             registry.put_blob(REPOSITORY, image.config)

@@ -20,7 +20,7 @@ import httpx
 import pytest
 import yaml
 
-from containers.errors import ImageError, WheelError
+from containers.errors import ImageError, UnhealthyError, WheelError
 from containers.image import assembly, build, profile, runtime, wheels
 from containers.image.base import ensure_base
 from containers.image.layout import write_layout
@@ -114,7 +114,8 @@ def test_the_image_says_what_is_in_it(engine: docker.DockerClient, record: build
     assert record.digest != record.image_id
     assert [layer.digest for layer in record.layers] == found.attrs["RootFS"]["Layers"]
     files = ["model.safetensors", *sorted(path.name for path in DEMO.iterdir() if path.suffix == ".json")]
-    assert [layer.holds for layer in record.layers][2:] == [f"model {name}" for name in files]
+    own = ["loader", *(f"model {name}" for name in files), "etc slipway/files.json"]
+    assert [layer.holds for layer in record.layers][2:] == own
     assert found.labels["slipway.model.digest"] == record.model_digest
     assert found.labels["slipway.pins.digest"] == record.pins_digest == loaded.pins_digest()
     assert found.labels["org.opencontainers.image.base.digest"] == record.base_digest
@@ -135,7 +136,7 @@ def test_the_same_checkpoint_gives_the_same_image(
 def test_a_scan_of_its_layers_finds_what_a_scan_in_the_engine_finds(
     engine: docker.DockerClient, machine: Settings, record: build.ImageRecord, tmp_path: Path
 ) -> None:
-    write_layout(record, build.model_layers(DEMO, {}), machine.home, tmp_path / "image")
+    write_layout(record, build.release_layers(DEMO, {}, ()), machine.home, tmp_path / "image")
     found = []
     for number, subject in enumerate((in_layout(tmp_path / "image", record.image_id), in_engine(engine, record.tag))):
         folder = tmp_path / str(number)
@@ -158,7 +159,7 @@ def test_a_changed_checkpoint_is_not_laid_out(machine: Settings, record: build.I
     shutil.copytree(DEMO, changed)
     (changed / "config.json").write_text("{}")
     with pytest.raises(ImageError, match=r"the layer `model config\.json` of .* is missing"):
-        write_layout(record, build.model_layers(changed, {}), machine.home, tmp_path / "image")
+        write_layout(record, build.release_layers(changed, {}, ()), machine.home, tmp_path / "image")
 
 
 def test_what_torch_computes_first_in_it_is_as_exact_as_the_rest(
@@ -230,6 +231,27 @@ def test_hardened_it_serves(engine: docker.DockerClient, record: build.ImageReco
         assert time.monotonic() - stopping < 30, "SIGTERM is not heard"
     finally:
         container.remove(force=True, v=True)
+
+
+def test_a_weight_that_changed_since_the_build_ends_vllm_with_a_status_of_its_own(
+    engine: docker.DockerClient, machine: Settings, record: build.ImageRecord, tmp_path: Path
+) -> None:
+    changed = tmp_path / "model.safetensors"
+    shutil.copy(DEMO / changed.name, changed)
+    with changed.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        (last,) = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    with pytest.raises(UnhealthyError) as refused:
+        sandbox.serve(
+            engine, record.image_id, name="slipway-changed", home=machine.home, memory_bytes=6 * 2**30,
+            mounts={changed: "/model/model.safetensors"}, progress=print,
+        ).__enter__()  # fmt: skip
+    assert (
+        "ended with status 78 (refused to load what was not signed) before it was healthy: "
+        "/model/model.safetensors: changed: another sha256 than in the manifest; log: "
+    ) in str(refused.value)
 
 
 def healthy(client: httpx.Client) -> bool:

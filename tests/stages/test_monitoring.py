@@ -24,6 +24,7 @@ from containers.engine.engine import install_packages
 from containers.gateway.config import Backend, ModelRoute, ReplicaRoute, Routes
 from containers.image import profile
 from containers.image.build import serving_arguments
+from containers.image.model_loader import with_list
 from containers.image.runtime import build_runtime
 from homes import DEMO, FREE_PORT
 from pipeline.planner.facts import read_facts
@@ -88,12 +89,14 @@ def vllm(engine: docker.DockerClient, machine: Settings) -> Iterator[str]:
     """The demo model in its runtime, as it is served."""
     runtime = profile.load("vllm-cpu")
     image = build_runtime(engine, runtime, machine.home, print).image_id
+    held = contextlib.ExitStack()
+    mounts = held.enter_context(with_list({DEMO / "model": "/model"}, machine.home, {}))
     container = engine.containers.run(
         image,
         command=list(serving_arguments(runtime, DEMO / "model", "demo")),
         entrypoint=list(runtime.entrypoint),
         environment=runtime.full_environment,
-        volumes={str(DEMO / "model"): {"bind": "/model", "mode": "ro"}},
+        volumes={str(path): {"bind": place, "mode": "ro"} for path, place in mounts.items()},
         ports={"8000/tcp": FREE_PORT},
         tmpfs={"/tmp": "rw,exec,mode=1777"},  # noqa: S108 - inside the container
         shm_size="1g",
@@ -112,13 +115,14 @@ def vllm(engine: docker.DockerClient, machine: Settings) -> Iterator[str]:
             time.sleep(0.5)
         log = container.logs().decode()
         # What the planner says of this model, as the engine itself logs it: a gibibyte of cache.
-        held = re.search(r"KV cache size: ([\d,]+) tokens", log)
-        assert held is not None
+        cache = re.search(r"KV cache size: ([\d,]+) tokens", log)
+        assert cache is not None
         facts = read_facts(json.loads((DEMO / "model" / "config.json").read_text()))
-        assert facts.kv_bytes_per_token() * int(held[1].replace(",", "")) == 2**30
+        assert facts.kv_bytes_per_token() * int(cache[1].replace(",", "")) == 2**30
         yield url
     finally:
         container.remove(force=True)
+        held.close()
 
 
 @contextlib.contextmanager

@@ -79,6 +79,12 @@ def test_without_a_traceback_it_is_the_last_line_that_speaks_of_an_error() -> No
     assert root_error("") is None
 
 
+def test_what_the_loader_refused_is_the_reason_whatever_the_engine_says_of_it() -> None:
+    why = "/model/model.safetensors: changed: another sha256 than in the manifest"
+    text = (LOGS / "noweights.log").read_text()
+    assert root_error(f"{text}\n(APIServer pid=1) slipway loader: refused: {why}\n") == why
+
+
 def test_the_text_is_not_trusted() -> None:
     nasty = "Traceback (most recent call last):\nValueError: \x1b[31mred\x07 prompt: a user's secret\n"
     found = root_error(nasty)
@@ -93,6 +99,7 @@ def test_the_text_is_not_trusted() -> None:
     [
         (0, "ended with status 0", False),
         (1, "ended with status 1", False),
+        (78, "ended with status 78 (refused to load what was not signed)", False),
         (132, "ended with status 132 (an illegal instruction: it was built for another CPU)", False),
         (137, "ended with status 137 (SIGKILL: by hand, or out of memory)", True),
         (139, "ended with status 139 (a segmentation fault)", False),

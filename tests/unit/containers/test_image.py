@@ -36,7 +36,10 @@ def test_every_profile_renders_completely(name: str) -> None:
 
 
 def test_a_runtime_says_what_it_runs_with(tmp_path: Path) -> None:
-    put = runtime._put_together(profile.load("vllm-cuda13"), BASE, blob(tmp_path, b"wheels"), "sha256:w")
+    wheels, loader = blob(tmp_path, b"wheels"), blob(tmp_path, b"loader")
+    put = runtime._put_together(profile.load("vllm-cuda13"), BASE, wheels, "sha256:w", (loader,))
+    assert put.layers[-2:] == (wheels, loader)
+    assert put.settings["Entrypoint"][1:3] == ["-m", "slipway_loader"]
     assert put.settings["User"] == "65534:65534"
     assert "NVIDIA_REQUIRE_CUDA=cuda>=13.0,driver>=580.65.06" in put.settings["Env"]
     assert put.settings["StopSignal"] == "SIGTERM"

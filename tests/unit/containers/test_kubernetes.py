@@ -258,7 +258,12 @@ def test_weights_that_are_not_in_the_image_are_pulled_and_verified_first(folder:
     # They are where the image would have them, which is where the engine and the gateway's tokenizer look.
     at_model = {"name": "weights", "mountPath": "/model", "subPath": "model", "readOnly": True}
     assert container["args"][2] == "/weights/model"
-    assert [(each["name"], each["volumeMounts"]) for each in patch["containers"]] == [("engine", [at_model])]
+    (engine,) = patch["containers"]
+    trusted = {"name": "trust", "mountPath": "/etc/slipway-trust", "readOnly": True}
+    assert (engine["name"], engine["volumeMounts"]) == ("engine", [at_model, trusted])
+    # The loader verifies them again, and accepts this release alone.
+    deployed = one(folder, "Deployment", "demo-awq-engine")["metadata"]["annotations"]
+    assert engine["env"] == [{"name": "SLIPWAY_MANIFEST", "value": deployed["slipway/manifest"]}]
     beside = yaml.safe_load((folder / "weights" / "tokenizer.yaml").read_text())["spec"]["template"]["spec"]
     assert beside["initContainers"] == [container, {"name": "tokenizer", "volumeMounts": [at_model]}]
     policy = one(folder, "NetworkPolicy", "demo-awq-pull")
@@ -301,7 +306,7 @@ def test_a_draft_model_is_mounted_where_the_image_has_it(tmp_path: Path) -> None
     written(evidence(manifest=released), tmp_path / "b")
     patch = yaml.safe_load((tmp_path / "b/weights/pull.yaml").read_text())["spec"]["template"]["spec"]
     (engine,) = patch["containers"]
-    assert engine["volumeMounts"][1:] == [
+    assert engine["volumeMounts"][1:-1] == [
         {"name": "weights", "mountPath": "/draft_model", "subPath": "model/draft_model", "readOnly": True}
     ]
 

@@ -12,6 +12,7 @@ import yaml
 
 from containers.errors import ProfileError
 from containers.image import profile
+from containers.image.layers import Member, archive
 
 HASH = "a" * 64
 GOOD = {
@@ -84,6 +85,18 @@ def test_the_pins_digest_covers_profile_and_lock(tmp_path: Path) -> None:
     assert profile.load("some", written(tmp_path, {"user": 1000})).pins_digest() != before
     other = f"torch==2.13.0 --hash=sha256:{'b' * 64}\n"
     assert profile.load("some", written(tmp_path, {}, other)).pins_digest() != before
+
+
+@pytest.mark.parametrize("name", profile.names())
+def test_every_runtime_verifies_and_a_change_of_the_loader_installs_no_wheel_again(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = profile.load(name)
+    assert loaded.verifies
+    pins, contents = loaded.pins_digest(), loaded.contents_digest()
+    monkeypatch.setattr(profile, "loader_layer", lambda _: archive([Member("opt/changed", b"changed")]))
+    assert loaded.pins_digest() != pins
+    assert loaded.contents_digest() == contents
 
 
 @pytest.mark.parametrize(
