@@ -1,12 +1,12 @@
 """What it costs that a start verifies what it loads, against vLLM's own loader: seconds, CPU seconds, bytes read.
 
-    SLIPWAY_HOME=... .venv/bin/python benchmarks/loading.py [--gigabytes 4] [--rounds 1]
+    SLIPWAY_HOME=... .venv/bin/python benchmarks/loading.py [--gigabytes 4]
 
-Starts the CPU runtime with the demo and with a generated Llama of so many gigabytes in four shards, by the image's own
-entry point and by vLLM's server in its place, in turn: cold, with the model's files dropped from the page cache, and
-then warm. The runtime's own files are warm in all of them. A start lasts until the server is healthy. CPU seconds are
-the container's. Bytes read from the disk are those of its processes (`/proc/PID/io`), so this runs as root. Needs two
-cores, 10 GiB of memory, and disk space for the model.
+Starts the CPU runtime with a generated Llama of so many gigabytes in four shards and with the demo, by vLLM's server
+and by the image's own entry point, in turn: cold, with the model's files dropped from the page cache, then warm, and at
+last warm with the marks that the start before left. The runtime's own files are warm in all of them. A start lasts
+until the server is healthy. CPU seconds are the container's. Bytes read from the disk are those of its processes
+(`/proc/PID/io`), so this runs as root. Needs two cores, 10 GiB of memory, and disk space for the model.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import docker
 import httpx
@@ -34,12 +35,16 @@ from containers.image.model_loader import NAME, with_list
 from containers.image.runtime import build_runtime
 from containers.sandbox.container import hardening
 from pipeline.settings import Settings
-from registry.served_files import MARK
+from registry.served_files import MARK, MARKS
 
 DEMO = Path(__file__).parent.parent / "models" / "demo" / "model"
 SHARDS, HIDDEN, INNER, KEYS = 4, 2048, 8192, 1024
 MEMORY = 10 * 2**30
 LONGEST_START_S = 1800
+# A start with marks is compared with the default one before it.
+STARTS = (
+    ("cold", "default"), ("cold", "verifying"), ("warm", "default"), ("warm", "verifying"), ("marked", "verifying"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def generate(folder: Path, gigabytes: float) -> Path:
     for number in range(count):
         named = {f"model.layers.{number}.{name}.weight": shape for name, shape in layer.items()}
         shards[number * SHARDS // count] |= named
-    places = {}
+    places: dict[str, str] = {}
     chance = random.Random(4)  # noqa: S311 - weights
     block = b"".join(bytes((low, chance.choice((0x3C, 0xBC)))) for low in chance.randbytes(1 << 19))
     for number, tensors in enumerate(shards, 1):
@@ -118,13 +123,20 @@ def drop(folder: Path) -> None:
 
 @contextlib.contextmanager
 def container(
-    client: docker.DockerClient, image: str, command: list[str], mounts: dict[Path, str], entrypoint: list[str] | None
+    client: docker.DockerClient,
+    image: str,
+    command: list[str],
+    mounts: dict[Path, str],
+    marks: Path,
+    entrypoint: list[str] | None,
 ) -> Iterator[Container]:
     """Create a hardened container on loopback's port, and remove it."""
+    volumes = {str(path): {"bind": place, "mode": "ro"} for path, place in mounts.items()}
+    volumes[str(marks)] = {"bind": f"/{MARKS}", "mode": "rw"}
     made = client.containers.create(
         image, command, entrypoint=entrypoint, network_mode="host",
         environment={"HOME": "/tmp", "VLLM_HOST_IP": "127.0.0.1"},  # noqa: S108 - inside the container
-        volumes={str(path): {"bind": place, "mode": "ro"} for path, place in mounts.items()}, **hardening(MEMORY),
+        volumes=volumes, **hardening(MEMORY),
     )  # fmt: skip
     try:
         yield made
@@ -146,7 +158,8 @@ def start(made: Container, port: int) -> Start:
                 raise SystemExit(made.logs(tail=30).decode())
             time.sleep(0.1)
     seconds = time.monotonic() - began
-    used = made.stats(stream=False)["cpu_stats"]["cpu_usage"]["total_usage"]
+    stats = cast("dict[str, Any]", made.stats(stream=False))
+    used = stats["cpu_stats"]["cpu_usage"]["total_usage"]
     processes = [int(row[1]) for row in made.top()["Processes"]]
     disk = 0
     for process in processes:
@@ -160,35 +173,40 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=4.0)
-    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--port", type=int, default=8765)
     options = parser.parse_args()
     settings = Settings.read(os.environ)
     profile = profiles.load("vllm-cpu")
     client = connect(settings.docker_host, settings.home)
     image = build_runtime(client, profile, settings.home, print).image_id
-    plain = [word for word in profile.entrypoint if word != NAME]
+    ways = {"default": [word for word in profile.entrypoint if word != NAME], "verifying": None}
     with tempfile.TemporaryDirectory(dir=settings.home) as folder:
-        models = {"demo": DEMO, f"{options.gigabytes:g} GB": generate(Path(folder) / "model", options.gigabytes)}
+        models = {f"{options.gigabytes:g} GB": generate(Path(folder) / "model", options.gigabytes), "demo": DEMO}
+        marks = Path(folder) / "marks"
+        marks.mkdir()
+        marks.chmod(0o777)  # the container's user writes it
         Path(folder).chmod(0o755)
         for name, model in models.items():
             command = [*serving_arguments(profile, model, "demo")]
             command[command.index("--port") + 1] = str(options.port)
             command[command.index("--host") + 1] = "127.0.0.1"
             with with_list({model: "/model"}, settings.home, {}) as mounts:
-                for _ in range(options.rounds):
-                    for state in ("cold", "warm"):
-                        found = {}
-                        for way, entrypoint in (("default", plain), ("verifying", None)):
-                            if state == "cold":
-                                drop(model)
-                            with container(client, image, command, mounts, entrypoint) as made:
-                                found[way] = start(made, options.port)
-                            print(f"{name}, {state}, {way}: {found[way]}", flush=True)
+                found: dict[str, Start] = {}
+                for state, way in STARTS:
+                    if state == "cold":
+                        drop(model)
+                    if state != "marked":
+                        for mark in marks.iterdir():
+                            mark.unlink()
+                    with container(client, image, command, mounts, marks, ways[way]) as made:
+                        found[way] = start(made, options.port)
+                    print(f"{name}, {state}, {way}: {found[way]}", flush=True)
+                    if way == "verifying":
                         ours, theirs = found["verifying"], found["default"]
                         print(
                             f"{name}, {state}: {ours.seconds / theirs.seconds:.3f} times the seconds, "
-                            f"{ours.cpu_seconds / theirs.cpu_seconds:.3f} times the CPU seconds"
+                            f"{ours.cpu_seconds / theirs.cpu_seconds:.3f} times the CPU seconds",
+                            flush=True,
                         )
 
 

@@ -34,6 +34,8 @@ MARK = "slipway loader: "
 REFUSAL = f"{MARK}refused: "
 LIST = "etc/slipway/files.json"
 TRUST = "etc/slipway-trust"
+MARKS = "var/lib/slipway-loader"
+"""A folder with marks of weights that were hashed before (`slipway_loader.digest_check`), if it is mounted."""
 MODEL, TEMPLATES = "model", "serve"
 """Folders of a container, next to those of adapters and of a model that drafts tokens."""
 _BESIDE = (ADAPTERS, DRAFT_MODEL)

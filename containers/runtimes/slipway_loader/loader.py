@@ -19,7 +19,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.weight_utils import filter_duplicate_safetensors_files
 
 from registry.errors import Problem, VerificationError
-from registry.served_files import MARK, MODEL, ServedFiles
+from registry.served_files import MARK, MARKS, MODEL, ServedFiles
 from slipway_loader import EXPECTED, LOAD_FORMAT, STATE, refuse
 from slipway_loader.stream import MOST_WORKERS, Batch, Shard, divided
 
@@ -83,7 +83,8 @@ def _weights(shards: Sequence[Shard], group: GroupCoordinator) -> Iterator[tuple
         return values
 
     workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
-    for batch in divided(shards, gather, workers):
+    marks = Path("/", MARKS)
+    for batch in divided(shards, gather, workers, marks if marks.is_dir() else None):
         yield from _tensors(batch)
     if group.rank_in_group == 0:
         read = {"bytes": sum(record.size for _, record in shards), "files": len(shards), "ranks": group.world_size}

@@ -11,7 +11,6 @@ memory to the others, so that each byte is read and hashed once.
 from __future__ import annotations
 
 import errno
-import hashlib
 import mmap
 import os
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 from pipeline.compatibility.safetensors_headers import HeaderError, Tensor, header_length, parse_header
 from registry.errors import Problem, VerificationError
 from registry.manifest import FileRecord
+from slipway_loader.digest_check import DigestCheck
 
 # Bytes of a batch, unless one tensor has more. A thread that reads holds up to two batches.
 BATCH = 64 << 20
@@ -92,43 +92,44 @@ class _Told:
     used: bool = False
 
 
-def batches(path: Path, record: FileRecord, free: list[Memory]) -> Iterator[Batch]:
+def batches(path: Path, record: FileRecord, free: list[Memory], marks: Path | None = None) -> Iterator[Batch]:
     """Read a file, in its own order, into memory that is ``free`` to be used again, if there is any.
 
     Raises:
         VerificationError: It is not the file that ``record`` describes. It names the file.
     """
-    total = hashlib.sha256()
     waiting: Batch | None = None
     try:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             if size != record.size:
                 raise _changed(path, f"changed: {size} bytes, {record.size} in the manifest")
+            check = DigestCheck(file.fileno(), record.sha256, marks)
             first = _exactly(file.fileno(), 8)
             raw = _exactly(file.fileno(), header_length(first, path, size))
-            total.update(first + raw)
+            check.update(first + raw)
             for group in _groups(parse_header(raw, path, size)):
                 if waiting is not None:
                     yield waiting
-                waiting = _read(file.fileno(), group, total, free)
+                waiting = _read(file.fileno(), group, check, free)
+            problem = check.problem()
     except OSError as error:
         raise _changed(path, f"can't be read: {error.strerror}") from error
     except HeaderError as error:
         raise _changed(path, f"changed: {error}") from error
-    if total.hexdigest() != record.sha256:
-        raise _changed(path, "changed: another sha256 than in the manifest")
+    if problem is not None:
+        raise _changed(path, problem)
     if waiting is not None:
         yield waiting
 
 
-def verified(shards: Sequence[Shard], workers: int, free: list[Memory]) -> Iterator[Batch]:
+def verified(shards: Sequence[Shard], workers: int, free: list[Memory], marks: Path | None = None) -> Iterator[Batch]:
     """Read files, up to so many at a time, each one batch ahead; the order of batches is always the same.
 
     Raises:
         VerificationError: As `batches`.
     """
-    left = deque(batches(path, record, free) for path, record in shards)
+    left = deque(batches(path, record, free, marks) for path, record in shards)
     running: deque[tuple[Iterator[Batch], Future[Batch | None]]] = deque()
     with ThreadPoolExecutor(max(1, workers), thread_name_prefix="sha256") as pool:
         try:
@@ -146,7 +147,7 @@ def verified(shards: Sequence[Shard], workers: int, free: list[Memory]) -> Itera
             pool.shutdown(cancel_futures=True)
 
 
-def divided(shards: Sequence[Shard], gather: Gather, workers: int) -> Iterator[Batch]:
+def divided(shards: Sequence[Shard], gather: Gather, workers: int, marks: Path | None = None) -> Iterator[Batch]:
     """Give every rank all batches; each file is read by one of the ranks on this host, with its share of ``workers``.
 
     Memory is used again once no rank's tensors refer to it. The engine still holds the last tensor of a round when it
@@ -160,7 +161,7 @@ def divided(shards: Sequence[Shard], gather: Gather, workers: int) -> Iterator[B
     here = [number for number, (host, _) in enumerate(ranks) if host == me[0]]
     own = here.index(ranks.index(me))
     free: list[Memory] = []
-    mine = verified(shards[own :: len(here)], max(1, workers // len(here)), free)
+    mine = verified(shards[own :: len(here)], max(1, workers // len(here)), free, marks)
     rounds: deque[tuple[Batch | None, list[Batch]]] = deque()
     while True:
         read, earlier = rounds.popleft() if len(rounds) == 2 else (None, [])
@@ -214,8 +215,8 @@ def _groups(tensors: dict[str, Tensor]) -> Iterator[list[tuple[str, Tensor]]]:
         yield group
 
 
-def _read(file: int, group: Sequence[tuple[str, Tensor]], total: hashlib._Hash, free: list[Memory]) -> Batch:
-    """Read the next bytes of a file, those of a group, and hash them where they now lie."""
+def _read(file: int, group: Sequence[tuple[str, Tensor]], check: DigestCheck, free: list[Memory]) -> Batch:
+    """Read the next bytes of a file, those of a group, and check them where they now lie."""
     start, end = group[0][1].start, group[-1][1].end
     begins = start - start % mmap.PAGESIZE  # so that tensors are aligned as in the file
     if end - begins > _USUAL:
@@ -229,7 +230,7 @@ def _read(file: int, group: Sequence[tuple[str, Tensor]], total: hashlib._Hash, 
         for place in range(start - begins, end - begins, _CHUNK):
             with view[place : min(place + _CHUNK, end - begins)] as part:
                 _fill(file, part)
-                total.update(part)
+                check.update(part)
     return Batch(memory, begins, tuple(group))
 
 

@@ -260,7 +260,8 @@ def test_weights_that_are_not_in_the_image_are_pulled_and_verified_first(folder:
     assert container["args"][2] == "/weights/model"
     (engine,) = patch["containers"]
     trusted = {"name": "trust", "mountPath": "/etc/slipway-trust", "readOnly": True}
-    assert (engine["name"], engine["volumeMounts"]) == ("engine", [at_model, trusted])
+    marks = {"name": "marks", "mountPath": "/var/lib/slipway-loader"}
+    assert (engine["name"], engine["volumeMounts"]) == ("engine", [at_model, trusted, marks])
     # The loader verifies them again, and accepts this release alone.
     deployed = one(folder, "Deployment", "demo-awq-engine")["metadata"]["annotations"]
     assert engine["env"] == [{"name": "SLIPWAY_MANIFEST", "value": deployed["slipway/manifest"]}]
@@ -306,7 +307,7 @@ def test_a_draft_model_is_mounted_where_the_image_has_it(tmp_path: Path) -> None
     written(evidence(manifest=released), tmp_path / "b")
     patch = yaml.safe_load((tmp_path / "b/weights/pull.yaml").read_text())["spec"]["template"]["spec"]
     (engine,) = patch["containers"]
-    assert engine["volumeMounts"][1:-1] == [
+    assert engine["volumeMounts"][1:-2] == [
         {"name": "weights", "mountPath": "/draft_model", "subPath": "model/draft_model", "readOnly": True}
     ]
 
