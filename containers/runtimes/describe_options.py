@@ -13,12 +13,20 @@ import importlib
 import io
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypedDict
 
 # Where versions of vLLM have the same, the newest first.
 _PARSERS = ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args")
 _ARGPARSE = ("vllm.utils.argparse_utils", "vllm.utils")
 _TOOLS = ("vllm.tool_parsers", "vllm.entrypoints.openai.tool_parsers")
+
+
+class Option(TypedDict):
+    """What a long option of the server takes."""
+
+    takes: str
+    kind: str
+    choices: list[str]
 
 
 def main() -> None:
@@ -35,12 +43,12 @@ def main() -> None:
     print(json.dumps(document, indent=1, sort_keys=True))
 
 
-def _described(action: argparse.Action) -> Iterable[tuple[str, dict[str, Any]]]:
+def _described(action: argparse.Action) -> Iterable[tuple[str, Option]]:
     """Each long name of an option, with what it takes."""
     takes = {"?": "at most one", "*": "any number", "+": "some", 0: "nothing", None: "one"}.get(action.nargs, "some")
     choices = [str(choice) for choice in action.choices or ()]
     kind = "choice" if choices else _kind(action.type)
-    option = {"takes": takes, "kind": kind, "choices": choices}
+    option: Option = {"takes": takes, "kind": kind, "choices": choices}
     return [(name, option) for name in action.option_strings if name.startswith("--")]
 
 

@@ -6,7 +6,7 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from vllm.lora.layers import BaseLayerWithLoRA
@@ -16,6 +16,19 @@ import slipway_kernels
 from slipway_kernels import unquantized
 
 _MARK = "slipway kernels: "
+
+
+class Kernels(TypedDict):
+    """What multiplies the model: ``containers/sandbox/kernels.py`` reads it from the log."""
+
+    attention: str
+    compute_dtype: str
+    cpu_model: str
+    instruction_set: str
+    kv_cache_dtype: str
+    linear_16bit: str
+    linear_quantized: dict[str, int]
+    threads: int
 
 
 class Worker(CPUWorker):  # type: ignore[misc]
@@ -42,7 +55,7 @@ class Worker(CPUWorker):  # type: ignore[misc]
             sys.stderr.write(f"{_MARK}{line}\n")
             sys.stderr.flush()
 
-    def _kernels(self) -> dict[str, Any]:
+    def _kernels(self) -> Kernels:
         config = self.vllm_config
         model = self.model_runner.get_model()
         compute = _name(config.model_config.dtype)
