@@ -315,7 +315,11 @@ def killed(store: Store, recipe: Recipe, count: int) -> Iterator[None]:
     ended = threading.Event()
 
     def finished() -> list[Path]:
-        return [path for path in (draft / "scratch" / FINISHED).glob("*-0000*") if path.suffix != ".part"]
+        try:
+            paths = list((draft / "scratch" / FINISHED).iterdir())
+        except FileNotFoundError:  # also while the next try takes over what the one before it has finished
+            return []
+        return [path for path in paths if "-0000" in path.name and path.suffix != ".part"]
 
     def kill() -> None:
         while len(finished()) < count and not ended.wait(0.002):
