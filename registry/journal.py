@@ -363,7 +363,9 @@ def _moves(record: JournalRecord, alias: str) -> bool:
 
 
 def _write(backend: RegistryBackend, record: JournalRecord) -> None:
-    backend.set_line_tag(record.entry.line, _key(record.entry.number), record.model_dump_json())
+    # An older Slipway refuses an entry with a key that it does not know, even for a pull.
+    without = {"entry": {"pushed"}} if record.entry.pushed is None else None
+    backend.set_line_tag(record.entry.line, _key(record.entry.number), record.model_dump_json(exclude=without))
 
 
 def _key(number: int) -> str:

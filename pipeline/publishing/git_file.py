@@ -31,7 +31,7 @@ _LARGEST_BYTES = 512 * 2**20
 _LONGEST_ANSWER, _LONGEST_REASON = 65536, 600
 _AUTHOR = {"NAME": "Slipway", "EMAIL": "slipway@localhost"}
 _FILE, _FOLDER = {"100644", "100755"}, "040000"
-_CONFIGURED = ("-c", "core.hooksPath=/dev/null", "-c", "http.sslVerify=true")
+_CONFIGURED = ("-c", "core.hooksPath=/dev/null", "-c", "http.sslVerify=true", "-c", "safe.bareRepository=all")
 _USER = re.compile(r"(?<=://)[^/@\s]+@")
 
 
@@ -59,17 +59,17 @@ def write_file(place: GitPlace, content: str, message: str, settings: Settings, 
 
     Raises:
         PublishError: the repository or its branch can't be reached, the path leads through a link, or the push was
-            refused.
+            refused; or git can't run here.
     """
     scratch = settings.home / "scratch"
-    scratch.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=scratch, prefix="git-") as folder:
-        git = _Git(Path(folder), settings.git_environment, time.monotonic() + seconds)
-        try:
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=scratch, prefix="git-", ignore_cleanup_errors=True) as folder:
+            git = _Git(Path(folder), settings.git_environment, time.monotonic() + seconds)
             git.run("init", "--bare", "--quiet", "--template=", ".")
             return _written(git, place, content, message)
-        except _RefusedError as error:
-            raise PublishError(f"can't write {place}: {error}") from error
+    except (_RefusedError, OSError) as error:
+        raise PublishError(f"can't write {place}: {error}") from error
 
 
 def _written(git: _Git, place: GitPlace, content: str, message: str) -> str:

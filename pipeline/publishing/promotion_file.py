@@ -16,7 +16,7 @@ from pipeline.spec import GitFile, ModelSpec, find, load
 from pipeline.trust import signing_key_if_any, trust_of
 from registry import catalog
 from registry.backend import MODEL_TAG
-from registry.errors import RegistryError
+from registry.errors import RegistryError, TrackingError
 from registry.follow import follow_champion, follows
 from registry.journal import PushedFile, current_user
 from registry.progress import Progress
@@ -40,6 +40,8 @@ def place_of(git: GitFile, name: str) -> GitPlace:
 def spec_of_line(name: str, settings: Settings) -> ModelSpec | None:
     """Return the model's file that a release line was made from; None if it is no longer there.
 
+    The registry only says where to look: the file of another model is not this line's.
+
     Raises:
         SpecError: the file is not valid.
     """
@@ -47,17 +49,21 @@ def spec_of_line(name: str, settings: Settings) -> ModelSpec | None:
     model = None if line is None else line.tags.get(MODEL_TAG)
     if model is None or not (settings.models / f"{model}.yaml").is_file():
         return None
-    return load(find(model, settings.models))
+    spec = load(find(model, settings.models))
+    return spec if name in {f"{spec.model}-{scheme}" for scheme in spec.schemes} else None
 
 
 def is_behind(name: str, git: GitFile, settings: Settings) -> bool:
-    """Whether the audit trail does not say that the file has the champion.
+    """Whether the audit trail does not say that the file has the champion; a damaged trail says nothing.
 
     Raises:
         TrackingError: the registry can't be read.
     """
     line, place = catalog.line(settings.tracking_uri, name), place_of(git, name)
-    return line is not None and not follows(line, (place.repository, place.branch, place.path))
+    try:
+        return line is not None and not follows(line, (place.repository, place.branch, place.path))
+    except TrackingError:
+        return True
 
 
 def follow_promotion(
@@ -91,6 +97,7 @@ def push_champion(name: str, git: GitFile, settings: Settings, progress: Progres
         commit = write_file(place, content, _message(champion, name), settings, seconds)
         return PushedFile(repository=place.repository, branch=place.branch, path=place.path, commit=commit)
 
+    progress(f"writing the champion of {name} to {place}")
     try:
         entry = follow_champion(
             name, (place.repository, place.branch, place.path), write, settings.tracking_uri, trust_of(settings),

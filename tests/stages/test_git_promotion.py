@@ -26,7 +26,7 @@ from pipeline.stages.table import RELEASE
 from pipeline.trust import signing_key, trust_of
 from registry import rollback
 from registry.catalog import line
-from registry.journal import JournalRecord, chain_break, records
+from registry.journal import PREFIX, JournalRecord, chain_break, records
 from unit.containers.test_kubernetes import kustomized
 from unit.pipeline.release_evidence import Made
 
@@ -134,6 +134,9 @@ def test_the_file_follows_promotions_and_rollbacks_and_the_audit_trail_has_each_
     ]  # fmt: skip
     commits = [record.entry.pushed.commit for record in trail if record.entry.pushed]
     assert commits == place.git("rev-list", "--reverse", "main").split()[1:]
+    found = line(place.settings.tracking_uri, "demo-gptq")
+    written = [json.loads(found.tags[f"{PREFIX}{number:06}"])["entry"] for number in (1, 2)] if found else []
+    assert ["pushed" in entry for entry in written] == [False, True], "an older Slipway refuses a key that it lacks"
     key = signing_key(place.settings).public
     assert chain_break(trail, [key]) is None
     assert all(record.signed_by([key]) for record in trail)
@@ -141,7 +144,7 @@ def test_the_file_follows_promotions_and_rollbacks_and_the_audit_trail_has_each_
     assert commits[-1][:12] in shown
 
 
-def test_a_refused_push_leaves_the_promotion_and_is_tried_again(place: Place) -> None:
+def test_a_refused_push_leaves_the_promotion_and_is_tried_again(place: Place, tmp_path: Path) -> None:
     hook = place.protect()
     made = place.made()
     release = run(RELEASE, made.context, made.artifacts(weights=DIGEST.encode()))
@@ -161,7 +164,17 @@ def test_a_refused_push_leaves_the_promotion_and_is_tried_again(place: Place) ->
     (notice,) = (settings.home / "notices").iterdir()
     assert "main is protected" in notice.read_text()
     hook.unlink()
-    assert "names the champion of demo-gptq" in tick(place.settings)
+
+    # An entry that no trusted key signs would end every pull whose policy asks for signed moves.
+    (public,) = place.settings.trusted_keys
+    (tmp_path / "policy.toml").write_text(f'[signers]\nkeys = ["{public}"]\nsigned_moves = true\n')
+    other = replace(place.settings, policy=tmp_path / "policy.toml", signing_key=tmp_path / "other.pem")
+    signing_key(other)
+    for stranger in (replace(place.settings, signing_key=tmp_path / "none.pem"), other):
+        assert "has no trusted key to sign the entry with" in tick(stranger)
+    assert place.git("rev-list", "--count", "main") == "1"
+
+    assert "names the champion of demo-gptq" in tick(replace(other, signing_key=place.settings.signing_key))
     assert place.file() == component(DIGEST)
     assert tick(place.settings) == "every file in Git names its champion"
     assert [record.entry.action for record in place.trail()] == ["promote", "git"]

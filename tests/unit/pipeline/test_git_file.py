@@ -147,6 +147,11 @@ def test_a_repository_or_branch_that_is_not_there_is_named(repository: Repositor
         write_file(GitPlace(str(repository.path), "production", FILE), "a", "b", repository.settings)
 
 
+def test_a_machine_without_git_is_told(repository: Repository, tmp_path: Path) -> None:
+    with pytest.raises(PublishError, match=r"can't write clusters/prod.* No such file or directory"):
+        write_file(GitPlace(str(repository.path), "main", FILE), "a", "b", settings(tmp_path, PATH=str(tmp_path)))
+
+
 def over_ssh(tmp_path: Path, script: str, **variables: str) -> Settings:
     """Settings with a script in place of SSH."""
     command = tmp_path / "ssh.sh"
@@ -187,6 +192,7 @@ def test_git_gets_no_secret_of_slipways_and_shows_none_of_its_own(tmp_path: Path
     ("setting", "told"),
     [
         ({"core.hooksPath": "{0}/hooks"}, None),
+        ({"safe.bareRepository": "explicit"}, None),
         ({"url.ext::sh -c touch% {0}/ran .insteadOf": "{1}"}, "transport 'ext' not allowed"),
     ],
 )

@@ -45,7 +45,6 @@ def append(
     entry = JournalEntry(
         number=trail[-1].entry.number + 1 if trail else 1,
         line="demo-awq",
-        action="promote",
         version=number,
         digest=DIGESTS[number],
         moves=tuple(
@@ -55,7 +54,7 @@ def append(
         who="ann@host",
         when="2026-11-29T01:02:03.000+00:00",
         why="by hand",
-        **{"prior": journal.trail_digest(trail, [key.public] if key else []), **options},
+        **{"action": "promote", "prior": journal.trail_digest(trail, [key.public] if key else []), **options},
     )
     signature = None
     if key is not None:
