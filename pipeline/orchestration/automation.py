@@ -52,7 +52,7 @@ from pipeline.stages.locked_sources import find_moved, locked_sources
 
 # Runs of the queue with a higher number start first; what a person launches has 0.
 _SECURITY, _CHANGE, _NIGHT, _LOAD = 10, 5, -5, -10
-# Within the minute that Dagster gives a tick.
+# Less than an attempt may take: other sensors, and promotions of the line, wait for a tick.
 _PUSH_SECONDS = 40.0
 _UNDER_WAY = [
     DagsterRunStatus.QUEUED, DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING, DagsterRunStatus.STARTED,
