@@ -25,7 +25,7 @@ from registry.errors import Problem, VerificationError, first_problem
 from registry.manifest import ADAPTERS, BOUNDS, DRAFT_MODEL, MANIFEST, FileRecord, RelativePath
 from registry.policy import Policy
 from registry.signing import load_trusted_keys
-from registry.verify import check_documents, compare_files, compare_sizes, plain_files
+from registry.verify import check_documents, compare_files, compare_sizes, plain_files, read_document
 
 REFUSED = 78
 """The exit status of a container whose start was refused; vLLM does not use it."""
@@ -140,11 +140,13 @@ def _signed(root: Path, trust: Path, manifest_digest: str | None) -> dict[str, F
     named = trust / "policy.toml"
     policy = Policy.load(named) if named.is_file() else Policy(load_trusted_keys([trust]))
     folder = root / MODEL
-    try:
-        digest = manifest_digest or digest_of((folder / MANIFEST).read_bytes())
-    except OSError as error:
-        raise VerificationError(folder, [Problem(f"/{MODEL}/{MANIFEST}", f"{error.strerror}, and the mounted "
-                                                 "trust policy needs it")]) from error  # fmt: skip
+    digest = manifest_digest
+    if digest is None:
+        data, problems = read_document(folder, MANIFEST)
+        if data is None:
+            why = f"{problems[0].why}, and the mounted trust policy needs it"
+            raise VerificationError(folder, [Problem(f"/{MODEL}/{MANIFEST}", why)])
+        digest = digest_of(data)
     released = check_documents(folder, policy, digest).manifest.files
     files = {f"{MODEL}/{name}": record for name, record in released.items()}
     for beside in _BESIDE:

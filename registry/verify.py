@@ -146,8 +146,8 @@ class _SignedDocument:
 
 def _signed_document(folder: Path, policy: Policy) -> tuple[_SignedDocument | None, list[Problem]]:
     """Read the manifest and check its signature; one that is readable is returned whatever its signature says."""
-    data, problems = _read(folder, MANIFEST)
-    envelope, more = _read(folder, SIGNATURE)
+    data, problems = read_document(folder, MANIFEST)
+    envelope, more = read_document(folder, SIGNATURE)
     problems += more
     manifest = None
     if data is not None:
@@ -178,7 +178,7 @@ def _uncovered(folder: Path, data: bytes, manifest: Manifest | None, signed: Map
         return [Problem(SIGNATURE, "it is not over this manifest: one of the two was altered")]
     if manifest is None:
         return []
-    provenance, problems = _read(folder, PROVENANCE)
+    provenance, problems = read_document(folder, PROVENANCE)
     if provenance is not None:
         if signed.get(PROVENANCE) != hashlib.sha256(provenance).hexdigest():
             problems.append(Problem(PROVENANCE, "changed: another sha256 than was signed"))
@@ -190,7 +190,8 @@ def _uncovered(folder: Path, data: bytes, manifest: Manifest | None, signed: Map
     return problems
 
 
-def _read(folder: Path, name: str) -> tuple[bytes | None, list[Problem]]:
+def read_document(folder: Path, name: str) -> tuple[bytes | None, list[Problem]]:
+    """Read a document of a release, bounded and without following a link; None and why where that can't be done."""
     try:
         descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as file:

@@ -155,6 +155,23 @@ def test_another_release_or_signer_on_the_volume_is_refused(volume: Path, tmp_pa
         load(volume)
 
 
+def test_an_empty_digest_accepts_no_release(volume: Path) -> None:
+    with pytest.raises(VerificationError, match="its digest is"):
+        load(volume, "")
+
+
+def test_a_manifest_that_is_no_plain_file_is_refused_without_waiting_for_it(volume: Path) -> None:
+    manifest = volume / "model/release/manifest.json"
+    manifest.unlink()
+    os.mkfifo(manifest)
+    with pytest.raises(VerificationError, match=r"manifest\.json"):
+        load(volume)
+    manifest.unlink()
+    manifest.symlink_to("/dev/zero")
+    with pytest.raises(VerificationError, match=r"/model/release/manifest\.json: can't be read"):
+        load(volume)
+
+
 def test_without_a_manifest_a_policy_refuses_and_without_list_and_policy_nothing_starts(volume: Path) -> None:
     shutil.rmtree(volume / "model" / "release")
     with pytest.raises(VerificationError, match=r"/model/release/manifest\.json"):
