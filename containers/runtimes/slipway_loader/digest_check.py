@@ -2,8 +2,10 @@
 
 A mark is a file named by a digest, in a folder that whoever writes the weights must not reach. It says which file had
 that digest, and when that file last changed. It counts while that is so, until the host boots. On the file systems in
-`_VOUCHING` each change gives a file a new ``ctime``, which nobody can set back. A write through a mapped page does so
-when the page is first written after it was synced to disk; so a file is synced before it is hashed for a mark.
+`_VOUCHING` each write, truncation or replacement gives a file a new ``ctime``, which nobody can set back. A write
+through a mapped page does so when the page is first written after it was synced to disk; so a file is synced before it
+is hashed for a mark. Blocks that an ioctl exchanges with another file leave the ``ctime`` as it is: marks are for
+weights that nothing else writes to once they were hashed.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class DigestCheck:
 
 
 def _state(file: int) -> bytes | None:
-    """Describe an open file so that every change gives another description; None if that can't be relied on."""
+    """Describe an open file so that every write gives another description; None if that can't be relied on."""
     found = os.fstat(file)
     if _file_system(found.st_dev) not in _VOUCHING or found.st_ctime_ns > time.time_ns() - _TICK_NS:
         return None

@@ -1,10 +1,12 @@
-"""When a file's digest need not be computed again, and that no change of the file goes unnoticed then."""
+"""When a file's digest need not be computed again, and which changes of the file are noticed then."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import mmap
 import os
+import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from slipway_loader.digest_check import DigestCheck
 CONTENT = os.urandom(3 * mmap.PAGESIZE)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 TICK = 0.05
+EXT4_IOC_MOVE_EXT = 0xC028660F
 
 
 @pytest.fixture
@@ -100,6 +103,25 @@ def test_a_page_that_was_mapped_and_written_before_can_not_be_changed_unnoticed(
         assert check(weights, marks) == (None, 0)
         page[0] = CONTENT[0] ^ 1
         assert check(weights, marks)[0] == "changed: another sha256 than in the manifest"
+
+
+def test_an_exchange_of_blocks_is_not_noticed(weights: Path, marks: Path) -> None:
+    """The limit of a mark, as the documentation states it: it is not for weights that somebody else may write to."""
+    check(weights, marks)
+    other = weights.with_name("other")
+    other.write_bytes(b"?" * len(CONTENT))
+    with other.open("r+b") as source, weights.open("r+b") as target:
+        for file in (source, target):
+            os.fsync(file)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        pages = len(CONTENT) // os.fstat(target.fileno()).st_blksize
+        try:
+            fcntl.ioctl(source, EXT4_IOC_MOVE_EXT, struct.pack("=IIQQQQ", 0, target.fileno(), 0, 0, pages, 0))
+        except OSError as error:
+            pytest.skip(f"the file system exchanges no blocks: {error}")
+    assert weights.read_bytes() != CONTENT
+    assert check(weights, marks) == (None, 0)
+    assert check(weights, None)[0] == "changed: another sha256 than in the manifest"
 
 
 def test_a_change_during_a_start_is_refused_or_leaves_no_mark(weights: Path, marks: Path) -> None:
