@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -24,10 +25,17 @@ _OTHER_PATHS = frozenset({
     "--allowed-local-media-path", "--download-dir", "--log-config-file", "--root-path", "--ssl-ca-certs",
     "--ssl-certfile", "--ssl-keyfile", "--uds",
 })  # fmt: skip
-# Options that name a folder, or what a hub or its cache has.
-_NAMES = frozenset({"--hf-config-path", "--model", "--tokenizer"})
-# With these, requests have vLLM load adapters or weights that nobody signed.
-_BY_REQUEST = ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_LORA_RESOLVER_CACHE_DIR", "VLLM_SERVER_DEV_MODE")
+# Options whose values must be signed: vLLM takes a file, a folder, or a name that a hub or its cache has.
+_NAMES = (
+    "--chat-template", "--config", "--default-mm-loras", "--generation-config", "--hf-config-path", "--lora-modules",
+    "--model", "--reasoning-parser-plugin", "--tokenizer", "--tool-parser-plugin",
+)  # fmt: skip
+_KEYWORDS = {"--generation-config": ("auto", "vllm")}
+# With these, vLLM loads adapters, weights or a tokenizer that nobody signed.
+_UNVERIFIED = (
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_LORA_RESOLVER_CACHE_DIR", "VLLM_MODEL_REDIRECT_PATH",
+    "VLLM_SERVER_DEV_MODE",
+)  # fmt: skip
 
 
 def prepared(arguments: Sequence[str], environment: Mapping[str, str], root: Path) -> tuple[ServedFiles, list[str]]:
@@ -55,9 +63,9 @@ def _check_plugin(environment: Mapping[str, str]) -> None:
     allowed = environment.get(_PLUGINS)
     if allowed is not None and _PLUGIN not in allowed.split(","):
         raise VerificationError("/", [Problem(_PLUGINS, f"it leaves `{_PLUGIN}` out: add it, or unset {_PLUGINS}")])
-    for name in _BY_REQUEST:
+    for name in _UNVERIFIED:
         if environment.get(name, "0") not in {"", "0"}:
-            raise VerificationError("/", [Problem(name, "what requests load is not verified: unset it")])
+            raise VerificationError("/", [Problem(name, "what vLLM loads by it is not verified: unset it")])
 
 
 def _load_format(arguments: Sequence[str]) -> str | None:
@@ -78,14 +86,33 @@ def _check_paths(arguments: Sequence[str], root: Path, expected: ServedFiles) ->
         value = word
         if word.startswith("--"):
             name, _, value = word.partition("=")
-            option = name.replace("_", "-")
-        if option in _OTHER_PATHS:
+            option = name.replace("_", "-").partition(".")[0]
+        elif word.startswith("-"):
+            option = word.partition("=")[0]
+        if not value or option in _OTHER_PATHS or value in _KEYWORDS.get(option, ()):
             continue
-        for path in re.split(r"[\s\"'=,]+", value):
-            name = os.path.normpath(Path.cwd() / path).lstrip("/")
-            given = option in _NAMES or ("/" in path and os.path.lexists(root / name))
-            if path and given and name not in signed:
+        # argparse takes the beginning of an option for the option.
+        must_be_signed = len(option) > 2 and any(name.startswith(option) for name in _NAMES)
+        named = _named(option, value) if must_be_signed else [value, *re.split(r"[\s\"'=,]+", value)]
+        for path in named:
+            home = os.path.expanduser(path)  # noqa: PTH111 - leaves `~nobody` as it is, where `Path` fails
+            name = os.path.normpath(Path.cwd() / home).lstrip("/")
+            given = must_be_signed or ("/" in path and os.path.lexists(root / name))
+            if given and name not in signed:
                 raise VerificationError("/", [Problem(path, f"not among the files that were signed ({option})")])
+
+
+def _named(option: str, value: str) -> list[str]:
+    """Return what a value names, as vLLM reads it: an adapter is ``NAME=PATH``, or JSON."""
+    if option == "--lora-modules" and "=" in value and "," not in value:
+        return [value.partition("=")[2]]
+    if option in {"--lora-modules", "--default-mm-loras"}:
+        with contextlib.suppress(ValueError):
+            document = json.loads(value)
+            if isinstance(document, dict):
+                paths = [document.get("path")] if option == "--lora-modules" else document.values()
+                return [str(path) for path in paths]
+    return [value]
 
 
 def main(root: Path = Path("/")) -> None:
@@ -111,7 +138,9 @@ def main(root: Path = Path("/")) -> None:
 
 
 def _refuse(reason: str) -> None:
-    sys.stderr.write(f"{REFUSAL}{' '.join(reason.split())}\n")
+    # Whoever writes to a volume chooses the names of its files.
+    safe = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in " ".join(reason.split()))
+    sys.stderr.write(f"{REFUSAL}{safe}\n")
     sys.stderr.flush()
     raise SystemExit(REFUSED)
 

@@ -352,6 +352,7 @@ def test_what_is_right_is_started_with_the_loader(installed: Path, image: Path, 
         0, f"{STARTED} --model /model --lora-modules tests=/adapters/tests --root-path /etc --load-format slipway\n"
     )  # fmt: skip
     assert start(installed, volume, "--load-format", "slipway").status == 0
+    assert start(installed, image, "--generation-config", "vllm", "--served-model-name", "usr", "--seed=-1").status == 0
 
 
 @pytest.mark.parametrize(
@@ -362,7 +363,8 @@ def test_what_is_right_is_started_with_the_loader(installed: Path, image: Path, 
         ([], {"VLLM_PLUGINS": "slipway_kernels"}, "VLLM_PLUGINS: it leaves `slipway_loader` out"),
         ([], {"VLLM_PLUGINS": ""}, "VLLM_PLUGINS: it leaves `slipway_loader` out"),
         ([], {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}, "VLLM_ALLOW_RUNTIME_LORA_UPDATING: "),
-        ([], {"VLLM_SERVER_DEV_MODE": "1"}, "VLLM_SERVER_DEV_MODE: what requests load is not verified: unset it"),
+        ([], {"VLLM_SERVER_DEV_MODE": "1"}, "VLLM_SERVER_DEV_MODE: what vLLM loads by it is not verified: unset it"),
+        ([], {"VLLM_MODEL_REDIRECT_PATH": "/model/x.json"}, "VLLM_MODEL_REDIRECT_PATH: "),
         ([], {"SLIPWAY_MANIFEST": "sha256:0"}, "/etc/slipway-trust: no trust policy is mounted"),
         (["--tokenizer", "/usr"], {}, "/usr: not among the files that were signed (--tokenizer)"),
         (["--model", "facebook/opt-125m"], {}, "facebook/opt-125m: not among the files that were signed (--model)"),
@@ -371,6 +373,17 @@ def test_what_is_right_is_started_with_the_loader(installed: Path, image: Path, 
         (["--config=/usr/x.yaml"], {}, "/usr/x.yaml: not among the files that were signed (--config)"),
         (["--lora-modules", "x=/usr"], {}, "/usr: not among the files that were signed (--lora-modules)"),
         (['--lora-modules={"name":"x","path":"/usr"}'], {}, "/usr: not among the files that were signed"),
+        (["--lora-modules", "x=some/adapter"], {}, "some/adapter: not among the files that were signed"),
+        (["--lora-modules", "tests=/adapters/tests", "x=usr"], {}, "usr: not among the files that were signed"),
+        (["--lora-mod", "x=some/adapter"], {}, "x=some/adapter: not among the files that were signed (--lora-mod)"),
+        (['--default-mm-loras={"audio":"some/adapter"}'], {}, "some/adapter: not among the files that were signed"),
+        (["--default-mm-loras.audio", "usr"], {}, "usr: not among the files that were signed (--default-mm-loras)"),
+        (["--generation-config", "usr"], {}, "usr: not among the files that were signed (--generation-config)"),
+        (["--config", "x.yaml"], {}, "x.yaml: not among the files that were signed (--config)"),
+        (["--chat-template", "{{ messages }}"], {}, "{{ messages }}: not among the files that were signed"),
+        (["--root-path", "/etc", "-sc", '{"model":"/usr"}'], {}, "/usr: not among the files that were signed (-sc)"),
+        (["--quantization-config", "~/x.yaml"], {"HOME": "/usr"}, "~/x.yaml: not among the files that were signed"),
+        (["--quantization-config", "/a b/x"], {}, "/a b/x: not among the files that were signed"),
     ],
 )
 def test_a_setting_that_goes_round_the_loader_stops_the_start(
@@ -378,10 +391,20 @@ def test_a_setting_that_goes_round_the_loader_stops_the_start(
 ) -> None:
     (image / "usr").mkdir()
     (image / "usr" / "x.yaml").touch()
+    (image / "a b").mkdir()
+    (image / "a b" / "x").touch()
     done = start(installed, image, *arguments, **environment)
     assert (done.status, done.output) == (78, "")
     assert f"slipway loader: refused: {said}" in done.errors
     assert len(done.errors.splitlines()) == 1
+
+
+def test_the_name_of_a_file_on_a_volume_is_shown_without_control_characters(installed: Path, image: Path) -> None:
+    (image / "model" / "\x1b[2J\nslipway loader: {}").touch()
+    done = start(installed, image)
+    assert (done.status, done.errors) == (
+        78, "slipway loader: refused: /model/\\x1b[2J slipway loader: {}: extra: not in the manifest\n"
+    )  # fmt: skip
 
 
 def test_a_changed_configuration_stops_the_start_with_one_line(installed: Path, image: Path) -> None:
