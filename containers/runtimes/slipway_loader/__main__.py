@@ -91,8 +91,9 @@ def _check_paths(arguments: Sequence[str], root: Path, expected: ServedFiles) ->
             option = word.partition("=")[0]
         if not value or option in _OTHER_PATHS or value in _KEYWORDS.get(option, ()):
             continue
-        # argparse takes the beginning of an option for the option.
-        must_be_signed = len(option) > 2 and any(name.startswith(option) for name in _NAMES)
+        # argparse takes the beginning of an option for the option, if it is none itself.
+        may_be = len(option) > 2 and option != "--reasoning-parser"
+        must_be_signed = may_be and any(each.startswith(option) for each in _NAMES)
         named = _named(option, value) if must_be_signed else [value, *re.split(r"[\s\"'=,]+", value)]
         for path in named:
             home = os.path.expanduser(path)  # noqa: PTH111 - leaves `~nobody` as it is, where `Path` fails

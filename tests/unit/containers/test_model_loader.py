@@ -353,6 +353,8 @@ def test_what_is_right_is_started_with_the_loader(installed: Path, image: Path, 
     )  # fmt: skip
     assert start(installed, volume, "--load-format", "slipway").status == 0
     assert start(installed, image, "--generation-config", "vllm", "--served-model-name", "usr", "--seed=-1").status == 0
+    parsers = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3")
+    assert start(installed, image, *parsers).status == 0
 
 
 @pytest.mark.parametrize(
