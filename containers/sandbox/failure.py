@@ -16,7 +16,8 @@ from containers.sandbox.engine_log import Failure
 
 # 128 and the number of the signal.
 _SIGKILLED = 137
-_LATE_EVENT_SECONDS = 0.3
+# On a busy machine the engine has a container's last lines, and that memory ran out, only after the container's end.
+_LATE_SECONDS, _LATE_STEP_SECONDS = 3.0, 0.3
 
 
 def stopped(container: Container, kept: Path | None) -> Failure | None:
@@ -41,11 +42,15 @@ def stopped(container: Container, kept: Path | None) -> Failure | None:
 
 def _was_killed_for_memory(container: Container) -> bool:
     """Return whether memory ran out in a container that has ended; the engine can learn of that after the end."""
-    time.sleep(_LATE_EVENT_SECONDS)
+    deadline = time.monotonic() + _LATE_SECONDS
     try:
-        return _ran_out_of_memory(container)
+        while not _ran_out_of_memory(container):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_LATE_STEP_SECONDS)
     except (docker.errors.APIError, requests.RequestException):
         return False
+    return True
 
 
 def failing(container: Container, kept: Path | None) -> Failure | None:
@@ -95,14 +100,23 @@ def with_error(
 
     ``calm`` is exit status 0: vLLM's API server exits with it when its engine process has failed.
     """
-    try:
-        wrote = logs.read(container, _started(container))
-    except (docker.errors.APIError, requests.RequestException):
-        wrote = ""
-    log = None if kept is None else logs.keep(container, kept)
     if explained:
-        return Failure(ending, None, log)
+        return Failure(ending, None, None if kept is None else logs.keep(container, kept))
+    wrote = _log(container)
     error = engine_log.root_error(wrote)
+    if error is None and not calm:
+        time.sleep(_LATE_STEP_SECONDS)
+        wrote = _log(container)
+        error = engine_log.root_error(wrote)
+    log = None if kept is None else logs.keep(container, kept)
     if calm and engine_log.is_dead(wrote):
         ending, calm = "failed", False
     return Failure(ending, error, log, may_pass=calm or (may_pass and error is None))
+
+
+def _log(container: Container) -> str:
+    """Return what it wrote since its last start; nothing if the engine does not say."""
+    try:
+        return logs.read(container, _started(container))
+    except (docker.errors.APIError, requests.RequestException):
+        return ""
