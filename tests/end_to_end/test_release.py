@@ -124,8 +124,11 @@ def test_what_is_pulled_verifies_and_serves(
     image = released["releases"][0]["image"]
     container = engine.containers.run(
         image,
-        command=["--model", "/pulled", "--served-model-name", "m", "--port", "8000", "--enforce-eager"],
-        volumes={str(folder): {"bind": "/pulled", "mode": "ro"}},
+        command=["--model", "/model", "--served-model-name", "m", "--port", "8000", "--enforce-eager"],
+        volumes={
+            str(folder): {"bind": "/model", "mode": "ro"},
+            str(slipway.home / "keys"): {"bind": "/etc/slipway-trust", "mode": "ro"},
+        },
         ports={"8000/tcp": FREE_PORT},
         tmpfs={"/tmp": "exec"},  # noqa: S108 - inside the container
         read_only=True,

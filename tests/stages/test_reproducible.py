@@ -54,6 +54,9 @@ def prepared(folder: Path, small: profile.RuntimeProfile, machine: Settings, own
     root = Path(__file__).parents[2]
     for package in ("containers", "registry"):
         shutil.copytree(root / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    ours = "pipeline/compatibility/safetensors_headers.py"  # which the loader of the runtimes imports
+    (folder / ours).parent.mkdir(parents=True)
+    shutil.copy(root / ours, folder / ours)
     shutil.copytree(DEMO, folder / "checkpoint")
     (folder / "home").mkdir()
     (folder / "home" / "wheels").symlink_to(machine.home / "wheels")
