@@ -121,13 +121,17 @@ def test_what_is_pulled_verifies_and_serves(
     folder = tmp_path / "pulled"
     assert slipway("pull", "demo-awq@champion", folder).returncode == 0
     assert slipway("verify", folder).returncode == 0
+    trust = tmp_path / "trust"  # which the container's user can read
+    trust.mkdir(mode=0o755)
+    shutil.copy(slipway.home / "keys" / "release.pub", trust)
+    (trust / "release.pub").chmod(0o644)
     image = released["releases"][0]["image"]
     container = engine.containers.run(
         image,
         command=["--model", "/model", "--served-model-name", "m", "--port", "8000", "--enforce-eager"],
         volumes={
             str(folder): {"bind": "/model", "mode": "ro"},
-            str(slipway.home / "keys"): {"bind": "/etc/slipway-trust", "mode": "ro"},
+            str(trust): {"bind": "/etc/slipway-trust", "mode": "ro"},
         },
         ports={"8000/tcp": FREE_PORT},
         tmpfs={"/tmp": "exec"},  # noqa: S108 - inside the container

@@ -128,6 +128,8 @@ def main(root: Path = Path("/")) -> None:
             _refuse(f"{error.problems[0]}{more}")
         except RegistryError as error:
             _refuse(str(error))
+        except PermissionError as error:
+            _refuse(f"{error.filename}: the container's user can't read it")
         os.environ[STATE] = state
         sys.argv = [module, *words]
         try:
