@@ -6,6 +6,7 @@ Both happen under the promotion lock, so what was written last is the champion, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from registry import journal
 from registry.backend import Line
@@ -18,14 +19,23 @@ from registry.pull import ReleaseMetadata, read_metadata
 from registry.resolve import CHAMPION
 from registry.signing import SigningKey
 
-Place = tuple[str, str, str]
-"""A repository, a branch and a path in it."""
+
+@dataclass(frozen=True)
+class GitPlace:
+    """A file: the repository's address, the branch, and the path in it."""
+
+    repository: str
+    branch: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.path} on {self.branch} of {self.repository}"
 
 
 def follow_champion(
     name: str,
-    place: Place,
-    write: Callable[[ReleaseMetadata], PushedFile],
+    place: GitPlace,
+    write: Callable[[ReleaseMetadata], str],
     tracking_uri: str,
     trusted_keys: Trust,
     *,
@@ -34,6 +44,8 @@ def follow_champion(
     progress: Progress = silent,
 ) -> JournalEntry | None:
     """Let ``write`` write the champion of the release line to ``place``, and record it; None where it is there.
+
+    ``write`` returns the commit that has it.
 
     Raises:
         PromotionError: the entry would not be signed by a trusted key; nothing was written.
@@ -45,7 +57,7 @@ def follow_champion(
             return None
         _check_signer(line, policy, key)
         champion = read_metadata(f"{name}@{CHAMPION}", [], tracking_uri=tracking_uri, trusted_keys=policy)
-        pushed = write(champion)
+        pushed = PushedFile(repository=place.repository, branch=place.branch, path=place.path, commit=write(champion))
         return journal.record_and_move(
             held, backend, line,
             action="git", version=champion.version, digest=champion.manifest.digest, moves={}, pushed=pushed, who=who,
@@ -53,7 +65,7 @@ def follow_champion(
         )  # fmt: skip
 
 
-def follows(line: Line, place: Place) -> bool:
+def follows(line: Line, place: GitPlace) -> bool:
     """Whether the audit trail says that the place has the champion's release, or there is no champion.
 
     Only an entry after the champion's last move counts: a push before that move may have succeeded without an entry,
@@ -69,7 +81,7 @@ def follows(line: Line, place: Place) -> bool:
         pushed = record.entry.pushed
         if record.state == "abandoned":
             continue
-        if pushed is not None and (pushed.repository, pushed.branch, pushed.path) == place:
+        if pushed is not None and GitPlace(pushed.repository, pushed.branch, pushed.path) == place:
             found = record.entry
         elif any(move.alias == CHAMPION for move in record.entry.moves):
             moved = record.entry

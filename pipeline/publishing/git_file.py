@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 
 from pipeline.errors import PublishError
 from pipeline.settings import Settings
+from registry.follow import GitPlace
 from registry.terminal import printable
 
 SECONDS = 120.0
@@ -33,18 +34,6 @@ _AUTHOR = {"NAME": "Slipway", "EMAIL": "slipway@localhost"}
 _FILE, _FOLDER = {"100644", "100755"}, "040000"
 _CONFIGURED = ("-c", "core.hooksPath=/dev/null", "-c", "http.sslVerify=true", "-c", "safe.bareRepository=all")
 _USER = re.compile(r"(?<=://)[^/@\s]+@")
-
-
-@dataclass(frozen=True)
-class GitPlace:
-    """A file: the repository's address, the branch, and the path in it."""
-
-    repository: str
-    branch: str
-    path: str
-
-    def __str__(self) -> str:
-        return f"{self.path} on {self.branch} of {self.repository}"
 
 
 class _RefusedError(PublishError):

@@ -10,15 +10,15 @@ import json
 from dataclasses import dataclass
 
 from pipeline.errors import PublishError, SlipwayError, SpecError
-from pipeline.publishing.git_file import SECONDS, GitPlace, write_file
+from pipeline.publishing.git_file import SECONDS, write_file
 from pipeline.settings import Settings
 from pipeline.spec import GitFile, ModelSpec, find, load
 from pipeline.trust import signing_key_if_any, trust_of
 from registry import catalog
 from registry.backend import MODEL_TAG
 from registry.errors import RegistryError, TrackingError
-from registry.follow import follow_champion, follows
-from registry.journal import PushedFile, current_user
+from registry.follow import GitPlace, follow_champion, follows
+from registry.journal import current_user
 from registry.progress import Progress
 from registry.pull import ReleaseMetadata
 
@@ -61,7 +61,7 @@ def is_behind(name: str, git: GitFile, settings: Settings) -> bool:
     """
     line, place = catalog.line(settings.tracking_uri, name), place_of(git, name)
     try:
-        return line is not None and not follows(line, (place.repository, place.branch, place.path))
+        return line is not None and not follows(line, place)
     except TrackingError:
         return True
 
@@ -92,15 +92,13 @@ def push_champion(name: str, git: GitFile, settings: Settings, progress: Progres
     """Write the champion to its file and record it in the audit trail; a failure is in the result."""
     place = place_of(git, name)
 
-    def write(champion: ReleaseMetadata) -> PushedFile:
-        content = _content(git, champion, name)
-        commit = write_file(place, content, _message(champion, name), settings, seconds)
-        return PushedFile(repository=place.repository, branch=place.branch, path=place.path, commit=commit)
+    def write(champion: ReleaseMetadata) -> str:
+        return write_file(place, _content(git, champion, name), _message(champion, name), settings, seconds)
 
     progress(f"writing the champion of {name} to {place}")
     try:
         entry = follow_champion(
-            name, (place.repository, place.branch, place.path), write, settings.tracking_uri, trust_of(settings),
+            name, place, write, settings.tracking_uri, trust_of(settings),
             key=signing_key_if_any(settings), progress=progress,
         )  # fmt: skip
     except (SlipwayError, RegistryError) as error:

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import PublishError
-from pipeline.publishing.git_file import GitPlace, write_file
+from pipeline.publishing.git_file import write_file
 from pipeline.settings import Settings
+from registry.follow import GitPlace
 
 FILE = "clusters/prod/demo-awq.yaml"
 

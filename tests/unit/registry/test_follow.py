@@ -5,20 +5,20 @@ from __future__ import annotations
 import pytest
 
 from registry.errors import TrackingError
-from registry.follow import follows
+from registry.follow import GitPlace, follows
 from registry.journal import JournalRecord, PushedFile
 from registry.signing import SigningKey
 from unit.registry.test_journal import append, line_of
 
-PLACE = ("ssh://git@git.example.com/clusters.git", "main", "prod/demo-awq.yaml")
+PLACE = GitPlace("ssh://git@git.example.com/clusters.git", "main", "prod/demo-awq.yaml")
 
 
 def champion(trail: list[JournalRecord], key: SigningKey, number: str) -> None:
     append(trail, key, number, {"champion": number})
 
 
-def pushed(trail: list[JournalRecord], key: SigningKey, number: str, path: str = PLACE[2]) -> None:
-    file = PushedFile(repository=PLACE[0], branch=PLACE[1], path=path, commit=number * 40)
+def pushed(trail: list[JournalRecord], key: SigningKey, number: str, path: str = PLACE.path) -> None:
+    file = PushedFile(repository=PLACE.repository, branch=PLACE.branch, path=path, commit=number * 40)
     append(trail, key, number, {}, action="git", pushed=file)
 
 
