@@ -147,11 +147,20 @@ class _Git:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+            if status and self._is_too_large():
+                raise _RefusedError(
+                    f"the branch's newest commit has more than {_LARGEST_BYTES >> 20} MiB, and no more is fetched: "
+                    "keep the file in a smaller repository"
+                )
             if status:
                 stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - _LONGEST_ANSWER))
                 raise _RefusedError(_reason(stderr.read().decode(errors="replace")))
             stdout.seek(0)
             return stdout.read(_LONGEST_ANSWER).decode(errors="replace").rstrip("\n\0")
+
+    def _is_too_large(self) -> bool:
+        """Whether a file has the size that none may exceed: git ended where it would have written more."""
+        return any(path.stat().st_size >= _LARGEST_BYTES for path in self.folder.rglob("*"))
 
     def _variables(self) -> dict[str, str]:
         authorities = self.environment.get("REQUESTS_CA_BUNDLE") or self.environment.get("SSL_CERT_FILE")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import PublishError
+from pipeline.publishing import git_file
 from pipeline.publishing.git_file import write_file
 from pipeline.settings import Settings
 from registry.follow import GitPlace
@@ -146,6 +147,18 @@ def test_a_repository_or_branch_that_is_not_there_is_named(repository: Repositor
         write_file(GitPlace(str(tmp_path / "nothing.git"), "main", FILE), "a", "b", repository.settings)
     with pytest.raises(PublishError, match="couldn't find remote ref refs/heads/production"):
         write_file(GitPlace(str(repository.path), "production", FILE), "a", "b", repository.settings)
+
+
+@pytest.mark.parametrize("files", [1, 150], ids=["one object", "a pack"])
+def test_a_branch_that_is_too_large_is_told_so(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, files: int
+) -> None:
+    for number in range(files):
+        (repository.clone / f"weights-{number}").write_bytes(os.urandom((2 << 20) // files))
+    repository.push_from_clone()
+    monkeypatch.setattr(git_file, "_LARGEST_BYTES", 1 << 20)
+    with pytest.raises(PublishError, match="newest commit has more than 1 MiB, and no more is fetched: keep the file"):
+        repository.write("digest: 1\n")
 
 
 def test_a_machine_without_git_is_told(repository: Repository, tmp_path: Path) -> None:
