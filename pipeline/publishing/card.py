@@ -10,9 +10,13 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 
-from registry.manifest import Manifest
+from pipeline.compatibility.description import ModelDescription
+from registry.manifest import EVIDENCE, Manifest
 
 NAME = "README.md"
+BILL, CONFIGURATION = f"{EVIDENCE}/mlbom.cdx.json", "config.json"
+"""The files of a release that its card is made from, beside the manifest: the model's bill of materials, and what the
+model is."""
 # Licenses by the identifiers that the hub documents (https://huggingface.co/docs/hub/repositories-licenses, August
 # 2026); any other is `other`, with its name beside it.
 _LICENSES = frozenset({
@@ -34,25 +38,26 @@ _HUB = re.compile(r"hf://(?P<repository>[^/@]+/[^/@]+)")
 _CHANGES = {"increase": ("bits per byte", 1), "drop": ("accuracy", -1)}
 
 
-def card(manifest: Manifest, bill: bytes | None, place: str) -> str:
+def card(manifest: Manifest, files: Mapping[str, bytes], place: str) -> str:
     """Return the card of a release as Markdown, for the ``place`` where it is published.
 
-    Both manifest and ``bill``, the model's bill of materials, must have been verified.
+    Manifest and ``files``, `BILL` and `CONFIGURATION`, must have been verified; the first releases have no bill.
     """
     from huggingface_hub import ModelCardData  # noqa: PLC0415 - its import takes a third of a second
 
-    metadata = ModelCardData(**_metadata(manifest, _license(bill)))
+    config = json.loads(files[CONFIGURATION])
+    metadata = ModelCardData(**_metadata(manifest, _license(files.get(BILL)), _task(config)))
     return f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(_text(manifest, place)) + "\n"
 
 
-def _metadata(manifest: Manifest, named: str | None) -> dict[str, object]:
+def _metadata(manifest: Manifest, named: str | None, task: str) -> dict[str, object]:
     """The card's metadata. A base in a folder has no name on a hub, so it has none here."""
     adapter = manifest.source.adapter
     origins = [manifest.source.uri, *([] if adapter is None else [adapter.uri])]
     bases = [match["repository"] for match in map(_HUB.match, origins) if match]
     found: dict[str, object] = {
         "library_name": "transformers",  # whose form checkpoints have; the hub knows no vLLM among its libraries
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": task,
         "tags": ["slipway", "vllm", "quantized", manifest.quantizer.method],
     }
     if bases:
@@ -61,6 +66,13 @@ def _metadata(manifest: Manifest, named: str | None) -> dict[str, object]:
         known = named.lower() in _LICENSES
         found |= {"license": named.lower()} if known else {"license": "other", "license_name": _slug(named)}
     return found
+
+
+def _task(config: Mapping[str, object]) -> str:
+    """The hub's name for what a model does, by what its configuration says that it accepts."""
+    if ModelDescription(config, {}).accepts_images:
+        return "image-text-to-text"
+    return "audio-text-to-text" if isinstance(config.get("audio_config"), Mapping) else "text-generation"
 
 
 def _license(bill: bytes | None) -> str | None:

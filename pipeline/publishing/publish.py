@@ -8,19 +8,17 @@ from pathlib import Path
 
 from pipeline.errors import PublishError
 from pipeline.publishing.attest import ARTIFACT, StatedRelease, attach
+from pipeline.publishing.card import BILL, CONFIGURATION, card
 from pipeline.publishing.card import NAME as CARD
-from pipeline.publishing.card import card
 from pipeline.publishing.places import BESIDE, OciPlace, Place, opened
 from pipeline.settings import Settings
 from pipeline.store.artifacts import require_room
 from pipeline.trust import signing_key_if_any, trust_of
 from registry.errors import ManifestError
-from registry.manifest import BOUNDS, DOCUMENTS, EVIDENCE, MANIFEST, Manifest
+from registry.manifest import BOUNDS, DOCUMENTS, MANIFEST, Manifest
 from registry.progress import Progress
-from registry.pull import ReleaseMetadata, pull, read_metadata
+from registry.pull import pull, read_metadata
 from registry.version_files import fetch
-
-_BILL = f"{EVIDENCE}/mlbom.cdx.json"
 
 
 @dataclass(frozen=True)
@@ -44,16 +42,17 @@ def publish(reference: str, uri: str, settings: Settings, progress: Progress, *,
         RegistryError: there is no such release, its signature does not verify, or a gate did not pass.
     """
     trust = trust_of(settings)
-    wanted = None if uri.startswith("oci://") else (_BILL,)
-    release = read_metadata(reference, wanted, tracking_uri=settings.tracking_uri, trusted_keys=trust)
+    read = (BILL, CONFIGURATION)
+    release = read_metadata(reference, read, tracking_uri=settings.tracking_uri, trusted_keys=trust)
     manifest = release.manifest
+    version = f"{manifest.name}@v{release.version}"
     found = Published(manifest.name, release.version, uri, manifest.digest)
     with opened(uri, settings) as place:
         if _is_there(place, manifest, uri):
             if not dry_run:
-                _attest(place, release, settings, progress)
+                _attest(place, version, settings, progress)
             return found
-        text = card(manifest, release.files.get(_BILL), uri)
+        text = card(manifest, release.files, uri)
         if dry_run:
             names = (CARD, *sorted({*manifest.files, *DOCUMENTS}))
             return replace(found, files=names, bytes=manifest.size_bytes, card=text)
@@ -62,21 +61,21 @@ def publish(reference: str, uri: str, settings: Settings, progress: Progress, *,
         scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="publish-", dir=scratch) as temporary:
             folder, beside = Path(temporary) / "release", Path(temporary) / CARD
-            version = f"{manifest.name}@v{release.version}"
             pull(version, folder, tracking_uri=settings.tracking_uri, trusted_keys=trust, progress=progress)
             beside.write_text(text)
             names = (*manifest.files, *(name for name in DOCUMENTS if (folder / name).exists()))
             place.write({CARD: beside, **{name: folder / name for name in names}}, progress)
-            _attest(place, release, settings, progress)
+            _attest(place, version, settings, progress)
         return replace(found, files=(CARD, *sorted(names)), bytes=manifest.size_bytes, card=text)
 
 
-def _attest(place: Place, release: ReleaseMetadata, settings: Settings, progress: Progress) -> None:
+def _attest(place: Place, version: str, settings: Settings, progress: Progress) -> None:
     """Sign what is published in a container registry, and attach what is known of it, where there is a key to sign."""
     if not isinstance(place, OciPlace) or place.digest is None:
         return
     key = signing_key_if_any(settings)
     if key is not None:
+        release = read_metadata(version, None, tracking_uri=settings.tracking_uri, trusted_keys=trust_of(settings))
         stated = StatedRelease(release.manifest, release.files)
         new = attach(place.registry, place.repository, place.digest, stated, ARTIFACT, key)
         if new:

@@ -17,7 +17,7 @@ from real_server import BUCKET, s3_server
 from containers.image.distribution import Registry
 from pipeline.cli import main
 from pipeline.errors import PublishError
-from pipeline.publishing.card import card
+from pipeline.publishing.card import BILL, CONFIGURATION, card
 from pipeline.publishing.places import _BucketPlace
 from pipeline.publishing.publish import publish
 from pipeline.settings import Settings
@@ -32,6 +32,9 @@ from stages.loopback_registry import serving as serving_registry
 from unit.pipeline import hub_server
 from unit.pipeline.release_evidence import Made, settings_of
 
+FAMILIES: dict[str, Any] = json.loads((Path(__file__).parents[1] / "data" / "model_families.json").read_text())[
+    "families"
+]
 NAME, SECRET, OTHER = "demo-gptq", "hf_secret", "hf_other"
 GIT = b"*.safetensors filter=lfs\n"
 
@@ -197,9 +200,11 @@ def test_a_place_of_another_kind_is_refused(made: Made) -> None:
             publish(NAME, place, made.settings, print)
 
 
-def license_bill(name: str) -> bytes:
-    """A bill of materials that states a license."""
-    return json.dumps({"metadata": {"component": {"licenses": [{"license": {"name": name}}]}}}).encode()
+def files_of(license_name: str | None = None, family: str = "llama") -> dict[str, bytes]:
+    """What a card is made from: a bill of materials, which may state a license, and the configuration of a model."""
+    licenses = [] if license_name is None else [{"license": {"name": license_name}}]
+    bill = {"metadata": {"component": {"licenses": licenses}}}
+    return {BILL: json.dumps(bill).encode(), CONFIGURATION: json.dumps(FAMILIES[family]["config"]).encode()}
 
 
 def manifest_of(made: Made, uri: str, adapter: str | None = None) -> Manifest:
@@ -231,7 +236,7 @@ def metadata_of(text: str) -> dict[str, Any]:
     ],
 )
 def test_a_license_is_one_of_the_hubs_or_has_a_name(made: Made, named: str, stated: dict[str, str]) -> None:
-    found = metadata_of(card(manifest_of(made, "file:mine"), license_bill(named), "hf://me/mine"))
+    found = metadata_of(card(manifest_of(made, "file:mine"), files_of(named), "hf://me/mine"))
     assert {key: value for key, value in found.items() if key.startswith("license")} == stated
 
 
@@ -245,13 +250,28 @@ def test_a_license_is_one_of_the_hubs_or_has_a_name(made: Made, named: str, stat
     ids=["a folder", "an adapter on a hub", "a base and an adapter on a hub"],
 )
 def test_bases_are_those_on_a_hub(made: Made, origins: list[str], base: object) -> None:
-    found = metadata_of(card(manifest_of(made, *origins), None, "hf://me/mine"))
+    found = metadata_of(card(manifest_of(made, *origins), files_of(), "hf://me/mine"))
     assert (found.get("base_model"), "base_model_relation" in found) == (base, base is not None)
+
+
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [
+        ("llama", "text-generation"),
+        ("gemma3_text", "text-generation"),
+        ("gemma3", "image-text-to-text"),
+        ("qwen3_vl", "image-text-to-text"),
+        ("voxtral", "audio-text-to-text"),
+    ],
+)
+def test_the_task_is_what_the_model_accepts(made: Made, family: str, task: str) -> None:
+    text = card(manifest_of(made, "hf://org/base"), files_of(family=family), "hf://me/mine")
+    assert metadata_of(text)["pipeline_tag"] == task
 
 
 def test_the_card_names_base_relation_license_and_loss(made: Made) -> None:
     manifest = manifest_of(made, "hf://org/base")
-    text = card(manifest, license_bill("Apache-2.0"), "hf://me/mine")
+    text = card(manifest, files_of("Apache-2.0"), "hf://me/mine")
     data = metadata_of(text)
     assert data["base_model"] == "org/base"
     assert data["base_model_relation"] == "quantized"

@@ -25,7 +25,7 @@ from pipeline.orchestration.asset_metadata import answers as answers_shown
 from pipeline.orchestration.asset_metadata import drift as drift_shown
 from pipeline.planner.sources import Described, describe_folder, with_published
 from pipeline.planner.weights import taken, unquantized
-from pipeline.publishing.card import card
+from pipeline.publishing.card import CONFIGURATION, card
 from pipeline.quantization.checkpoint import check_published
 from pipeline.quantization.quantize import QuantizedNotes
 from pipeline.settings import Settings
@@ -510,7 +510,8 @@ def test_a_release_says_where_it_was_published_and_what_it_was_compared_with(tmp
     ancestors = [each["name"] for each in bill["metadata"]["component"]["pedigree"]["ancestors"]]
     assert ancestors == ["file:published", "file:original"]
     assert f"file:original at {'0' * 40}" in report
-    text = card(manifest, None, "hf://org/name")
+    files = {CONFIGURATION: json.dumps(FAMILIES["llama"]["config"]).encode()}
+    text = card(manifest, files, "hf://org/name")
     assert "quantized already, and released as it was published (fp8)" in text
     assert f"| compared with | `file:original` at `{'0' * 40}` |" in text
 
@@ -520,7 +521,8 @@ def test_a_release_without_a_baseline_gives_the_file_s_reason(tmp_path: Path) ->
     assert manifest.baseline is None
     assert [each["name"] for each in bill["metadata"]["component"]["pedigree"]["ancestors"]] == ["file:published"]
     assert REASON in report
-    assert f"there is nothing Accepted: {REASON}" in card(manifest, None, "hf://org/name")
+    files = {CONFIGURATION: json.dumps(FAMILIES["llama"]["config"]).encode()}
+    assert f"there is nothing Accepted: {REASON}" in card(manifest, files, "hf://org/name")
 
 
 def test_without_a_baseline_nothing_is_asked(tmp_path: Path) -> None:
