@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from containers.hardware.gpu import Gpu, gpus
 from containers.hardware.gpu_models import GpuDataError, GpuModel, find_gpu
 from containers.image import profile as profiles
 from evals.load.expected_memory import expect
+from pipeline.compatibility.lora import BOUNDS, CONFIGURATION, read_configuration
 from pipeline.compatibility.scheme import PublishedScheme
 from pipeline.errors import PlanError, SourceError, SpecError, UnsupportedModelError
 from pipeline.planner import serving
@@ -29,7 +31,7 @@ from pipeline.planner.plan import Plan, SchemePlan, make_plan
 from pipeline.planner.sources import Described, has_chat_template
 from pipeline.planner.weights import FP16
 from pipeline.settings import Settings
-from pipeline.sources.source import ResolvedSource
+from pipeline.sources.source import ResolvedSource, read_range
 from pipeline.spec import ModelSpec
 from pipeline.stages import adapters, calibration, merged_source
 from pipeline.stages.context import StageContext
@@ -37,6 +39,9 @@ from pipeline.stages.source import resolve
 from pipeline.store.artifacts import Store, require_room
 from registry.progress import Progress
 
+# A model's name on a hub, and the URI of one.
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
+_HUB_MODEL = re.compile(rf"hf://({_REPOSITORY.pattern})", re.ASCII)
 # What vLLM leaves free of a GPU by default.
 _VLLM_LEAVES = 0.08
 
@@ -75,6 +80,8 @@ def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Pr
     check_images(spec, described.model)
     merged_source.check(merged, described.model)
     adapters.check(resolved, described.model)
+    for told in _other_bases(spec, merged, resolved):
+        say(told)
     drafting = drafting_of(spec, described.model, settings)
     if refused := refusals(described.model, {name: spec.scheme(name) for name in schemes}):
         raise UnsupportedModelError("; ".join(sentences(refused)))
@@ -201,6 +208,22 @@ def _too_large_for_limit(scheme: SchemePlan, spec: ModelSpec, settings: Settings
         parts += f", {cache:.2f} GiB of KV cache for {ranks} rank{'s' * (ranks > 1)}, {runtime:.2f} GiB of the runtime"
     given = f"`load.memory.limit_bytes` gives {limit / 2**30:.2f} GiB"
     return [f"{weights.scheme} needs {needed / 2**30:.2f} GiB ({parts}), and {given}"]
+
+
+def _other_bases(spec: ModelSpec, merged: ResolvedSource | None, served: Mapping[str, ResolvedSource]) -> Iterator[str]:
+    """Say which adapters name another model of a hub as their base than the model file, though they fit its layers."""
+    base = _HUB_MODEL.match(spec.source.uri)
+    named = {"source.adapter": merged, **{f"serve.adapters.{name}": each for name, each in served.items()}}
+    for key, adapter in named.items():
+        if base is None or adapter is None:
+            continue
+        read = read_configuration(read_range(adapter, CONFIGURATION, 0, BOUNDS.bytes + 1), "merged")
+        stated = str((read.model_extra or {}).get("base_model_name_or_path"))
+        if _REPOSITORY.fullmatch(stated) and stated.lower() != base[1].lower():
+            yield (
+                f"`{key}`: {adapter.uri} says that it was trained on `{stated}`, and the model is `{base[1]}`: its "
+                "layers fit, so make sure that this is the model that you mean"
+            )
 
 
 def _pulled(source: ResolvedSource, adapter: ResolvedSource | None, settings: Settings) -> Path | None:

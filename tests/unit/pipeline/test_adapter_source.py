@@ -340,6 +340,19 @@ def test_an_adapter_for_another_base_is_refused_before_weights_are_pulled(tmp_pa
     assert not list((tmp_path / "home").glob("artifacts/source/*/files"))
 
 
+@pytest.mark.parametrize(("stated", "told"), [("org/other-tiny", 2), ("Org/Tiny", 0), ("/models/other", 0)])
+def test_an_adapter_that_names_another_base_of_the_same_shapes_is_told(tmp_path: Path, stated: str, told: int) -> None:
+    peft_adapters.write(tmp_path / "support", base_model_name_or_path=stated)
+    source = {"uri": f"hf://{hub_server.REPOSITORY}@main", "adapter": {"uri": "file:support"}}
+    spec, lines = load(write_model_file(tmp_path, source=source)), list[str]()
+    model = checkpoints.write_source(tmp_path / "model")
+    with hub_server.serving({path.name: path.read_bytes() for path in model.iterdir()}) as hub:
+        settings = Settings.read({"SLIPWAY_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.endpoint})
+        foresee(spec, ["gptq"], settings, lines.append)
+    warned = [line.partition(":")[0] for line in lines if f"was trained on `{stated}`" in line]
+    assert warned == ["`source.adapter`", "`serve.adapters.support`"][:told]
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
