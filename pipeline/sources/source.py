@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from pipeline.compatibility.safetensors_headers import (
     INDEX,
     INDEX_BOUNDS,
+    SINGLE,
     HeaderError,
     Tensor,
     header_length,
@@ -28,7 +29,7 @@ from pipeline.compatibility.safetensors_headers import (
 )
 from pipeline.errors import ChangedSourceError, SourceError
 from pipeline.sources import origin as origins
-from pipeline.sources.contents import MODEL, Contents, is_hidden, listed
+from pipeline.sources.contents import MODEL, Contents, is_hidden, listed, missing_weights
 from pipeline.sources.folder import Folder
 from pipeline.sources.lock import Lock, LockedFile, portable, read_lock, write_lock
 from pipeline.sources.origin import Access, Origin, SourceFile
@@ -112,6 +113,8 @@ def resolve(
     Raises:
         SourceError: the source does not exist, can't be reached, holds refused files, or differs from the lock.
     """
+    if uri.lower().endswith(".gguf"):
+        raise missing_weights(uri, [Path(uri).name], SINGLE)
     origin = origins.open_origin(uri, revision, access)
     if lock is not None:
         lock.refuse_other(origin.uri, origin.pinned)

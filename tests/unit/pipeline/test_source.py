@@ -474,6 +474,12 @@ def test_a_model_of_gguf_files_alone_is_refused_with_the_reason(hub: hub_server.
     assert not any("/resolve/" in path for _, path, _, _ in hub.seen)  # not a byte of them was asked for
 
 
+@pytest.mark.parametrize("uri", ["file:/models/model-Q4_K_M.gguf", "hf://org/tiny/model.GGUF", "s3://models/tiny.gguf"])
+def test_a_gguf_file_is_refused_with_the_reason(uri: str) -> None:
+    with pytest.raises(SourceError, match=r"has no safetensors, only [\w-]+\.(gguf|GGUF): .* quantized already"):
+        resolve(uri)
+
+
 def test_a_model_of_pickles_alone_is_refused_by_name(hub: hub_server.StandInHub) -> None:
     del hub.files["model.safetensors"]
     hub.files["pytorch_model.bin"] = b"\x80"
