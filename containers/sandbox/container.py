@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -20,6 +21,9 @@ PROCESSES = 1024
 # Of each rank of an engine: its queues to the other ranks, and NCCL's buffers. vLLM 0.32 with two ranks on a CPU used
 # 8 MiB of it while idle.
 SHARED_MEMORY_BYTES = 2**30
+_KILLED_SECONDS = 60.0
+_PAUSE_SECONDS = 0.5
+_NOT_ENDED = "Could not kill running container"
 
 
 def hardening(memory_bytes: int, ranks: int = 1) -> dict[str, Any]:
@@ -67,14 +71,28 @@ def explanation(error: Exception) -> str:
 
 
 def remove(container: Container) -> None:
-    """Remove a container with its volumes; one that is already gone, or being removed, is no error."""
-    try:
-        container.remove(force=True, v=True)
-    except docker.errors.NotFound:
-        return
-    except docker.errors.APIError as error:
-        if "is already in progress" not in explanation(error):
-            raise SandboxError(f"can't remove the container {container.name}: {explanation(error)}") from error
+    """Remove a container with its volumes; one that is already gone, or being removed, is no error.
+
+    An engine gives up after some seconds on a killed process that hasn't ended, as a large one on a busy machine.
+
+    Raises:
+        SandboxError: the engine refuses, or the processes have not ended after a minute.
+    """
+    deadline = time.monotonic() + _KILLED_SECONDS
+    while True:
+        try:
+            container.remove(force=True, v=True)
+        except docker.errors.NotFound:
+            return
+        except docker.errors.APIError as error:
+            said = explanation(error)
+            if "is already in progress" in said:
+                return
+            if _NOT_ENDED not in said or time.monotonic() > deadline:
+                raise SandboxError(f"can't remove the container {container.name}: {said}") from error
+            time.sleep(_PAUSE_SECONDS)
+        else:
+            return
 
 
 @contextlib.contextmanager

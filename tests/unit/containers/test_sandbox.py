@@ -16,8 +16,10 @@ import pytest
 from docker.models.containers import Container
 
 from containers.engine.owner import OWNER_LABEL, home_digest, is_alive, left_behind, marked, ownership, start_time
+from containers.errors import SandboxError
+from containers.sandbox import container as containers_of_engine
 from containers.sandbox import memory
-from containers.sandbox.container import terminated_by_exception
+from containers.sandbox.container import remove, terminated_by_exception
 from containers.sandbox.memory import MemorySampler, _stats_reader
 
 
@@ -56,6 +58,40 @@ def test_a_marker_lies_in_the_home_while_a_sandbox_is_open_and_tells_who_died(tm
         (tmp_path / "sandbox" / "another-machines").write_text(f"elsewhere {os.getpid()}:1")
         assert [marker.name for marker in left_behind(tmp_path)] == ["theirs"]
     assert {marker.name for marker in (tmp_path / "sandbox").iterdir()} == {"theirs", "another-machines"}
+
+
+class _Unkilled:
+    """A stand-in for a container whose killed process ends after so many attempts, with the words of Docker 20.10."""
+
+    name = "slipway-load"
+
+    def __init__(self, attempts: int) -> None:
+        self.left = attempts
+
+    def remove(self, *, force: bool, v: bool) -> None:
+        assert force
+        assert v
+        self.left -= 1
+        if self.left >= 0:
+            raise docker.errors.APIError(
+                "409 Client Error",
+                explanation="Could not kill running container 9fd1, cannot remove - container 9fd1 PID 5650 is zombie "
+                "and can not be killed.",
+            )
+
+
+def test_a_container_whose_process_takes_long_to_end_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(containers_of_engine, "_PAUSE_SECONDS", 0.0)
+    slow = _Unkilled(3)
+    remove(cast("Container", slow))
+    assert slow.left == -1
+
+
+def test_a_container_whose_process_never_ends_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(containers_of_engine, "_KILLED_SECONDS", 0.05)
+    monkeypatch.setattr(containers_of_engine, "_PAUSE_SECONDS", 0.0)
+    with pytest.raises(SandboxError, match="can't remove the container slipway-load: Could not kill"):
+        remove(cast("Container", _Unkilled(10**9)))
 
 
 def test_sigterm_unwinds_the_block_and_is_given_back() -> None:
