@@ -52,7 +52,7 @@ class Adapter(_Section):
     """Where a LoRA adapter comes from."""
 
     uri: str
-    """`file:FOLDER` or `hf://ORG/NAME`; a relative folder counts from the model file."""
+    """As in `source`; a relative folder counts from the model file."""
     revision: str | None = None
     """A commit, a tag or a branch of a hub; default `main`."""
 
