@@ -17,7 +17,9 @@ from pipeline.proposal.schemes import MEANINGS
 _WIDTH = 120
 _GIB = 2**30
 # What YAML reads as text, also within braces.
-_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*|[a-z0-9]+:[/A-Za-z0-9_.@:-]*[/A-Za-z0-9_.@-]")
+_PLAIN = re.compile(
+    r"(?!(?i:null|true|false|yes|no|on|off)$)[A-Za-z][A-Za-z0-9_.-]*|[a-z0-9]+:[/A-Za-z0-9_.@:-]*[/A-Za-z0-9_.@-]"
+)
 
 
 def write(proposal: Proposal, schema: str | None = None) -> str:

@@ -184,6 +184,15 @@ def test_a_uri_that_yaml_would_read_otherwise_is_quoted(tmp_path: Path) -> None:
     assert read_back(proposed(family("llama"), "cpu", uri=uri), tmp_path).source.uri == uri
 
 
+@pytest.mark.parametrize(("name", "revision"), [("null", "off"), ("no", "2026"), ("7b", "v1.0")])
+def test_a_name_and_a_revision_stay_text(name: str, revision: str, tmp_path: Path) -> None:
+    spec = read_back(
+        propose(name, "hf://org/name", revision, family("llama"), "base", target("cpu"), has_chat_template=False),
+        tmp_path,
+    )
+    assert (spec.model, spec.source.revision) == (name, revision)
+
+
 @pytest.mark.parametrize("name", ["gemma3", "qwen3_vl", "voxtral", "llama"])
 def test_a_model_that_accepts_images_is_asked_about_some(name: str, tmp_path: Path) -> None:
     sees = name in {"gemma3", "qwen3_vl"}
