@@ -14,12 +14,14 @@ from typing import Any
 
 import docker
 import httpx
+import hub_cards
 import pytest
 import yaml
 from docker.models.containers import Container
 
 from containers.engine.owner import home_digest
 from homes import DEMO, FREE_PORT, Slipway, forget
+from unit.pipeline import hub_server
 
 
 @pytest.fixture
@@ -161,6 +163,19 @@ def ask(url: str, container: Container) -> str:
     request = {"model": "m", "prompt": 'if __name__ == "__main', "max_tokens": 8, "temperature": 0}
     text: str = httpx.post(f"{url}/v1/completions", json=request, timeout=60).json()["choices"][0]["text"]
     return text
+
+
+def test_a_hub_gets_it_with_a_valid_card_and_gives_it_back(
+    slipway: Slipway, released: dict[str, Any], tmp_path: Path
+) -> None:
+    with hub_server.serving({".gitattributes": b""}) as hub:
+        place, address = f"hf://{hub_server.REPOSITORY}", {"HF_ENDPOINT": hub.endpoint}
+        for said in ("published to", "already: nothing was written"):
+            done = slipway("publish", "demo-gptq", place, **address)
+            assert (done.returncode, said in done.stdout) == (0, True), done.stderr
+        assert hub_cards.problems(hub.files["README.md"].decode()) == []
+        assert slipway("pull", place, tmp_path / "pulled", **address).returncode == 0
+    assert slipway("verify", tmp_path / "pulled").returncode == 0
 
 
 def test_verify_names_every_file_that_differs(slipway: Slipway, released: dict[str, Any], tmp_path: Path) -> None:
