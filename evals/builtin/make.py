@@ -63,7 +63,8 @@ def main() -> None:
         sets = _sets(root)
     for name, rows in sets.items():
         (HERE / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    digests = {f"{name}.jsonl": hashlib.sha256((HERE / f"{name}.jsonl").read_bytes()).hexdigest() for name in sets}
+    digests = json.loads((HERE / "digests.json").read_text(encoding="utf-8"))
+    digests |= {f"{name}.jsonl": hashlib.sha256((HERE / f"{name}.jsonl").read_bytes()).hexdigest() for name in sets}
     (HERE / "digests.json").write_text(json.dumps(digests, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -15,6 +15,8 @@ from pipeline.planner.asking import plan_described, refusals
 from pipeline.planner.data import check_data
 from pipeline.planner.evaluation import evaluation
 from pipeline.planner.sources import Described, with_published
+from pipeline.proposal.model_file import write
+from pipeline.proposal.propose import AsIs, Target, propose
 from pipeline.spec import load
 from unit.pipeline import published_models
 
@@ -48,3 +50,20 @@ def test_an_example_is_valid_and_its_model_fits(path: Path) -> None:
     assert [scheme.weights.scheme for scheme in plan.schemes] == [*at_16_bits, *spec.schemes]
     assert all(placement.fits for scheme in plan.schemes for placement in scheme.placements)
     assert all(task.can_decide for task in evaluation(spec).tasks)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_what_init_proposes(path: Path) -> None:
+    document, (planned, gpu) = yaml.safe_load(path.read_text()), OF[path.stem]
+    document["source"].pop("adapter", None)  # which nobody asks `init` for
+    described, as_is = Described(published_models.model(planned), 0), None
+    if load(path).is_published:
+        described = with_published(described, None)
+        assert described.published is not None
+        as_is = AsIs(described.published, None, document["evals"]["accept_inconclusive"]["no-baseline"])
+    name, source, target = document["model"], document["source"], Target("vllm-cuda13", find_gpu(gpu), "avx2")
+    proposal = propose(
+        name, source["uri"], source.get("revision"), described.model, "chat", target, has_chat_template=True,
+        as_is=as_is,
+    )  # fmt: skip
+    assert document == yaml.safe_load(write(proposal))
