@@ -48,6 +48,8 @@ _LEAST_ITEMS, _LEAST_DOCUMENTS = 200, 32
 _BUSY, _REQUESTS, _SLOWER = 0.3, 12, 10
 # Above this size FP16 does not fit beside its quantized copy where layers are compared, and takes minutes to load.
 _LARGE = 40 * 10**9
+# Parts of the names of classes in transformers whose models answer a prompt.
+_GENERATING = ("ForCausalLM", "ForConditionalGeneration", "LMHead")
 # Names of schemes for formats that only published checkpoints have.
 _SHORT = {"fp8-scale-inv": "fp8", "mxfp4-experts": "mxfp4"}
 _WORDS: Sequence[tuple[Kind, re.Pattern[str]]] = (
@@ -185,6 +187,7 @@ def propose(
         UnsupportedModelError: nothing can be made of the model.
         PlanError: the planner does not know the architecture, or the target can't hold the model.
     """
+    _check_generates(description)
     facts = read_facts(description.config)
     weights = {FP16: unquantized(description)}
     if as_is is None:
@@ -227,6 +230,27 @@ def propose(
         shows_images=description.accepts_images and has_chat_template,
         as_is=as_is,
     )
+
+
+def _check_generates(model: ModelDescription) -> None:
+    """Refuse encoders, classifiers, and decoders that read what an encoder wrote: they answer no prompt by themselves.
+
+    Raises:
+        UnsupportedModelError: the model is one of those, or its output head is missing.
+    """
+    found = model.config.get("architectures")
+    named = [str(name) for name in found] if isinstance(found, list) else []
+    if named and not any(part in name for name in named for part in _GENERATING):
+        raise UnsupportedModelError(
+            f"`{named[0][:60]}` does not generate text: expected a model with one of {', '.join(_GENERATING)} in the "
+            "name of its class (`architectures` in config.json)"
+        )
+    if model.config.get("is_encoder_decoder"):
+        raise UnsupportedModelError(
+            f"`{model.architecture}` has an encoder before its decoder, which is not planned for"
+        )
+    if model.lacks_head:
+        raise UnsupportedModelError("the weights have no output head, and config.json does not tie it to the embedding")
 
 
 def _as_is(as_is: AsIs, target: Target) -> Choice:

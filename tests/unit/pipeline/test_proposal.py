@@ -157,6 +157,30 @@ def test_a_quantized_source_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"architectures": ["BertModel"]},
+            "`BertModel` does not generate text: expected a model with one of ForCausalLM",
+        ),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "does not generate text"),
+        ({"is_encoder_decoder": True}, "`llama` has an encoder before its decoder"),
+    ],
+)
+def test_a_model_that_answers_no_prompt_is_refused(changes: dict[str, Any], reason: str) -> None:
+    model = family("llama")
+    with pytest.raises(UnsupportedModelError, match=reason):
+        proposed(replace(model, config={**model.config, **changes}), "H100")
+
+
+def test_a_model_without_an_output_head_is_refused_before_it_is_downloaded() -> None:
+    model = family("llama")
+    headless = {name: tensor for name, tensor in model.tensors.items() if name != "lm_head.weight"}
+    with pytest.raises(UnsupportedModelError, match="no output head"):
+        proposed(replace(model, config={**model.config, "tie_word_embeddings": False}, tensors=headless), "H100")
+
+
+@pytest.mark.parametrize(
     ("uri", "name", "kind"),
     [
         ("hf://meta-llama/Llama-3.1-8B-Instruct", "llama-3.1-8b-instruct", "chat"),
