@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from evals.drift.layer_errors import LayersRequest
 
 Report = Callable[[str], None]
+_EXPERTS = ".experts."
 
 
 class Sums:
@@ -74,7 +75,7 @@ def work(request: LayersRequest, report: Report) -> dict[str, object]:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise WorkerError(f"{checkpoint} cannot be held against {source}: {error}") from error
     ours, theirs = dict(first.named_modules()), dict(second.named_modules())
-    stored = {name if name in ours else _in_decoder(name, first): name for name in packed}
+    stored = dict(find_module(name, ours, first) for name in packed)
     absent = sorted(stored[name] for name in stored.keys() - ours.keys())
     if absent:
         raise WorkerError(f"{checkpoint} holds layers that {source} has not: {', '.join(absent[:3])}")
@@ -118,6 +119,19 @@ def _watch(sums: Mapping[str, Sums], ours: Mapping[str, Any], theirs: Mapping[st
         theirs[name].register_forward_hook(count(name))
     for name in {_block(name) for name in sums}:
         ours[name].register_forward_hook(follow(name), with_kwargs=True)
+
+
+def find_module(stored: str, modules: Mapping[str, Any], network: PreTrainedModel) -> tuple[str, str]:
+    """Return the module that computes a stored layer, and the name to show.
+
+    Transformers 5 has the experts of a block in one module, whatever its name is in the files: they count as one.
+    """
+    name = stored if stored in modules else _in_decoder(stored, network)
+    above, experts, _ = stored.partition(_EXPERTS)
+    if name in modules or not experts:
+        return name, stored
+    together = [each for each in modules if each.startswith(f"{_block(name)}.") and f"{each}.".endswith(_EXPERTS)]
+    return (together[0], f"{above}{experts}".removesuffix(".")) if len(together) == 1 else (name, stored)
 
 
 def _in_decoder(stored: str, network: PreTrainedModel) -> str:

@@ -7,6 +7,7 @@ within a second, and names a backend that it accepts, if there is one.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -95,18 +96,20 @@ def test_a_mixture_is_measured_chosen_and_measured_again(family: Family, machine
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl"])
-def test_layers_beside_a_tower_are_measured_by_their_stored_names(
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl", "qwen3_moe", "mixtral", "deepseek_v3"])
+def test_layers_are_measured_by_their_stored_names(
     name: str, family: Family, machine: Settings, tmp_path: Path
 ) -> None:
-    """Transformers stores Gemma 3's decoder under other names than those of its modules."""
+    """Transformers has Gemma 3's decoder under other names than it stores, and a block's experts in one module."""
     made(family(name), scheme_of("fp8", "llmcompressor"), machine, tmp_path)
     layers = measure_layers(
         family(name), tmp_path / "output", ["def add(a, b):\n    return a + b\n"],
         max_tokens=TOKENS, run_worker=Workers(machine, print), scratch=tmp_path / "scratch",
     )  # fmt: skip
-    assert {layer.name for layer in layers} == set(described(family(name)).linears)
-    assert all(0 < layer.error < 0.2 for layer in layers)
+    stored = {re.sub(r"(?<=\.experts)\..*$", "", linear) for linear in described(family(name)).linears}
+    assert {layer.name for layer in layers} == stored
+    # With other numbers some tokens go to other experts.
+    assert all(0 < layer.error < (0.5 if layer.name.endswith("experts") else 0.2) for layer in layers)
 
 
 @pytest.mark.long
