@@ -72,8 +72,6 @@ def work(request: QuantizationRequest, report: Report) -> dict[str, object]:
         report(f"{len(before)} of {len(files)} files were finished before a run was cut off: they are taken over")
     names = {f"{name}.weight" for name in request["linears"]}
     method = METHODS[request["method"]]
-    weight_map: dict[str, str] = {}
-    total = 0
     started = time.monotonic()
     for number, path in enumerate(files, 1):
         if path not in before:
@@ -83,14 +81,24 @@ def work(request: QuantizationRequest, report: Report) -> dict[str, object]:
         report(str(Count("quantized", number, len(files), "files", seconds, known, peak_memory())))
     for path in files:
         (finished / path.name).rename(output / path.name)
-        with (output / path.name).open("rb") as stream:
+    write_index(output)
+    return {"device": "cpu", "calibration": None, "quantization_config": quantization_config(request)}
+
+
+def write_index(folder: Path) -> None:
+    """Write the index of a folder's files; a single one needs none under the name that all loaders know."""
+    files = sorted(folder.glob("*.safetensors"))
+    if [path.name for path in files] == ["model.safetensors"]:
+        return
+    weight_map: dict[str, str] = {}
+    total = 0
+    for path in files:
+        with path.open("rb") as stream:
             written = _header(stream)[1]
         weight_map |= dict.fromkeys(written, path.name)
         total += sum(entry.end - entry.start for entry in written.values())
-    if len(files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return {"device": "cpu", "calibration": None, "quantization_config": quantization_config(request)}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def convert(path: Path, output: Path, names: set[str], method: Method) -> None:

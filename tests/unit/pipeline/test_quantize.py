@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from checkout import CHECKOUT
 from homes import DEMO
+from pipeline.compatibility.safetensors_headers import read_model
 from pipeline.compatibility.scheme import Scheme
 from pipeline.errors import CheckpointError, PlanError, QuantizeError, UnsupportedModelError, WorkerFailed
 from pipeline.quantization.quantize import QuantizationRecord, backend_of, quantize
@@ -19,12 +23,14 @@ from pipeline.spec import load
 from pipeline.stages import quantized
 from pipeline.stages.context import StageContext
 from pipeline.store.artifacts import Artifact, ArtifactDraft
+from registry import counting
 from registry.errors import UntrustedFileError
 from registry.manifest import FileRecord
 from unit.pipeline import checkpoints
 
 AWQ = {"method": "awq", "backend": "autoawq", "group_size": 32}
 GPTQ = {"method": "gptq", "backend": "gptqmodel", "group_size": 32}
+QUANTIZERS = CHECKOUT / "pipeline" / "quantization" / "quantizers"
 
 
 class Worker:
@@ -119,6 +125,20 @@ def test_a_worker_whose_result_is_not_valid_is_named_with_the_key(
 def test_a_worker_that_breaks_its_promise_is_caught(tmp_path: Path, source: Path, calibration: Path) -> None:
     with pytest.raises(CheckpointError, match="at 4 bits in groups of 32"):
         run(tmp_path, source, calibration, GPTQ, Worker(bits=8))
+
+
+def test_a_single_file_of_another_name_is_found_by_an_index(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen 3.5's small models have their weights in `model.safetensors-00001-of-00001.safetensors`."""
+    for place in (CHECKOUT / "pipeline" / "workers", QUANTIZERS):
+        monkeypatch.syspath_prepend(place)
+    monkeypatch.setitem(sys.modules, "slipway_counting", counting)
+    data_free = importlib.import_module("pipeline.quantization.quantizers.data_free")
+    data_free.write_index(source)
+    assert not list(source.glob("*.index.json"))
+    before = read_model(source)
+    (source / "model.safetensors").rename(source / "model.safetensors-00001-of-00001.safetensors")
+    data_free.write_index(source)
+    assert read_model(source).keys() == before.keys()
 
 
 def test_the_request_is_whole_and_seeded(tmp_path: Path, source: Path, calibration: Path) -> None:
