@@ -87,11 +87,13 @@ def write(samples: Sequence[Sample], path: Path) -> None:
 
 
 def read(path: Path, limit: int) -> list[Sample]:
-    """Read the first samples of a file, ``limit`` at most.
+    """Read the first samples of a file, JSON lines or Parquet, ``limit`` at most.
 
     Raises:
         JsonLinesError: the file can't be read, or a row is neither a text nor a conversation.
     """
+    if path.suffix == ".parquet":
+        return _read_parquet(path, limit)
     return [_sample(row) for row in json_lines.read_rows(path, json_lines.samples, limit)]
 
 
@@ -106,7 +108,7 @@ def _rows(key: str, files: Sequence[Path], wanted: int, limit: int) -> list[Samp
     found: list[Sample] = []
     for path in files:
         try:
-            found += (_read_parquet if path.suffix == ".parquet" else read)(path, limit - len(found))
+            found += read(path, limit - len(found))
         except json_lines.JsonLinesError as error:
             raise QuantizeError(f"`{key}`: {error}") from error
         if len(found) == limit:

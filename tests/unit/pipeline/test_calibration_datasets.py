@@ -15,6 +15,7 @@ from pyarrow import parquet as columns
 
 from homes import DEMO
 from pipeline.errors import QuantizeError, SourceError
+from pipeline.quantization import calibration_data
 from pipeline.settings import Settings
 from pipeline.sources import dataset
 from pipeline.sources.lock import read_lock
@@ -77,6 +78,14 @@ def test_a_mixture_draws_from_a_hub_and_from_here(tmp_path: Path, hub: StandInHu
     mixture = (WeightedData(uri=URI, files="extra.jsonl"), WeightedData(uri="builtin:calibration", weight=3))
     drawn = calibration.samples(context(tmp_path, hub, mixture=mixture, samples=40))
     assert sum(isinstance(each, str) and each.startswith("row ") for each in drawn) == 10
+
+
+def test_a_file_of_this_machine_may_be_parquet(tmp_path: Path) -> None:
+    """A quantizer reads the same samples as the checks that a release begins with."""
+    path = tmp_path / "chats.parquet"
+    path.write_bytes(parquet([{"messages": CHAT, "source": n} for n in range(30)]))
+    section = Calibration(uri=f"file:{path}", samples=20)
+    assert calibration_data.draw(section, [[path]]) == calibration_data.read(path, 20) == [CHAT] * 20
 
 
 def test_the_content_is_part_of_the_identity(tmp_path: Path, hub: StandInHub) -> None:
