@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # With fewer tokens, statistics of a layer's inputs are meaningless.
 MINIMUM_TOKENS = 512
+# Roles of messages that stand before what is said.
+_INSTRUCTIONS = frozenset({"system", "developer"})
 # The share of cut or empty samples from which on there is a warning.
 _MOST = 0.5
 
@@ -98,9 +100,13 @@ def _packed(conversations: list[list[int]], size: int) -> list[list[int]]:
 
 
 def _shortened(chat: list[dict[str, str]], size: int, encode: Callable[[Any], list[int]]) -> list[int]:
-    """The longest beginning of a conversation, in whole messages, that fits; nothing if the first does not."""
-    kept = bisect.bisect_right(range(1, len(chat)), size, key=lambda count: len(encode(chat[:count])))
-    return encode(chat[:kept]) if kept else []
+    """The longest beginning of a conversation, in whole messages, that fits; nothing if what is said first does not.
+
+    Instructions alone are no conversation, and some templates refuse them.
+    """
+    first = next((count for count, message in enumerate(chat, 1) if message["role"] not in _INSTRUCTIONS), len(chat))
+    fitting = bisect.bisect_right(range(first, len(chat)), size, key=lambda count: len(encode(chat[:count])))
+    return encode(chat[: first + fitting - 1]) if fitting else []
 
 
 def _warn(cut: int, empty: int, samples: int, max_tokens: int, report: Report) -> None:

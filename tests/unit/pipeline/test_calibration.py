@@ -140,6 +140,25 @@ def test_the_last_messages_of_a_long_conversation_are_left_out_with_a_warning(bl
     )
 
 
+def test_instructions_alone_are_no_conversation(blocks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Templates such as Qwen 3.5's refuse messages of which none is the user's."""
+    render = blocks._renderer()
+
+    def strict(messages: list[dict[str, str]]) -> str:
+        assert any(message["role"] == "user" for message in messages)
+        return str(render(messages))
+
+    monkeypatch.setattr(blocks, "_renderer", lambda *_: strict)
+    rules = {"role": "system", "content": "Answer in one sentence."}
+    endless = [rules, {"role": "user", "content": "again and " * 200}, CHAT[1]]
+    long = [rules, *CHAT, {"role": "user", "content": "again and " * 200}]
+    made = blocks.calibration_blocks(request([*[endless] * 20, *[long] * 40], 100), lambda _: None)
+    assert made.cut == 60
+    for text in decoded(made.blocks):
+        assert "again" not in text
+        assert text.count("<system>") == text.count("<user> What is a lock?") == text.count("Of each file") > 0
+
+
 def test_texts_fill_what_conversations_leave(blocks: ModuleType) -> None:
     lines: list[str] = []
     made = blocks.calibration_blocks(request([CHAT, *["a word " * 40] * 20], 200), lines.append)
