@@ -45,13 +45,21 @@ def least_used(tokens: ExpertTokens, wanted: int) -> LeastUsed | None:
     return LeastUsed(len(few), len(everything), module, number, least, wanted)
 
 
-def check(tokens: ExpertTokens, samples: int, wanted: int | None, progress: Progress) -> None:
+def check(
+    tokens: ExpertTokens, samples: int, wanted: int | None, progress: Progress, *, has_experts: bool = False
+) -> None:
     """Say how many tokens reached the experts, and refuse fewer than ``wanted``; None only warns of none at all.
 
     Raises:
-        QuantizeError: an expert got fewer tokens; it says how many samples would be enough.
+        QuantizeError: an expert got fewer tokens; it says how many samples would be enough. Or the model has experts,
+            and none was counted.
     """
     if not tokens:
+        if wanted is not None and has_experts:
+            raise QuantizeError(
+                f"`calibration.min_expert_tokens` is {wanted}, but the backend counted no tokens of this model's "
+                "experts: remove the key, or use another backend"
+            )
         return
     counts = [count for count, _, _ in _all(tokens)]
     progress(f"experts: {len(counts)} in {len(tokens)} layers, reached by {min(counts)} to {max(counts)} tokens each")

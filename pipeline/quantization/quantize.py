@@ -22,7 +22,7 @@ from evals.drift.mixture import Mixture
 from evals.workers import RunWorker
 from pipeline.compatibility import preflight
 from pipeline.compatibility.backends import older_config
-from pipeline.compatibility.description import ModelDescription
+from pipeline.compatibility.description import ModelDescription, Role
 from pipeline.compatibility.safetensors_headers import HeaderError, read_model
 from pipeline.compatibility.scheme import BackendName, Format, Method, Scheme
 from pipeline.errors import QuantizeError, WorkerFailed
@@ -258,7 +258,8 @@ def quantize(
         kept = tuple(sorted((*request["ignored"], *chosen.unquantized)))
         request = {**request, "mixture": chosen.formats, "ignored": kept}
     result = _result(run_worker(backend.environment, backend.script, request, scratch), scheme.backend)
-    expert_coverage.check(result.experts, samples, min_expert_tokens, progress)
+    has_experts = bool(model.of(Role.EXPERT))
+    expert_coverage.check(result.experts, samples, min_expert_tokens, progress, has_experts=has_experts)
     _assemble(written, source, config, result.quantization_config, output, format_of(scheme).REST_DTYPE)
     found = checkpoint.check(output, source, scheme)
     progress(f"checked: {found.layers} layers, {found.bytes / 1e6:.1f} MB, {found.bits_per_weight:.2f} bits per weight")

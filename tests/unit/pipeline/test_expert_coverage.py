@@ -39,3 +39,9 @@ def test_an_expert_that_no_token_reached_is_a_warning_and_with_a_minimum_an_erro
 
 def test_a_dense_model_has_nothing_to_say() -> None:
     check({}, 8, 100, pytest.fail)
+
+
+def test_a_minimum_that_nothing_was_counted_for_is_not_met() -> None:
+    with pytest.raises(QuantizeError, match="min_expert_tokens` is 100, but the backend counted no tokens of this"):
+        check({}, 8, 100, pytest.fail, has_experts=True)
+    check({}, 8, None, pytest.fail, has_experts=True)
