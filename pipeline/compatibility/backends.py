@@ -48,6 +48,7 @@ GROUP_SIZES: Mapping[str, tuple[int, ...]] = {
 WITHOUT_MODEL = frozenset({"fp8", "fp8-block", "mxfp4"})
 # Backends that stopped at transformers 4.51.
 ARCHIVED = frozenset({"autoawq", "autogptq"})
+ON_GPUS_ALONE = frozenset({"autogptq"})
 
 
 class KnownArchitecture:

@@ -42,18 +42,22 @@ def check(model: ModelDescription, scheme: Scheme) -> None:
         raise UnsupportedModelError("; ".join(problems))
 
 
-def find_problems(model: ModelDescription, scheme: Scheme) -> list[str]:
-    """Return why ``scheme`` can't be applied to ``model``, each with what to do; empty if it can."""
+def find_problems(model: ModelDescription, scheme: Scheme, *, has_gpus: bool = True) -> list[str]:
+    """Return why ``scheme`` can't be applied to ``model``, each with what to do; empty if it can.
+
+    ``has_gpus`` is whether quantizers have a GPU.
+    """
     if scheme.method == AS_IS:  # what it takes is checked by `quantization.published`
         return []
     stored = list(_stored(model))
     if stored:
         return stored
-    refused = list(_by_backend(model, scheme.method, scheme.backend, without_model=not scheme.needs_calibration))
+    without_model = not scheme.needs_calibration
+    refused = list(_by_backend(model, scheme.method, scheme.backend, without_model=without_model, has_gpus=has_gpus))
     if refused:
         reasons = "; ".join(refused)
         said = f"{_NAMES[scheme.backend]} can't quantize `{model.architecture}`: {reasons}"
-        refused = [f"{said}: {_alternative(model, scheme.method)}"]
+        refused = [f"{said}: {_alternative(model, scheme.method, has_gpus=has_gpus)}"]
     return refused + list(_widths(model, scheme))
 
 
@@ -69,7 +73,9 @@ def _stored(model: ModelDescription) -> Iterator[str]:
         yield "the source has no linear layer in any numbered layer: nothing to quantize"
 
 
-def _by_backend(model: ModelDescription, method: str, backend: str, *, without_model: bool) -> Iterator[str]:
+def _by_backend(
+    model: ModelDescription, method: str, backend: str, *, without_model: bool, has_gpus: bool
+) -> Iterator[str]:
     """Why one backend can't do the model with a method, by loading it or from the weights alone."""
     if without_model:
         if model.fused_experts:
@@ -80,10 +86,7 @@ def _by_backend(model: ModelDescription, method: str, backend: str, *, without_m
         version = backends.transformers_version(backend)
         yield f"it does not support this architecture (its transformers is {version})"
         return
-    if fault := _FAULTS.get((backend, model.architecture)):
-        yield fault
-    if method == "w8a8" and model.architecture in _NOT_SMOOTHED:
-        yield "its SmoothQuant does not know which norms stand in front of which layers"
+    yield from _limits(model, method, backend, has_gpus=has_gpus)
     if model.fused_experts:
         yield f"experts are stored as one tensor ({_some(model.fused_experts)}), which no packed format supports"
     if model.towers:
@@ -100,6 +103,16 @@ def _by_backend(model: ModelDescription, method: str, backend: str, *, without_m
         yield from _scale_search(model)
     if backend in backends.ARCHIVED:
         yield from _newer_configuration(model, known)
+
+
+def _limits(model: ModelDescription, method: str, backend: str, *, has_gpus: bool) -> Iterator[str]:
+    """What the backend's own code can't do, whatever the model's layers are."""
+    if backend in backends.ON_GPUS_ALONE and not has_gpus:
+        yield "it runs on NVIDIA GPUs alone, and quantizers have none here"
+    if fault := _FAULTS.get((backend, model.architecture)):
+        yield fault
+    if method == "w8a8" and model.architecture in _NOT_SMOOTHED:
+        yield "its SmoothQuant does not know which norms stand in front of which layers"
 
 
 def _scale_search(model: ModelDescription) -> Iterator[str]:
@@ -122,11 +135,12 @@ def _newer_configuration(model: ModelDescription, known: backends.KnownArchitect
         yield str(error)
 
 
-def _alternative(model: ModelDescription, method: str) -> str:
+def _alternative(model: ModelDescription, method: str, *, has_gpus: bool) -> str:
     """Name a backend that can do the model: for this method, or else for the other one."""
     for other in (method, *(name for name in backends.METHODS if name != method)):
         for backend in backends.METHODS.get(other, ()):
-            if not any(_by_backend(model, other, backend, without_model=other in backends.WITHOUT_MODEL)):
+            without_model = other in backends.WITHOUT_MODEL
+            if not any(_by_backend(model, other, backend, without_model=without_model, has_gpus=has_gpus)):
                 chosen = "" if other == method else f"`method: {other}` with "
                 return f"use {chosen}`backend: {backend}`"
     return "no backend can; choose another model"

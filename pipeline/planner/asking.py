@@ -144,10 +144,13 @@ def describe_source(spec: ModelSpec | str, settings: Settings, pulled: Path | No
     return describe_folder(pulled) if pulled is not None else _described(spec, settings)
 
 
-def refusals(model: ModelDescription, schemes: Mapping[str, Scheme]) -> dict[str, list[str]]:
-    """Why schemes can't be made of a model, by their names; those that can be made are left out."""
+def refusals(model: ModelDescription, schemes: Mapping[str, Scheme], *, has_gpus: bool = True) -> dict[str, list[str]]:
+    """Why schemes can't be made of a model, by their names; those that can be made are left out.
+
+    ``has_gpus`` is whether quantizers have a GPU.
+    """
     found = {
-        name: preflight.find_problems(model, scheme) or mixture.find_problems(model, scheme)
+        name: preflight.find_problems(model, scheme, has_gpus=has_gpus) or mixture.find_problems(model, scheme)
         for name, scheme in schemes.items()
     }
     return {name: problems for name, problems in found.items() if problems}

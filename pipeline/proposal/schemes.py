@@ -83,9 +83,7 @@ def _best(model: ModelDescription, method: str, instruction_set: InstructionSet 
     """
     reason = None
     for scheme in _all_of(method):
-        # AutoGPTQ quantizes on GPUs alone.
-        on_cpu = instruction_set is not None and scheme.backend == "autogptq"
-        problems = ["AutoGPTQ needs a GPU"] if on_cpu else preflight.find_problems(model, scheme)
+        problems = preflight.find_problems(model, scheme, has_gpus=instruction_set is None)
         if not problems and instruction_set is not None and (unserved := scheme.unsupported(instruction_set)):
             problems = [unserved]
         if not problems:

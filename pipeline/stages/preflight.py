@@ -37,6 +37,7 @@ from pipeline.stages import adapters, calibration, merged_source
 from pipeline.stages.context import StageContext
 from pipeline.stages.source import resolve
 from pipeline.store.artifacts import Store, require_room
+from pipeline.workers.launchers.configured import have_gpus
 from registry.progress import Progress
 
 # A model's name on a hub, and the URI of one.
@@ -83,7 +84,8 @@ def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Pr
     for told in _other_bases(spec, merged, resolved):
         say(told)
     drafting = drafting_of(spec, described.model, settings)
-    if refused := refusals(described.model, {name: spec.scheme(name) for name in schemes}):
+    wanted = {name: spec.scheme(name) for name in schemes}
+    if refused := refusals(described.model, wanted, has_gpus=have_gpus(settings)):
         raise UnsupportedModelError("; ".join(sentences(refused)))
     try:
         planned = _planned(spec, described, [_model_of(gpu) for gpu in here[:1]], drafting)

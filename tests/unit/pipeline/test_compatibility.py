@@ -253,6 +253,27 @@ def test_a_release_is_refused_before_anything_is_made(schemes: list[str], tmp_pa
     assert not (tmp_path / "home" / "artifacts").exists()
 
 
+@pytest.mark.parametrize(
+    ("family", "scheme", "reason"),
+    [
+        ("llama", ("gptq", "autogptq"), "AutoGPTQ .*NVIDIA GPUs alone, .* none here: use `backend: gptqmodel`"),
+        ("mixtral", ("gptq", "gptqmodel"), "GPTQModel .*: use `method: awq` with `backend: autoawq`"),
+    ],
+)
+def test_without_a_gpu_autogptq_is_refused_and_not_recommended(
+    family: str, scheme: tuple[str, str], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schemes = {"gptq": scheme_of(*scheme).model_dump(include={"method", "backend", "group_size"})}
+    path = write_model_file(tmp_path, write_family(tmp_path / "source", family), schemes)
+    settings = Settings.read({"SLIPWAY_HOME": str(tmp_path / "home")})
+    monkeypatch.setattr("pipeline.stages.preflight.have_gpus", lambda _: False)
+    with pytest.raises(UnsupportedModelError, match=f"^`schemes.gptq`: {reason}$"):
+        foresee(load(path), ["gptq"], settings, print)
+    monkeypatch.setattr("pipeline.stages.preflight.have_gpus", lambda _: True)
+    if family == "llama":
+        assert foresee(load(path), ["gptq"], settings, print) is not None
+
+
 def test_a_release_begins_in_the_schemes_that_can_be_made(tmp_path: Path) -> None:
     path = write_model_file(tmp_path, write_family(tmp_path / "source", "ministral3"), MINISTRAL)
     lines: list[str] = []
