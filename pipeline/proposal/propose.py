@@ -20,6 +20,7 @@ from evals.drift.limits import DriftLimits
 from evals.load.expected_memory import expect
 from evals.load.traffic.profile import read_profile
 from evals.statistics import paired
+from pipeline.compatibility.backends import is_supported
 from pipeline.compatibility.description import ModelDescription
 from pipeline.errors import PlanError, SpecError, UnsupportedModelError
 from pipeline.planner.facts import ModelFacts, read_facts
@@ -187,7 +188,7 @@ def propose(
         UnsupportedModelError: nothing can be made of the model.
         PlanError: the planner does not know the architecture, or the target can't hold the model.
     """
-    _check_generates(description)
+    _check_usable(description)
     facts = read_facts(description.config)
     weights = {FP16: unquantized(description)}
     if as_is is None:
@@ -232,8 +233,10 @@ def propose(
     )
 
 
-def _check_generates(model: ModelDescription) -> None:
-    """Refuse encoders, classifiers, and decoders that read what an encoder wrote: they answer no prompt by themselves.
+def _check_usable(model: ModelDescription) -> None:
+    """Refuse what answers no prompt by itself: encoders, classifiers, and decoders that read what an encoder wrote.
+
+    A model that needs code of its own is refused too, as after the pull.
 
     Raises:
         UnsupportedModelError: the model is one of those, or its output head is missing.
@@ -248,6 +251,11 @@ def _check_generates(model: ModelDescription) -> None:
     if model.config.get("is_encoder_decoder"):
         raise UnsupportedModelError(
             f"`{model.architecture}` has an encoder before its decoder, which is not planned for"
+        )
+    if model.config.get("auto_map") and not is_supported(model.architecture):
+        raise UnsupportedModelError(
+            f"transformers does not support `{model.architecture[:60]}` itself, and code that comes with a model is "
+            "never run: choose another model"
         )
     if model.lacks_head:
         raise UnsupportedModelError("the weights have no output head, and config.json does not tie it to the embedding")

@@ -165,9 +165,10 @@ def test_a_quantized_source_is_refused() -> None:
         ),
         ({"architectures": ["LlamaForSequenceClassification"]}, "does not generate text"),
         ({"is_encoder_decoder": True}, "`llama` has an encoder before its decoder"),
+        ({"model_type": "ours", "auto_map": {"AutoModel": "ours.Ours"}}, "`ours` itself, and code that comes with"),
     ],
 )
-def test_a_model_that_answers_no_prompt_is_refused(changes: dict[str, Any], reason: str) -> None:
+def test_a_model_that_answers_no_prompt_or_needs_its_own_code_is_refused(changes: dict[str, Any], reason: str) -> None:
     model = family("llama")
     with pytest.raises(UnsupportedModelError, match=reason):
         proposed(replace(model, config={**model.config, **changes}), "H100")
