@@ -1,4 +1,4 @@
-"""Questions about images asked by the real worker: of the HF backend, and of a scripted server.
+"""Questions about images asked by the real worker: of the HF backend, of a scripted server, and of vLLM.
 
 The model is random but for its head, which is fitted to one question: what color the shapes have. What is shown is that
 answers are paired, and that a damaged tower is seen, not how much a published model loses.
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from chat_server import chat_server
 from safetensors.numpy import load_file, save_file
 
@@ -24,17 +25,20 @@ from checkout import CHECKOUT
 from evals import builtin
 from evals.builtin import make_images
 from evals.builtin.make_images import Item, Shape
-from evals.drift.answers import Answers, ChoiceAnswers, TextAnswers
+from evals.drift.answers import Answers, ChoiceAnswers, TextAnswers, read_answers
 from evals.drift.asking import StartingServer, ask
 from evals.drift.drift_gate import judge
 from evals.drift.limits import DriftLimits
 from evals.drift.pairs import ChoicePairs, compare
 from evals.drift.suite import IMAGES, TaskLimits
-from homes import DEMO
+from homes import DEMO, make_home
 from pipeline.compatibility.scheme import Scheme
 from pipeline.errors import WorkerFailed
 from pipeline.quantization.quantize import quantize
 from pipeline.settings import Settings
+from pipeline.spec import load
+from pipeline.stages.context import StageContext
+from pipeline.stages.run import run_until
 from pipeline.workers.environments import ensure_environment
 from pipeline.workers.runner import Workers
 from shared import made_once
@@ -208,3 +212,28 @@ def test_an_image_that_cannot_be_decoded_is_one_clear_line(
     tasks = {"colors": limits.tasks["colors"].model_copy(update={"data": cut})}
     with pytest.raises(WorkerFailed, match="can't be shown an image: image file is truncated"):
         asked(tiny, machine, tmp_path, limits.model_copy(update={"tasks": tasks}))
+
+
+@pytest.mark.long
+def test_vllm_sees_as_the_hf_backend_does(
+    fp16: Answers, tiny: Path, limits: DriftLimits, machine: Settings, tmp_path: Path
+) -> None:
+    """The same questions of the runtime for CPUs, in bfloat16."""
+    document = yaml.safe_load(DEMO.with_suffix(".yaml").read_text().replace("file:demo", f"file:{DEMO}"))
+    colored = {"task": "images", "data": f"file:{limits.tasks['colors'].data}", "max_drop": 0.05}
+    text = {"data": "builtin:heldout", "items": 32, "max_increase": 0.05}
+    document |= {"model": "tiny", "source": {"uri": f"file:{tiny}"}, "schemes": {"fp8": FP8}}
+    document |= {"evals": {"tasks": {"colors": colored, "perplexity": text}, "again": 20}}
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(document))
+    home = make_home(tmp_path / "home", machine)
+    context = StageContext(load(path), "fp8", Settings.read(home), print)
+    served = read_answers(run_until("baseline", context)["baseline"].folder)
+    assert sum(item.hit is True for item in colors(served).items) > 110
+    scores = [
+        (one, other)
+        for here, there in zip(colors(served).items, colors(fp16).items, strict=True)
+        for one, other in zip(here.log_likelihoods, there.log_likelihoods, strict=True)
+    ]
+    assert len(scores) == 480
+    assert all(one is not None and other is not None and abs(one - other) < 0.6 for one, other in scores)
