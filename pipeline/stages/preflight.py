@@ -13,7 +13,7 @@ from containers.image import profile as profiles
 from evals.load.expected_memory import expect
 from pipeline.compatibility.lora import BOUNDS, CONFIGURATION, read_configuration
 from pipeline.compatibility.scheme import PublishedScheme
-from pipeline.errors import PlanError, SourceError, SpecError, UnsupportedModelError
+from pipeline.errors import PlanError, SourceError, SpecError, UnreachableError, UnsupportedModelError
 from pipeline.planner import serving
 from pipeline.planner.asking import (
     describe_source,
@@ -48,7 +48,9 @@ _VLLM_LEAVES = 0.08
 
 
 def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Progress) -> Plan | None:
-    """Plan a release and say what it will take; None where the source can't be read, which its stage explains.
+    """Plan a release and say what it will take.
+
+    None where the source can't be read, or what belongs to it can't be reached, which the stages explain.
 
     Raises:
         PlanError: the disk is too small for what will be made, or what serves it can't hold a scheme.
@@ -79,11 +81,14 @@ def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Pr
     for problem in not_served_here(spec, schemes, settings, published):
         say(problem)
     check_images(spec, described.model)
-    merged_source.check(merged, described.model)
-    adapters.check(resolved, described.model)
-    for told in _other_bases(spec, merged, resolved):
-        say(told)
-    drafting = drafting_of(spec, described.model, settings)
+    try:
+        merged_source.check(merged, described.model)
+        adapters.check(resolved, described.model)
+        for told in _other_bases(spec, merged, resolved):
+            say(told)
+        drafting = drafting_of(spec, described.model, settings)
+    except UnreachableError:  # what is locked may be here all the same
+        return None
     wanted = {name: spec.scheme(name) for name in schemes}
     if refused := refusals(described.model, wanted, has_gpus=have_gpus(settings)):
         raise UnsupportedModelError("; ".join(sentences(refused)))

@@ -322,6 +322,17 @@ def test_the_stage_pulls_checks_and_locks_each_adapter_and_finds_it_again(tmp_pa
     assert with_adapters(context, {"adapters": again}).serving.adapters["support"].digest != served.digest
 
 
+def test_a_pulled_adapter_does_not_need_its_hub_again(tmp_path: Path) -> None:
+    checkpoints.write_source(tmp_path / "model")
+    folder = peft_adapters.write(tmp_path / "support")
+    spec = load(write_model_file(tmp_path, serve={"adapters": {"support": {"uri": f"hf://{hub_server.REPOSITORY}"}}}))
+    with hub_server.serving({name: (folder / name).read_bytes() for name in FILES}) as hub:
+        settings = Settings.read({"SLIPWAY_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.endpoint})
+        run_until("adapters", StageContext(spec, "gptq", settings, print))
+    assert foresee(spec, ["gptq"], settings, print) is None
+    assert run_until("adapters", StageContext(spec, "gptq", settings, print))["adapters"].cached
+
+
 def test_an_adapter_for_another_base_is_refused_before_weights_are_pulled(tmp_path: Path) -> None:
     checkpoints.write_source(tmp_path / "model")
     tensors = peft_adapters.matrices()
