@@ -17,12 +17,17 @@ from mlflow_tables import write_tables
 from registry import journal, trails
 from registry.backend import MANIFEST_TAG, Line, Version
 from registry.errors import NotFoundError, PullError, TrackingError
+from registry.follow import GitPlace, follows
 from registry.journal import PAYLOAD_TYPE, AliasMove, JournalEntry, JournalRecord
 from registry.policy import Policy
 from registry.resolve import AuditMismatchError, check, referenced_versions, resolve, resolve_alias, traffic
 from registry.signing import SigningKey, load_or_create_key, load_trusted_keys
 
 COMPAT = Path(__file__).parent.parent.parent / "compat_journal"
+COMPAT_RELEASES = {
+    "1": "sha256:d14f4a5aef2acfe1601319b0feb463c9aee3cc419e6f89ffab34c1fc051d0997",
+    "2": "sha256:3ddd802b9358fdaa98d381d8e01e67527814a9f3bd88349e3acf91bc92bece34",
+}
 DIGESTS = {number: f"sha256:{letter * 64}" for number, letter in (("1", "a"), ("2", "b"), ("3", "c"))}
 
 
@@ -77,9 +82,14 @@ def policy(signing_key: SigningKey) -> Policy:
     return Policy((signing_key.public,), signed_moves=True)
 
 
-def old() -> tuple[list[JournalRecord], Policy]:
-    """The trail that was written before entries were chained: two releases, a canary that nobody signed, a rollback."""
-    folder = COMPAT / "1-unchained"
+def old(name: str = "1-unchained") -> tuple[list[JournalRecord], Policy]:
+    """A trail that an earlier version wrote, and who is trusted for it.
+
+    The first was written before entries were chained: two releases, a canary that nobody signed, a rollback. The others
+    are of the releases `tests/compat/2-p256-manifest` and `5-mlbom`, by the same acts, all signed; `3-git` was written
+    with entries of a file in Git in between.
+    """
+    folder = COMPAT / name
     found = Line("demo-awq", {}, json.loads((folder / "tags.json").read_text()))
     return journal.records(found), Policy(load_trusted_keys([folder / "release.pub"]), signed_moves=True)
 
@@ -107,6 +117,34 @@ def test_what_follows_a_trail_of_the_first_format_covers_all_of_it(tmp_path: Pat
     assert journal.chain_break([*found[:2], other, *found[3:]], trusted) is not None
     assert "entry 1 of the audit trail is missing" in (journal.chain_break(found[1:], trusted) or "")
     assert "older format" in (journal.chain_break(_with_old_last(found, key), trusted) or "")
+
+
+@pytest.mark.parametrize("name", ["2-chained", "3-git"])
+def test_a_chained_trail_of_an_earlier_version_is_whole_and_says_which_releases_its_aliases_mean(name: str) -> None:
+    found, policy = old(name)
+    assert journal.chain_break(found, policy.keys) is None
+    line = line_of(found, {"candidate": "2", "champion": "1", "previous": "2"})
+    for alias in ("champion", "previous"):
+        release = resolve_alias(line, alias, policy)
+        assert release.digest == COMPAT_RELEASES[line.aliases[alias]]
+        check(line, version(line.aliases[alias], release.digest or ""), release, policy)
+    for at in range(len(found)):
+        assert journal.chain_break([*found[:at], *found[at + 1 :]], policy.keys) is not None or at == len(found) - 1
+        other = found[at].model_copy(update={"entry": found[at].entry.model_copy(update={"why": "another"})})
+        assert other.signed_by(policy.keys) is None
+        assert found[at].signed_by(policy.keys) is not None
+
+
+def test_an_earlier_trail_says_which_commit_of_a_file_has_the_champion() -> None:
+    found, policy = old("3-git")
+    line, place = line_of(found, {"champion": "1"}), GitPlace("https://git.example.com/deploy.git", "main", "demo.yaml")
+    assert follows(line, place)
+    assert not follows(line_of(found[:-1], line.aliases), place)
+    pushed = found[-1].entry.pushed
+    assert pushed is not None
+    forged = pushed.model_copy(update={"commit": "0" * 40})
+    entry = found[-1].entry.model_copy(update={"pushed": forged})
+    assert found[-1].model_copy(update={"entry": entry}).signed_by(policy.keys) is None
 
 
 def _with_old_last(found: list[JournalRecord], key: SigningKey) -> list[JournalRecord]:
