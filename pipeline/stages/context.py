@@ -193,9 +193,16 @@ class StageContext:
             yield
 
     def has_image(self, record: ImageRecord) -> bool:
-        """Whether the engine has an image that was built, or can pull it, and the home has its layers."""
+        """Whether the engine has an image that was built, or can pull it, and the home has its layers.
+
+        A dry run pulls nothing: an image that was pushed counts as there, and promotion asks its registry.
+        """
+        if not has_layers(record, self.settings.home):
+            return False
+        if self.dry and record.pushed:
+            return True
         with self.engine() as client:
-            return find(client, record) is not None and has_layers(record, self.settings.home)
+            return find(client, record) is not None
 
     @contextlib.contextmanager
     def engine(self) -> Iterator[docker.DockerClient]:

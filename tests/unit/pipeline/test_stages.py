@@ -6,11 +6,17 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import yaml
+from image_record import DIGEST, image_record
 
+from containers.errors import EngineError
+from containers.image.build import LayerRecord
 from homes import DEMO
+from pipeline.settings import Settings
 from pipeline.sources.lock import read_lock, write_lock
 from pipeline.stages.canary import prompts
+from pipeline.stages.context import StageContext
 from pipeline.stages.run import run, run_until
 from pipeline.stages.table import IMAGE, QUANTIZED, SOURCE
 from unit.pipeline.filled import CANARY, FillingContext, Models, release
@@ -47,6 +53,18 @@ def test_another_model_of_the_same_weights_gives_an_image_no_label(tmp_path: Pat
             recipe = json.loads((image.folder.parent / "artifact.json").read_text())["recipe"]
             revisions[context.spec.model] = recipe["parameters"]["labels"].get("org.opencontainers.image.revision")
     assert revisions == {"remote": COMMIT, "local": None}
+
+
+def test_a_dry_run_needs_no_engine_for_an_image_that_was_pushed_and_a_run_does(tmp_path: Path) -> None:
+    settings = Settings.read({"SLIPWAY_HOME": str(tmp_path), "DOCKER_HOST": "unix:///nowhere.sock"})
+    context = StageContext(Models(tmp_path).write(), "awq", settings, lambda _: None)
+    pushed = image_record(pushed=True, reference=f"registry.example.com/demo-awq@{DIGEST}")
+    assert replace(context, dry=True).has_image(pushed)
+    for record, dry in ((pushed, False), (image_record(), True)):
+        with pytest.raises(EngineError):
+            replace(context, dry=dry).has_image(record)
+    lost = pushed.model_copy(update={"layers": (LayerRecord(digest=DIGEST, size=1, holds="base debian"),)})
+    assert not replace(context, dry=True).has_image(lost)
 
 
 def test_without_a_canary_the_first_release_locks_what_fp16_answers(tmp_path: Path) -> None:
