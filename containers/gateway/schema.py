@@ -213,7 +213,13 @@ class Message(_Part):
     name: Word | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=128, fail_fast=True)] | None = None
     tool_call_id: Word | None = None
+    reasoning: StrictStr | None = None
     reasoning_content: StrictStr | None = None
+    # Of an answer of the engine, which clients put into the conversation as it came.
+    refusal: StrictStr | None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
 
 
 class Function(_Part):
@@ -262,7 +268,7 @@ class ChatRequest(_Request):
     tools: Annotated[list[Tool], Field(min_length=1, max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: StrictBool | None = None
-    reasoning_effort: Literal["none", "low", "medium", "high"] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     chat_template_kwargs: TemplateOptions | None = None
 
     @property
@@ -271,10 +277,12 @@ class ChatRequest(_Request):
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
     def plain_messages(self) -> list[dict[str, object]]:
-        """The conversation for a chat template; text parts are joined."""
+        """The conversation for a chat template; text parts are joined, and reasoning has both its names, as in vLLM."""
         found = []
         for message in self.messages:
             plain = message.model_dump(exclude_none=True)
+            if message.reasoning is not None:
+                plain["reasoning_content"] = message.reasoning
             if isinstance(message.content, list):
                 plain["content"] = "".join(part.text for part in message.content)
             found.append({"content": "", **plain})

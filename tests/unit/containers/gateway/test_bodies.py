@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+import json
 import time
 from datetime import UTC, datetime
 from typing import Any
@@ -17,7 +18,8 @@ from containers.gateway.errors import Refusal
 from containers.gateway.intake import Intake
 from containers.gateway.keys import Key, Limits
 from containers.gateway.limiter import Limiter
-from containers.gateway.schema import ChatRequest, CompletionRequest
+from containers.gateway.schema import ChatRequest, CompletionRequest, forwarded
+from containers.gateway.sse import StreamMeter
 
 JSON = {b"content-type": b"application/json"}
 KEYS = b",".join(b'"k%d":"a"' % number for number in range(5000))
@@ -74,6 +76,41 @@ def test_brackets_in_a_text_are_text(text: str) -> None:
 @pytest.mark.parametrize("prompt", ["x", ["x", "y"], [1, 2.0], [[1], [2, 3]]])
 def test_every_form_of_a_prompt_is_taken(prompt: Any) -> None:  # noqa: ANN401 - any of the forms
     assert CompletionRequest(model="m", prompt=prompt).given == prompt
+
+
+# As vLLM 0.32 answers, and as its clients put it into the conversation.
+CALL = {
+    "role": "assistant", "content": None, "refusal": None, "annotations": None, "audio": None, "function_call": None,
+    "reasoning": "The user asks for the time.",
+    "tool_calls": [{"id": "call-1", "type": "function", "function": {"name": "now", "arguments": "{}"}}],
+}  # fmt: skip
+CONVERSATION = {
+    "model": "m",
+    "messages": [{"role": "user", "content": "What time is it?"}, CALL,
+                 {"role": "tool", "tool_call_id": "call-1", "content": "12:00"}],
+    "tools": [{"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}],
+    "tool_choice": "auto", "parallel_tool_calls": False, "reasoning_effort": "low",
+}  # fmt: skip
+
+
+def test_a_conversation_with_calls_of_tools_and_reasoning_reaches_the_engine_and_the_count_as_it_was_sent() -> None:
+    request = ChatRequest.model_validate_json(json.dumps(CONVERSATION))
+    assert forwarded(request, {}) == CONVERSATION
+    assert request.plain_tools() == CONVERSATION["tools"]
+    asked, call, answer = request.plain_messages()
+    assert (asked["content"], answer["content"], answer["tool_call_id"]) == ("What time is it?", "12:00", "call-1")
+    assert (call["content"], call["tool_calls"]) == ("", CALL["tool_calls"])
+    assert call["reasoning"] == call["reasoning_content"] == CALL["reasoning"]
+
+
+@pytest.mark.parametrize("delta", [{"reasoning": "The"}, {"tool_calls": [{"index": 0, "function": {"name": "now"}}]}])
+def test_calls_of_tools_and_reasoning_are_streamed_as_the_engine_sends_them(delta: dict[str, Any]) -> None:
+    event = b"data: " + json.dumps({"model": "m", "choices": [{"index": 0, "delta": delta}]}).encode() + b"\n\n"
+    meter = StreamMeter("m")
+    assert meter.feed(event) == event
+    renamed = StreamMeter("adapter").feed(event)
+    assert json.loads(renamed.removeprefix(b"data: ")) == {**json.loads(event[6:]), "model": "adapter"}
+    assert meter.completion_tokens == 1
 
 
 def key(number: int = 0) -> Key:
