@@ -179,11 +179,28 @@ def test_a_run_is_unprivileged_and_has_an_engine_of_its_own(job: Values) -> None
     assert [shared[name] for name in ("home", "engine")] == [places[name] for name in ("home", "engine")]
 
 
-def test_the_code_location_has_what_a_run_has() -> None:
-    same = ("envConfigMaps", "envSecrets", "volumes", "volumeMounts", "securityContext")
-    assert [DEPLOYMENT[key] for key in same] == [LAUNCHER[key] for key in same]
-    assert DEPLOYMENT["initContainers"] == LAUNCHER["runK8sConfig"]["podSpecConfig"]["initContainers"]
-    assert {image_of(VALUES[name]) for name in ("dagsterWebserver", "dagsterDaemon")} == {image_of(DEPLOYMENT)}
+@pytest.mark.parametrize("given", [DEPLOYMENT, LAUNCHER], ids=["code location", "run"])
+def test_a_pod_of_slipway_has_its_settings_their_folders_and_an_engine(given: Values) -> None:
+    assert (given["envConfigMaps"], given["envSecrets"]) == ([{"name": "slipway"}], [{"name": "slipway"}])
+    variables = object_named("ConfigMap", "slipway")["data"]
+    socket = variables["DOCKER_HOST"].removeprefix("unix://")
+    paths = [Path(value) for value in (*variables.values(), socket) if value.startswith("/")]
+    assert len(paths) == 5
+    mounted = {Path(mount["mountPath"]): mount["name"] for mount in given["volumeMounts"]}
+    for path in paths:
+        assert any(path.is_relative_to(folder) for folder in mounted), path
+    pod = given if given is DEPLOYMENT else given["runK8sConfig"]["podSpecConfig"]
+    (engine,) = pod["initContainers"]
+    assert f"--host={variables['DOCKER_HOST']}" in engine["args"]
+    places = {mount["name"]: Path(mount["mountPath"]) for mount in engine["volumeMounts"]}
+    assert mounted[places["engine"]] == "engine"
+    assert Path(socket).is_relative_to(places["engine"])
+
+
+def test_the_images_of_all_pods_are_the_one_that_the_workers_have() -> None:
+    workers = yaml.safe_load(object_named("ConfigMap", "slipway-workers")["data"]["workers.yaml"])
+    pods = [DEPLOYMENT, VALUES["dagsterWebserver"], VALUES["dagsterDaemon"]]
+    assert {image_of(pod) for pod in pods} == {workers["image"]}
 
 
 @pytest.mark.parametrize("part", ["dagsterWebserver", "dagsterDaemon", "deployment"])
