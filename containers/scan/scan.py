@@ -341,6 +341,6 @@ def _summary(evidence: ScanEvidence) -> str:
         f"vulnerabilities unknown (database {database.state})" if database.is_blind else counts_text(evidence.counts)
     )
     return (
-        f"{evidence.packages} packages, {found}, {len(evidence.secrets)} secrets, "
-        f"{len(evidence.misconfigurations)} misconfigurations in {evidence.seconds:.1f} s"
+        f"{evidence.packages} packages in {evidence.seconds:.1f} s: {found}; secrets: {len(evidence.secrets)}; "
+        f"misconfigurations: {len(evidence.misconfigurations)} (the gate decides which of them count)"
     )

@@ -14,7 +14,7 @@ from containers.errors import ScanError
 from containers.scan import scan_gate
 from containers.scan.evidence import ScanEvidence, Secret, Severity, read_scan, write_scan
 from containers.scan.policy import AllowedSecret, ScanPolicy, common
-from containers.scan.scan import _read_report, scan_key, summarize
+from containers.scan.scan import _read_report, _summary, scan_key, summarize
 from containers.scan.trivy_db import Database
 from registry.verdict import Verdict
 
@@ -276,6 +276,12 @@ def test_a_report_that_is_cut_off_or_about_something_else_is_an_error(tmp_path: 
 def test_no_report_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ScanError, match="incomplete"):
         _read_report(tmp_path / "trivy.json", IMAGE)
+
+
+def test_the_scans_last_line_counts_all_findings_and_leaves_it_to_the_gate_which_of_them_count() -> None:
+    found = evidence(secrets=({"RuleID": "private-key"},), wrong=({"ID": "DS-0026", "Severity": "LOW"},))
+    counted = "no vulnerabilities; secrets: 1; misconfigurations: 1 (the gate decides which of them count)"
+    assert _summary(found) == f"3 packages in 0.0 s: {counted}"
 
 
 def test_evidence_is_read_as_it_was_written(tmp_path: Path) -> None:
