@@ -99,7 +99,7 @@ class Override(_Section):
     context: PositiveInt | None = None
     """Tokens of prompt and answer; by default what the model was made for, up to 32,768."""
     tensor_parallel: PositiveInt | None = None
-    """GPUs that share each layer; by default what the planner proposes."""
+    """GPUs that share each layer, by default 1; `slipway plan` proposes how many hold the model."""
     pipeline_parallel: PositiveInt = 1
     """Groups of GPUs that share the layers; a runtime for CPUs takes no such key."""
     kv_cache: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] = "auto"
