@@ -82,9 +82,10 @@ def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Pr
         say(problem)
     check_images(spec, described.model)
     try:
-        merged_source.check(merged, described.model)
+        to_merge = merged if pulled is None else None
+        merged_source.check(to_merge, described.model)
         adapters.check(resolved, described.model)
-        for told in _other_bases(spec, merged, resolved):
+        for told in _other_bases(spec, to_merge, resolved):
             say(told)
         drafting = drafting_of(spec, described.model, settings)
     except UnreachableError:  # what is locked may be here all the same

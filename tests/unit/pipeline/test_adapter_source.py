@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,17 @@ from pipeline.compatibility.lora import adapted_layers, modules
 from pipeline.errors import SourceError, SpecError
 from pipeline.planner.sources import describe_folder as describe_model
 from pipeline.settings import Settings
-from pipeline.sources.adapter import ADAPTER, MERGED, describe, lock_of, refuse_misfit
+from pipeline.sources.adapter import ADAPTER, MERGED, describe, lock_of, merged_lock_of, refuse_misfit
 from pipeline.sources.lock import read_lock
 from pipeline.sources.origin import Access
 from pipeline.sources.source import ResolvedSource, hold_to_lock, pull, resolve
 from pipeline.spec import load
+from pipeline.stages import merged_source
 from pipeline.stages.context import StageContext
 from pipeline.stages.preflight import foresee
 from pipeline.stages.pulled_adapters import read_adapters, with_adapters
 from pipeline.stages.run import run_until
+from pipeline.store.artifacts import ArtifactDraft
 from unit.pipeline import checkpoints, hub_server, peft_adapters
 from unit.pipeline.checkpoints import Tensors
 
@@ -331,6 +334,27 @@ def test_a_pulled_adapter_does_not_need_its_hub_again(tmp_path: Path) -> None:
         run_until("adapters", StageContext(spec, "gptq", settings, print))
     assert foresee(spec, ["gptq"], settings, print) is None
     assert run_until("adapters", StageContext(spec, "gptq", settings, print))["adapters"].cached
+
+
+def test_a_merged_adapter_does_not_need_its_hub_again(tmp_path: Path) -> None:
+    model = checkpoints.write_source(tmp_path / "model")
+    folder = peft_adapters.write(tmp_path / "support")
+    source = {"uri": f"file:{model}", "adapter": {"uri": f"hf://{hub_server.REPOSITORY}"}}
+    spec = load(write_model_file(tmp_path, source=source, serve={}))
+
+    def copy_model(draft: ArtifactDraft) -> None:
+        copytree(model, draft.folder, dirs_exist_ok=True)
+
+    with hub_server.serving({name: (folder / name).read_bytes() for name in FILES}) as hub:
+        settings = Settings.read({"SLIPWAY_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.endpoint})
+        context = merged_source.prepare(StageContext(spec, "gptq", settings, print), {})
+        assert context.merged_adapter is not None
+        hold_to_lock(merged_lock_of(spec.lock), context.merged_adapter, pulled(context.merged_adapter, tmp_path / "to"))
+        context.store.obtain(merged_source.recipe(context, {}), copy_model)
+        hub.token = "another"  # noqa: S105 - so that this one is refused
+        hub.seen = []
+        foresee(spec, ["gptq"], settings, print)
+    assert hub.seen == []
 
 
 def test_an_adapter_for_another_base_is_refused_before_weights_are_pulled(tmp_path: Path) -> None:
