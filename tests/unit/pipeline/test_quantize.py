@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
@@ -109,6 +110,22 @@ def test_the_record_says_how_many_tokens_reached_each_expert(tmp_path: Path, sou
     record = run(tmp_path, source, calibration, AWQ, Mixture())
     assert record.model_dump(mode="json")["experts"] == {"model.layers.0.mlp.experts": [700, 324]}
     assert "experts" not in run(tmp_path / "dense", source, calibration, AWQ, Worker()).model_dump(mode="json")
+
+
+def test_a_minimum_for_experts_is_not_met_where_none_was_counted(tmp_path: Path, calibration: Path) -> None:
+    expert = {"model.layers.0.mlp.experts.0.up_proj.weight": np.ones((64, 64), np.float16)}
+    config = checkpoints.config() | {"model_type": "qwen3_moe"}
+    dense = {name: weight for name, weight in checkpoints.unquantized().items() if ".mlp." not in name}
+    source = checkpoints.write(tmp_path / "source", dense | expert, config)
+    for name in ("output", "scratch"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(
+        QuantizeError, match=r"`calibration\.min_expert_tokens` is 10, but the backend counted no tokens"
+    ):
+        quantize(
+            source, calibration, 8, 256, Scheme.model_validate(GPTQ), tmp_path / "output", Worker(),
+            tmp_path / "scratch", print, min_expert_tokens=10,
+        )  # fmt: skip
 
 
 def test_a_worker_whose_result_is_not_valid_is_named_with_the_key(
