@@ -29,6 +29,8 @@ _PARTS = (
 )
 # The end of the name of experts that are fused into one tensor, as GPT-OSS has them.
 _BLOCKS = "_blocks"
+# Transformers' class of models with a tower, by the key of config.json that describes it.
+_KINDS = {"vision_config": "AutoModelForImageTextToText", "audio_config": "AutoModelForMultimodalLM"}
 _CACHE_SCALES = (".k_scale", ".v_scale")
 BATCH_SIZE = 64
 # On a CPU float32 is both exact and the fastest; a GPU holds large models in half precision only.
@@ -75,9 +77,8 @@ def read(folder: Path, dtype: str = "float32") -> PreTrainedModel:
     configuration = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "quantization_config" in configuration:
         return _unpacked(folder, configuration["quantization_config"])
-    sees = "vision_config" in configuration
-    kind = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
-    found: PreTrainedModel = kind.from_pretrained(
+    kind = next((kind for tower, kind in _KINDS.items() if tower in configuration), "AutoModelForCausalLM")
+    found: PreTrainedModel = getattr(transformers, kind).from_pretrained(
         folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True
     )
     return found

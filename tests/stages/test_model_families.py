@@ -96,7 +96,7 @@ def test_a_mixture_is_measured_chosen_and_measured_again(family: Family, machine
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl", "qwen3_moe", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl", "voxtral", "qwen3_moe", "mixtral"])
 def test_layers_are_measured_by_their_stored_names(
     name: str, family: Family, machine: Settings, tmp_path: Path
 ) -> None:

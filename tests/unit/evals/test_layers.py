@@ -1,13 +1,16 @@
-"""Which module computes a layer that a checkpoint holds, where transformers has it under another name."""
+"""How transformers loads a checkpoint, and which module computes a layer that it has under another name."""
 
 from __future__ import annotations
 
 import importlib
+import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from evals.drift import images, packed
 from pipeline.workers import slipway_worker
 from registry import counting
 
@@ -42,3 +45,31 @@ def test_a_stored_layer_is_found_in_the_network(
     modules = dict.fromkeys(names, object()) | {"model": decoder}
     network = SimpleNamespace(get_decoder=lambda: decoder, named_modules=modules.items)
     assert layers.find_module(stored, modules, network) == (module, shown or stored)
+
+
+@pytest.mark.parametrize(
+    ("towers", "kind"),
+    [
+        ((), "AutoModelForCausalLM"),
+        (("audio_config",), "AutoModelForMultimodalLM"),
+        (("audio_config", "vision_config"), "AutoModelForImageTextToText"),
+    ],
+)
+def test_a_model_with_a_tower_has_a_class_of_its_own(
+    towers: tuple[str, ...], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Transformers:
+        def __getattr__(self, name: str) -> SimpleNamespace:
+            return SimpleNamespace(from_pretrained=lambda *_, **__: name)
+
+    for name, found in (
+        ("images", images),
+        ("packed", packed),
+        ("slipway_worker", slipway_worker),
+        ("torch", SimpleNamespace(float32=None)),
+        ("transformers", Transformers()),
+    ):
+        monkeypatch.setitem(sys.modules, name, found)
+    checkpoints = importlib.import_module("evals.drift.checkpoints")
+    (tmp_path / "config.json").write_text(json.dumps({key: {} for key in towers}))
+    assert checkpoints.read(tmp_path) == kind
