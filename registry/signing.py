@@ -210,15 +210,19 @@ def load_or_create_key(path: Path) -> SigningKey:
 def load_key(path: Path) -> SigningKey:
     """Return the private key at ``path``.
 
+    Only its owner may read it. One of root's may be readable for its group: so Kubernetes mounts a Secret into a pod of
+    another user with ``fsGroup``.
+
     Raises:
         SigningError: It can't be read, others may read it, or it is not a key that can sign.
     """
     try:
-        mode = stat.S_IMODE(path.stat().st_mode)
+        found = path.stat()
         data = path.read_bytes()
     except OSError as error:
         raise SigningError(f"the signing key `{path}` can't be read: {error.strerror}") from error
-    if mode & 0o077:
+    mode, is_mounted = stat.S_IMODE(found.st_mode), found.st_uid == 0 != os.geteuid()
+    if mode & (0o037 if is_mounted else 0o077):
         raise SigningError(f"the signing key `{path}` has mode {mode:04o}, open to others: `chmod 600 {path}`")
     try:
         key = load_pem_private_key(data, password=None)

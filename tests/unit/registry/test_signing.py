@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -72,6 +73,26 @@ def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
     path.chmod(0o640)
     with pytest.raises(SigningError, match=r"0640.*chmod 600"):
         load_or_create_key(path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a file of root's")
+def test_a_key_of_roots_may_be_readable_for_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So Kubernetes mounts a Secret for a pod with `fsGroup` that runs as another user."""
+    path = tmp_path / "k.pem"
+    public = load_or_create_key(path).public
+    path.chmod(0o440)
+    with pytest.raises(SigningError, match="0440"):
+        load_key(path)  # to root it is a key of its own
+    monkeypatch.setattr(os, "geteuid", lambda: 65534)
+    assert load_key(path).public == public
+    for mode in (0o444, 0o644, 0o460, 0o450):
+        path.chmod(mode)
+        with pytest.raises(SigningError, match="open to others"):
+            load_key(path)
+    path.chmod(0o440)
+    os.chown(path, 65534, 65534)
+    with pytest.raises(SigningError, match="0440"):
+        load_key(path)
 
 
 @pytest.mark.parametrize(
