@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,11 @@ def refused(
     ``predicate`` is that of the verdicts which a release key signed for each image; None if there are none.
     """
     spec = policy["spec"]
+    globs = [each["glob"] for each in spec["matchImageReferences"]]
+    matched = [name for name in pod if any(fnmatchcase(name, glob) for glob in globs)]
     context = cel.Context(
         variables={
-            "images": {"containers": list(pod), "initContainers": [], "ephemeralContainers": []},
+            "images": {"containers": matched, "initContainers": [], "ephemeralContainers": []},
             "attestors": {each["name"]: each["name"] for each in spec["attestors"]},
             "attestations": {each["name"]: each["intoto"]["type"] for each in spec["attestations"]},
             "time": {},
@@ -65,7 +68,8 @@ def refused(
     )
 
     def attested(image: str, kind: str, attestors: list[str]) -> int:
-        assert (image, kind, attestors) == (IMAGE, VERDICTS, ["key1", "key2"])
+        assert image.partition("@")[0].partition(":")[0] == "registry.example/demo"
+        assert (kind, attestors) == (VERDICTS, ["key1", "key2"])
         return int(predicate is not None)
 
     def signatures(image: str, attestors: list[str]) -> int:
@@ -110,12 +114,20 @@ def test_a_pod_is_admitted_only_with_a_signed_image_whose_gates_passed(
     assert all(words in message for words, message in zip(told, found, strict=True))
 
 
-def test_an_image_by_tag_is_refused(admission: Admission, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["registry.example/demo:latest", "registry.example/demo"])
+def test_an_image_by_tag_is_refused(admission: Admission, tmp_path: Path, name: str) -> None:
     policy = policies(admission, tmp_path / "b")["image-validating-policy"]
-    (by_digest,) = [each for each in policy["spec"]["validations"] if "by its digest" in each["message"]]
-    context = cel.Context(variables={"variables": {"released": ["registry.example/demo:latest"]}})
-    assert cel.evaluate(by_digest["expression"], context) is False
+    (message,) = refused(policy, [name, "registry.example/demo-2"], verdicts(*GATES))
+    assert "by its digest" in message
     assert policy["spec"]["validationConfigurations"]["verifyDigest"]
+
+
+def test_containers_that_are_added_to_a_running_pod_are_held_to_the_policy(
+    admission: Admission, tmp_path: Path
+) -> None:
+    policy = policies(admission, tmp_path / "b")["image-validating-policy"]
+    (rule,) = policy["spec"]["matchConstraints"]["resourceRules"]
+    assert rule["resources"] == ["pods", "pods/ephemeralcontainers"]
 
 
 def test_both_policies_ask_for_the_same(admission: Admission, tmp_path: Path) -> None:
