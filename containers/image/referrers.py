@@ -158,12 +158,12 @@ def _referrer(entry: Mapping[str, Any]) -> Referrer:
 
 
 def _list_in_index(registry: Registry, repository: str, subject: str, entry: WrittenDescriptor) -> None:
-    """Add an entry to the fallback's index, and keep all others."""
+    """Add an entry to the fallback's index, after all others: some verifiers take the last one of a kind."""
     for _ in range(_TRIES):
         index = _index(registry, repository, subject)
         if entry["digest"] in {each["digest"] for each in index["manifests"]}:
             return
-        listed = sorted([*index["manifests"], entry], key=lambda each: str(each["digest"]))
+        listed = [*index["manifests"], entry]
         registry.put_manifest(repository, _fallback_tag(subject), canonical_json({**index, "manifests": listed}), INDEX)
     raise DistributionError(
         f"{registry.host}/{repository}:{_fallback_tag(subject)} is being written by others: run again"
