@@ -222,9 +222,9 @@ def _values(
 
 def _further_limits(cluster: Cluster, cpu: str, storage: str) -> str:
     """Return further limits of a small container, to write after its memory limit."""
-    told = [*([f'cpu: "{cpu}"'] if cluster.cpu_limits else []),
-            *([f"ephemeral-storage: {storage}"] if cluster.ephemeral_storage else [])]  # fmt: skip
-    return "".join(f", {each}" for each in told)
+    limits = [*([f'cpu: "{cpu}"'] if cluster.cpu_limits else []),
+              *([f"ephemeral-storage: {storage}"] if cluster.ephemeral_storage else [])]  # fmt: skip
+    return "".join(f", {each}" for each in limits)
 
 
 def _check_request(cluster: Cluster, cores: float) -> None:
@@ -346,16 +346,18 @@ def _rule_tests(name: str, found: Mapping[str, Number]) -> str:
 
 
 def _warnings(values: TemplateValues, form: Form) -> list[str]:
-    told = []
+    warnings = []
     if not values.pushed:
-        told.append("the release's image was not pushed: set SLIPWAY_IMAGE_REGISTRY and release again, or pass --image")
+        warnings.append(
+            "the release's image was not pushed: set SLIPWAY_IMAGE_REGISTRY and release again, or pass --image"
+        )
     if not values.searched:
-        told.append(
+        warnings.append(
             "the load test did not measure the capacity (`load.capacity`): scaling assumes the load test's traffic"
         )
     if form in {"kustomize", "helm"} and not values.gateway_known:
-        told.append(
+        warnings.append(
             "the gateway's image is unknown: set SLIPWAY_IMAGE_REGISTRY and run `slipway image gateway`, or pass "
             "--gateway-image REPOSITORY@sha256:…"
         )
-    return told
+    return warnings

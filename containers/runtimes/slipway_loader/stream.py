@@ -76,8 +76,8 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class _Told:
-    """What a rank tells the others in a round.
+class _Message:
+    """What a rank sends to all ranks in a round.
 
     That is its batch, or what is wrong, or that it has no more; and whether an earlier round's memory is still used.
     """
@@ -166,8 +166,8 @@ def divided(shards: Sequence[Shard], gather: Gather, workers: int, marks: Path |
     while True:
         read, earlier = rounds.popleft() if len(rounds) == 2 else (None, [])
         used = any(each.is_used for each in earlier)
-        batch, told = _next(mine, used=used)
-        everyone: Sequence[_Told] = gather(told)
+        batch, message = _next(mine, used=used)
+        everyone: Sequence[_Message] = gather(message)
         for each in everyone:
             if each.problem is not None:
                 raise VerificationError("/", [each.problem])
@@ -183,24 +183,24 @@ def divided(shards: Sequence[Shard], gather: Gather, workers: int, marks: Path |
         del batch, given, read, earlier
 
 
-def _next(mine: Iterator[Batch], *, used: bool) -> tuple[Batch | None, _Told]:
+def _next(mine: Iterator[Batch], *, used: bool) -> tuple[Batch | None, _Message]:
     try:
         batch = next(mine, None)
     except VerificationError as error:
-        return None, _Told(os.getpid(), problem=error.problems[0])
+        return None, _Message(os.getpid(), problem=error.problems[0])
     if batch is None:
-        return None, _Told(os.getpid(), ended=True, used=used)
+        return None, _Message(os.getpid(), ended=True, used=used)
     memory = batch.memory
-    told = _Told(os.getpid(), memory.descriptor, len(memory.map), batch.begins, batch.tensors, used=used)
-    return batch, told
+    message = _Message(os.getpid(), memory.descriptor, len(memory.map), batch.begins, batch.tensors, used=used)
+    return batch, message
 
 
-def _received(told: _Told) -> Batch:
+def _received(message: _Message) -> Batch:
     """Map the memory of a rank's batch, so that writing to it changes nothing in other processes."""
-    descriptor = os.open(f"/proc/{told.process}/fd/{told.descriptor}", os.O_RDONLY)
-    mapped = mmap.mmap(descriptor, told.size, mmap.MAP_PRIVATE)
+    descriptor = os.open(f"/proc/{message.process}/fd/{message.descriptor}", os.O_RDONLY)
+    mapped = mmap.mmap(descriptor, message.size, mmap.MAP_PRIVATE)
     os.close(descriptor)
-    return Batch(Memory(mapped), told.begins, told.tensors)
+    return Batch(Memory(mapped), message.begins, message.tensors)
 
 
 def _groups(tensors: dict[str, Tensor]) -> Iterator[list[tuple[str, Tensor]]]:
