@@ -71,7 +71,7 @@ def work(request: LayersRequest, report: Report) -> dict[str, object]:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
         first, second = checkpoints.read(source).eval(), checkpoints.read(checkpoint).eval()
-        packed = checkpoints.packed_layers(checkpoint)
+        packed = [name for name in checkpoints.packed_layers(checkpoint) if not drafts(name, first)]
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise WorkerError(f"{checkpoint} cannot be held against {source}: {error}") from error
     ours, theirs = dict(first.named_modules()), dict(second.named_modules())
@@ -119,6 +119,12 @@ def _watch(sums: Mapping[str, Sums], ours: Mapping[str, Any], theirs: Mapping[st
         theirs[name].register_forward_hook(count(name))
     for name in {_block(name) for name in sums}:
         ours[name].register_forward_hook(follow(name), with_kwargs=True)
+
+
+def drafts(stored: str, network: PreTrainedModel) -> bool:
+    """Whether a stored layer predicts further tokens (DeepSeek V3, Qwen 3.5): transformers loads none of these."""
+    number = next((int(part) for part in stored.split(".") if part.isdecimal()), 0)
+    return ".mtp." in f".{stored}" or number >= network.config.get_text_config().num_hidden_layers
 
 
 def find_module(stored: str, modules: Mapping[str, Any], network: PreTrainedModel) -> tuple[str, str]:

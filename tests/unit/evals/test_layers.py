@@ -6,7 +6,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -16,6 +16,18 @@ from registry import counting
 
 BLOCK = "model.layers.0"
 EXPERTS = f"{BLOCK}.mlp.experts"
+
+
+@pytest.fixture
+def layers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module as the worker has it."""
+    for name, found in (
+        ("checkpoints", SimpleNamespace()),
+        ("slipway_counting", counting),
+        ("slipway_worker", slipway_worker),
+    ):
+        monkeypatch.setitem(sys.modules, name, found)
+    return importlib.import_module("evals.drift.layers")
 
 
 @pytest.mark.parametrize(
@@ -31,20 +43,26 @@ EXPERTS = f"{BLOCK}.mlp.experts"
     ],
 )
 def test_a_stored_layer_is_found_in_the_network(
-    stored: str, module: str, shown: str | None, monkeypatch: pytest.MonkeyPatch
+    stored: str, module: str, shown: str | None, layers: ModuleType
 ) -> None:
-    for name, found in (
-        ("checkpoints", SimpleNamespace()),
-        ("slipway_counting", counting),
-        ("slipway_worker", slipway_worker),
-    ):
-        monkeypatch.setitem(sys.modules, name, found)
-    layers = importlib.import_module("evals.drift.layers")
     decoder = object()
     names = ("", BLOCK, f"{BLOCK}.self_attn.q_proj", EXPERTS, "model.layers.1.mlp.experts")
     modules = dict.fromkeys(names, object()) | {"model": decoder}
     network = SimpleNamespace(get_decoder=lambda: decoder, named_modules=modules.items)
     assert layers.find_module(stored, modules, network) == (module, shown or stored)
+
+
+@pytest.mark.parametrize(
+    ("stored", "drafts"),
+    [
+        ("model.layers.1.mlp.experts.9.up_proj", False),
+        ("model.layers.2.mlp.experts.0.up_proj", True),
+        ("mtp.layers.0.self_attn.q_proj", True),
+    ],
+)
+def test_layers_that_draft_tokens_are_left_out(stored: str, drafts: bool, layers: ModuleType) -> None:
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_hidden_layers=2))
+    assert layers.drafts(stored, SimpleNamespace(config=config)) == drafts
 
 
 @pytest.mark.parametrize(
