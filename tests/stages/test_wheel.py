@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from checkout import CHECKOUT
+from pipeline.resources import IN_WHEEL
 
 UV = Path(sys.executable).parent / "uv"
 PINS = CHECKOUT / "requirements"
@@ -67,6 +68,20 @@ def test_no_file_is_in_both_wheels_or_beside_the_packages(wheels: dict[str, Path
     assert not names["slipway"] & names["slipway_registry"]
     tops = {path.split("/")[0] for paths in names.values() for path in paths}
     assert tops == {"pipeline", "evals", "containers", "registry"}
+
+
+def test_the_wheels_have_every_file_of_the_packages_and_the_pins(wheels: dict[str, Path]) -> None:
+    held = {path for wheel in wheels.values() for path in zipfile.ZipFile(wheel).namelist()}
+    found = {
+        place.relative_to(CHECKOUT).as_posix(): place
+        for folder in ("pipeline", "evals", "containers", "registry", "requirements")
+        for place in (CHECKOUT / folder).rglob("*")
+        if place.is_file() and "__pycache__" not in place.parts
+    }
+    # What builds and runs the registry's own server and wheel is not a part of it.
+    used = {name for name, place in found.items() if place.parent.name != "registry" or place.suffix == ".py"}
+    beside = {name for name in used if name.startswith("requirements/")} | {"dagster.yaml"}
+    assert (used - beside) | {f"{IN_WHEEL}/{name}" for name in beside} <= held
 
 
 def test_every_dependency_is_installed_and_none_conflicts(installed: Path) -> None:
