@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,12 @@ from containers.hardware.cpu import this_cpu
 from evals.drift.pairs import read_drift
 from evals.load.load_test import judge
 from evals.load.variants import read_variants
+from homes import DEMO
 from pipeline.operations import load_tests
 from pipeline.orchestration.asset_metadata import describe
 from pipeline.planner.weights import is_weight_only
+from pipeline.serving import deployment
+from pipeline.serving.fleet import Resources
 from pipeline.settings import Settings
 from pipeline.stages import candidate, drift, load
 from pipeline.stages.dry_run import DryRun
@@ -27,6 +30,7 @@ from pipeline.stages.table import VARIANTS
 from pipeline.store.artifacts import Artifact, ArtifactDraft, Recipe
 from registry.errors import VariantError
 from registry.manifest import Manifest
+from registry.pull import ReleaseMetadata
 from unit.pipeline.filled import FillingContext, FillingStore, Models, release
 from unit.pipeline.release_evidence import LOAD, drift_of
 
@@ -211,6 +215,25 @@ def test_an_fp8_cache_is_supported_from_avx_512_on(models: Models) -> None:
 def test_weights_alone_are_quantized_where_no_activations_are(quantization: Any, *, expected: bool) -> None:  # noqa: ANN401
     config = {} if quantization is None else {"quantization_config": quantization}
     assert is_weight_only(config) == expected
+
+
+def test_a_variant_is_served_and_deployed_with_what_was_measured_of_itself(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = release(context(models))
+    folder, of_itself = made["release"].folder, "release/evidence/variants/short/load.json"
+    (folder / of_itself).chmod(0o644)
+    (folder / of_itself).write_text(load_evidence.changed(LOAD, {"server": {"ranks": 2}}).format())
+    assert [Resources.tested(folder, variant).ranks for variant in (None, "short")] == [1, 2]
+
+    def read(_reference: str, names: Sequence[str], **_: object) -> ReleaseMetadata:
+        files = {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
+        return ReleaseMetadata("1", manifest(made), files | {"config.json": (DEMO / "model/config.json").read_bytes()})
+
+    monkeypatch.setattr(deployment, "read_metadata", read)
+    main, short = (deployment.gather("demo-gptq", models.settings, variant)[0] for variant in (None, "short"))
+    assert (main.variant, main.measured.ranks, main.context) == (None, 1, 1024)
+    assert (short.variant, short.measured.ranks, short.context) == (manifest(made).configuration("short"), 2, 512)
 
 
 def test_a_comparison_has_a_column_for_each_variant(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
