@@ -61,6 +61,14 @@ def find_problems(model: ModelDescription, scheme: Scheme, *, has_gpus: bool = T
     return refused + list(_widths(model, scheme))
 
 
+def too_long_samples(model: ModelDescription, max_tokens: int) -> str | None:
+    """Say that calibration samples of ``max_tokens`` are longer than the model's context; None if they are not."""
+    positions = model.text_config.get("max_position_embeddings")
+    if not isinstance(positions, int) or max_tokens <= positions:
+        return None
+    return f"`calibration.max_tokens` is {max_tokens}, but the model's longest context is {positions} tokens"
+
+
 def _stored(model: ModelDescription) -> Iterator[str]:
     """Problems that no backend can solve."""
     if found := model.quantized_dtypes:

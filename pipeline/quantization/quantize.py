@@ -352,11 +352,8 @@ def _fitting(source: Path, config: Mapping[str, Any], scheme: Scheme, max_tokens
     except HeaderError as error:
         raise QuantizeError(f"can't read the source's headers: {error}") from error
     preflight.check(model, scheme)
-    positions = model.text_config.get("max_position_embeddings")
-    if scheme.needs_calibration and isinstance(positions, int) and max_tokens > positions:
-        raise QuantizeError(
-            f"`calibration.max_tokens` is {max_tokens}, but the model's longest context is {positions} tokens"
-        )
+    if scheme.needs_calibration and (problem := preflight.too_long_samples(model, max_tokens)):
+        raise QuantizeError(problem)
     return model
 
 

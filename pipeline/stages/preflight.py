@@ -11,7 +11,9 @@ from containers.hardware.gpu import Gpu, gpus
 from containers.hardware.gpu_models import GpuDataError, GpuModel, find_gpu
 from containers.image import profile as profiles
 from evals.load.expected_memory import expect
+from pipeline.compatibility.description import ModelDescription
 from pipeline.compatibility.lora import BOUNDS, CONFIGURATION, read_configuration
+from pipeline.compatibility.preflight import too_long_samples
 from pipeline.compatibility.scheme import PublishedScheme
 from pipeline.errors import PlanError, SourceError, SpecError, UnreachableError, UnsupportedModelError
 from pipeline.planner import serving
@@ -90,9 +92,7 @@ def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Pr
         drafting = drafting_of(spec, described.model, settings)
     except UnreachableError:  # what is locked may be here all the same
         return None
-    wanted = {name: spec.scheme(name) for name in schemes}
-    if refused := refusals(described.model, wanted, has_gpus=have_gpus(settings)):
-        raise UnsupportedModelError("; ".join(sentences(refused)))
+    _check_schemes(described.model, spec, schemes, settings)
     try:
         planned = _planned(spec, described, [_model_of(gpu) for gpu in here[:1]], drafting)
     except UnsupportedModelError:
@@ -116,6 +116,16 @@ def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Pr
     if problems:
         raise PlanError("; ".join(problems))
     return planned
+
+
+def _check_schemes(model: ModelDescription, spec: ModelSpec, schemes: Sequence[str], settings: Settings) -> None:
+    """Refuse schemes that can't be made of the model, and calibration samples that are longer than its context."""
+    wanted = {name: spec.scheme(name) for name in schemes}
+    problems = sentences(refusals(model, wanted, has_gpus=have_gpus(settings)))
+    if any(scheme.needs_calibration for scheme in wanted.values()):
+        problems += filter(None, [too_long_samples(model, spec.calibration.max_tokens)])
+    if problems:
+        raise UnsupportedModelError("; ".join(problems))
 
 
 def _chats(spec: ModelSpec, *, has_conversations: bool) -> str | None:

@@ -274,6 +274,18 @@ def test_without_a_gpu_autogptq_is_refused_and_not_recommended(
         assert foresee(load(path), ["gptq"], settings, print) is not None
 
 
+def test_samples_longer_than_the_context_are_refused_before_a_release_begins(tmp_path: Path) -> None:
+    schemes = {**MINISTRAL, "fp8": {"method": "fp8", "backend": "llmcompressor"}}
+    path = write_model_file(tmp_path, write_family(tmp_path / "source", "llama"), schemes)
+    document = yaml.safe_load(path.read_text())
+    document["calibration"]["max_tokens"] = 513
+    path.write_text(yaml.safe_dump(document))
+    settings = Settings.read({"SLIPWAY_HOME": str(tmp_path / "home")})
+    with pytest.raises(UnsupportedModelError, match=r"`calibration.max_tokens` is 513, but .* is 512 tokens"):
+        foresee(load(path), ["gptq", "fp8"], settings, print)
+    assert foresee(load(path), ["fp8"], settings, print) is not None
+
+
 def test_a_release_begins_in_the_schemes_that_can_be_made(tmp_path: Path) -> None:
     path = write_model_file(tmp_path, write_family(tmp_path / "source", "ministral3"), MINISTRAL)
     lines: list[str] = []
