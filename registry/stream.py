@@ -13,8 +13,8 @@ from registry.network import connection as open_connection
 from registry.network import watched
 
 _SECONDS = 60.0  # without a byte
-_PASSING = (408, 425, 429, 500, 502, 503, 504)
-"""Statuses that say: not now."""
+BUSY = (408, 425, 429, 500, 502, 503, 504)
+"""Statuses that another try can change."""
 _REFUSED = (400, 401, 403, 404, 412)
 """Statuses that another try does not change; 400 is S3's for credentials that have expired."""
 
@@ -75,7 +75,7 @@ def stream(
 
 
 def _start(response: HTTPResponse, place: str, start: int) -> int:
-    if response.status in _PASSING:
+    if response.status in BUSY:
         raise InterruptedStreamError(f"{place} answers {response.status}")
     if response.status == 200:
         return 0

@@ -30,6 +30,7 @@ from registry import network
 from registry.bounded_json import Bounds, DocumentError, read_json
 from registry.digests import digest_of
 from registry.errors import NetworkSettingError
+from registry.stream import BUSY
 
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 _ACCEPT = f"{MANIFEST}, {DOCKER_MANIFEST}, {INDEX}"
@@ -54,7 +55,7 @@ class DistributionError(ImageError):
 
 
 class NoAnswerError(DistributionError, UnreachableRegistryError):
-    """A registry can't be reached."""
+    """A registry can't be reached, or is busy: another try may succeed."""
 
 
 @dataclass
@@ -203,7 +204,7 @@ class Registry:
 
         If the registry has no range requests, what comes before ``start`` is received, too.
         """
-        path, limit = f"{repository}/blobs/{digest}", {_SIZE: end}
+        path, limit = f"{repository}/blobs/{digest}", {_SIZE: end + CHUNK}  # for the piece that has the last byte
         headers = {"Range": f"bytes={start}-{end - 1}"}
         with self._explained(), self._http.stream("GET", path, headers=headers, extensions=limit) as answer:
             if answer.status_code not in {httpx.codes.OK, httpx.codes.PARTIAL_CONTENT}:
@@ -303,7 +304,8 @@ class Registry:
         words = " ".join(answer.content.decode(errors="replace").split())[:_LONGEST_SHOWN] or answer.reason_phrase
         where = str(path).partition("?")[0]
         renew = f"; renew the credentials: `docker login {self.host}`" if answer.status_code == 401 else ""
-        return DistributionError(f"the registry {self.host} answers {answer.status_code} for {where}: {words}{renew}")
+        kind = NoAnswerError if answer.status_code in BUSY else DistributionError
+        return kind(f"the registry {self.host} answers {answer.status_code} for {where}: {words}{renew}")
 
 
 class _Bounded(httpx.SyncByteStream):

@@ -35,6 +35,7 @@ from registry import network
 from registry.bounded_json import Bounds, DocumentError, read_json
 from registry.download import InterruptedStreamError, Reader
 from registry.errors import NetworkSettingError
+from registry.stream import BUSY
 
 _COMMIT, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 # Hosts that are reached without a proxy.
@@ -149,7 +150,7 @@ class Hub:
         """Open a file at byte ``start``, or at its first one if the hub does not support range requests.
 
         Raises:
-            InterruptedStreamError: the connection broke.
+            InterruptedStreamError: the connection broke, or the hub is busy.
             SourceError: the hub refuses, or has no such file.
         """
         kind = "dataset" if self.datasets else None
@@ -203,6 +204,10 @@ class Hub:
             raise InterruptedStreamError(
                 f"can't reach the hub at {self.endpoint}: {self._shown(error) or type(error).__name__}"
             ) from error
+        except HfHubHTTPError as error:
+            if error.response.status_code not in BUSY:
+                raise
+            raise InterruptedStreamError(f"the hub at {self.endpoint} answers {error.response.status_code}") from error
 
     @contextlib.contextmanager
     def _asked(self, url: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
@@ -275,7 +280,7 @@ class Hub:
             ) from error
         except HfHubHTTPError as error:
             status = error.response.status_code
-            kind = UnreachableError if status == httpx2.codes.TOO_MANY_REQUESTS or status >= 500 else SourceError
+            kind = UnreachableError if status in BUSY else SourceError
             expired = ": HF_TOKEN is not valid, or has expired" if status == httpx2.codes.UNAUTHORIZED else ""
             raise kind(f"{self.endpoint} refused {what} with status {status}{expired}") from error
         except HFValidationError as error:

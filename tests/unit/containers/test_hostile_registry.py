@@ -16,7 +16,7 @@ import httpx
 import pytest
 from recording_server import Answer, Asked, Recording, recording, trickle
 
-from containers.errors import ImageError
+from containers.errors import ImageError, UnreachableRegistryError
 from containers.image import base, distribution, referrers
 from containers.image.blobs import BlobStore
 from containers.image.distribution import DistributionError, Registry
@@ -53,6 +53,21 @@ def refusal(started: Recording, asked: Ask, answer: Answer | Callable[[Asked], A
     assert host(started) in str(caught.value)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def test_a_part_is_had_of_a_registry_without_range_requests(hostile: Recording) -> None:
+    blob = bytes(range(256)) * 10_000
+    hostile.answer = lambda _: Answer(body=blob)
+    with Registry(host(hostile)) as registry:
+        assert b"".join(registry.part("demo", digest_of(blob), 1_000, 100_000)) == blob[1_000:100_000]
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
+def test_a_registry_that_is_busy_may_be_asked_again(hostile: Recording, asked: Ask, status: int) -> None:
+    hostile.answer = lambda _: Answer(status)
+    with Registry(host(hostile)) as registry, pytest.raises(UnreachableRegistryError, match=f"answers {status}"):
+        asked(registry)
 
 
 @pytest.mark.parametrize("status", [200, 307, 500])

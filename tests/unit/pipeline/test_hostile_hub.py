@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import itertools
 import json
 import time
@@ -19,7 +20,7 @@ from pipeline.sources import hub as hubs
 from pipeline.sources.hub import Hub, HubModel
 from pipeline.sources.origin import SourceFile, read_range
 from pipeline.sources.source import ResolvedSource, pull
-from registry import network
+from registry import download, network
 
 COMMIT = "0" * 40
 FILE = SourceFile("a.json", 10_000, blob="a" * 40)
@@ -38,7 +39,8 @@ every_question = pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
 
 
 @pytest.fixture
-def hostile() -> Iterator[Recording]:
+def hostile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recording]:
+    monkeypatch.setattr(download, "_FIRST_PAUSE", 0.001)
     with recording() as started:
         yield started
 
@@ -105,8 +107,22 @@ def test_a_download_that_breaks_off_again_and_again_has_a_longest_time(
 def test_a_hub_does_not_say_how_long_to_wait(
     hostile: Recording, tmp_path: Path, status: int, headers: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits for {seconds} s"))
-    assert f"with status {status}" in refusal(hostile, tmp_path, ASKED["download"], Answer(status, headers))
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    assert f"answers {status}" in refusal(hostile, tmp_path, ASKED["download"], Answer(status, headers))
+    assert max(pauses) < 1
+
+
+def test_a_download_goes_on_once_the_hub_is_no_longer_busy(hostile: Recording, tmp_path: Path) -> None:
+    content, answers = b"x" * FILE.size, [Answer(429), Answer(503), Answer(body=b"x" * FILE.size)]
+    hostile.answer = lambda _: answers.pop(0)
+    hub = HubModel(Hub(hostile.address, None), "org/tiny", COMMIT)
+    with (tmp_path / "a.json").open("w+b") as file:
+        found = download.fill(
+            "a.json", file.fileno(), 0, FILE.size, lambda start: hub.open(COMMIT, FILE, start), lambda _: None
+        )
+    assert found == hashlib.sha256(content).hexdigest()
+    assert answers == []
 
 
 def test_a_warning_of_the_hub_is_not_printed(hostile: Recording, capfd: pytest.CaptureFixture[str]) -> None:
