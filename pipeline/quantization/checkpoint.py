@@ -9,6 +9,7 @@ layouts are described in ``formats``, one module each.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,6 +40,10 @@ _LEAST_COSINE, _FACTORS = 0.5, (2 / 3, 3 / 2)
 _EXPLAINED = 0.1
 # Up to so much more spread, one explains them as well as another. On the demo in w8a8 it is 0.001 and 0.03 or more.
 _AS_WELL = 0.02
+# AWQ divides the outputs of a linear layer for the one behind it, the last ones where a weight holds several parts
+# (`scale_fc_fc` in AutoAWQ's `awq/quantize/scale.py`). Mixtral names an MLP's layers w1, w2 and w3.
+_IN_FRONT = {"o_proj": ("v_proj", "qkv_proj"), "down_proj": ("up_proj", "gate_up_proj"), "w2": ("w3",)}
+_BEHIND = {front: (name,) for name, fronts in _IN_FRONT.items() for front in fronts}
 # Computed when a model is loaded; some sources store it nevertheless.
 _DERIVED = re.compile(r"\.inv_freq$")
 _DOCUMENT = Bounds(bytes=16 << 20, values=500_000)
@@ -79,10 +84,17 @@ def check(folder: Path, source: Path, scheme: Scheme) -> Found:
     schemes = _schemes(folder, model, scheme)
     if scheme.method == "mixed":
         problems += mixture.assignment_problems(model, schemes, scheme)
-    norms = _changed_norms(model, after, scheme)
     quantized = {name: linears[name] for name in linears if name in schemes}
+    sound = {}
     for name, weight in quantized.items():
-        problems += _layer_problems(name, weight, after, schemes[name], norms)
+        layer = _packed(name, weight, after, schemes[name])
+        wrong = list(_layer_problems(layer, after, schemes[name]))
+        problems += wrong
+        if not wrong:
+            sound[name] = layer
+    around = _Surroundings(_changed_norms(model, after, scheme), sound)
+    for name, layer in sound.items():
+        problems += _value_problems(layer, schemes[name], around)
     problems += _other_problems(model, after, scheme, schemes)
     read = {tensor.file for tensor in after.values()}
     problems += [f"{path.name} is not named by the index" for path in folder.glob("*.safetensors") if path not in read]
@@ -120,9 +132,10 @@ def check_published(folder: Path, baseline: Path | None) -> Found:
     for layer in found.packed():
         problems += _stored_problems(layer, found.scheme)
     if original is not None and not problems:
-        norms = _changed_norms(original, after, found.scheme)
-        for layer in found.packed(original):
-            problems += _value_problems(layer, found.scheme, _near(layer, norms))
+        compared = {layer.name: layer for layer in found.packed(original)}
+        around = _Surroundings(_changed_norms(original, after, found.scheme), compared)
+        for layer in compared.values():
+            problems += _value_problems(layer, found.scheme, around)
         problems += _kept_problems(found, original)
     _refuse(folder, problems)
     layers = list(found.packed())
@@ -147,9 +160,32 @@ def _kept_problems(found: Published, original: ModelDescription) -> Iterator[str
             yield f"`{name}` differs from the baseline's"
 
 
-def _near(layer: PackedLayer, norms: Mapping[str, list[NDArray[np.float32]]]) -> list[NDArray[np.float32]]:
-    """The norms of a layer's place in the decoder that may stand in front of it."""
-    return [norm for norm in norms.get(layer_of(layer.name), []) if len(norm) == layer.weight.shape[1]]
+@dataclass(frozen=True)
+class _Surroundings:
+    """What can have taken over factors of a layer."""
+
+    changed_norms: Mapping[str, list[NDArray[np.float32]]]
+    """See `_changed_norms`."""
+    layers: Mapping[str, PackedLayer]
+    """All quantized ones that can be decoded, by name."""
+
+    def norms(self, layer: PackedLayer) -> list[NDArray[np.float32]]:
+        """The norms of its place in the decoder."""
+        width = layer.weight.shape[1]
+        return [norm for norm in self.changed_norms.get(layer_of(layer.name), []) if len(norm) == width]
+
+    def in_front(self, layer: PackedLayer) -> list[PackedLayer]:
+        """The linear layer whose outputs, or the last of them, are this one's inputs."""
+        return [other for other in self._beside(layer, _IN_FRONT) if other.weight.shape[0] >= layer.weight.shape[1]]
+
+    def behind(self, layer: PackedLayer) -> list[PackedLayer]:
+        """The linear layer whose inputs are this one's outputs, or the last of them."""
+        return [other for other in self._beside(layer, _BEHIND) if layer.weight.shape[0] >= other.weight.shape[1]]
+
+    def _beside(self, layer: PackedLayer, names: Mapping[str, Sequence[str]]) -> list[PackedLayer]:
+        module, _, name = layer.name.rpartition(".")
+        found = (self.layers.get(f"{module}.{other}") for other in names.get(name, ()))
+        return [other for other in found if other is not None]
 
 
 def _schemes(folder: Path, model: ModelDescription, scheme: Scheme) -> Mapping[str, Scheme]:
@@ -224,22 +260,17 @@ def _config_problems(folder: Path, source: Path, scheme: Scheme) -> Iterator[str
             yield f"config.json: `{key}` is {config[key]!r}, and the weights are float16"
 
 
-def _layer_problems(
-    name: str,
-    weight: Tensor,
-    after: Mapping[str, Tensor],
-    scheme: Scheme,
-    norms: Mapping[str, list[NDArray[np.float32]]],
-) -> Iterator[str]:
+def _packed(name: str, weight: Tensor, after: Mapping[str, Tensor], scheme: Scheme) -> PackedLayer:
     layout = layer_format(scheme).layout(weight, scheme)
-    unquantized = after.get(f"{name}.weight")
-    if unquantized is not None and ("weight" not in layout or unquantized.dtype in FLOATS):
-        yield f"{name} is not quantized: `{name}.weight` is still there"
+    return PackedLayer(name, weight, {part: after[f"{name}.{part}"] for part in layout if f"{name}.{part}" in after})
+
+
+def _layer_problems(layer: PackedLayer, after: Mapping[str, Tensor], scheme: Scheme) -> Iterator[str]:
+    unquantized = after.get(f"{layer.name}.weight")
+    if unquantized is not None and ("weight" not in layer.parts or unquantized.dtype in FLOATS):
+        yield f"{layer.name} is not quantized: `{layer.name}.weight` is still there"
         return
-    parts = {part: after[f"{name}.{part}"] for part in layout if f"{name}.{part}" in after}
-    layer = PackedLayer(name, weight, parts)
-    problems = list(_stored_problems(layer, scheme))
-    yield from problems or _value_problems(layer, scheme, _near(layer, norms))
+    yield from _stored_problems(layer, scheme)
 
 
 def _stored_problems(layer: PackedLayer, scheme: Scheme) -> Iterator[str]:
@@ -263,14 +294,14 @@ def _stored_problems(layer: PackedLayer, scheme: Scheme) -> Iterator[str]:
         yield from form.layer_problems(layer, scheme)
 
 
-def _value_problems(layer: PackedLayer, scheme: Scheme, norms: Sequence[NDArray[np.float32]]) -> Iterator[str]:
+def _value_problems(layer: PackedLayer, scheme: Scheme, around: _Surroundings) -> Iterator[str]:
     """Whether a sample of a layer decodes to about the source's weights.
 
     Two figures over the sampled weights w and what they decode to, q: the cosine <q, w> / |q||w|, which is near 0 for
     weights of another layer, and the factor <q, w> / <w, w>, which is near 1 unless scales are wrong. Where the format
     moves scales between layers, the cosine is the median of those of each input's weights, and the factor is known
-    only where one of ``norms`` (each input's factor, as the norms of this layer of the decoder have changed) explains
-    what has happened to the inputs, and the outputs are as they were.
+    only where a norm or a linear layer in front has changed by what has happened to the inputs, and the outputs are as
+    they were.
     """
     form = layer_format(scheme)
     sample = _sample(layer, form, scheme)
@@ -285,24 +316,28 @@ def _value_problems(layer: PackedLayer, scheme: Scheme, norms: Sequence[NDArray[
     if cosine < _LEAST_COSINE:
         yield f"{layer.name} does not decode to the source's weights: a cosine of {cosine:.2f} over a sample of them"
         return
-    factor = _explained_factor(sample, norms) if moved else float(product.sum() / (weights**2).sum())
+    factor = _explained_factor(layer, sample, scheme, around) if moved else float(product.sum() / (weights**2).sum())
     if factor is not None and not _FACTORS[0] < factor < _FACTORS[1]:
         yield f"{layer.name} decodes to {factor:.2f} times the source's weights: its scales are wrong"
 
 
-def _explained_factor(sample: _Sample, norms: Sequence[NDArray[np.float32]]) -> float | None:
-    """The factor of all weights beside those of each input, where a norm explains these and no output has one.
+def _explained_factor(layer: PackedLayer, sample: _Sample, scheme: Scheme, around: _Surroundings) -> float | None:
+    """The factor of all weights beside those of each input and output, where something else has taken these over.
 
-    Where several norms do, or a norm and inputs as they were, the ones are meant after which the factors spread least,
-    since one norm's factors can resemble another's times a constant; and of those the one that leaves the least.
+    That is a norm in front, or the linear layer in front or behind. Where several explain them, or one and inputs as
+    they were, that is meant after which the factors spread least, since one norm's factors can resemble another's times
+    a constant; and of those the one that leaves the least.
     """
-    inputs = [np.ones(len(sample.inputs), np.float32), *(norm[sample.inputs] for norm in norms)]
+    inputs = [*_own_inputs(layer, around)]
+    inputs += [_taken_over(other, scheme, around, 1)[-layer.weight.shape[1] :] for other in around.in_front(layer)]
+    outputs = [np.ones(layer.weight.shape[0], np.float32)]
+    for other in around.behind(layer):
+        outputs.append(np.ones(layer.weight.shape[0], np.float32))
+        outputs[-1][-other.weight.shape[1] :] = _taken_over(other, scheme, around, 0)
     explained = []
-    for factors in inputs:
-        expected = sample.weights * factors
-        product, size = sample.decoded * expected, expected**2
-        along = [_log_ratio(product.sum(axis), size.sum(axis)) for axis in (0, 1)]
-        spread = max(float(each.std()) if len(each) else math.inf for each in along)
+    for of_input, of_output in itertools.product(inputs, outputs):
+        along = [_log(sample.ratios(of_input, of_output, axis)) for axis in (0, 1)]
+        spread = max(_spread(each) for each in along)
         if spread < _EXPLAINED:
             explained.append((spread, float(np.median(along[0]))))
     if not explained:
@@ -311,20 +346,53 @@ def _explained_factor(sample: _Sample, norms: Sequence[NDArray[np.float32]]) -> 
     return math.exp(min((factor for spread, factor in explained if spread < least + _AS_WELL), key=abs))
 
 
-def _log_ratio(product: NDArray[np.float32], size: NDArray[np.float32]) -> NDArray[np.float32]:
-    """log(product / size), of those that are above zero."""
-    kept = (product > 0) & (size > 0)
-    ratio: NDArray[np.float32] = np.log(product[kept] / size[kept])
-    return ratio
+def _taken_over(layer: PackedLayer, scheme: Scheme, around: _Surroundings, axis: int) -> NDArray[np.float32]:
+    """What each input (0) or output (1) of a layer was divided by; 0 where that is unknown.
+
+    Of the norms that can explain the layer's own inputs, the one counts after which these spread least.
+    """
+    sample = _sample(layer, layer_format(scheme), scheme)
+    outputs = np.ones(layer.weight.shape[0], np.float32)
+    inputs = min(
+        _own_inputs(layer, around) if axis else [np.ones(layer.weight.shape[1], np.float32)],
+        key=lambda each: _spread(_log(sample.ratios(each, outputs, 0))),
+    )
+    ratios = sample.ratios(inputs, outputs, axis)
+    found = np.zeros(layer.weight.shape[1 - axis], np.float32)
+    found[sample.outputs if axis else sample.inputs] = np.divide(1, ratios, out=np.zeros_like(ratios), where=ratios > 0)
+    return found
+
+
+def _own_inputs(layer: PackedLayer, around: _Surroundings) -> list[NDArray[np.float32]]:
+    """Inputs as they were, and with the factors that norms have taken over."""
+    return [np.ones(layer.weight.shape[1], np.float32), *around.norms(layer)]
+
+
+def _log(ratios: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The logarithms of those that are above zero."""
+    logs: NDArray[np.float32] = np.log(ratios[ratios > 0])
+    return logs
+
+
+def _spread(logs: NDArray[np.float32]) -> float:
+    return float(logs.std()) if len(logs) else math.inf
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """Some weights [out, in] of a layer, decoded and as the source has them, and which ``inputs`` they belong to."""
+    """Some weights [out, in] of a layer, decoded and as the source has them, and which of its inputs and outputs."""
 
     decoded: NDArray[np.float32]
     weights: NDArray[np.float32]
     inputs: NDArray[np.int64]
+    outputs: NDArray[np.int64]
+
+    def ratios(self, of_inputs: NDArray[np.float32], of_outputs: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
+        """How many times what is expected each input (0) or output (1) has; factors are given for the whole layer."""
+        expected = self.weights * of_inputs[self.inputs] * of_outputs[self.outputs, None]
+        product, size = (self.decoded * expected).sum(axis), (expected**2).sum(axis)
+        ratios: NDArray[np.float32] = np.divide(product, size, out=np.zeros_like(product), where=size > 0)
+        return ratios
 
 
 def _sample(layer: PackedLayer, form: LayerFormat, scheme: Scheme) -> _Sample:
@@ -338,7 +406,7 @@ def _sample(layer: PackedLayer, form: LayerFormat, scheme: Scheme) -> _Sample:
     return _Sample(
         np.concatenate([form.decode(layer, span, scheme) for span in chosen], form.AXIS),
         np.concatenate([layer.original(span, form.AXIS) for span in chosen], form.AXIS),
-        np.arange(across) if form.AXIS == 0 else along,
+        *((np.arange(across), along) if form.AXIS == 0 else (along, np.arange(across))),
     )
 
 

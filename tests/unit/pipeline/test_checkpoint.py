@@ -134,6 +134,31 @@ def test_awqs_own_factors_are_told_from_wrong_scales(
         check(folder, source, scheme())
 
 
+@pytest.mark.parametrize(("factor", "refused"), [(1, False), (0.5, True), (2, True)])
+def test_factors_that_awq_moved_to_the_layer_in_front_are_told_from_wrong_scales(
+    tmp_path: Path, source: Path, factor: float, refused: bool
+) -> None:
+    """AWQ of SmolLM2-135M by GPTQModel left nearly all inputs of layer 1's down_proj at 0.63 times what they were."""
+    generator = np.random.default_rng(2)
+    moved = (0.63 * np.exp(generator.normal(0, 0.08, checkpoints.INNER))).astype(np.float16)
+    changed = checkpoints.unquantized()
+    changed[f"{LAYER}.weight"] = changed[f"{LAYER}.weight"] * moved
+    in_front = f"{LAYER.replace('down', 'up')}.weight"
+    changed[in_front] = changed[in_front] / moved[:, None]
+    tensors = checkpoints.quantized("awq", 4, 32, changed)
+    tensors[f"{LAYER}.scales"] *= np.float16(factor)
+    stated = checkpoints.config() | {"quantization_config": checkpoints.quantization_config("awq", 4, 32)}
+    folder = checkpoints.write(tmp_path / "made", tensors, stated)
+    if not refused:
+        assert check(folder, source, scheme()).layers
+        return
+    with pytest.raises(CheckpointError) as caught:
+        check(folder, source, scheme())
+    found = re.search(rf"{LAYER} decodes to (\S+) times the source's weights: its scales are wrong", str(caught.value))
+    assert found is not None, caught.value
+    assert float(found[1]) == pytest.approx(factor, rel=0.03)
+
+
 @pytest.mark.parametrize("method", ["awq", "gptq"])
 def test_weights_that_are_not_the_sources_are_refused(tmp_path: Path, source: Path, method: str) -> None:
     """Those of another layer, and zeros: neither has wrong shapes or dtypes."""
