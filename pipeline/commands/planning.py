@@ -178,7 +178,11 @@ def _not_served(spec: ModelSpec | None, settings: Settings, found: Plan) -> list
     """The schemes that this machine's CPU can't serve, where the model's runtime is one for CPUs."""
     from pipeline.stages.preflight import not_served_here
 
-    return [] if spec is None else not_served_here(spec, spec.schemes, settings, found.published)
+    return (
+        []
+        if spec is None
+        else not_served_here(spec, spec.schemes, settings, found.published, experts=found.facts.experts > 0)
+    )
 
 
 def _gate(needs: Needs | None, gpus: Sequence[GpuModel], driver: str | None) -> list[str]:

@@ -56,6 +56,8 @@ LINEAR_ROLES = frozenset({Role.LINEAR, Role.EXPERT, Role.SHARED_EXPERT, Role.STA
 TOWER_ROLES = (Role.VISION, Role.AUDIO, Role.PROJECTOR)
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
+"""The keys of config.json under which architectures state how many routed experts a layer has."""
 _ROUTER = re.compile(r"(^|\.)((gate|router|shared_expert_gate|[^.]*_router)\.weight$|router\.[^.]+\.weight$)")
 # Inside numbered layers and of two dimensions, but no linear layer.
 _EXEMPT = re.compile(r"(^|\.)([^.]*norm[^.]*|[^.]*embed[^.]*)\.weight$")
@@ -230,6 +232,12 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config.json that describes the decoder."""
     nested = config.get("text_config")
     return {**config, **nested} if isinstance(nested, Mapping) else config
+
+
+def has_experts(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json describes a mixture of routed experts."""
+    decoder = text_config(config)
+    return any(_is_count(decoder.get(name)) for name in EXPERT_COUNTS)
 
 
 def _is_count(value: object) -> bool:

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.compatibility.description import ModelDescription, text_config
+from pipeline.compatibility.description import EXPERT_COUNTS, ModelDescription, text_config
 from pipeline.errors import PlanError
 
 # Other names that older architectures have for the same.
@@ -29,7 +29,6 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "heads": ("num_attention_heads", "n_head", "num_heads"),
     "context": ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"),
 }
-_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
 _WINDOWED = ("sliding_attention", "chunked_attention")
 _FULL = "full_attention"
 # Every how many layers the experts stand.
@@ -147,7 +146,7 @@ def read_facts(config: Mapping[str, Any]) -> ModelFacts:
     for layer, window in enumerate(_windows(config, layers)):
         own_heads = 0 if layer >= layers - shared else 1 if latent else kv_heads[layer]
         caches.append(LayerCache(own_heads, rank + rotary if latent else 2 * head_dim[layer], window))
-    experts = next((count for name in _EXPERTS if (count := _largest(config, name, layers))), 0)
+    experts = next((count for name in EXPERT_COUNTS if (count := _largest(config, name, layers))), 0)
     intermediate = _largest(config, "intermediate_size", layers)
     expert_hidden = _largest(config, "moe_intermediate_size", layers) or intermediate
     return ModelFacts(

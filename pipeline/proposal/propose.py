@@ -21,7 +21,7 @@ from evals.load.expected_memory import expect
 from evals.load.traffic.profile import read_profile
 from evals.statistics import paired
 from pipeline.compatibility.backends import is_supported
-from pipeline.compatibility.description import ModelDescription
+from pipeline.compatibility.description import ModelDescription, has_experts
 from pipeline.errors import PlanError, SpecError, UnsupportedModelError
 from pipeline.planner.facts import ModelFacts, read_facts
 from pipeline.planner.memory import CONTEXT_STEP, GIB, LARGEST, Workload
@@ -267,8 +267,8 @@ def _as_is(as_is: AsIs, target: Target) -> Choice:
     Raises:
         UnsupportedModelError: the target can't serve its format.
     """
-    scheme = as_is.published.scheme
-    if target.gpu is None and (lacking := scheme.unsupported(target.instruction_set)):
+    scheme, experts = as_is.published.scheme, has_experts(as_is.published.checkpoint.config)
+    if target.gpu is None and (lacking := scheme.unsupported(target.instruction_set, experts=experts)):
         raise UnsupportedModelError(f"{lacking}: choose what will serve it with --gpu")
     return Choice({_SHORT.get(scheme.format, scheme.format): scheme}, {})
 

@@ -10,8 +10,8 @@ from containers.hardware.cpu import InstructionSet
 from containers.hardware.gpu_models import GpuModel
 from pipeline.compatibility import preflight
 from pipeline.compatibility.backends import GROUP_SIZES, METHODS
-from pipeline.compatibility.description import ModelDescription
-from pipeline.compatibility.scheme import Scheme
+from pipeline.compatibility.description import ModelDescription, has_experts
+from pipeline.compatibility.scheme import NO_EXPERTS, Scheme
 from pipeline.errors import UnsupportedModelError
 
 MEANINGS: Mapping[str, str] = {
@@ -73,6 +73,8 @@ def choose(model: ModelDescription, gpu: GpuModel | None, instruction_set: Instr
     if not schemes:
         reasons = "; ".join(dict.fromkeys(left_out.values()))
         raise UnsupportedModelError(f"no scheme can be made of this model: {reasons}")
+    if gpu is None and has_experts(model.config):
+        raise UnsupportedModelError(f"{NO_EXPERTS}: choose what will serve it with --gpu")
     return Choice(schemes, left_out)
 
 

@@ -9,6 +9,7 @@ from evals.drift.answers import Answers, read_answers
 from evals.drift.divergence import read_top
 from evals.drift.drift_gate import is_clear, judge
 from evals.drift.pairs import compare
+from pipeline.compatibility.description import has_experts
 from pipeline.stages import answers
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext
@@ -40,8 +41,9 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
     """
     if context.spec.lacks_baseline:
         return
-    if context.unsupported and context.evals.engine == "served":
-        draft.note(AnswersNotes(unsupported=context.unsupported))
+    unsupported = context.unsupported(experts=has_experts(inputs["quantized"].document("config.json")))
+    if unsupported and context.evals.engine == "served":
+        draft.note(AnswersNotes(unsupported=unsupported))
         return
     quantized, image_id = inputs["quantized"], answers.image_id_of(inputs["image"])
 

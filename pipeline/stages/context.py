@@ -97,13 +97,12 @@ class StageContext:
         """The questions and their limits; where tool calls are served, our own requests for them among them."""
         return self.spec.evals.with_tool_calls() if self.serving.tool_calls else self.spec.evals
 
-    @property
-    def unsupported(self) -> str | None:
-        """Say what the configuration needs and this machine's CPU lacks; None where it lacks nothing."""
+    def unsupported(self, *, experts: bool) -> str | None:
+        """Say what this CPU lacks of what the configuration needs, with ``experts`` or without; None if nothing."""
         if profiles.load(self.spec.runtime).minimum_driver is not None or not self.settings.engine_is_here:
             return None
         isa = self.settings.cpu.instruction_set
-        return self.scheme.unsupported(isa) or self.serving.unsupported(isa)
+        return self.scheme.unsupported(isa, experts=experts) or self.serving.unsupported(isa)
 
     @property
     def variants(self) -> tuple[str, ...]:

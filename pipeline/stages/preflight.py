@@ -11,7 +11,7 @@ from containers.hardware.gpu import Gpu, gpus
 from containers.hardware.gpu_models import GpuDataError, GpuModel, find_gpu
 from containers.image import profile as profiles
 from evals.load.expected_memory import expect
-from pipeline.compatibility.description import ModelDescription
+from pipeline.compatibility.description import ModelDescription, has_experts
 from pipeline.compatibility.lora import BOUNDS, CONFIGURATION, read_configuration
 from pipeline.compatibility.preflight import too_long_samples
 from pipeline.compatibility.scheme import PublishedScheme
@@ -80,7 +80,8 @@ def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Pr
         say(f"no plan: {error}")
         return None
     published = None if described.published is None else described.published.scheme
-    for problem in not_served_here(spec, schemes, settings, published):
+    experts = has_experts(described.model.config)
+    for problem in not_served_here(spec, schemes, settings, published, experts=experts):
         say(problem)
     check_images(spec, described.model)
     try:
@@ -140,16 +141,21 @@ def _chats(spec: ModelSpec, *, has_conversations: bool) -> str | None:
 
 
 def not_served_here(
-    spec: ModelSpec, schemes: Iterable[str], settings: Settings, published: PublishedScheme | None = None
+    spec: ModelSpec,
+    schemes: Iterable[str],
+    settings: Settings,
+    published: PublishedScheme | None = None,
+    *,
+    experts: bool,
 ) -> list[str]:
     """Say which schemes this machine's CPU can't serve, why, and what that means for their gates.
 
-    ``published`` is the scheme of a source that is taken as it is.
+    ``published`` is the scheme of a source that is taken as it is; ``experts`` is whether the model has routed ones.
     """
     found = []
     for name in schemes:
         context = StageContext(spec, name, settings, progress=lambda _: None, published_scheme=published)
-        lacking = context.unsupported
+        lacking = context.unsupported(experts=experts)
         if lacking is None:
             continue
         gates = "`load` will be inconclusive"

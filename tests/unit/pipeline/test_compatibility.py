@@ -438,8 +438,10 @@ def test_data_is_read_before_a_release_begins(
 def test_what_a_cpu_serves_is_known_before_a_server_starts(
     scheme: dict[str, str], isa: InstructionSet, lacks: str | None
 ) -> None:
-    found = Scheme.model_validate({"backend": "llmcompressor", **scheme}).unsupported(isa)
+    asked = Scheme.model_validate({"backend": "llmcompressor", **scheme})
+    found = asked.unsupported(isa)
     assert found is None if lacks is None else lacks in str(found)
+    assert "on CPUs" in str(asked.unsupported(isa, experts=True))
 
 
 @pytest.mark.parametrize(("scheme", "left_out"), [

@@ -176,7 +176,7 @@ def test_what_this_cpu_does_not_support_is_inconclusive_before_a_server_starts(m
     made = release(models.context(models.write(), "gptq"))
     narrow = Settings.read({"SLIPWAY_HOME": str(tmp_path / "home"), "SLIPWAY_CPU_ISA": "avx2"})
     asked = replace(models.context(spec, "gptq"), settings=narrow, variant="fp8")
-    assert asked.unsupported == (
+    assert asked.unsupported(experts=False) == (
         "`kv_cache: fp8` needs a CPU with AVX-512 or AMX, and this one has avx2: test it on another machine"
     )
     draft = ArtifactDraft(folder=tmp_path / "candidate", scratch=tmp_path / "scratch")
@@ -188,18 +188,18 @@ def test_what_this_cpu_does_not_support_is_inconclusive_before_a_server_starts(m
     drift.make(asked, {**made, "candidate": answered}, paired)
     lost = drift.judge(replace(made["drift"], folder=paired.folder), asked)
     assert (lost.status, lost.cause, lost.blocks) == ("inconclusive", "unsupported", True)
-    assert read_drift(paired.folder).lacking == asked.unsupported
+    assert read_drift(paired.folder).lacking == asked.unsupported(experts=False)
     folder = tmp_path / "load"
     folder.mkdir()
     tested = load.measure(asked, spec.load, record_of(made["image"]), made["quantized"], folder, tmp_path)
     held = judge(tested, spec.load)
-    assert (held.status, held.cause, held.reason) == ("inconclusive", "unsupported", asked.unsupported)
+    assert (held.status, held.cause, held.reason) == ("inconclusive", "unsupported", asked.unsupported(experts=False))
 
 
 def test_an_fp8_cache_is_supported_from_avx_512_on(models: Models) -> None:
     spec = models.write(serve={"kv_cache": "fp8"})
     own = replace(models.context(spec, "gptq"))
-    assert (own.unsupported is None) == (this_cpu(None).instruction_set != "avx2")
+    assert (own.unsupported(experts=False) is None) == (this_cpu(None).instruction_set != "avx2")
 
 
 @pytest.mark.parametrize(
