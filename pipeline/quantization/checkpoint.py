@@ -328,12 +328,13 @@ def _explained_factor(layer: PackedLayer, sample: _Sample, scheme: Scheme, aroun
     they were, that is meant after which the factors spread least, since one norm's factors can resemble another's times
     a constant; and of those the one that leaves the least.
     """
-    inputs = [*_own_inputs(layer, around)]
-    inputs += [_taken_over(other, scheme, around, 1)[-layer.weight.shape[1] :] for other in around.in_front(layer)]
+    inputs = _own_inputs(layer, around)
+    for other in around.in_front(layer):
+        inputs += [divided[-layer.weight.shape[1] :] for divided in _divided_outputs(other, scheme, around)]
     outputs = [np.ones(layer.weight.shape[0], np.float32)]
     for other in around.behind(layer):
         outputs.append(np.ones(layer.weight.shape[0], np.float32))
-        outputs[-1][-other.weight.shape[1] :] = _taken_over(other, scheme, around, 0)
+        outputs[-1][-other.weight.shape[1] :] = _divided_inputs(other, scheme)
     explained = []
     for of_input, of_output in itertools.product(inputs, outputs):
         along = [_log(sample.ratios(of_input, of_output, axis)) for axis in (0, 1)]
@@ -346,18 +347,26 @@ def _explained_factor(layer: PackedLayer, sample: _Sample, scheme: Scheme, aroun
     return math.exp(min((factor for spread, factor in explained if spread < least + _AS_WELL), key=abs))
 
 
-def _taken_over(layer: PackedLayer, scheme: Scheme, around: _Surroundings, axis: int) -> NDArray[np.float32]:
-    """What each input (0) or output (1) of a layer was divided by; 0 where that is unknown.
+def _divided_outputs(layer: PackedLayer, scheme: Scheme, around: _Surroundings) -> list[NDArray[np.float32]]:
+    """What each output was divided by, or 0 where that is unknown: for each norm that explains the inputs as well."""
+    sample, candidates = _sample(layer, layer_format(scheme), scheme), _own_inputs(layer, around)
+    as_they_were = np.ones(layer.weight.shape[0], np.float32)
+    spreads = [_spread(_log(sample.ratios(each, as_they_were, 0))) for each in candidates]
+    return [
+        _divided(layer, sample, each, 1)
+        for each, spread in zip(candidates, spreads, strict=True)
+        if spread <= min(spreads) + _AS_WELL
+    ]
 
-    Of the norms that can explain the layer's own inputs, the one counts after which these spread least.
-    """
+
+def _divided_inputs(layer: PackedLayer, scheme: Scheme) -> NDArray[np.float32]:
+    """What each input was divided by, or 0 where that is unknown."""
     sample = _sample(layer, layer_format(scheme), scheme)
-    outputs = np.ones(layer.weight.shape[0], np.float32)
-    inputs = min(
-        _own_inputs(layer, around) if axis else [np.ones(layer.weight.shape[1], np.float32)],
-        key=lambda each: _spread(_log(sample.ratios(each, outputs, 0))),
-    )
-    ratios = sample.ratios(inputs, outputs, axis)
+    return _divided(layer, sample, np.ones(layer.weight.shape[1], np.float32), 0)
+
+
+def _divided(layer: PackedLayer, sample: _Sample, inputs: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
+    ratios = sample.ratios(inputs, np.ones(layer.weight.shape[0], np.float32), axis)
     found = np.zeros(layer.weight.shape[1 - axis], np.float32)
     found[sample.outputs if axis else sample.inputs] = np.divide(1, ratios, out=np.zeros_like(ratios), where=ratios > 0)
     return found
