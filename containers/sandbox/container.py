@@ -23,7 +23,7 @@ PROCESSES = 1024
 SHARED_MEMORY_BYTES = 2**30
 _KILLED_SECONDS = 60.0
 _PAUSE_SECONDS = 0.5
-_NOT_ENDED = "Could not kill running container"
+_NOT_ENDED = "could not kill"  # Docker 20.10: "Could not kill running container"; 28: "…: could not kill: …"
 
 
 def hardening(memory_bytes: int, ranks: int = 1) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def remove(container: Container) -> None:
             said = explanation(error)
             if "is already in progress" in said:
                 return
-            if _NOT_ENDED not in said or time.monotonic() > deadline:
+            if _NOT_ENDED not in said.lower() or time.monotonic() > deadline:
                 raise SandboxError(f"can't remove the container {container.name}: {said}") from error
             time.sleep(_PAUSE_SECONDS)
         else:

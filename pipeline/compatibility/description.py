@@ -56,7 +56,7 @@ LINEAR_ROLES = frozenset({Role.LINEAR, Role.EXPERT, Role.SHARED_EXPERT, Role.STA
 TOWER_ROLES = (Role.VISION, Role.AUDIO, Role.PROJECTOR)
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
-EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
+EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 """The keys of config.json under which architectures state how many routed experts a layer has."""
 _ROUTER = re.compile(r"(^|\.)((gate|router|shared_expert_gate|[^.]*_router)\.weight$|router\.[^.]+\.weight$)")
 # Inside numbered layers and of two dimensions, but no linear layer.
@@ -237,7 +237,8 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def has_experts(config: Mapping[str, Any]) -> bool:
     """Whether a config.json describes a mixture of routed experts."""
     decoder = text_config(config)
-    return any(_is_count(decoder.get(name)) for name in EXPERT_COUNTS)
+    counts = (decoder.get(name) for name in EXPERT_COUNTS)
+    return any(isinstance(count, int) and count > 1 for count in counts)
 
 
 def _is_count(value: object) -> bool:

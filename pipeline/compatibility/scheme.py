@@ -35,7 +35,8 @@ _SIZES: Mapping[str, tuple[int, int]] = {
 }
 # What vLLM serves together, on GPUs and on CPUs; layers at 16 bits are always allowed.
 _MIXED_FORMATS: tuple[MixedFormat, ...] = ("w4a16", "w8a8", "fp8")
-NO_EXPERTS = "vLLM has no kernel for quantized experts on CPUs"
+# vLLM 0.32, `fused_moe/experts/cpu_moe.py`.
+_EXPERTS_BY_AMX = frozenset({"awq", "gptq", "w4a16", "w8a8", "fp8-block", "fp8-scale-inv"})
 # What vLLM quantizes of a layer's inputs while it runs.
 _INPUTS: Mapping[str, str] = {
     "fp8": "inputs in FP8, a scale for each token",
@@ -202,13 +203,13 @@ class Scheme(BaseModel):
     def unsupported(self, instruction_set: InstructionSet, *, experts: bool = False) -> str | None:
         """Say why vLLM can't serve the scheme on such a CPU, of a model with routed ``experts``; None if it can.
 
-        Read in vLLM 0.32, `kernels/linear` and `layers/fused_moe`; for experts in FP8, AWQ and GPTQ tried, too.
+        Read in vLLM 0.32, `kernels/linear` and `layers/fused_moe`; experts in FP8, AWQ and GPTQ tried with AVX-512.
         """
         named = f"`method: {self.method}`" if self.method == self.format else f"the format `{self.format}`"
         if self.format in {"nvfp4", "mxfp4", "mxfp4-experts"}:
             return f"vLLM has no kernel for {named} on CPUs"
-        if experts:
-            return NO_EXPERTS
+        if experts and not (instruction_set == "amx" and self.format in _EXPERTS_BY_AMX):
+            return "vLLM has no kernel for quantized experts on this CPU"
         if self.format in {"fp8-block", "fp8-scale-inv"} and instruction_set != "amx":
             return f"vLLM's kernel for {named} on CPUs needs AMX, and this one has {instruction_set}"
         return None

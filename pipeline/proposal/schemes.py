@@ -11,7 +11,7 @@ from containers.hardware.gpu_models import GpuModel
 from pipeline.compatibility import preflight
 from pipeline.compatibility.backends import GROUP_SIZES, METHODS
 from pipeline.compatibility.description import ModelDescription, has_experts
-from pipeline.compatibility.scheme import NO_EXPERTS, Scheme
+from pipeline.compatibility.scheme import Scheme
 from pipeline.errors import UnsupportedModelError
 
 MEANINGS: Mapping[str, str] = {
@@ -73,8 +73,6 @@ def choose(model: ModelDescription, gpu: GpuModel | None, instruction_set: Instr
     if not schemes:
         reasons = "; ".join(dict.fromkeys(left_out.values()))
         raise UnsupportedModelError(f"no scheme can be made of this model: {reasons}")
-    if gpu is None and has_experts(model.config):
-        raise UnsupportedModelError(f"{NO_EXPERTS}: choose what will serve it with --gpu")
     return Choice(schemes, left_out)
 
 
@@ -86,8 +84,9 @@ def _best(model: ModelDescription, method: str, instruction_set: InstructionSet 
     reason = None
     for scheme in _all_of(method):
         problems = preflight.find_problems(model, scheme, has_gpus=instruction_set is None)
-        if not problems and instruction_set is not None and (unserved := scheme.unsupported(instruction_set)):
-            problems = [unserved]
+        if not problems and instruction_set is not None:
+            unserved = scheme.unsupported(instruction_set, experts=has_experts(model.config))
+            problems = [] if unserved is None else [unserved]
         if not problems:
             return scheme
         reason = reason or _PROPOSED.sub("", problems[0])

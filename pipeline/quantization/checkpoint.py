@@ -92,7 +92,8 @@ def check(folder: Path, source: Path, scheme: Scheme) -> Found:
         problems += wrong
         if not wrong:
             sound[name] = layer
-    around = _Surroundings(_changed_norms(model, after, scheme), sound)
+    moves = format_of(scheme).rescales(scheme)
+    around = _Surroundings(_changed_norms(model, after, scheme), sound if moves else {})
     for name, layer in sound.items():
         problems += _value_problems(layer, schemes[name], around)
     problems += _other_problems(model, after, scheme, schemes)
@@ -300,8 +301,8 @@ def _value_problems(layer: PackedLayer, scheme: Scheme, around: _Surroundings) -
     Two figures over the sampled weights w and what they decode to, q: the cosine <q, w> / |q||w|, which is near 0 for
     weights of another layer, and the factor <q, w> / <w, w>, which is near 1 unless scales are wrong. Where the format
     moves scales between layers, the cosine is the median of those of each input's weights, and the factor is known
-    only where a norm or a linear layer in front has changed by what has happened to the inputs, and the outputs are as
-    they were.
+    only where what happened to inputs and outputs has been taken over by a norm, or by the linear layer in front or
+    behind.
     """
     form = layer_format(scheme)
     sample = _sample(layer, form, scheme)

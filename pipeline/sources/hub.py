@@ -205,7 +205,7 @@ class Hub:
                 f"can't reach the hub at {self.endpoint}: {self._shown(error) or type(error).__name__}"
             ) from error
         except HfHubHTTPError as error:
-            if error.response.status_code not in BUSY:
+            if not _may_pass(error.response.status_code):
                 raise
             raise InterruptedStreamError(f"the hub at {self.endpoint} answers {error.response.status_code}") from error
 
@@ -280,7 +280,7 @@ class Hub:
             ) from error
         except HfHubHTTPError as error:
             status = error.response.status_code
-            kind = UnreachableError if status in BUSY else SourceError
+            kind = UnreachableError if _may_pass(status) else SourceError
             expired = ": HF_TOKEN is not valid, or has expired" if status == httpx2.codes.UNAUTHORIZED else ""
             raise kind(f"{self.endpoint} refused {what} with status {status}{expired}") from error
         except HFValidationError as error:
@@ -298,6 +298,11 @@ class Hub:
             raise SourceError(f"the hub at {self.endpoint} redirects to an invalid address") from error
         except OSError as error:
             raise SourceError(f"{what} could not be downloaded or stored: {self._shown(error)}; run again") from error
+
+
+def _may_pass(status: int) -> bool:
+    """Whether another try can have another answer; a CDN has statuses of its own above 511."""
+    return status in BUSY or status >= httpx2.codes.INTERNAL_SERVER_ERROR
 
 
 @dataclass(frozen=True)

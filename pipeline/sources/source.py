@@ -113,7 +113,7 @@ def resolve(
     Raises:
         SourceError: the source does not exist, can't be reached, holds refused files, or differs from the lock.
     """
-    if uri.lower().endswith(".gguf"):
+    if uri.lower().endswith(".gguf") and not Path(uri.removeprefix("file:")).is_dir():
         raise missing_weights(uri, [Path(uri).name], SINGLE)
     origin = origins.open_origin(uri, revision, access)
     if lock is not None:

@@ -9,7 +9,6 @@ from evals.drift.answers import Answers, read_answers
 from evals.drift.divergence import read_top
 from evals.drift.drift_gate import is_clear, judge
 from evals.drift.pairs import compare
-from pipeline.compatibility.description import has_experts
 from pipeline.stages import answers
 from pipeline.stages.code_version import code_version
 from pipeline.stages.context import StageContext
@@ -41,7 +40,7 @@ def make(context: StageContext, inputs: Inputs, draft: ArtifactDraft) -> None:
     """
     if context.spec.lacks_baseline:
         return
-    unsupported = context.unsupported(experts=has_experts(inputs["quantized"].document("config.json")))
+    unsupported = context.unsupported_of(inputs["quantized"])
     if unsupported and context.evals.engine == "served":
         draft.note(AnswersNotes(unsupported=unsupported))
         return

@@ -22,6 +22,7 @@ from containers.image.layout import has_layers
 from containers.image.serving import ServedAdapter, ServingConfiguration
 from containers.scan.trivy_db import Database
 from evals.drift.limits import DriftLimits
+from pipeline.compatibility.description import has_experts
 from pipeline.compatibility.scheme import PublishedScheme, Scheme
 from pipeline.settings import Settings
 from pipeline.sources.source import ResolvedSource
@@ -97,8 +98,12 @@ class StageContext:
         """The questions and their limits; where tool calls are served, our own requests for them among them."""
         return self.spec.evals.with_tool_calls() if self.serving.tool_calls else self.spec.evals
 
+    def unsupported_of(self, checkpoint: Artifact) -> str | None:
+        """Say what this CPU lacks of what a checkpoint in the configuration needs; None if nothing."""
+        return self.unsupported(experts=has_experts(checkpoint.document("config.json")))
+
     def unsupported(self, *, experts: bool) -> str | None:
-        """Say what this CPU lacks of what the configuration needs, with ``experts`` or without; None if nothing."""
+        """Say what this CPU lacks of what the configuration needs, with routed ``experts`` or without."""
         if profiles.load(self.spec.runtime).minimum_driver is not None or not self.settings.engine_is_here:
             return None
         isa = self.settings.cpu.instruction_set

@@ -16,7 +16,6 @@ from evals.load import greedy, load_test
 from evals.load.evidence import LoadEvidence, read_load_evidence
 from evals.load.expected_memory import ExpectedMemory, expect
 from evals.load.speculation import Asked, compare
-from pipeline.compatibility.description import has_experts
 from pipeline.errors import PlanError
 from pipeline.planner.facts import read_facts
 from pipeline.planner.sources import describe_folder
@@ -85,7 +84,7 @@ def measure(
     """
     plan = canary.known(context.spec, plan)
     plan.known_canary()
-    if unsupported := context.unsupported(experts=has_experts(checkpoint.document("config.json"))):
+    if unsupported := context.unsupported_of(checkpoint):
         return load_test.write_unsupported(unsupported, plan, folder)
     profile, serving = profiles.load(record.runtime), context.serving
 

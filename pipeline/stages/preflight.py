@@ -80,19 +80,18 @@ def foresee(spec: ModelSpec, schemes: Sequence[str], settings: Settings, say: Pr
         say(f"no plan: {error}")
         return None
     published = None if described.published is None else described.published.scheme
-    experts = has_experts(described.model.config)
-    for problem in not_served_here(spec, schemes, settings, published, experts=experts):
+    for problem in not_served_here(spec, schemes, settings, published, experts=has_experts(described.model.config)):
         say(problem)
     check_images(spec, described.model)
     try:
         to_merge = merged if pulled is None else None
         merged_source.check(to_merge, described.model)
         adapters.check(resolved, described.model)
-        for told in _other_bases(spec, to_merge, resolved):
-            say(told)
+        for warning in _other_bases(spec, to_merge, resolved):
+            say(warning)
         drafting = drafting_of(spec, described.model, settings)
     except UnreachableError:  # what is locked may be here all the same
-        return None
+        drafting = None
     _check_schemes(described.model, spec, schemes, settings)
     try:
         planned = _planned(spec, described, [_model_of(gpu) for gpu in here[:1]], drafting)

@@ -60,29 +60,33 @@ def test_a_marker_lies_in_the_home_while_a_sandbox_is_open_and_tells_who_died(tm
     assert {marker.name for marker in (tmp_path / "sandbox").iterdir()} == {"theirs", "another-machines"}
 
 
+UNKILLED = [
+    "Could not kill running container 9fd1, cannot remove - container 9fd1 PID 5650 is zombie and can not be killed.",
+    'cannot remove container "slipway-load": could not kill: container 9fd1 PID 5650 is zombie and can not be killed.',
+]
+
+
 class _Unkilled:
-    """A stand-in for a container whose killed process ends after so many attempts, with the words of Docker 20.10."""
+    """A stand-in for a container whose killed process ends after so many attempts, in the words of an engine."""
 
     name = "slipway-load"
 
-    def __init__(self, attempts: int) -> None:
+    def __init__(self, attempts: int, said: str) -> None:
         self.left = attempts
+        self.said = said
 
     def remove(self, *, force: bool, v: bool) -> None:
         assert force
         assert v
         self.left -= 1
         if self.left >= 0:
-            raise docker.errors.APIError(
-                "409 Client Error",
-                explanation="Could not kill running container 9fd1, cannot remove - container 9fd1 PID 5650 is zombie "
-                "and can not be killed.",
-            )
+            raise docker.errors.APIError("409 Client Error", explanation=self.said)
 
 
-def test_a_container_whose_process_takes_long_to_end_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("said", UNKILLED, ids=["Docker 20.10", "Docker 28"])
+def test_a_container_whose_process_takes_long_to_end_is_removed(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(containers_of_engine, "_PAUSE_SECONDS", 0.0)
-    slow = _Unkilled(3)
+    slow = _Unkilled(3, said)
     remove(cast("Container", slow))
     assert slow.left == -1
 
@@ -91,7 +95,7 @@ def test_a_container_whose_process_never_ends_is_named(monkeypatch: pytest.Monke
     monkeypatch.setattr(containers_of_engine, "_KILLED_SECONDS", 0.05)
     monkeypatch.setattr(containers_of_engine, "_PAUSE_SECONDS", 0.0)
     with pytest.raises(SandboxError, match="can't remove the container slipway-load: Could not kill"):
-        remove(cast("Container", _Unkilled(10**9)))
+        remove(cast("Container", _Unkilled(10**9, UNKILLED[0])))
 
 
 def test_sigterm_unwinds_the_block_and_is_given_back() -> None:

@@ -441,7 +441,14 @@ def test_what_a_cpu_serves_is_known_before_a_server_starts(
     asked = Scheme.model_validate({"backend": "llmcompressor", **scheme})
     found = asked.unsupported(isa)
     assert found is None if lacks is None else lacks in str(found)
-    assert "on CPUs" in str(asked.unsupported(isa, experts=True))
+
+
+@pytest.mark.parametrize(("method", "isa", "served"), [
+    ("w8a8", "amx", True), ("fp8-block", "amx", True), ("fp8", "amx", False), ("w8a8", "avx512_bf16", False),
+])  # fmt: skip
+def test_quantized_experts_are_served_with_amx_alone(method: str, isa: InstructionSet, served: bool) -> None:
+    scheme = Scheme.model_validate({"backend": "llmcompressor", "method": method})
+    assert (scheme.unsupported(isa, experts=True) is None) == served
 
 
 @pytest.mark.parametrize(("scheme", "left_out"), [

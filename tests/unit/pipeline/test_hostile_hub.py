@@ -114,7 +114,7 @@ def test_a_hub_does_not_say_how_long_to_wait(
 
 
 def test_a_download_goes_on_once_the_hub_is_no_longer_busy(hostile: Recording, tmp_path: Path) -> None:
-    content, answers = b"x" * FILE.size, [Answer(429), Answer(503), Answer(body=b"x" * FILE.size)]
+    content, answers = b"x" * FILE.size, [Answer(429), Answer(503), Answer(522), Answer(body=b"x" * FILE.size)]
     hostile.answer = lambda _: answers.pop(0)
     hub = HubModel(Hub(hostile.address, None), "org/tiny", COMMIT)
     with (tmp_path / "a.json").open("w+b") as file:

@@ -147,6 +147,16 @@ def test_a_sound_mixture_passes_and_planner_and_check_count_alike(tmp_path: Path
     assert there.numbers == plan.numbers
 
 
+@pytest.mark.parametrize(("up", "down"), [("w4a16", "w8a8"), ("w8a8", "w4a16"), ("fp8", "w8a8")])
+def test_layers_one_behind_the_other_may_have_any_formats(tmp_path: Path, source: Path, up: str, down: str) -> None:
+    chosen = {
+        f"model.layers.{number}.mlp.{name}_proj": each
+        for number in (0, 1)
+        for name, each in (("up", up), ("down", down))
+    }
+    assert check(compressed.write_mixed(tmp_path / "made", MIXED | chosen), source, mixed()).layers == len(MIXED)
+
+
 def refusal(folder: Path, source: Path, scheme: Scheme) -> str:
     with pytest.raises(CheckpointError) as caught:
         check(folder, source, scheme)

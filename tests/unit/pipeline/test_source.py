@@ -12,6 +12,7 @@ import httpx2
 import pytest
 from safetensors.numpy import save_file
 
+from homes import DEMO
 from pipeline.errors import SourceError, UnreachableError
 from pipeline.planner.sources import describe, describe_folder
 from pipeline.sources import file_digests
@@ -478,6 +479,11 @@ def test_a_model_of_gguf_files_alone_is_refused_with_the_reason(hub: hub_server.
 def test_a_gguf_file_is_refused_with_the_reason(uri: str) -> None:
     with pytest.raises(SourceError, match=r"has no safetensors, only [\w-]+\.(gguf|GGUF): .* quantized already"):
         resolve(uri)
+
+
+def test_a_folder_may_be_named_like_a_gguf_file(tmp_path: Path) -> None:
+    folder = shutil.copytree(DEMO / "model", tmp_path / "demo.gguf")
+    assert "model.safetensors" in [file.path for file in resolve(f"file:{folder}").files]
 
 
 def test_a_model_of_pickles_alone_is_refused_by_name(hub: hub_server.StandInHub) -> None:
