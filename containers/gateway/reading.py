@@ -122,7 +122,7 @@ async def prompt_tokens(pool: Pool, request: ChatRequest | CompletionRequest) ->
     context = pool.route.context
     if isinstance(request, CompletionRequest):
         return await pool.counter.completion(request.prompt, special=request.add_special_tokens, most=context)
-    options = request.chat_template_kwargs.model_dump(exclude_none=True) if request.chat_template_kwargs else {}
+    options = request.template_options()
     return await pool.counter.chat(request.plain_messages(), request.plain_tools(), options, context)
 
 

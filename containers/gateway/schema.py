@@ -281,12 +281,20 @@ class ChatRequest(_Request):
         found = []
         for message in self.messages:
             plain = message.model_dump(exclude_none=True)
-            if message.reasoning is not None:
-                plain["reasoning_content"] = message.reasoning
+            thought = message.reasoning if message.reasoning is not None else message.reasoning_content
+            if thought is not None:
+                plain["reasoning"] = plain["reasoning_content"] = thought
             if isinstance(message.content, list):
                 plain["content"] = "".join(part.text for part in message.content)
             found.append({"content": "", **plain})
         return found
+
+    def template_options(self) -> dict[str, object]:
+        """The chat template's options; ``reasoning_effort`` sets ``enable_thinking`` where it is absent, as in vLLM."""
+        given = {} if self.chat_template_kwargs is None else self.chat_template_kwargs.model_dump(exclude_unset=True)
+        if self.reasoning_effort is None:
+            return given
+        return {"reasoning_effort": self.reasoning_effort, "enable_thinking": self.reasoning_effort != "none", **given}
 
     def plain_tools(self) -> list[dict[str, object]] | None:
         """The tools for a chat template."""

@@ -103,6 +103,16 @@ def test_a_conversation_with_calls_of_tools_and_reasoning_reaches_the_engine_and
     assert call["reasoning"] == call["reasoning_content"] == CALL["reasoning"]
 
 
+@pytest.mark.parametrize(
+    "names", [{"reasoning_content": "x"}, {"reasoning": "x"}, {"reasoning": "x", "reasoning_content": "y"}]
+)
+def test_the_template_has_reasoning_under_both_names(names: dict[str, str]) -> None:
+    message = {"role": "assistant", "content": "a", **names}
+    request = ChatRequest.model_validate_json(json.dumps({"model": "m", "messages": [message]}))
+    assert forwarded(request, {})["messages"] == [message]
+    assert request.plain_messages() == [{**message, "reasoning": "x", "reasoning_content": "x"}]
+
+
 @pytest.mark.parametrize("delta", [{"reasoning": "The"}, {"tool_calls": [{"index": 0, "function": {"name": "now"}}]}])
 def test_calls_of_tools_and_reasoning_are_streamed_as_the_engine_sends_them(delta: dict[str, Any]) -> None:
     event = b"data: " + json.dumps({"model": "m", "choices": [{"index": 0, "delta": delta}]}).encode() + b"\n\n"

@@ -27,7 +27,7 @@ from containers.gateway.keys import Key, Keyring
 from containers.gateway.metrics import Metrics
 from containers.gateway.protocol import bounded
 from containers.gateway.router import Pool
-from containers.gateway.schema import CompletionRequest
+from containers.gateway.schema import ChatRequest, CompletionRequest
 from containers.gateway.server import _listening
 from containers.gateway.sse import StreamError, StreamMeter
 from containers.gateway.tokens import PromptCounter
@@ -131,6 +131,28 @@ def test_a_release_without_a_template_has_no_chat_and_one_that_refuses_is_heard(
         400, "bad_messages",
     )  # fmt: skip
     assert refused(plain.completion("a" * 21, special=False, most=10)) == (400, "context_length_exceeded")
+
+
+@pytest.mark.parametrize(
+    ("given", "tokens"),
+    [
+        ({}, 1),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, 3),
+        ({"reasoning_effort": "none"}, 2),
+        ({"reasoning_effort": "low"}, 4),
+        ({"reasoning_effort": "low", "chat_template_kwargs": {"enable_thinking": False}}, 2),
+        ({"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}}, 4),
+        ({"reasoning_effort": "low", "chat_template_kwargs": {"thinking": False}}, 4),
+    ],
+)
+def test_the_count_of_a_prompt_has_the_effort_of_reasoning_as_in_vllm(
+    tmp_path: Path, given: dict[str, Any], tokens: int
+) -> None:
+    """The template gives a token for a message, one for an effort, and two for thinking."""
+    template = "a {{ 'bb' if reasoning_effort is defined }} {{ 'bb bb' if enable_thinking }}"
+    route = ModelRoute(served_as="m", tokenizer=tmp_path, context=10, default_tokens=4, backends=())
+    request = ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "a"}], **given})
+    assert asyncio.run(reading.prompt_tokens(Pool(route, counter(tmp_path, template)), request)) == tokens
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
