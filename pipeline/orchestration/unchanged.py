@@ -25,9 +25,9 @@ def unchanged(spec: ModelSpec, scheme: str, settings: Settings) -> list[RunEvent
     """Return the events of a run (as `pipeline.orchestration.events`) that changes nothing; None where it would.
 
     It changes nothing where every artifact is there, of today's vulnerability database; where the engine still has the
-    image; where no gate blocks; where the registry's aliases and audit trail are as the model's file wants them; and
-    where the last run came to its end with these artifacts, so that Dagster shows no others. An error is no reason to
-    stop here: the run meets it in its stage, and says where.
+    image, or its registry if it was pushed; where no gate blocks; where the aliases and the audit trail are as the
+    model's file wants them; and where the last run came to its end with these artifacts, so that Dagster shows no
+    others. An error is no reason to stop here: the run meets it in its stage, and says where.
     """
     lines: list[str] = []
     context = StageContext(spec, scheme, settings, lines.append)

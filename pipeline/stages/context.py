@@ -199,7 +199,8 @@ class StageContext:
     def has_image(self, record: ImageRecord) -> bool:
         """Whether the engine has an image that was built, or can pull it, and the home has its layers.
 
-        A dry run pulls nothing: an image that was pushed counts as there, and promotion asks its registry.
+        A dry run pulls nothing: an image that was pushed counts as there. `promotion.already_promoted` asks its
+        registry; automation (`affected.InputsDryRun`) asks neither engine nor registry.
         """
         if not has_layers(record, self.settings.home):
             return False

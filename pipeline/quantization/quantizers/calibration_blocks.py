@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # With fewer tokens, statistics of a layer's inputs are meaningless.
 MINIMUM_TOKENS = 512
-# Roles of messages that stand before what is said.
+# Roles of instructions.
 _INSTRUCTIONS = frozenset({"system", "developer"})
 # The share of cut or empty samples from which on there is a warning.
 _MOST = 0.5

@@ -150,7 +150,7 @@ def test_a_repository_or_branch_that_is_not_there_is_named(repository: Repositor
 
 
 @pytest.mark.parametrize("files", [1, 150], ids=["one object", "a pack"])
-def test_a_branch_that_is_too_large_is_told_so(
+def test_a_branch_that_is_too_large_is_named(
     repository: Repository, monkeypatch: pytest.MonkeyPatch, files: int
 ) -> None:
     for number in range(files):
