@@ -191,7 +191,8 @@ def load_or_create_key(path: Path) -> SigningKey:
     An existing key is never overwritten. Two processes that make it at once get the same one.
 
     Raises:
-        SigningError: The file is not a key that can sign, or other users can read it.
+        SigningError: The file is not a key that can sign, other users can read it, or its public half is missing and
+            can't be written.
     """
     if not os.path.lexists(path):
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -201,7 +202,13 @@ def load_or_create_key(path: Path) -> SigningKey:
     key = load_key(path)
     public = public_path(path)
     if not public.exists():
-        create_atomically(public, key.public.pem(), 0o644)
+        try:
+            create_atomically(public, key.public.pem(), 0o644)
+        except OSError as error:  # such as a mounted Secret that has the private half alone
+            raise SigningError(
+                f"`{public}` can't be written ({error.strerror}): put the public half of `{path}` there, made with "
+                f"`openssl pkey -in {path} -pubout`"
+            ) from error
     elif load_public_key(public) != key.public:
         raise SigningError(f"`{public}` is not the public half of `{path}`: remove it, and it is written anew")
     return key
@@ -223,7 +230,10 @@ def load_key(path: Path) -> SigningKey:
         raise SigningError(f"the signing key `{path}` can't be read: {error.strerror}") from error
     mode, is_mounted = stat.S_IMODE(found.st_mode), found.st_uid == 0 != os.geteuid()
     if mode & (0o037 if is_mounted else 0o077):
-        raise SigningError(f"the signing key `{path}` has mode {mode:04o}, open to others: `chmod 600 {path}`")
+        advice = f"`chmod {'440' if is_mounted else '600'} {path}`"
+        if is_mounted:
+            advice += ", or `defaultMode: 0440` where a Secret is mounted"
+        raise SigningError(f"the signing key `{path}` has mode {mode:04o}, open to others: {advice}")
     try:
         key = load_pem_private_key(data, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:

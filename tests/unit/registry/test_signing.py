@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
+from registry import signing
 from registry.errors import SigningError
 from registry.signing import (
     PAYLOAD_TYPE,
@@ -75,24 +78,44 @@ def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
         load_or_create_key(path)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a file of root's")
-def test_a_key_of_roots_may_be_readable_for_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("owner", "user", "mode", "advice"),
+    [
+        (0, 65534, 0o400, None),
+        (0, 65534, 0o440, None),
+        *((0, 65534, mode, "chmod 440") for mode in (0o444, 0o644, 0o460, 0o450)),
+        (0, 0, 0o440, "chmod 600"),
+        (65534, 65534, 0o440, "chmod 600"),
+    ],
+)
+def test_a_key_of_roots_may_be_readable_for_its_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: int, user: int, mode: int, advice: str | None
+) -> None:
     """So Kubernetes mounts a Secret for a pod with `fsGroup` that runs as another user."""
     path = tmp_path / "k.pem"
     public = load_or_create_key(path).public
-    path.chmod(0o440)
-    with pytest.raises(SigningError, match="0440"):
-        load_key(path)  # to root it is a key of its own
-    monkeypatch.setattr(os, "geteuid", lambda: 65534)
-    assert load_key(path).public == public
-    for mode in (0o444, 0o644, 0o460, 0o450):
-        path.chmod(mode)
-        with pytest.raises(SigningError, match="open to others"):
+    found = os.stat_result((stat.S_IFREG | mode, 0, 0, 1, owner, owner, 0, 0, 0, 0))
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "stat", lambda _: found)
+        if advice is None:
+            assert load_key(path).public == public
+            return
+        with pytest.raises(SigningError, match=f"{mode:04o}.*{advice}"):
             load_key(path)
-    path.chmod(0o440)
-    os.chown(path, 65534, 65534)
-    with pytest.raises(SigningError, match="0440"):
-        load_key(path)
+
+
+def test_a_public_half_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "release.pem"
+    load_or_create_key(path)
+    (tmp_path / "release.pub").unlink()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(signing, "create_atomically", refuse)
+    with pytest.raises(SigningError, match=r"release\.pub.*Read-only file system.*openssl pkey"):
+        load_or_create_key(path)
 
 
 @pytest.mark.parametrize(
