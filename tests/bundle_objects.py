@@ -68,4 +68,5 @@ def _charted(folder: Path) -> Iterator[Object]:
     for path in sorted(rendered):
         if path.endswith(".yaml"):
             yield from (document for document in yaml.safe_load_all(rendered[path]) if document)
-    yield from (yaml.safe_load(path.read_text()) for path in (folder / "policies").glob("*.yaml"))
+    for policies in (folder / "policies").glob("*.yaml"):
+        yield from yaml.safe_load_all(policies.read_text())

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from containers.image.distribution import parse
 from registry.attestation import VERDICTS
 from registry.policy import REQUIRED_GATES
+
+_HUB = ("docker.io", "index.docker.io", "registry-1.docker.io")
 
 
 @dataclass(frozen=True)
@@ -30,3 +33,9 @@ class Admission:
     def predicate(self) -> str:
         """The type of the statement with the verdicts."""
         return VERDICTS
+
+
+def spellings(repository: str) -> list[str]:
+    """Return the names by which pods can use a repository: Docker Hub has several, and is meant where none is named."""
+    host, name, _ = parse(repository)
+    return [*(f"{each}/{name}" for each in _HUB), name] if host in _HUB else [repository]

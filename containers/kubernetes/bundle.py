@@ -19,7 +19,7 @@ from containers.errors import ContainerError
 from containers.gateway.config import Backend, GatewaySettings, ModelRoute, Routes
 from containers.hardware.cpu import NODE_TERMS
 from containers.image.build import ImageRecord
-from containers.kubernetes.admission import Admission
+from containers.kubernetes.admission import Admission, spellings
 from containers.kubernetes.alerts import alerts, healthy, recordings
 from containers.kubernetes.cluster import Cluster
 from containers.kubernetes.dashboard import dashboard
@@ -246,7 +246,7 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,  # noqa: S701 - YAML is written, not HTML
     )  # fmt: skip
-    environment.filters["quoted"] = json.dumps
+    environment.filters |= {"quoted": json.dumps, "spellings": spellings}
     return environment
 
 

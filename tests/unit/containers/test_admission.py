@@ -32,11 +32,21 @@ def admission(tmp_path: Path) -> Admission:
     return Admission(tuple(load_or_create_key(tmp_path / name).public.pem().decode() for name in names), 30)
 
 
-def policies(admission: Admission, folder: Path) -> dict[str, dict[str, Any]]:
-    write_bundle(evidence(), image_record(), folder, images=Images(gateway=GATEWAY), admission=admission)
-    found = {path.stem: yaml.safe_load(path.read_text()) for path in (folder / "policies").glob("*.yaml")}
-    assert set(found) == {"image-validating-policy", "cluster-policy"}
-    return found
+def policies(admission: Admission, folder: Path, repository: str | None = None) -> dict[str, dict[str, Any]]:
+    """The policies by kind: that of pods, that of containers that are added to a running pod, and the ClusterPolicy."""
+    images = Images(gateway=GATEWAY, engine=repository)
+    write_bundle(evidence(), image_record(), folder, images=images, admission=admission)
+    assert {path.name for path in (folder / "policies").iterdir()} == {
+        "image-validating-policy.yaml",
+        "cluster-policy.yaml",
+    }
+    of_pods, of_added = yaml.safe_load_all((folder / "policies" / "image-validating-policy.yaml").read_text())
+    cluster = yaml.safe_load((folder / "policies" / "cluster-policy.yaml").read_text())
+    return {"pods": of_pods, "added": of_added, "cluster": cluster}
+
+
+def is_of_demo(image: str) -> bool:
+    return image.partition("@")[0].partition(":")[0].endswith("/demo")
 
 
 def verdicts(*gates: Verdict, age: timedelta = timedelta(days=1), passed: bool = True) -> dict[str, Any]:
@@ -68,13 +78,13 @@ def refused(
     )
 
     def attested(image: str, kind: str, attestors: list[str]) -> int:
-        assert image.partition("@")[0].partition(":")[0] == "registry.example/demo"
+        assert is_of_demo(image)
         assert (kind, attestors) == (VERDICTS, ["key1", "key2"])
         return int(predicate is not None)
 
     def signatures(image: str, attestors: list[str]) -> int:
         assert attestors == ["key1", "key2"]
-        return int(signed and image.startswith("registry.example/demo"))
+        return int(signed and is_of_demo(image))
 
     context.add_function("verifyImageSignatures", signatures)
     context.add_function("verifyAttestationSignatures", attested)
@@ -109,33 +119,50 @@ def test_a_pod_is_admitted_only_with_a_signed_image_whose_gates_passed(
     signed: bool,
     told: list[str],
 ) -> None:
-    found = refused(policies(admission, tmp_path / "b")["image-validating-policy"], pod, predicate, signed=signed)
+    found = refused(policies(admission, tmp_path / "b")["pods"], pod, predicate, signed=signed)
     assert len(found) == len(told)
     assert all(words in message for words, message in zip(told, found, strict=True))
 
 
 @pytest.mark.parametrize("name", ["registry.example/demo:latest", "registry.example/demo"])
 def test_an_image_by_tag_is_refused(admission: Admission, tmp_path: Path, name: str) -> None:
-    policy = policies(admission, tmp_path / "b")["image-validating-policy"]
+    policy = policies(admission, tmp_path / "b")["pods"]
     (message,) = refused(policy, [name, "registry.example/demo-2"], verdicts(*GATES))
     assert "by its digest" in message
     assert policy["spec"]["validationConfigurations"]["verifyDigest"]
 
 
-def test_containers_that_are_added_to_a_running_pod_are_held_to_the_policy(
-    admission: Admission, tmp_path: Path
+@pytest.mark.parametrize("host", ["docker.io/", "index.docker.io/", "registry-1.docker.io/", ""])
+@pytest.mark.parametrize("pushed_to", ["docker.io/org/demo", "org/demo"])
+def test_every_name_of_an_image_on_docker_hub_is_held_to_the_policy(
+    admission: Admission, tmp_path: Path, pushed_to: str, host: str
 ) -> None:
-    policy = policies(admission, tmp_path / "b")["image-validating-policy"]
-    (rule,) = policy["spec"]["matchConstraints"]["resourceRules"]
-    assert rule["resources"] == ["pods", "pods/ephemeralcontainers"]
+    found = policies(admission, tmp_path / "b", pushed_to)
+    for kind in ("pods", "added"):
+        assert not refused(found[kind], [f"{host}org/demo@{DIGEST}"], verdicts(*GATES))
+        (message,) = refused(found[kind], [f"{host}org/demo@{DIGEST}", SIDECAR], verdicts(*GATES), signed=False)
+        assert "no signature" in message
+    (rule,) = found["cluster"]["spec"]["rules"][0]["verifyImages"]
+    assert any(fnmatchcase(f"{host}org/demo@{DIGEST}", glob) for glob in rule["imageReferences"])
+    assert not any(fnmatchcase(SIDECAR, glob) for glob in rule["imageReferences"])
+
+
+def test_containers_that_are_added_to_a_running_pod_are_held_to_the_same(admission: Admission, tmp_path: Path) -> None:
+    """By a policy of its own: Kyverno extends one to Deployments and Jobs only if it matches nothing but pods."""
+    found = policies(admission, tmp_path / "b")
+    of_pods, of_added = found["pods"], found["added"]
+    assert of_pods["metadata"].pop("name") != of_added["metadata"].pop("name")
+    (rule,), (added,) = (each["spec"]["matchConstraints"]["resourceRules"] for each in (of_pods, of_added))
+    assert (rule.pop("resources"), added.pop("resources")) == (["pods"], ["pods/ephemeralcontainers"])
+    assert of_pods == of_added
 
 
 def test_both_policies_ask_for_the_same(admission: Admission, tmp_path: Path) -> None:
     found = policies(admission, tmp_path / "b")
-    (rule,) = found["cluster-policy"]["spec"]["rules"][0]["verifyImages"]
+    (rule,) = found["cluster"]["spec"]["rules"][0]["verifyImages"]
     entries = rule["attestors"][0]["entries"]
     assert [each["keys"]["publicKeys"] for each in entries] == list(admission.keys)
-    newer = found["image-validating-policy"]["spec"]
+    newer = found["pods"]["spec"]
     assert [each["cosign"]["key"]["data"] for each in newer["attestors"]] == list(admission.keys)
     (attestation,) = rule["attestations"]
     assert attestation["type"] == newer["attestations"][0]["intoto"]["type"] == VERDICTS
