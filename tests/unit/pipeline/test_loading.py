@@ -112,21 +112,29 @@ def test_one_of_several_profiles_keeps_what_the_file_says_of_all() -> None:
     assert (profile.rate, profile.output_tokens.median) == (9, 8)
 
 
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Artifact:
+    """A checkpoint of which only the configuration is read."""
+    folder = tmp_path / "quantized"
+    folder.mkdir()
+    shutil.copy(DEMO / "model" / "config.json", folder)
+    return Artifact("quantized", "0", "0", folder, {}, {}, {}, 0.0, 0.0, "", cached=True)
+
+
 def test_an_image_that_needs_a_gpu_is_not_started_where_there_is_none(
-    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, checkpoint: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu, "gpus", list)
     settings.home.mkdir()
     spec = load(DEMO.with_suffix(".yaml"))
     record = image_record(minimum_driver="580.65.06")
-    checkpoint = Artifact("quantized", "0", "0", tmp_path, {}, {}, {}, 0.0, 0.0, "", cached=True)
     context = StageContext(spec, "awq", settings, print)
     found = measure(context, spec.load, record, checkpoint, tmp_path, tmp_path)
     assert loads.judge(found, spec.load).cause == "no-gpu"
 
 
 def test_load_tests_and_evaluations_hold_their_servers_to_the_cpu_of_the_settings(
-    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, checkpoint: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits = []
 
@@ -139,7 +147,6 @@ def test_load_tests_and_evaluations_hold_their_servers_to_the_cpu_of_the_setting
     settings.home.mkdir()
     settings = replace(settings, cpu_limit="avx2", locks=tmp_path)
     spec = load(DEMO.with_suffix(".yaml"))
-    checkpoint = Artifact("quantized", "0", "0", tmp_path, {}, {}, {}, 0.0, 0.0, "", cached=True)
     context = StageContext(spec, "awq", settings, print)
     measure(context, spec.load, image_record(), checkpoint, tmp_path, tmp_path)
     with pytest.raises(SandboxError), serve_image(context, "sha256:1", checkpoint):
