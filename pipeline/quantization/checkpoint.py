@@ -92,8 +92,7 @@ def check(folder: Path, source: Path, scheme: Scheme) -> Found:
         problems += wrong
         if not wrong:
             sound[name] = layer
-    moves = format_of(scheme).rescales(scheme)
-    around = _Surroundings(_changed_norms(model, after, scheme), sound if moves else {})
+    around = _surroundings(model, after, scheme, sound)
     for name, layer in sound.items():
         problems += _value_problems(layer, schemes[name], around)
     problems += _other_problems(model, after, scheme, schemes)
@@ -134,7 +133,7 @@ def check_published(folder: Path, baseline: Path | None) -> Found:
         problems += _stored_problems(layer, found.scheme)
     if original is not None and not problems:
         compared = {layer.name: layer for layer in found.packed(original)}
-        around = _Surroundings(_changed_norms(original, after, found.scheme), compared)
+        around = _surroundings(original, after, found.scheme, compared)
         for layer in compared.values():
             problems += _value_problems(layer, found.scheme, around)
         problems += _kept_problems(found, original)
@@ -420,16 +419,18 @@ def _sample(layer: PackedLayer, form: LayerFormat, scheme: Scheme) -> _Sample:
     )
 
 
-def _changed_norms(
-    model: ModelDescription, after: Mapping[str, Tensor], scheme: Scheme
-) -> Mapping[str, list[NDArray[np.float32]]]:
-    """By layer of the decoder: each input's factor where a norm's weights have changed, as they were over as they are.
-
-    It is empty for formats that move no scales.
-    """
-    found: dict[str, list[NDArray[np.float32]]] = {}
+def _surroundings(
+    model: ModelDescription, after: Mapping[str, Tensor], scheme: Scheme, layers: Mapping[str, PackedLayer]
+) -> _Surroundings:
+    """What can have taken over factors: nothing for formats that move no scales."""
     if not format_of(scheme).rescales(scheme):
-        return found
+        return _Surroundings({}, {})
+    return _Surroundings(_changed_norms(model, after), layers)
+
+
+def _changed_norms(model: ModelDescription, after: Mapping[str, Tensor]) -> Mapping[str, list[NDArray[np.float32]]]:
+    """By layer of the decoder: each input's factor where a norm has changed, as its weights were over as they are."""
+    found: dict[str, list[NDArray[np.float32]]] = {}
     for name, tensor in model.tensors.items():
         changed = after.get(name)
         if changed is None or len(tensor.shape) != 1 or tensor.shape != changed.shape or not model.is_in_decoder(name):
