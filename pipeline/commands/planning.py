@@ -181,7 +181,7 @@ def _not_served(spec: ModelSpec | None, settings: Settings, found: Plan) -> list
     return (
         []
         if spec is None
-        else not_served_here(spec, spec.schemes, settings, found.published, experts=found.facts.experts > 0)
+        else not_served_here(spec, spec.schemes, settings, found.published, experts=found.facts.experts > 1)
     )
 
 
