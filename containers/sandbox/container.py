@@ -6,7 +6,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -22,7 +22,7 @@ PROCESSES = 1024
 # 8 MiB of it while idle.
 SHARED_MEMORY_BYTES = 2**30
 _KILLED_SECONDS = 60.0
-_PAUSE_SECONDS = 0.5
+_PAUSE_SECONDS = 0.2
 _NOT_ENDED = "could not kill"  # Docker 20.10: "Could not kill running container"; 28: "…: could not kill: …"
 
 
@@ -78,18 +78,30 @@ def remove(container: Container) -> None:
     Raises:
         SandboxError: the engine refuses, or the processes have not ended after a minute.
     """
-    deadline = time.monotonic() + _KILLED_SECONDS
+    try:
+        until_gone(
+            lambda: container.remove(force=True, v=True), lambda said: _NOT_ENDED in said.lower(), _KILLED_SECONDS
+        )
+    except docker.errors.APIError as error:
+        if "is already in progress" not in explanation(error):
+            raise SandboxError(f"can't remove the container {container.name}: {explanation(error)}") from error
+
+
+def until_gone(attempt: Callable[[], object], may_pass: Callable[[str], bool], seconds: float) -> None:
+    """Remove something from the engine, again and again while what it says may pass; what is gone already is no error.
+
+    Raises:
+        APIError: the engine refuses for another reason, or after so many seconds still.
+    """
+    deadline = time.monotonic() + seconds
     while True:
         try:
-            container.remove(force=True, v=True)
+            attempt()
         except docker.errors.NotFound:
             return
         except docker.errors.APIError as error:
-            said = explanation(error)
-            if "is already in progress" in said:
-                return
-            if _NOT_ENDED not in said.lower() or time.monotonic() > deadline:
-                raise SandboxError(f"can't remove the container {container.name}: {said}") from error
+            if not may_pass(explanation(error)) or time.monotonic() > deadline:
+                raise
             time.sleep(_PAUSE_SECONDS)
         else:
             return

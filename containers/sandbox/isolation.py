@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from docker.models.networks import Network
 
 from containers.engine.private_engine import SYSTEM_PATH
 from containers.errors import ContainerError
+from containers.sandbox.container import until_gone
 
 # The container's network access, as evidence states it.
 ISOLATED = "internal: reachable only from this machine, reaches nothing"
@@ -40,7 +40,6 @@ COMMIT
 """
 # How long a busy engine may take to disconnect a container that it has been told to remove.
 _DISCONNECTED_SECONDS = 30.0
-_PAUSE_SECONDS = 0.2
 _FAMILIES = ("iptables", "ip6tables")
 # The Docker SDK's base URL for a Unix socket; over ssh it ends in `ssh`.
 _UNIX_SOCKET = "http+docker://localhost"
@@ -173,15 +172,7 @@ def is_local(client: docker.DockerClient) -> bool:
 
 def remove(network: Network) -> None:
     """Remove a network, once containers that are being removed have left it; one that is gone is no error."""
-    deadline = time.monotonic() + _DISCONNECTED_SECONDS
-    while True:
-        try:
-            network.remove()
-        except docker.errors.NotFound:
-            return
-        except docker.errors.APIError as error:
-            if "has active endpoints" not in str(error) or time.monotonic() > deadline:
-                raise SandboxNetworkError(f"can't remove the network {network.name}: {error}") from error
-            time.sleep(_PAUSE_SECONDS)
-        else:
-            return
+    try:
+        until_gone(network.remove, lambda said: "has active endpoints" in said, _DISCONNECTED_SECONDS)
+    except docker.errors.APIError as error:
+        raise SandboxNetworkError(f"can't remove the network {network.name}: {error}") from error
